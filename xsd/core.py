@@ -1,0 +1,343 @@
+"""The words every room shares: records, the decoder-handle protocol, the error tree, safe writing, provenance, seeds.
+
+Only the standard library is imported here; torch and numpy appear in annotations alone. Rooms and layers: docs/architecture.md.
+
+Letters in shapes: B batch, S positions of the answer, D hidden width (D_d drafter, D_v verifier), V vocabulary, F event frames,
+H and W pixels. ``gamma`` is the number of draft tokens a round, ``tau`` a cosine threshold.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import platform
+import random
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout: notebooks, data and reports are resolved from here, never from the working directory."""
+
+Mode = Literal["free_running", "teacher_forced"]
+"""Whose tokens stood before each state: each model's own, or the verifier's for both."""
+Tap = Literal["post_norm", "pre_norm"]
+"""Which side of the decoder's final norm the states were taken; ``lm_head(state)`` is the logits only for post_norm."""
+
+
+# --- errors: each message names the thing, what was expected and the way out ---------------------------------------------
+
+
+class XsdError(Exception):
+    """Anything the user can mend; the command line prints its one sentence without a traceback."""
+
+
+class EventError(XsdError):
+    """An event stream is empty, unsorted, out of range or unreadable."""
+
+
+class VideoError(XsdError):
+    """A video or image has no frame or does not decode."""
+
+
+class DatasetError(XsdError):
+    """A dataset folder lacks a file or an entry is malformed; also a question of zero length."""
+
+
+class CheckpointError(XsdError):
+    """Model or adapter weights are missing, truncated, of the wrong type or shape."""
+
+
+class PairError(XsdError):
+    """Two models that cannot work together (tokenizers, vocabulary, heads)."""
+
+
+class ShardError(XsdError):
+    """Stored hidden states are missing, damaged or of another mode, tap or configuration."""
+
+
+class MetricError(XsdError):
+    """Metric input that has no meaning: other lengths, NaN, nothing unmasked."""
+
+
+class ParameterError(XsdError):
+    """An unknown or ill-typed notebook or command parameter."""
+
+
+class StorageError(XsdError):
+    """A file could not be written: disk full, no permission, another writer."""
+
+
+class LosslessError(XsdError):
+    """Output that claimed to be the verifier's own is not."""
+
+
+class TrainingError(XsdError):
+    """Training stopped: NaN, divergence, a refused split, out of memory."""
+
+
+# --- records -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One clip with one question, as both sensors saw it.
+
+    event_frames: F images uint8 [H, W, 3]; sizes may differ where the official slice canvas is used.
+    video: uint8 [8, H, W, 3], the frames the verifier sees. t_us: start and end of the clip on the sensor clock, in µs.
+    """
+
+    sequence: str
+    clip: str
+    question: str
+    event_frames: Sequence[np.ndarray]
+    video: np.ndarray
+    t_us: tuple[int, int] | None = None
+    split: str | None = None
+    source: str | None = None
+    """Where it came from: ``simulated`` | ``recorded`` | a folder's name."""
+
+    @property
+    def key(self) -> str:
+        """Stable name of the sample inside its dataset: sequence/clip/question-hash."""
+        return f"{self.sequence}/{self.clip}/{hashlib.sha256(self.question.encode()).hexdigest()[:8]}"
+
+
+@dataclass(frozen=True)
+class PairedStates:
+    """Hidden states of both decoders at the positions of one answer.
+
+    hidden_by_drafter: [S_d, D_d]. hidden_by_verifier: [S_v, D_v]. ids_by_drafter: int64 [S_d]. ids_by_verifier: int64 [S_v].
+    ``hidden[t]`` is the state that *predicts* token t (read one position before it), so argmax(lm_head(hidden[t])) == ids[t] for
+    a model's own greedy tokens. In teacher_forced mode S_d == S_v, position t of both follows the verifier's tokens 0…t-1, and
+    ids_by_drafter[t] is what the drafter's own head would have said there.
+    """
+
+    sequence: str
+    clip: str
+    question: str
+    hidden_by_drafter: Tensor
+    hidden_by_verifier: Tensor
+    ids_by_drafter: Tensor
+    ids_by_verifier: Tensor
+    mode: Mode
+    tap: Tap = "post_norm"
+    text_by_drafter: str = ""
+    text_by_verifier: str = ""
+    split: str = ""
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Padded on the right. drafter: [B, S, D_d], verifier: [B, S, D_v], ids_by_*: int64 [B, S], mask: bool [B, S] True on real positions.
+
+    sequence: B names, the cluster of every statistic. index: B positions in the dataset.
+    """
+
+    drafter: Tensor
+    verifier: Tensor
+    ids_by_drafter: Tensor
+    ids_by_verifier: Tensor
+    mask: Tensor
+    sequence: Sequence[str]
+    index: Sequence[int]
+    mode: Mode
+
+
+@dataclass(frozen=True)
+class Round:
+    """One draft-verify round. drafted: the draft tokens; n_accepted: how many the verifier agreed with; bonus: its own next token.
+
+    Times are seconds since the request began, on one clock. ``bonus`` is None when the request ended inside the accepted draft.
+    """
+
+    drafted: tuple[int, ...]
+    n_accepted: int
+    bonus: int | None
+    draft_start_s: float
+    draft_end_s: float
+    verify_start_s: float
+    verify_end_s: float
+    phase: Literal["prefill_hiding", "decode"] = "decode"
+
+
+@dataclass(frozen=True)
+class Span:
+    """One bar of the timeline: what ran in which lane, seconds since the request began."""
+
+    lane: Literal["drafter", "adapter", "verifier"]
+    what: str
+    start_s: float
+    end_s: float
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What one request produced. ids: without the prompt, cut after the first EOS (EOS kept) or at the maximum length."""
+
+    ids: tuple[int, ...]
+    finish: Literal["eos", "length"]
+    rounds: tuple[Round, ...] = ()
+    spans: tuple[Span, ...] = ()
+    first_token_s: float = 0.0
+    total_s: float = 0.0
+
+
+# --- the decoder handle --------------------------------------------------------------------------------------------------
+
+
+class State(Protocol):
+    """A decoder's KV cache with what the last position said. length: cached positions. hidden: [D], logits: [V] at the last position."""
+
+    length: int
+    hidden: Tensor
+    logits: Tensor
+
+
+@runtime_checkable
+class DecoderHandle(Protocol):
+    """What the decoding engine needs of a model, and nothing more (no tokenizer, no file, no plot).
+
+    ``[prompt | a b c] -> rollback(state, len(prompt) + 2) -> [prompt | a b] -> extend(state, [x]) -> [prompt | a b x]``
+    """
+
+    hidden_size: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    def prefill(self, sample: Any) -> State:
+        """Run the prompt; ``state.hidden``/``state.logits`` predict the first answer token."""
+
+    def extend(self, state: State, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """Append ids int64 [n] to the cache (in place). Returns hidden [n, D] and logits [n, V]; row i predicts the token after ids[i]."""
+
+    def rollback(self, state: State, length: int) -> None:
+        """Forget every cached position >= length (in place); state.hidden/logits are stale until the next extend."""
+
+    def lm_head(self, hidden: Tensor) -> Tensor:
+        """[..., D] post-norm states to [..., V] logits."""
+
+
+# --- files ---------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``target``; on success sync and rename, on failure remove it and leave the target as it was.
+
+    Raises: StorageError when the disk is full or the folder cannot be written.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise _storage_error(target, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _storage_error(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _storage_error(target: Path, error: OSError) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(f"cannot write {target}: the disk is full; free space or choose another output folder and run again (nothing was lost)")
+    return StorageError(f"cannot write {target}: {error.strerror or error}; check the folder's permissions or choose another one")
+
+
+def atomic_write(target: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write bytes or UTF-8 text through :func:`atomic_path`."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(target: str | os.PathLike[str], value: Any) -> None:
+    """Atomic, sorted, indented JSON: the same value gives the same bytes."""
+    atomic_write(target, json.dumps(value, indent=1, sort_keys=True, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # numpy and torch scalars
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def sha256_of(*paths: str | os.PathLike[str]) -> str:
+    """Hex digest over the bytes of the files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- provenance and seeds ---------------------------------------------------------------------------------------------------
+
+_PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bitsandbytes", "papermill", "safetensors")
+
+
+def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu", **extra: Any) -> dict[str, Any]:
+    """Where a number came from: git revision (and whether the tree was dirty), versions, seed, data hash, device, command."""
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "git_revision": _git("rev-parse", "HEAD") or "unknown",
+        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+        "versions": versions,
+        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
+        "seed": seed,
+        "data_hash": data_hash,
+        "device": device,
+        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
+        **extra,
+    }
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch where they are already imported; call after importing what draws."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
