@@ -1,0 +1,46 @@
+# `make` prints this list. Every target that needs the environment makes it first (once; tools/setup_env.py says what it does).
+.DEFAULT_GOAL := help
+.PHONY: help env demo test lab pair check unit nb-check nb-test nb-refresh lock clean
+
+PYTHON  ?= python3
+XSD     := .venv/bin/xsd
+JOBS    ?= 2
+NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+# One thread for each test worker, and no progress bars or hub look-ups, so that outputs are the same everywhere.
+QUIET   := OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0
+
+help:            ## this list
+	@grep -hE '^[a-z-]+: .*##|^[a-z-]+:  *##' Makefile | sed -E 's/:[^#]*##/ :/' | awk -F ' : ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+env:             ## .venv with everything pinned (the other targets call it)
+	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not on the PATH; install Python 3.11 or newer and run make again"; exit 1; }
+	@$(PYTHON) tools/setup_env.py
+
+demo: env        ## the main job on the embedded pair; the report is reports/demo/index.html
+	@$(XSD) demo
+
+test: env nb-check unit nb-test   ## everything that is checked: lint, unit tests, notebooks re-run and compared
+
+lab: env         ## JupyterLab in notebooks/
+	@.venv/bin/jupyter lab --notebook-dir=notebooks
+
+pair: env        ## train the embedded pair again (2 CPU cores: up to 2 hours; resumes)
+	@$(XSD) pair
+
+check: env       ## seconds: lint, layers, house rules, notebook hygiene
+	@.venv/bin/ruff check .
+	@$(QUIET) .venv/bin/python -m pytest -q tests/test_layers.py tests/test_house.py
+	@$(MAKE) --no-print-directory nb-check
+
+unit: env        ## unit tests
+	@echo "test: lint"
+	@.venv/bin/ruff check .
+	@echo "test: unit tests on $(JOBS) workers"
+	@$(QUIET) .venv/bin/python -m pytest -q -n $(JOBS) --dist loadfile tests
+
+nb-check: env    ## notebook hygiene, nothing executed
+nb-test: env     ## run every notebook and compare the golden cells (nbval)
+nb-refresh: env  ## run every notebook and store its outputs; read the diff afterwards
+
+lock: env        ## write constraints.txt from what is installed in .venv
+	@$(PYTHON) tools/setup_env.py --lock
