@@ -2,7 +2,8 @@
 
 The model is v2e's (Hu et al. 2021) on ESIM's linear interpolation in time (Rebecq et al. 2018): log intensity, an intensity-dependent
 low-pass, one contrast threshold per pixel and polarity, refractory time, leak and shot noise. One deviation: the log intensity is
-``ln(I + 20)`` instead of the textbook lin-log, which fires five times too often on real 8-bit frames (noise in dark pixels looks like contrast).
+``ln(I + 20)`` instead of the textbook lin-log, which fires five times too often on real 8-bit frames (noise in dark pixels looks
+like contrast).
 
 State is kept as the difference ``d = Lp - base`` between the low-passed log intensity and the level memorised at the pixel's last event,
 because float32 resolves a small difference better than two large levels. ``d`` always stays between -threshold_off and threshold_on:
@@ -113,7 +114,9 @@ class DvsSimulator:
     def _level(self, luminance: np.ndarray) -> np.ndarray:
         frame = np.asarray(luminance)
         if frame.shape != (self.height, self.width):
-            raise EventError(f"the event camera sees {self.height}x{self.width} pixels (height x width) but was shown an array of shape {frame.shape}")
+            raise EventError(
+                f"the event camera sees {self.height}x{self.width} pixels (height x width) but was shown an array of shape {frame.shape}"
+            )
         level = frame.reshape(-1).astype(np.float32)
         if not (level.min() >= 0 and level.max() <= _WHITE):  # written so that NaN fails too
             raise EventError(f"luminance must lie in 0…255; got {level.min()}…{level.max()} (scale the frame first)")
@@ -171,7 +174,7 @@ class DvsSimulator:
         return pixel[kept], time[kept], polarity[kept]
 
     def _shot_events(self, level: np.ndarray, start_us: int, duration_us: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Noise events, which also reset their pixel's ``d``. Each pixel fires with p = (R/2) dt (1 - 0.75 (I + 20) / 275), ON and OFF each.
+        """Noise events, which also reset their pixel's ``d``. Chance per pixel: (R/2) dt (1 - 0.75 (I + 20) / 275), ON and OFF each.
 
         A uniformly drawn subset of binomial size, thinned by brightness, is exactly that independent draw and touches few pixels.
         """
@@ -184,9 +187,9 @@ class DvsSimulator:
             pixel = self.generator.choice(level.size, n, replace=False)
             pixel = pixel[self.generator.random(n) < 1 - 0.75 * level[pixel] / (_WHITE + self.config.offset)]
             time = start_us + self.generator.integers(1, duration_us + 1, pixel.size)
+            # also drops noise drawn before the pixel's own event of this interval: a pixel's events stay in order and apart
             kept = time - self._last_event_us[pixel] >= self.config.refractory_us
             pixel, time = pixel[kept], time[kept]
-            # a noise event may be drawn earlier than a signal event of the same interval only if the test above dropped it
             self._last_event_us[pixel] = time
             self._difference[pixel] = 0
             pixels.append(pixel)
@@ -217,7 +220,9 @@ def simulate_events(
     times = [int(time) for time in times_us]
     frames = frames if isinstance(frames, np.ndarray) else list(frames)
     if len(frames) == 0 or len(frames) != len(times):
-        raise EventError(f"simulating events needs at least one frame and one time for each; got {len(frames)} frames and {len(times)} times")
+        raise EventError(
+            f"simulating events needs at least one frame and one time for each; got {len(frames)} frames and {len(times)} times"
+        )
     height, width = np.shape(frames[0])
     simulator = DvsSimulator(height, width, config, generator)
     return event_streams.join([simulator.step(frame, time) for frame, time in zip(frames, times, strict=True)])
