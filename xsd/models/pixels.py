@@ -1,0 +1,100 @@
+"""Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them, without torchvision.
+
+It lives here and not in ``sensors`` because the sizes, means and deviations belong to a checkpoint (docs/architecture.md).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from xsd.core import CheckpointError, DatasetError, write_json
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+
+@dataclass(frozen=True)
+class PixelSpec:
+    """How a checkpoint wants its images. resize: shortest edge, crop: side of the centre crop, in pixels. mean, std: per RGB channel."""
+
+    resize: int
+    crop: int
+    mean: tuple[float, float, float] = CLIP_MEAN
+    std: tuple[float, float, float] = CLIP_STD
+
+    def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
+        """N images uint8 [H,W,3] to float32 [N,3,crop,crop]."""
+        return _pixels(images, self.resize, self.crop, self.mean, self.std)
+
+    def write(self, folder: str | Path) -> None:
+        """Write preprocessor_config.json in transformers' layout."""
+        write_json(Path(folder) / _FILES[0], {
+            "image_processor_type": "CLIPImageProcessor", "do_resize": True, "do_center_crop": True, "do_rescale": True,
+            "do_normalize": True, "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255,
+            "size": {"shortest_edge": self.resize}, "crop_size": {"height": self.crop, "width": self.crop},
+            "image_mean": list(self.mean), "image_std": list(self.std),
+        })  # fmt: skip
+
+
+def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
+    """The first preprocessor configuration found in the folders, else CLIP's with ``image_size``.
+
+    Raises: CheckpointError if a file is not JSON or its crop is not the tower's ``image_size``.
+    """
+    for folder in folders:
+        for name in _FILES if folder else ():
+            path = folder / name
+            if not path.is_file():
+                continue
+            try:
+                found = json.loads(path.read_text())
+            except ValueError as error:
+                raise CheckpointError(f"{path} is not JSON ({error}); copy it again from the original checkpoint") from error
+            found = found.get("video_processor") or found.get("image_processor") or found
+            if "image_mean" not in found and "size" not in found:
+                continue
+            size = found.get("size", image_size)
+            size = size if isinstance(size, int) else size.get("shortest_edge") or size.get("height") or image_size
+            crop = found.get("crop_size", size) if found.get("do_center_crop", True) else size
+            crop = crop if isinstance(crop, int) else crop["height"]
+            if crop != image_size:
+                raise CheckpointError(
+                    f"{path} crops to {crop} pixels but the vision tower reads {image_size}; use the preprocessor file of this tower"
+                )
+            return PixelSpec(size, crop, tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD)))
+    return PixelSpec(image_size, image_size)
+
+
+def clip_pixels(images: Sequence[np.ndarray], size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """N images uint8 [H,W,3] to float32 [N,3,size,size]: bicubic to the shortest edge, centre crop, /255, normalised."""
+    return _pixels(images, size, size, mean, std)
+
+
+def _pixels(images: Sequence[np.ndarray], resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    if len(images) == 0:
+        raise DatasetError("there is no image to preprocess: a sample needs at least one event frame and one video frame")
+    rows = []
+    for image in images:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise DatasetError(f"an image is {image.dtype} {list(image.shape)}; uint8 [H, W, 3] is expected")
+        height, width = image.shape[:2]
+        # transformers truncates the longer edge (int), it does not round.
+        if height <= width:
+            new_height, new_width = resize, int(resize * width / height)
+        else:
+            new_height, new_width = int(resize * height / width), resize
+        if (new_height, new_width) != (height, width):
+            image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
+        top, left = (new_height - crop) // 2, (new_width - crop) // 2
+        rows.append(image[top : top + crop, left : left + crop])
+    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(torch.float64).mul(1 / 255).to(torch.float32)
+    return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).contiguous()

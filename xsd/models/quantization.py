@@ -1,0 +1,78 @@
+"""Number formats of the weights: dtype names, bitsandbytes configurations, and what a loaded model weighs.
+
+Only the decoder's linear layers are quantised: bitsandbytes by itself leaves ``lm_head`` alone and nothing else, so vision towers
+and projectors are named here (docs/models.md, "Number formats").
+"""
+
+from __future__ import annotations
+
+import resource
+import sys
+from collections import Counter
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import BitsAndBytesConfig
+
+from xsd.core import ParameterError
+
+DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+    "float16": torch.float16, "fp16": torch.float16,
+}  # fmt: skip
+KEPT_WHOLE = (
+    "lm_head", "visual_tower", "visual_projector", "feature_adaptor", "video_tower", "image_tower", "vision_tower", "multi_modal_projector",
+    "vision_resampler",
+)  # fmt: skip
+"""Modules never quantised, by name: heads, vision towers and projectors of both models."""
+
+
+def dtype_of(name: str | torch.dtype) -> torch.dtype:
+    """``"float32" | "bfloat16" | "float16"`` (or fp32, bf16, fp16) to a torch dtype. Raises: ParameterError for another name."""
+    if isinstance(name, torch.dtype):
+        return name
+    if name not in DTYPES:
+        raise ParameterError(f"dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def quantization_config(quant: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
+    """``None``, ``"4bit"`` (NF4, double quantisation) or ``"8bit"`` (LLM.int8). dtype: the compute dtype of 4-bit layers.
+
+    Raises: ParameterError for another name.
+    """
+    if quant is None:
+        return None
+    if quant == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+            llm_int8_skip_modules=list(KEPT_WHOLE),
+        )  # fmt: skip
+    if quant == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_WHOLE))
+    raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
+
+
+def dtype_map(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Per top module (two levels of names) the number of stored values by dtype: what was quantised and what was not."""
+    found: dict[str, Counter[str]] = {}
+    for name, parameter in model.named_parameters():
+        parts = name.split(".")
+        top = ".".join(parts[:2]) if parts[0] == "model" else parts[0]
+        found.setdefault(top, Counter())[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+    return {top: dict(counts) for top, counts in found.items()}
+
+
+def weight_bytes(model: nn.Module) -> int:
+    """Bytes the parameters and buffers take in memory."""
+    tensors: dict[int, Any] = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def peak_memory_bytes(device: str | torch.device = "cpu") -> int:
+    """Peak since start: of the CUDA allocator on a GPU, of the process (resident set) on a CPU."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
