@@ -169,6 +169,7 @@ def lock(root=ROOT):
     """Write constraints.txt from what .venv holds, keeping its comments; torch without its local tag, so that every build satisfies it."""
     pip = [os.path.join(root, ".venv", "bin", "python"), "-m", "pip", "freeze", "--exclude-editable"]
     lines = subprocess.check_output([*pip, "--exclude", "pip", "--exclude", "setuptools"]).decode().splitlines()
+    lines = [line for line in lines if not line.startswith(("nvidia-", "cuda-", "triton"))]  # they come with torch's CUDA build only
     path = os.path.join(root, "constraints.txt")
     with open(path) as file:
         comments = [line.rstrip("\n") for line in file if line.startswith("#")]

@@ -1,0 +1,154 @@
+"""Safe writing, hashes, provenance and seeds: what every room leans on."""
+
+import errno
+import hashlib
+import json
+import os
+import random
+import stat
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from xsd import core
+
+
+def leftovers(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir() if path.name.endswith(".part"))
+
+
+@settings(max_examples=25)
+@given(data=st.binary(max_size=4096))
+def test_written_bytes_are_the_bytes_given(tmp_path_factory, data):
+    target = tmp_path_factory.mktemp("bytes") / "new" / "file.bin"
+    core.atomic_write(target, data)
+    assert target.read_bytes() == data
+    assert leftovers(target.parent) == []
+
+
+def test_text_is_written_as_utf8_with_the_usual_permissions(tmp_path):
+    core.atomic_write(tmp_path / "text.txt", "γ = 5")
+    assert (tmp_path / "text.txt").read_bytes() == "γ = 5".encode()
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE((tmp_path / "text.txt").stat().st_mode) == 0o666 & ~umask
+
+
+def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file.txt"
+    core.atomic_write(target, "old")
+    with pytest.raises(RuntimeError, match="half way"), core.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError("half way")
+    assert target.read_text() == "old"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("where", ["fsync", "replace"])
+def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, monkeypatch, where):
+    target = tmp_path / "file.txt"
+    core.atomic_write(target, "old")
+
+    def full(*_arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, where, full)
+    with pytest.raises(core.StorageError) as caught:
+        core.atomic_write(target, "new")
+    assert str(caught.value) == (
+        f"cannot write {target}: the disk is full; free space or choose another output folder and run again (nothing was lost)"
+    )
+    assert target.read_text() == "old"
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the kernel's always full device")
+def test_a_really_full_device_is_a_storage_error(tmp_path):
+    with pytest.raises(core.StorageError, match="the disk is full"), core.atomic_path(tmp_path / "file.txt"), open("/dev/full", "wb") as device:
+        device.write(b"x" * 100_000)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
+    (tmp_path / "taken").write_text("a file, not a folder")
+    with pytest.raises(core.StorageError, match=r"cannot write .*taken.*check the folder's permissions or choose another one"):
+        core.atomic_write(tmp_path / "taken" / "file.txt", "new")
+
+
+def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
+    target = tmp_path / "file.txt"
+    core.atomic_write(target, "old")
+    code = (
+        "import os, signal, sys; from xsd import core\n"
+        "with core.atomic_path(sys.argv[1]) as temporary:\n"
+        "    temporary.write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(target)], cwd=core.ROOT, check=False)
+    assert done.returncode == -9
+    assert target.read_text() == "old"
+
+
+def test_json_of_the_same_value_is_the_same_bytes(tmp_path):
+    @dataclass(frozen=True)
+    class Record:
+        path: Path
+        rate: float
+
+    core.write_json(tmp_path / "a.json", {"b": Record(Path("x"), 0.5), "a": np.float32(0.25), "c": torch.tensor([1, 2]), "d": np.arange(2)})
+    core.write_json(tmp_path / "b.json", {"d": [0, 1], "c": [1, 2], "a": 0.25, "b": {"rate": 0.5, "path": "x"}})
+    assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
+    assert json.loads((tmp_path / "a.json").read_text())["b"] == {"path": "x", "rate": 0.5}
+
+
+def test_json_refuses_what_has_no_json_form(tmp_path):
+    with pytest.raises(TypeError, match="object has no JSON form"):
+        core.write_json(tmp_path / "a.json", {"a": object()})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_hash_is_over_the_files_in_the_order_given(tmp_path):
+    first, second = tmp_path / "1", tmp_path / "2"
+    first.write_bytes(b"ab" * (1 << 19) + b"c")
+    second.write_bytes(b"d")
+    assert core.sha256_of(first, second) == hashlib.sha256(first.read_bytes() + b"d").hexdigest()
+    assert core.sha256_of(second, first) != core.sha256_of(first, second)
+
+
+def test_provenance_says_where_a_number_came_from():
+    origin = core.provenance(seed=7, data_hash="abc", device="cpu", profile="smoke")
+    assert {"git_revision", "git_dirty", "versions", "machine", "seed", "data_hash", "device", "command", "profile"} == set(origin)
+    assert origin["seed"] == 7 and origin["profile"] == "smoke"
+    assert origin["versions"]["torch"].startswith("2.13.0")
+    assert isinstance(origin["git_dirty"], bool)
+    json.dumps(origin)
+
+
+def test_a_seed_repeats_python_numpy_and_torch():
+    def draw():
+        core.seed_all(3)
+        return random.random(), float(np.random.random()), float(torch.rand(()))
+
+    assert draw() == draw()
+
+
+def test_the_key_of_a_sample_names_its_question():
+    def sample(question):
+        return core.Sample("drive_000", "000003", question, [], np.zeros((8, 4, 4, 3), np.uint8))
+
+    assert sample("What is ahead?").key != sample("What time is it?").key
+    assert sample("What is ahead?").key == sample("What is ahead?").key
+    assert sample("What is ahead?").key.startswith("drive_000/000003/")
+
+
+def test_every_error_is_one_the_command_line_prints_as_a_sentence():
+    errors = [value for value in vars(core).values() if isinstance(value, type) and issubclass(value, Exception)]
+    assert len(errors) >= 11
+    assert all(issubclass(error, core.XsdError) and error.__doc__ for error in errors)
