@@ -1,0 +1,183 @@
+"""Event frames, sampled video and CLIP pixels against slow or foreign references."""
+
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from xsd.core import EventError, VideoError
+from xsd.sensors import frames
+from xsd.sensors.events import Events
+
+
+def stream(n, width=20, height=15, seed=0):
+    draw = np.random.default_rng(seed)
+    x, y = draw.integers(0, width, n).astype(np.uint16), draw.integers(0, height, n).astype(np.uint16)
+    return Events(x, y, np.sort(draw.integers(0, 50_000, n)), draw.integers(0, 2, n).astype(np.uint8), width, height)
+
+
+def paint_slowly(x, y, p, width, height):
+    picture = np.full((height, width, 3), 255, np.uint8)
+    for i in range(len(x)):
+        picture[y[i], x[i]] = (0, 0, 255) if p[i] == 0 else (255, 0, 0)
+    return picture
+
+
+@settings(max_examples=25, deadline=None)
+@given(n=st.integers(5, 400), n_frames=st.integers(1, 5), seed=st.integers(0, 50), canvas=st.sampled_from(["slice", "sensor"]))
+def test_event_frames_are_those_of_the_event_by_event_loop(n, n_frames, seed, canvas):
+    events = stream(n, seed=seed)
+    pictures = frames.event_frames(events, n_frames, canvas=canvas)
+    assert len(pictures) == n_frames
+    for k, picture in enumerate(pictures):
+        own = slice(k * (n // n_frames), n if k == n_frames - 1 else (k + 1) * (n // n_frames))
+        x, y, p = events.x[own], events.y[own], events.p[own]
+        size = (int(x.max()) + 1, int(y.max()) + 1) if canvas == "slice" else (20, 15)
+        assert np.array_equal(picture, paint_slowly(x, y, p, *size))
+
+
+def test_the_last_event_at_a_pixel_wins():
+    twice = Events(np.array([1, 1], np.uint16), np.array([0, 0], np.uint16), np.array([3, 4]), np.array([1, 0], np.uint8), 2, 1)
+    assert frames.event_frames(twice, 1, canvas="sensor")[0].tolist() == [[[255, 255, 255], [0, 0, 255]]]
+
+
+def test_time_slices_have_equal_durations():
+    events = Events(np.arange(4, dtype=np.uint16), np.zeros(4, np.uint16), np.array([0, 1, 2, 100]), np.ones(4, np.uint8), 4, 1)
+    first, second = frames.event_frames(events, 2, canvas="sensor", by="time")
+    assert (first == [255, 0, 0]).all(axis=2).tolist() == [[True, True, True, False]]
+    assert (second == [255, 0, 0]).all(axis=2).tolist() == [[False, False, False, True]]
+    with pytest.raises(EventError, match="time slice 1 of 4 holds no event"):
+        frames.event_frames(events, 4, by="time")
+
+
+def test_the_sensor_canvas_of_an_unknown_sensor_is_the_whole_streams():
+    events = stream(50)
+    unknown = Events(events.x, events.y, events.t_us, events.p)
+    assert {picture.shape for picture in frames.event_frames(unknown, 5, canvas="sensor")} == {(events.y.max() + 1, events.x.max() + 1, 3)}
+
+
+def test_event_frames_are_much_faster_than_the_loop():
+    events = stream(60_000, 640, 480)
+    started = time.perf_counter()
+    paint_slowly(events.x, events.y, events.p, 640, 480)
+    slow = time.perf_counter() - started
+    fast = []
+    for _ in range(5):
+        started = time.perf_counter()
+        frames.event_frames(events, 1, canvas="sensor")
+        fast.append(time.perf_counter() - started)
+    assert slow > 50 * min(fast)
+
+
+@pytest.mark.parametrize(
+    ("n", "n_frames", "message"), [(4, 5, "holds 4 events, too few for 5 event frames"), (9, 0, "0 event frames were asked")]
+)
+def test_too_few_events_are_refused(n, n_frames, message):
+    with pytest.raises(EventError, match=message):
+        frames.event_frames(stream(n), n_frames)
+
+
+def test_events_outside_the_sensor_are_refused():
+    events = stream(30)
+    with pytest.raises(EventError, match="but the sensor is 5x5"):
+        frames.event_frames(Events(events.x, events.y, events.t_us, events.p, 5, 5), 5)
+
+
+@given(n=st.integers(1, 300), n_frames=st.integers(2, 40))
+def test_uniform_indices_are_the_floor_of_linspace_computed_exactly(n, n_frames):
+    indices = frames.uniform_indices(n, n_frames)
+    assert indices[0] == 0
+    assert indices[-1] == n - 1
+    assert np.abs(np.array(indices) - np.linspace(0, n - 1, n_frames)).max() < 1
+    assert all(index <= exact + 1e-9 for index, exact in zip(indices, np.linspace(0, n - 1, n_frames), strict=True))
+
+
+def test_eight_of_twenty_frames_are_dsecs():
+    assert frames.uniform_indices(20, 8) == [0, 2, 5, 8, 10, 13, 16, 19] == np.linspace(0, 19, 8).astype(int).tolist()
+    assert frames.uniform_indices(3, 8) == [0, 0, 0, 0, 1, 1, 1, 2]
+    assert frames.uniform_indices(9, 1) == [0]
+
+
+def write_images(folder, n=10, size=(6, 8)):
+    folder.mkdir()
+    pictures = np.random.default_rng(0).integers(0, 256, (n, *size, 3)).astype(np.uint8)
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"{i:06d}.png")
+    return pictures
+
+
+def test_a_folder_of_images_is_sampled_in_order_of_name(tmp_path):
+    pictures = write_images(tmp_path / "clip")
+    (tmp_path / "clip" / "notes.txt").write_text("not an image")
+    assert np.array_equal(frames.read_video(tmp_path / "clip"), pictures[frames.uniform_indices(10, 8)])
+
+
+def test_grey_images_become_rgb(tmp_path):
+    (tmp_path / "clip").mkdir()
+    Image.fromarray(np.full((4, 5), 77, np.uint8)).save(tmp_path / "clip" / "0.png")
+    assert frames.read_video(tmp_path / "clip", 2).tolist() == np.full((2, 4, 5, 3), 77).tolist()
+
+
+def write_mp4(path, n=20):
+    av = pytest.importorskip("av")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        for i in range(n):
+            picture = np.full((24, 32, 3), i * 10, np.uint8)
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+
+
+def test_an_mp4_is_decoded_and_sampled(tmp_path):
+    write_mp4(tmp_path / "a.mp4")
+    video = frames.read_video(tmp_path / "a.mp4")
+    assert video.shape == (8, 24, 32, 3)
+    assert np.abs(video.mean(axis=(1, 2, 3)) - np.array(frames.uniform_indices(20, 8)) * 10).max() < 5
+
+
+def test_videos_without_a_frame_or_that_do_not_decode_are_named(tmp_path):
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(VideoError, match="empty holds no frame"):
+        frames.read_video(tmp_path / "empty")
+    with pytest.raises(VideoError, match="there is no such video file"):
+        frames.read_video(tmp_path / "missing.mp4")
+    (tmp_path / "bad.mp4").write_bytes(b"this is not a video" * 50)
+    with pytest.raises(VideoError, match="does not decode as a video"):
+        frames.read_video(tmp_path / "bad.mp4")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "0.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    with pytest.raises(VideoError, match=r"0\.png does not decode as an image"):
+        frames.read_video(tmp_path / "bad")
+    write_mp4(tmp_path / "whole.mp4")
+    (tmp_path / "cut.mp4").write_bytes((tmp_path / "whole.mp4").read_bytes()[:600])
+    with pytest.raises(VideoError, match=r"does not decode as a video|holds no video frame"):
+        frames.read_video(tmp_path / "cut.mp4")
+
+
+def test_images_of_two_sizes_are_no_video(tmp_path):
+    write_images(tmp_path / "clip", 2)
+    Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(tmp_path / "clip" / "9.png")
+    with pytest.raises(VideoError, match="differ in size"):
+        frames.read_video(tmp_path / "clip")
+
+
+@pytest.mark.parametrize("shape", [(96, 128), (128, 96), (260, 346), (56, 56), (31, 101), (480, 640)])
+def test_clip_pixels_equal_those_of_transformers(shape):
+    pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
+    images = [np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8) for i in range(2)]
+    theirs = pil.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})(images, return_tensors="np")
+    ours = frames.clip_pixels(images, 56).numpy()
+    assert ours.dtype == np.float32
+    assert np.abs(ours - theirs["pixel_values"]).max() <= 1e-6
+
+
+def test_clip_pixels_take_images_of_several_sizes_and_refuse_others():
+    assert frames.clip_pixels([np.zeros((40, 50, 3), np.uint8), np.zeros((64, 33, 3), np.uint8)], 32).shape == (2, 3, 32, 32)
+    with pytest.raises(VideoError, match="no image"):
+        frames.clip_pixels([], 32)
+    with pytest.raises(VideoError, match=r"uint8 \[H, W, 3\]; got float32 \[4, 4\]"):
+        frames.clip_pixels([np.zeros((4, 4), np.float32)], 32)

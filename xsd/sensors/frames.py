@@ -1,0 +1,160 @@
+"""Pictures: event frames, video frames, CLIP pixels (docs/sensors.md, section 4).
+
+An event frame is a white canvas on which each event paints its pixel, blue for OFF and red for ON, the last one winning.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from xsd.core import EventError, VideoError
+from xsd.sensors.events import Events
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_OFF, _ON, _WHITE = 0, 1, 2
+_PALETTE = np.array([(0, 0, 255), (255, 0, 0), (255, 255, 255)], np.uint8)
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
+
+Canvas = Literal["slice", "sensor"]
+
+
+def event_frames(
+    events: Events, n_frames: int = 5, *, canvas: Canvas = "slice", by: Literal["count", "time"] = "count"
+) -> list[np.ndarray]:
+    """Cut a stream into slices and paint each one.
+
+    Args: events: in order of time. canvas: ``slice`` is the official picture size (the slice's largest x and y, plus one), ``sensor`` the
+        sensor's (the stream's largest x and y where its size is unknown). by: ``count`` is the official cut, N // n_frames events each and
+        the rest in the last; ``time`` cuts the span from first to last event into equal durations.
+    Returns: n_frames images uint8 [H, W, 3].
+    Raises: EventError for fewer events than frames, events outside the sensor, or an empty slice on the slice canvas.
+    """
+    if n_frames < 1:
+        raise EventError(f"{n_frames} event frames were asked for; at least one is needed")
+    if len(events) < n_frames:
+        raise EventError(f"the stream holds {len(events)} events, too few for {n_frames} event frames; choose a longer window")
+    if by == "count":
+        bounds = [i * (len(events) // n_frames) for i in range(n_frames)] + [len(events)]
+    else:
+        edges = np.linspace(events.t_us[0], events.t_us[-1], n_frames + 1)[1:-1]
+        bounds = [0, *np.searchsorted(events.t_us, edges).tolist(), len(events)]
+    width = events.width if events.width is not None else int(events.x.max()) + 1
+    height = events.height if events.height is not None else int(events.y.max()) + 1
+    if events.x.max() >= width or events.y.max() >= height:
+        raise EventError(f"events reach x {events.x.max()}, y {events.y.max()} but the sensor is {width}x{height} (width x height)")
+
+    pictures = []
+    for k, (first, last) in enumerate(itertools.pairwise(bounds)):
+        x, y, p = events.x[first:last], events.y[first:last], events.p[first:last]
+        if canvas == "slice":
+            if len(x) == 0:
+                raise EventError(
+                    f"time slice {k} of {n_frames} holds no event, so its canvas has no size; use canvas='sensor' or by='count'"
+                )
+            width, height = int(x.max()) + 1, int(y.max()) + 1
+        painted = np.full(height * width, _WHITE, np.uint8)
+        painted[y.astype(np.intp) * width + x] = p  # where a pixel is named twice, numpy keeps the last
+        pictures.append(_PALETTE[painted].reshape(height, width, 3))
+    return pictures
+
+
+def uniform_indices(n_available: int, n_frames: int) -> list[int]:
+    """floor(linspace(0, n_available - 1, n_frames)): the same frames in extraction, training and benchmark.
+
+    Raises: VideoError when nothing is available.
+
+    >>> uniform_indices(20, 8)
+    [0, 2, 5, 8, 10, 13, 16, 19]
+    """
+    if n_available < 1 or n_frames < 1:
+        raise VideoError(f"cannot sample {n_frames} frames from {n_available}; a video needs at least one frame")
+    if n_frames == 1:
+        return [0]
+    return [i * (n_available - 1) // (n_frames - 1) for i in range(n_frames)]  # whole numbers: no rounding to go wrong
+
+
+def read_image(path: str | Path) -> np.ndarray:
+    """One image file as uint8 [H, W, 3]. Raises: VideoError when it is missing or does not decode."""
+    try:
+        with Image.open(path) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError as error:
+        raise VideoError(f"{path}: there is no such image") from error
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        raise VideoError(f"{path} does not decode as an image ({error}); write it again") from error
+
+
+def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
+    """Uniformly sampled frames of a video file, or of a folder of .png and .jpg in order of name.
+
+    Returns: uint8 [n_frames, H, W, 3].
+    Raises: VideoError when it is missing, holds no frame, does not decode, or its images differ in size.
+    """
+    path = Path(path)
+    if path.is_dir():
+        images = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith("."))
+        if not images:
+            raise VideoError(f"{path} holds no frame; expected .png or .jpg images")
+        chosen = [images[i] for i in uniform_indices(len(images), n_frames)]
+        decoded = {image: read_image(image) for image in dict.fromkeys(chosen)}
+        if len({picture.shape for picture in decoded.values()}) > 1:
+            raise VideoError(f"{path}: the images differ in size; the frames of a video must all have the same")
+        return np.stack([decoded[image] for image in chosen])
+    if not path.is_file():
+        raise VideoError(f"{path}: there is no such video file or folder of images")
+    return _read_video_file(path, n_frames)
+
+
+def _read_video_file(path: Path, n_frames: int) -> np.ndarray:
+    try:
+        import av
+    except ImportError as error:
+        raise VideoError(f"{path}: reading video files needs the package av (pip install av); or give a folder of .png images") from error
+    try:
+        # Counting first keeps one frame in memory at a time; the container's own count is often wrong or missing.
+        with av.open(str(path)) as container:
+            n_available = sum(1 for _ in container.decode(video=0)) if container.streams.video else 0
+        if n_available == 0:
+            raise VideoError(f"{path} holds no video frame")
+        wanted = uniform_indices(n_available, n_frames)
+        with av.open(str(path)) as container:
+            decoded = {i: frame.to_ndarray(format="rgb24") for i, frame in enumerate(container.decode(video=0)) if i in wanted}
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it again") from error
+    return np.stack([decoded[i] for i in wanted])
+
+
+def clip_pixels(images: Sequence[np.ndarray], size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
+    """What transformers' CLIPImageProcessor (PIL backend) makes: bicubic to the shortest edge, centre crop, /255, normalised.
+
+    Args: images: N of uint8 [H, W, 3], sizes may differ. size: pixels. Returns: float32 torch [N, 3, size, size].
+    Raises: VideoError for no image or another shape or type.
+    """
+    import torch
+
+    squares = []
+    for image in images:
+        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+            raise VideoError(f"an image must be uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}")
+        height, width = image.shape[:2]
+        # transformers truncates the longer edge
+        new_height, new_width = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+        if (new_height, new_width) != (height, width):
+            image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
+        top, left = (new_height - size) // 2, (new_width - size) // 2
+        squares.append(image[top : top + size, left : left + size])
+    if not squares:
+        raise VideoError("there is no image to turn into pixels; at least one is needed")
+    scaled = (np.stack(squares).transpose(0, 3, 1, 2) * (1 / 255)).astype(np.float32)
+    normalised = (scaled - np.array(mean, np.float32)[:, None, None]) / np.array(std, np.float32)[:, None, None]
+    return torch.from_numpy(np.ascontiguousarray(normalised))
