@@ -1,0 +1,41 @@
+"""The baseline every speed-up is measured against: greedy decoding, one token a step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from xsd.core import DecoderHandle, Generation, ParameterError
+from xsd.decode.overlap import Timeline
+
+
+@torch.inference_mode()
+def generate(verifier: DecoderHandle, sample: Any, max_new_tokens: int, clock: Callable[[], float] = time.perf_counter) -> Generation:
+    """Greedy continuation of ``sample``: ids up to and with the first EOS, or ``max_new_tokens`` of them.
+
+    ``[prompt] -> a -> [prompt | a] -> b -> ... -> EOS``; the last token is never fed back (nothing would read its row).
+
+    Returns: Generation without rounds; spans "prefill" and one "step" a further token, in the verifier's lane.
+    Raises: ParameterError if max_new_tokens < 1.
+    """
+    check_length(max_new_tokens)
+    timeline = Timeline(clock)
+    with timeline.span("verifier", "prefill"):
+        state = verifier.prefill(sample)
+        ids = [int(state.logits.argmax())]
+    first_token_s = timeline.now()
+    while ids[-1] not in verifier.eos_token_ids and len(ids) < max_new_tokens:
+        with timeline.span("verifier", "step"):
+            _, logits = verifier.extend(state, torch.tensor(ids[-1:], device=state.logits.device))
+            ids.append(int(logits[-1].argmax()))
+    finish = "eos" if ids[-1] in verifier.eos_token_ids else "length"
+    return Generation(tuple(ids), finish, (), timeline.spans(), first_token_s, timeline.now())
+
+
+def check_length(max_new_tokens: int) -> None:
+    """Raises: ParameterError unless at least one token is asked for."""
+    if max_new_tokens < 1:
+        raise ParameterError(f"max_new_tokens is {max_new_tokens}; ask for at least 1")

@@ -1,0 +1,102 @@
+"""Two lanes at once: the verifier prefills here while the drafter works in a second thread, and every bar is measured.
+
+Nothing is modelled: the time saved by hiding the drafter behind the verifier's prefill is what the clock says, contention included
+(docs/decoding.md, "Prefill hiding"). torch releases the interpreter lock inside its operators, which is what makes two threads worth it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
+from typing import Literal, TypeVar
+
+import torch
+
+from xsd.core import ParameterError, Span
+
+Prefilled = TypeVar("Prefilled")
+Drafted = TypeVar("Drafted")
+Stop = Callable[[], bool]
+Overlap = Literal["threads", "serial"]
+
+
+class Timeline:
+    """Spans of one request on one clock; lanes in two threads may write to it at the same time.
+
+    On a GPU a span ends when its Python call returns; spans that read a token back (prefill, verify, each draft) are therefore
+    complete, an adapter span alone may only cover the launch.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
+        self._origin = clock()
+        self._spans: list[Span] = []
+
+    def now(self) -> float:
+        """Seconds since the request began."""
+        return self._clock() - self._origin
+
+    @contextlib.contextmanager
+    def span(self, lane: Literal["drafter", "adapter", "verifier"], what: str) -> Iterator[None]:
+        """Record the block as one bar, also when it raises."""
+        start = self.now()
+        try:
+            yield
+        finally:
+            self._spans.append(Span(lane, what, start, self.now()))
+
+    def spans(self) -> tuple[Span, ...]:
+        """All bars so far, by start time."""
+        return tuple(sorted(self._spans, key=lambda span: (span.start_s, span.end_s)))
+
+
+def run_lanes(prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted], overlap: Overlap = "threads") -> tuple[Prefilled, Drafted]:
+    """Run the verifier's ``prefill`` and the drafter's ``draft(stop)`` and return both results.
+
+    "threads": at the same time; ``stop()`` turns True the moment the prefill is done (or has failed).
+    "serial": one after the other, ``draft`` first and ``stop()`` always False, so that both modes compute the same thing.
+
+    Raises: whatever either lane raised (the prefill's error first), after both lanes have come to rest; ParameterError for another mode.
+    """
+    if overlap == "serial":
+        drafted = draft(lambda: False)
+        return prefill(), drafted
+    if overlap != "threads":
+        raise ParameterError(f"overlap is {overlap!r}, expected 'threads' or 'serial'")
+    done = threading.Event()
+    future = _worker(os.getpid()).submit(_draft_lane, draft, done.is_set)
+    try:
+        prefilled = prefill()
+    finally:
+        done.set()
+        wait([future])
+    return prefilled, future.result()
+
+
+def _draft_lane(draft: Callable[[Stop], Drafted], stop: Stop) -> Drafted:
+    with torch.inference_mode(), _own_stream():  # both are per thread
+        return draft(stop)
+
+
+@contextlib.contextmanager
+def _own_stream() -> Iterator[None]:
+    """On CUDA the lane needs a stream of its own, or it would queue behind the prefill; its results are complete on exit."""
+    if not torch.cuda.is_initialized():
+        yield
+        return
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.default_stream())
+    with torch.cuda.stream(stream):
+        yield
+    stream.synchronize()
+
+
+@functools.lru_cache(maxsize=1)
+def _worker(process: int) -> ThreadPoolExecutor:
+    """One lasting thread a process: a new one for each request would build a new OpenMP team each time. Keyed by process: threads do not fork."""
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="xsd-drafter")
