@@ -212,9 +212,7 @@ def test_spans_and_rounds_lie_on_one_clock():
     ticks = itertools.count()
     track = proposers.DrafterTrack(ToyDecoder((4,)))
     drafts = proposers.AdapterProposer(track, CopyAdapter(), lambda h: h, WIDTH)
-    got = speculative.generate(
-        ToyDecoder(), drafts, BODY, gamma=2, max_new_tokens=9, overlap="serial", clock=lambda: float(next(ticks))
-    )
+    got = speculative.generate(ToyDecoder(), drafts, BODY, gamma=2, max_new_tokens=9, overlap="serial", clock=lambda: float(next(ticks)))
     assert {(s.lane, s.what) for s in got.spans} == {
         ("drafter", "prefill"), ("drafter", "draft"), ("adapter", "adapter"), ("verifier", "prefill"), ("verifier", "verify"),
         ("verifier", "step"),

@@ -55,7 +55,9 @@ class Timeline:
         return tuple(sorted(self._spans, key=lambda span: (span.start_s, span.end_s)))
 
 
-def run_lanes(prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted], overlap: Overlap = "threads") -> tuple[Prefilled, Drafted]:
+def run_lanes(
+    prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted], overlap: Overlap = "threads"
+) -> tuple[Prefilled, Drafted]:
     """Run the verifier's ``prefill`` and the drafter's ``draft(stop)`` and return both results.
 
     "threads": at the same time; ``stop()`` turns True the moment the prefill is done (or has failed).
@@ -98,5 +100,5 @@ def _own_stream() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _worker(process: int) -> ThreadPoolExecutor:
-    """One lasting thread a process: a new one for each request would build a new OpenMP team each time. Keyed by process: threads do not fork."""
+    """One lasting thread a process (a new one for each request would build a new OpenMP team); keyed by process, as threads do not fork."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="xsd-drafter")

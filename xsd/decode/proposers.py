@@ -212,7 +212,9 @@ class AdapterProposer(_Drafting):
 
     def next_token(self, drafts: Sequence[int]) -> int:
         if self.needs_verifier and self.verifier_states.length == 0:
-            raise ParameterError("this adapter reads verifier states and none exist yet; draft in the prefill with a first_proposer instead")
+            raise ParameterError(
+                "this adapter reads verifier states and none exist yet; draft in the prefill with a first_proposer instead"
+            )
         drafter_states = None
         if self.track is not None:
             self.track.follow([*self.known, *drafts])

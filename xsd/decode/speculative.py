@@ -47,7 +47,8 @@ def generate(
 
     gamma: drafts a round. hide_prefill: draft while the verifier prefills, as many tokens as fit until it is done, at most
     ``gamma_prefill`` (default: the whole answer; with overlap="serial", where nothing ends the drafting, gamma). first_proposer drafts
-    that phase in place of ``proposer`` (an L4 before an L5F, which needs verifier states). overlap: "threads" (really concurrent) or "serial".
+    that phase in place of ``proposer`` (an L4 before an L5F, which needs verifier states). overlap: "threads" (really concurrent) or
+    "serial".
 
     Returns: Generation. Its rounds account for every token: ``sum(n_accepted + (bonus is not None)) == len(ids)``; the first has phase
     "prefill_hiding" (with no drafts where none were ready). ``first_token_s`` is the end of the verifier's prefill, when token 0 is known.
@@ -60,7 +61,9 @@ def generate(
         proposer = TwoPhase(first_proposer, proposer)
     timeline = lanes.Timeline(clock)
     room = max_new_tokens - 1  # the bonus fills the last place
-    hidden_drafts = min(room, gamma_prefill or (gamma if overlap == "serial" else room)) if hide_prefill and not proposer.needs_verifier else 0
+    hidden_drafts = min(room, gamma_prefill or (gamma if overlap == "serial" else room))
+    if not hide_prefill or proposer.needs_verifier:
+        hidden_drafts = 0
 
     def prefill() -> tuple[Any, int, float]:
         with timeline.span("verifier", "prefill"):

@@ -1,0 +1,126 @@
+"""The losslessness certificate: identical, a tie proven by its margin, or a divergence; with its control and its negative control."""
+
+import pytest
+import torch
+from toy_decoder import EOS, WIDTH, ToyDecoder
+
+from xsd.core import LosslessError, ParameterError
+from xsd.decode import autoregressive, certificate, proposers, speculative
+
+BODY = (3, 1, 4, 1, 5, 9, 2, 6)
+NOISE = 2e-4
+
+
+class RoundingDecoder(ToyDecoder):
+    """Logits 5 for its token; passes over many rows are off by NOISE, so that the runner-up wins where the margin is below it."""
+
+    def __init__(self, tie_at=None, margin=1e-4, defect=NOISE):
+        super().__init__()
+        self.tie_at, self.margin, self.defect = tie_at, margin, defect
+
+    def extend(self, state, ids):
+        start = len(state.ids)
+        hidden, _ = super().extend(state, ids)
+        logits = 5 * hidden
+        for i in range(len(ids)):
+            token = int(hidden[i].argmax())
+            if start + i + 1 == self.tie_at:
+                logits[i, (token + 1) % WIDTH] = 5 - self.margin
+            if len(ids) > 1:
+                logits[i, token] -= self.defect
+        state.hidden = state.logits = logits[-1]
+        return logits, logits
+
+
+def speculate(verifier, length=8):
+    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known) : len(known) + gamma])
+    return speculative.generate(verifier, right, BODY, gamma=3, max_new_tokens=length, overlap="serial").ids
+
+
+def test_equal_ids_are_identical_and_cost_nothing():
+    verifier = ToyDecoder()
+    assert certificate.certify(verifier, BODY, BODY, list(BODY)).outcome == "identical"
+    assert verifier.rows_fed == []
+
+
+def test_a_tie_that_rounding_decides_is_proven_by_its_margin():
+    verifier = RoundingDecoder(tie_at=5)
+    reference = autoregressive.generate(verifier, BODY, 8).ids
+    candidate = speculate(verifier)
+    assert candidate != reference  # the many-row pass really picked the other token
+    verdict = certificate.certify(verifier, BODY, reference, candidate)
+    assert (verdict.outcome, verdict.position) == ("near-tie", 5)
+    assert verdict.reference_token == 9 and verdict.candidate_token == 10
+    assert verdict.margin == pytest.approx(1e-4, abs=1e-5) and verdict.floor.largest == pytest.approx(NOISE, rel=0.01)
+
+
+def test_the_same_token_with_a_margin_above_the_noise_is_a_divergence():
+    verifier = RoundingDecoder(tie_at=5, margin=0.01)
+    reference = autoregressive.generate(verifier, BODY, 8).ids
+    verdict = certificate.certify(verifier, BODY, reference, (*reference[:5], 10, *reference[6:]))
+    assert verdict.outcome == "divergence" and "below the best, the noise allows" in verdict.reason
+
+
+def test_what_follows_a_tie_must_be_the_verifiers_own_too():
+    verifier = RoundingDecoder(tie_at=5)
+    reference = autoregressive.generate(verifier, BODY, 8).ids
+    good = speculate(verifier)
+    broken = (*good[:6], 1 + good[6] % (WIDTH - 1), *good[7:])
+    verdict = certificate.certify(verifier, BODY, reference, broken)
+    assert verdict.outcome == "divergence" and "after the candidate's own prefix" in verdict.reason
+    cut_short = certificate.certify(verifier, BODY, reference, good[:7])
+    assert cut_short.outcome == "divergence" and "without EOS" in cut_short.reason
+
+
+def test_a_defect_of_the_many_row_pass_does_not_raise_its_own_tolerance():
+    verifier = RoundingDecoder(tie_at=5, margin=1.0, defect=3.0)
+    reference = autoregressive.generate(verifier, BODY, 8).ids
+    verdict = certificate.certify(verifier, BODY, reference, speculate(verifier))
+    assert verdict.outcome == "divergence" and "no rounding" in verdict.reason
+
+
+@pytest.mark.parametrize("candidate,longer", [(BODY[:5], "reference"), ((*BODY, 7), "candidate")])
+def test_an_answer_that_only_ends_elsewhere_is_a_divergence(candidate, longer):
+    verdict = certificate.certify(ToyDecoder(), BODY, BODY, candidate)
+    assert verdict.outcome == "divergence" and verdict.reason.startswith(f"the {longer} goes on")
+
+
+def test_negative_control_a_broken_rollback_is_found():
+    class Forgetful(ToyDecoder):
+        """Leaves one refused draft in the cache at every rollback."""
+
+        def rollback(self, state, length):
+            if state.length > length + 1:
+                super().rollback(state, length + 1)
+
+    reference = autoregressive.generate(ToyDecoder(), BODY, 8).ids
+    wrong_third = proposers.OracleProposer(lambda known, gamma: [*BODY[len(known) : len(known) + 1], 7, 7][:gamma])
+    candidate = speculative.generate(Forgetful(), wrong_third, BODY, gamma=3, max_new_tokens=8, overlap="serial").ids
+    verdict = certificate.certify(ToyDecoder(), BODY, reference, candidate)
+    assert verdict.outcome == "divergence"
+    with pytest.raises(LosslessError, match="1 outputs differ from the verifier's own, first seq/1 at token"):
+        certificate.require_lossless([("seq/0", certificate.Verdict("identical")), ("seq/1", verdict)])
+
+
+def test_a_near_tie_passes_only_where_it_is_allowed():
+    tie = certificate.Verdict("near-tie", 5, reason="close")
+    certificate.require_lossless([("a", tie)], allow_near_ties=True)
+    with pytest.raises(LosslessError, match="near-tie: close"):
+        certificate.require_lossless([("a", tie)])
+
+
+def test_control_arm_says_identical_on_a_repeatable_machine():
+    assert [v.outcome for v in certificate.control(ToyDecoder(), [BODY, (*BODY[:3], EOS)], 8)] == ["identical"] * 2
+
+
+def test_noise_floor_is_calibrated_over_many_samples():
+    floor = certificate.noise_floor(RoundingDecoder(), [BODY, BODY[:4]], [BODY, BODY[:4]])
+    assert floor.n == 7 + 3 and floor.largest == pytest.approx(NOISE, rel=0.01)
+    assert certificate.noise_floor(ToyDecoder(), [BODY], [BODY]).largest == 0.0
+    with pytest.raises(ParameterError, match="calibrate on longer answers"):
+        certificate.noise_floor(ToyDecoder(), [BODY], [BODY[:1]])
+
+
+def test_logits_of_both_passes_are_read_at_the_same_positions():
+    one, many = (f(ToyDecoder(), BODY, BODY) for f in (certificate._one_row, certificate._many_rows))
+    assert torch.equal(one, many) and one.argmax(-1).tolist() == list(BODY)
