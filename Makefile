@@ -1,6 +1,6 @@
 # `make` prints this list. Every target that needs the environment makes it first (once; tools/setup_env.py says what it does).
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab pair check unit nb-check nb-test nb-refresh lock clean
+.PHONY: help env demo test lab pair check unit nb-check nb-test nb-refresh lock hooks
 
 PYTHON  ?= python3
 XSD     := .venv/bin/xsd
@@ -44,3 +44,6 @@ nb-refresh: env  ## run every notebook and store its outputs; read the diff afte
 
 lock: env        ## write constraints.txt from what is installed in .venv
 	@$(PYTHON) tools/setup_env.py --lock
+
+hooks: env       ## run lint and house rules before each commit
+	@.venv/bin/pre-commit install
