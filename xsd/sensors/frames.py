@@ -21,8 +21,6 @@ if TYPE_CHECKING:
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
-_OFF, _ON, _WHITE = 0, 1, 2
-_PALETTE = np.array([(0, 0, 255), (255, 0, 0), (255, 255, 255)], np.uint8)
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 Canvas = Literal["slice", "sensor"]
@@ -53,18 +51,27 @@ def event_frames(
     if events.x.max() >= width or events.y.max() >= height:
         raise EventError(f"events reach x {events.x.max()}, y {events.y.max()} but the sensor is {width}x{height} (width x height)")
 
-    pictures = []
-    for k, (first, last) in enumerate(itertools.pairwise(bounds)):
-        x, y, p = events.x[first:last], events.y[first:last], events.p[first:last]
-        if canvas == "slice":
-            if len(x) == 0:
+    cuts = list(itertools.pairwise(bounds))
+    sizes = [(width, height)] * n_frames
+    if canvas == "slice":
+        for k, (first, last) in enumerate(cuts):
+            if first == last:
                 raise EventError(
                     f"time slice {k} of {n_frames} holds no event, so its canvas has no size; use canvas='sensor' or by='count'"
                 )
-            width, height = int(x.max()) + 1, int(y.max()) + 1
-        painted = np.full(height * width, _WHITE, np.uint8)
-        painted[y.astype(np.intp) * width + x] = p  # where a pixel is named twice, numpy keeps the last
-        pictures.append(_PALETTE[painted].reshape(height, width, 3))
+            sizes[k] = int(events.x[first:last].max()) + 1, int(events.y[first:last].max()) + 1
+
+    # One block for all pictures and one channel at a time: many times as fast as a picture and a colour at a time.
+    offsets = [0, *itertools.accumulate(3 * width * height for width, height in sizes)]
+    block = np.full(offsets[-1], 255, np.uint8)
+    pictures = []
+    for (first, last), (width, height), (begin, end) in zip(cuts, sizes, itertools.pairwise(offsets), strict=True):
+        painted = block[begin:end]
+        red_byte = (events.y[first:last].astype(np.intp) * width + events.x[first:last]) * 3
+        painted[red_byte] = 255 * events.p[first:last]  # where a pixel is named twice, numpy keeps the last
+        painted[red_byte + 1] = 0
+        painted[red_byte + 2] = 255 * (1 - events.p[first:last])
+        pictures.append(painted.reshape(height, width, 3))
     return pictures
 
 

@@ -1,0 +1,317 @@
+"""The dataset folder: clips of events and video with an index, read as users have it, written the same way (docs/sensors.md, section 5).
+
+    <root>[/<split>]/EventGPT_Instruction_Subset.json   list of {id, split, event_data, video_data, mp4_data, event_image, event_image_1f}
+        event_npy/<seq>/<clip>.npy   event_image/<seq>/<clip>_0.png … _4.png   event_image_1f/<seq>/<clip>_0.png
+        video/<seq>/<clip>/*.png     mp4/<seq>/<clip>.mp4 (optional)           questions.json, facts.json (optional)
+
+Our own folders add ``t_us`` and ``source`` to an index entry; a folder without them reads unchanged. Clips of one sequence overlap, so
+everything statistical goes by sequence.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xsd.core import DatasetError, Sample, StorageError, write_json
+from xsd.sensors import events as event_streams
+from xsd.sensors import frames
+from xsd.sensors.events import Events
+
+INDEX = "EventGPT_Instruction_Subset.json"
+QUESTIONS = "questions.json"
+FACTS = "facts.json"
+_CONTENT = ("event_npy", "event_image", "event_image_1f", "video", "mp4")
+
+
+@dataclass(frozen=True)
+class ClipRecord:
+    """Where one clip's files are. Only ``root`` and the index have been looked at: a file may be missing until it is asked for."""
+
+    root: Path
+    split: str | None
+    id: str
+    sequence: str
+    clip: str
+    events_path: Path
+    event_images: tuple[Path, ...]
+    event_images_1f: tuple[Path, ...]
+    video_dir: Path
+    mp4_path: Path
+    t_us: tuple[int, int] | None = None
+    source: str | None = None
+
+
+# --- reading -------------------------------------------------------------------------------------------------------------
+
+
+def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
+    """The clips of a dataset folder, in the order of its index.
+
+    With a split, ``root/<split>`` is taken where it has an index, else the entries of ``root`` with that split. Without one and without an
+    index in ``root``, all subfolders that have an index, in order of name.
+
+    Raises: DatasetError for a missing folder or index, a malformed entry, or a split with no clip.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise DatasetError(f"{root}: there is no such dataset folder")
+    if split is not None and (root / split / INDEX).is_file():
+        return _records(root / split)
+    if (root / INDEX).is_file():
+        records = _records(root)
+        if split is not None:
+            splits = sorted({str(record.split) for record in records})
+            records = [record for record in records if record.split == split]
+            if not records:
+                raise DatasetError(f"{root / INDEX} has no clip of split {split!r}; it has: {', '.join(splits) or 'no clip at all'}")
+        return records
+    found = sorted(path.parent for path in root.glob(f"*/{INDEX}"))
+    if split is not None or not found:
+        places = f"{root / split} nor in {root}" if split is not None else f"{root} nor in its subfolders"
+        have = f" (splits found: {', '.join(path.name for path in found)})" if found else ""
+        raise DatasetError(f"there is no {INDEX} in {places}{have}; give the folder that holds it")
+    return [record for path in found for record in _records(path)]
+
+
+def _records(root: Path) -> list[ClipRecord]:
+    entries = _read_json(root / INDEX)
+    if not isinstance(entries, list):
+        raise DatasetError(f"{root / INDEX} holds a {type(entries).__name__}; expected a list of clips")
+    records = []
+    for number, entry in enumerate(entries):
+        try:
+            records.append(_record(root, entry))
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
+            raise DatasetError(
+                f"{root / INDEX}: entry {number} is malformed ({reason}); a clip needs id, event_data and video_data"
+            ) from error
+    return records
+
+
+def _record(root: Path, entry: Mapping[str, Any]) -> ClipRecord:
+    events = _inside(entry["event_data"])
+    video = _inside(entry["video_data"])
+    mp4 = _inside(entry.get("mp4_data") or f"{video}.mp4")
+    t_us = entry.get("t_us")
+    return ClipRecord(
+        root=root,
+        split=entry.get("split"),
+        id=str(entry["id"]),
+        sequence=events.parent.as_posix(),
+        clip=events.stem,
+        events_path=root / "event_npy" / events,
+        event_images=tuple(root / "event_image" / _inside(name) for name in entry.get("event_image") or ()),
+        event_images_1f=tuple(root / "event_image_1f" / _inside(name) for name in entry.get("event_image_1f") or ()),
+        video_dir=root / "video" / video,
+        mp4_path=root / "mp4" / mp4,
+        t_us=None if t_us is None else (int(t_us[0]), int(t_us[1])),
+        source=entry.get("source"),
+    )
+
+
+def _inside(name: str) -> Path:
+    path = Path(name)
+    if path.is_absolute() or ".." in path.parts:
+        raise ValueError(f"path {name!r} leaves the folder")
+    return path
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DatasetError(f"{path}: there is no such file") from error
+    except (OSError, ValueError) as error:
+        raise DatasetError(f"{path} is not readable as JSON ({error}); write it again") from error
+
+
+def load_events(record: ClipRecord) -> Events:
+    """The clip's events, checked. Raises: DatasetError when the file is missing, EventError when it is bad."""
+    if not record.events_path.is_file():
+        raise DatasetError(f"clip {record.id}: there is no event file {record.events_path}")
+    return event_streams.read_events(record.events_path)
+
+
+def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5, canvas: frames.Canvas | None = None) -> Sample:
+    """One clip with one question, as both models see it.
+
+    Event frames are the stored images where there are ``n_event_frames`` of them and no canvas is asked for, else painted from the events
+    on ``canvas`` (``slice`` by default). Video is 8 frames, uniformly sampled from the folder of images, else from the mp4.
+
+    Raises: DatasetError for a question of zero length or missing files; EventError and VideoError for bad ones.
+    """
+    if not question.strip():
+        raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
+    stored = {len(paths): paths for paths in (record.event_images, record.event_images_1f)}.get(n_event_frames, ())
+    if canvas is None and stored and all(path.is_file() for path in stored):
+        pictures = [frames.read_image(path) for path in stored]
+    else:
+        pictures = frames.event_frames(load_events(record), n_event_frames, canvas=canvas or "slice")
+    return Sample(
+        sequence=record.sequence,
+        clip=record.clip,
+        question=question,
+        event_frames=pictures,
+        video=load_video(record),
+        t_us=record.t_us,
+        split=record.split,
+        source=record.source or record.root.name,
+    )
+
+
+def load_video(record: ClipRecord, n_frames: int = 8) -> np.ndarray:
+    """uint8 [n_frames, H, W, 3] from the folder of images, else from the mp4. Raises: DatasetError when the clip has neither."""
+    if record.video_dir.is_dir():
+        return frames.read_video(record.video_dir, n_frames)
+    if record.mp4_path.is_file():
+        return frames.read_video(record.mp4_path, n_frames)
+    raise DatasetError(f"clip {record.id} has no video: neither the folder {record.video_dir} nor the file {record.mp4_path} is there")
+
+
+def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> None:
+    """Write ``[{question, count}, …]``, the most frequent first (ties keep their order)."""
+    write_json(path, [{"question": text, "count": int(count)} for text, count in sorted(questions, key=lambda item: -item[1])])
+
+
+def read_questions(path: str | Path, n: int = 10) -> list[str]:
+    """The n most frequent questions of a file (or of a folder's questions.json). Raises: DatasetError for a malformed or empty list."""
+    path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
+    entries = _read_json(path)
+    try:
+        ordered = sorted(entries, key=lambda entry: -entry.get("count", 0))
+        questions = [str(entry["question"]) for entry in ordered][:n]
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DatasetError(f"{path} is malformed; expected a list of {{question, count}}") from error
+    if not questions or not all(question.strip() for question in questions):
+        raise DatasetError(f"{path} holds no question, or one of zero length; expected a list of {{question, count}}")
+    return questions
+
+
+def read_facts(root: str | Path) -> dict[str, Any]:
+    """What is true of each clip, by its id; empty where the folder does not say (real recordings)."""
+    path = Path(root) / FACTS
+    return _read_json(path) if path.is_file() else {}
+
+
+def data_hash(root: str | Path) -> str:
+    """sha256 over names and bytes of the index, questions, facts and every file of the layout, in order of name."""
+    root = Path(root)
+    roots = [root] if (root / INDEX).is_file() else sorted(path.parent for path in root.glob(f"*/{INDEX}"))
+    if not roots:
+        raise DatasetError(f"there is no {INDEX} in {root} nor in its subfolders; give the folder that holds it")
+    files = []
+    for place in roots:
+        files += [place / name for name in (INDEX, QUESTIONS, FACTS) if (place / name).is_file()]
+        for name in _CONTENT:
+            files += [path for path in (place / name).rglob("*") if path.is_file() and not path.name.startswith(".")]
+    digest = hashlib.sha256()
+    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
+        content = path.read_bytes()
+        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+    return digest.hexdigest()
+
+
+# --- writing -------------------------------------------------------------------------------------------------------------
+
+
+class FolderWriter:
+    """Write clips into ``root`` (the folder that holds the index). The index comes last, so a broken run leaves no half clip in it.
+
+    A folder that already has an index is added to; a clip of the same name is replaced. Use as a context manager, or call :meth:`close`.
+    """
+
+    def __init__(self, root: str | Path, split: str, *, source: str | None = None) -> None:
+        self.root, self.split, self.source = Path(root), split, source
+        self._entries: dict[str, dict[str, Any]] = {}
+        self._facts: dict[str, Any] = {}
+        self._splits: dict[str, str] = {}
+        if (self.root / INDEX).is_file():
+            for record, entry in zip(_records(self.root), _read_json(self.root / INDEX), strict=True):
+                self._entries[record.id] = entry
+                self._splits[record.sequence] = str(record.split)
+            self._facts = read_facts(self.root)
+
+    def add(
+        self,
+        sequence: str,
+        clip: str,
+        *,
+        events: Events,
+        video: np.ndarray,
+        event_frames: Sequence[np.ndarray] | None = None,
+        t_us: tuple[int, int] | None = None,
+        facts: Any = None,
+    ) -> str:
+        """Write one clip's files and remember its entry.
+
+        Args: video: uint8 [n, H, W, 3], written frame by frame. event_frames: the five pictures; painted on the sensor canvas if not given.
+            t_us: start and end on the sensor clock. facts: anything JSON can hold.
+        Returns: the clip's id. Raises: DatasetError when the sequence is already in another split; StorageError when the disk is full.
+        """
+        other = self._splits.setdefault(sequence, self.split)
+        if other != self.split:
+            raise DatasetError(
+                f"sequence {sequence} is already in split {other!r}; clips of a sequence overlap, so it cannot also be in {self.split!r}"
+            )
+        pictures = frames.event_frames(events, 5, canvas="sensor") if event_frames is None else list(event_frames)
+        place, identity = f"{sequence}/{clip}", f"{sequence}/{clip}"
+        event_streams.write_events(self.root / "event_npy" / f"{place}.npy", events)
+        names = [f"{place}_{i}.png" for i in range(len(pictures))]
+        for name, picture in zip(names, pictures, strict=True):
+            _write_png(self.root / "event_image" / name, picture)
+        single = frames.event_frames(events, 1, canvas="sensor")[0] if len(events) else np.full_like(pictures[0], 255)
+        _write_png(self.root / "event_image_1f" / f"{place}_0.png", single)
+        for i, picture in enumerate(video):
+            _write_png(self.root / "video" / place / f"{i:06d}.png", picture)
+        self._entries[identity] = {
+            "id": identity,
+            "split": self.split,
+            "event_data": f"{place}.npy",
+            "video_data": place,
+            "mp4_data": f"{place}.mp4",
+            "event_image": names,
+            "event_image_1f": [f"{place}_0.png"],
+            "conversations": [],
+            **({"t_us": [int(t_us[0]), int(t_us[1])]} if t_us is not None else {}),
+            **({"source": self.source} if self.source is not None else {}),
+        }
+        if facts is not None:
+            self._facts[identity] = facts
+        return identity
+
+    def close(self) -> None:
+        """Write facts.json (if there are any) and the index, sorted by id."""
+        if self._facts:
+            write_json(self.root / FACTS, self._facts)
+        write_json(self.root / INDEX, [self._entries[key] for key in sorted(self._entries)])
+
+    def __enter__(self) -> FolderWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            self.close()
+
+
+def _write_png(path: Path, picture: np.ndarray) -> None:
+    """Plain writing, without a temporary name: nothing reads the file before the index lists it, and a clip has fourteen of them."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=6)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(buffer.getvalue())
+    except OSError as error:
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        way_out = "the disk is full; free space or choose another folder and run again" if full else f"{error.strerror or error}"
+        raise StorageError(f"cannot write {path}: {way_out}") from error
