@@ -24,7 +24,7 @@ from transformers.utils import logging as transformers_logging
 from xsd.core import ROOT, CheckpointError, PairError
 from xsd.models import keymap
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
-from xsd.models.handle import ModelHandle
+from xsd.models.handle import ModelHandle, Role
 from xsd.models.pixels import PixelSpec, read_pixel_spec
 from xsd.models.prompts import VIDEO_TOKEN
 from xsd.models.quantization import dtype_of, quantization_config
@@ -142,7 +142,7 @@ def load_drafter(
     if config.mm_use_im_start_end:
         _check_event_marks(tokenizer, folder, config.vocab_size)
     pixels = read_pixel_spec(folder, tower_folder, image_size=config.tower_config().image_size)
-    return ModelHandle(model, tokenizer, "drafter", pixels, draft_vocab_size=_text_tokens(tokenizer, model), name=folder.name)
+    return _handle(model, tokenizer, "drafter", pixels, folder, quant)
 
 
 def _tower_folder(folder: Path, raw: dict[str, Any], override: str | Path | None, *, needed: bool) -> Path | None:
@@ -238,19 +238,20 @@ def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch
         skeleton = mapped(config)
     _check_video_model(skeleton, folder, raw.get("model_type"))
     with _quiet():
-        model, info = _from_pretrained(AutoModelForImageTextToText, folder, dtype, device, quant)
+        model, info = _from_pretrained(AutoModelForImageTextToText, folder, dtype, device, quant, ignore_mismatched_sizes=True)
     missing = sorted(info["missing_keys"])
     if missing and all("image_tower." in name for name in missing):
         model.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
         missing = []
     unexpected = [name for name in info["unexpected_keys"] if not name.endswith(keymap.IGNORED)]
-    report = keymap.KeyReport(tuple(missing), tuple(sorted(unexpected)))
-    if missing or unexpected:
+    mismatched = {name: (tuple(disk), tuple(expected)) for name, disk, expected in info["mismatched_keys"]}
+    report = keymap.KeyReport(tuple(missing), tuple(sorted(unexpected)), mismatched)
+    if missing or unexpected or mismatched:
         raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {report}; check config.json or download it again")
     _check_finite(model, folder)
     tokenizer = _tokenizer(folder)
     pixels = read_pixel_spec(folder, image_size=config.vision_config.image_size)
-    return ModelHandle(model, tokenizer, "verifier", pixels, draft_vocab_size=_text_tokens(tokenizer, model), name=folder.name)
+    return _handle(model, tokenizer, "verifier", pixels, folder, quant)
 
 
 def _check_video_model(model: nn.Module, folder: Path, model_type: str | None) -> None:
@@ -299,6 +300,13 @@ def _tokenizer(folder: Path) -> Any:
         )
     with _quiet():
         return AutoTokenizer.from_pretrained(folder)
+
+
+def _handle(model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, folder: Path, quant: str | None) -> ModelHandle:
+    handle = ModelHandle(model, tokenizer, role, pixels, draft_vocab_size=_text_tokens(tokenizer, model), name=folder.name)
+    if quant is not None and handle.device.type == "cpu":
+        handle.weights_hash()  # bitsandbytes repacks 4-bit weights at the first CPU forward: take the identity before that
+    return handle
 
 
 def _text_tokens(tokenizer: Any, model: nn.Module) -> int:

@@ -21,11 +21,10 @@ DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
     "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
-KEPT_WHOLE = (
-    "lm_head", "visual_tower", "visual_projector", "feature_adaptor", "video_tower", "image_tower", "vision_tower", "multi_modal_projector",
-    "vision_resampler",
-)  # fmt: skip
-"""Modules never quantised, by name: heads, vision towers and projectors of both models."""
+_VISION = ("visual_tower", "visual_projector", "feature_adaptor", "video_tower", "image_tower", "vision_tower", "multi_modal_projector")
+KEPT_WHOLE = ("lm_head", *(f"model.{name}" for name in _VISION))
+"""Modules never quantised, by full name: transformers matches from the start of the path, so a bare "video_tower" would
+match nothing below ``model.`` and the tower would be quantised without a word."""
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
