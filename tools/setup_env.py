@@ -126,7 +126,7 @@ def run_logged(command, log_path):
             line = raw.decode("utf-8", "replace")
             log.write(line)
             if line.startswith(("Collecting ", "Installing collected")):
-                print("  " + line.strip()[:100], flush=True)
+                print("  " + line.split(" (")[0].strip()[:100], flush=True)
         code = process.wait()
     if code:
         with open(log_path, encoding="utf-8", errors="replace") as log:
