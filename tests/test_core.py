@@ -71,7 +71,11 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, monkeypatc
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the kernel's always full device")
 def test_a_really_full_device_is_a_storage_error(tmp_path):
-    with pytest.raises(core.StorageError, match="the disk is full"), core.atomic_path(tmp_path / "file.txt"), open("/dev/full", "wb") as device:
+    with (
+        pytest.raises(core.StorageError, match="the disk is full"),
+        core.atomic_path(tmp_path / "file.txt"),
+        open("/dev/full", "wb") as device,
+    ):
         device.write(b"x" * 100_000)
     assert list(tmp_path.iterdir()) == []
 

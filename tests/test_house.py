@@ -176,7 +176,11 @@ def test_a_failed_install_says_why_and_where_the_log_is(log, way_out):
 
 
 def test_a_failing_installer_ends_in_one_sentence_and_keeps_its_log(tmp_path):
-    command = [sys.executable, "-c", "print('Collecting torch'); print('ERROR: No matching distribution found for torch'); raise SystemExit(1)"]
+    command = [
+        sys.executable,
+        "-c",
+        "print('Collecting torch'); print('ERROR: No matching distribution found for torch'); raise SystemExit(1)",
+    ]
     with pytest.raises(setup_env.SetupError, match="No matching distribution found for torch"):
         setup_env.run_logged(command, str(tmp_path / "install.log"))
     assert "Collecting torch" in (tmp_path / "install.log").read_text()

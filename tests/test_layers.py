@@ -118,7 +118,9 @@ def test_rooms_import_only_what_the_table_allows():
         stem = found.importer.rsplit(".", 1)[-1]
         also = set().union(*(names for (owner, prefix), names in EXTRA.items() if owner == room and stem.startswith(prefix)))
         if other not in ALLOWED.get(room, set()) | also:
-            wrong.append(f"{found.importer}:{found.line} imports {found.target}; {room} may import {sorted(ALLOWED.get(room, set()) | also)}")
+            wrong.append(
+                f"{found.importer}:{found.line} imports {found.target}; {room} may import {sorted(ALLOWED.get(room, set()) | also)}"
+            )
     assert not wrong, "\n".join(wrong)
 
 
@@ -129,7 +131,9 @@ def test_the_command_line_imports_inside_its_verbs():
 
 def test_modules_are_imported_never_package_faces():
     wrong = [
-        f"{found.importer}:{found.line} names {found.target}" for found in IMPORTS if found.target in FACES - {"xsd"} or found.target not in MODULES
+        f"{found.importer}:{found.line} names {found.target}"
+        for found in IMPORTS
+        if found.target in FACES - {"xsd"} or found.target not in MODULES
     ]
     assert not wrong, "import the module itself:\n" + "\n".join(wrong)
 
@@ -165,7 +169,9 @@ def test_decode_knows_no_tokenizer_no_file_no_plot():
 
 def test_core_needs_the_standard_library_only():
     code = "import sys, xsd.core; print(sorted({name.split('.')[0] for name in sys.modules} - set(sys.stdlib_module_names)))"
-    others = set(ast.literal_eval(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout))
+    others = set(
+        ast.literal_eval(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout)
+    )
     assert {name for name in others if not name.startswith(("_", "sitecustomize"))} == {"xsd"}
 
 
