@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Training: objectives, the adapter trainer, self-rollout, and the training of the embedded pair."""

@@ -1,0 +1,240 @@
+"""The levels: exact sizes, initialisation, no leak from the future, padding without effect, drafting position by position."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from xsd import core
+from xsd.adapters import attention, base, registry
+from xsd.core import MetricError, ParameterError
+
+WIDTH = 16
+REFERENCE_COUNTS = {
+    "L1": 2_113_537, "L2": 6_324_227, "L3": 16_797_698, "L4": 100_714_497, "L5": 102_819_841, "B1": 102_819_841, "L5F": 169_936_897, "P0":
+    154_556_416,
+}  # fmt: skip
+ALL = [*registry.LEVELS, "L4 bidirectional", "L5 tokens", "B1 tokens", "L5F tokens", "L5F lead 0"]
+VOCABULARY = 11
+
+
+def make(name: str, *, drafter_size: int | None = None, seed: int = 0) -> base.Adapter:
+    """An adapter whose every weight is random, so that nothing hides behind an initial zero."""
+    level, _, variant = name.partition(" ")
+    options = {"bidirectional": {"causal": False}, "tokens": {"vocab_size": VOCABULARY}, "lead 0": {"drafter_lead": 0}}.get(variant, {})
+    torch.manual_seed(seed)
+    adapter = registry.create_adapter(level, WIDTH, drafter_size=drafter_size, **options)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    if adapter.fuses_tokens:
+        adapter.set_token_embedding(torch.randn(VOCABULARY, WIDTH))
+    return adapter.eval()
+
+
+def make_batch(lengths: list[int], *, drafter_size: int = WIDTH, seed: int = 0) -> core.Batch:
+    generator = torch.Generator().manual_seed(seed)
+    shape = (len(lengths), max(lengths))
+    mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
+    return core.Batch(
+        torch.randn(*shape, drafter_size, generator=generator), torch.randn(*shape, WIDTH, generator=generator),
+        torch.randint(VOCABULARY, shape, generator=generator), torch.randint(VOCABULARY, shape, generator=generator),
+        mask, [f"s{i}" for i in range(shape[0])], list(range(shape[0])), "teacher_forced",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("level", REFERENCE_COUNTS)
+def test_parameter_counts_at_4096_are_the_references(level):
+    with torch.device("meta"):
+        assert registry.count_parameters(registry.create_adapter(level)) == REFERENCE_COUNTS[level]
+
+
+def test_causal_l4_has_the_parameters_of_the_bidirectional_one():
+    with torch.device("meta"):
+        assert registry.count_parameters(registry.create_adapter("L4", causal=False)) == REFERENCE_COUNTS["L4"]
+
+
+@pytest.mark.parametrize("level", ["L1", "L2"])
+def test_bottleneck_blocks_start_as_the_identity(level):
+    adapter, x = registry.create_adapter(level, WIDTH).eval(), torch.randn(2, 5, WIDTH)
+    for block in adapter.blocks:
+        assert torch.equal(block(x), x)
+    torch.testing.assert_close(adapter(x), nn.functional.layer_norm(x, (WIDTH,)))
+
+
+def test_wide_blocks_start_as_the_identity():
+    adapter, x = registry.create_adapter("L3", WIDTH).eval(), torch.randn(2, 5, WIDTH)
+    normed = nn.functional.layer_norm(x, (WIDTH,))
+    torch.testing.assert_close(adapter(x), nn.functional.layer_norm(normed, (WIDTH,)))
+
+
+def test_projections_start_as_the_identity_with_alpha_a_tenth():
+    for level in ("L4", "L5", "B1", "L5F"):
+        adapter = registry.create_adapter(level, WIDTH)
+        assert torch.equal(adapter.projection.weight, torch.eye(WIDTH))
+        assert adapter.alpha.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("level", [level for level in registry.LEVELS if level != "B1"])
+def test_other_drafter_width_goes_through_a_linear_map(level):
+    adapter = make(level, drafter_size=10)
+    aligned, target, ids, mask = adapter.align(make_batch([4, 6], drafter_size=10))
+    assert aligned.shape == target.shape == (2, 6 - adapter.shift, WIDTH)
+    assert ids.shape == mask.shape == (2, 6 - adapter.shift)
+
+
+def test_input_map_of_equal_widths_starts_as_the_identity():
+    x = torch.randn(1, 3, WIDTH)
+    torch.testing.assert_close(registry.create_adapter("L1", WIDTH, input_map=True).input_map(x), x)
+
+
+def test_layer_equals_torchs_own_encoder_layer():
+    ours = attention.TransformerLayer(WIDTH, n_heads=4, ffn=24, dropout=0.1).eval()
+    theirs = nn.TransformerEncoderLayer(WIDTH, 4, 24, 0.1, "gelu", batch_first=True, norm_first=True).eval()
+    pairs = [
+        ("attention_norm", theirs.norm1), ("attention_out", theirs.self_attn.out_proj), ("ffn_norm", theirs.norm2), ("ffn_up",
+        theirs.linear1),
+        ("ffn_down", theirs.linear2),
+    ]  # fmt: skip
+    for name, module in pairs:
+        getattr(ours, name).load_state_dict(module.state_dict())
+    ours.query_key_value.load_state_dict({"weight": theirs.self_attn.in_proj_weight, "bias": theirs.self_attn.in_proj_bias})
+    x, allowed = torch.randn(3, 7, WIDTH), base.causal_mask(7)
+    torch.testing.assert_close(ours(x, allowed), theirs(x, src_mask=~allowed))
+
+
+def test_compute_loss_is_mse_plus_half_of_one_minus_cosine():
+    adapter, x, target = make("L1"), torch.randn(2, 3, WIDTH), torch.randn(2, 3, WIDTH)
+    mask = torch.tensor([[True, True, False], [True, False, False]])
+    losses = adapter.compute_loss(x, target, mask)
+    rows = [(adapter(x)[b, t], target[b, t]) for b in range(2) for t in range(3) if mask[b, t]]
+    mse = torch.stack([((a - b) ** 2).mean() for a, b in rows]).mean()
+    cosine = torch.stack([a @ b / (a.norm() * b.norm()) for a, b in rows]).mean()
+    torch.testing.assert_close(losses["total_loss"], mse + 0.5 * (1 - cosine))
+    torch.testing.assert_close(losses["cos_sim"], cosine)
+
+
+def test_l5_loss_adds_half_of_the_next_states_loss():
+    adapter, x, target = make("L5"), torch.randn(2, 4, WIDTH), torch.randn(2, 4, WIDTH)
+    aligned = adapter(x)
+    here, later = base.alignment_loss(aligned, target), base.alignment_loss(aligned[:, :-1], target[:, 1:])
+    torch.testing.assert_close(adapter.compute_loss(x, target)["total_loss"], here["total_loss"] + 0.5 * later["total_loss"])
+
+
+def test_loss_of_nothing_is_refused():
+    with pytest.raises(MetricError, match="the mask leaves none"):
+        base.alignment_loss(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.zeros(1, 2, dtype=torch.bool))
+    with pytest.raises(MetricError, match="must have one shape"):
+        base.alignment_loss(torch.ones(1, 2, 4), torch.ones(1, 3, 4))
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10_000), position=st.integers(0, 6))
+def test_the_future_has_no_effect(name, seed, position):
+    """Everything that does not exist when position t is drafted is replaced by noise; the prediction of t stays the same."""
+    adapter, batch = make(name), make_batch([8, 8], seed=seed)
+    other = make_batch([8, 8], seed=seed + 1)
+    t = position + adapter.shift  # the verifier position that row `position` predicts
+    drafter, verifier, ids = batch.drafter.clone(), batch.verifier.clone(), batch.ids_by_verifier.clone()
+    drafter[:, t + 1 :] = other.drafter[:, t + 1 :]  # drafter[t] has read tokens 0…t-1, which are known
+    verifier[:, t:] = other.verifier[:, t:]
+    ids[:, t:] = other.ids_by_verifier[:, t:]
+    changed = core.Batch(drafter, verifier, batch.ids_by_drafter, ids, batch.mask, batch.sequence, batch.index, batch.mode)
+    with torch.no_grad():
+        torch.testing.assert_close(adapter.align(changed).aligned[:, position], adapter.align(batch).aligned[:, position])
+
+
+@pytest.mark.parametrize("name", ALL)
+@settings(max_examples=6)
+@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), extra=st.integers(0, 3))
+def test_padding_has_no_effect(name, seed, lengths, extra):
+    adapter = make(name)
+    batch = make_batch([max(lengths) + extra] * len(lengths), seed=seed)
+    mask = torch.arange(max(lengths) + extra) < torch.tensor(lengths)[:, None]
+    noisy = core.Batch(
+        batch.drafter.masked_fill(~mask[..., None], 1e3), batch.verifier.masked_fill(~mask[..., None], -1e3), batch.ids_by_drafter,
+        batch.ids_by_verifier, mask, batch.sequence, batch.index, batch.mode,
+    )  # fmt: skip
+    for training in (False, True):  # train mode shows the bidirectional L4 as it is trained; dropout is silenced
+        adapter.train(training)
+        for module in adapter.modules():
+            if hasattr(module, "dropout"):
+                module.dropout = nn.Dropout(0.0) if isinstance(module.dropout, nn.Module) else 0.0
+        with torch.no_grad():
+            result = adapter.align(noisy)
+            for row, length in enumerate(lengths):
+                alone = core.Batch(
+                    *(x[row : row + 1, :length] for x in (batch.drafter, batch.verifier, batch.ids_by_drafter, batch.ids_by_verifier)),
+                    torch.ones(1, length, dtype=torch.bool), ["s"], [0], batch.mode,
+                )  # fmt: skip
+                want = adapter.align(alone)
+                torch.testing.assert_close(result.aligned[row][result.mask[row]], want.aligned[0], atol=1e-4, rtol=1e-4)
+                assert torch.equal(result.target[row][result.mask[row]], want.target[0])
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_step_by_step_equals_the_whole_answer_at_once(name):
+    adapter, batch = make(name), make_batch([6])
+    with torch.no_grad():
+        aligned = adapter.align(batch).aligned[0]
+    for row in range(aligned.shape[0]):
+        t = row + adapter.shift
+        n_drafter = t + 1 if adapter.shift == 0 or adapter.drafter_lead else t
+        got = adapter.step(batch.drafter[0, :n_drafter], batch.verifier[0, :t], batch.ids_by_verifier[0, :t])
+        torch.testing.assert_close(got, aligned[row])
+
+
+@pytest.mark.parametrize("level", ["L1", "L2", "L3", "L4", "L5"])
+def test_translate_equals_align(level):
+    adapter, batch = make(level), make_batch([6])
+    torch.testing.assert_close(adapter.translate(batch.drafter[0]), adapter.align(batch).aligned[0].detach())
+
+
+@pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "B1 tokens", "L5F tokens"])
+def test_unroll_equals_feeding_predictions_back_one_by_one(name):
+    adapter, batch, steps = make(name), make_batch([7, 7]), 4
+    with torch.no_grad():
+        results = adapter.unroll(batch.drafter, batch.verifier, steps, batch.ids_by_verifier)
+    for row in range(2):
+        for start in range(6):
+            known = batch.verifier[row, : start + 1]
+            for k in range(1, min(steps, 6 - start) + 1):
+                drafter = batch.drafter[row, : len(known) + adapter.drafter_lead]
+                predicted = adapter.step(drafter, known, batch.ids_by_verifier[row, : len(known)])
+                torch.testing.assert_close(results[k - 1][row, start], predicted, atol=1e-4, rtol=1e-4)
+                known = torch.cat([known, predicted[None]])
+
+
+def test_tokens_of_verifier_states_are_read_off_when_not_given():
+    adapter = make("B1 tokens")
+    states = torch.randn(4, WIDTH)
+    tokens = (states @ adapter.token_embedding.T).argmax(-1)
+    assert torch.equal(adapter.step(None, states), adapter.step(None, states, tokens))
+
+
+def test_what_a_step_lacks_is_named():
+    with pytest.raises(ParameterError, match="L5F needs at least 3 drafter"):
+        make("L5F").step(torch.randn(2, WIDTH), torch.randn(2, WIDTH))
+    with pytest.raises(ParameterError, match="B1 needs at least 1 verifier"):
+        make("B1").step(None, None)
+    with pytest.raises(ParameterError, match="nothing to unroll"):
+        make("L5").unroll(None, torch.randn(1, 2, WIDTH), 2)
+    with pytest.raises(ParameterError, match="needs verifier states too"):
+        make("B1").translate(torch.randn(2, WIDTH))
+    with pytest.raises(ParameterError, match="knows 4 positions"):
+        registry.create_adapter("L5", WIDTH, max_positions=4)(torch.randn(1, 5, WIDTH))
+    with pytest.raises(ParameterError, match="3 attention heads do not divide"):
+        registry.create_adapter("L4", WIDTH, n_heads=3)
+    with pytest.raises(ParameterError, match="drafter_lead must be 0"):
+        registry.create_adapter("L5F", WIDTH, drafter_lead=2)
+
+
+def test_pixel_baseline_keeps_the_images_shape_and_counts_its_pixels():
+    adapter = registry.create_adapter("P0", image_size=8, width=16)
+    images = torch.rand(2, 3, 8, 8)
+    assert adapter(images).shape == images.shape
+    assert adapter.compute_loss(images, images)["total_loss"].requires_grad
+    with pytest.raises(ParameterError, match="made for 192 values"):
+        adapter(torch.rand(1, 3, 9, 9))

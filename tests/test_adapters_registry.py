@@ -1,0 +1,151 @@
+"""Creating, saving and loading adapters, closed forms, and what is said when a file is no adapter."""
+
+import json
+
+import pytest
+import torch
+from test_adapters_levels import ALL, WIDTH, make, make_batch
+
+from xsd.adapters import linear, registry
+from xsd.core import CheckpointError, ParameterError, TrainingError
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_saved_adapter_comes_back_with_the_same_output(name, tmp_path):
+    adapter, batch = make(name), make_batch([3, 5])
+    path = registry.save_adapter(adapter, tmp_path / "best.safetensors", note="x")
+    again = registry.load_any_adapter(tmp_path)
+    assert again.config() == adapter.config() and not again.training
+    assert torch.equal(again.align(batch).aligned, adapter.align(batch).aligned)
+    assert json.loads(path.with_suffix(".json").read_text())["info"] == {"note": "x"}
+    assert registry.read_config(path)["level"] == adapter.level
+
+
+def test_loading_leaves_the_random_stream_alone(tmp_path):
+    registry.save_adapter(make("L4"), tmp_path)
+    torch.manual_seed(3)
+    want = torch.rand(2)
+    torch.manual_seed(3)
+    registry.load_any_adapter(tmp_path)
+    assert torch.equal(torch.rand(2), want)
+
+
+def test_pixel_baseline_is_saved_and_loaded_too(tmp_path):
+    adapter = registry.create_adapter("P0", image_size=8, width=16).eval()
+    registry.save_adapter(adapter, tmp_path)
+    images = torch.rand(1, 3, 8, 8)
+    assert torch.equal(registry.load_any_adapter(tmp_path)(images), adapter(images))
+
+
+def test_unknown_names_are_explained():
+    with pytest.raises(ParameterError, match="unknown adapter level 'L9'; choose one of L1, L2"):
+        registry.create_adapter("L9")
+    with pytest.raises(ParameterError, match="adapter L1 has no option heads"):
+        registry.create_adapter("L1", 8, heads=2)
+
+
+def test_files_that_are_no_adapter_are_explained(tmp_path):
+    with pytest.raises(CheckpointError, match="does not exist"):
+        registry.load_any_adapter(tmp_path / "none.safetensors")
+    with pytest.raises(CheckpointError, match="holds no adapter"):
+        registry.load_any_adapter(tmp_path)
+    path = registry.save_adapter(make("L1"), tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-100])
+    with pytest.raises(CheckpointError, match="damaged or no safetensors file"):
+        registry.load_any_adapter(path)
+    torch_file = tmp_path / "x.pt"
+    torch.save([1, 2], torch_file)
+    with pytest.raises(CheckpointError, match="no model_state_dict"):
+        registry.load_any_adapter(torch_file)
+    torch_file.write_bytes(b"nothing")
+    with pytest.raises(CheckpointError, match="cannot be read without running code"):
+        registry.load_any_adapter(torch_file)
+
+
+class HiddenAdapterConfig:
+    """As pickled inside the reference's L1 files."""
+
+    def __init__(self, **fields):
+        self.__dict__.update(fields)
+
+
+def _reference_names(adapter):
+    """State dict of one of our adapters under the published file layout's names, written out by hand."""
+    names = {
+        "blocks.0.norm": "layers.0.layer_norm", "blocks.0.down": "layers.0.down_proj", "blocks.0.up": "layers.0.up_proj",
+        "blocks.0.alpha": "layers.0.alpha_param", "final_norm": "final_norm",
+    } if adapter.level == "L1" else {
+        "input_norm": "input_norm", "down.0": "blocks.0.0", "norms.0": "blocks.0.1", "up.0": "blocks.0.4", "down.1": "blocks.1.0",
+        "norms.1": "blocks.1.1", "up.1": "blocks.1.4", "alphas.0": "alphas.0", "alphas.1": "alphas.1", "final_norm": "final_norm",
+    } if adapter.level == "L3" else {
+        "layer.attention_norm": "layers.0.attn_norm", "layer.attention_out": "layers.0.attn.out_proj", "layer.ffn_norm":
+        "layers.0.ffn_norm",
+        "layer.ffn_up": "layers.0.ffn.0", "layer.ffn_down": "layers.0.ffn.3", "final_norm": "output_proj.0", "projection": "output_proj.1",
+        "alpha": "alpha", "layer.query_key_value.weight": "layers.0.attn.in_proj_weight", "layer.query_key_value.bias":
+        "layers.0.attn.in_proj_bias",
+    }  # fmt: skip
+    result = {}
+    for name, tensor in adapter.state_dict().items():
+        stem, _, leaf = name.rpartition(".")
+        result[names[name] if name in names else f"{names[stem]}.{leaf}"] = tensor
+    return result
+
+
+@pytest.mark.parametrize(("name", "kind", "config"), [
+    ("L1", None, HiddenAdapterConfig(hidden_dim=WIDTH, bottleneck_dim=8, num_layers=1)),
+    ("L3", "L3_WideBottleneck", {"hidden_dim": WIDTH, "bottleneck_dim": 16, "num_blocks": 2}),
+    ("L4 bidirectional", "L4_Attention", {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),
+])  # fmt: skip
+def test_reference_pt_files_are_read_without_running_code(name, kind, config, tmp_path):
+    adapter, batch = make(name), make_batch([4])
+    stored = {"model_state_dict": _reference_names(adapter), "config": config, "epoch": 3}
+    torch.save(stored | ({"adapter_type": kind} if kind else {}), tmp_path / "best.pt")
+    again = registry.load_any_adapter(tmp_path / "best.pt")
+    assert again.level == adapter.level and again.causal == adapter.causal
+    assert torch.equal(again.align(batch).aligned, adapter.align(batch).aligned)
+
+
+def test_ridge_recovers_a_linear_map_over_streamed_batches():
+    batches = [make_batch([9, 7, 5], seed=seed) for seed in range(6)]
+    weight, bias = torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
+    batches = [batch.__class__(**{**batch.__dict__, "verifier": batch.drafter @ weight + bias}) for batch in batches]
+    adapter = linear.fit_linear("ridge", batches, ridge=1e-9)
+    aligned, target, _, mask = adapter.align(batches[0])
+    torch.testing.assert_close(aligned[mask], target[mask], atol=1e-3, rtol=1e-3)
+
+
+def test_procrustes_recovers_a_scaled_rotation_and_stays_orthogonal():
+    batches = [make_batch([9, 7, 5], seed=seed) for seed in range(6)]
+    rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
+    batches = [batch.__class__(**{**batch.__dict__, "verifier": 2 * batch.drafter @ rotation + 1}) for batch in batches]
+    adapter = linear.fit_linear("procrustes", batches)
+    aligned, target, _, mask = adapter.align(batches[0])
+    torch.testing.assert_close(aligned[mask], target[mask], atol=1e-3, rtol=1e-3)
+    unscaled = linear.fit_linear("procrustes", batches, scale=False).map.weight
+    torch.testing.assert_close(unscaled @ unscaled.T, torch.eye(WIDTH), atol=1e-4, rtol=1e-4)
+
+
+def test_closed_forms_of_the_next_state_are_shifted_and_saved(tmp_path):
+    batch = make_batch([9, 9, 8])
+    for reads in ("verifier", "both"):
+        adapter = linear.fit_linear("ridge", [batch], reads=reads)
+        assert adapter.shift == 1 and adapter.align(batch).aligned.shape == (3, 8, WIDTH)
+        registry.save_adapter(adapter, tmp_path / reads)
+        assert torch.equal(registry.load_any_adapter(tmp_path / reads).align(batch).aligned, adapter.align(batch).aligned)
+    assert torch.equal(linear.fit_linear("identity", [batch]).align(batch).aligned, batch.drafter)
+
+
+def test_closed_forms_explain_what_they_cannot_do():
+    with pytest.raises(ParameterError, match="unknown closed form 'pca'"):
+        linear.fit_linear("pca", [])
+    with pytest.raises(TrainingError, match="stream of batches is empty"):
+        linear.fit_linear("ridge", [])
+    with pytest.raises(ParameterError, match="identity needs one width"):
+        registry.create_adapter("identity", 8, drafter_size=4)
+
+
+def test_self_test_reports_every_level():
+    rows = registry.self_test(WIDTH, positions=4)
+    assert [row["level"] for row in rows] == list(registry.LEVELS)
+    assert all(row["latency_ms"] > 0 and row["megabytes"] == 4 * row["parameters"] / 1e6 for row in rows)

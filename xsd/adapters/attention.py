@@ -1,0 +1,129 @@
+"""The transformer layer of L4, L5, L5F and B1, and L4 itself (docs/adapters.md; 100 714 497 parameters at 4096)."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xsd.adapters.base import Adapter, causal_mask, default_sizes
+from xsd.core import ParameterError
+
+
+class TransformerLayer(nn.Module):
+    """Pre-norm layer: x + attention(LayerNorm(x)), then x + down(dropout(GELU(up(LayerNorm(x))))), dropout 0.1, biases everywhere.
+
+    The same function as ``torch.nn.TransformerEncoderLayer(norm_first=True)`` (held together by a test), written out because the rollout of
+    eagle.py needs keys and values one by one.
+    """
+
+    def __init__(self, hidden_size: int, *, n_heads: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        if hidden_size % n_heads:
+            raise ParameterError(
+                f"{n_heads} attention heads do not divide the hidden size {hidden_size}; choose n_heads among its divisors"
+            )
+        self.n_heads, self.dropout = n_heads, dropout
+        self.attention_norm = nn.LayerNorm(hidden_size)
+        self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
+        self.attention_out = nn.Linear(hidden_size, hidden_size)
+        self.ffn_norm = nn.LayerNorm(hidden_size)
+        self.ffn_up = nn.Linear(hidden_size, ffn)
+        self.ffn_down = nn.Linear(ffn, hidden_size)
+        nn.init.xavier_uniform_(self.query_key_value.weight)
+        nn.init.zeros_(self.query_key_value.bias)
+        nn.init.zeros_(self.attention_out.bias)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, S, D] → queries, keys, values, each [B, heads, S, D / heads]."""
+        batch, size, width = x.shape
+        packed = self.query_key_value(self.attention_norm(x)).view(batch, size, 3, self.n_heads, width // self.n_heads)
+        queries, keys, values = packed.permute(2, 0, 3, 1, 4)
+        return queries, keys, values
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x: [B, S, D]; attended: [B, heads, S, D / heads] → the layer's output [B, S, D]."""
+        attended = self.attention_out(attended.transpose(1, 2).reshape(x.shape))
+        x = x + self._drop(attended)
+        return x + self._drop(self.ffn_down(self._drop(F.gelu(self.ffn_up(self.ffn_norm(x))))))
+
+    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+        """x: [B, S, D]. allowed: bool, broadcastable to [B, heads, S, S], True where a query may look at a key."""
+        queries, keys, values = self.project(x)
+        dropout = self.dropout if self.training else 0.0
+        return self.finish(x, F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, dropout_p=dropout))
+
+    def attend_with(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Attention over shared keys, and for each query over further keys of its own (eagle.py's rollout).
+
+        queries, keys, values: [B, H, S, d]; allowed: bool [S, S]; own: (key, value) pairs, each [B, H, S, d]: row s is for query s alone.
+        Returns: [B, H, S, d].
+        """
+        scale = 1 / math.sqrt(queries.shape[-1])
+        shared = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
+        further = [(queries * key).sum(-1, keepdim=True) * scale for key, _ in own]
+        weights = F.dropout(torch.cat([shared, *further], dim=-1).softmax(-1), self.dropout, self.training)
+        result = weights[..., : keys.shape[2]] @ values
+        for column, (_, value) in enumerate(own, start=keys.shape[2]):
+            result = result + weights[..., column : column + 1] * value
+        return result
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+def allowed_keys(size: int, mask: Tensor | None, *, causal: bool, device: torch.device) -> Tensor | None:
+    """Which keys each query may see, bool broadcastable to [B, 1, S, S]. mask: bool [B, S], True on real positions.
+
+    A padded query still sees itself, so that no row is empty (an empty row would be NaN and spread through the gradient).
+    """
+    if mask is None:
+        return causal_mask(size, device) if causal else None
+    allowed = mask.bool()[:, None, None, :]
+    if causal:
+        allowed = allowed & causal_mask(size, device)
+    return allowed | torch.eye(size, dtype=torch.bool, device=device)
+
+
+class AttentionAdapter(Adapter):
+    """L4: one transformer layer, LayerNorm, eye-initialised projection, out = x + α (projection - x).
+
+    ``causal=True`` is this project's default: position t uses drafter states 0…t, all that exist while drafting. ``causal=False`` is the
+    reference's: trained on whole answers; evaluated here on prefixes all the same (with one layer a prefix's last position is exactly
+    what the
+    causal mask gives, because keys and values come from the inputs alone).
+    """
+
+    def __init__(
+        self,
+        hidden_size: int = 4096,
+        *,
+        level: str = "L4",
+        drafter_size: int | None = None,
+        input_map: bool = False,
+        causal: bool = True,
+        n_heads: int | None = None,
+        ffn: int | None = None,
+        dropout: float = 0.1,
+        alpha: float = 0.1,
+    ) -> None:
+        super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
+        self.level, self.causal = level, causal
+        n_heads = n_heads or math.gcd(8, hidden_size)
+        ffn = ffn or default_sizes(hidden_size)["ffn"]
+        self.options |= {"causal": causal, "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha}
+        self.layer = TransformerLayer(hidden_size, n_heads=n_heads, ffn=ffn, dropout=dropout)
+        self.final_norm = nn.LayerNorm(hidden_size)
+        self.projection = nn.Linear(hidden_size, hidden_size)
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        nn.init.eye_(self.projection.weight)
+        nn.init.zeros_(self.projection.bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool | None = None) -> Tensor:
+        """x: [B, S, D_d] → [B, S, D_v]. mask: bool [B, S], True on real positions. causal: overrides the adapter's own."""
+        x = self.input_map(x)
+        allowed = allowed_keys(x.shape[1], mask, causal=self.causal if causal is None else causal, device=x.device)
+        projected = self.projection(self.final_norm(self.layer(x, allowed)))
+        return x + self.alpha * (projected - x)
