@@ -6,6 +6,7 @@ PYTHON  ?= python3
 XSD     := .venv/bin/xsd
 JOBS    ?= 2
 NOTEBOOKS := $(sort $(wildcard notebooks/[0-9]*.ipynb))
+NBVAL     := --nbval --nbval-current-env --nbval-sanitize-with tests/nbval_sanitize.cfg --nbval-cell-timeout 600 -p no:cacheprovider
 # One thread for each test worker, and no progress bars or hub look-ups, so that outputs are the same everywhere.
 QUIET   := OMP_NUM_THREADS=1 TQDM_DISABLE=1 HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TRANSFORMERS_VERBOSITY=error TOKENIZERS_PARALLELISM=false PYTHONHASHSEED=0
 
@@ -39,8 +40,15 @@ unit: env        ## unit tests
 	@$(QUIET) .venv/bin/python -m pytest -q -n $(JOBS) --dist loadfile tests
 
 nb-check: env    ## notebook hygiene, nothing executed
+	@echo "test: notebook hygiene"
+	@$(XSD) notebooks check
+
 nb-test: env     ## run every notebook and compare the golden cells (nbval)
+	@echo "test: $(words $(NOTEBOOKS)) notebooks, re-run and compared"
+	@$(QUIET) .venv/bin/python -m pytest -q $(NBVAL) $(NOTEBOOKS)
+
 nb-refresh: env  ## run every notebook and store its outputs; read the diff afterwards
+	@$(QUIET) $(XSD) notebooks refresh
 
 lock: env        ## write constraints.txt from what is installed in .venv
 	@$(PYTHON) tools/setup_env.py --lock
