@@ -12,7 +12,7 @@ from tiny_pair import VISION, make_samples, make_tiny_pair, tiny_tokenizer
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaNextVideoConfig, LlavaNextVideoForConditionalGeneration
 
 from xsd.core import CheckpointError, PairError
-from xsd.models import keymap, loading
+from xsd.models import keymap, loading, tower
 from xsd.models.pixels import PixelSpec
 
 WEIGHTS = load_file(REFERENCE / "model.safetensors")
@@ -98,7 +98,7 @@ def test_a_tower_is_read_off_its_tensors_where_nothing_describes_it(tmp_path):
     shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
     prefix = f"{keymap.TOWER}visual_tower.vision_model.embeddings."
     shapes |= {prefix + "patch_embedding.weight": (128, 3, 14, 14), prefix + "position_embedding.weight": (577, 128)}
-    found = loading._vision_config(tmp_path, None, shapes)
+    found = tower.describe(tmp_path, None, shapes)
     assert (found["num_attention_heads"], found["image_size"], found["num_hidden_layers"]) == (2, 336, 3)
 
 

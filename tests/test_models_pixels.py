@@ -17,7 +17,7 @@ def test_pixels_equal_transformers_clip_processor(shape):
     size = 28
     processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"]))
-    torch.testing.assert_close(pixels.clip_pixels([image], size), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(pixels.PixelSpec(size, size)([image]), expected, atol=1e-6, rtol=0)
 
 
 def test_a_written_spec_reads_back(tmp_path):
@@ -44,6 +44,6 @@ def test_a_video_processors_nested_configuration_is_read(tmp_path):
 
 def test_other_images_are_refused():
     with pytest.raises(DatasetError, match=r"uint8 \[H, W, 3\] is expected"):
-        pixels.clip_pixels([np.zeros((4, 4))], 28)
+        pixels.PixelSpec(28, 28)([np.zeros((4, 4))])
     with pytest.raises(DatasetError, match="no image to preprocess"):
-        pixels.clip_pixels([], 28)
+        pixels.PixelSpec(28, 28)([])

@@ -8,6 +8,7 @@ import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -69,6 +70,16 @@ def tower_names(folder: Path, names: Mapping[str, Shape]) -> dict[str, str]:
     if not found:
         raise CheckpointError(f"{folder} holds no CLIP vision tensors (names with 'vision_model.'); give the folder of a CLIP model")
     return found
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A checkpoint's JSON file. Raises: CheckpointError if it is missing or damaged."""
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; give the directory that holds config.json and the weights") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy it again from the original checkpoint") from error
 
 
 def weight_files(folder: Path) -> list[Path]:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-import json
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,13 +15,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from xsd.core import ROOT, CheckpointError, PairError
-from xsd.models import keymap
+from xsd.models import keymap, tower
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import ModelHandle, Role
 from xsd.models.pixels import PixelSpec, read_pixel_spec
@@ -64,7 +62,7 @@ def load_pair(
             else "give 'embedded' or a folder with drafter/ and verifier/"
         )
         raise CheckpointError(f"no pair at {folder}: {hint}")
-    info = _read_json(folder / "pair.json") if (folder / "pair.json").is_file() else {}
+    info = keymap.read_json(folder / "pair.json") if (folder / "pair.json").is_file() else {}
     options = {"dtype": dtype, "device": device, "quant": quant}
     drafter = load_drafter(folder / info.get("drafter", "drafter"), vision_tower=info.get("vision_tower"), **options)
     verifier = load_verifier(folder / info.get("verifier", "verifier"), **options)
@@ -112,7 +110,7 @@ def load_drafter(
     describe its tower. Raises: CheckpointError for anything missing, truncated, of the wrong type or shape, or not finite.
     """
     folder = _folder(path)
-    raw = _read_json(folder / "config.json")
+    raw = keymap.read_json(folder / "config.json")
     if raw.get("model_type") != EventGPTConfig.model_type:
         raise CheckpointError(
             f"{folder} is of model type {raw.get('model_type')!r} but the drafter must be {EventGPTConfig.model_type!r}; "
@@ -120,11 +118,11 @@ def load_drafter(
         )
     shapes = keymap.tensor_shapes(folder)
     has_tower = any(name.startswith(keymap.TOWER) for name in shapes)
-    tower_folder = _tower_folder(folder, raw, vision_tower, needed=not has_tower)
+    clip_folder = tower.find(folder, raw, vision_tower, needed=not has_tower)
     with _quiet():
         config = EventGPTConfig.from_pretrained(folder)
     if config.vision_config is None:
-        config.vision_config = _vision_config(folder, tower_folder, shapes)
+        config.vision_config = tower.describe(folder, clip_folder, shapes)
     with torch.device("meta"):
         expected = keymap.expected_shapes(EventGPTForCausalLM(config))
     report = keymap.compare(shapes, expected if has_tower else {k: v for k, v in expected.items() if not k.startswith(keymap.TOWER)})
@@ -136,69 +134,13 @@ def load_drafter(
     with _quiet():
         model = _from_pretrained(EventGPTForCausalLM, folder, dtype, device, quant, config=config)[0]
     if not has_tower:
-        _load_tower(model, tower_folder)
+        tower.load_weights(model, clip_folder)
     _check_finite(model, folder)
     tokenizer = _tokenizer(folder)
     if config.mm_use_im_start_end:
         _check_event_marks(tokenizer, folder, config.vocab_size)
-    pixels = read_pixel_spec(folder, tower_folder, image_size=config.tower_config().image_size)
+    pixels = read_pixel_spec(folder, clip_folder, image_size=config.tower_config().image_size)
     return _handle(model, tokenizer, "drafter", pixels, folder, quant)
-
-
-def _tower_folder(folder: Path, raw: dict[str, Any], override: str | Path | None, *, needed: bool) -> Path | None:
-    if override is not None:
-        if not Path(override).is_dir():
-            raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the CLIP model (config.json and weights)")
-        return Path(override)
-    named = raw.get("mm_visual_tower")
-    for candidate in (Path(named), folder / named) if named else ():
-        if (candidate / "config.json").is_file():
-            return candidate
-    if needed:
-        raise CheckpointError(
-            f"{folder} holds no vision-tower weights, and the tower its config names, {named!r}, is not on this machine (such configs "
-            "carry a path of the machine they were saved on); pass vision_tower=<folder of CLIP ViT-L/14-336>"
-        )
-    return None
-
-
-def _vision_config(folder: Path, tower_folder: Path | None, shapes: dict[str, keymap.Shape]) -> dict[str, Any]:
-    """The tower's fields: from the CLIP folder, else read off the tensors (64 channels a head, as all CLIP ViT-B and -L have)."""
-    if tower_folder is not None:
-        found = _read_json(tower_folder / "config.json")
-        return {
-            k: v for k, v in found.get("vision_config", found).items() if k not in ("architectures", "torch_dtype", "transformers_version")
-        }
-    prefix = next((name.split("embeddings.", 1)[0] for name in shapes if name.startswith(keymap.TOWER) and "embeddings." in name), "")
-    try:
-        width, _, patch, _ = shapes[prefix + "embeddings.patch_embedding.weight"]
-        positions = shapes[prefix + "embeddings.position_embedding.weight"][0]
-        inner = shapes[prefix + "encoder.layers.0.mlp.fc1.weight"][0]
-    except KeyError as error:
-        raise CheckpointError(f"{folder} lacks the vision-tower tensor {error.args[0]}; download it again or pass vision_tower") from error
-    if width % 64:
-        raise CheckpointError(
-            f"{folder} does not say how its vision tower is built (width {width} is no CLIP of 64 channels a head); "
-            "pass vision_tower=<its CLIP folder>"
-        )
-    layers = 1 + max(int(name.split(".layers.")[1].split(".")[0]) for name in shapes if name.startswith(prefix + "encoder.layers."))
-    return {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "num_attention_heads": width // 64,
-        "patch_size": patch, "image_size": patch * round((positions - 1) ** 0.5), "hidden_act": "quick_gelu",
-    }  # fmt: skip
-
-
-def _load_tower(model: EventGPTForCausalLM, folder: Path) -> None:
-    names = keymap.tower_names(folder, keymap.tensor_shapes(folder))
-    weights: dict[str, torch.Tensor] = {}
-    for path in keymap.weight_files(folder):
-        loaded = load_file(path) if path.suffix == ".safetensors" else keymap.load_bin(path)
-        weights.update({names[name]: tensor for name, tensor in loaded.items() if name in names})
-    tower = model.model.visual_tower.clip
-    report = keymap.compare({k: tuple(v.shape) for k, v in weights.items()}, keymap.expected_shapes(tower))
-    if report.missing or report.mismatched:
-        raise CheckpointError(f"the CLIP in {folder} does not fit this checkpoint: {report}; give the CLIP the checkpoint was trained with")
-    tower.load_state_dict(weights, strict=False)
 
 
 def _check_event_marks(tokenizer: Any, folder: Path, n_rows: int) -> None:
@@ -220,7 +162,7 @@ def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch
     An absent image tower (videos never use it) is filled from the video tower. Raises: CheckpointError as load_drafter.
     """
     folder = _folder(path)
-    raw = _read_json(folder / "config.json")
+    raw = keymap.read_json(folder / "config.json")
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video model such as Video-LLaVA as the verifier")
     keymap.tensor_shapes(folder)
@@ -282,15 +224,6 @@ def _folder(path: str | Path) -> Path:
             f"no checkpoint folder at {folder}; give the directory of a downloaded checkpoint (nothing is downloaded here)"
         )
     return folder
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; give the directory that holds config.json and the weights") from error
-    except ValueError as error:
-        raise CheckpointError(f"{path} is not JSON ({error}); copy it again from the original checkpoint") from error
 
 
 def _tokenizer(folder: Path) -> Any:

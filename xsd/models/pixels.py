@@ -32,8 +32,28 @@ class PixelSpec:
     std: tuple[float, float, float] = CLIP_STD
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
-        """N images uint8 [H,W,3] to float32 [N,3,crop,crop]."""
-        return _pixels(images, self.resize, self.crop, self.mean, self.std)
+        """N images uint8 [H,W,3] to float32 [N,3,crop,crop]: bicubic to the shortest edge, centre crop, /255, normalised.
+
+        Raises: DatasetError for no image or one that is not uint8 RGB.
+        """
+        if len(images) == 0:
+            raise DatasetError("there is no image to preprocess: a sample needs at least one event frame and one video frame")
+        rows = []
+        for image in images:
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
+                raise DatasetError(f"an image is {image.dtype} {list(image.shape)}; uint8 [H, W, 3] is expected")
+            height, width = image.shape[:2]
+            # transformers truncates the longer edge (int), it does not round.
+            if height <= width:
+                new_height, new_width = self.resize, int(self.resize * width / height)
+            else:
+                new_height, new_width = int(self.resize * height / width), self.resize
+            if (new_height, new_width) != (height, width):
+                image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
+            top, left = (new_height - self.crop) // 2, (new_width - self.crop) // 2
+            rows.append(image[top : top + self.crop, left : left + self.crop])
+        pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(torch.float64).mul(1 / 255).to(torch.float32)
+        return ((pixels - torch.tensor(self.mean).view(3, 1, 1)) / torch.tensor(self.std).view(3, 1, 1)).contiguous()
 
     def write(self, folder: str | Path) -> None:
         """Write preprocessor_config.json in transformers' layout."""
@@ -72,29 +92,3 @@ def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
                 )
             return PixelSpec(size, crop, tuple(found.get("image_mean", CLIP_MEAN)), tuple(found.get("image_std", CLIP_STD)))
     return PixelSpec(image_size, image_size)
-
-
-def clip_pixels(images: Sequence[np.ndarray], size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """N images uint8 [H,W,3] to float32 [N,3,size,size]: bicubic to the shortest edge, centre crop, /255, normalised."""
-    return _pixels(images, size, size, mean, std)
-
-
-def _pixels(images: Sequence[np.ndarray], resize: int, crop: int, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    if len(images) == 0:
-        raise DatasetError("there is no image to preprocess: a sample needs at least one event frame and one video frame")
-    rows = []
-    for image in images:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise DatasetError(f"an image is {image.dtype} {list(image.shape)}; uint8 [H, W, 3] is expected")
-        height, width = image.shape[:2]
-        # transformers truncates the longer edge (int), it does not round.
-        if height <= width:
-            new_height, new_width = resize, int(resize * width / height)
-        else:
-            new_height, new_width = int(resize * height / width), resize
-        if (new_height, new_width) != (height, width):
-            image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
-        top, left = (new_height - crop) // 2, (new_width - crop) // 2
-        rows.append(image[top : top + crop, left : left + crop])
-    pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(torch.float64).mul(1 / 255).to(torch.float32)
-    return ((pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)).contiguous()
