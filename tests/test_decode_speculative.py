@@ -275,3 +275,15 @@ def test_autoregressive_keeps_eos_and_stops_at_the_length():
     assert autoregressive.generate(ToyDecoder(), answer(3), 3).finish == "length"
     with pytest.raises(ParameterError, match="max_new_tokens is 0"):
         autoregressive.generate(ToyDecoder(), answer(3), 0)
+
+
+def test_a_verified_id_that_the_drafter_cannot_read_does_not_stop_it():
+    class Narrow(ToyDecoder):
+        vocab_size = 8
+
+        def extend(self, state, ids):
+            assert int(ids.max()) < 8
+            return super().extend(state, ids)
+
+    got = run(proposers.DrafterTokens(proposers.DrafterTrack(Narrow()), 8), BODY, gamma=3, max_new_tokens=12)
+    assert got.ids == BODY and 9 in BODY

@@ -53,10 +53,11 @@ class Adapter(Protocol):
 
     reads: Literal["drafter", "verifier", "both"]
 
-    def step(self, drafter_states: Tensor, verifier_states: Tensor) -> Tensor:
+    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None) -> Tensor:
         """Drafter states [n, D_d] and verifier states [m, D_v] of positions 0… → [D_v]: the verifier's state at the next position.
 
         "drafter": n = t + 1 states, predicts position t. "verifier": m = t states, predicts position t. "both": n = t + 1, m = t.
+        One with a true attribute ``fuses_tokens`` is also given ``tokens=``, int64 [t]: the ids of positions 0…t-1.
         """
 
 
@@ -122,7 +123,9 @@ class DrafterTrack:
                 self.history.truncate(same + 1)
                 self.cached = self.cached[:same]
             if missing:
-                hidden, logits = self.drafter.extend(self.state, torch.tensor(missing, device=self.logits.device))
+                # The verifier may say ids that the drafter has no embedding for (padding of a wider vocabulary): it reads id 0 there.
+                readable = [token if token < self.drafter.vocab_size else 0 for token in missing]
+                hidden, logits = self.drafter.extend(self.state, torch.tensor(readable, device=self.logits.device))
                 self.history.append(hidden)
                 self.logits = logits[-1]
                 self.cached += missing
@@ -191,6 +194,7 @@ class AdapterProposer(_Drafting):
         self.adapter, self.lm_head = adapter, lm_head
         self.draft_vocab_size, self.eos_token_ids = draft_vocab_size, eos_token_ids
         self.needs_verifier = adapter.reads != "drafter"
+        self.fuses_tokens = getattr(adapter, "fuses_tokens", False)
         self.verifier_states = History()
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
@@ -220,7 +224,11 @@ class AdapterProposer(_Drafting):
             self.track.follow([*self.known, *drafts])
             drafter_states = self.track.states()
         with self.timeline.span("adapter", "adapter"):
-            predicted = self.adapter.step(drafter_states, self.verifier_states.rows())
+            if self.fuses_tokens:
+                tokens = torch.tensor([*self.known, *drafts], dtype=torch.long)
+                predicted = self.adapter.step(drafter_states, self.verifier_states.rows(), tokens=tokens)
+            else:
+                predicted = self.adapter.step(drafter_states, self.verifier_states.rows())
             token = int(self.lm_head(predicted[None])[0, : self.draft_vocab_size].argmax())
         if self.needs_verifier:
             self.verifier_states.truncate(len(self.known) + len(drafts))

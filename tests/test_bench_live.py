@@ -1,0 +1,243 @@
+"""Arms, records and summaries on a tiny pair of the real model classes (random weights): lossless, resumable, refused where it must be."""
+
+import json
+import types
+
+import pytest
+import torch
+from tiny_pair import make_samples, make_tiny_pair
+
+from xsd.adapters import registry
+from xsd.bench import arms, costs, run
+from xsd.core import LosslessError, MetricError, ParameterError, StorageError
+from xsd.decode import autoregressive, certificate, proposers, speculative
+from xsd.models import loading
+
+LENGTH = 12
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return loading.load_pair(make_tiny_pair(tmp_path_factory.mktemp("pair")))
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples(6)
+
+
+@pytest.fixture(scope="module")
+def adapters(pair):
+    torch.manual_seed(0)
+    width = pair.verifier.hidden_size
+    return {level: registry.create_adapter(level, width).eval() for level in ("L1", "L4", "L5", "B1", "L5F")}
+
+
+ALL = ("ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "prompt_lookup", "L1", "L4", "L5", "B1", "L5F", "L4+L5F")
+
+
+def build(name, pair, adapters, **options):
+    return arms.build(name, pair, adapters, gamma=3, ngram=lambda prefix: (7 * len(prefix)) % 300 or None, **options)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_every_arm_says_what_the_verifier_says(name, pair, adapters, samples):
+    arm = build(name, pair, adapters)
+    for sample in samples[::2]:
+        own = autoregressive.generate(pair.verifier, sample, LENGTH)
+        got = arm.run(sample, LENGTH)
+        assert (got.ids, got.finish) == (own.ids, own.finish)
+        assert 0 < got.first_token_s <= got.total_s
+
+
+@pytest.mark.parametrize("overlap", ["threads", "serial"])
+def test_partly_right_drafts_are_lossless_on_a_real_model(pair, samples, overlap):
+    """Drafts right for 0…4 tokens, then wrong: every rollback of a real KV cache, one-row against many-row, ids equal in float32."""
+    verifier = pair.verifier
+    for sample in samples[:3]:
+        own = autoregressive.generate(verifier, sample, 16)
+        calls = iter(range(100))
+
+        def script(known, gamma, own=own, calls=calls):
+            right = list(own.ids[len(known) : len(known) + next(calls) % 5])
+            return [*right, *[(own.ids[0] + 1) % 300] * (gamma - len(right))]
+
+        got = speculative.generate(verifier, proposers.OracleProposer(script), sample, gamma=4, max_new_tokens=16, overlap=overlap)
+        assert got.ids == own.ids
+        assert {r.n_accepted for r in got.rounds} >= {0, 1, 2, 3}
+
+
+def test_the_drafters_cache_equals_a_fresh_prefill_and_extend(pair, samples):
+    track, fresh = proposers.DrafterTrack(pair.drafter), proposers.DrafterTrack(pair.drafter)
+    for each in (track, fresh):
+        each.begin(samples[0])
+    for tokens in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 10, 11, 12], [5, 6]):
+        track.follow(tokens)
+    fresh.follow([5, 6])
+    assert track.state.length == fresh.state.length
+    torch.testing.assert_close(track.states(), fresh.states(), atol=1e-4, rtol=0)
+    torch.testing.assert_close(track.logits, fresh.logits, atol=1e-4, rtol=0)
+
+
+def test_control_arm_is_identical_and_the_noise_floor_small(pair, samples):
+    assert {v.outcome for v in certificate.control(pair.verifier, samples[:2], LENGTH)} == {"identical"}
+    answers = [autoregressive.generate(pair.verifier, sample, LENGTH).ids for sample in samples[:2]]
+    assert certificate.noise_floor(pair.verifier, samples[:2], answers).largest < 1e-3
+
+
+def test_records_are_complete_and_a_second_run_measures_nothing(pair, adapters, samples, tmp_path):
+    chosen = [build(name, pair, adapters) for name in ("ar", "hf_generate", "L1")]
+    path = tmp_path / "records.jsonl"
+    first = run.measure(chosen, samples[:3], path=path, max_new_tokens=LENGTH, repeats=2, warmup=0)
+    assert len(first) == 3 * 2 * 3 and all(r["identical_to_ar"] for r in first)
+    assert {r["ids_hash"] for r in first if r["sample"] == samples[0].key} == {run.ids_hash(first[0]["ids"])}
+    starts = [next(r["arm"] for r in first if r["sample"] == s.key) for s in samples[:3]]
+    assert sorted(starts) == ["L1", "ar", "hf_generate"]  # each arm goes first once
+    made = []
+    again = run.measure(chosen, samples[:3], path=path, max_new_tokens=LENGTH, repeats=2, warmup=0, progress=made.append)
+    assert made == [] and again == first == run.read_records(path)
+
+
+def test_resume_continues_where_it_stopped_after_a_half_written_line(pair, adapters, samples, tmp_path):
+    chosen = [build(name, pair, adapters) for name in ("ar", "drafter")]
+    path = tmp_path / "records.jsonl"
+    run.measure(chosen, samples[:2], path=path, max_new_tokens=6, warmup=0)
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-40])  # the last record lost its end
+    made = []
+    records = run.measure(chosen, samples[:3], path=path, max_new_tokens=6, warmup=1, progress=made.append)
+    assert made == [1, 2] and len(records) == 6
+    assert len({(r["arm"], r["sample"]) for r in run.read_records(path)}) == 6
+
+
+def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adapters, samples, tmp_path):
+    path = tmp_path / "records.jsonl"
+    ar = build("ar", pair, adapters)
+    run.measure([ar], samples[:1], path=path, max_new_tokens=4, warmup=0)
+    with pytest.raises(ParameterError, match=r"another configuration \(max_new_tokens differ"):
+        run.measure([ar], samples[:1], path=path, max_new_tokens=5, warmup=0)
+    with pytest.raises(ParameterError, match="give at least one, each with a name of its own"):
+        run.measure([ar, ar], samples[:1], path=path, max_new_tokens=4)
+    with (
+        run._open_records(path, {**json.loads(path.read_text().splitlines()[0])["header"]}),
+        pytest.raises(StorageError, match="another run"),
+    ):
+        run.measure([ar], samples[:1], path=path, max_new_tokens=4, warmup=0)
+    (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
+    with pytest.raises(StorageError, match="its first line is no header"):
+        run.read_records(tmp_path / "other.jsonl")
+    with pytest.raises(StorageError, match="run the benchmark first"):
+        run.read_records(tmp_path / "none.jsonl")
+    with pytest.raises(StorageError, match="cannot write"):
+        run.measure([ar], samples[:1], path=path / "below" / "records.jsonl", max_new_tokens=4)
+
+
+def record(arm, sample, seconds, *, sequence="a", identical=True, baseline=False, rounds=(), n_tokens=5, outcome="divergence"):
+    return {
+        "arm": arm, "sample": sample, "sequence": sequence, "repeat": 0, "total_s": seconds, "first_token_s": seconds / 5,
+        "baseline": baseline, "lossless": True, "identical_to_ar": identical, "n_tokens": n_tokens, "rounds": list(rounds), "ids": [],
+        "verdict": {"outcome": "identical" if identical else outcome, "position": 2, "reason": "made up"},
+    }  # fmt: skip
+
+
+def test_summary_is_against_the_fastest_baseline_with_both_aggregations():
+    two = {"phase": "decode", "drafted": [1, 2, 3], "accepted": 2, "bonus": 9}
+    first = {"phase": "prefill_hiding", "drafted": [4], "accepted": 0, "bonus": 1}
+    empty = {"phase": "decode", "drafted": [], "accepted": 0, "bonus": 1}
+    records = [
+        record("ar", "x", 2.0, baseline=True), record("ar", "y", 4.0, sequence="b", baseline=True),
+        record("hf_generate", "x", 1.0, baseline=True), record("hf_generate", "y", 3.0, sequence="b", baseline=True),
+        record("L1", "x", 2.0, rounds=[first, two, empty]), record("L1", "y", 1.0, sequence="b", rounds=[two]),
+        record("L1", "only here", 9.0),
+    ]  # fmt: skip
+    summary = run.summarise(records, n_resamples=200)
+    assert summary["baseline"] == "hf_generate" and summary["n_samples"] == 2 and summary["n_sequences"] == 2
+    row = summary["arms"]["L1"]
+    assert row["speedup_total"]["value"] == pytest.approx(4 / 3) and row["speedup_mean"]["value"] == pytest.approx((0.5 + 3) / 2)
+    assert row["slower_share"]["value"] == 0.5 and row["total_ms"] == pytest.approx(1500) and row["first_token_ms"] == pytest.approx(300)
+    assert row["decode_ms_per_token"] == pytest.approx(1e3 * 0.8 * 3 / 8)
+    assert row["decode"]["mean_accepted_length"]["value"] == 3 and row["decode"]["rounds"] == 2
+    assert row["decode"]["acceptance_rate"]["value"] == pytest.approx(4 / 6) and row["prefill_hiding"]["accepted"] == 0
+    assert len(summary["alarms"]) == 1 and "1.50× the time of HF generate" in summary["alarms"][0]
+    json.dumps(summary, allow_nan=False)
+
+
+def test_no_speedup_is_reported_for_a_lossless_arm_whose_ids_differ():
+    records = [record("ar", "x", 2.0, baseline=True), record("L1", "x", 1.0, identical=False)]
+    with pytest.raises(LosslessError, match=r"first L1 on x at token 2 \(divergence: made up\); no speed-up is reported"):
+        run.summarise(records)
+    tie = [record("ar", "x", 2.0, baseline=True), record("L1", "x", 1.0, identical=False, outcome="near-tie")]
+    with pytest.raises(LosslessError):
+        run.summarise(tie)
+    assert run.summarise(tie, allow_near_ties=True, n_resamples=10)["arms"]["L1"]["identical"] == 0
+
+
+def test_a_broken_arm_is_recorded_as_such_and_then_refused(pair, adapters, samples, tmp_path):
+    good = build("ar", pair, adapters)
+
+    def tamper(sample, n):
+        generation = good.run(sample, n)
+        return type(generation)((*generation.ids[:2], generation.ids[2] + 1, *generation.ids[3:]), generation.finish, total_s=1.0)
+
+    broken = arms.Arm("broken", tamper, pair.verifier)
+    records = run.measure([good, broken], samples[:1], path=tmp_path / "r.jsonl", max_new_tokens=LENGTH, warmup=0)
+    bad = next(r for r in records if r["arm"] == "broken")
+    assert not bad["identical_to_ar"] and bad["verdict"]["outcome"] == "divergence" and bad["verdict"]["position"] == 2
+    with pytest.raises(LosslessError, match="first broken on"):
+        run.summarise(records)
+
+
+def test_a_comparison_without_baseline_is_refused():
+    with pytest.raises(MetricError, match="measure 'ar' beside the others"):
+        run.summarise([record("L1", "x", 1.0)])
+
+
+@pytest.mark.parametrize("name,message", [("L9", "it names L9"), ("L1+L4+L5", "three phases"), ("ngram", "needs a table")])
+def test_unknown_arms_are_refused_by_name(name, message, pair, adapters):
+    with pytest.raises(ParameterError, match=message):
+        arms.build(name, pair, adapters)
+
+
+def test_hf_inputs_are_the_prompt_the_handle_prefills(pair, samples):
+    inputs = arms.hf_inputs(pair.verifier, samples[0])
+    assert inputs["input_ids"].shape[1] == pair.verifier.prefill(samples[0]).length
+
+
+def test_costs_cover_every_part_and_a_wider_verification_is_never_free(pair, adapters, samples):
+    curve = costs.verification_curve(pair.verifier, samples[0], rows=(1, 4, 32), context=3, repeats=2)
+    assert [c.rows for c in curve] == [1, 4, 32] and all(0 < c.low_s <= c.median_s <= c.high_s and c.n == 2 for c in curve)
+    for level in ("L1", "L5F"):
+        steps = costs.step_costs(pair.drafter, pair.verifier, adapters[level], samples[0], repeats=2)
+        assert set(steps) == {"drafter_prefill", "verifier_prefill", "drafter_step", "verifier_step", "adapter_step"}
+    track = proposers.DrafterTrack(pair.drafter)
+    proposer = proposers.AdapterProposer(track, adapters["L1"], pair.verifier.lm_head, pair.draft_vocab_size)
+    lanes = costs.prefill_overlap(pair.verifier, proposer, samples[0], n_drafts=3, repeats=2)
+    assert lanes.ideal_s == max(lanes.verifier_s.median_s, lanes.drafter_s.median_s) and lanes.n_drafts == 3
+    with pytest.raises(ParameterError, match="measure at least once"):
+        costs.measure({}, repeats=0)
+
+
+def test_overlap_figures_follow_from_the_four_times():
+    def cost(seconds):
+        return costs.Cost("x", 0, seconds, seconds, seconds, 1)
+
+    lanes = costs.OverlapCost(cost(3.0), cost(2.0), serial_s=cost(5.0), overlapped_s=cost(4.0), n_drafts=4)
+    assert lanes.ideal_s == 3.0 and lanes.hidden_share == 0.5
+
+
+def test_measured_operations_are_interleaved_and_warmed_up():
+    log, ticks = [], iter(range(100))
+    operations = {name: (1, lambda name=name: log.append(name)) for name in "ab"}
+    out = costs.measure(operations, repeats=2, clock=lambda: next(ticks))
+    assert log == ["a", "b"] * 3 and [c.median_s for c in out] == [1, 1]
+
+
+def test_adapters_that_fuse_tokens_are_given_the_answer_so_far():
+    seen = []
+    adapter = types.SimpleNamespace(
+        reads="verifier", fuses_tokens=True, step=lambda drafter, verifier, tokens: seen.append(tokens.tolist()) or torch.eye(8)[4]
+    )
+    proposer = proposers.AdapterProposer(None, adapter, lambda hidden: hidden, 8)
+    proposer.begin(None)
+    proposer.observe([2, 3], torch.zeros(2, 8))
+    assert proposer.propose(2) == [4, 4] and seen == [[2, 3], [2, 3, 4]]
