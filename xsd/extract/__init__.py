@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""From samples and a loaded pair to shards of paired hidden states: free-running and teacher-forced, resumable."""

@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Paired hidden states on disk: ragged safetensors with a manifest, written safely, read by index or in shuffled batches."""

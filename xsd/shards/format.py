@@ -1,0 +1,221 @@
+"""What a run folder holds, byte by byte: encoded rows, the shard and metadata files, the manifest (docs/shards.md).
+
+A shard is ragged: the states of all its answers one below the other, with offsets, and no padding::
+
+    hidden_by_verifier [sum S_v, D_v]   | a a a | b b | c c c c |        offsets_verifier [n + 1] = 0 3 5 9
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from xsd.core import Mode, PairedStates, ShardError, Tap, atomic_write
+
+FORMAT, VERSION = "xsd-shards", 1
+MANIFEST, TIMES = "manifest.json", "times.jsonl"
+
+StoredDtype = Literal["fp32", "bf16", "fp16", "int8"]
+"""How states are stored. int8: each row divided by its own scale, max|row| / 127, which is kept in float32."""
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+ROLES = ("drafter", "verifier")
+TEXT_COLUMNS = ("sequence", "clip", "question", "split", "mode", "text_by_drafter", "text_by_verifier", "extra")
+_SCHEMA = pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS), ("n_tokens_drafter", pa.int64()), ("n_tokens_verifier", pa.int64())])
+_OWN_NAME = re.compile(r"(shard-\d{6}\.(safetensors|parquet)|head-(drafter|verifier)\.safetensors|times\.jsonl)")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One sample as stored. states, ids, scales: by role; scales are empty unless the dtype is int8. text: TEXT_COLUMNS."""
+
+    states: Mapping[str, Tensor]
+    ids: Mapping[str, Tensor]
+    scales: Mapping[str, Tensor]
+    text: Mapping[str, str]
+
+
+def shard_name(number: int) -> str:
+    """``shard-000007.safetensors``; its metadata has the same stem and ends in .parquet."""
+    return f"shard-{number:06d}.safetensors"
+
+
+def head_name(role: str) -> str:
+    """File of a model's LM head."""
+    return f"head-{role}.safetensors"
+
+
+# --- one sample ----------------------------------------------------------------------------------------------------------
+
+
+def encode_states(states: Tensor, dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
+    """[S, D] to the stored dtype; the second value is the float32 scale [S] for int8, else None."""
+    states = states.detach().cpu()
+    if dtype != "int8":
+        return states.to(TORCH_DTYPES[dtype]).contiguous(), None
+    states = states.float()
+    largest = states.abs().amax(dim=-1)
+    scale = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+    return (states / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
+
+
+def decode_states(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """Stored [S, D] (with its scale [S] for int8) to float32 [S, D]."""
+    return stored.float() if scale is None else stored.float() * scale[:, None]
+
+
+def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
+    """Check one sample and bring it to its stored form.
+
+    Raises: ShardError for other lengths of states and ids, unequal lengths under teacher forcing, NaN or infinity, or values
+    that overflow the dtype.
+    """
+    name = f"{pair.sequence}/{pair.clip} {pair.question!r}"
+    states, ids, scales = {}, {}, {}
+    for role in ROLES:
+        hidden, tokens = getattr(pair, f"hidden_by_{role}"), getattr(pair, f"ids_by_{role}")
+        if hidden.dim() != 2 or tokens.dim() != 1 or len(hidden) != len(tokens):
+            raise ShardError(
+                f"{name}: the {role} has states {list(hidden.shape)} and ids {list(tokens.shape)}; expected [S, D] and [S] of one length"
+            )
+        if not bool(torch.isfinite(hidden).all()):
+            raise ShardError(
+                f"{name}: the {role}'s states hold NaN or infinity; load the model in float32 or bfloat16 and extract this sample again"
+            )
+        stored, scale = encode_states(hidden, dtype)
+        if dtype != "int8" and not bool(torch.isfinite(stored).all()):
+            raise ShardError(f"{name}: the {role}'s states overflow dtype={dtype!r}; store them as 'bf16' or 'fp32'")
+        states[role], ids[role] = stored, tokens.detach().cpu().to(torch.int64).contiguous()
+        if scale is not None:
+            scales[role] = scale
+    if pair.mode == "teacher_forced" and len(ids["drafter"]) != len(ids["verifier"]):
+        raise ShardError(
+            f"{name}: teacher-forced pairs share their positions, but the drafter has {len(ids['drafter'])} "
+            f"and the verifier {len(ids['verifier'])}; force the drafter with the verifier's ids"
+        )
+    text = {column: getattr(pair, column) for column in TEXT_COLUMNS if column != "extra"}
+    text["extra"] = json.dumps(dict(pair.extra), sort_keys=True)
+    return Row(states, ids, scales, text)
+
+
+# --- many samples in one file ----------------------------------------------------------------------------------------------
+
+
+def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
+    """The bytes of a safetensors file: the same rows give the same bytes. with_text: keep the texts inside (pending pieces)."""
+    tensors: dict[str, Tensor] = {}
+    for role in ROLES:
+        lengths = torch.tensor([0, *(len(row.ids[role]) for row in rows)], dtype=torch.int64)
+        tensors[f"offsets_{role}"] = lengths.cumsum(0)
+        tensors[f"hidden_by_{role}"] = torch.cat([row.states[role] for row in rows])
+        tensors[f"ids_by_{role}"] = torch.cat([row.ids[role] for row in rows])
+        if rows[0].scales:
+            tensors[f"scale_by_{role}"] = torch.cat([row.scales[role] for row in rows])
+    # One metadata entry only: the library writes several in no fixed order.
+    return save(tensors, metadata={"text": json.dumps([dict(row.text) for row in rows], sort_keys=True)} if with_text else None)
+
+
+def unpack(data: bytes) -> list[Row]:
+    """The rows of ``pack(rows, with_text=True)``. Raises: ShardError if the bytes are no such file."""
+    try:
+        tensors = load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        text = json.loads(header["__metadata__"]["text"])
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ShardError(f"not a pending piece of a run ({error}); it will be extracted again") from error
+    rows = []
+    for i, line in enumerate(text):
+        cut = {role: slice(int(tensors[f"offsets_{role}"][i]), int(tensors[f"offsets_{role}"][i + 1])) for role in ROLES}
+        rows.append(
+            Row(
+                {role: tensors[f"hidden_by_{role}"][cut[role]] for role in ROLES},
+                {role: tensors[f"ids_by_{role}"][cut[role]] for role in ROLES},
+                {role: tensors[f"scale_by_{role}"][cut[role]] for role in ROLES if f"scale_by_{role}" in tensors},
+                line,
+            )
+        )
+    return rows
+
+
+def pack_metadata(rows: Sequence[Row]) -> bytes:
+    """The bytes of a shard's parquet file: one line a sample."""
+    columns: dict[str, list[Any]] = {name: [row.text[name] for row in rows] for name in TEXT_COLUMNS}
+    for role in ROLES:
+        columns[f"n_tokens_{role}"] = [len(row.ids[role]) for row in rows]
+    out = io.BytesIO()
+    pq.write_table(pa.Table.from_pydict(columns, schema=_SCHEMA), out)
+    return out.getvalue()
+
+
+# --- the manifest ------------------------------------------------------------------------------------------------------------
+
+
+def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+    """Sorted JSON with the digest of itself, so that a changed byte is seen."""
+    body = {key: value for key, value in manifest.items() if key != "digest"}
+    digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return (json.dumps({**body, "digest": digest}, indent=1, sort_keys=True) + "\n").encode()
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Atomic. Raises: StorageError."""
+    atomic_write(folder / MANIFEST, manifest_bytes(manifest))
+
+
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Raises: ShardError if there is none, or it is of another format or version, was changed, or names an unknown mode, tap or dtype."""
+    path = Path(folder) / MANIFEST
+    try:
+        data = path.read_bytes()
+    except (FileNotFoundError, NotADirectoryError) as error:
+        inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{MANIFEST}"))
+        hint = f"give one of its sub-folders: {', '.join(inside)}" if inside else "run the extraction, or give the folder it wrote"
+        raise ShardError(f"no {MANIFEST} in {folder}; {hint}") from error
+    try:
+        manifest = json.loads(data)
+        known, version = manifest["format"] == FORMAT, manifest["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path} is not a manifest of hidden states; restore it from a copy or extract again into a new folder") from error
+    if not known or version != VERSION:
+        raise ShardError(f"{path} is of format {manifest['format']!r} version {version!r} but this code reads {FORMAT!r} version {VERSION}")
+    if manifest_bytes(manifest) != data:
+        raise ShardError(f"{path} was changed after it was written (its digest differs); restore it or extract again into a new folder")
+    for field, choices in (("mode", get_args(Mode)), ("tap", get_args(Tap)), ("dtype", get_args(StoredDtype))):
+        if manifest.get(field) not in choices:
+            raise ShardError(f"{path} says {field}={manifest.get(field)!r}; expected one of {', '.join(choices)}")
+    for name, _, _ in listed_files(manifest):
+        if not _OWN_NAME.fullmatch(name):
+            raise ShardError(f"{path} names the file {name!r}, which no writer of this format makes; restore the manifest or extract again")
+    return manifest
+
+
+def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
+    """(name, bytes, sha256) of every file the manifest answers for: shards, their metadata, the heads, the times."""
+    for shard in manifest["shards"]:
+        yield shard["file"], shard["bytes"], shard["sha256"]
+        yield shard["metadata_file"], shard["metadata_bytes"], shard["metadata_sha256"]
+    for entry in (*manifest["heads"].values(), *manifest["files"].values()):
+        yield entry["file"], entry["bytes"], entry["sha256"]
+
+
+def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:
+    """``"config.quant is '4bit' in the folder but None now"`` for the first field (by name) that differs, else None."""
+    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
+        for key in sorted({*stored, *wanted}):
+            found = first_difference(stored.get(key), wanted.get(key), f"{name}.{key}" if name else str(key))
+            if found:
+                return found
+        return None
+    return None if stored == wanted else f"{name} is {stored!r} in the folder but {wanted!r} now"
