@@ -38,17 +38,16 @@ def same_shape(first: Tensor, second: Tensor, first_name: str, second_name: str)
     """Raises: MetricError when the shapes differ."""
     if first.shape != second.shape:
         raise MetricError(
-            f"{first_name} has shape {list(first.shape)} but {second_name} has {list(second.shape)}; both must cover the same samples and positions "
-            "(align them with Adapter.align, or cut both to the shorter answer)"
+            f"{first_name} has shape {list(first.shape)} but {second_name} has {list(second.shape)}; both must cover the same samples and "
+            "positions (align them with Adapter.align, or cut both to the shorter answer)"
         )
 
 
 def cluster_names(clusters: Sequence[str], n: int) -> list[str]:
     """The B sequence names as a list. Raises: MetricError when there are not exactly n."""
     if isinstance(clusters, str) or len(clusters) != n:
-        raise MetricError(
-            f"clusters must name the sequence of each of the {n} samples but has {1 if isinstance(clusters, str) else len(clusters)} entries"
-        )
+        given = 1 if isinstance(clusters, str) else len(clusters)
+        raise MetricError(f"clusters must name the sequence of each of the {n} samples but has {given} entries")
     return [str(name) for name in clusters]
 
 

@@ -1,0 +1,98 @@
+"""Speed-up models: the reference's published table and row; ours against a plain simulation."""
+
+import dataclasses
+
+import pytest
+
+from xsd.core import MetricError
+from xsd.metrics.speedup import (
+    Costs,
+    accepted_within,
+    break_even_acceptance,
+    break_even_table,
+    expected_tokens,
+    predict,
+    reference_wall_clock,
+    relaxed_speedup,
+    round_speedup,
+    sensitivity,
+)
+
+COSTS = Costs(prefill_drafter_ms=130, prefill_verifier_ms=310, draft_token_ms=8, align_ms=1, verify_ms={1: 14, 2: 15, 6: 20, 22: 70})
+
+
+def test_reproduces_the_published_break_even_table():
+    table = {(line["gamma"], line["target"]): line["alpha_percent"] for line in break_even_table()}
+    assert [table[5, t] for t in (1.0, 1.5, 2.0)] == [22, 33, 44]
+    assert [table[8, t] for t in (1.0, 1.5, 2.0)] == [14, 21, 28]
+    assert [table[10, t] for t in (1.0, 1.5, 2.0)] == [11, 17, 22]
+    assert relaxed_speedup(0.44, 5) == pytest.approx(2.0)
+
+
+def test_reproduces_the_published_speedup_row():
+    for acceptance, published in ((0.21, 1.01), (0.5, 1.14), (0.7, 1.25), (1.0, 1.47)):
+        assert reference_wall_clock(acceptance) == pytest.approx(published, abs=0.01)
+
+
+def test_expected_tokens_is_the_sum_of_survival_and_bonus():
+    assert expected_tokens(0.8, 5) == pytest.approx(1 + sum(0.8**i for i in range(1, 6)))
+    assert (expected_tokens(1, 5), expected_tokens(0, 5)) == (6, 1)
+    assert round_speedup(1, 5, overhead=0.5) == 4
+
+
+def test_prediction_by_hand():
+    out = predict(COSTS, [1.0, 0.5], n_tokens=30, gamma=2)
+    # window 180 ms holds 22 drafts; survival 1, .5, .25, … → 2 accepted + 1; rounds of 1.5 accepted + 1
+    assert (out.n_free, out.tokens_per_round) == (22, 2.5)
+    assert out.n_rounds == pytest.approx(27 / 2.5, abs=1e-5)
+    assert out.parts_ms["hidden_drafts"] == 71 and out.parts_ms["prefill"] == 310
+    assert out.parts_ms["verify"] == pytest.approx(out.n_rounds * 16.25)  # v(3) between v(2) = 15 and v(6) = 20
+    assert out.baseline_ms == 310 + 29 * 14
+    assert out.speedup == pytest.approx(out.baseline_ms / sum(out.parts_ms.values()))
+    assert out.residual_ms(out.total_ms + 7) == pytest.approx(7)
+
+
+def test_without_overlap_the_drafters_prefill_is_paid_for():
+    serial = predict(dataclasses.replace(COSTS, overlap=0.0), [0.9] * 2, n_tokens=30, gamma=2)
+    assert serial.n_free == 0 and serial.parts_ms["exposed_drafter_prefill"] == 130
+    contended = predict(dataclasses.replace(COSTS, contention=1.5), [0.9] * 2, n_tokens=30, gamma=2)
+    assert contended.parts_ms["prefill"] == 465
+
+
+def test_a_drafter_that_is_never_right_slows_down_and_a_free_perfect_one_speeds_up():
+    assert predict(COSTS, [0.0], n_tokens=30, gamma=5).speedup < 1
+    assert predict(COSTS, [1.0], n_tokens=30, gamma=5).speedup > 1.4
+
+
+def test_break_even_acceptance_is_where_the_prediction_crosses():
+    alpha = break_even_acceptance(COSTS, n_tokens=30, gamma=5)
+    assert predict(COSTS, [alpha ** (i + 1) for i in range(5)], n_tokens=30, gamma=5).speedup == pytest.approx(1.0, abs=1e-6)
+    assert break_even_acceptance(COSTS, n_tokens=30, gamma=5, target=50) is None
+
+
+def test_sensitivity_ranks_inputs_and_brackets_the_base():
+    rows = sensitivity(COSTS, [0.8, 0.6, 0.5, 0.4, 0.3], n_tokens=50, gamma=5)
+    by_name = {row["input"]: row for row in rows}
+    assert by_name["survival"]["speedup_less"] < by_name["survival"]["speedup"] < by_name["survival"]["speedup_more"]
+    assert by_name["verify_ms"]["speedup_less"] > by_name["verify_ms"]["speedup_more"]
+    assert {"draft_token_ms", "overlap", "contention"} <= set(by_name)
+
+
+def test_a_curve_goes_on_at_its_last_ratio():
+    assert accepted_within([0.8, 0.4], 4) == pytest.approx(0.8 + 0.4 + 0.2 + 0.1)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: predict(COSTS, [0.5, 0.6], n_tokens=30, gamma=5), "never rise"),
+        (lambda: predict(COSTS, [0.5], n_tokens=30, gamma=40), r"v\(41\) was not measured \(K = 1 … 22\)"),
+        (lambda: predict(COSTS, [0.5], n_tokens=0, gamma=4), "at least 1 but are 0 and 4"),
+        (lambda: dataclasses.replace(COSTS, verify_ms={2: 3.0}), "single-token pass"),
+        (lambda: dataclasses.replace(COSTS, overlap=1.2), r"overlap in \[0, 1\]"),
+        (lambda: reference_wall_clock(21), "divided by 100"),
+    ],
+)
+def test_bad_input_is_named(call, message):
+    with pytest.raises(MetricError, match=message):
+        call()
