@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -205,3 +206,11 @@ def test_streams_beyond_the_official_limit_are_noted_and_not_refused():
     assert event_streams.official_limit_note(short) is None
     assert event_streams.official_limit_note(long).startswith("the stream lasts 100.0 ms; the official EventGPT code")
     check_events(long)
+
+
+@pytest.mark.parametrize(("suffix", "package"), [("aedat4", "aedat"), ("h5", "hdf5plugin")])
+def test_a_missing_reader_package_is_named(tmp_path, monkeypatch, suffix, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    (tmp_path / f"a.{suffix}").write_bytes(b"anything")
+    with pytest.raises(EventError, match=f"needs the packages? .*{package}"):
+        read_events(tmp_path / f"a.{suffix}")

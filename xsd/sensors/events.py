@@ -14,6 +14,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -229,13 +230,18 @@ def _read_aedat4(path: Path) -> Mapping[str, Any]:
     return {"x": array["x"], "y": array["y"], "t": array["t"], "p": array["on"], "width": stream["width"], "height": stream["height"]}
 
 
-def _read_h5(path: Path) -> Mapping[str, Any]:
+def h5_module(path: Path) -> ModuleType:
+    """h5py, with the blosc filter DSEC is compressed with. Raises: EventError naming ``path`` when a package is missing."""
     try:
         import h5py
-        import hdf5plugin  # noqa: F401  registers the blosc filter DSEC is compressed with
+        import hdf5plugin  # noqa: F401  registers the filter
     except ImportError as error:
         raise EventError(f"{path}: reading DSEC's .h5 needs the packages h5py and hdf5plugin; install them with pip") from error
-    with h5py.File(path, "r") as file:
+    return h5py
+
+
+def _read_h5(path: Path) -> Mapping[str, Any]:
+    with h5_module(path).File(path, "r") as file:
         group = file["events"]
         columns: dict[str, Any] = {name: group[name][:] for name in ("x", "y", "t", "p")}
         columns["t"] = columns["t"].astype(np.int64) + (int(file["t_offset"][()]) if "t_offset" in file else 0)
