@@ -159,6 +159,31 @@ def test_ten_questions_on_a_clip_run_the_tower_once(monkeypatch):
     assert len(calls) == 4  # same name, other pixels
 
 
+@ROLES
+def test_questions_on_one_clip_share_its_prefill(role, monkeypatch):
+    handle = handle_of(role)
+    answers = handle.generate(SAMPLES, 8)
+    fed = []
+    forward = handle.decoder.forward
+    monkeypatch.setattr(handle.decoder, "forward", lambda **inputs: fed.append(inputs["inputs_embeds"].shape[:2]) or forward(**inputs))
+    batched = handle.force(SAMPLES, [answer.ids for answer in answers], batch_size=6)
+    before, _ = handle.prompt_ids(SAMPLES[0].question)
+    n_visual = len(handle.visual_tokens(SAMPLES[0]))
+    assert fed[0] == (2, len(before) + n_visual)  # six questions on two clips
+    assert fed[1][0] == 6 and fed[1][1] < len(before) + n_visual
+    for sample, answer, forced in zip(SAMPLES, answers, batched, strict=True):
+        alone = handle.force([sample], [answer.ids])[0]
+        torch.testing.assert_close(forced.hidden, alone.hidden, atol=5e-5, rtol=0)
+        assert torch.equal(forced.top_ids, answer.ids)
+
+
+def test_clips_of_one_and_five_frames_go_in_one_batch():
+    handle = handle_of("drafter")
+    mixed = [*SAMPLES[:3], dataclasses.replace(SAMPLES[0], event_frames=SAMPLES[0].event_frames[:1])]
+    for sample, answer in zip(mixed, handle.generate(mixed, 6), strict=True):
+        assert torch.equal(answer.ids, handle.generate([sample], 6)[0].ids)
+
+
 def test_empty_input_is_refused_with_a_sentence():
     pair = tiny_pair()
     with pytest.raises(core.DatasetError, match="a question has zero length"):

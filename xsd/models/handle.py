@@ -60,7 +60,7 @@ class ModelHandle:
     """
 
     def __init__(
-        self, model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, *, draft_vocab_size: int, name: str = "", vision_entries: int = 32
+        self, model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, *, draft_vocab_size: int, name: str = "", vision_entries: int = 64
     ) -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.role, self.pixels, self.name = tokenizer, role, pixels, name
@@ -85,23 +85,23 @@ class ModelHandle:
         With ``reuse`` they are remembered by the images' content, so that ten questions on a clip run the tower once.
         Raises: DatasetError without event frames, VideoError without video frames.
         """
-        images = list(sample.event_frames if self.role == "drafter" else sample.video)
-        if not images:
-            error, what = (DatasetError, "event frame") if self.role == "drafter" else (VideoError, "video frame")
-            raise error(f"{sample.sequence}/{sample.clip} has no {what}; check the clip's files and read the dataset folder again")
+        images = self._images(sample)
         if not reuse:
             return self._encode_images(images)
-        digest = hashlib.blake2b(digest_size=16)
-        for image in images:
-            digest.update(repr(image.shape).encode())
-            digest.update(image.tobytes())
-        key = digest.hexdigest()
+        key = _content(images)
         if key not in self._vision:
             self._vision[key] = self._encode_images(images)
             while len(self._vision) > self._vision_entries:
                 self._vision.popitem(last=False)
         self._vision.move_to_end(key)
         return self._vision[key]
+
+    def _images(self, sample: Sample) -> list[Any]:
+        images = list(sample.event_frames if self.role == "drafter" else sample.video)
+        if not images:
+            error, what = (DatasetError, "event frame") if self.role == "drafter" else (VideoError, "video frame")
+            raise error(f"{sample.sequence}/{sample.clip} has no {what}; check the clip's files and read the dataset folder again")
+        return images
 
     @torch.no_grad()
     def _encode_images(self, images: Sequence[Any]) -> Tensor:
@@ -172,31 +172,60 @@ class ModelHandle:
     ) -> list[Continuation]:
         """Greedy answers, the same ids as one at a time. progress(n): called with the number of samples just finished.
 
-        Prompts are padded on the left; a row leaves the batch at its EOS. Results are on the CPU, in the order given.
+        Prompts are padded on the left; a row leaves the batch at its EOS; questions on one clip share its prefill when they stand in
+        one batch. Results are on the CPU, in the order given.
         """
         results: list[Continuation] = []
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
-            results += self._generate_batch([self.prompt_embeddings(sample) for sample in chunk], max_new_tokens)
+            cache, tails = self._shared_prefill(chunk)
+            results += self._generate_batch(tails, max_new_tokens, cache)
             if progress is not None:
                 progress(len(chunk))
         return results
 
-    def _generate_batch(self, prompts_embedded: list[Tensor], max_new_tokens: int) -> list[Continuation]:
-        batch = len(prompts_embedded)
+    def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
+        """A cache that holds each row's prompt up to its visual tokens, and what is still to be fed: [L_i, D] a row.
+
+            [ before | visual ]  once a clip, then copied to its rows       [ after | answer ]  by row
+
+        The cache is empty, and the rows are whole prompts, where no two rows share a clip or prefixes differ in length.
+        """
+        cache = DynamicCache(config=self.decoder.config)
+        contents = [_content(self._images(sample)) for sample in samples]
+        first = {content: row for row, content in reversed(list(enumerate(contents)))}
+        split = [self.prompt_ids(sample.question) for sample in samples]
+        limit = getattr(self.model.config, "tokenizer_model_max_length", None)
+        prefixes = {content: self._prefix(samples[row], split[row][0]) for content, row in first.items()}
+        lengths = {len(prefix) for prefix in prefixes.values()}
+        too_long = limit is not None and max(lengths) + max(len(after) for _, after in split) > limit
+        if len(first) == len(samples) or len(lengths) > 1 or too_long:
+            return cache, [self.prompt_embeddings(sample) for sample in samples]
+        self.decoder(inputs_embeds=torch.stack(list(prefixes.values())), past_key_values=cache, use_cache=True)
+        place = {content: index for index, content in enumerate(prefixes)}
+        cache.batch_select_indices(torch.tensor([place[content] for content in contents], device=self.device))
+        return cache, [self._lookup(after) for _, after in split]
+
+    def _prefix(self, sample: Sample, before: list[int]) -> Tensor:
+        return torch.cat([self._lookup(before), self.visual_tokens(sample).to(self._embed.weight.dtype)])
+
+    def _generate_batch(self, tails: list[Tensor], max_new_tokens: int, cache: DynamicCache | None = None) -> list[Continuation]:
+        cache = DynamicCache(config=self.decoder.config) if cache is None else cache
+        cached, batch = cache.get_seq_length(), len(tails)
         ids: list[list[int]] = [[] for _ in range(batch)]
         states: list[list[Tensor]] = [[] for _ in range(batch)]
         rows = list(range(batch))
-        lengths = torch.tensor([len(prompt) for prompt in prompts_embedded], device=self.device)
+        lengths = torch.tensor([len(tail) for tail in tails], device=self.device)
         longest = int(lengths.max())
-        embeds = prompts_embedded[0].new_zeros(batch, longest, self.hidden_size)
-        for row, prompt in enumerate(prompts_embedded):
-            embeds[row, longest - len(prompt) :] = prompt
+        embeds = tails[0].new_zeros(batch, longest, self.hidden_size)
+        for row, tail in enumerate(tails):
+            embeds[row, longest - len(tail) :] = tail
         columns = torch.arange(longest, device=self.device)
-        positions = (columns - (longest - lengths)[:, None]).clamp(min=0)
-        # Equal lengths need no mask, and attention without one takes the faster kernel.
-        mask = None if bool((lengths == longest).all()) else (columns >= (longest - lengths)[:, None]).long()
-        cache = DynamicCache(config=self.decoder.config)
+        positions = cached + (columns - (longest - lengths)[:, None]).clamp(min=0)
+        mask = None
+        if bool((lengths < longest).any()):  # equal lengths need no mask, and attention without one takes the faster kernel
+            real = (columns >= (longest - lengths)[:, None]).long()
+            mask = torch.cat([real.new_ones(batch, cached), real], dim=1)
         for step in range(max_new_tokens):
             output = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
             hidden = output.last_hidden_state[:, -1]
@@ -230,7 +259,7 @@ class ModelHandle:
     def force(
         self, samples: Sequence[Sample], ids: Sequence[Tensor], *, batch_size: int = 16, progress: Callable[[int], None] | None = None
     ) -> list[Forced]:
-        """States before each forced token, in one forward pass per batch.
+        """States before each forced token, the whole answer in one forward pass.
 
         The input is prompt + ids[:-1] and the states are read one position before their token. Rows are padded on the right,
         where a causal decoder's real positions never look. Raises: ValueError if the two lists differ in length.
@@ -241,12 +270,12 @@ class ModelHandle:
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
             answers = [torch.as_tensor(answer, dtype=torch.long) for answer in ids[start : start + batch_size]]
-            heads = [self.prompt_embeddings(sample) for sample in chunk]
-            lines = [torch.cat([head, self._lookup(answer[:-1])]) for head, answer in zip(heads, answers, strict=True)]
+            cache, tails = self._shared_prefill(chunk)
+            lines = [torch.cat([tail, self._lookup(answer[:-1])]) for tail, answer in zip(tails, answers, strict=True)]
             embeds = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
-            states = self.decoder(inputs_embeds=embeds, use_cache=False).last_hidden_state
-            for row, (head, answer) in enumerate(zip(heads, answers, strict=True)):
-                hidden = states[row, len(head) - 1 : len(head) - 1 + len(answer)]
+            states = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+            for row, (tail, answer) in enumerate(zip(tails, answers, strict=True)):
+                hidden = states[row, len(tail) - 1 : len(tail) - 1 + len(answer)]
                 results.append(Forced(hidden.clone().cpu(), self.lm_head(hidden).argmax(-1).cpu()))
             if progress is not None:
                 progress(len(chunk))
@@ -279,6 +308,14 @@ class ModelHandle:
                     digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
             self._hash = digest.hexdigest()
         return self._hash
+
+
+def _content(images: Sequence[Any]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for image in images:
+        digest.update(f"{image.shape} {image.dtype}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
