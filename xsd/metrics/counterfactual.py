@@ -50,8 +50,9 @@ class FloorComparison:
         if not self.above_best.excludes(0.0):
             verdict = "cannot be told from"
         percent = unit.startswith("of")
+        floor = f"{self.best}, {self.floors[self.best].text(percent)}"
         return (
-            f"The adapter's {self.arm.text(percent)} {unit} {verdict} the best floor ({self.best}, {self.floors[self.best].text(percent)}): "
+            f"The adapter's {self.arm.text(percent)} {unit} {verdict} the best floor ({floor}): "
             f"difference {self.above_best.text(percent)} over {self.above_best.n_clusters} sequences."
         )
 
