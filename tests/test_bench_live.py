@@ -241,3 +241,18 @@ def test_adapters_that_fuse_tokens_are_given_the_answer_so_far():
     proposer.begin(None)
     proposer.observe([2, 3], torch.zeros(2, 8))
     assert proposer.propose(2) == [4, 4] and seen == [[2, 3], [2, 3, 4]]
+
+
+def test_a_prediction_is_the_sum_of_its_parts_and_leaves_a_residual():
+    rounds = [
+        {"phase": "prefill_hiding", "drafted": [5, 6], "accepted": 1, "bonus": 7},
+        {"phase": "decode", "drafted": [8, 2], "accepted": 2, "bonus": None},
+    ]
+    curve = [costs.Cost("verify", rows, seconds, seconds, seconds, 1) for rows, seconds in ((1, 1.0), (2, 2.0))]
+    named = {"verifier_prefill": 10.0, "drafter_prefill": 3.0, "drafter_step": 0.5, "adapter_step": 0.25}
+    price = costs.prices(curve, {name: costs.Cost(name, 1, s, s, s, 1) for name, s in named.items()})
+    out = costs.predict([{"rounds": rounds, "ids": [5, 7, 8, 2], "total_s": 31.0}], price, frozenset({2}))
+    assert (out["prefill_s"], out["draft_s"], out["verify_s"]) == (10.0, 1.5, 2.0 + 2.0)  # the drafted EOS is never fed
+    assert out["predicted_s"] == 15.5 and out["residual"] == 1.0
+    with pytest.raises(ParameterError, match="choose an arm that drafts"):
+        costs.predict([{"rounds": [], "ids": [1], "total_s": 1.0}], price, frozenset())

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -158,15 +159,15 @@ def hf_inputs(handle: ModelHandle, sample: Sample) -> dict[str, torch.Tensor]:
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "pixel_values_videos": pixels[None]}
 
 
-_VISUAL_TOKENS: dict[tuple[int, int], int] = {}
-"""(model, frames) → visual tokens, found once so that counting them does not enter the measured time again."""
+_VISUAL_TOKENS: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+"""Model → frames → visual tokens, found once (in the warm-up) so that counting them does not enter the measured time."""
 
 
 def _n_visual(handle: ModelHandle, sample: Sample) -> int:
-    key = (id(handle.model), len(sample.video))
-    if key not in _VISUAL_TOKENS:
-        _VISUAL_TOKENS[key] = len(handle.visual_tokens(sample))
-    return _VISUAL_TOKENS[key]
+    counts = _VISUAL_TOKENS.setdefault(handle.model, {})
+    if len(sample.video) not in counts:
+        counts[len(sample.video)] = len(handle.visual_tokens(sample))
+    return counts[len(sample.video)]
 
 
 @torch.inference_mode()

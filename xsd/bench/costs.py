@@ -6,7 +6,7 @@ Measured interleaved (every repeat goes once through all shapes) after a warm-up
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from xsd.core import DecoderHandle, ParameterError
-from xsd.decode import overlap, proposers
+from xsd.decode import overlap, proposers, replay
 
 
 @dataclass(frozen=True)
@@ -151,6 +151,51 @@ def prefill_overlap(
         repeats=repeats,
     )
     return OverlapCost(**{cost.what: cost for cost in costs}, n_drafts=n_drafts)
+
+
+def prices(curve: Sequence[Cost], steps: Mapping[str, Cost]) -> replay.Prices:
+    """Medians of :func:`verification_curve` and :func:`step_costs` in the form that a schedule is priced with."""
+    adapter_s = steps["adapter_step"].median_s if "adapter_step" in steps else 0.0
+    return replay.Prices(
+        verifier_prefill_s=steps["verifier_prefill"].median_s,
+        drafter_prefill_s=steps["drafter_prefill"].median_s,
+        draft_s=steps["drafter_step"].median_s + adapter_s,
+        verify={cost.rows: cost.median_s for cost in curve},
+    )
+
+
+def predict(
+    records: Sequence[Mapping[str, Any]], price: replay.Prices, eos_token_ids: frozenset[int], *, overlapped: bool = True
+) -> dict[str, float]:
+    """One arm's records priced by what the parts cost: predicted and measured seconds over all of them, and what is left unexplained.
+
+    Returns: predicted_s, measured_s, residual (measured / predicted − 1), and the parts of the prediction: prefill_s, draft_s, verify_s.
+    Raises: ParameterError without records or where they hold no rounds (an autoregressive arm).
+    """
+    if not records or not all(record["rounds"] for record in records):
+        raise ParameterError("a prediction needs records with rounds; choose an arm that drafts")
+    predicted = measured = drafting = verifying = 0.0
+    for record in records:
+        rounds = [_priced(r, record["ids"], eos_token_ids) for r in record["rounds"]]
+        predicted += replay.predicted_seconds(rounds, price, overlapped=overlapped)
+        measured += record["total_s"]
+        drafting += sum(each.n_drafted * price.draft_s for each in rounds if not each.hiding)
+        verifying += sum(price.verify_s(each.rows) for each in rounds if each.rows)
+    return {
+        "predicted_s": predicted,
+        "measured_s": measured,
+        "residual": measured / predicted - 1,
+        "prefill_s": predicted - drafting - verifying,
+        "draft_s": drafting,
+        "verify_s": verifying,
+    }
+
+
+def _priced(row: Mapping[str, Any], ids: Sequence[int], eos: frozenset[int]) -> replay.ReplayedRound:
+    drafted, hiding = row["drafted"], row["phase"] == "prefill_hiding"
+    fed = len(drafted) - bool(drafted and drafted[-1] in eos)
+    rows = (fed if drafted and drafted[0] == ids[0] else 0) if hiding else 1 + fed
+    return replay.ReplayedRound(len(drafted), row["accepted"], row["bonus"] is not None, rows, hiding)
 
 
 def _cost(name: str, rows: int, seconds: Sequence[float]) -> Cost:
