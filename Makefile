@@ -26,7 +26,7 @@ lab: env         ## JupyterLab in notebooks/
 	@.venv/bin/jupyter lab --notebook-dir=notebooks
 
 pair: env        ## train the embedded pair again (2 CPU cores: up to 2 hours; resumes)
-	@$(XSD) pair
+	@$(XSD) run 00 -p train_profile=full -o reports/pair
 
 check: env       ## seconds: lint, layers, house rules, notebook hygiene
 	@.venv/bin/ruff check .

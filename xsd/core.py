@@ -265,7 +265,9 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 
 def _storage_error(target: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"cannot write {target}: the disk is full; free space or choose another output folder and run again (nothing was lost)")
+        return StorageError(
+            f"cannot write {target}: the disk is full; free space or choose another output folder and run again (nothing was lost)"
+        )
     return StorageError(f"cannot write {target}: {error.strerror or error}; check the folder's permissions or choose another one")
 
 
