@@ -189,3 +189,28 @@ def test_import_of_the_package_is_fast_and_light():
 def test_modules_stay_short():
     long = {name: count for name, path in MODULES.items() if (count := len(path.read_text(encoding="utf-8").splitlines())) > 400}
     assert not long, f"over 400 lines, split by subject: {long}"
+
+
+def contract_names() -> list[tuple[str, str]]:
+    """(room, name) of every function or class that the page's contracts write as a call, such as ``read_events(path)``."""
+    block = re.search(r"## Contracts.*?```python\n(.*?)```", PAGE.read_text(encoding="utf-8"), re.DOTALL).group(1)
+    room, found = "", []
+    for line in block.splitlines():
+        if heading := re.match(r"# (\w+)", line):
+            room = heading.group(1)
+        code = line.split("#")[0].split("->")[0]
+        found += [(room, name.rsplit(".", 1)[-1]) for name in re.findall(r"(?:^|[ ;.{,|]) *([A-Za-z_][\w.]*)\(", code)]
+    return [(room, name) for room, name in found if name not in {"dataclass", "list", "dict", "tuple", "v"}]
+
+
+def test_every_name_in_the_contracts_exists():
+    defined: dict[str, set[str]] = {}
+    for name, path in MODULES.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+        defined.setdefault(room_of(name), set()).update(
+            node.name for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef)
+        )
+    names = contract_names()
+    assert len(names) > 40
+    missing = sorted({f"{room}: {name}" for room, name in names if name not in defined[room] | defined["core"]})
+    assert not missing, f"{PAGE.name} promises what the code does not have: {missing}"
