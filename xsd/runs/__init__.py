@@ -1,1 +1,1 @@
-"""See docs/architecture.md."""
+"""Typed parameters, running and sweeping notebooks, their committed form, and the offline report."""

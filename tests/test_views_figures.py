@@ -1,0 +1,97 @@
+"""Pictures are compared by their data."""
+
+import plotly.io as pio
+import pytest
+from views_examples import history, lengths_table, live_runs, speedups, token_table
+
+from xsd.core import Generation, MetricError
+from xsd.views import figures, frames, theme, timeline
+
+
+@pytest.fixture(scope="module")
+def table():
+    return token_table()
+
+
+def test_each_level_has_a_band_and_a_line_with_its_numbers(table):
+    frame = frames.by_position(table)
+    figure = figures.acceptance_by_position(frame, curve="survival")
+    lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
+    assert [trace.name for trace in lines] == list(dict.fromkeys(table["level"]))
+    assert list(lines[0].y) == frame[frame["level"] == "L1"]["survival"].tolist()
+    assert lines[0].customdata[0][0] == 24 and "n = " in lines[0].hovertemplate
+    assert len(figure.data) == 2 * len(lines)
+
+
+def test_an_unknown_curve_is_refused(table):
+    with pytest.raises(MetricError, match="no acceptance curve named 'mean'"):
+        figures.acceptance_by_position(frames.by_position(table), curve="mean")
+
+
+def test_dots_are_coloured_by_kind_and_the_line_stands_at_the_best_floor():
+    figure = figures.accepted_length_dots(lengths_table())
+    colours = {trace.name: trace.marker.color for trace in figure.data}
+    assert colours == {"ceiling": theme.VERIFIER, "adapter": theme.ADAPTER, "drafter": theme.DRAFTER, "floor": theme.KINDS["floor"]}
+    assert figure.layout.shapes[0].x0 == 1.5  # the 4-gram table
+    assert figure.layout.yaxis.categoryarray[-1].startswith("B1")
+
+
+def test_measured_predicted_and_quoted_bars_look_different():
+    figure = figures.speedup_bars(speedups())
+    looks = {trace.name: (trace.marker.opacity, trace.marker.pattern.shape) for trace in figure.data}
+    assert len(set(looks.values())) == 3 and set(looks) == {"measured", "predicted", "quoted"}
+    with pytest.raises(MetricError, match="measured, predicted or quoted, not 'guess'"):
+        figures.speedup_bars(speedups().assign(kind="guess"))
+
+
+def test_the_star_stands_at_the_best_validation_epoch():
+    stars = [trace for trace in figures.training_curves(history()).data if trace.mode == "markers"]
+    assert [(star.name, star.x[0]) for star in stars] == [("L1 best", 20), ("L4 best", 12)]
+
+
+def test_four_panels_share_one_legend(table):
+    adapters = table[table["level"] != "drafter_tokens"]
+    figure = figures.four_panels(
+        cosines=frames.cosine_histogram(adapters),
+        positions=frames.by_position(table),
+        lengths=frames.accepted_length_histogram(table),
+        speedups=speedups(),
+    )
+    shown = [trace.name for trace in figure.data if trace.showlegend is not False]
+    assert shown == list(dict.fromkeys(table["level"]))
+
+
+def test_every_figure_is_the_same_json_twice_and_keeps_the_template_off_globals(table):
+    before = pio.templates.default
+    draw = [
+        lambda: figures.reliability_curve(frames.reliability(table)),
+        lambda: figures.cosine_histogram(frames.cosine_histogram(table)),
+        lambda: timeline.scrubber(live_runs(), lambda ids: " ".join(map(str, ids))),
+    ]
+    for one in draw:
+        assert one().to_json() == one().to_json()
+    assert pio.templates.default == before
+
+
+def test_timeline_bars_are_the_spans_in_milliseconds():
+    runs = live_runs()
+    figure, frame = timeline.timeline(runs), timeline.spans(runs)
+    verifier = next(trace for trace in figure.data if trace.name == "verifier")
+    assert verifier.marker.color == theme.VERIFIER
+    assert sum(verifier.x) == pytest.approx(frame[frame["lane"] == "verifier"].eval("end_ms - start_ms").sum())
+    assert list(figure.layout.yaxis.categoryarray)[-1] == "speculative · drafter"
+
+
+def test_the_scrubber_shows_the_text_that_each_arm_has_at_each_stop():
+    runs = live_runs()
+    figure = timeline.scrubber(runs, lambda ids: "-".join(map(str, ids)))
+    assert len(figure.frames) == len(figure.layout.sliders[0].steps)
+    last = figure.frames[-1].layout.annotations[-1].text
+    assert last.count("12 tokens: 0-1-2-3-4-5-6-7-8-9-10-11") == 2
+    counts = timeline.progress(runs)
+    assert counts[counts["arm"] == "speculative"]["n_tokens"].tolist() == [5, 10, 12]
+
+
+def test_a_run_without_times_is_named():
+    with pytest.raises(MetricError, match="no time was recorded"):
+        timeline.timeline({"baseline": Generation((1,), "eos")})

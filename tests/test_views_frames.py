@@ -1,0 +1,75 @@
+"""The tables behind the pictures."""
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from views_examples import token_table
+
+from xsd.core import MetricError
+from xsd.views import frames
+
+
+def _table(matches, cosines=None, level="L1"):
+    rows = []
+    for sample, answer in enumerate(matches):
+        for position, match in enumerate(answer):
+            cosine = cosines[sample][position] if cosines else (0.95 if match else 0.5)
+            rows.append((level, f"c{sample}", f"s{sample % 2}", position, cosine, bool(match)))
+    return pd.DataFrame(rows, columns=["level", "sample", "sequence", "position", "cosine", "match"])
+
+
+def test_marginal_counts_each_position_and_survival_needs_all_before():
+    frame = frames.by_position(_table([[1, 0, 1], [1, 1]]))
+    assert frame["n"].tolist() == [2, 2, 1]
+    assert frame["marginal"].tolist() == [1.0, 0.5, 1.0]
+    assert frame["survival"].tolist() == [1.0, 0.5, 0.0]
+
+
+def test_the_threshold_is_strict_as_in_the_reference():
+    table = _table([[1, 1]], [[0.9, 0.91]])
+    assert frames.accepted(table, 0.9).tolist() == [False, True]
+
+
+def test_accepted_length_stops_at_the_first_rejection():
+    frame = frames.accepted_length(_table([[1, 0, 1], [1, 1], [0, 1]]))
+    assert frame.loc[0, "value"] == pytest.approx((1 + 2 + 0) / 3)
+    assert frame.loc[0, "low"] <= frame.loc[0, "value"] <= frame.loc[0, "high"]
+
+
+def test_one_sequence_gives_no_interval():
+    assert np.isnan(frames.by_position(_table([[1, 0]]))["marginal_low"]).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=6))
+def test_survival_never_exceeds_marginal_and_sums_to_the_accepted_length(matches):
+    table = _table(matches)
+    frame = frames.by_position(table, resamples=50)
+    assert (frame["survival"] <= frame["marginal"] + 1e-12).all()
+    length = frames.accepted_length(table, resamples=50).loc[0, "value"]
+    assert (frame["survival"] * frame["n"]).sum() / len(matches) == pytest.approx(length)
+
+
+def test_row_order_and_repeated_indices_change_nothing():
+    table = token_table(levels=("L1", "L4"))
+    shuffled = table.sample(frac=1, random_state=3).assign(level=lambda t: pd.Categorical(t["level"], ["L1", "L4"]))
+    shuffled.index = [0] * len(shuffled)
+    first, second = (frames.by_position(one).sort_values(["level", "position"]) for one in (table, shuffled))
+    np.testing.assert_allclose(first["survival"], second["survival"])
+    np.testing.assert_allclose(first["survival_low"], second["survival_low"])
+
+
+def test_histograms_and_bands_hold_every_token():
+    table = token_table(levels=("L1",))
+    assert frames.cosine_histogram(table)["n"].sum() == len(table)
+    assert frames.reliability(table)["n"].sum() == len(table)
+    assert frames.accepted_length_histogram(table)["share"].sum() == pytest.approx(1)
+
+
+def test_a_table_without_the_columns_is_named():
+    with pytest.raises(MetricError, match=r"lacks the column\(s\) cosine, match"):
+        frames.by_position(_table([[1]]).drop(columns=["cosine", "match"]))
+    with pytest.raises(MetricError, match="no row"):
+        frames.by_position(_table([[1]]).head(0))

@@ -1,0 +1,175 @@
+"""The ``xsd`` command: a few verbs; everything heavy is imported inside the verb that needs it.
+
+A mistake of the user's (XsdError) prints one sentence on stderr and exits with 2; a finished verb exits with 0, one that found
+problems with 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from xsd import __version__
+from xsd.core import ROOT, ParameterError, XsdError
+
+
+def _run(arguments: argparse.Namespace) -> int:
+    from xsd.runs import notebooks, parameters
+
+    source = notebooks.find(arguments.notebook)
+    model = parameters.model_of(source.stem)
+    if arguments.help_parameters:
+        for name, field in model.model_fields.items():
+            print(f"{name} = {field.get_default()!r}\n    {field.description}")
+        return 0
+    values = parameters.read_values(arguments.parameter, model)
+    target = notebooks.run_notebook(source, arguments.out or ROOT / "reports" / source.stem, values)
+    print(f"finished: {target}")
+    return 0
+
+
+def _sweep(arguments: argparse.Namespace) -> int:
+    from xsd.runs import notebooks, parameters
+
+    source = notebooks.find(arguments.notebook)
+    model = parameters.model_of(source.stem)
+    grid = {}
+    for pair in arguments.grid:
+        name, sign, text = pair.partition("=")
+        if not sign:
+            raise ParameterError(f"a grid axis is written name=value,value, not {pair!r}")
+        grid[name] = [parameters.read_values([f"{name}={one}"], model)[name] for one in text.split(",") if one]
+    fixed = parameters.read_values(arguments.parameter, model)
+    rows = notebooks.sweep(source, grid, arguments.out or ROOT / "reports" / f"sweep_{source.stem}", fixed=fixed)
+    print(notebooks.table(rows))
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} runs failed; run the same command again to try only those", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _report(arguments: argparse.Namespace) -> int:
+    from xsd.runs import report
+
+    executed = sorted(path for path in arguments.folder.glob("*.ipynb"))
+    if not executed:
+        raise ParameterError(f"there is no executed notebook in {arguments.folder}; run one with xsd run NB -o {arguments.folder}")
+    for path in executed:
+        print(report.notebook_page(path, arguments.folder / "notebooks"))
+    return 0
+
+
+def _notebooks(arguments: argparse.Namespace) -> int:
+    from xsd.runs import hygiene, notebooks
+
+    paths = [notebooks.find(one) for one in arguments.paths] or hygiene.committed()
+    for path in paths:
+        if arguments.action == "refresh":
+            print(f"refreshing {path.name}", flush=True)
+            hygiene.refresh(path)
+        elif arguments.action == "normalise":
+            hygiene.normalise(path)
+    hygiene.check(paths)
+    print(f"{len(paths)} notebooks are in their committed form")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from xsd.runs import demo
+
+    page = demo.run(arguments.out or ROOT / "reports" / "demo", profile=arguments.profile)
+    print(f"the report: {page}")
+    return 0
+
+
+def _simulate(arguments: argparse.Namespace) -> int:
+    from xsd.world import drive
+
+    summary = drive.write_dataset(
+        arguments.folder, split=arguments.split, n_sequences=arguments.sequences, seed=arguments.seed, workers=arguments.workers
+    )
+    print(f"{arguments.folder}: " + ", ".join(f"{name} {value}" for name, value in summary.items() if not isinstance(value, (dict, list))))
+    return 0
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    from xsd.runs import doctor
+
+    findings = doctor.examine(pair=arguments.pair)
+    if arguments.pair:
+        findings.append(doctor.pair(_loaded(arguments.pair)))
+    for finding in findings:
+        print(finding)
+    return 1 if any(finding.state == "bad" for finding in findings) else 0
+
+
+def _loaded(name: str) -> Callable[[], Any]:
+    def load() -> Any:
+        from xsd.models import loading
+
+        return loading.load_pair(name)
+
+    return load
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line of xsd."""
+    top = argparse.ArgumentParser(prog="xsd", description="Cross-modal speculative decoding: an event-camera drafter for a video verifier.")
+    top.add_argument("--version", action="version", version=f"xsd {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+
+    def verb(name: str, action: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        added = verbs.add_parser(name, help=text, description=text)
+        added.set_defaults(action_of=action)
+        return added
+
+    run = verb("run", _run, "execute a notebook headless with checked parameters")
+    run.add_argument("notebook", help="number (05), stem (05_live) or path")
+    run.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="may be repeated; lists are written a,b")
+    run.add_argument("-o", "--out", type=Path, metavar="DIR", help="default reports/<notebook>")
+    run.add_argument("--help-parameters", action="store_true", help="print what the notebook takes, with defaults, and stop")
+
+    sweep = verb("sweep", _sweep, "execute a notebook over a grid; resumes, and survives a failing run")
+    sweep.add_argument("notebook")
+    sweep.add_argument("-g", "--grid", action="append", required=True, metavar="NAME=V1,V2", help="one axis; may be repeated")
+    sweep.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="the same for every run")
+    sweep.add_argument("-o", "--out", type=Path, metavar="DIR", help="default reports/sweep_<notebook>")
+
+    report = verb("report", _report, "turn the executed notebooks of a folder into offline pages")
+    report.add_argument("folder", type=Path)
+
+    books = verb("notebooks", _notebooks, "keep the committed notebooks in the form git and nbval need")
+    books.add_argument("action", choices=("check", "refresh", "normalise"), help="refresh executes them; check only looks")
+    books.add_argument("paths", nargs="*", metavar="NOTEBOOK", help="default: all")
+
+    demo = verb("demo", _demo, "the main job end to end: extraction, training, acceptance, live decoding, one report")
+    demo.add_argument("-o", "--out", type=Path, metavar="DIR", help="default reports/demo")
+    demo.add_argument("--profile", choices=("smoke", "demo"), default="demo", help="smoke is the small one, for tests")
+
+    simulate = verb("simulate", _simulate, "write a dataset folder of simulated drives")
+    simulate.add_argument("folder", type=Path)
+    simulate.add_argument("--split", choices=("train", "test"), default="train")
+    simulate.add_argument("-n", "--sequences", type=int, default=4)
+    simulate.add_argument("--seed", type=int, default=0)
+    simulate.add_argument("--workers", type=int, default=1)
+
+    doctor = verb("doctor", _doctor, "look at Python, packages, disk, GPU, browser, and optionally a pair")
+    doctor.add_argument("--pair", default="", help="also load this pair: embedded, or a folder")
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb. argv: without the program's name; default the command line. Returns the exit status."""
+    arguments = parser().parse_args(argv)
+    try:
+        return arguments.action_of(arguments)
+    except XsdError as error:
+        print(f"xsd: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,135 @@
+"""``xsd doctor``: what of this machine and installation is in order, what is not, and what to do about it."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any, Literal
+
+from xsd.core import ROOT, XsdError
+
+NEEDED = (
+    "torch",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "pandas",
+    "pyarrow",
+    "plotly",
+    "ipywidgets",
+    "anywidget",
+    "papermill",
+    "nbconvert",
+    "pydantic",
+)
+HELPFUL = {"bitsandbytes": "4-bit and 8-bit models", "peft": "level L6", "nbval": "make test", "playwright": "the browser test"}
+LEAST_GB = 5
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line. state: ok, note (works without) or bad (will not work)."""
+
+    state: Literal["ok", "note", "bad"]
+    what: str
+    advice: str = ""
+
+    def __str__(self) -> str:
+        return f"[{self.state:4}] {self.what}" + (f": {self.advice}" if self.advice else "")
+
+
+def examine(*, pair: str = "") -> list[Finding]:
+    """Python, packages, disk, processors, GPU, browser. ``pair`` only changes the closing hint."""
+    found = [
+        python(),
+        *packages(),
+        disk(ROOT),
+        Finding("ok", f"{os.cpu_count()} processor cores, {platform.system()} {platform.machine()}"),
+        gpu(),
+        browser(),
+    ]
+    if not pair:
+        found.append(Finding("note", "models not looked at", "xsd doctor --pair embedded loads the shipped pair"))
+    return found
+
+
+def python() -> Finding:
+    """Which interpreter runs (an older one than 3.11 cannot install the package)."""
+    return Finding("ok", f"Python {platform.python_version()} at {sys.executable}")
+
+
+def packages() -> list[Finding]:
+    """Versions of what is installed; what is missing, with what it is for."""
+
+    def version(name: str) -> str | None:
+        try:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
+            return None
+
+    here = {name: version(name) for name in (*NEEDED, *HELPFUL)}
+    found = [Finding("ok", "packages " + ", ".join(f"{name} {number}" for name, number in here.items() if number))]
+    found += [Finding("bad", f"package {name} is missing", "run make demo or pip install -e .") for name in NEEDED if not here[name]]
+    found += [Finding("note", f"package {name} is missing", f"only needed for {use}") for name, use in HELPFUL.items() if not here[name]]
+    return found
+
+
+def disk(folder: Path) -> Finding:
+    """Free space where runs are written."""
+    free = shutil.disk_usage(folder).free / 1e9
+    if free < LEAST_GB:
+        return Finding(
+            "bad", f"{free:.1f} GB free at {folder}", f"{LEAST_GB} GB are needed for the installation and a demo run; free some space"
+        )
+    return Finding("ok", f"{free:.0f} GB free at {folder}")
+
+
+def gpu() -> Finding:
+    """CUDA devices as torch sees them."""
+    try:
+        import torch
+    except ImportError:
+        return Finding("bad", "torch cannot be imported", "install it first")
+    if not torch.cuda.is_available():
+        return Finding("note", "no GPU", "the embedded pair needs none; 7B checkpoints do")
+    names = [
+        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 1e9:.0f} GB)"
+        for i in range(torch.cuda.device_count())
+    ]
+    return Finding("ok", f"GPU {', '.join(names)}, CUDA {torch.version.cuda}")
+
+
+def browser_path() -> str | None:
+    """A Chromium for PNG export and the browser test: BROWSER_PATH, else the usual names."""
+    named = os.environ.get("BROWSER_PATH")
+    if named and Path(named).is_file():
+        return named
+    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+
+
+def browser() -> Finding:
+    """Whether a Chromium is installed."""
+    path = browser_path()
+    return (
+        Finding("ok", f"browser {path}")
+        if path
+        else Finding("note", "no Chromium", "only PNG export and the browser test need one (BROWSER_PATH)")
+    )
+
+
+def pair(load: Callable[[], Any]) -> Finding:
+    """Whether a pair loads. load: returns a models.loading.Pair."""
+    try:
+        loaded = load()
+    except XsdError as error:
+        return Finding("bad", "the pair does not load", str(error))
+    sizes = [
+        f"{role} {getattr(loaded, role).hidden_size} wide, {getattr(loaded, role).vocab_size} words" for role in ("drafter", "verifier")
+    ]
+    return Finding("ok", f"pair {loaded.name}: {'; '.join(sizes)}")

@@ -1,0 +1,161 @@
+"""The one form in which a notebook is committed, and what nbval can compare: refresh executes and normalises, problems says what is wrong.
+
+Cells are tagged ``nbval-ignore-output`` where a picture, a widget or a time is shown; every other cell with an output is *golden*:
+nbval compares it.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+
+from xsd.core import ROOT, ParameterError, XsdError, atomic_write
+from xsd.runs import notebooks, parameters
+
+IGNORED = frozenset({"nbval-ignore-output", "nbval-skip"})
+COMPARABLE = frozenset({"text/plain", "text/markdown"})
+MAX_BYTES = 200_000
+METADATA = {
+    "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+    "language_info": {"name": "python"},
+}
+
+
+def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """A copy with plain metadata, only tags on cells, execution counts in order, no outputs in ignored cells (a null count: run,
+    not compared)."""
+    clean = nbformat.from_dict(notebook)
+    clean.metadata = nbformat.from_dict(METADATA)
+    clean.nbformat, clean.nbformat_minor = 4, 5
+    count = 0
+    for index, cell in enumerate(clean.cells):
+        tags = list(cell.metadata.get("tags", []))
+        cell.metadata = nbformat.from_dict({"tags": tags} if tags else {})
+        cell["id"] = f"cell-{index:02d}"
+        if cell.cell_type != "code":
+            continue
+        count += 1
+        if IGNORED & set(tags) or not cell.get("outputs"):
+            cell.outputs = []
+            cell.execution_count = None if IGNORED & set(tags) else count
+            continue
+        cell.execution_count = count
+        for output in cell.outputs:
+            if "execution_count" in output:
+                output.execution_count = count
+            if output.get("metadata"):
+                output.metadata = nbformat.from_dict({})
+    return clean
+
+
+def text_of(notebook: nbformat.NotebookNode) -> str:
+    """The bytes a normalised notebook has on disk."""
+    return nbformat.writes(normalised(notebook)) + "\n"
+
+
+def refresh(path: str | os.PathLike[str], *, timeout_s: int = 900) -> None:
+    """Execute in the notebook's folder, with default parameters and a quiet environment, and store the normalised result.
+
+    Raises: notebooks.NotebookError when a cell fails; the file is then left as it was.
+    """
+    from nbclient import NotebookClient
+    from nbclient.exceptions import CellExecutionError
+
+    path = Path(path)
+    notebook = nbformat.read(path, 4)
+    client = NotebookClient(
+        notebook,
+        timeout=timeout_s,
+        kernel_name="python3",
+        record_timing=False,
+        resources={"metadata": {"path": str(path.parent.resolve())}},
+    )
+    environment = {**os.environ, **notebooks.QUIET}
+    try:
+        client.execute(env=environment)
+    except CellExecutionError as error:
+        raise notebooks.NotebookError(
+            f"notebook {path.name} does not run: {error.ename}: {error.evalue}; {path} was left as it was"
+        ) from error
+    atomic_write(path, text_of(notebook))
+
+
+def normalise(path: str | os.PathLike[str]) -> None:
+    """Store the normalised form without executing."""
+    atomic_write(path, text_of(nbformat.read(path, 4)))
+
+
+def parameters_cell(notebook: nbformat.NotebookNode) -> dict[str, Any]:
+    """Names and literal values of the one cell tagged ``parameters``.
+
+    Raises: ParameterError when there is not exactly one such cell or it holds more than ``name: type = literal`` lines.
+    """
+    cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
+    if len(cells) != 1:
+        raise ParameterError(f"a notebook has exactly one cell tagged 'parameters', this one has {len(cells)}")
+    values = {}
+    for line in ast.parse(cells[0].source).body:
+        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
+        if not isinstance(target, ast.Name) or line.value is None:
+            raise ParameterError(f"the parameters cell holds only lines such as seed: int = 0, not {ast.unparse(line)!r}")
+        try:
+            values[target.id] = ast.literal_eval(line.value)
+        except ValueError:
+            raise ParameterError(f"the parameters cell holds plain literals, not {ast.unparse(line)!r}") from None
+    return values
+
+
+def problems(path: str | os.PathLike[str]) -> list[str]:
+    """What keeps a notebook from being committed, a sentence each; empty when clean."""
+    path = Path(path)
+    notebook = nbformat.read(path, 4)
+    found = []
+    if path.stat().st_size > MAX_BYTES:
+        found.append(f"is {path.stat().st_size / 1000:.0f} kB, at most {MAX_BYTES / 1000:.0f} kB are allowed")
+    try:
+        cell_values = parameters_cell(notebook)
+        model = parameters.model_of(path.stem)
+        defaults = model.checked({}).model_dump()
+        for name in sorted(set(cell_values) ^ set(defaults)):
+            found.append(f"parameter {name!r} is in only one of the parameters cell and {model.__name__}")
+        for name in sorted(set(cell_values) & set(defaults)):
+            if cell_values[name] != defaults[name]:
+                found.append(f"parameter {name!r} is {cell_values[name]!r} in the cell but {defaults[name]!r} in {model.__name__}")
+    except (ParameterError, SyntaxError) as error:
+        found.append(str(error))
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    golden = [cell for cell in code if cell.get("outputs") and not IGNORED & set(cell.metadata.get("tags", []))]
+    if not any(cell.execution_count for cell in golden):
+        found.append("has no compared cell, so nbval would check nothing")
+    for cell in golden:
+        for output in cell.outputs:
+            if output.output_type == "error" or output.get("name") == "stderr":
+                found.append(f"cell {cell.id} stores an error or stderr")
+            rich = sorted(set(output.get("data", {})) - COMPARABLE)
+            if rich:
+                found.append(f"cell {cell.id} stores {', '.join(rich)}; tag it nbval-ignore-output")
+    if text_of(notebook) != path.read_text():
+        found.append("is not in its committed form; run xsd notebooks refresh")
+    return found
+
+
+def committed() -> list[Path]:
+    """The project's numbered notebooks, in order."""
+    return sorted(notebooks.NOTEBOOK_FOLDER.glob("[0-9][0-9]_*.ipynb"))
+
+
+def check(paths: Iterable[str | os.PathLike[str]] | None = None) -> None:
+    """Raises: HygieneError listing every problem of every notebook."""
+    listed = [Path(path) for path in paths] if paths else committed()
+    lines = [f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path} {problem}" for path in listed for problem in problems(path)]
+    if lines:
+        raise HygieneError("; ".join(lines))
+
+
+class HygieneError(XsdError):
+    """A committed notebook is not in the form that git and nbval need."""

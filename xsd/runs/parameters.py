@@ -1,0 +1,227 @@
+"""Typed parameters, one model a notebook: the ``parameters`` cell holds plain literals, these models say what they may be.
+
+Defaults are the smoke profile: each notebook runs alone in at most 90 s on two cores. Field descriptions are the help of ``xsd run
+NB --help-parameters``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from xsd.core import ParameterError
+
+LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1")
+Level = Literal["L1", "L2", "L3", "L4", "L5", "L5F", "B1"]
+Mode = Literal["free_running", "teacher_forced"]
+
+
+class NotebookParameters(BaseModel):
+    """What every notebook takes. Frozen, strict types (an int may stand for a float), unknown names refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    notebook: ClassVar[str] = ""
+
+    run_dir: str = Field(
+        "runs/smoke", min_length=1, description="folder shared by the notebooks of one run, relative to the checkout or absolute"
+    )
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that draws")
+
+    @classmethod
+    def from_namespace(cls, namespace: Mapping[str, Any]) -> Self:
+        """The parameters among a notebook's globals. Raises: ParameterError as :func:`validate`."""
+        return cls.checked({name: namespace[name] for name in cls.model_fields if name in namespace})
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> Self:
+        """A model of ``values``.
+
+        Raises: ParameterError naming the notebook, the parameter, what was given and what is expected, with a suggestion for a
+        misspelt name.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ParameterError(_sentence(cls, error)) from None
+
+
+def _sentence(model: type[NotebookParameters], error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"]) or "(all)"
+    known = list(model.model_fields)
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return f"notebook {model.notebook} has no parameter {name!r}: {hint}it takes {', '.join(known)}"
+    field = model.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+    about = f" ({field.description})" if field and field.description else ""
+    return (
+        f"parameter {name!r} of notebook {model.notebook} cannot be {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}{about}"
+    )
+
+
+class PairParameters(NotebookParameters):
+    """00: the pair and its world."""
+
+    notebook = "00_pair"
+    pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
+    n_sequences: int = Field(2, ge=1, le=10_000, description="simulated drives to look at")
+    n_answers: int = Field(4, ge=1, le=1_000, description="clips whose answers are scored against the scene's facts")
+    train_profile: Literal["none", "smoke", "quick", "full"] = Field(
+        "none", description="train the embedded pair anew: none keeps the shipped weights"
+    )
+
+
+class ExtractParameters(NotebookParameters):
+    """01: extraction of paired hidden states (Stage 0 and 1)."""
+
+    notebook = "01_extract"
+    pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
+    data: str = Field("simulated", min_length=1, description="simulated, davis_road (the shipped recording), or a dataset folder")
+    n_train_sequences: int = Field(2, ge=0, le=100_000, description="drives to train adapters on")
+    n_test_sequences: int = Field(2, ge=1, le=100_000, description="held-out drives; never the same sequences")
+    clips_per_sequence: int = Field(2, ge=1, le=10_000, description="clips taken of each drive")
+    questions_per_clip: int = Field(2, ge=1, le=50, description="the first questions of the list")
+    max_new_tokens: int = Field(16, ge=1, le=4096, description="longest answer, in tokens")
+    modes: list[Mode] = Field(["free_running", "teacher_forced"], min_length=1, description="whose tokens stand before each state")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the stored states")
+    batch_size: int = Field(8, ge=1, le=1024, description="samples generated at a time")
+
+
+class TrainParameters(NotebookParameters):
+    """02: training of the adapters."""
+
+    notebook = "02_train"
+    levels: list[Level] = Field(["L1", "L4"], min_length=1, description="levels to train")
+    mode: Mode = Field("teacher_forced", description="which pairs to train on")
+    profile: Literal["smoke", "demo", "reference", "converged"] = Field("smoke", description="the trainer's profile")
+    epochs: int = Field(3, ge=1, le=10_000, description="longest training, in epochs")
+    batch_size: int = Field(16, ge=1, le=65_536, description="answers a step")
+    learning_rate: float = Field(1e-3, gt=0, lt=1, description="AdamW's peak rate")
+
+
+class HiddenParameters(NotebookParameters):
+    """03: acceptance of hidden states."""
+
+    notebook = "03_hidden"
+    levels: list[Level] = Field(["L1", "L4"], min_length=1, description="trained levels to evaluate")
+    mode: Mode = Field("teacher_forced", description="which held-out pairs to evaluate on")
+    thresholds: list[float] = Field([0.8, 0.85, 0.9, 0.95], min_length=1, description="cosine thresholds τ")
+    max_positions: int = Field(20, ge=1, le=4096, description="positions shown by the per-position curve")
+    batch_size: int = Field(16, ge=1, le=65_536, description="answers at a time")
+
+
+class TokenParameters(NotebookParameters):
+    """04: acceptance of tokens, floors, reliability."""
+
+    notebook = "04_tokens"
+    levels: list[Level] = Field(["L1", "L4"], min_length=1, description="trained levels to evaluate")
+    mode: Mode = Field("teacher_forced", description="which held-out pairs to evaluate on")
+    top_k: int = Field(5, ge=1, le=1000, description="how many of the head's best tokens count as top-k")
+    threshold: float = Field(0.9, gt=-1, lt=1, description="cosine threshold τ compared with the token truth")
+    max_positions: int = Field(20, ge=1, le=4096, description="positions shown by the per-position curve")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
+    batch_size: int = Field(16, ge=1, le=65_536, description="answers at a time")
+
+
+class LiveParameters(NotebookParameters):
+    """05: live decoding against the baselines, and the timeline."""
+
+    notebook = "05_live"
+    pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
+    data: str = Field("simulated", min_length=1, description="simulated, davis_road (the shipped recording), or a dataset folder")
+    arms: list[str] = Field(
+        ["baseline", "hf_generate", "hf_prompt_lookup", "L4"],
+        min_length=1,
+        description="arms measured in one interleaved run; the baseline first",
+    )
+    n_samples: int = Field(2, ge=1, le=100_000, description="held-out samples each arm answers")
+    gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
+    max_new_tokens: int = Field(16, ge=1, le=4096, description="longest answer, in tokens")
+    repeats: int = Field(1, ge=1, le=100, description="how often each sample is timed")
+
+
+class CompareParameters(NotebookParameters):
+    """06: comparison of runs."""
+
+    notebook = "06_compare"
+    runs: list[str] = Field(["runs/smoke"], min_length=1, description="run folders to set side by side")
+    metric: Literal["accepted_length", "token_acceptance", "cosine", "speedup"] = Field(
+        "accepted_length", description="what the first picture compares"
+    )
+    baseline: str = Field("", description="run the differences are taken against; empty means the first")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
+
+
+class ExploreParameters(NotebookParameters):
+    """07: interactive explorer."""
+
+    notebook = "07_explore"
+    runs: list[str] = Field(["runs/smoke"], min_length=1, description="run folders to explore")
+    levels: list[Level] = Field(["L1", "L4"], min_length=1, description="levels chosen at the start")
+    threshold: float = Field(0.9, ge=0.5, le=0.99, description="cosine threshold τ at the start")
+
+
+NOTEBOOKS: dict[str, type[NotebookParameters]] = {
+    model.notebook: model
+    for model in (
+        PairParameters,
+        ExtractParameters,
+        TrainParameters,
+        HiddenParameters,
+        TokenParameters,
+        LiveParameters,
+        CompareParameters,
+        ExploreParameters,
+    )
+}
+"""File stem of a notebook → its model."""
+
+
+def model_of(notebook: str) -> type[NotebookParameters]:
+    """The model of a notebook by file stem, path, or number (``05``).
+
+    Raises: ParameterError naming the notebooks there are.
+    """
+    stem = str(notebook).replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".ipynb")
+    found = [name for name in NOTEBOOKS if stem in (name, name.split("_")[0])]
+    if not found:
+        close = difflib.get_close_matches(stem, NOTEBOOKS, n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        raise ParameterError(f"there is no notebook {notebook!r}: {hint}the notebooks are {', '.join(NOTEBOOKS)}")
+    return NOTEBOOKS[found[0]]
+
+
+def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, Any]:
+    """``["levels=L1,L4", "seed=3"]`` as typed values: text for text fields, otherwise YAML; a comma makes a list where a list is expected.
+
+    Raises: ParameterError when a pair has no ``=`` or its value is not readable.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ParameterError(f"a parameter is written name=value, not {pair!r}")
+        field = model.model_fields.get(name)
+        annotation = str(field.annotation) if field else ""
+        if annotation.startswith("list") and not text.lstrip().startswith("["):
+            text = f"[{text}]"
+        if field is not None and field.annotation is str:
+            values[name] = text
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise ParameterError(f"the value of {name!r} cannot be read: {text!r}; lists are written a,b or [a, b]") from None
+        if isinstance(value, str) and "e" in value.lower() and field is not None and field.annotation is float:
+            try:
+                value = float(value)  # YAML reads 1e-3 as text
+            except ValueError:
+                raise ParameterError(f"the value of {name!r} must be a number, not {text!r}") from None
+        values[name] = value
+    return values
