@@ -82,7 +82,7 @@ class EagleAdapter(Adapter):
         self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
 
     def tokens_said(self, states: Tensor) -> Tensor:
-        """argmax of the LM head over [..., D_v] → int64 [...]: the table is the head's rows up to one positive factor, which no argmax sees."""
+        """argmax of the LM head, [..., D_v] → int64 [...]; the table is the head's rows up to a positive factor, which no argmax sees."""
         if not self.fuses_tokens:
             return super().tokens_said(states)
         return (states.to(self.token_embedding.dtype) @ self.token_embedding.T).argmax(-1)
