@@ -91,7 +91,14 @@ def run_notebook(
     with _environment(QUIET):
         try:
             papermill.execute_notebook(
-                str(source), str(target), parameters=given, kernel_name="python3", cwd=str(ROOT), progress_bar=progress, log_output=False
+                str(source),
+                str(target),
+                parameters=given,
+                kernel_name="python3",
+                language="python",
+                cwd=str(ROOT),
+                progress_bar=progress,
+                log_output=False,
             )
         except PapermillExecutionError as error:
             failed = error

@@ -1,0 +1,93 @@
+"""The committed form of notebooks, and the comparison policy of nbval."""
+
+import importlib.util
+
+import nbformat
+import pytest
+from nbformat.v4 import new_code_cell, new_notebook, new_output
+
+from xsd.core import ROOT, ParameterError
+from xsd.runs import hygiene, parameters
+
+
+def defaults_cell(**changes):
+    values = {**parameters.CompareParameters.checked({}).model_dump(), **changes}
+    return new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()), metadata={"tags": ["parameters"]})
+
+
+def golden(text="7\n"):
+    return new_code_cell("print(7)", outputs=[new_output("stream", name="stdout", text=text)], execution_count=2)
+
+
+def stored(tmp_path, *cells, normal=True):
+    path = tmp_path / "06_compare.ipynb"
+    nbformat.write(new_notebook(cells=list(cells)), path)
+    if normal:
+        hygiene.normalise(path)
+    return path
+
+
+def test_a_clean_notebook_has_no_problem_and_normalising_is_idempotent(tmp_path):
+    path = stored(tmp_path, defaults_cell(), golden())
+    assert hygiene.problems(path) == []
+    before = path.read_bytes()
+    hygiene.normalise(path)
+    assert path.read_bytes() == before
+    hygiene.check([path])
+
+
+@pytest.mark.parametrize(
+    ("cells", "words"),
+    [
+        ([golden()], "exactly one cell tagged 'parameters', this one has 0"),
+        ([defaults_cell(), defaults_cell(), golden()], "this one has 2"),
+        ([defaults_cell(seed=5), golden()], "parameter 'seed' is 5 in the cell but 0 in CompareParameters"),
+        ([defaults_cell(extra=1), golden()], "parameter 'extra' is in only one of"),
+        ([defaults_cell()], "has no compared cell"),
+        (
+            [defaults_cell(), golden(), new_code_cell("x", outputs=[new_output("stream", name="stderr", text="no")])],
+            "stores an error or stderr",
+        ),
+        ([defaults_cell(), golden(), new_code_cell("x", outputs=[new_output("display_data", {"text/html": "<b>"})])], "stores text/html"),
+        ([defaults_cell(), golden("x" * 210_000)], "at most 200 kB"),
+    ],
+)
+def test_each_fault_is_named(tmp_path, cells, words):
+    path = stored(tmp_path, *cells)
+    assert any(words in problem for problem in hygiene.problems(path)), hygiene.problems(path)
+    with pytest.raises(hygiene.HygieneError, match=r"06_compare\.ipynb"):
+        hygiene.check([path])
+
+
+def test_another_form_than_the_committed_one_is_named(tmp_path):
+    path = stored(tmp_path, defaults_cell(), golden(), normal=False)
+    assert "is not in its committed form; run xsd notebooks refresh" in hygiene.problems(path)
+
+
+def test_code_in_the_parameters_cell_is_refused():
+    cell = new_code_cell("seed: int = 0\nimport os", metadata={"tags": ["parameters"]})
+    with pytest.raises(ParameterError, match="holds only lines such as"):
+        hygiene.parameters_cell(new_notebook(cells=[cell]))
+    cell.source = "seed = int(3)"
+    with pytest.raises(ParameterError, match="plain literals"):
+        hygiene.parameters_cell(new_notebook(cells=[cell]))
+
+
+def test_committed_notebooks_are_clean():
+    assert {path.stem: problems for path in hygiene.committed() if (problems := hygiene.problems(path))} == {}
+
+
+def policy():
+    spec = importlib.util.spec_from_file_location("notebook_policy", ROOT / "notebooks" / "conftest.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_nbval_forgives_small_float_drift_and_nothing_else():
+    close = policy().Close
+    assert close("loss 0.5000 n 8") == close("loss 0.5002 n 8")
+    assert close("loss 0.50 n 8") != close("loss 0.55 n 8")
+    assert close("loss 0.5 n 8") != close("loss 0.5 n 9")
+    assert close("loss 0.5") != close("cost 0.5")
+    assert close("nan 1.0") == close("nan 1.0") and close("1.0") != close("1.0 2.0")
