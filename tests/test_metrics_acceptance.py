@@ -68,7 +68,10 @@ def test_live_rounds_enter_the_same_schema():
     live = [[Round((4, 5, 6), n_accepted=2, bonus=9, **times), Round((7,), n_accepted=1, bonus=None, **times)], []]
     figures = Acceptance.of(rounds_from_requests(live, gamma=3))
     assert (figures.n_rounds, figures.n_requests, figures.n_accepted, figures.n_bonus, figures.n_drafted) == (2, 1, 3, 1, 4)
-    with pytest.raises(MetricError, match="drafted 3 tokens but gamma is 2"):
+    live[0].insert(0, Round(tuple(range(9)), n_accepted=4, bonus=1, phase="prefill_hiding", **times))
+    assert rounds_from_requests(live).gamma == 9
+    assert Acceptance.of(rounds_from_requests(live, gamma=3, phase="decode")) == figures
+    with pytest.raises(MetricError, match="drafted 9 tokens but gamma is 2"):
         rounds_from_requests(live, gamma=2)
 
 

@@ -82,17 +82,23 @@ def rounds_from_lists(matches: Iterable[Sequence[bool]], gamma: int) -> Rounds:
     return rounds_from_matches(torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask, gamma)
 
 
-def rounds_from_requests(requests: Iterable[Sequence[Round]], gamma: int) -> Rounds:
-    """The rounds of live generations (core.Generation.rounds), one sequence a request. Raises: MetricError when a round drafted over
-    gamma."""
-    _check_gamma(gamma)
-    requests = [list(rounds) for rounds in requests]
+def rounds_from_requests(requests: Iterable[Sequence[Round]], gamma: int | None = None, *, phase: str | None = None) -> Rounds:
+    """The rounds of live generations (core.Generation.rounds), one sequence a request.
+
+    phase: "prefill_hiding" or "decode" alone; None takes both. The hidden draft is longer than a decode round's, so gamma defaults to the
+    longest draft. Raises: MetricError when a round drafted over gamma, or none is left.
+    """
+    requests = [[r for r in rounds if phase in (None, r.phase)] for rounds in requests]
     flat = [(r.n_accepted, len(r.drafted), int(r.bonus is not None), i) for i, rounds in enumerate(requests) for r in rounds]
     if not flat:
         raise MetricError("no round was recorded; acceptance has a meaning only for generations that drafted")
     accepted, drafted, bonus, request = np.asarray(flat, dtype=np.int64).T
+    gamma = max(1, int(drafted.max())) if gamma is None else gamma
+    _check_gamma(gamma)
     if drafted.max() > gamma:
-        raise MetricError(f"a round drafted {drafted.max()} tokens but gamma is {gamma}; pass the largest draft length of the run as gamma")
+        raise MetricError(
+            f"a round drafted {drafted.max()} tokens but gamma is {gamma}; pass the longest draft as gamma, or one phase alone"
+        )
     return Rounds(accepted, drafted, bonus, request, len(requests), gamma)
 
 

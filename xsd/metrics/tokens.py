@@ -172,10 +172,12 @@ class TokenMetrics:
         self, predicted: Tensor, ids: Tensor, mask: Tensor, clusters: Sequence[str], *, cross_entropy: Tensor | None = None
     ) -> Tensor:
         """Add a batch. predicted: int64 [B, S] draft tokens, or [B, S, K] candidates best first; ids: int64 [B, S] the verifier's tokens;
-        mask: bool [B, S]; clusters: B sequence names; cross_entropy: [B, S] in nats. Returns match bool [B, S] (False where masked).
+        mask: bool [B, S]; clusters: B sequence names; cross_entropy: [B, S] in nats. Returns match bool [B, S] on the CPU (False where
+        masked).
 
         Raises: MetricError for other shapes, ids that are not integers, rows without real positions; then nothing of the batch is kept.
         """
+        predicted, ids, mask = predicted.cpu(), ids.cpu(), mask.cpu()
         checks.mask_lengths(mask)
         names = checks.cluster_names(clusters, len(mask))
         checks.token_ids(ids, mask, "the verifier's ids")
@@ -205,14 +207,14 @@ class TokenMetrics:
         """
         if aligned.dim() != 3 or aligned.shape[:2] != mask.shape:
             raise MetricError(f"aligned states must be [B, S, D] over the mask's {list(mask.shape)} but are {list(aligned.shape)}")
-        checks.token_ids(ids, mask, "the verifier's ids")
+        checks.token_ids(ids.cpu(), mask.cpu(), "the verifier's ids")
         real = mask.to(aligned.device)
         out = head_tokens(aligned[real], weight, top_k=min(self.top_k[-1], len(weight)), targets=ids.to(aligned.device)[real], **options)
         candidates = torch.full((*mask.shape, out.top_ids.shape[1]), -1, dtype=torch.int64, device=aligned.device)
         candidates[real] = out.top_ids
         losses = torch.zeros(mask.shape, device=aligned.device)
         losses[real] = out.cross_entropy
-        return self.update(candidates, ids.to(aligned.device), real, clusters, cross_entropy=losses)
+        return self.update(candidates, ids, mask, clusters, cross_entropy=losses)
 
     def merge(self, other: TokenMetrics) -> TokenMetrics:
         """Add another partial result to this one and return it. Raises: MetricError for other settings."""
