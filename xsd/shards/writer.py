@@ -164,6 +164,11 @@ class ShardWriter:
         return self.committed + len(self._rows)
 
     @property
+    def n_tokens(self) -> int:
+        """The verifier's positions in all of them."""
+        return sum(shard["n_tokens_verifier"] for shard in self.manifest["shards"]) + sum(len(row.ids["verifier"]) for row in self._rows)
+
+    @property
     def finished(self) -> bool:
         """True once close() has marked the run as complete."""
         return self.manifest["finished"]

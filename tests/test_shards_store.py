@@ -1,0 +1,249 @@
+"""Reading: what was written comes back, and whatever is damaged or of another kind is named."""
+
+import pickle
+import re
+from dataclasses import fields
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shard_examples import example
+
+from xsd.core import ShardError
+from xsd.shards import format as layout
+from xsd.shards import store, stream
+from xsd.shards.writer import ShardWriter
+
+
+def write(folder, n=10, *, dtype="fp32", mode="teacher_forced", tap="post_norm", heads=True):
+    with ShardWriter(folder, mode=mode, tap=tap, dtype=dtype, samples_per_shard=4) as out:
+        if heads:
+            out.save_head("verifier", torch.arange(80.0).reshape(10, 8), 9)
+        for i in range(n):
+            out.write(example(i, mode=mode, tap=tap))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("run"))
+
+
+@pytest.fixture
+def own(tmp_path):
+    return write(tmp_path)
+
+
+@pytest.mark.parametrize("mode", ["teacher_forced", "free_running"])
+def test_every_field_of_every_sample_comes_back(tmp_path, mode):
+    dataset = store.ShardDataset(write(tmp_path, mode=mode))
+    for i in reversed(range(10)):
+        found, wanted = dataset[i], example(i, mode=mode)
+        for field in fields(wanted):
+            a, b = getattr(found, field.name), getattr(wanted, field.name)
+            assert torch.equal(a, b) if isinstance(b, torch.Tensor) else a == b, field.name
+    assert torch.equal(dataset[-1].ids_by_drafter, dataset[9].ids_by_drafter)
+    with pytest.raises(IndexError):
+        dataset[10]
+
+
+@settings(max_examples=30)
+@given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
+def test_int8_is_within_half_a_step_of_each_row(rows):
+    states = torch.tensor(rows)
+    stored, scale = layout.encode_states(states, "int8")
+    step = states.abs().amax(-1, keepdim=True) / 127
+    assert bool(((layout.decode_states(stored, scale) - states).abs() <= 0.5001 * step + 1e-30).all())
+
+
+@pytest.mark.parametrize("dtype, relative", [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8)])
+def test_float_dtypes_keep_their_precision(tmp_path, dtype, relative):
+    dataset = store.ShardDataset(write(tmp_path, 2, dtype=dtype))
+    found, wanted = dataset[1].hidden_by_verifier, example(1).hidden_by_verifier
+    assert found.dtype == torch.float32
+    # fp16 loses more below its smallest normal number, 6e-5
+    assert bool(((found - wanted).abs() <= relative * wanted.abs() + (1e-7 if relative else 0)).all())
+
+
+def test_states_are_copies_that_may_be_changed(folder):
+    dataset = store.ShardDataset(folder)
+    dataset[0].hidden_by_drafter.zero_()
+    assert torch.equal(dataset[0].hidden_by_drafter, example(0).hidden_by_drafter)
+
+
+def test_the_head_and_the_draft_vocabulary_are_read_back(folder):
+    dataset = store.ShardDataset(folder)
+    assert torch.equal(dataset.head("verifier"), torch.arange(80.0).reshape(10, 8)) and dataset.draft_vocab_size() == 9
+    with pytest.raises(ShardError, match=r"holds no LM head of the 'drafter' \(it holds: verifier\)"):
+        dataset.head("drafter")
+
+
+def test_states_before_the_norm_are_not_given_a_head(tmp_path):
+    dataset = store.ShardDataset(write(tmp_path, tap="pre_norm"))
+    with pytest.raises(ShardError, match="re-extract with tap='post_norm' or load the head together with its norm"):
+        dataset.head("verifier")
+
+
+def test_a_dataset_travels_to_another_process(folder):
+    dataset = store.ShardDataset(folder)
+    assert dataset[3].question == "Question 3?"
+    assert torch.equal(pickle.loads(pickle.dumps(dataset))[3].hidden_by_drafter, dataset[3].hidden_by_drafter)
+
+
+# --- subsets, splits, batches ----------------------------------------------------------------------------------------------
+
+
+def test_a_subset_holds_its_sequences_only(folder):
+    part = store.ShardDataset(folder).subset(sequences=["seq1"])
+    assert [pair.question for pair in part] == [f"Question {i}?" for i in (1, 4, 7)]
+    assert part.table()["question"].tolist() == [pair.question for pair in part]
+    assert part.subset(indices=[2])[0].question == "Question 7?"
+    with pytest.raises(ShardError, match="holds no sequence seq9; it holds seq0, seq1, seq2"):
+        store.ShardDataset(folder).subset(sequences=["seq9"])
+
+
+@given(seed=st.integers(0, 50), fraction=st.floats(0.01, 0.9))
+@settings(max_examples=20)
+def test_a_split_never_shares_a_sequence_and_repeats_with_its_seed(tmp_path_factory, seed, fraction):
+    dataset = _shared(tmp_path_factory)
+    train, validation = dataset.split(fraction, seed)
+    names = dataset.table()["sequence"]
+    assert sorted([*train, *validation]) == list(range(10)) and train and validation
+    assert not set(names.iloc[train]) & set(names.iloc[validation])
+    assert dataset.split(fraction, seed) == (train, validation)
+
+
+_SHARED = {}
+
+
+def _shared(tmp_path_factory):
+    if not _SHARED:
+        _SHARED["dataset"] = store.ShardDataset(write(tmp_path_factory.mktemp("shared")))
+    return _SHARED["dataset"]
+
+
+def test_one_sequence_cannot_be_split(folder):
+    with pytest.raises(ShardError, match="a split by sequence needs at least two"):
+        store.ShardDataset(folder).subset(sequences=["seq0"]).split()
+
+
+def test_batches_pad_on_the_right_and_cover_every_sample_once(folder):
+    dataset = store.ShardDataset(folder)
+    seen = []
+    for batch in stream.batches(dataset, batch_size=4, shuffle_seed=5):
+        assert batch.drafter.dtype == batch.verifier.dtype == torch.float32 and batch.mode == "teacher_forced"
+        assert batch.mask.any(0).all(), "no column without a position"
+        for row, i in enumerate(batch.index):
+            n = int(batch.mask[row].sum())
+            assert batch.mask[row, :n].all() and not batch.drafter[row, n:].any() and not batch.ids_by_verifier[row, n:].any()
+            assert torch.equal(batch.drafter[row, :n], dataset[i].hidden_by_drafter)
+            assert torch.equal(batch.ids_by_verifier[row, :n], dataset[i].ids_by_verifier)
+            assert batch.sequence[row] == dataset[i].sequence
+        seen += batch.index
+    assert sorted(seen) == list(range(10)) and seen != list(range(10))
+
+
+def test_free_running_batches_keep_positions_both_models_have(tmp_path):
+    dataset = store.ShardDataset(write(tmp_path, mode="free_running"))
+    (batch,) = stream.batches(dataset, batch_size=10)
+    assert batch.mask.sum(1).tolist() == [3] * 10 and batch.drafter.shape == (10, 3, 6)
+
+
+def test_the_order_depends_on_the_seed_alone(folder):
+    dataset = store.ShardDataset(folder)
+    orders = [[i for b in stream.batches(dataset, batch_size=3, shuffle_seed=seed) for i in b.index] for seed in (1, 1, 2)]
+    assert orders[0] == orders[1] != orders[2]
+    assert orders[0] == [i for b in stream.batches(dataset, batch_size=7, shuffle_seed=1) for i in b.index]
+    assert [b.index for b in stream.batches(dataset, batch_size=2, indices=[7, 1, 3])] == [[7, 1], [3]]
+
+
+# --- refusals ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_other_mode_or_tap_is_refused(folder):
+    with pytest.raises(ShardError, match="holds teacher_forced pairs but free_running ones are needed here"):
+        store.ShardDataset(folder, expected_mode="free_running")
+    with pytest.raises(ShardError, match="taken with tap='post_norm' but 'pre_norm' is needed"):
+        store.ShardDataset(folder, expected_tap="pre_norm")
+
+
+def test_an_unfinished_run_is_read_only_on_request(tmp_path):
+    out = ShardWriter(tmp_path, mode="teacher_forced", samples_per_shard=4)
+    for i in range(6):
+        out.write(example(i))
+    out.close(finished=False)
+    with pytest.raises(ShardError, match=r"is not finished \(4 samples in complete shards\); run the same extraction again"):
+        store.ShardDataset(tmp_path)
+    assert len(store.ShardDataset(tmp_path, unfinished=True)) == 4
+
+
+@pytest.mark.parametrize("field, value", [("mode", "forced"), ("tap", "middle"), ("dtype", "fp8")])
+def test_an_unknown_kind_in_the_manifest_is_refused(own, field, value):
+    layout.write_manifest(own, {**layout.read_manifest(own), field: value})
+    with pytest.raises(ShardError, match=f"says {field}='{value}'; expected one of"):
+        store.ShardDataset(own)
+
+
+def test_another_version_is_refused(own):
+    layout.write_manifest(own, {**layout.read_manifest(own), "version": 2})
+    with pytest.raises(ShardError, match="version 2 but this code reads 'xsd-shards' version 1"):
+        store.ShardDataset(own)
+
+
+def test_a_manifest_edited_by_hand_is_refused(own):
+    path = own / "manifest.json"
+    path.write_text(path.read_text().replace('"mode": "teacher_forced"', '"mode": "free_running"'))
+    with pytest.raises(ShardError, match="was changed after it was written"):
+        store.ShardDataset(own)
+
+
+def test_a_manifest_cannot_name_files_elsewhere(own):
+    manifest = layout.read_manifest(own)
+    manifest["shards"][0]["file"] = "../other.safetensors"
+    layout.write_manifest(own, manifest)
+    with pytest.raises(ShardError, match=re.escape("names the file '../other.safetensors'")):
+        store.ShardDataset(own)
+
+
+def test_a_folder_of_two_modes_points_to_its_sub_folders(tmp_path):
+    write(tmp_path / "teacher_forced", 2)
+    with pytest.raises(ShardError, match="give one of its sub-folders: teacher_forced"):
+        store.ShardDataset(tmp_path)
+    with pytest.raises(ShardError, match="run the extraction, or give the folder it wrote"):
+        store.ShardDataset(tmp_path / "nowhere")
+
+
+def test_a_truncated_shard_is_named(own):
+    shard = own / "shard-000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-10])
+    with pytest.raises(ShardError, match=r"shard-000001\.safetensors has \d+ bytes instead of \d+; repair the run"):
+        store.ShardDataset(own)
+
+
+def test_a_missing_shard_is_named(own):
+    (own / "shard-000002.parquet").unlink()
+    with pytest.raises(ShardError, match=r"shard-000002\.parquet is missing; repair the run"):
+        store.ShardDataset(own)
+    assert [(p.file.name, p.shard) for p in store.verify(own)] == [("shard-000002.parquet", 2)]
+
+
+@settings(max_examples=60)
+@given(data=st.data())
+def test_every_flip_of_a_single_bit_is_detected(tmp_path_factory, data):
+    folder = _shared(tmp_path_factory).folder
+    path = data.draw(st.sampled_from(sorted(folder.iterdir())))
+    before = path.read_bytes()
+    place, bit = data.draw(st.integers(0, len(before) - 1)), data.draw(st.integers(0, 7))
+    changed = bytearray(before)
+    changed[place] ^= 1 << bit
+    path.write_bytes(changed)
+    try:
+        if path.name == "manifest.json":
+            with pytest.raises(ShardError, match=r"manifest\.json"):
+                store.verify(folder)
+        else:
+            assert [(p.file, p.what) for p in store.verify(folder)] == [(path, "does not match its checksum")]
+    finally:
+        path.write_bytes(before)
+    assert store.verify(folder) == []

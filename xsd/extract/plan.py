@@ -1,0 +1,96 @@
+"""Which samples an extraction takes, in which order, and the hash that tells two plans apart."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from hashlib import sha256
+from typing import Any
+
+from xsd.core import ParameterError, Sample
+from xsd.sensors import folder as dataset_folder
+
+
+@dataclass(frozen=True)
+class LazySample:
+    """A sample that is read when its turn comes; calling it gives the core.Sample."""
+
+    sequence: str
+    clip: str
+    question: str
+    load: Callable[[], Sample]
+
+    def __call__(self) -> Sample:
+        return self.load()
+
+
+Item = Sample | LazySample | Callable[[], Sample]
+
+
+def folder_samples(
+    records: Sequence[dataset_folder.ClipRecord], questions: Sequence[str], *, n_event_frames: int = 5, canvas: Any = None
+) -> list[LazySample]:
+    """Every clip with every question, clip by clip; images are read when needed, once a clip. canvas: as in sensors.folder.load_sample."""
+
+    @lru_cache(maxsize=1)
+    def clip(number: int) -> Sample:
+        return dataset_folder.load_sample(records[number], questions[0], n_event_frames=n_event_frames, canvas=canvas)
+
+    def reader(number: int, question: str) -> Callable[[], Sample]:
+        return lambda: replace(clip(number), question=question)
+
+    return [
+        LazySample(record.sequence, record.clip, question, reader(number, question))
+        for number, record in enumerate(records)
+        for question in questions
+    ]
+
+
+def clip_of(item: Item) -> tuple[str, str] | None:
+    """(sequence, clip), or None for a plain callable, which says nothing before it is called."""
+    return (item.sequence, item.clip) if isinstance(item, (Sample, LazySample)) else None
+
+
+def order(samples: Sequence[Item], *, max_samples: int | None = None, seed: int = 0) -> list[Item]:
+    """The samples clip by clip (questions on one clip stand together, so that its images pass the vision tower once).
+
+    Clips keep the order of their first sample; plain callables keep their place. max_samples: that many, from clips drawn by ``seed``
+    (None or -1: all); the drawn ones keep their order. Raises: ParameterError for no samples or max_samples 0 or below -1.
+    """
+    if not samples:
+        raise ParameterError("there are no samples to extract; give at least one clip and one question")
+    if max_samples is not None and (max_samples == 0 or max_samples < -1):
+        raise ParameterError(f"max_samples={max_samples}; give a positive number, or -1 for all")
+    clips: dict[Any, list[Item]] = {}
+    for number, item in enumerate(samples):
+        clips.setdefault(clip_of(item) or number, []).append(item)
+    if max_samples is None or max_samples == -1 or max_samples >= len(samples):
+        return [item for items in clips.values() for item in items]
+    keys = list(clips)
+    random.Random(seed).shuffle(keys)
+    left, taken = max_samples, {}
+    for key in keys:
+        taken[key] = clips[key][:left]
+        left -= len(taken[key])
+        if not left:
+            break
+    return [item for key in clips if key in taken for item in taken[key]]
+
+
+def plan_hash(items: Sequence[Item]) -> str:
+    """SHA-256 over names and questions, and over the images of samples that are in memory.
+
+    A plain callable counts by its place only, so give its ``data_hash`` in the extraction's config.
+    """
+    digest = sha256()
+    seen: dict[int, bytes] = {}
+    for item in items:
+        digest.update(repr((*clip_of(item), item.question) if isinstance(item, (Sample, LazySample)) else "callable").encode())
+        if isinstance(item, Sample):
+            for image in (*item.event_frames, item.video):
+                if id(image) not in seen:
+                    seen[id(image)] = sha256(repr(image.shape).encode() + image.tobytes()).digest()
+                digest.update(seen[id(image)])
+    return digest.hexdigest()
