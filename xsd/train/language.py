@@ -1,0 +1,155 @@
+"""Language training of the embedded models: many questions about one clip in one row, kept apart by a block mask.
+
+    row:   [ prefix: prompt start + visual tokens | question 1 answer 1 | question 2 answer 2 | … ]
+    sees:    prefix ← everything                    only itself + prefix    only itself + prefix
+
+Every segment continues the positions of the prefix, as if it stood alone: answers cannot leak facts into each other (which flatters the
+loss), and the expensive prefix is computed once for all of them. Tokens that state a fact weigh more than function words.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from xsd.core import TrainingError, atomic_path
+from xsd.train.grounding import schedule
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One question with its answer as ids. question: ids after the visual tokens. answer: ids ending in EOS. weight: one a answer id."""
+
+    question: list[int]
+    answer: list[int]
+    weight: list[float]
+
+
+@dataclass(frozen=True)
+class LanguageConfig:
+    """steps of optimisation, batch in clips, questions asked per clip and step, share of segments in the other model's dialect."""
+
+    steps: int = 2000
+    batch_size: int = 12
+    questions_per_clip: int = 6
+    learning_rate: float = 1.2e-3
+    weight_decay: float = 0.02
+    warmup_steps: int = 100
+    fact_weight: float = 3.0
+    bf16: bool = True
+    seed: int = 0
+    save_every: int = 100
+
+
+@dataclass(frozen=True)
+class PackedRow:
+    """ids: int64 [L] (0 where visual tokens stand). segment: int64 [L], 0 prefix, 1… questions. position: int64 [L]. target, weight: [L]."""
+
+    ids: np.ndarray
+    segment: np.ndarray
+    position: np.ndarray
+    target: np.ndarray
+    weight: np.ndarray
+
+
+def pack(before: list[int], n_visual: int, segments: Sequence[Segment]) -> PackedRow:
+    """Lay out one row; target[i] is the id that position i must predict, -100 where nothing is asked."""
+    prefix = len(before) + n_visual
+    ids, segment, position = [*before, *[0] * n_visual], [0] * prefix, list(range(prefix))
+    target, weight = [-100] * prefix, [0.0] * prefix
+    for number, s in enumerate(segments, start=1):
+        tokens = s.question + s.answer
+        ids += tokens
+        segment += [number] * len(tokens)
+        position += list(range(prefix, prefix + len(tokens)))
+        target += [-100] * (len(s.question) - 1) + s.answer + [-100]
+        weight += [0.0] * (len(s.question) - 1) + s.weight + [0.0]
+    return PackedRow(*(np.array(a) for a in (ids, segment, position, target)), np.array(weight, dtype=np.float32))
+
+
+def collate(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """ids, positions, targets int64 [B, L], weights [B, L] and the block mask bool [B, 1, L, L] (True: may be seen)."""
+    length = max(len(row.ids) for row in rows)
+
+    def padded(name: str, value: float) -> Tensor:
+        return torch.from_numpy(np.stack([np.pad(getattr(r, name), (0, length - len(r.ids)), constant_values=value) for r in rows]))
+
+    segment = padded("segment", -1)
+    order = torch.arange(length)
+    seen = (order[:, None] >= order[None, :]) & ((segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None]))
+    seen |= torch.eye(length, dtype=torch.bool)  # padding sees itself, so that no row of the softmax is empty
+    return padded("ids", 0), padded("position", 0), padded("target", -100), padded("weight", 0.0), seen[:, None]
+
+
+def train_decoder(
+    *,
+    embed: Callable[[Tensor], Tensor],
+    visual: Callable[[np.ndarray], Tensor],
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor],
+    lm_head: Callable[[Tensor], Tensor],
+    trained: nn.Module,
+    before: list[int],
+    n_visual: int,
+    segments: Callable[[int, np.random.Generator], Sequence[Segment]],
+    n_clips: int,
+    config: LanguageConfig,
+    device: str = "cpu",
+    checkpoint: Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
+    """Train a decoder (and its projector) on packed rows; resumes from ``checkpoint``.
+
+    Args:
+        embed: ids [B, L] → [B, L, D]. visual: clip numbers [B] → visual tokens [B, n_visual, D], with gradient to the projector.
+        decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D].
+        lm_head: states [N, D] → logits [N, V]. trained: the module that owns every trained parameter.
+        before: ids before the visual tokens. segments: clip number, generator → the questions of this step.
+
+    Returns: the loss of every step. Raises: TrainingError when the loss is not finite.
+    """
+    parameters = [p for p in trained.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    history: list[float] = []
+    if checkpoint is not None and checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        trained.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        history = saved["history"]
+    trained.train()
+    prefix = len(before) + n_visual
+    while (step := len(history)) < config.steps:
+        rng = np.random.default_rng([config.seed, step])
+        clips = np.sort(rng.choice(n_clips, size=min(config.batch_size, n_clips), replace=False))
+        rows = [pack(before, n_visual, segments(int(clip), rng)) for clip in clips]
+        ids, positions, targets, weights, seen = (t.to(device) for t in collate(rows))
+        for group in optimiser.param_groups:
+            group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup_steps)
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.bf16):
+            embeddings = embed(ids)
+            tokens = visual(clips).to(embeddings.dtype)
+            embeddings = torch.cat([embeddings[:, : len(before)], tokens, embeddings[:, prefix:]], dim=1)
+            mask = torch.zeros(seen.shape, dtype=torch.bfloat16 if config.bf16 else embeddings.dtype).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+            states = decode(embeddings, mask, positions)
+            asked = targets >= 0
+            logits = lm_head(states[asked])
+        weight = weights[asked]
+        loss = (F.cross_entropy(logits.float(), targets[asked], reduction="none") * weight).sum() / weight.sum()
+        if not torch.isfinite(loss):
+            raise TrainingError(f"the language loss is {float(loss.detach())} at step {step}; lower learning_rate (now {config.learning_rate}) and resume from {checkpoint}")
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        history.append(float(loss.detach()))
+        if progress:
+            progress(len(history), config.steps, history[-1])
+        if checkpoint is not None and (len(history) % config.save_every == 0 or len(history) == config.steps):
+            with atomic_path(checkpoint) as path:
+                torch.save({"model": trained.state_dict(), "optimiser": optimiser.state_dict(), "history": history}, path)
+    return history

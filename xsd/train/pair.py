@@ -1,0 +1,115 @@
+"""The training of one embedded model from scratch: tower on what is in the picture, then decoder and projector on language.
+
+Models and data come in as arguments (a model taken apart by ``xsd.models.embedded``, a corpus from ``xsd.world.corpus``). Every stage keeps a
+checkpoint in the run folder, so an interrupted training continues where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from xsd.train import grounding, language
+from xsd.train.grounding import GroundingConfig
+from xsd.train.language import LanguageConfig, Segment
+
+Progress = Callable[[str, int, int, float], None]
+"""Called with (stage, step, total, loss)."""
+
+
+def segments_of(tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequence[Any]], *, eos: int, fact_weight: float) -> list[list[Segment]]:
+    """Dialogues (question, answer, fact_spans) as ids; tokens inside a fact's characters weigh ``fact_weight``."""
+    known: dict[tuple[str, str], Segment] = {}
+    rows = []
+    for clip in dialogues:
+        row = []
+        for d in clip:
+            key = (d.question, d.answer)
+            if key not in known:
+                encoded = tokenizer(d.answer, add_special_tokens=False, return_offsets_mapping=True)
+                facts = [any(a < end and b > start for start, end in d.fact_spans) for a, b in encoded.offset_mapping]
+                weight = [fact_weight if f else 1.0 for f in facts] + [1.0]
+                known[key] = Segment(prompt_ids(tokenizer, d.question)[1], [*encoded.input_ids, eos], weight)
+            row.append(known[key])
+        rows.append(row)
+    return rows
+
+
+@torch.no_grad()
+def tower_states(parts: Any, images: np.ndarray, *, mean: Sequence[float], std: Sequence[float], device: str = "cpu", batch: int = 32) -> Tensor:
+    """Tower states of every clip, float16 [N, F, P, C]: computed once, since the tower rests during language training."""
+    blocks = []
+    for start in range(0, len(images), batch):
+        with torch.autocast(torch.device(device).type, torch.bfloat16):
+            states = parts.features(grounding.normalise(images[start : start + batch], mean, std).to(device))
+        blocks.append(states.to("cpu", torch.float16))
+    return torch.cat(blocks)
+
+
+def train_model(
+    parts: Any,
+    *,
+    tokenizer: Any,
+    images: np.ndarray,
+    labels: np.ndarray,
+    layout: np.ndarray,
+    colour_known: np.ndarray,
+    dialogues: Sequence[Sequence[Any]],
+    other_dialogues: Sequence[Sequence[Any]] | None,
+    classes: dict[str, int],
+    n_kinds: int,
+    n_colours: int,
+    mean: Sequence[float],
+    std: Sequence[float],
+    folder: Path,
+    grounding_config: GroundingConfig,
+    language_config: LanguageConfig,
+    device: str = "cpu",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Train one model in place.
+
+    Args:
+        parts: features, project, decode, tower, projector, decoder, embed, lm_head, n_visual, tower_width, grounding_frames, prompt_ids, role, model.
+        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint8 [N, F, c, c]. colour_known: bool [N].
+        dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is mixed in,
+            as both real models share a language-model ancestor that knows either style.
+        classes: facts and their number of classes; n_kinds, n_colours: patch classes.
+
+    Returns: {"facts": accuracy per fact in training, "loss": the language loss per step}.
+    """
+
+    def report(stage: str) -> Callable[[int, int, float], None] | None:
+        return None if progress is None else lambda step, total, loss: progress(f"{parts.role} {stage}", step, total, loss)
+
+    frames = list(parts.grounding_frames)
+    torch.manual_seed(grounding_config.seed)
+    tokens_per_frame = parts.n_visual * len(frames) // images.shape[1] if len(frames) != images.shape[1] else parts.n_visual
+    head = grounding.GroundingHead(parts.embed.embedding_dim, tokens_per_frame, parts.tower_width, classes, n_kinds, n_colours).to(device)
+    facts = grounding.train_tower(
+        parts.features, parts.project, [parts.tower, parts.projector], head, images[:, frames], labels, layout[:, frames], colour_known,
+        mean=mean, std=std, config=grounding_config, checkpoint=folder / f"{parts.role}-tower.pt", progress=report("tower"),
+    )  # fmt: skip
+    for parameter in parts.tower.parameters():
+        parameter.requires_grad_(False)
+    states = tower_states(parts, images, mean=mean, std=std, device=device)
+    own = segments_of(tokenizer, parts.prompt_ids, dialogues, eos=tokenizer.eos_token_id, fact_weight=language_config.fact_weight)
+    other = other_dialogues and segments_of(tokenizer, parts.prompt_ids, other_dialogues, eos=tokenizer.eos_token_id, fact_weight=1.0)
+
+    def choose(clip: int, rng: np.random.Generator) -> list[Segment]:
+        picked = rng.permutation(len(own[clip]))[: language_config.questions_per_clip]
+        extra = [other[clip][int(rng.integers(len(other[clip])))]] if other else []
+        return [own[clip][int(i)] for i in picked] + extra
+
+    losses = language.train_decoder(
+        embed=parts.embed, visual=lambda clips: parts.project(states[torch.from_numpy(clips)].to(device).float()), decode=parts.decode,
+        lm_head=parts.lm_head, trained=nn.ModuleList([parts.decoder, parts.projector]), before=parts.prompt_ids(tokenizer, "?")[0],
+        n_visual=parts.n_visual, segments=choose, n_clips=len(images), config=language_config, device=device,
+        checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),
+    )  # fmt: skip
+    return {"facts": facts, "loss": losses}
