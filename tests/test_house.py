@@ -19,7 +19,7 @@ SETUP_SPEC = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" 
 setup_env = importlib.util.module_from_spec(SETUP_SPEC)
 SETUP_SPEC.loader.exec_module(setup_env)
 
-USED_WITHOUT_IMPORT = {"accelerate", "anywidget", "ipykernel", "jupyterlab", "kaleido"}
+USED_WITHOUT_IMPORT = {"accelerate", "anywidget", "bitsandbytes", "ipykernel", "jupyterlab", "kaleido", "protobuf", "sentencepiece"}
 """Needed by another package or as a program; each says so in the README's table."""
 
 
@@ -224,6 +224,12 @@ def test_linux_without_a_gpu_is_told_how_to_get_the_small_torch():
     assert setup_env.cuda_hint(100.0, platform="darwin", has_gpu=False, environment={}) is None
     settled = {"PIP_EXTRA_INDEX_URL": "https://download.pytorch.org/whl/cpu"}
     assert setup_env.cuda_hint(100.0, platform="linux", has_gpu=False, environment=settled) is None
+
+
+def test_links_between_the_pages_lead_somewhere():
+    pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+    links = {(page, link) for page in pages for link in re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text(encoding="utf-8"))}
+    assert sorted(f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()) == []
 
 
 def test_the_ci_script_is_the_test_command_of_the_readme():
