@@ -46,16 +46,20 @@ class Floor(ABC):
         self._ready(lists)
         return [np.array([self.draft(ids[:t], 1, i)[:1] == ids[t : t + 1] for t in range(len(ids))]) for i, ids in enumerate(lists)]
 
-    def rounds(self, answers: Sequence[Ids], gamma: int = 5) -> Rounds:
-        """Greedy draft–verify rounds at gamma; positions beyond the answer are not drafted. Raises: MetricError for empty answers, gamma
-        below 1."""
+    def rounds(self, answers: Sequence[Ids], gamma: int = 5, *, start: int = 0) -> Rounds:
+        """Greedy draft–verify rounds at gamma; positions beyond the answer are not drafted. start: tokens of each answer given for free.
+
+        Raises: MetricError for empty answers, gamma below 1, or answers that end before ``start``.
+        """
         lists = as_lists(answers)
         self._ready(lists)
         if gamma < 1:
             raise MetricError(f"gamma must be at least 1 draft token a round but is {gamma}")
+        if not all(len(ids) > start for ids in lists):
+            raise MetricError(f"an answer has no token after the {start} given ones; drop it from the comparison")
         flat: list[tuple[int, int, int, int]] = []
         for i, ids in enumerate(lists):
-            at = 0
+            at = start
             while at < len(ids):
                 drafted = self.draft(ids[:at], min(gamma, len(ids) - at), i)
                 accepted = 0
