@@ -179,7 +179,7 @@ def test_fused_tokens_train_with_the_heads_table(tmp_path):
 
 def test_early_stopping_waits_for_patience(tmp_path):
     answers = examples.answers()
-    opposite = [dataclasses.replace(a, hidden_by_verifier=-a.hidden_by_verifier, sequence="other") for a in answers[:8]]  # learning makes it worse
+    opposite = [dataclasses.replace(a, hidden_by_verifier=-a.hidden_by_verifier, sequence="other") for a in answers[:8]]
     config = fit.FitConfig(epochs=50, patience=2, batch_size=16)
     result = fit.fit_adapter("L3", answers, folder=tmp_path, config=config, validation=opposite)
     assert (result.best_epoch, len(result.history)) == (1, 3)

@@ -92,8 +92,7 @@ class AttentionAdapter(Adapter):
 
     ``causal=True`` is this project's default: position t uses drafter states 0…t, all that exist while drafting. ``causal=False`` is the
     reference's: trained on whole answers; evaluated here on prefixes all the same (with one layer a prefix's last position is exactly
-    what the
-    causal mask gives, because keys and values come from the inputs alone).
+    what the causal mask gives, because keys and values come from the inputs alone).
     """
 
     def __init__(

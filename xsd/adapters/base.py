@@ -10,8 +10,7 @@ Which states an adapter reads and what it predicts (t is a position of the answe
 With shift 1 the target is one position later than the last input, so no adapter ever sees the state it is to predict. L5F's
 ``drafter_lead``
 is 1 by default: once verifier[t] is known, token t is known, so the drafter can have read it, and drafter[t+1] exists while drafting; 0
-is the
-reference's alignment. See docs/adapters.md.
+is the reference's alignment. See docs/adapters.md.
 """
 
 from __future__ import annotations
@@ -71,8 +70,8 @@ class Adapter(nn.Module):
     """Base of all adapters.
 
     hidden_size: D_v, the verifier's width. drafter_size: D_d; where it differs (or ``input_map=True``) a linear map D_d → D_v comes
-    first, the
-    identity at initialisation as far as the widths allow. ``options`` holds the constructor's arguments as saved beside the weights.
+    first, the identity at initialisation as far as the widths allow. ``options`` holds the constructor's arguments as saved beside the
+    weights.
     """
 
     level: str = ""
@@ -145,8 +144,7 @@ class Adapter(nn.Module):
         """Predictions beside their targets, shifted once for training and evaluation alike, from what exists while drafting.
 
         A bidirectional adapter (L4 with causal=False) sees the whole answer in training mode only; in eval mode position t is computed
-        from the
-        prefix 0…t, since later drafter states do not exist yet when position t is drafted.
+        from the prefix 0…t, since later drafter states do not exist yet when position t is drafted.
         """
         inputs, input_mask, target, ids, mask = self.inputs_of(batch)
         keywords: dict[str, Any] = {}

@@ -21,8 +21,7 @@ class EagleAdapter(Adapter):
     """LayerNorm, + learned position, causal layer, LayerNorm, projection, out = x + α (projection - x).
 
     vocab_size: fuses the embedding of the token before each predicted position, Linear₂D→D([state; embedding]) in front (EAGLE's remedy
-    for feature
-    uncertainty; off by default). The embedding is a frozen table, normally the LM head's rows (:meth:`set_token_embedding`).
+    for feature uncertainty; off by default). The embedding is a frozen table, normally the LM head's rows (:meth:`set_token_embedding`).
     prediction_weight: L5's next-state term in :meth:`compute_loss`.
     """
 
@@ -137,10 +136,8 @@ class EagleAdapter(Adapter):
         test).
 
         Row s of result k (k = 1…steps) predicts verifier[s + k] from the true verifier[0…s], the own predictions of s+1…s+k-1, and for
-        L5F the
-        drafter's states up to s + k - 1 + drafter_lead (true as long as every draft before was accepted). One layer, so true keys and
-        values are
-        computed once::
+        L5F the drafter's states up to s + k - 1 + drafter_lead (true as long as every draft before was accepted). One layer, so true keys
+        and values are computed once::
 
             step 1  true[0…s]                      → p₁[s] ≈ true[s+1]
             step 2  true[0…s] p₁[s]                → p₂[s] ≈ true[s+2]

@@ -127,8 +127,7 @@ def fit_adapter(
             train many).
         folder: the run folder, created; an unfinished run of the same configuration, seed and data in it is continued.
         config: how; ``profile`` is short for FitConfig(profile). head: the verifier's LM head, weight [V, D_v] or callable; needed by
-            token terms,
-            and for token acceptance in the history.
+            token terms, and for token acceptance in the history.
         validation: another dataset of *train* sequences; by default whole sequences of ``dataset`` are held out.
         progress: called with each epoch's row.
     Raises: TrainingError for a test split, NaN, out of memory, a folder of another run; ParameterError for an unknown level or option.

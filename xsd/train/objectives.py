@@ -2,8 +2,7 @@
 
 Every term is a mean over the real positions, handed in flat: aligned, target [N, D], ids int64 [N], optional weights [N]. Terms that need
 logits run through the frozen verifier head in chunks of positions: loss and gradient of one chunk are computed before the next one
-begins, so
-no [N, V] tensor ever exists (after Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989).
+begins, so no [N, V] tensor ever exists (after Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989).
 """
 
 from __future__ import annotations

@@ -2,9 +2,8 @@
 section 6).
 
 Offline, over teacher-forced pairs, and still exact for greedy decoding: a draft counts only while every draft before it was right, and as
-long
-as they are right, the drafter's next state after the drafts *is* its stored state after the verifier's tokens. With position s the last one
-verified (its state and its token are known)::
+long as they are right, the drafter's next state after the drafts *is* its stored state after the verifier's tokens. With position s the
+last one verified (its state and its token are known)::
 
     position       0 … s        s+1        s+2        s+3
     known          verified     draft 1    draft 2    draft 3     gamma = 3
@@ -12,8 +11,7 @@ verified (its state and its token are known)::
     verifier, both verified[0…s] gives p₁, then p₁ stands for verified[s+1] …         shift 1: B1, L5F, on own predictions
 
 ``accepted[s]`` is the number of drafts before the first wrong one. On free-running pairs the drafter's states follow its own text, so the
-figures
-of L1–L5 there describe one draft beside a free-running drafter, not a decode loop; ``mode`` travels with the result.
+figures of L1–L5 there describe one draft beside a free-running drafter, not a decode loop; ``mode`` travels with the result.
 """
 
 from __future__ import annotations
