@@ -12,9 +12,9 @@ import math
 import pickle
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -25,72 +25,9 @@ from xsd.adapters import linear, registry
 from xsd.adapters.base import Adapter
 from xsd.core import Batch, CheckpointError, ParameterError, TrainingError
 from xsd.train import objectives, source
+from xsd.train.recipes import FitConfig
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
-PROFILES: dict[str, dict[str, Any]] = {
-    "reference": {"objective": "mse_cosine", "batch_size": 64, "select_by": "loss"},
-    "converged": {"objective": "mse_cosine", "batch_size": 64, "select_by": "loss", "epochs": 300, "patience": 50},
-    "tokens": {
-        "objective": "tokens", "batch_size": 16, "select_by": "token_acceptance", "warm_start": "ridge", "prediction_weight": 0.0,
-        "rollout_steps": 3, "alpha": 1.0,
-    },
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class FitConfig:
-    """How to train. Fields left at None take their profile's value; what was used is saved in config.json."""
-
-    profile: Literal["reference", "converged", "tokens"] = "reference"
-    objective: str | None = None
-    """Terms by name, see objectives.parse."""
-    epochs: int | None = None
-    batch_size: int | None = None
-    """Answers a step."""
-    learning_rate: float = 1e-3
-    minimum_learning_rate: float = 1e-6
-    """Where the cosine ends."""
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    """Largest gradient norm."""
-    accumulation: int = 1
-    """Batches a step; use when batch_size does not fit into memory."""
-    patience: int | None = None
-    """Epochs without a better validation before stopping."""
-    validation_share: float = 0.1
-    """Of the train split's samples, by whole sequences."""
-    select_by: Literal["loss", "token_acceptance"] | None = None
-    """What makes a checkpoint the best; token acceptance needs a head."""
-    prediction_weight: float | None = None
-    """L5's loss against the next state: 0.5 in the reference, 0 in "tokens" (one output cannot be two states)."""
-    rollout_steps: int | None = None
-    """B1 and L5F: steps on own predictions in the loss (EAGLE-3's training-time test); 1 is teacher forcing."""
-    rollout_decay: float = 0.8
-    """Weight of each further step."""
-    warm_start: Literal["none", "ridge"] | None = None
-    """"ridge": an input map in front of the adapter, from the closed form (adapters that read the drafter)."""
-    alpha: float | None = None
-    """Initial residual weight of L4, L5, B1, L5F; the reference's 0.1 cannot leave verifier[t] for verifier[t+1] in a short training."""
-    noise: float = 0.0
-    """Uniform noise on the drafter's states, ± this times their standard deviation (EAGLE uses 0.1 in absolute units)."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast of the forward pass."""
-    adapter_options: dict[str, Any] = field(default_factory=dict)
-    """Passed to create_adapter."""
-
-    def __post_init__(self) -> None:
-        if self.profile not in PROFILES:
-            raise ParameterError(f"unknown training profile {self.profile!r}; choose one of {', '.join(PROFILES)}")
-        defaults = {"epochs": 50, "patience": 10, "rollout_steps": 1, "warm_start": "none", **PROFILES[self.profile]}
-        for name, value in defaults.items():
-            if getattr(self, name) is None:
-                object.__setattr__(self, name, value)
-        for name in ("epochs", "batch_size", "accumulation", "rollout_steps", "learning_rate", "patience"):
-            if getattr(self, name) <= 0:
-                raise ParameterError(f"{name} must be positive, not {getattr(self, name)}")
-        if not 0 < self.validation_share < 1:
-            raise ParameterError(f"validation_share must lie between 0 and 1, not {self.validation_share}")
-        objectives.parse(self.objective)
 
 
 @dataclass(frozen=True)
