@@ -21,6 +21,19 @@ class ReportError(XsdError):
     """A report asks for a number that the results do not hold, or shows one that is not theirs."""
 
 
+def plain(values: Any) -> Any:
+    """Nested results as JSON can hold them: arrays as lists, numpy scalars as numbers, NaN and infinities as null, keys as texts."""
+    if isinstance(values, Mapping):
+        return {str(key): plain(value) for key, value in values.items()}
+    if isinstance(values, (list, tuple)):
+        return [plain(value) for value in values]
+    if hasattr(values, "tolist"):
+        return plain(values.tolist())
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    return values if values is None or isinstance(values, (str, int, bool)) else str(values)
+
+
 def lookup(results: Mapping[str, Any], path: str) -> Any:
     """The value at a path. Raises: ReportError naming the step that is missing and what stands there instead."""
     here: Any = results

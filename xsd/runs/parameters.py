@@ -80,7 +80,8 @@ class ExtractParameters(NotebookParameters):
 
     notebook = "01_extract"
     pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
-    data: str = Field("simulated", min_length=1, description="simulated, davis_road (the shipped recording), or a dataset folder")
+    data: str = Field("simulated", min_length=1, description="what adapters are trained on: simulated, or a dataset folder")
+    test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets: simulated, davis_road, or dataset folders")
     n_train_sequences: int = Field(2, ge=0, le=100_000, description="drives to train adapters on")
     n_test_sequences: int = Field(2, ge=1, le=100_000, description="held-out drives; never the same sequences")
     clips_per_sequence: int = Field(2, ge=1, le=10_000, description="clips taken of each drive")
@@ -108,6 +109,7 @@ class HiddenParameters(NotebookParameters):
 
     notebook = "03_hidden"
     levels: list[Level] = Field(["L1", "L4"], min_length=1, description="trained levels to evaluate")
+    test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets that notebook 01 extracted")
     mode: Mode = Field("teacher_forced", description="which held-out pairs to evaluate on")
     thresholds: list[float] = Field([0.8, 0.85, 0.9, 0.95], min_length=1, description="cosine thresholds τ")
     max_positions: int = Field(20, ge=1, le=4096, description="positions shown by the per-position curve")
@@ -119,6 +121,7 @@ class TokenParameters(NotebookParameters):
 
     notebook = "04_tokens"
     levels: list[Level] = Field(["L1", "L4"], min_length=1, description="trained levels to evaluate")
+    test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets that notebook 01 extracted")
     mode: Mode = Field("teacher_forced", description="which held-out pairs to evaluate on")
     top_k: int = Field(5, ge=1, le=1000, description="how many of the head's best tokens count as top-k")
     threshold: float = Field(0.9, gt=-1, lt=1, description="cosine threshold τ compared with the token truth")
@@ -134,9 +137,9 @@ class LiveParameters(NotebookParameters):
     pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
     data: str = Field("simulated", min_length=1, description="simulated, davis_road (the shipped recording), or a dataset folder")
     arms: list[str] = Field(
-        ["baseline", "hf_generate", "hf_prompt_lookup", "L4"],
+        ["ar", "hf_generate", "hf_prompt_lookup", "L4"],
         min_length=1,
-        description="arms measured in one interleaved run; the baseline first",
+        description="arms measured in one interleaved run; ar is the project's own loop",
     )
     n_samples: int = Field(2, ge=1, le=100_000, description="held-out samples each arm answers")
     gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")

@@ -92,7 +92,7 @@ def build_report(
     Raises: ReportError if a part asks for a number that is not there or the finished page shows one that is not from the results.
     """
     out_dir = Path(out_dir)
-    results = json.loads(json.dumps(results, default=_plain))
+    results = numbers.plain(results)
     pages = [notebook_page(path, out_dir / "notebooks") for path in notebooks]
     body, index = [], 0
     for position, section in enumerate(sections):
@@ -111,12 +111,6 @@ def build_report(
     write_json(out_dir / "results.json", results)
     atomic_write(out_dir / "index.html", page)
     return out_dir / "index.html"
-
-
-def _plain(value: Any) -> Any:
-    if hasattr(value, "item") and getattr(value, "size", 1) == 1:
-        return value.item()
-    return value.tolist() if hasattr(value, "tolist") else str(value)
 
 
 def _part(results: Mapping[str, Any], part: Text | Table | Html) -> str:
@@ -169,7 +163,7 @@ def _table(results: Mapping[str, Any], table: Table) -> str:
             cells.append(
                 f"<td>{_cell(results, f'{row[1]}/{column.path}', column, value is not None and value == best.get(place), value)}</td>"
             )
-        lines.append(f"<tr><th>{numbers.prose(results, row[0])}</th>{''.join(cells)}</tr>")
+        lines.append(f'<tr><th data-plain="1">{numbers.prose(results, row[0])}</th>{"".join(cells)}</tr>')
     caption = f"<caption>{numbers.prose(results, table.caption)}</caption>" if table.caption else ""
     return f'<div class="wide"><table>{caption}<thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
 

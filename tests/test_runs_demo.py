@@ -1,0 +1,104 @@
+"""The demo: its parameters are valid, and its page says what the results say."""
+
+import pandas as pd
+import pytest
+from views_examples import lengths_table, live_runs, speedups, token_table
+
+from xsd.core import ParameterError
+from xsd.runs import demo, demo_page, folder, numbers
+
+
+def interval(value, width=0.1, n=24):
+    return {"value": value, "low": value - width, "high": value + width, "n": n}
+
+
+def results():
+    names = {"L4": "L4", "L5F": "L5F", "B1 (reads the verifier)": "B1", "drafter tokens": "drafter_tokens", "4-gram": "ngram", "L1": "L1"}
+    rows = {
+        names[row["name"]]: {
+            "label": row["name"],
+            "kind": row["kind"],
+            "token_acceptance": interval(0.5),
+            "accepted_length": {key: row[key] for key in ("value", "low", "high", "n")},
+            "above_floor": interval(row["value"] - 1.5),
+        }
+        for row in lengths_table().to_dict("records")
+        if row["name"] in names
+    }
+    levels = {level: {"cosine": interval(0.9, 0.01), "accept": interval(0.5)} for level in ("L1", "L4", "L5F", "B1")}
+    arms = {
+        f"arm{index}": {
+            "label": row["name"],
+            "kind": row["kind"],
+            "speedup": interval(row["value"]),
+            "total_ms": interval(300.0, 20),
+            "accepted_length": interval(2.0),
+        }
+        for index, row in enumerate(speedups().to_dict("records"))
+    }
+    counts = {"sequences": 4, "pairs": 80, "tokens": 1900}
+    return {
+        "extract": {"train": counts, "test": {"simulated": counts, "davis_road": counts}, "data_hash": "abc"},
+        "train": {"levels": {level: {"parameters": 33281, "seconds": 2.5, "epochs": 12, "validation_loss": 0.8} for level in ("L1", "L4")}},
+        "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}},
+        "tokens": {"test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}},
+        "live": {"arms": arms, "best_arm": "arm1", "n_samples": 10, "n_identical": 10},
+    }
+
+
+@pytest.fixture
+def finished(tmp_path):
+    run_dir = tmp_path / "run"
+    for name, values in results().items():
+        folder.save_results(run_dir, name, values)
+    folder.save_tokens(run_dir, pd.concat([token_table().assign(data="simulated"), token_table(4, run="demo").assign(data="davis_road")]))
+    folder.save_live(run_dir, live_runs(), {token: f" word{token}" for token in range(12)}, question="What is moving?")
+    return tmp_path
+
+
+@pytest.mark.parametrize("profile", demo.PROFILES)
+def test_the_parameters_of_every_step_are_valid(profile, tmp_path):
+    for step in demo.STEPS:
+        assert demo.given(step, profile, tmp_path, 3)["seed"] == 3
+
+
+def test_the_page_is_true_offline_and_complete(finished):
+    page = demo.build(finished, profile="demo", seed=0, seconds={"01_extract": 10.0}).read_text()
+    assert numbers.external_requests(page) == []
+    stored = {**folder.load_results(finished / "run")}
+    lead = page[page.index('class="lead"') : page.index("<nav>")]
+    assert 'data-key="tokens/test/simulated/rows/L5F/above_floor/value" data-format="+.2f">+2.60<' in lead
+    assert 'data-key="live/arms/arm1/speedup/value"' in lead
+    assert all(
+        title in page
+        for title in ("What was done", "How many draft tokens", "Position by position", "token by token", "Live", "does not show")
+    )
+    assert stored["live"]["n_identical"] == 10 and page.count("token-pairs") == 6
+
+
+def test_a_run_with_less_says_less(finished):
+    for name in ("hidden", "live", "train"):
+        (finished / "run" / "results" / f"{name}.json").unlink()
+    (finished / "run" / "live.json").unlink()
+    page = demo.build(finished, profile="demo", seed=0, seconds={}).read_text()
+    assert "measured timeline" not in page and "How many draft tokens" in page
+
+
+def test_a_live_run_comes_back_as_it_was(finished):
+    generations, texts, about = folder.load_live(finished / "run")
+    assert generations == live_runs() and texts[3] == " word3" and about == {"question": "What is moving?"}
+    assert list(generations) == ["speculative", "baseline"]
+
+
+def test_missing_parts_of_a_run_are_named(tmp_path):
+    for load, words in (
+        (folder.load_results, "holds no results"),
+        (folder.load_tokens, "no token table"),
+        (folder.load_live, "no live run"),
+    ):
+        with pytest.raises(ParameterError, match=words):
+            load(tmp_path)
+
+
+def test_lead_is_empty_without_results():
+    assert demo_page.lead({}) == ""

@@ -1,0 +1,75 @@
+"""The main job: notebooks 01 to 06 with one set of parameters, then the report. ``xsd demo`` and ``make demo`` call :func:`run`."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from xsd.core import provenance
+from xsd.runs import demo_page, folder, notebooks, parameters, report
+
+STEPS = ("01_extract", "02_train", "03_hidden", "04_tokens", "05_live", "06_compare")
+LEVELS = ["L1", "L2", "L3", "L4", "L5", "L5F", "B1"]
+SMOKE: dict[str, dict[str, Any]] = {step: {} for step in STEPS}
+DEMO: dict[str, dict[str, Any]] = {
+    "01_extract": {
+        "n_train_sequences": 24,
+        "n_test_sequences": 12,
+        "clips_per_sequence": 2,
+        "questions_per_clip": 10,
+        "max_new_tokens": 48,
+        "test_data": ["simulated", "davis_road"],
+        "batch_size": 32,
+    },
+    "02_train": {"levels": LEVELS, "profile": "demo", "epochs": 12},
+    "03_hidden": {"levels": LEVELS, "test_data": ["simulated", "davis_road"]},
+    "04_tokens": {"levels": LEVELS, "test_data": ["simulated", "davis_road"], "resamples": 1000},
+    "05_live": {"arms": ["ar", "hf_generate", "hf_prompt_lookup", "L4", "L5F"], "n_samples": 10, "max_new_tokens": 48},
+    "06_compare": {},
+}
+PROFILES = {"smoke": SMOKE, "demo": DEMO}
+"""What each notebook is given besides ``run_dir`` and ``seed``; the smoke profile is the notebooks' defaults."""
+
+
+def given(step: str, profile: str, run_dir: Path, seed: int) -> dict[str, Any]:
+    """The parameters of one notebook in a demo, checked. Raises: ParameterError."""
+    values = {**PROFILES[profile][step], "run_dir": str(run_dir), "seed": seed}
+    if step == "06_compare":
+        values["runs"] = [str(run_dir)]
+    parameters.model_of(step).checked(values)
+    return values
+
+
+def run(out_dir: str | Path, *, profile: str = "demo", seed: int = 0, say: Any = print) -> Path:
+    """Execute the notebooks into ``out_dir`` and build the report there; returns the path of ``index.html``.
+
+    Raises: ParameterError before anything runs; NotebookError when a notebook stops (what ran before it is kept and found again).
+    """
+    out_dir = folder.resolve(out_dir)
+    run_dir = out_dir / "run"
+    plan = {step: given(step, profile, run_dir, seed) for step in STEPS}
+    seconds: dict[str, float] = {}
+    for number, step in enumerate(STEPS, 1):
+        say(f"[{number}/{len(STEPS)}] {step}", flush=True)
+        began = time.perf_counter()
+        notebooks.run_notebook(step, out_dir, plan[step])
+        seconds[step] = round(time.perf_counter() - began, 1)
+    page = build(out_dir, profile=profile, seed=seed, seconds=seconds)
+    say(f"{sum(seconds.values()):.0f} s in all")
+    return page
+
+
+def build(out_dir: str | Path, *, profile: str, seed: int, seconds: Mapping[str, float]) -> Path:
+    """The report of a finished run in ``out_dir``: index.html, results.json, and the executed notebooks as pages."""
+    out_dir = folder.resolve(out_dir)
+    run_dir = out_dir / "run"
+    results = folder.load_results(run_dir)
+    results["provenance"] = provenance(
+        seed=seed, data_hash=results.get("extract", {}).get("data_hash"), profile=profile, seconds_of_notebooks=dict(seconds)
+    )
+    executed = [path for step in STEPS if (path := out_dir / f"{step}.ipynb").is_file()]
+    return report.build_report(
+        results, demo_page.sections(run_dir, results), out_dir, title=demo_page.TITLE, lead=demo_page.lead(results), notebooks=executed
+    )

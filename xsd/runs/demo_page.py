@@ -1,0 +1,228 @@
+"""What the demo's report says, in reading order. Numbers are named by their path in the results; a part whose data are absent is left out.
+
+Results read here (``results/<name>.json`` of xsd/runs/folder.py; ``q`` stands for value, low, high, n):
+
+- extract: train/{sequences, pairs, tokens}, test/<data>/{sequences, pairs, tokens}, duplicate_rate
+- train: levels/<level>/{parameters, seconds, epochs, validation_loss}
+- hidden: test/<data>/levels/<level>/{cosine q, accept q} and threshold
+- tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_length q, above_floor q}, test/<data>/best_floor
+- live: arms/<arm>/{label, kind, speedup q, accepted_length q, total_ms q}, n_samples, n_identical, sentence
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from xsd.runs import folder, numbers, report
+from xsd.views import figures, frames, timeline, tokens
+
+TITLE = "Cross-modal speculative decoding on the embedded pair"
+NAMES = {"simulated": "held-out simulated drives", "davis_road": "a real road, recorded by an event camera"}
+
+
+def _there(results: Mapping[str, Any], *paths: str) -> bool:
+    for path in paths:
+        try:
+            numbers.lookup(results, path)
+        except numbers.ReportError:
+            return False
+    return True
+
+
+def lead(results: Mapping[str, Any]) -> str:
+    """The summary under the title: the run's own sentences with the numbers filled in, good or bad."""
+    parts = []
+    for data in results.get("tokens", {}).get("test", {}):
+        at = f"tokens/test/{data}"
+        if _there(results, f"{at}/best_adapter", f"{at}/best_floor"):
+            best, floor = (f"{at}/rows/{numbers.lookup(results, f'{at}/{which}')}" for which in ("best_adapter", "best_floor"))
+            parts.append(
+                f"On {NAMES.get(data, data)} the best adapter, **{{{best}/label}}**, has "
+                f"{{{best}/accepted_length/value:.2f}} tokens accepted before the first rejection; the best floor, "
+                f"{{{floor}/label}}, has {{{floor}/accepted_length/value:.2f}}: a distance of "
+                f"{{{best}/above_floor/value:+.2f}} [{{{best}/above_floor/low:+.2f}}, {{{best}/above_floor/high:+.2f}}]."
+            )
+    if _there(results, "live/best_arm", "live/n_identical", "live/n_samples"):
+        arm = f"live/arms/{results['live']['best_arm']}"
+        parts.append(
+            f"Live, the fastest speculative arm, **{{{arm}/label}}**, runs at "
+            f"{{{arm}/speedup/value:.2fx}} [{{{arm}/speedup/low:.2f}}, {{{arm}/speedup/high:.2f}}] of the baseline's speed; "
+            "{live/n_identical} of {live/n_samples} answers of the speculative arms are the verifier's own, token for token."
+        )
+    return "\n\n".join(parts)
+
+
+def sections(run_dir: str | Path, results: Mapping[str, Any]) -> list[report.Section]:
+    """The page's sections for a finished run."""
+    made = [
+        _what_was_done(results),
+        _acceptance(run_dir, results),
+        _positions(run_dir),
+        _strips(run_dir),
+        _live(run_dir, results),
+        _limits(),
+    ]
+    return [section for section in made if section is not None and section.parts]
+
+
+def _what_was_done(results: Mapping[str, Any]) -> report.Section | None:
+    if not _there(results, "extract/train/pairs", "extract/train/sequences"):
+        return None
+    parts: list[Any] = [
+        report.Text(
+            "A **drafter** that sees only an event camera writes draft tokens for a **verifier** that sees the video. Small "
+            "**adapters** map the "
+            "drafter's hidden states into the verifier's space, so that the verifier's own head can turn them into tokens. Both "
+            "models are small "
+            "and trained for this project (the embedded pair); everything on this page was measured on this machine."
+            "\n\nHidden states of both were extracted for {extract/train/pairs:,d} question and answer pairs from "
+            "{extract/train/sequences:,d} "
+            "simulated drives, and the adapters trained on them. They are judged on sequences that no model and no adapter has seen:"
+        )
+    ]
+    rows = [(NAMES.get(data, data), f"extract/test/{data}") for data in results["extract"].get("test", {})]
+    columns = [
+        report.Column("sequences", "sequences", ",d"),
+        report.Column("pairs", "pairs", ",d"),
+        report.Column("tokens", "tokens", ",d"),
+    ]
+    parts.append(report.Table([("drives to train on", "extract/train"), *rows], columns))
+    if results.get("train", {}).get("levels"):
+        columns = [
+            report.Column("parameters", "parameters", ",d"),
+            report.Column("epochs", "epochs", "d"),
+            report.Column("validation loss", "validation_loss", ".4f"),
+            report.Column("seconds", "seconds", ".1f"),
+        ]
+        parts.append(
+            report.Table([(level, f"train/levels/{level}") for level in results["train"]["levels"]], columns, "The trained adapters.")
+        )
+    return report.Section("What was done", parts)
+
+
+def _acceptance(run_dir: str | Path, results: Mapping[str, Any]) -> report.Section | None:
+    parts: list[Any] = []
+    for data, found in results.get("tokens", {}).get("test", {}).items():
+        rows = found["rows"]
+        table = pd.DataFrame([{"name": row["label"], "kind": row["kind"], **_q(row["accepted_length"])} for row in rows.values()])
+        title = f"Mean accepted length on {NAMES.get(data, data)}"
+        parts.append(report.Figure(figures.accepted_length_dots(table, title=title)))
+        lines: list[Any] = []
+        for kind, heading in (("ceiling", "Ceiling"), ("adapter", "Adapters"), ("drafter", "Without an adapter"), ("floor", "Floors")):
+            chosen = [(row["label"], f"tokens/test/{data}/rows/{name}") for name, row in rows.items() if row["kind"] == kind]
+            lines += [heading, *chosen] if chosen else []
+        columns = [
+            report.Column("same token", "token_acceptance", ".1%", interval=True),
+            report.Column("accepted length", "accepted_length", ".2f", interval=True),
+            report.Column("above the best floor", "above_floor", "+.2f", interval=True),
+        ]
+        parts.append(report.Table(lines, columns, f"On {NAMES.get(data, data)}. Intervals draw whole sequences."))
+        hidden = results.get("hidden", {}).get("test", {}).get(data, {}).get("levels", {})
+        if hidden:
+            columns = [
+                report.Column("cosine", "cosine", ".3f", interval=True),
+                report.Column("cosine above τ", "accept", ".1%", True),
+            ]
+            lines = [(level, f"hidden/test/{data}/levels/{level}") for level in hidden]
+            parts.append(report.Table(lines, columns, "The same adapters by the cosine of hidden states, which is not what decides."))
+    if parts:
+        text = (
+            "A draft token counts when it is the verifier's own. The floors need no adapter and no model: the most frequent token at each "
+            "position, an n-gram table of the training answers, copying from the prompt. An adapter is worth its distance above "
+            "the best of them."
+        )
+        parts.insert(0, report.Text(text))
+    return report.Section("How many draft tokens are accepted", parts) if parts else None
+
+
+def _q(node: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: float("nan") if (value := node.get(name)) is None else value for name in ("value", "low", "high", "n")}
+
+
+def _tokens(run_dir: str | Path) -> pd.DataFrame | None:
+    return folder.load_tokens(run_dir) if (folder.resolve(run_dir) / "tokens.parquet").is_file() else None
+
+
+def _positions(run_dir: str | Path) -> report.Section | None:
+    table = _tokens(run_dir)
+    if table is None:
+        return None
+    first = table[table["data"] == table["data"].iloc[0]] if "data" in table.columns else table
+    frame = frames.by_position(first, max_positions=24)
+    with_cosine = first[first["cosine"].notna()]
+    parts: list[Any] = [
+        report.Figure(
+            figures.acceptance_by_position(frame, curve="survival"), "A draft is useful as far as it is unbroken from its start."
+        ),
+        report.Figure(figures.acceptance_by_position(frame, curve="marginal")),
+    ]
+    if len(with_cosine):
+        parts.append(report.Figure(figures.reliability_curve(frames.reliability(with_cosine)), "What a cosine says about the token."))
+    return report.Section("Position by position", parts)
+
+
+def _strips(run_dir: str | Path) -> report.Section | None:
+    table = _tokens(run_dir)
+    if table is None or "draft_token" not in table.columns:
+        return None
+    parts: list[Any] = [report.Html(tokens.legend(("accepted", "rejected", "unused", "verifier")))]
+    group = "data" if "data" in table.columns else "run"
+    for data, part in table.groupby(group, sort=False, observed=True):
+        levels = list(dict.fromkeys(part["level"]))
+        level = "L4" if "L4" in levels else levels[0]
+        for sample in list(dict.fromkeys(part["sample"]))[:3]:
+            rows = part[(part["level"] == level) & (part["sample"] == sample)]
+            if len(rows):
+                question = str(rows["question"].iloc[0]) if "question" in rows.columns else ""
+                label = f"{NAMES.get(str(data), str(data))} · {question} · {level}, draft above, verifier below"
+                parts.append(report.Html(tokens.pairs(rows, label=label)))
+    return report.Section("Real samples, token by token", parts)
+
+
+def _live(run_dir: str | Path, results: Mapping[str, Any]) -> report.Section | None:
+    arms = results.get("live", {}).get("arms", {})
+    if not arms:
+        return None
+    table = pd.DataFrame([{"name": arm["label"], "kind": arm.get("kind", "measured"), **_q(arm["speedup"])} for arm in arms.values()])
+    columns = [
+        report.Column("speed-up", "speedup", ".2fx", interval=True),
+        report.Column("milliseconds an answer", "total_ms", ".0f", interval=True),
+        report.Column("accepted length", "accepted_length", ".2f", interval=True),
+    ]
+    parts: list[Any] = [
+        report.Text(
+            "All arms answer the same {live/n_samples} samples in one interleaved run. The speculative arms draft while the verifier reads "
+            "its video, then draft and verify in rounds; their output is compared with the verifier's own, token for token."
+        ),
+        report.Figure(figures.speedup_bars(table)),
+        report.Table([(arm["label"], f"live/arms/{name}") for name, arm in arms.items()], columns),
+    ]
+    if (folder.resolve(run_dir) / "live.json").is_file():
+        generations, texts, about = folder.load_live(run_dir)
+
+        def said(ids: tuple[int, ...]) -> str:
+            return "".join(texts.get(token, "?") for token in ids)
+
+        parts.append(report.Figure(timeline.scrubber(generations, said, title="One answer, step by step"), "Move the slider."))
+        speculative = next((one for one in generations.values() if one.rounds), None)
+        if speculative is not None:
+            legend = tokens.legend(("accepted", "rejected", "bonus"))
+            parts.append(report.Html(legend + tokens.rounds(speculative, lambda token: texts.get(token, "?"))))
+        if about.get("question"):
+            parts.append(report.Html(tokens.strip((), f"question: {about['question']}")))
+    return report.Section("Live: the measured timeline and the speed-up", parts)
+
+
+def _limits() -> report.Section:
+    text = (
+        "These are models of a few million parameters on a small processor: their answers are short, their verifier is fast, and "
+        "a saved token "
+        "is worth less time than it would be at full size. The acceptance figures say how far an event camera can speak for a "
+        "video camera in this "
+        "world; they do not predict those of the full-size models. A speed-up here is a fact about this machine."
+    )
+    return report.Section("What this does not show", [report.Text(text, note=True)])

@@ -1,0 +1,93 @@
+"""The run folder: what the notebooks of one run leave for each other and for the report.
+
+::
+
+    <run_dir>/
+      shards/<split>_<data>/<mode>/     paired states (01)              split train | test; data simulated | davis_road | a folder's name
+      adapters/<level>/                 best.safetensors, history (02)
+      tokens.parquet                    the token table, column ``data`` besides those of xsd/views/frames.py (03 writes cosines,
+      04 the rest) live.json                         one sample's generations by arm, with token texts (05)
+      records.jsonl                     every live measurement (05)
+      results/<name>.json               numbers, a file a notebook: extract, train, hidden, tokens, live, compare
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xsd.core import ROOT, Generation, ParameterError, Round, Span, atomic_path, write_json
+from xsd.runs import numbers
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def resolve(run_dir: str | os.PathLike[str]) -> Path:
+    """An absolute folder; relative names are taken from the checkout, never from the working directory."""
+    path = Path(run_dir)
+    return path if path.is_absolute() else ROOT / path
+
+
+def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str, Any]) -> Path:
+    """Write ``results/<name>.json``. values: nested dict of plain numbers and texts (``value``, ``low``, ``high``, ``n``, ``kind``)."""
+    target = resolve(run_dir) / "results" / f"{name}.json"
+    write_json(target, numbers.plain(values))
+    return target
+
+
+def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+    """All results of a run by name. Raises: ParameterError when the run has none."""
+    files = sorted((resolve(run_dir) / "results").glob("*.json"))
+    if not files:
+        raise ParameterError(f"the run {run_dir} holds no results; run notebooks 01 to 05 with run_dir={run_dir} first")
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+
+
+def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
+    """Write the token table."""
+    target = resolve(run_dir) / "tokens.parquet"
+    with atomic_path(target) as temporary:
+        tokens.to_parquet(temporary, index=False)
+    return target
+
+
+def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """The token table of a run, with ``run`` set to the folder's name where it is absent. Raises: ParameterError when there is none."""
+    import pandas as pd
+
+    path = resolve(run_dir) / "tokens.parquet"
+    if not path.is_file():
+        raise ParameterError(f"the run {run_dir} has no token table; run notebook 04 with run_dir={run_dir} first")
+    tokens = pd.read_parquet(path)
+    return tokens if "run" in tokens.columns else tokens.assign(run=path.parent.name)
+
+
+def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generation], texts: Mapping[int, str], **about: Any) -> Path:
+    """Write one sample's live generations. texts: token id → its text. about: question, sequence, clip, data."""
+    target = resolve(run_dir) / "live.json"
+    runs = {arm: dataclasses.asdict(generation) for arm, generation in generations.items()}
+    write_json(
+        target, {"generations": runs, "order": list(generations), "texts": {str(key): text for key, text in texts.items()}, "about": about}
+    )
+    return target
+
+
+def load_live(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
+    """generations by arm, texts by token id, and about. Raises: ParameterError when notebook 05 has not run."""
+    path = resolve(run_dir) / "live.json"
+    if not path.is_file():
+        raise ParameterError(f"the run {run_dir} has no live run; run notebook 05 with run_dir={run_dir} first")
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    generations = {arm: _generation(stored["generations"][arm]) for arm in stored["order"]}
+    return generations, {int(key): text for key, text in stored["texts"].items()}, stored["about"]
+
+
+def _generation(fields: dict[str, Any]) -> Generation:
+    rounds = tuple(Round(**{**one, "drafted": tuple(one["drafted"])}) for one in fields["rounds"])
+    spans = tuple(Span(**one) for one in fields["spans"])
+    return Generation(**{**fields, "ids": tuple(fields["ids"]), "rounds": rounds, "spans": spans})
