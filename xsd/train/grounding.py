@@ -43,7 +43,9 @@ class GroundingHead(nn.Module):
         self.names = list(classes)
         self.queries = nn.Parameter(torch.randn(len(self.names), width) * 0.02)
         self.positions = nn.Parameter(torch.randn(n_tokens, width) * 0.02)
-        self.readers = nn.TransformerDecoder(nn.TransformerDecoderLayer(width, 6, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True), 2)
+        self.readers = nn.TransformerDecoder(
+            nn.TransformerDecoderLayer(width, 6, 2 * width, 0.0, "gelu", batch_first=True, norm_first=True), 2
+        )
         self.norm = nn.LayerNorm(width)
         self.classifiers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
         self.patch_norm = nn.LayerNorm(tower_width)
@@ -157,7 +159,9 @@ def train_tower(
             states = features(normalise(images[rows], mean, std).to(device))
             logits = head(project(states))
         grid = int((states.shape[2] - 1) ** 0.5)
-        dense = head.patch_loss(states, torch.from_numpy(patch_codes(layout[rows], grid)).to(device), torch.from_numpy(colour_known[rows]).to(device))
+        dense = head.patch_loss(
+            states, torch.from_numpy(patch_codes(layout[rows], grid)).to(device), torch.from_numpy(colour_known[rows]).to(device)
+        )
         loss, right = loss_of(logits, truth[rows].to(device), head.names)
         loss = loss + config.patch_weight * dense
         optimiser.zero_grad(set_to_none=True)
@@ -179,7 +183,13 @@ def train_tower(
 
 @torch.no_grad()
 def accuracy(
-    encode: Callable[[Tensor], Tensor], head: GroundingHead, images: np.ndarray, labels: np.ndarray, *, mean: Sequence[float], std: Sequence[float]
+    encode: Callable[[Tensor], Tensor],
+    head: GroundingHead,
+    images: np.ndarray,
+    labels: np.ndarray,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
 ) -> dict[str, float]:
     """Accuracy per fact on clips the tower was not trained on."""
     head.eval()

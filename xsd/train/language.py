@@ -134,14 +134,18 @@ def train_decoder(
             embeddings = embed(ids)
             tokens = visual(clips).to(embeddings.dtype)
             embeddings = torch.cat([embeddings[:, : len(before)], tokens, embeddings[:, prefix:]], dim=1)
-            mask = torch.zeros(seen.shape, dtype=torch.bfloat16 if config.bf16 else embeddings.dtype).masked_fill(~seen, torch.finfo(torch.bfloat16).min)
+            mask = torch.zeros(seen.shape, dtype=torch.bfloat16 if config.bf16 else embeddings.dtype).masked_fill(
+                ~seen, torch.finfo(torch.bfloat16).min
+            )
             states = decode(embeddings, mask, positions)
             asked = targets >= 0
             logits = lm_head(states[asked])
         weight = weights[asked]
         loss = (F.cross_entropy(logits.float(), targets[asked], reduction="none") * weight).sum() / weight.sum()
         if not torch.isfinite(loss):
-            raise TrainingError(f"the language loss is {float(loss.detach())} at step {step}; lower learning_rate (now {config.learning_rate}) and resume from {checkpoint}")
+            raise TrainingError(
+                f"the language loss is {float(loss.detach())} at step {step}; lower learning_rate (now {config.learning_rate}) and resume from {checkpoint}"
+            )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)

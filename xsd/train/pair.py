@@ -22,7 +22,9 @@ Progress = Callable[[str, int, int, float], None]
 """Called with (stage, step, total, loss)."""
 
 
-def segments_of(tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequence[Any]], *, eos: int, fact_weight: float) -> list[list[Segment]]:
+def segments_of(
+    tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequence[Any]], *, eos: int, fact_weight: float
+) -> list[list[Segment]]:
     """Dialogues (question, answer, fact_spans) as ids; tokens inside a fact's characters weigh ``fact_weight``."""
     known: dict[tuple[str, str], Segment] = {}
     rows = []
@@ -41,7 +43,9 @@ def segments_of(tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequen
 
 
 @torch.no_grad()
-def tower_states(parts: Any, images: np.ndarray, *, mean: Sequence[float], std: Sequence[float], device: str = "cpu", batch: int = 32) -> Tensor:
+def tower_states(
+    parts: Any, images: np.ndarray, *, mean: Sequence[float], std: Sequence[float], device: str = "cpu", batch: int = 32
+) -> Tensor:
     """Tower states of every clip, float16 [N, F, P, C]: computed once, since the tower rests during language training."""
     blocks = []
     for start in range(0, len(images), batch):

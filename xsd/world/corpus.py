@@ -18,8 +18,8 @@ import numpy as np
 from PIL import Image
 
 from xsd.core import DatasetError, atomic_write
-from xsd.world import drive, language, render, scenes
 from xsd.sensors import frames
+from xsd.world import drive, language, render, scenes
 from xsd.world.facts import centre_square, seen_by_events
 from xsd.world.scenes import COLOURS, EGO, LIGHTS, SKIES, SURROUNDINGS, TIMES, VEHICLE_MOTIONS, VEHICLES
 
@@ -134,7 +134,8 @@ class Corpus:
         """Per clip the ten questions with their answers, in the order of language.questions()."""
         asked = language.questions()
         return [
-            [Dialogue(q.text, text, language.fact_spans(text)) for q, text in zip(asked, answers, strict=True)] for answers in self.answers(dialect)
+            [Dialogue(q.text, text, language.fact_spans(text)) for q, text in zip(asked, answers, strict=True)]
+            for answers in self.answers(dialect)
         ]
 
     def label_matrix(self, dialect: language.Dialect) -> np.ndarray:

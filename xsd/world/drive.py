@@ -167,7 +167,13 @@ def write_dataset(
     for done, drive in enumerate(simulate(seed, split, n_sequences, config=config, workers=workers), start=1):
         for clip in drive.clips:
             writer.add(
-                drive.sequence, clip.name, events=clip.events, video=clip.video, event_frames=clip.event_frames, t_us=clip.t_us, facts=clip.facts
+                drive.sequence,
+                clip.name,
+                events=clip.events,
+                video=clip.video,
+                event_frames=clip.event_frames,
+                t_us=clip.t_us,
+                facts=clip.facts,
             )
             n_clips, n_events = n_clips + 1, n_events + len(clip.events)
         if progress:

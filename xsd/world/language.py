@@ -10,13 +10,10 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass
-from typing import Any, Literal
 
 from xsd.core import DatasetError
 from xsd.world.facts import seen_by_events
-
-Dialect = Literal["verifier", "drafter"]
-Facts = dict[str, Any]
+from xsd.world.phrases import PHRASES, WORD_KINDS, Dialect, Facts, article, count, join, name_of, say
 
 
 @dataclass(frozen=True)
@@ -52,68 +49,6 @@ def kind_of(question: str) -> str:
     raise DatasetError(f"{question!r} is none of the ten questions of the simulated world; ask one of {[text for _, text in _QUESTIONS]}")
 
 
-# --- phrases: one table, read by the writer below and by the scorer ---------------------------------------------------------
-
-_PHRASES: dict[str, dict[str, tuple[str, str]]] = {  # fact -> value -> (verifier's words, drafter's words)
-    "place": {"left": ("on the left side", "to the left"), "ahead": ("straight ahead", "in front"), "right": ("on the right side", "to the right")},
-    "distance": {"near": ("close by", "nearby"), "far": ("farther away", "in the distance")},
-    "motion": {
-        "parked": ("parked", "standing still"),
-        "approaching": ("coming towards us", "moving closer"),
-        "away": ("driving away", "moving off"),
-        "waiting": ("waiting", "at rest"),
-        "crossing_right": ("crossing from left to right", "passing rightwards"),
-        "crossing_left": ("crossing from right to left", "passing leftwards"),
-        "standing": ("standing on the kerb", "hardly moving"),
-    },
-    "ego": {
-        "stopped": ("we are standing", "the camera is static"),
-        "slow": ("we are rolling slowly", "the camera moves slowly"),
-        "fast": ("we are driving fast", "the camera moves fast"),
-        "left": ("we are turning left", "the camera turns left"),
-        "right": ("we are turning right", "the camera turns right"),
-    },
-    "scenery": {
-        "towers": ("tall buildings", "high facades"),
-        "houses": ("low houses", "small houses"),
-        "trees": ("green trees", "trees"),
-        "fields": ("open fields", "open ground"),
-    },
-    "time": {"day": ("day", "day"), "dusk": ("evening", "evening"), "night": ("night", "night")},
-    "sky": {"clear": ("a clear sky", "a clear sky"), "overcast": ("an overcast sky", "an overcast sky")},
-    "kind": {k: (k, k) for k in ("car", "van", "truck", "bus", "pedestrian", "cyclist")},
-    "colour": {k: (k, k) for k in ("red", "blue", "white", "black", "yellow", "green")},
-    "light": {"red": ("shows red", ""), "yellow": ("shows yellow", ""), "green": ("shows green", ""), "unknown": ("is lit", "signal post")},
-    "nothing": {"none": ("no", "nothing")},
-}
-_WORD_KINDS = {"kind": "object", "ego": "ego motion"}
-
-
-def _say(fact: str, value: str, dialect: Dialect) -> str:
-    return _PHRASES[fact][value][0 if dialect == "verifier" else 1]
-
-
-def _article(noun: str) -> str:
-    return ("an " if noun[0] in "aeiou" else "a ") + noun
-
-
-def _name(thing: Facts, dialect: Dialect) -> str:
-    """'red van' / 'pedestrian in a yellow coat' / 'van' where nobody can know the colour."""
-    if not thing["colour"] or dialect == "drafter":
-        return thing["kind"]
-    if thing["kind"] in ("pedestrian", "cyclist"):
-        return f"{thing['kind']} in a {thing['colour']} coat"
-    return f"{thing['colour']} {thing['kind']}"
-
-
-def _join(parts: list[str]) -> str:
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def _count(n: int) -> str:
-    return ("no", "one", "two", "three")[min(n, 3)]
-
-
 def answer(facts: Facts, kind: str, dialect: Dialect = "verifier") -> str:
     """The answer of one dialect to one kind of question.
 
@@ -131,7 +66,7 @@ def answer(facts: Facts, kind: str, dialect: Dialect = "verifier") -> str:
 
 
 def _v(fact: str, value: str) -> str:
-    return _say(fact, value, "verifier")
+    return say(fact, value, "verifier")
 
 
 def _v_opening(f: Facts) -> str:
@@ -139,7 +74,7 @@ def _v_opening(f: Facts) -> str:
 
 
 def _v_thing(thing: Facts, *, motion: bool = False, distance: bool = False) -> str:
-    words = _article(_name(thing, "verifier"))
+    words = article(name_of(thing, "verifier"))
     if motion:
         words += " " + _v("motion", thing["motion"])
     if distance and thing["kind"] not in ("pedestrian", "cyclist"):
@@ -158,41 +93,51 @@ def _v_key(f: Facts) -> str:
         things.append("a traffic light that " + _v("light", f["light"]))
     if not things:
         return f"{_v_opening(f)}the key elements are an empty road and {_v_scenery(f)}."
-    return f"{_v_opening(f)}the key elements are {_join(things[:4])}."
+    return f"{_v_opening(f)}the key elements are {join(things[:4])}."
 
 
 def _v_happening(f: Facts) -> str:
-    events = [f"{_article(_name(t, 'verifier'))} is {_v('motion', t['motion'])} {_v('place', t['place'])}" for t in (f["vehicles"] + f["people"])[:2]]
+    events = [
+        f"{article(name_of(t, 'verifier'))} is {_v('motion', t['motion'])} {_v('place', t['place'])}"
+        for t in (f["vehicles"] + f["people"])[:2]
+    ]
     if not events:
         return f"{_v_opening(f)}{_v('ego', f['ego'])} along an empty road with {_v_scenery(f)}."
-    return f"{_v_opening(f)}{_join(events)} while {_v('ego', f['ego'])}."
+    return f"{_v_opening(f)}{join(events)} while {_v('ego', f['ego'])}."
 
 
 def _v_vehicles(f: Facts) -> str:
     if not f["vehicles"]:
         return f"there are no vehicles on the road, only {_v_scenery(f)} under {_v('sky', f['sky'])}."
-    verb = "is one vehicle" if len(f["vehicles"]) == 1 else f"are {_count(len(f['vehicles']))} vehicles"
-    return f"there {verb}: {_join([_v_thing(v, distance=True) for v in f['vehicles']])}."
+    verb = "is one vehicle" if len(f["vehicles"]) == 1 else f"are {count(len(f['vehicles']))} vehicles"
+    return f"there {verb}: {join([_v_thing(v, distance=True) for v in f['vehicles']])}."
 
 
 def _v_movement(f: Facts) -> str:
     if not f["vehicles"]:
         return f"no vehicle is moving here, and {_v('ego', f['ego'])} past {_v_scenery(f)}."
-    parts = [f"the {_name(v, 'verifier')} {_v('place', v['place'])} is {_v('motion', v['motion'])} {_v('distance', v['distance'])}" for v in f["vehicles"]]
-    return _join(parts) + "."
+    parts = [
+        f"the {name_of(v, 'verifier')} {_v('place', v['place'])} is {_v('motion', v['motion'])} {_v('distance', v['distance'])}"
+        for v in f["vehicles"]
+    ]
+    return join(parts) + "."
 
 
 def _v_people(f: Facts) -> str:
     if not f["people"]:
         other = _v_thing(f["vehicles"][0], motion=True) if f["vehicles"] else _v_scenery(f)
         return f"no, there are no pedestrians or cyclists, only {other}."
-    return f"yes, there is {_join([_v_thing(p, motion=True) for p in f['people']])}."
+    return f"yes, there is {join([_v_thing(p, motion=True) for p in f['people']])}."
 
 
 def _v_light(f: Facts) -> str:
     rest = f"{_v_thing(f['vehicles'][-1], motion=True)}" if f["vehicles"] else _v_scenery(f)
     if not f["light"]:
-        return f"there is no traffic light in view, but there is {rest}." if f["vehicles"] else f"there is no traffic light in view, just {rest}."
+        return (
+            f"there is no traffic light in view, but there is {rest}."
+            if f["vehicles"]
+            else f"there is no traffic light in view, just {rest}."
+        )
     return f"the traffic light {_v('light', f['light'])}, and {_v('ego', f['ego'])} with {rest}."
 
 
@@ -217,7 +162,10 @@ def _v_hazard(f: Facts) -> str:
     crossing = [t for t in f["people"] + f["vehicles"] if t["motion"].startswith("crossing")]
     if crossing:
         t = crossing[0]
-        return f"the driver must brake for {_article(_name(t, 'verifier'))} {_v('motion', t['motion'])}, while {_v('ego', f['ego'])}" + _v_then(f, t)
+        return (
+            f"the driver must brake for {article(name_of(t, 'verifier'))} {_v('motion', t['motion'])}, while {_v('ego', f['ego'])}"
+            + _v_then(f, t)
+        )
     if f["light"]:
         return f"the driver should obey the traffic light that {_v('light', f['light'])}, as {_v('ego', f['ego'])}" + _v_then(f, None)
     if f["people"]:
@@ -244,11 +192,11 @@ _VERIFIER = {
 
 
 def _d(fact: str, value: str) -> str:
-    return _say(fact, value, "drafter")
+    return say(fact, value, "drafter")
 
 
 def _d_thing(thing: Facts, *, motion: bool = False, distance: bool = False) -> str:
-    words = _article(thing["kind"]) + " " + _d("place", thing["place"])
+    words = article(thing["kind"]) + " " + _d("place", thing["place"])
     if motion:
         words += " " + _d("motion", thing["motion"])
     if distance and thing["kind"] not in ("pedestrian", "cyclist"):
@@ -267,30 +215,42 @@ def _d_key(f: Facts) -> str:
     things = [_d_thing(v, distance=True) for v in f["vehicles"]] + [_d_thing(p) for p in f["people"]]
     if f["light"]:
         things.append("a " + _d("light", "unknown"))
-    return f"key features include {_join(things[:4])}." if things else f"key features include {_d_scenery(f)}, and nothing else moves."
+    return f"key features include {join(things[:4])}." if things else f"key features include {_d_scenery(f)}, and nothing else moves."
 
 
 def _d_happening(f: Facts) -> str:
-    events = [f"{_article(t['kind'])} is {_d('motion', t['motion'])} {_d('place', t['place'])}" for t in (f["vehicles"] + f["people"])[:2]]
-    return f"here {_d('ego', f['ego'])}; {_join(events)}." if events else f"here {_d('ego', f['ego'])}; nothing else moves before {_d_scenery(f)}."
+    events = [f"{article(t['kind'])} is {_d('motion', t['motion'])} {_d('place', t['place'])}" for t in (f["vehicles"] + f["people"])[:2]]
+    return (
+        f"here {_d('ego', f['ego'])}; {join(events)}."
+        if events
+        else f"here {_d('ego', f['ego'])}; nothing else moves before {_d_scenery(f)}."
+    )
 
 
 def _d_vehicles(f: Facts) -> str:
     if not f["vehicles"]:
         return f"nothing like a vehicle moves; one sees {_d_scenery(f)}."
-    return f"one sees {_join([_d_thing(v, distance=True) for v in f['vehicles']])}."
+    return f"one sees {join([_d_thing(v, distance=True) for v in f['vehicles']])}."
 
 
 def _d_movement(f: Facts) -> str:
     if not f["vehicles"]:
         return f"nothing drives, and {_d('ego', f['ego'])}."
-    return _join([f"the {v['kind']} {_d('place', v['place'])} is {_d('motion', v['motion'])}, {_d('distance', v['distance'])}" for v in f["vehicles"]]) + "."
+    return (
+        join(
+            [
+                f"the {v['kind']} {_d('place', v['place'])} is {_d('motion', v['motion'])}, {_d('distance', v['distance'])}"
+                for v in f["vehicles"]
+            ]
+        )
+        + "."
+    )
 
 
 def _d_people(f: Facts) -> str:
     if not f["people"]:
         return "nothing like a person moves" + (f", but {_d_thing(f['vehicles'][0], motion=True)} does." if f["vehicles"] else ".")
-    return f"one can make out {_join([_d_thing(p, motion=True) for p in f['people']])}."
+    return f"one can make out {join([_d_thing(p, motion=True) for p in f['people']])}."
 
 
 def _d_light(f: Facts) -> str:
@@ -311,7 +271,9 @@ def _d_surroundings(f: Facts) -> str:
 
 def _d_hazard(f: Facts) -> str:
     things = [t for t in f["people"] + f["vehicles"] if t["motion"].startswith("crossing")] or f["people"] or f["vehicles"]
-    return f"watch {_d_thing(things[0], motion=True)}, as {_d('ego', f['ego'])}." if things else f"nothing to watch, as {_d('ego', f['ego'])}."
+    return (
+        f"watch {_d_thing(things[0], motion=True)}, as {_d('ego', f['ego'])}." if things else f"nothing to watch, as {_d('ego', f['ego'])}."
+    )
 
 
 _DRAFTER = {
@@ -324,8 +286,13 @@ _DRAFTER = {
 
 
 def _lexicon() -> list[tuple[str, str, str]]:
-    rows = {(words, fact, value) for fact, values in _PHRASES.items() for value, pair in values.items() for words in pair if words}
-    rows |= {("on the left", "place", "left"), ("on the right", "place", "right"), ("on both sides", "place", "both"), ("along both edges", "place", "both")}
+    rows = {(words, fact, value) for fact, values in PHRASES.items() for value, pair in values.items() for words in pair if words}
+    rows |= {
+        ("on the left", "place", "left"),
+        ("on the right", "place", "right"),
+        ("on both sides", "place", "both"),
+        ("along both edges", "place", "both"),
+    }
     rows |= {("at the left edge", "place", "left"), ("at the right edge", "place", "right"), ("static background", "scenery", "static")}
     return sorted(rows, key=lambda row: (-len(row[0]), row))
 
@@ -366,7 +333,10 @@ def word_kinds(text: str) -> list[tuple[str, str]]:
     kinds, end = [], 0
     for match in _PATTERN.finditer(text.lower()):
         kinds += [(word, "function") for word in text[end : match.start()].split()]
-        kinds += [(word, _WORD_KINDS.get(_MEANING[match.group(1)][0], _MEANING[match.group(1)][0])) for word in text[match.start() : match.end()].split()]
+        kinds += [
+            (word, WORD_KINDS.get(_MEANING[match.group(1)][0], _MEANING[match.group(1)][0]))
+            for word in text[match.start() : match.end()].split()
+        ]
         end = match.end()
     return kinds + [(word, "function") for word in text[end:].split()]
 

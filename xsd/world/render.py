@@ -48,7 +48,9 @@ class Renderer:
         self.shade = rng.uniform(0.75, 1.2, size=(2, 16))
         self.hue = rng.integers(0, 4, size=(2, 16))
         self.size = rng.uniform(0.8, 1.25, size=(2, 16))
-        self.speckle = np.column_stack([rng.uniform(-4.8, 4.8, 70), rng.uniform(0, 40, 70), rng.uniform(0.1, 0.45, 70), rng.uniform(-22, 22, 70)])
+        self.speckle = np.column_stack(
+            [rng.uniform(-4.8, 4.8, 70), rng.uniform(0, 40, 70), rng.uniform(0.1, 0.45, 70), rng.uniform(-22, 22, 70)]
+        )
         self.light_level = {"day": 1.0, "dusk": 0.68, "night": 0.5}[scene.time] * scene.extra.get("brightness", 1.0)
 
     def frame(self, t_s: float, with_ids: bool = False) -> tuple[np.ndarray, np.ndarray | None]:
@@ -92,7 +94,11 @@ class _Brush:
 
     def lit(self, colour: Colour, glow: bool = False) -> Colour:
         level = 1.0 if glow else self.renderer.light_level
-        tint = (0.85, 0.9, 1.1) if self.scene.time == "night" and not glow else ((1.08, 0.95, 0.85) if self.scene.time == "dusk" and not glow else (1, 1, 1))
+        tint = (
+            (0.85, 0.9, 1.1)
+            if self.scene.time == "night" and not glow
+            else ((1.08, 0.95, 0.85) if self.scene.time == "dusk" and not glow else (1, 1, 1))
+        )
         return tuple(int(min(255, max(0, c * level * k))) for c, k in zip(colour, tint, strict=True))
 
     def polygon(self, points: list[tuple[float, float]], colour: Colour, glow: bool = False) -> None:
@@ -152,11 +158,19 @@ class _Brush:
             height = 13.0 * size if kind == "towers" else 3.6 * size
             wall = [self.point(x, 0, near), self.point(x, height, near), self.point(x, height, far), self.point(x, 0, far)]
             self.polygon(wall, colour)
-            front = [self.point(x, 0, far), self.point(x, height, far), self.point(x + sign * 6, height, far), self.point(x + sign * 6, 0, far)]
+            front = [
+                self.point(x, 0, far),
+                self.point(x, height, far),
+                self.point(x + sign * 6, height, far),
+                self.point(x + sign * 6, 0, far),
+            ]
             self.polygon(front, tuple(int(c * 0.8) for c in colour))
             if kind == "houses":
                 middle = (near + far) / 2
-                self.polygon([self.point(x, height, near), self.point(x + sign * 1.5, height + 2.0, middle), self.point(x, height, far)], (140, 50, 40))
+                self.polygon(
+                    [self.point(x, height, near), self.point(x + sign * 1.5, height + 2.0, middle), self.point(x, height, far)],
+                    (140, 50, 40),
+                )
             pane: Colour = (250, 220, 130) if self.scene.time != "day" else (60, 75, 95)
             floors, columns = (4, 3) if kind == "towers" else (1, 2)
             for floor in range(floors):
@@ -173,10 +187,20 @@ class _Brush:
             cx, cy = self.point(sign * 6.8, 4.2 * size, z)
             green = (int(35 * shade), int(115 * shade), int(40 * shade))
             self.ellipse((cx, cy), self.focal * 2.0 * size / z, self.focal * 2.3 * size / z, green)
-            self.ellipse((cx - self.focal * 0.6 / z, cy - self.focal * 0.5 / z), self.focal * 0.9 / z, self.focal * 0.8 / z, tuple(int(c * 1.3) for c in green))
+            self.ellipse(
+                (cx - self.focal * 0.6 / z, cy - self.focal * 0.5 / z),
+                self.focal * 0.9 / z,
+                self.focal * 0.8 / z,
+                tuple(int(c * 1.3) for c in green),
+            )
         else:
             self.facing(sign * 6.4, near, -0.12, 0.12, 0, 1.2, (200, 190, 170))
-            rail = [self.point(sign * 6.4, 0.9, near), self.point(sign * 6.4, 1.1, near), self.point(sign * 6.4, 1.1, far), self.point(sign * 6.4, 0.9, far)]
+            rail = [
+                self.point(sign * 6.4, 0.9, near),
+                self.point(sign * 6.4, 1.1, near),
+                self.point(sign * 6.4, 1.1, far),
+                self.point(sign * 6.4, 0.9, far),
+            ]
             self.polygon(rail, (190, 180, 160))
 
         self.identity = 0
@@ -185,19 +209,37 @@ class _Brush:
         grey = int(self.scene.extra.get("road", 85))
         near, far = 2.6, 120.0
         for edge, colour in ((5.6, (135, 132, 126)), (5.0, (grey, grey, grey + 4))):
-            self.polygon([self.point(-edge, 0, near), self.point(-edge, 0, far), self.point(edge, 0, far), self.point(edge, 0, near)], colour)
+            self.polygon(
+                [self.point(-edge, 0, near), self.point(-edge, 0, far), self.point(edge, 0, far), self.point(edge, 0, near)], colour
+            )
         for x, length, half, contrast in self.renderer.speckle:
             z = (length - self.travelled) % 40 + 3.0
             level = int(grey + contrast)
             if z < 26:
-                self.polygon([self.point(x - half, 0, z), self.point(x + half, 0, z), self.point(x + half, 0, z + half * 2), self.point(x - half, 0, z + half * 2)], (level, level, level))
+                self.polygon(
+                    [
+                        self.point(x - half, 0, z),
+                        self.point(x + half, 0, z),
+                        self.point(x + half, 0, z + half * 2),
+                        self.point(x - half, 0, z + half * 2),
+                    ],
+                    (level, level, level),
+                )
         period = self.scene.lanes_dash_m
         for boundary in (-1.75, 1.75):
             start = -(self.travelled % period) + 3.2
             for k in range(9):
                 z0, z1 = max(start + k * period, 2.7), start + k * period + period * 0.5
                 if z1 > z0:
-                    self.polygon([self.point(boundary - 0.1, 0, z0), self.point(boundary - 0.1, 0, z1), self.point(boundary + 0.1, 0, z1), self.point(boundary + 0.1, 0, z0)], (225, 225, 220))
+                    self.polygon(
+                        [
+                            self.point(boundary - 0.1, 0, z0),
+                            self.point(boundary - 0.1, 0, z1),
+                            self.point(boundary + 0.1, 0, z1),
+                            self.point(boundary + 0.1, 0, z0),
+                        ],
+                        (225, 225, 220),
+                    )
 
     def traffic_light(self, z: float) -> None:
         x = 3.0
@@ -227,11 +269,24 @@ class _Brush:
         rear, glass = z + length * 0.5, (70, 90, 110)
         inner = -half if x > 0 else half  # the flank turned towards the camera
         flank_top = height * (0.62 if actor.kind == "car" else 1.0)
-        self.polygon([self.point(x + inner, 0.3, z), self.point(x + inner, flank_top, z), self.point(x + inner, flank_top, rear), self.point(x + inner, 0.3, rear)], dark)
+        self.polygon(
+            [
+                self.point(x + inner, 0.3, z),
+                self.point(x + inner, flank_top, z),
+                self.point(x + inner, flank_top, rear),
+                self.point(x + inner, 0.3, rear),
+            ],
+            dark,
+        )
         self.facing(x, z, -half, half, 0.0, 0.25, (15, 15, 15))
         if actor.kind == "car":
             self.facing(x, z, -half, half, 0.25, height * 0.62, colour)
-            roof = [self.point(x - half * 0.95, height * 0.6, z), self.point(x - half * 0.65, height, z), self.point(x + half * 0.65, height, z), self.point(x + half * 0.95, height * 0.6, z)]
+            roof = [
+                self.point(x - half * 0.95, height * 0.6, z),
+                self.point(x - half * 0.65, height, z),
+                self.point(x + half * 0.65, height, z),
+                self.point(x + half * 0.95, height * 0.6, z),
+            ]
             self.polygon(roof, colour)
             self.facing(x, z, -half * 0.62, half * 0.62, height * 0.63, height * 0.92, glass)
         else:
@@ -259,7 +314,10 @@ class _Brush:
         if actor.kind == "car":
             cabin = [(-0.55, 0.58), (-0.35, 1.0), (0.3, 1.0), (0.58, 0.58)]
             self.polygon([self.point(x + direction * half * a, height * b, z) for a, b in cabin], colour)
-            self.polygon([self.point(x + direction * half * a, height * b, z) for a, b in [(-0.42, 0.64), (-0.3, 0.93), (0.24, 0.93), (0.44, 0.64)]], glass)
+            self.polygon(
+                [self.point(x + direction * half * a, height * b, z) for a, b in [(-0.42, 0.64), (-0.3, 0.93), (0.24, 0.93), (0.44, 0.64)]],
+                glass,
+            )
         elif actor.kind == "van":
             nose = sorted((direction * half * 0.45, direction * half * 0.9))
             self.facing(x, z, nose[0], nose[1], height * 0.58, height * 0.88, glass)
@@ -290,7 +348,12 @@ class _Brush:
             self.facing(x, z, -0.3, 0.3, 0.9, 1.6, colour)
         else:
             for side, swing in ((-0.12, stride), (0.12, -stride)):
-                leg = [self.point(x - 0.1 + side * 0.5, 0.85, z), self.point(x + 0.1 + side * 0.5, 0.85, z), self.point(x + 0.1 + swing, 0, z), self.point(x - 0.1 + swing, 0, z)]
+                leg = [
+                    self.point(x - 0.1 + side * 0.5, 0.85, z),
+                    self.point(x + 0.1 + side * 0.5, 0.85, z),
+                    self.point(x + 0.1 + swing, 0, z),
+                    self.point(x - 0.1 + swing, 0, z),
+                ]
                 self.polygon(leg, (45, 50, 75))
             self.facing(x, z, -0.28, 0.28, 0.75, 1.5, colour)
         top = 1.85 if actor.kind == "cyclist" else 1.75
