@@ -84,7 +84,7 @@ def extract(
         **dict(config or {}), "pair": pair.name, "max_new_tokens": max_new_tokens, "batch_size": batch_size, "seed": seed,
         "max_samples": max_samples, "n_samples": len(items), "samples_hash": plan.plan_hash(items), "n_event_frames": pair.n_event_frames,
         "event_canvas": pair.event_canvas, "code_version": __version__,
-        "drafter": _identity(pair.drafter), "verifier": _identity(pair.verifier),
+        "drafter": identity(pair.drafter), "verifier": identity(pair.verifier),
     }  # fmt: skip
     folders = {mode: Path(folder) / mode for mode in modes}
     with contextlib.ExitStack() as stack, interruptible() as stop:
@@ -205,7 +205,8 @@ def interruptible() -> Iterator[threading.Event]:
         restore()
 
 
-def _identity(handle: ModelHandle) -> dict[str, Any]:
+def identity(handle: ModelHandle) -> dict[str, Any]:
+    """What must be equal for two extractions to give the same states: weights (as held, so quantised ones differ) and dtype."""
     return {"name": handle.name, "weights": handle.weights_hash(), "dtype": str(handle.head.weight.dtype).removeprefix("torch.")}
 
 

@@ -12,7 +12,7 @@ import contextlib
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
 from types import TracebackType
@@ -21,7 +21,7 @@ from typing import Any, get_args
 from safetensors.torch import save
 from torch import Tensor
 
-from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap, atomic_write, provenance
+from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap, atomic_write, provenance, sha256_of
 from xsd.shards import format as layout
 
 LOCK = "writer.lock"
@@ -214,19 +214,23 @@ class ShardWriter:
                 raise StorageError(f"cannot write {self.folder / layout.TIMES}: {error.strerror}; free space and run again") from error
             self._untimed = self.n_written
 
-    def _commit(self, n: int) -> None:
-        rows = self._rows[:n]
-        name = layout.shard_name(len(self.manifest["shards"]))
+    def _write_shard(self, number: int, first: int, rows: Sequence[layout.Row]) -> dict[str, Any]:
+        """Both files of a shard; returns its entry for the manifest."""
+        name = layout.shard_name(number)
         text_name = str(Path(name).with_suffix(".parquet"))
         tensors, text = layout.pack(rows), layout.pack_metadata(rows)
         atomic_write(self.folder / name, tensors)
         atomic_write(self.folder / text_name, text)
-        entry = {
+        return {
             "file": name, "bytes": len(tensors), "sha256": sha256(tensors).hexdigest(),
             "metadata_file": text_name, "metadata_bytes": len(text), "metadata_sha256": sha256(text).hexdigest(),
-            "first": self.committed, "n_samples": n,
+            "first": first, "n_samples": len(rows),
             **{f"n_tokens_{role}": sum(len(row.ids[role]) for row in rows) for role in layout.ROLES},
         }  # fmt: skip
+
+    def _commit(self, n: int) -> None:
+        rows = self._rows[:n]
+        entry = self._write_shard(len(self.manifest["shards"]), self.committed, rows)
         sizes = {f"hidden_size_{role}": rows[0].states[role].shape[1] for role in layout.ROLES}
         manifest = {**self.manifest, **sizes, "shards": [*self.manifest["shards"], entry], "n_samples": self.committed + n}
         layout.write_manifest(self.folder, manifest)
@@ -247,9 +251,9 @@ class ShardWriter:
             "draft_vocab_size": int(draft_vocab_size),
         }  # fmt: skip
         before = self.manifest["heads"].get(role)
-        if before == entry:
+        if before == entry and (self.folder / entry["file"]).is_file() and sha256_of(self.folder / entry["file"]) == digest:
             return
-        if before:
+        if before and before != entry:
             raise ShardError(
                 f"{self.folder} holds another LM head of the {role}; these states come from another model, so use another folder"
             )
@@ -257,6 +261,32 @@ class ShardWriter:
         manifest = {**self.manifest, "heads": {**self.manifest["heads"], role: entry}}
         layout.write_manifest(self.folder, manifest)
         self.manifest = manifest
+
+    def rewrite_shard(self, number: int, pairs: Sequence[PairedStates]) -> bool:
+        """Replace a damaged shard by the same samples extracted again. Returns whether it is the same bytes as the lost one.
+
+        Raises: ShardError for another number of samples; StorageError.
+        """
+        before = self.manifest["shards"][number]
+        if len(pairs) != before["n_samples"]:
+            raise ShardError(
+                f"{self.folder / before['file']} holds {before['n_samples']} samples but {len(pairs)} were given to replace it"
+            )
+        entry = self._write_shard(number, before["first"], [layout.encode(pair, self.dtype) for pair in pairs])
+        if entry != before:  # another machine or library rounds otherwise
+            shards = [*self.manifest["shards"]]
+            shards[number] = entry
+            manifest = {**self.manifest, "shards": shards}
+            layout.write_manifest(self.folder, manifest)
+            self.manifest = manifest
+        return entry == before
+
+    def forget_times(self) -> None:
+        """Drop a damaged file of times; the table then says NaN for the seconds."""
+        manifest = {**self.manifest, "files": {}}
+        layout.write_manifest(self.folder, manifest)
+        self.manifest = manifest
+        (self.folder / layout.TIMES).unlink(missing_ok=True)
 
     def mark_ids_absent(self) -> None:
         """Say that the source had no token ids (they are -1 in the shards), so that token metrics refuse this run."""
