@@ -78,7 +78,7 @@ def test_killed_before_any_single_step_the_run_resumes_to_the_same_bytes(tmp_pat
 def test_killed_again_and_again_it_still_arrives(tmp_path, whole):
     """Each life is a little longer than what opening costs, so that every one of them gets somewhere."""
     lives = 1
-    while killed_at(tmp_path, 24):
+    while killed_at(tmp_path, 20):
         lives += 1
         assert lives < 50
     assert lives > 2 and folder_bytes(tmp_path) == whole
