@@ -64,8 +64,8 @@ def new_drafter(vocab_size: int, *, seed: int, layers: int = 4) -> EventGPTForCa
     """A drafter with random weights: 5 event frames of 65 patches → 70 event tokens, ``layers`` decoder layers."""
     torch.manual_seed(seed)
     config = EventGPTConfig(
-        vocab_size=vocab_size, hidden_size=HIDDEN_SIZE, intermediate_size=_INTERMEDIATE, num_hidden_layers=layers, num_attention_heads=_HEADS,
-        num_key_value_heads=_HEADS, max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        vocab_size=vocab_size, hidden_size=HIDDEN_SIZE, intermediate_size=_INTERMEDIATE, num_hidden_layers=layers,
+        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=False, vision_config={**_TOWER, "patch_size": 12, "num_hidden_layers": 4},
     )  # fmt: skip
     return EventGPTForCausalLM(config)
@@ -76,8 +76,8 @@ def new_verifier(text_vocab_size: int, *, seed: int, layers: int = 12) -> VideoL
     torch.manual_seed(seed)
     text = LlamaConfig(
         vocab_size=text_vocab_size + 64, hidden_size=HIDDEN_SIZE, intermediate_size=_INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2,
-        pad_token_id=text_vocab_size + 2, tie_word_embeddings=False,
+        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=1024, rms_norm_eps=1e-5,
+        bos_token_id=1, eos_token_id=2, pad_token_id=text_vocab_size + 2, tie_word_embeddings=False,
     )  # fmt: skip
     tower = CLIPVisionConfig(**_TOWER, patch_size=16, num_hidden_layers=5)
     config = VideoLlavaConfig(
@@ -113,6 +113,10 @@ class Parts:
     prompt_ids: Callable[[Any, str], tuple[list[int], list[int]]]
 
 
+def _decode(body: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+    return lambda x, mask, positions: body(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+
 def drafter_parts(model: EventGPTForCausalLM) -> Parts:
     """EventGPT taken apart; plain attention, because fused attention is slower to train at these sizes on a CPU."""
     body = model.model
@@ -127,11 +131,11 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
     return Parts(
         role="drafter", model=model, project=project, tower=tower, embed=body.embed_tokens, lm_head=model.lm_head,
         features=lambda pixels: tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]),
-        decode=lambda x, mask, positions: body(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state,
+        decode=_decode(body),
         projector=nn.ModuleList([body.visual_projector, body.feature_adaptor]),
         decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]),
-        n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"], grounding_frames=tuple(range(N_EVENT_FRAMES)),
-        prompt_ids=prompts.drafter_prompt_ids,
+        n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
+        grounding_frames=tuple(range(N_EVENT_FRAMES)), prompt_ids=prompts.drafter_prompt_ids,
     )  # fmt: skip
 
 
@@ -147,7 +151,7 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
 
     return Parts(
         role="verifier", model=model, features=features, project=lambda states: projector(states).flatten(1, 2), tower=tower,
-        decode=lambda x, mask, positions: body(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state,
+        decode=_decode(body),
         projector=nn.ModuleList([projector]), embed=body.embed_tokens, lm_head=model.lm_head,
         decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]),
         n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"], grounding_frames=(0, 2, 5, 7),

@@ -49,7 +49,10 @@ class LanguageConfig:
 
 @dataclass(frozen=True)
 class PackedRow:
-    """ids: int64 [L] (0 where visual tokens stand). segment: int64 [L], 0 prefix, 1… questions. position: int64 [L]. target, weight: [L]."""
+    """ids: int64 [L] (0 where visual tokens stand). segment: int64 [L], 0 prefix, 1… questions. position: int64 [L].
+
+    target, weight: [L].
+    """
 
     ids: np.ndarray
     segment: np.ndarray
@@ -144,7 +147,8 @@ def train_decoder(
         loss = (F.cross_entropy(logits.float(), targets[asked], reduction="none") * weight).sum() / weight.sum()
         if not torch.isfinite(loss):
             raise TrainingError(
-                f"the language loss is {float(loss.detach())} at step {step}; lower learning_rate (now {config.learning_rate}) and resume from {checkpoint}"
+                f"the language loss is {float(loss.detach())} at step {step}; "
+                f"lower learning_rate (now {config.learning_rate}) and resume from {checkpoint}"
             )
         optimiser.zero_grad(set_to_none=True)
         loss.backward()

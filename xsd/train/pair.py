@@ -1,7 +1,7 @@
 """The training of one embedded model from scratch: tower on what is in the picture, then decoder and projector on language.
 
-Models and data come in as arguments (a model taken apart by ``xsd.models.embedded``, a corpus from ``xsd.world.corpus``). Every stage keeps a
-checkpoint in the run folder, so an interrupted training continues where it stopped.
+Models and data come in as arguments (a model taken apart by ``xsd.models.embedded``, a corpus from ``xsd.world.corpus``). Every stage keeps
+a checkpoint in the run folder, so an interrupted training continues where it stopped.
 """
 
 from __future__ import annotations
@@ -79,10 +79,11 @@ def train_model(
     """Train one model in place.
 
     Args:
-        parts: features, project, decode, tower, projector, decoder, embed, lm_head, n_visual, tower_width, grounding_frames, prompt_ids, role, model.
+        parts: features, project, decode, tower, projector, decoder, embed, lm_head, n_visual, tower_width, grounding_frames, prompt_ids,
+            role, model.
         images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint8 [N, F, c, c]. colour_known: bool [N].
-        dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is mixed in,
-            as both real models share a language-model ancestor that knows either style.
+        dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is
+            mixed in, as both real models share a language-model ancestor that knows either style.
         classes: facts and their number of classes; n_kinds, n_colours: patch classes.
 
     Returns: {"facts": accuracy per fact in training, "loss": the language loss per step}.

@@ -32,7 +32,8 @@ def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts:
     """Facts of one clip.
 
     Args:
-        scene: the scene. ids: uint8 [T, H, W] identity images at times_s [T]. event_counts: events inside each identity's mask during the clip.
+        scene: the scene. ids: uint8 [T, H, W] identity images at times_s [T]. event_counts: events inside each
+        identity's mask during the clip.
         grey: the video is grey, so nobody can know a colour.
 
     Returns: a JSON-ready dict: time, sky, ego, left, right, light, vehicles, people, grey, ego_known.

@@ -329,7 +329,7 @@ def score(text: str, facts: Facts, kind: str, dialect: Dialect) -> dict[str, tup
 
 
 def word_kinds(text: str) -> list[tuple[str, str]]:
-    """(word, kind) for every word: the fact it states, or ``function``. Used to say which rejected tokens an event camera could not know."""
+    """(word, kind) for every word: the fact it states, or ``function``. It tells which rejected tokens events could not show."""
     kinds, end = [], 0
     for match in _PATTERN.finditer(text.lower()):
         kinds += [(word, "function") for word in text[end : match.start()].split()]
