@@ -65,7 +65,8 @@ def new_drafter(vocab_size: int, *, seed: int, layers: int = 4) -> EventGPTForCa
     torch.manual_seed(seed)
     config = EventGPTConfig(
         vocab_size=vocab_size, hidden_size=HIDDEN_SIZE, intermediate_size=_INTERMEDIATE, num_hidden_layers=layers,
-        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1, eos_token_id=2, pad_token_id=0,
+        num_attention_heads=_HEADS, num_key_value_heads=_HEADS, max_position_embeddings=1024, rms_norm_eps=1e-5,
+        bos_token_id=1, eos_token_id=2, pad_token_id=0,
         tie_word_embeddings=False, vision_config={**_TOWER, "patch_size": 12, "num_hidden_layers": 4},
     )  # fmt: skip
     return EventGPTForCausalLM(config)
