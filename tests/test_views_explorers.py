@@ -5,7 +5,7 @@ import pytest
 from views_examples import sample, token_table
 
 from xsd.core import MetricError
-from xsd.views import explorers, frames
+from xsd.views import explorers, frames, theme
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +54,9 @@ def test_a_click_on_a_position_lists_its_samples_and_shows_their_strips(data):
     explorer = explorers.AcceptanceExplorer(data)
     explorer.click(5)
     assert explorer.selection.position == 5 == explorer.position.value
+    assert explorer.figure.layout.shapes[0].x0 == 5
     names = [name for _, name in explorer.samples.options]
+    assert explorer.selection.sample == names[0] and f"3px solid {theme.INK}" in explorer.strips.value
     assert names == explorers.samples_at(data, explorer.selection)["sample"].tolist()
     explorer.samples.value = names[-1]
     assert explorer.selection.sample == names[-1]

@@ -106,7 +106,7 @@ def strips(data: ExplorerData, selection: Selection) -> str:
     """HTML: draft over verifier of the chosen sample, a strip for each chosen level, and what the colours mean."""
     sample, chosen = selection.sample, rows(data, selection)
     parts = [
-        tokens.pairs(part, selection.tau, label=f"{level}: draft above, verifier below")
+        tokens.pairs(part, selection.tau, label=f"{level}: draft above, verifier below", here=selection.position)
         for level in selection.levels
         if len(part := chosen[(chosen["level"] == level) & (chosen["sample"] == sample)])
     ]
@@ -152,6 +152,7 @@ class AcceptanceExplorer:
         self.title, self.strips, self.pictures = widgets.HTML(), widgets.HTML(), widgets.HTML()
         empty = figures.acceptance_by_position(curve(data, self.selection))
         empty.update_layout(autosize=True, height=400)
+        empty.add_vline(x=0, line={"color": theme.REJECTED, "width": 6}, opacity=0.35, layer="below")
         self.figure = go.FigureWidget(empty)
         self._quiet = False
         for control in (self.run, self.levels, self.rule, self.tau, self.curve, self.position, self.samples):
@@ -191,7 +192,7 @@ class AcceptanceExplorer:
         )
         self._set(self.position, max=self._last_position())
         self.selection = replace(self.selection, position=self.position.value)
-        self._show(redraw=owner not in (self.position, self.samples), refill=owner is not self.samples)
+        self._show(redraw=owner not in (self.position, self.samples), refill=owner is not self.samples, moved=owner is self.position)
 
     def _set(self, control: object, **values: object) -> None:
         """Change a control without hearing it ourselves."""
@@ -202,16 +203,18 @@ class AcceptanceExplorer:
         finally:
             self._quiet = False
 
-    def _show(self, *, redraw: bool, refill: bool = True) -> None:
+    def _show(self, *, redraw: bool, refill: bool = True, moved: bool = False) -> None:
         if refill:
             listed = samples_at(self.data, self.selection)
             names = listed["sample"].tolist()
             labels = [_line(row) for row in listed.to_dict("records")]
-            sample = self.selection.sample if self.selection.sample in names else (names[0] if names else None)
+            kept = self.selection.sample in names and not moved  # another position shows its first, worst sample
+            sample = self.selection.sample if kept else (names[0] if names else None)
             self._set(self.samples, options=list(zip(labels, names, strict=True)), value=sample)
             self.selection = replace(self.selection, sample=sample)
         if redraw:
             self._draw()
+        self.figure.update_shapes({"x0": self.selection.position, "x1": self.selection.position})
         self.title.value = f'<div style="font:15px {theme.FONT}">{html.escape(headline(self.data, self.selection))}</div>'
         self.strips.value = strips(self.data, self.selection)
         self.pictures.value = pictures(self.data, self.selection)

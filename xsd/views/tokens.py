@@ -66,11 +66,12 @@ def strip(tokens: Iterable[Token], label: str = "") -> str:
     return f'<div class="token-strip" data-plain="1" style="line-height:2">{head}{" ".join(box(token) for token in tokens)}</div>'
 
 
-def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "") -> str:
+def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "", here: int | None = None) -> str:
     """Draft above verifier, a column a position, wrapping as text does.
 
     tokens: rows of one sample and level of the token table (``position``, ``cosine``, ``match``, ``draft_token``,
     ``verifier_token``, optional ``draft_probability``). tau: None for the token truth, else the cosine threshold that colours the draft.
+    here: a position to underline.
     """
     ordered = tokens.sort_values("position", kind="stable")
     accepted = ordered["match"].to_numpy(bool) if tau is None else ordered["cosine"].to_numpy(float) > tau
@@ -81,9 +82,9 @@ def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "") ->
         facts = _facts(row)
         draft = box(Token(str(row["draft_token"]), state, facts))
         verifier = box(Token(str(row["verifier_token"]), "verifier", facts))
-        columns.append(
-            f'<span style="display:inline-block;text-align:left;margin:2px 3px 6px 0;vertical-align:top">{draft}<br>{verifier}</span>'
-        )
+        line = theme.INK if row["position"] == here else "transparent"
+        style = f"display:inline-block;text-align:left;margin:2px 3px 6px 0;vertical-align:top;border-bottom:3px solid {line}"
+        columns.append(f'<span style="{style}">{draft}<br>{verifier}</span>')
     head = f'<div style="font:13px {theme.FONT};color:{theme.SOFT_INK}">{html.escape(label)}</div>' if label else ""
     return f'<div class="token-pairs" data-plain="1">{head}<div>{"".join(columns)}</div></div>'
 
