@@ -25,8 +25,8 @@ test: env nb-check unit nb-test   ## everything that is checked: lint, unit test
 lab: env         ## JupyterLab in notebooks/
 	@.venv/bin/jupyter lab --notebook-dir=notebooks
 
-pair: env        ## train the embedded pair again (2 CPU cores: up to 2 hours; resumes)
-	@$(XSD) run 00 -p train_profile=full -o reports/pair
+pair: env        ## train the embedded pair again (resumes where it stopped)
+	@$(XSD) run 00 -p train_profile=full -p run_dir=runs/pair -o reports/pair
 
 check: env       ## seconds: lint, layers, house rules, notebook hygiene
 	@.venv/bin/ruff check .

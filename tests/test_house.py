@@ -232,6 +232,12 @@ def test_links_between_the_pages_lead_somewhere():
     assert sorted(f"{page.name}: {link}" for page, link in links if not (page.parent / link).exists()) == []
 
 
+def test_the_readme_maps_every_room():
+    rooms = {path.stem for path in (ROOT / "xsd").iterdir() if not path.name.startswith("_") and (path.is_dir() or path.suffix == ".py")}
+    named = set(re.findall(r"^\| `xsd/(\w+)", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE))
+    assert rooms == named
+
+
 def test_the_ci_script_is_the_test_command_of_the_readme():
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
