@@ -66,6 +66,10 @@ def test_float_dtypes_keep_their_precision(tmp_path, dtype, relative):
     assert bool(((found - wanted).abs() <= relative * wanted.abs() + (1e-7 if relative else 0)).all())
 
 
+def test_torchs_dtype_names_are_understood(tmp_path):
+    assert store.ShardDataset(write(tmp_path, 2, dtype="bfloat16")).manifest["dtype"] == "bf16"
+
+
 def test_states_are_copies_that_may_be_changed(folder):
     dataset = store.ShardDataset(folder)
     dataset[0].hidden_by_drafter.zero_()

@@ -19,7 +19,6 @@ from xsd.core import Mode, PairError, ParameterError, Sample, ShardError
 from xsd.extract import pairs, plan
 from xsd.models.handle import Continuation, ModelHandle
 from xsd.models.loading import Pair
-from xsd.shards import format as layout
 from xsd.shards import writer as shard_writer
 
 
@@ -58,7 +57,7 @@ def extract(
     *,
     modes: Sequence[Mode] = ("teacher_forced",),
     max_new_tokens: int = 50,
-    dtype: layout.StoredDtype = "fp16",
+    dtype: str = "fp16",
     batch_size: int = 16,
     samples_per_shard: int = 256,
     max_samples: int | None = None,
@@ -68,10 +67,12 @@ def extract(
 ) -> ExtractReport:
     """Write ``folder/<mode>`` for each mode; every finished batch survives a kill, and the same call again continues the run.
 
-    samples: core.Sample, plan.LazySample or callables that give one (read a batch at a time). config: what else belongs to the run
-    (split, data_hash, quant …), compared on resuming. progress: called with Progress after each batch, or anything with tqdm's
-    ``update(n)``. Raises: ShardError if the folder was begun with other settings, StorageError (another writer, disk full: what was
-    flushed stays), PairError if a saved LM head does not give the model's logits, ParameterError without samples.
+    samples: core.Sample, plan.LazySample or callables that give one (read a batch at a time). dtype: how states are stored, fp16 |
+    fp32 | bf16 | int8. max_samples: that many, whole clips drawn by ``seed``. config: what else belongs to the run (split, data_hash,
+    quant …), compared on resuming. progress: called with Progress after each batch, or anything with tqdm's ``update(n)``.
+
+    Raises: ShardError if the folder was begun with other settings, StorageError (another writer, disk full: what was flushed stays),
+    PairError if a saved LM head does not give the model's logits, ParameterError without samples.
     """
     unknown = [mode for mode in modes if mode not in pairs.PAIRS]
     if unknown or not modes:

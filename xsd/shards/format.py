@@ -31,6 +31,7 @@ MANIFEST, TIMES = "manifest.json", "times.jsonl"
 StoredDtype = Literal["fp32", "bf16", "fp16", "int8"]
 """How states are stored. int8: each row divided by its own scale, max|row| / 127, which is kept in float32."""
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+_LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 ROLES = ("drafter", "verifier")
 TEXT_COLUMNS = ("sequence", "clip", "question", "split", "mode", "text_by_drafter", "text_by_verifier", "extra")
 _SCHEMA = pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS), ("n_tokens_drafter", pa.int64()), ("n_tokens_verifier", pa.int64())])
@@ -45,6 +46,11 @@ class Row:
     ids: Mapping[str, Tensor]
     scales: Mapping[str, Tensor]
     text: Mapping[str, str]
+
+
+def short_dtype(name: str) -> str:
+    """``float32`` is ``fp32``, and so on; other names stay as they are."""
+    return _LONG_NAMES.get(name, name)
 
 
 def shard_name(number: int) -> str:

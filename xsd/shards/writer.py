@@ -86,6 +86,7 @@ class ShardWriter:
     """Write paired states into ``folder``; opening a folder again with the same settings continues it.
 
     n_written: samples in shards and pieces, where a resumed run goes on. finished: the run is complete and takes no more.
+    dtype: a layout.StoredDtype, or torch's name of it (float32 for fp32).
     Memory: at most samples_per_shard encoded samples, about three times that while a shard is written.
     Raises: ShardError naming the setting that differs from the folder's; StorageError when another process writes there or the
     disk is full (the folder stays resumable).
@@ -97,10 +98,11 @@ class ShardWriter:
         *,
         mode: Mode,
         tap: Tap = "post_norm",
-        dtype: layout.StoredDtype = "fp16",
+        dtype: str = "fp16",
         config: Mapping[str, Any] | None = None,
         samples_per_shard: int = 256,
     ) -> None:
+        dtype = layout.short_dtype(dtype)
         for name, value, choices in (("mode", mode, Mode), ("tap", tap, Tap), ("dtype", dtype, layout.StoredDtype)):
             if value not in get_args(choices):
                 raise ShardError(f"{name}={value!r} is unknown; expected one of {', '.join(get_args(choices))}")
