@@ -45,7 +45,7 @@ nb-check: env    ## notebook hygiene, nothing executed
 
 nb-test: env     ## run every notebook and compare the golden cells (nbval)
 	@echo "test: $(words $(NOTEBOOKS)) notebooks, re-run and compared"
-	@$(QUIET) .venv/bin/python -m pytest -q $(NBVAL) $(NOTEBOOKS)
+	@$(if $(NOTEBOOKS),$(QUIET) .venv/bin/python -m pytest -q $(NBVAL) $(NOTEBOOKS),echo "test: notebooks/ is empty")
 
 nb-refresh: env  ## run every notebook and store its outputs; read the diff afterwards
 	@$(QUIET) $(XSD) notebooks refresh
