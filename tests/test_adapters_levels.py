@@ -15,14 +15,19 @@ REFERENCE_COUNTS = {
     "L1": 2_113_537, "L2": 6_324_227, "L3": 16_797_698, "L4": 100_714_497, "L5": 102_819_841, "B1": 102_819_841, "L5F": 169_936_897, "P0":
     154_556_416,
 }  # fmt: skip
-ALL = [*registry.LEVELS, "L4 bidirectional", "L5 tokens", "B1 tokens", "L5F tokens", "L5F lead 0"]
+ALL = [*registry.LEVELS, "B1 map", "L5F map", "L4 bidirectional", "L5 tokens", "B1 tokens", "L5F tokens", "L5F lead 0"]
 VOCABULARY = 11
 
 
 def make(name: str, *, drafter_size: int | None = None, seed: int = 0) -> base.Adapter:
     """An adapter whose every weight is random, so that nothing hides behind an initial zero."""
     level, _, variant = name.partition(" ")
-    options = {"bidirectional": {"causal": False}, "tokens": {"vocab_size": VOCABULARY}, "lead 0": {"drafter_lead": 0}}.get(variant, {})
+    options = {
+        "bidirectional": {"causal": False},
+        "tokens": {"vocab_size": VOCABULARY},
+        "lead 0": {"drafter_lead": 0},
+        "map": {"residual_map": True},
+    }.get(variant, {})
     torch.manual_seed(seed)
     adapter = registry.create_adapter(level, WIDTH, drafter_size=drafter_size, **options)
     with torch.no_grad():
@@ -192,7 +197,7 @@ def test_translate_equals_align(level):
     torch.testing.assert_close(adapter.translate(batch.drafter[0]), adapter.align(batch).aligned[0].detach())
 
 
-@pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "B1 tokens", "L5F tokens"])
+@pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "L5F map", "B1 tokens", "L5F tokens"])
 def test_unroll_equals_feeding_predictions_back_one_by_one(name):
     adapter, batch, steps = make(name), make_batch([7, 7]), 4
     with torch.no_grad():
@@ -238,3 +243,15 @@ def test_pixel_baseline_keeps_the_images_shape_and_counts_its_pixels():
     assert adapter.compute_loss(images, images)["total_loss"].requires_grad
     with pytest.raises(ParameterError, match="made for 192 values"):
         adapter(torch.rand(1, 3, 9, 9))
+
+
+@pytest.mark.parametrize(("level", "drafter_size"), [("B1", None), ("L5F", None), ("L5F", 10)])
+def test_residual_map_starts_as_the_plain_residual(level, drafter_size):
+    torch.manual_seed(0)
+    plain = registry.create_adapter(level, WIDTH, drafter_size=drafter_size).eval()
+    mapped = registry.create_adapter(level, WIDTH, drafter_size=drafter_size, residual_map=True).eval()
+    mapped.load_state_dict({**mapped.state_dict(), **plain.state_dict()})
+    batch = make_batch([5], drafter_size=drafter_size or WIDTH)
+    torch.testing.assert_close(mapped.align(batch).aligned, plain.align(batch).aligned)
+    with pytest.raises(ParameterError, match="residual_map is for B1 and L5F"):
+        registry.create_adapter("L5", WIDTH, residual_map=True)

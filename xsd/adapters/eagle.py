@@ -22,6 +22,9 @@ class EagleAdapter(Adapter):
 
     vocab_size: fuses the embedding of the token before each predicted position, Linear₂D→D([state; embedding]) in front (EAGLE's remedy
     for feature uncertainty; off by default). The embedding is a frozen table, normally the LM head's rows (:meth:`set_token_embedding`).
+    residual_map: a linear map of everything that is read stands where the residual is (B1: from verifier[t], L5F: from both), so that a
+        closed form
+    of the next state can be the start; begins as the plain residual.
     prediction_weight: L5's next-state term in :meth:`compute_loss`.
     """
 
@@ -39,6 +42,7 @@ class EagleAdapter(Adapter):
         max_positions: int = 512,
         prediction_weight: float | None = None,
         vocab_size: int | None = None,
+        residual_map: bool = False,
     ) -> None:
         if level == "B1":
             self.reads, self.shift = "verifier", 1
@@ -50,7 +54,7 @@ class EagleAdapter(Adapter):
         self.max_positions = max_positions
         self.options |= {
             "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha, "max_positions": max_positions,
-            "prediction_weight": self.prediction_weight, "vocab_size": vocab_size,
+            "prediction_weight": self.prediction_weight, "vocab_size": vocab_size, "residual_map": residual_map,
         }  # fmt: skip
         self.input_norm = nn.LayerNorm(hidden_size)
         self.positions = nn.Parameter(torch.empty(1, max_positions, hidden_size))
@@ -61,6 +65,15 @@ class EagleAdapter(Adapter):
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         nn.init.eye_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
+        self.residual_map: nn.Linear | None = None
+        if residual_map:
+            if self.shift == 0:
+                raise ParameterError(f"{level} has its linear map in front (input_map=True); residual_map is for B1 and L5F")
+            width = hidden_size + (self.drafter_size if self.reads == "both" else 0)
+            self.residual_map = nn.Linear(width, hidden_size)
+            nn.init.zeros_(self.residual_map.bias)
+            with torch.no_grad():  # starts as the verifier's state, which comes last
+                self.residual_map.weight.copy_(torch.cat([torch.zeros(hidden_size, width - hidden_size), torch.eye(hidden_size)], dim=1))
         self.fuses_tokens = vocab_size is not None
         if vocab_size is not None:
             self.register_buffer("token_embedding", torch.zeros(vocab_size, hidden_size))
@@ -91,7 +104,7 @@ class EagleAdapter(Adapter):
     def _base(self, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(normalised layer input, residual source), each [B, S, D_v], from the states that forward takes."""
         x = self.input_map(states[0])
-        return self.input_norm(x), x
+        return self.input_norm(x), x if self.residual_map is None else self.residual_map(x)
 
     def _embed(self, states: tuple[Tensor, ...], first: int, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         base, residual = self._base(states)
@@ -202,4 +215,5 @@ class FusedEagleAdapter(EagleAdapter):
         drafter, verifier = self.input_map(states[0]), states[1]
         together = torch.cat([drafter, verifier], dim=-1)
         gate = torch.sigmoid(self.gate(together))
-        return self.input_norm(gate * drafter + (1 - gate) * verifier + self.fusion(together)), verifier
+        residual = verifier if self.residual_map is None else self.residual_map(torch.cat(states, dim=-1))
+        return self.input_norm(gate * drafter + (1 - gate) * verifier + self.fusion(together)), residual

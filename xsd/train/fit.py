@@ -141,18 +141,20 @@ class _Run:
 
     def _create(self) -> Adapter:
         options = dict(self.config.adapter_options)
-        kind = registry.LEVELS[self.level]
         if self.config.alpha is not None and self.level in ("L4", "L5", "B1", "L5F"):
             options.setdefault("alpha", self.config.alpha)
         if self.config.prediction_weight is not None and self.level in ("L5", "B1", "L5F"):
             options.setdefault("prediction_weight", self.config.prediction_weight)
-        ridge = self.config.warm_start == "ridge" and kind.reads != "verifier" and self.level != "B1"
-        if ridge:
+        ridge = self.config.warm_start == "ridge"
+        if ridge and self.level != "B1":
             options.setdefault("input_map", True)
+        if ridge and self.level in ("B1", "L5F"):
+            options.setdefault("residual_map", True)
         adapter = registry.create_adapter(self.level, self.states.hidden_size, drafter_size=self.states.drafter_size, **options)
-        if ridge and isinstance(adapter.input_map, torch.nn.Linear):
-            closed = linear.fit_linear("ridge", self.states.batches(self.train_indices, self.config.batch_size), ridge=1e-3)
-            adapter.input_map.load_state_dict(closed.map.state_dict())
+        for module, reads in ((adapter.input_map, "drafter"), (getattr(adapter, "residual_map", None), adapter.reads)):
+            if ridge and isinstance(module, torch.nn.Linear):
+                closed = linear.fit_linear("ridge", self.states.batches(self.train_indices, self.config.batch_size), reads=reads)
+                module.load_state_dict(closed.map.state_dict())
         if adapter.fuses_tokens:
             if not isinstance(self.head, Tensor):
                 raise TrainingError(f"{self.level} with fused tokens takes its token table from the LM head; pass head= as a weight [V, D]")

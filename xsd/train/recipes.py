@@ -49,7 +49,7 @@ class FitConfig:
     rollout_decay: float = 0.8
     """Weight of each further step."""
     warm_start: Literal["none", "ridge"] | None = None
-    """"ridge": an input map in front of the adapter, from the closed form (adapters that read the drafter)."""
+    """"ridge": linear maps from the closed form: in front of what reads the drafter, and in B1's and L5F's residual."""
     alpha: float | None = None
     """Initial residual weight of L4, L5, B1, L5F; the reference's 0.1 cannot leave verifier[t] for verifier[t+1] in a short training."""
     noise: float = 0.0
