@@ -1,5 +1,6 @@
 """An extraction end to end on a tiny real pair: what it writes, how it stops, how it goes on."""
 
+import copy
 import os
 import re
 import signal
@@ -157,6 +158,27 @@ def test_lazy_samples_are_read_a_batch_at_a_time_and_give_the_same_bytes(samples
     run.extract(tiny_pair(), [lazy(s) for s in samples], tmp_path, **OPTIONS, progress=lambda p: (counts(p), seen.append(len(live))))
     assert seen == [2, 4, 6, 8, 9]
     assert shard_bytes(tmp_path) == shard_bytes(whole[0])
+
+
+def test_another_drafter_takes_the_verifiers_stored_answers(samples, whole, tmp_path):
+    pair = tiny_pair()
+
+    def refuse(*arguments, **keywords):
+        raise AssertionError("the verifier was run")
+
+    silent = copy.copy(pair.verifier)
+    silent.generate = refuse
+    options = {**OPTIONS, "verifier_from": whole[0] / "free_running"}
+    one_frame = [replace(sample, event_frames=sample.event_frames[:1]) for sample in samples]
+    run.extract(replace(pair, verifier=silent), one_frame, tmp_path, **options)
+    for mode in BOTH:
+        for new, old in zip(store.ShardDataset(tmp_path / mode), store.ShardDataset(whole[0] / mode), strict=True):
+            assert torch.equal(new.hidden_by_verifier, old.hidden_by_verifier) and torch.equal(new.ids_by_verifier, old.ids_by_verifier)
+            assert new.text_by_verifier == old.text_by_verifier and not torch.equal(new.hidden_by_drafter, old.hidden_by_drafter)
+    with pytest.raises(ShardError, match=r"cannot be used: max_new_tokens is 5 in the folder but 6 now"):
+        run.extract(pair, samples, tmp_path / "longer", **{**options, "max_new_tokens": 6})
+    with pytest.raises(ShardError, match=r"holds no answer for other/"):
+        run.extract(pair, [replace(samples[0], sequence="other")], tmp_path / "other", **options)
 
 
 def test_a_head_that_does_not_give_the_logits_is_refused(samples):

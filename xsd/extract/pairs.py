@@ -9,14 +9,17 @@ the same numbers as a forced pass, up to rounding (tests/test_extract_pairs.py).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from xsd.core import Mode, PairedStates, Sample
+from xsd.core import Mode, PairedStates, Sample, ShardError
 from xsd.models.handle import Continuation
 from xsd.models.loading import Pair
+from xsd.shards.format import first_difference
+from xsd.shards.store import ShardDataset
 
 
 def free_running_pairs(
@@ -48,6 +51,36 @@ def teacher_forced_pairs(
 
 
 PAIRS: dict[Mode, Callable[..., list[PairedStates]]] = {"teacher_forced": teacher_forced_pairs, "free_running": free_running_pairs}
+
+
+class StoredAnswers:
+    """The verifier's answers of a finished run, by sample: another drafter, or another number of event frames, needs no new ones.
+
+    folder: a run of one mode (``run/free_running``). Raises: ShardError if it is none, or was written by another verifier or with
+    another maximum length; and when asked for a sample it does not hold.
+    """
+
+    def __init__(self, folder: str | Path, *, verifier: Mapping[str, Any], max_new_tokens: int) -> None:
+        self.dataset = ShardDataset(folder)
+        wanted = {"verifier": dict(verifier), "max_new_tokens": max_new_tokens}
+        difference = first_difference({key: self.dataset.manifest["config"].get(key) for key in wanted}, wanted)
+        if difference:
+            raise ShardError(f"the verifier's answers in {folder} cannot be used: {difference}; extract without them")
+        table = self.dataset.table()
+        self._places = {key: i for i, key in enumerate(zip(table["sequence"], table["clip"], table["question"], strict=True))}
+
+    def __call__(self, samples: Sequence[Sample]) -> list[Continuation]:
+        """One continuation a sample; states in float32, as rounded in the stored run."""
+        found = []
+        for sample in samples:
+            place = self._places.get((sample.sequence, sample.clip, sample.question))
+            if place is None:
+                raise ShardError(
+                    f"{self.dataset.folder} holds no answer for {sample.sequence}/{sample.clip} {sample.question!r}; extract without it"
+                )
+            states = self.dataset[place]
+            found.append(Continuation(states.ids_by_verifier, states.hidden_by_verifier, states.extra["finish_by_verifier"]))
+        return found
 
 
 def _answers(

@@ -114,6 +114,8 @@ def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path) -> list
         raise ShardError(f"{folder} was not written by an extraction; restore {found[0].file.name} from a copy")
     items = plan.order(samples, max_samples=config["max_samples"], seed=config["seed"])
     now = {"samples_hash": plan.plan_hash(items), "drafter": run.identity(pair.drafter), "verifier": run.identity(pair.verifier)}
+    if "verifier_from" in config:
+        raise ShardError(f"{folder} took the verifier's answers from another run; extract it again from that run into a new folder")
     difference = layout.first_difference({key: config[key] for key in now}, now)
     if difference:
         raise ShardError(f"{folder} cannot be repaired with these models and samples: {difference}; give those it was extracted with")

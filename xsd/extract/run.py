@@ -6,7 +6,7 @@ import contextlib
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -63,13 +63,15 @@ def extract(
     max_samples: int | None = None,
     seed: int = 0,
     config: Mapping[str, Any] | None = None,
+    verifier_from: str | Path | None = None,
     progress: Any = None,
 ) -> ExtractReport:
     """Write ``folder/<mode>`` for each mode; every finished batch survives a kill, and the same call again continues the run.
 
     samples: core.Sample, plan.LazySample or callables that give one (read a batch at a time). dtype: how states are stored, fp16 |
     fp32 | bf16 | int8. max_samples: that many, whole clips drawn by ``seed``. config: what else belongs to the run (split, data_hash,
-    quant …), compared on resuming. progress: called with Progress after each batch, or anything with tqdm's ``update(n)``.
+    quant …), compared on resuming. verifier_from: a finished run of the same verifier, whose answers are taken instead of generated
+    (1 or 5 event frames, another drafter). progress: called with Progress after each batch, or anything with tqdm's ``update(n)``.
 
     Raises: ShardError if the folder was begun with other settings, StorageError (another writer, disk full: what was flushed stays),
     PairError if a saved LM head does not give the model's logits, ParameterError without samples.
@@ -87,6 +89,16 @@ def extract(
         "event_canvas": pair.event_canvas, "code_version": __version__,
         "drafter": identity(pair.drafter), "verifier": identity(pair.verifier),
     }  # fmt: skip
+
+    def answers(loaded: list[Sample]) -> list[Continuation]:
+        if stored is not None:
+            return stored(loaded)
+        return pair.verifier.generate(loaded, max_new_tokens, batch_size=batch_size)
+
+    stored = None
+    if verifier_from is not None:
+        stored = pairs.StoredAnswers(verifier_from, verifier=settings["verifier"], max_new_tokens=max_new_tokens)
+        settings["verifier_from"] = stored.dataset.manifest["digest"]
     folders = {mode: Path(folder) / mode for mode in modes}
     with contextlib.ExitStack() as stack, interruptible() as stop:
         writers: dict[Mode, shard_writer.ShardWriter] = {}
@@ -100,7 +112,7 @@ def extract(
             for first in range(resumed - resumed % batch_size, len(items), batch_size):
                 if stop.is_set():
                     break
-                _batch(pair, items[first : first + batch_size], first, writers, max_new_tokens, batch_size, check=first == 0)
+                _batch(pair, items[first : first + batch_size], first, writers, answers, max_new_tokens, batch_size, check=first == 0)
                 done = min(first + batch_size, len(items))
                 _tell(progress, done, max(first, resumed), len(items), resumed, time.perf_counter() - started, writers)
         finished = all(writer.n_written == len(items) for writer in writers.values())
@@ -122,6 +134,7 @@ def _batch(
     items: Sequence[plan.Item],
     first: int,
     writers: Mapping[Mode, shard_writer.ShardWriter],
+    answers: Callable[[list[Sample]], list[Continuation]],
     max_new_tokens: int,
     batch_size: int,
     *,
@@ -130,7 +143,7 @@ def _batch(
     """Extract samples first … first + len(items) - 1; a batch is always computed whole, so that a resumed run gives the same bytes."""
     began = time.perf_counter()
     loaded: list[Sample] = [item if isinstance(item, Sample) else item() for item in items]
-    verifier = pair.verifier.generate(loaded, max_new_tokens, batch_size=batch_size)
+    verifier = answers(loaded)
     if check:
         check_head(pair.verifier, verifier)
         check_head(pair.drafter, pair.drafter.generate(loaded[:1], max_new_tokens))
