@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from xsd.core import DatasetError, Sample, VideoError
-from xsd.models import prompts
+from xsd.models import prompts, small_steps
 from xsd.models.pixels import PixelSpec
 
 Role = Literal["drafter", "verifier"]
@@ -33,7 +33,7 @@ class DecoderState:
     length: int
     hidden: Tensor
     logits: Tensor
-    cache: DynamicCache
+    cache: DynamicCache | small_steps.GrowingCache
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,8 @@ class ModelHandle:
         self._vision: OrderedDict[str, Tensor] = OrderedDict()
         self._vision_entries = vision_entries
         self._hash: str | None = None
+        self._small_steps: small_steps.Steps | None = None
+        self._steps_fit = small_steps.fits(self.decoder)
 
     # --- the prompt ---------------------------------------------------------------------------------------------------
 
@@ -139,13 +141,20 @@ class ModelHandle:
         cache = DynamicCache(config=self.decoder.config)
         output = self.decoder(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
         hidden = output.last_hidden_state[0, -1]
-        return DecoderState(len(embeds), hidden, self.lm_head(hidden), cache)
+        logits = self.lm_head(hidden)
+        if not self._steps_fit:
+            return DecoderState(len(embeds), hidden, logits, cache)
+        if self._small_steps is None or not self._small_steps.current():
+            self._small_steps = small_steps.Steps(self.decoder)
+        return DecoderState(len(embeds), hidden, logits, small_steps.GrowingCache(cache))
 
     @torch.no_grad()
     def extend(self, state: DecoderState, ids: Tensor) -> tuple[Tensor, Tensor]:
         """Append ids int64 [n] (n ≥ 1) in place; hidden [n, D] and logits [n, V], row i predicting the token after ids[i]."""
-        output = self.decoder(inputs_embeds=self._lookup(ids)[None], past_key_values=state.cache, use_cache=True)
-        hidden = output.last_hidden_state[0]
+        if isinstance(state.cache, small_steps.GrowingCache):
+            hidden = self._small_steps(self._lookup(ids), state.cache)
+        else:
+            hidden = self.decoder(inputs_embeds=self._lookup(ids)[None], past_key_values=state.cache, use_cache=True).last_hidden_state[0]
         logits = self.lm_head(hidden)
         state.length += len(hidden)
         state.hidden, state.logits = hidden[-1], logits[-1]
