@@ -24,7 +24,7 @@ def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-@pytest.mark.parametrize("profile", ["reference", "tokens"])
+@pytest.mark.parametrize("profile", ["reference", "tokens", "rollout"])
 @pytest.mark.parametrize("level", registry.LEVELS)
 def test_every_level_trains_with_both_recipes_and_writes_its_run_folder(level, profile, tmp_path):
     config = fit.FitConfig(profile=profile, **SHORT)
@@ -67,7 +67,7 @@ class Interrupted(Exception):
     """What the tests raise in place of a kill."""
 
 
-@pytest.mark.parametrize(("level", "profile"), [("L2", "reference"), ("L5F", "tokens")])
+@pytest.mark.parametrize(("level", "profile"), [("L2", "reference"), ("L5F", "rollout")])
 def test_resume_reaches_the_same_weights_bit_for_bit(level, profile, tmp_path):
     config = fit.FitConfig(profile=profile, epochs=4, batch_size=16, validation_share=0.2, noise=0.1)
     arguments = {"config": config, "head": examples.head(), "seed": 1}
