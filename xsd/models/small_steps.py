@@ -1,9 +1,9 @@
 """The decoder stack for a few rows a call: what transformers' LlamaModel computes, without the costs that dominate small models on a CPU.
 
 A decode step of a small model is memory traffic and bookkeeping, not arithmetic. Here the projections that read one input are one matrix
-(q, k, v; gate, up), the rotary table is made once, and keys and values stand in one buffer that grows in place, so that a step copies its
-own rows alone and a rollback is an assignment. Only where that is the same computation (:func:`fits`); otherwise the handle calls
-transformers. Both models of a pair go through it, the autoregressive baseline included.
+(q, k, v; gate, up), stored input-major (faster for few rows); the rotary table is made once; keys and values stand in one buffer that grows
+in place, so that a step copies its own rows alone and a rollback is an assignment. Only where that is the same computation (:func:`fits`);
+otherwise the handle calls transformers. Both models of a pair go through it, the autoregressive baseline included.
 """
 
 from __future__ import annotations
@@ -79,10 +79,10 @@ class Steps:
             three = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
             two = [mlp.gate_proj.weight, mlp.up_proj.weight]
             weights = (
-                layer.input_layernorm.weight, torch.cat(three), attention.o_proj.weight,
-                layer.post_attention_layernorm.weight, torch.cat(two), mlp.down_proj.weight,
+                layer.input_layernorm.weight, torch.cat(three).t(), attention.o_proj.weight.t(),
+                layer.post_attention_layernorm.weight, torch.cat(two).t(), mlp.down_proj.weight.t(),
             )  # fmt: skip
-            self.layers.append(tuple(weight.detach() for weight in weights))
+            self.layers.append(tuple(weight.detach().contiguous() for weight in weights))
         positions = torch.arange(config.max_position_embeddings)[None]
         cos, sin = decoder.rotary_emb(self.norm, positions)
         half = cos.shape[-1] // 2
@@ -105,16 +105,16 @@ class Steps:
         half = cos.shape[-1] // 2
         mask = torch.ones(n, end, dtype=torch.bool).tril_(start) if n > 1 else None
         x = embeds
-        for (before, qkv_weight, out, after, gate_up, down), keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
-            qkv = F.linear(F.rms_norm(x, (width,), before, self.eps), qkv_weight).view(n, 3 * heads, -1)
+        for (before, to_qkv, out, after, to_gate_up, down), keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            qkv = (F.rms_norm(x, (width,), before, self.eps) @ to_qkv).view(n, 3 * heads, -1)
             query_key = qkv[:, : 2 * heads]
             query_key = torch.addcmul(query_key * cos, query_key.roll(half, -1), sin)
             keys[:, start:end] = query_key[:, heads:].transpose(0, 1)
             values[:, start:end] = qkv[:, 2 * heads :].transpose(0, 1)
             query = query_key[:, :heads].transpose(0, 1)
             mixed = F.scaled_dot_product_attention(query[None], keys[None, :, :end], values[None, :, :end], attn_mask=mask)[0]
-            x = x + F.linear(mixed.transpose(0, 1).reshape(n, width), out)
-            gate, up = F.linear(F.rms_norm(x, (width,), after, self.eps), gate_up).chunk(2, -1)
-            x = x + F.linear(F.silu(gate) * up, down)
+            x = x + mixed.transpose(0, 1).reshape(n, width) @ out
+            gate, up = (F.rms_norm(x, (width,), after, self.eps) @ to_gate_up).chunk(2, -1)
+            x = x + (F.silu(gate) * up) @ down
         cache.length = end
         return F.rms_norm(x, (width,), self.norm, self.eps)
