@@ -158,7 +158,7 @@ def build(
     Raises: DatasetError when the folder holds another corpus.
     """
     folder = Path(folder)
-    wanted = {"split": split, "n_sequences": n_sequences, "seed": seed, "size": size, "version": 1}
+    wanted = {"split": split, "n_sequences": n_sequences, "seed": seed, "size": size, "version": 2}
     done = folder / "corpus.json"
     if done.exists():
         found = json.loads(done.read_text())

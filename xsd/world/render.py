@@ -301,10 +301,18 @@ class _Brush:
             else:  # a bus: a broad pane and a sign
                 self.facing(x, z, -half * 0.9, half * 0.9, height * 0.45, height * 0.78, glass)
                 self.facing(x, z, -half * 0.6, half * 0.6, height * 0.84, height * 0.95, (255, 200, 80), glow=True)
-        lamp: Colour = (255, 250, 215) if front else (255, 45, 35)
+        self._lamps(actor, x, z, half, height, front)
+
+    def _lamps(self, actor: Actor, x: float, z: float, half: float, height: float, front: bool) -> None:
+        """Headlights on when it comes, tail lamps when it drives, bright brake lamps when it waits, all dark when it is parked."""
         radius = self.focal * 0.17 / z
+        lamp: Colour = (255, 250, 215) if front else (175, 30, 25)
+        lit = actor.motion != "parked"
+        if actor.motion == "waiting":
+            lamp, radius = (255, 50, 40), radius * 1.7
+            self.facing(x, z, -half * 0.35, half * 0.35, height * 0.93, height * 0.99, lamp, glow=True)
         for side in (-1, 1):
-            self.ellipse(self.point(x + side * half * 0.75, 0.62, z), radius * 1.2, radius, lamp, glow=True)
+            self.ellipse(self.point(x + side * half * 0.75, 0.62, z), radius * 1.2, radius, lamp if lit else (58, 58, 62), glow=lit)
 
     def _side(self, actor: Actor, x: float, z: float, colour: Colour, direction: int) -> None:
         _, height, length = VEHICLES[actor.kind]
@@ -337,6 +345,7 @@ class _Brush:
     def _person(self, actor: Actor, x: float, z: float, colour: Colour) -> None:
         stride = 0.32 * np.sin(8.0 * self.t_s + actor.phase) if actor.motion != "standing" else 0.12
         skin = (215, 170, 140)
+        heading = {"crossing_right": 1, "crossing_left": -1}.get(actor.motion, 0)
         if actor.kind == "cyclist":
             for wheel in (0.0,):
                 radius = self.focal * 0.42 / z
@@ -356,6 +365,10 @@ class _Brush:
                 ]
                 self.polygon(leg, (45, 50, 75))
             self.facing(x, z, -0.28, 0.28, 0.75, 1.5, colour)
+            if heading:  # a rucksack on the back, an arm ahead
+                back, arm = sorted((-heading * 0.28, -heading * 0.52)), sorted((heading * 0.28, heading * 0.5))
+                self.facing(x, z, back[0], back[1], 1.0, 1.45, (40, 40, 45))
+                self.facing(x, z, arm[0], arm[1], 1.15, 1.28, skin)
         top = 1.85 if actor.kind == "cyclist" else 1.75
         radius = self.focal * 0.17 / z
-        self.ellipse(self.point(x, top - 0.12, z), radius, radius * 1.15, skin)
+        self.ellipse(self.point(x + 0.08 * heading, top - 0.12, z), radius, radius * 1.15, skin)

@@ -1,0 +1,109 @@
+"""Training of the embedded pair: the block mask, the towers' patch targets, resuming, and the whole smoke profile."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from xsd.core import ParameterError, TrainingError
+from xsd.models import embedded, loading
+from xsd.steps import pair as step
+from xsd.train import grounding, language
+from xsd.train.language import LanguageConfig, Segment
+
+
+def test_a_question_sees_the_prefix_and_itself_only():
+    row = language.pack([1, 5], 2, [Segment([7], [8, 2], [1, 1]), Segment([9], [4, 2], [1, 1])])
+    _, positions, targets, _, seen = language.collate([row])
+    assert positions[0].tolist() == [0, 1, 2, 3, 4, 5, 6, 4, 5, 6]
+    assert targets[0].tolist() == [-100] * 4 + [8, 2, -100] + [4, 2, -100]
+    assert not seen[0, 0, 7:, 4:7].any() and seen[0, 0, 9, :4].all() and not seen[0, 0, :4, 4:].any()
+
+
+def test_packed_questions_get_the_states_they_would_get_alone():
+    model = embedded.new_drafter(64, seed=0, layers=2).eval()
+    parts = embedded.drafter_parts(model)
+    visual = torch.randn(1, 3, embedded.HIDDEN_SIZE)
+    one, two = Segment([7, 9], [8, 2], [1, 1]), Segment([11], [4, 6, 2], [1, 1, 1])
+
+    def states(segments):
+        ids, positions, _, _, seen = language.collate([language.pack([1], 3, segments)])
+        x = parts.embed(ids)
+        x = torch.cat([x[:, :1], visual, x[:, 4:]], dim=1)
+        return parts.decode(x, torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min), positions)[0]
+
+    together, alone = states([one, two]), states([two])
+    torch.testing.assert_close(together[-4:], alone[-4:], atol=1e-5, rtol=1e-4)
+
+
+def test_patch_codes_prefer_objects_over_scenery():
+    cells = np.zeros((1, 1, 24, 24), np.uint8)
+    cells[0, 0, :4, :4] = 8 << 3
+    cells[0, 0, 0, :3] = 1 << 3 | 2
+    codes = grounding.patch_codes(cells, 6)
+    assert codes[0, 0, 0] == (1 << 3 | 2) and codes[0, 0, 1:].max() == 0
+
+
+def _toy(folder, steps, checkpoint=True):
+    torch.manual_seed(0)
+    body = torch.nn.Embedding(16, 8)
+    head = torch.nn.Linear(8, 16)
+    trained = torch.nn.ModuleList([body, head])
+    return language.train_decoder(
+        embed=body, visual=lambda clips: torch.zeros(len(clips), 1, 8), decode=lambda x, mask, positions: x, lm_head=head, trained=trained,
+        before=[1], n_visual=1, segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])], n_clips=4,
+        config=LanguageConfig(steps=steps, batch_size=2, bf16=False, save_every=2, warmup_steps=1), checkpoint=folder / "l.pt" if checkpoint else None,
+    )  # fmt: skip
+
+
+def test_language_training_resumes_to_the_same_losses(tmp_path):
+    straight = _toy(tmp_path / "a", 6)
+
+    class Stop(Exception):
+        pass
+
+    def interrupt(step, total, loss):
+        if step == 4:
+            raise Stop
+
+    torch.manual_seed(0)
+    (tmp_path / "b").mkdir()
+    body, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)
+    arguments = dict(
+        embed=body, visual=lambda clips: torch.zeros(len(clips), 1, 8), decode=lambda x, mask, positions: x, lm_head=head,
+        trained=torch.nn.ModuleList([body, head]), before=[1], n_visual=1,
+        segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])], n_clips=4,
+        config=LanguageConfig(steps=6, batch_size=2, bf16=False, save_every=2, warmup_steps=1), checkpoint=tmp_path / "b" / "l.pt",
+    )  # fmt: skip
+    with pytest.raises(Stop):
+        language.train_decoder(**arguments, progress=interrupt)
+    resumed = language.train_decoder(**arguments)
+    assert resumed == straight
+
+
+def test_a_loss_that_is_not_finite_stops_with_a_sentence():
+    head = torch.nn.Linear(8, 16)
+    with pytest.raises(TrainingError, match="lower learning_rate"):
+        language.train_decoder(
+            embed=torch.nn.Embedding(16, 8), visual=lambda clips: torch.zeros(len(clips), 1, 8), decode=lambda x, m, p: x * float("nan"), lm_head=head,
+            trained=head, before=[1], n_visual=1, segments=lambda clip, rng: [Segment([3], [5, 2], [1.0, 1.0])], n_clips=2,
+            config=LanguageConfig(steps=1, batch_size=2, bf16=False),
+        )  # fmt: skip
+
+
+def test_the_smoke_profile_trains_a_pair_that_loads(tmp_path):
+    stages = set()
+    written = step.train(tmp_path, "smoke", workers=1, progress=lambda stage, done, total, loss: stages.add(stage))
+    assert {"verifier tower", "verifier language", "drafter tower", "drafter language", "simulated drives"} == stages
+    assert json.loads((written / "provenance.json").read_text())["seed"] == 0
+    pair = loading.load_pair(str(written))
+    table = step.answer_table(pair, step.held_out(1, seed=9)[:2], max_new_tokens=4)
+    assert set(table["role"]) == {"drafter", "verifier"} and (table["right"] <= table["expected"]).all()
+    card = step.model_card(table, {"sequences": 1, "seed": 9, "command": "make pair"})
+    assert "| verifier | **all** |" in card and "Duplicate answers" in card
+
+
+def test_an_unknown_profile_is_refused(tmp_path):
+    with pytest.raises(ParameterError, match="no training profile 'huge'"):
+        step.train(tmp_path, "huge")

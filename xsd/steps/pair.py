@@ -1,0 +1,228 @@
+"""The embedded pair: its training from scratch, how often its answers are right, and the card that says so (notebook 00)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from xsd.core import ParameterError, Sample, atomic_write, provenance, write_json
+from xsd.metrics import statistics
+from xsd.models import embedded, pixels
+from xsd.sensors import frames
+from xsd.train import pair as training
+from xsd.train.grounding import GroundingConfig
+from xsd.train.language import LanguageConfig
+from xsd.world import corpus as corpora
+from xsd.world import drive, language
+
+
+@dataclass(frozen=True)
+class PairProfile:
+    """How long and on how much the pair is trained."""
+
+    n_sequences: int
+    grounding: dict[str, GroundingConfig]
+    language: dict[str, LanguageConfig]
+
+
+PROFILES = {
+    "smoke": PairProfile(
+        8,
+        {role: GroundingConfig(epochs=0.5, batch_size=8) for role in ("verifier", "drafter")},
+        {role: LanguageConfig(steps=3, batch_size=2, warmup_steps=1) for role in ("verifier", "drafter")},
+    ),
+    "quick": PairProfile(
+        300,
+        {"verifier": GroundingConfig(epochs=6), "drafter": GroundingConfig(epochs=5)},
+        {"verifier": LanguageConfig(steps=300, batch_size=6), "drafter": LanguageConfig(steps=400, batch_size=8)},
+    ),
+    "full": PairProfile(
+        1400,
+        {"verifier": GroundingConfig(epochs=7), "drafter": GroundingConfig(epochs=5)},
+        {"verifier": LanguageConfig(steps=2000, batch_size=6), "drafter": LanguageConfig(steps=2000, batch_size=8)},
+    ),
+}
+"""smoke shows that every stage runs; full makes the shipped weights."""
+
+
+def train(
+    folder: str | Path, profile: str = "full", *, seed: int = 0, device: str = "cpu", workers: int = 2, progress: training.Progress | None = None
+) -> Path:
+    """Train both models from scratch into ``folder`` (resumes there) and write the pair to ``folder/pair``.
+
+    Raises: ParameterError for an unknown profile; TrainingError when a loss is not finite.
+    """
+    if profile not in PROFILES:
+        raise ParameterError(f"there is no training profile {profile!r}; choose one of {sorted(PROFILES)}")
+    plan, folder = PROFILES[profile], Path(folder)
+    drives = corpora.build(
+        folder / "corpus", split="train", n_sequences=plan.n_sequences, seed=seed, size=embedded.IMAGE_SIZE, workers=workers,
+        progress=progress and (lambda n: progress("simulated drives", n, plan.n_sequences, float("nan"))),
+    )  # fmt: skip
+    tokenizer = embedded.train_tokenizer(training_texts(drives))
+    models = {"verifier": embedded.new_verifier(len(tokenizer), seed=seed), "drafter": embedded.new_drafter(len(tokenizer), seed=seed)}
+    for role, model in models.items():
+        parts = (embedded.verifier_parts if role == "verifier" else embedded.drafter_parts)(model.to(device))
+        training.train_model(
+            parts,
+            tokenizer=embedded.verifier_tokenizer(tokenizer) if role == "verifier" else tokenizer,
+            images=drives.video if role == "verifier" else drives.event_frames,
+            labels=drives.label_matrix(role),
+            layout=drives.layout[:, :8] if role == "verifier" else drives.layout[:, 8:],
+            colour_known=np.array([not facts["grey"] for facts in drives.facts]),
+            dialogues=drives.dialogues(role),
+            other_dialogues=drives.dialogues("verifier") if role == "drafter" else None,
+            classes={name: len(values) for name, values in corpora.LABELS.items()},
+            n_kinds=len(corpora.LAYOUT_KINDS),
+            n_colours=6,
+            mean=pixels.CLIP_MEAN,
+            std=pixels.CLIP_STD,
+            folder=folder,
+            grounding_config=plan.grounding[role],
+            language_config=plan.language[role],
+            device=device,
+            progress=progress,
+        )
+    embedded.save_pair(folder / "pair", models["drafter"].to("cpu"), models["verifier"].to("cpu"), tokenizer)
+    write_json(folder / "pair" / "provenance.json", provenance(seed=seed, device=device, profile=profile, n_sequences=plan.n_sequences))
+    return folder / "pair"
+
+
+def training_texts(drives: corpora.Corpus) -> list[str]:
+    """What the tokenizer is trained on: every different answer of both dialects, and the questions."""
+    answers = {text for dialect in ("verifier", "drafter") for row in drives.answers(dialect) for text in row}
+    return sorted(answers) + [question.text for question in language.questions()] * 50
+
+
+# --- how often the answers are right ------------------------------------------------------------------------------------
+
+
+def held_out(n_sequences: int, *, seed: int, first: int = 0) -> list[tuple[Sample, dict[str, Any], str]]:
+    """(sample, facts, kind of question): question i is asked of clip i mod 4 of its drive, so that no answer is asked twice of near twins."""
+    rows = []
+    for simulated in drive.simulate(seed, "test", n_sequences, first=first):
+        for i, question in enumerate(language.questions()):
+            clip = simulated.clips[i % len(simulated.clips)]
+            sample = Sample(simulated.sequence, clip.name, question.text, clip.event_frames, clip.video, clip.t_us, "test", "simulated")
+            rows.append((sample, clip.facts, question.kind))
+    return sorted(rows, key=lambda row: row[0].key)
+
+
+def answer_table(pair: Any, rows: Sequence[tuple[Sample, dict[str, Any], str]], *, max_new_tokens: int = 64, progress: Callable | None = None) -> pd.DataFrame:
+    """Both models' answers to the rows, with the facts they state rightly.
+
+    Returns: one row an answer and fact: role, sequence, clip, kind (of question), answer, truth, fact, right, expected.
+    """
+    table = []
+    for role in ("verifier", "drafter"):
+        handle = getattr(pair, role)
+        with torch.inference_mode():
+            answers = handle.generate([sample for sample, _, _ in rows], max_new_tokens, progress=progress)
+        for (sample, facts, kind), continuation in zip(rows, answers, strict=True):
+            text = handle.text(continuation.ids.tolist())
+            about = {"role": role, "sequence": sample.sequence, "clip": sample.clip, "kind": kind, "answer": text.strip()}
+            about["truth"] = language.answer(facts, kind, role)
+            about["finish"] = continuation.finish
+            scores = language.score(text, facts, kind, role) or {"nothing": (0, 0)}
+            table += [{**about, "fact": fact, "right": right, "expected": expected} for fact, (right, expected) in scores.items()]
+    return pd.DataFrame(table)
+
+
+def spoken(table: pd.DataFrame, *, sequence: str, questions: int = 10) -> list[tuple[str, str, str, list[tuple[str, bool]]]]:
+    """Rows for views.answers.transcript: (question, role, note, [(word, does the right answer hold it too?)]) of one drive's first questions."""
+    order = [question.kind for question in language.questions()][:questions]
+    texts = {question.kind: question.text for question in language.questions()}
+    chosen = table[(table["sequence"] == sequence) & table["kind"].isin(order)].drop_duplicates(["role", "kind"])
+    rows = []
+    for row in sorted(chosen.to_dict("records"), key=lambda r: (order.index(r["kind"]), r["role"])):
+        words, truth = row["answer"].split(), row["truth"].split()
+        kept = {j for block in SequenceMatcher(None, words, truth, autojunk=False).get_matching_blocks() for j in range(block.a, block.a + block.size)}
+        rows.append((texts[row["kind"]], row["role"], "", [(word, j in kept) for j, word in enumerate(words)]))
+    return rows
+
+
+def accuracy(table: pd.DataFrame, by: str | None = None, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+    """Share of facts right per role (and per ``by``: kind or fact), with an interval over sequences, and the share of wholly right answers."""
+    out = []
+    for group, rows in table.groupby(["role"] if by is None else ["role", by], sort=True):
+        sums = rows.groupby("sequence")[["right", "expected"]].sum()
+        interval = statistics.bootstrap_ratio(
+            sums["right"].to_numpy(), sums["expected"].to_numpy(), list(sums.index), n_resamples=resamples, seed=seed
+        )
+        wholly = rows.groupby(["sequence", "clip", "kind"])[["right", "expected"]].sum()
+        out.append(
+            dict(zip(["role", by] if by else ["role"], group, strict=True))
+            | {"right": interval.value, "low": interval.low, "high": interval.high, "facts": int(sums["expected"].sum())}
+            | {"wholly_right": float((wholly["right"] == wholly["expected"]).mean()), "answers": len(wholly)}
+        )
+    return pd.DataFrame(out)
+
+
+def duplicate_rate(table: pd.DataFrame, role: str = "verifier") -> float:
+    """Share of a role's answers that equal another one in the table."""
+    answers = table[table["role"] == role].drop_duplicates(["sequence", "clip", "kind"])["answer"]
+    return language.duplicate_rate(list(answers))
+
+
+def model_card(table: pd.DataFrame, about: dict[str, Any]) -> str:
+    """The card shipped beside the weights, in Markdown: data, seed, command, accuracy per question kind, limits."""
+    lines = ["# The embedded pair", "", *_CARD.strip().splitlines(), "", "## Accuracy on held-out drives", ""]
+    lines += [f"{about['sequences']} simulated sequences the pair was not trained on, one clip per sequence and question (seed {about['seed']}).", ""]
+    lines += ["| model | question | facts right | 95 % interval | answers wholly right | facts |", "|---|---|---|---|---|---|"]
+    overall = accuracy(table).assign(kind="**all**")
+    for row in pd.concat([overall, accuracy(table, "kind")]).to_dict("records"):
+        lines.append(
+            f"| {row['role']} | {row['kind']} | {100 * row['right']:.1f} % | {100 * row['low']:.1f}–{100 * row['high']:.1f} % "
+            f"| {100 * row['wholly_right']:.1f} % | {row['facts']} |"
+        )
+    lines += ["", f"Duplicate answers of the verifier: {100 * duplicate_rate(table):.1f} %.", "", f"Command: `{about['command']}`", ""]
+    return "\n".join(lines)
+
+
+def write_card(folder: str | Path, table: pd.DataFrame, about: dict[str, Any]) -> Path:
+    """Write README.md (the card) and accuracy.json beside the weights."""
+    folder = Path(folder)
+    atomic_write(folder / "README.md", model_card(table, about))
+    write_json(
+        folder / "accuracy.json",
+        {
+            "about": about,
+            "overall": accuracy(table).to_dict("records"),
+            "by_question": accuracy(table, "kind").to_dict("records"),
+            "by_fact": accuracy(table, "fact").to_dict("records"),
+            "verifier_duplicates": duplicate_rate(table),
+        },
+    )
+    return folder / "README.md"
+
+
+_CARD = """
+Two small models that see one simulated road through different sensors, shipped so that everything can be tried without a GPU.
+They are trained from scratch on simulated drives only; they know ten questions and nothing else.
+
+- **Drafter**: EventGPT's architecture (`EventChat_llama`), 5 event frames, 70 event tokens, 4 decoder layers, width 192.
+- **Verifier**: transformers' `VideoLlavaForConditionalGeneration`, 8 RGB frames, 296 video tokens, 12 decoder layers, width 192.
+- **Data**: 1 400 simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed 0), ten questions a clip, one dialect of
+  answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real models share a
+  language-model ancestor that knows either style.
+- **Training**: towers on scene facts and patches, then decoders on language under a block mask (`xsd/train/pair.py`). Weights are stored as float16.
+- **Licence**: Apache-2.0, as the project.
+
+## Limits
+
+Only what the simulator draws: cars, vans, trucks, buses, pedestrians, cyclists, one kind of traffic light, four kinds of roadside.
+On a real recording the answers keep their form but not their truth. The drafter cannot know colours, time of day or what stands
+still before a static camera: that is the modality gap the workbench studies, not a defect.
+"""
+
+
+def show_sample(sample: Sample) -> list[np.ndarray]:
+    """Event frames and video frames of a sample as one row of pictures each, for a notebook's figure."""
+    return [np.concatenate(list(sample.event_frames), axis=1), np.concatenate([sample.video[i] for i in frames.uniform_indices(8, 5)], axis=1)]
