@@ -26,7 +26,7 @@ lab: env         ## JupyterLab in notebooks/
 	@.venv/bin/jupyter lab --notebook-dir=notebooks
 
 pair: env        ## train the embedded pair again (resumes where it stopped)
-	@$(XSD) run 00 -p train_profile=full -p run_dir=runs/pair -o reports/pair
+	@$(XSD) pair
 
 check: env       ## seconds: lint, layers, house rules, notebook hygiene
 	@.venv/bin/ruff check .

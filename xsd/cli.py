@@ -95,6 +95,25 @@ def _simulate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _pair(arguments: argparse.Namespace) -> int:
+    from xsd.runs.progress import tqdm
+    from xsd.steps import pair
+
+    bars: dict[str, Any] = {}
+
+    def show(stage: str, done: int, total: int, loss: float) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage, mininterval=5)
+        bars[stage].set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bars[stage].update(done - bars[stage].n)
+
+    out = arguments.out or ROOT / "runs" / "pair"
+    written = pair.train(out, arguments.profile, seed=arguments.seed, device=arguments.device, workers=arguments.workers, progress=show)
+    card = pair.score(written, n_sequences=arguments.sequences, command=f"xsd pair --profile {arguments.profile} --seed {arguments.seed}")
+    print(f"the pair: {written}; its card: {card}")
+    return 0
+
+
 def _doctor(arguments: argparse.Namespace) -> int:
     from xsd.runs import doctor
 
@@ -155,6 +174,14 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_argument("-n", "--sequences", type=int, default=4)
     simulate.add_argument("--seed", type=int, default=0)
     simulate.add_argument("--workers", type=int, default=1)
+
+    pair = verb("pair", _pair, "train the embedded pair from scratch; resumes where it stopped")
+    pair.add_argument("-o", "--out", type=Path, metavar="DIR", help="default runs/pair")
+    pair.add_argument("--profile", choices=("smoke", "quick", "full"), default="full", help="full makes the shipped weights")
+    pair.add_argument("--seed", type=int, default=0)
+    pair.add_argument("--device", default="cpu")
+    pair.add_argument("--workers", type=int, default=2, help="processes that simulate")
+    pair.add_argument("--sequences", type=int, default=40, help="held-out drives for the card")
 
     doctor = verb("doctor", _doctor, "look at Python, packages, disk, GPU, browser, and optionally a pair")
     doctor.add_argument("--pair", default="", help="also load this pair: embedded, or a folder")

@@ -14,7 +14,7 @@ import torch
 
 from xsd.core import ParameterError, Sample, atomic_write, provenance, write_json
 from xsd.metrics import statistics
-from xsd.models import embedded, pixels
+from xsd.models import embedded, loading, pixels
 from xsd.sensors import frames
 from xsd.train import pair as training
 from xsd.train.grounding import GroundingConfig
@@ -53,7 +53,13 @@ PROFILES = {
 
 
 def train(
-    folder: str | Path, profile: str = "full", *, seed: int = 0, device: str = "cpu", workers: int = 2, progress: training.Progress | None = None
+    folder: str | Path,
+    profile: str = "full",
+    *,
+    seed: int = 0,
+    device: str = "cpu",
+    workers: int = 2,
+    progress: training.Progress | None = None,
 ) -> Path:
     """Train both models from scratch into ``folder`` (resumes there) and write the pair to ``folder/pair``.
 
@@ -105,7 +111,7 @@ def training_texts(drives: corpora.Corpus) -> list[str]:
 
 
 def held_out(n_sequences: int, *, seed: int, first: int = 0) -> list[tuple[Sample, dict[str, Any], str]]:
-    """(sample, facts, kind of question): question i is asked of clip i mod 4 of its drive, so that no answer is asked twice of near twins."""
+    """(sample, facts, kind of question): question i is asked of clip i mod 4 of its drive: near twins are never asked the same."""
     rows = []
     for simulated in drive.simulate(seed, "test", n_sequences, first=first):
         for i, question in enumerate(language.questions()):
@@ -115,7 +121,9 @@ def held_out(n_sequences: int, *, seed: int, first: int = 0) -> list[tuple[Sampl
     return sorted(rows, key=lambda row: row[0].key)
 
 
-def answer_table(pair: Any, rows: Sequence[tuple[Sample, dict[str, Any], str]], *, max_new_tokens: int = 64, progress: Callable | None = None) -> pd.DataFrame:
+def answer_table(
+    pair: Any, rows: Sequence[tuple[Sample, dict[str, Any], str]], *, max_new_tokens: int = 64, progress: Callable | None = None
+) -> pd.DataFrame:
     """Both models' answers to the rows, with the facts they state rightly.
 
     Returns: one row an answer and fact: role, sequence, clip, kind (of question), answer, truth, fact, right, expected.
@@ -136,20 +144,24 @@ def answer_table(pair: Any, rows: Sequence[tuple[Sample, dict[str, Any], str]], 
 
 
 def spoken(table: pd.DataFrame, *, sequence: str, questions: int = 10) -> list[tuple[str, str, str, list[tuple[str, bool]]]]:
-    """Rows for views.answers.transcript: (question, role, note, [(word, does the right answer hold it too?)]) of one drive's first questions."""
+    """Rows for views.answers.transcript: (question, role, note, [(word, right?)]) of one drive's first questions."""
     order = [question.kind for question in language.questions()][:questions]
     texts = {question.kind: question.text for question in language.questions()}
     chosen = table[(table["sequence"] == sequence) & table["kind"].isin(order)].drop_duplicates(["role", "kind"])
     rows = []
     for row in sorted(chosen.to_dict("records"), key=lambda r: (order.index(r["kind"]), r["role"])):
         words, truth = row["answer"].split(), row["truth"].split()
-        kept = {j for block in SequenceMatcher(None, words, truth, autojunk=False).get_matching_blocks() for j in range(block.a, block.a + block.size)}
+        kept = {
+            j
+            for block in SequenceMatcher(None, words, truth, autojunk=False).get_matching_blocks()
+            for j in range(block.a, block.a + block.size)
+        }
         rows.append((texts[row["kind"]], row["role"], "", [(word, j in kept) for j, word in enumerate(words)]))
     return rows
 
 
 def accuracy(table: pd.DataFrame, by: str | None = None, *, resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
-    """Share of facts right per role (and per ``by``: kind or fact), with an interval over sequences, and the share of wholly right answers."""
+    """Share of facts right per role (and per ``by``: kind or fact) with an interval over sequences, and of answers wholly right."""
     out = []
     for group, rows in table.groupby(["role"] if by is None else ["role", by], sort=True):
         sums = rows.groupby("sequence")[["right", "expected"]].sum()
@@ -174,7 +186,10 @@ def duplicate_rate(table: pd.DataFrame, role: str = "verifier") -> float:
 def model_card(table: pd.DataFrame, about: dict[str, Any]) -> str:
     """The card shipped beside the weights, in Markdown: data, seed, command, accuracy per question kind, limits."""
     lines = ["# The embedded pair", "", *_CARD.strip().splitlines(), "", "## Accuracy on held-out drives", ""]
-    lines += [f"{about['sequences']} simulated sequences the pair was not trained on, one clip per sequence and question (seed {about['seed']}).", ""]
+    lines += [
+        f"{about['sequences']} simulated sequences the pair was not trained on, one clip per sequence and question (seed {about['seed']}).",
+        "",
+    ]
     lines += ["| model | question | facts right | 95 % interval | answers wholly right | facts |", "|---|---|---|---|---|---|"]
     overall = accuracy(table).assign(kind="**all**")
     for row in pd.concat([overall, accuracy(table, "kind")]).to_dict("records"):
@@ -184,6 +199,13 @@ def model_card(table: pd.DataFrame, about: dict[str, Any]) -> str:
         )
     lines += ["", f"Duplicate answers of the verifier: {100 * duplicate_rate(table):.1f} %.", "", f"Command: `{about['command']}`", ""]
     return "\n".join(lines)
+
+
+def score(folder: str | Path, *, n_sequences: int, command: str, seed: int = 2000) -> Path:
+    """Ask a trained pair the ten questions on held-out drives and write its card beside the weights. Returns the card's path."""
+    pair = loading.load_pair(str(folder))
+    table = answer_table(pair, held_out(n_sequences, seed=seed))
+    return write_card(folder, table, {"sequences": n_sequences, "seed": seed, "command": command})
 
 
 def write_card(folder: str | Path, table: pd.DataFrame, about: dict[str, Any]) -> Path:
@@ -209,8 +231,8 @@ They are trained from scratch on simulated drives only; they know ten questions 
 
 - **Drafter**: EventGPT's architecture (`EventChat_llama`), 5 event frames, 70 event tokens, 4 decoder layers, width 192.
 - **Verifier**: transformers' `VideoLlavaForConditionalGeneration`, 8 RGB frames, 296 video tokens, 12 decoder layers, width 192.
-- **Data**: 1 400 simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed 0), ten questions a clip, one dialect of
-  answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real models share a
+- **Data**: 1 400 simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed 0), ten questions a clip, one
+  dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real models share a
   language-model ancestor that knows either style.
 - **Training**: towers on scene facts and patches, then decoders on language under a block mask (`xsd/train/pair.py`). Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
@@ -225,4 +247,7 @@ still before a static camera: that is the modality gap the workbench studies, no
 
 def show_sample(sample: Sample) -> list[np.ndarray]:
     """Event frames and video frames of a sample as one row of pictures each, for a notebook's figure."""
-    return [np.concatenate(list(sample.event_frames), axis=1), np.concatenate([sample.video[i] for i in frames.uniform_indices(8, 5)], axis=1)]
+    return [
+        np.concatenate(list(sample.event_frames), axis=1),
+        np.concatenate([sample.video[i] for i in frames.uniform_indices(8, 5)], axis=1),
+    ]

@@ -51,8 +51,11 @@ def transcript(rows: Sequence[tuple[str, str, str, Sequence[tuple[str, bool]]]])
             parts.append(f'<div style="margin-top:.6em"><b>{html.escape(question)}</b></div>')
             last = question
         said = " ".join(
-            html.escape(word) if right else f'<span style="color:{theme.REJECTED};text-decoration:line-through">{html.escape(word)}</span>' for word, right in words
+            html.escape(word) if right else f'<span style="color:{theme.REJECTED};text-decoration:line-through">{html.escape(word)}</span>'
+            for word, right in words
         )
         colour = _COLOURS.get(role, theme.INK)
-        parts.append(f'<div><span style="color:{colour};font-weight:600">{html.escape(role)}</span> <small>{html.escape(note)}</small> {said}</div>')
+        parts.append(
+            f'<div><span style="color:{colour};font-weight:600">{html.escape(role)}</span> <small>{html.escape(note)}</small> {said}</div>'
+        )
     return "".join(parts) + "</div>"
