@@ -12,20 +12,20 @@ from xsd.runs import demo_page, folder, notebooks, parameters, report
 
 STEPS = ("01_extract", "02_train", "03_hidden", "04_tokens", "05_live", "06_compare")
 LEVELS = ["L1", "L2", "L3", "L4", "L5", "L5F", "B1"]
+TEST_DATA = ["simulated", "davis_road"]
 SMOKE: dict[str, dict[str, Any]] = {step: {} for step in STEPS}
 DEMO: dict[str, dict[str, Any]] = {
     "01_extract": {
-        "n_train_sequences": 24,
-        "n_test_sequences": 12,
-        "clips_per_sequence": 2,
-        "questions_per_clip": 10,
+        "n_train_sequences": 60,
+        "n_test_sequences": 30,
+        "questions_per_sequence": 10,
         "max_new_tokens": 48,
-        "test_data": ["simulated", "davis_road"],
+        "test_data": TEST_DATA,
         "batch_size": 32,
     },
-    "02_train": {"levels": LEVELS, "profile": "demo", "epochs": 12},
-    "03_hidden": {"levels": LEVELS, "test_data": ["simulated", "davis_road"]},
-    "04_tokens": {"levels": LEVELS, "test_data": ["simulated", "davis_road"], "resamples": 1000},
+    "02_train": {"levels": LEVELS, "profile": "tokens", "epochs": 16},
+    "03_hidden": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
+    "04_tokens": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "05_live": {"arms": ["ar", "hf_generate", "hf_prompt_lookup", "L4", "L5F"], "n_samples": 10, "max_new_tokens": 48},
     "06_compare": {},
 }

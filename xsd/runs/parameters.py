@@ -68,11 +68,11 @@ class PairParameters(NotebookParameters):
 
     notebook = "00_pair"
     pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
-    n_sequences: int = Field(2, ge=1, le=10_000, description="simulated drives to look at")
-    n_answers: int = Field(4, ge=1, le=1_000, description="clips whose answers are scored against the scene's facts")
+    n_sequences: int = Field(4, ge=1, le=10_000, description="held-out drives whose answers are scored")
     train_profile: Literal["none", "smoke", "quick", "full"] = Field(
         "none", description="train the embedded pair anew: none keeps the shipped weights"
     )
+    device: str = Field("cpu", min_length=1, description="where to train: cpu, cuda, …")
 
 
 class ExtractParameters(NotebookParameters):
@@ -81,53 +81,62 @@ class ExtractParameters(NotebookParameters):
     notebook = "01_extract"
     pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
     data: str = Field("simulated", min_length=1, description="what adapters are trained on: simulated, or a dataset folder")
-    test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets: simulated, davis_road, or dataset folders")
-    n_train_sequences: int = Field(2, ge=0, le=100_000, description="drives to train adapters on")
-    n_test_sequences: int = Field(2, ge=1, le=100_000, description="held-out drives; never the same sequences")
-    clips_per_sequence: int = Field(2, ge=1, le=10_000, description="clips taken of each drive")
-    questions_per_clip: int = Field(2, ge=1, le=50, description="the first questions of the list")
-    max_new_tokens: int = Field(16, ge=1, le=4096, description="longest answer, in tokens")
-    modes: list[Mode] = Field(["free_running", "teacher_forced"], min_length=1, description="whose tokens stand before each state")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32", description="dtype of the stored states")
-    batch_size: int = Field(8, ge=1, le=1024, description="samples generated at a time")
+    test_data: list[str] = Field(
+        ["simulated", "davis_road"], min_length=1, description="held-out sets: simulated, davis_road (the shipped recording), or folders"
+    )
+    n_train_sequences: int = Field(6, ge=0, le=100_000, description="drives to train adapters on; 0 extracts held-out sets alone")
+    n_test_sequences: int = Field(4, ge=1, le=100_000, description="held-out drives; never the same sequences")
+    questions_per_sequence: int = Field(4, ge=1, le=50, description="questions a sequence is asked, each on one of its clips in turn")
+    max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer, in tokens")
+    train_modes: list[Mode] = Field(["teacher_forced"], min_length=1, description="kinds of pairs for training")
+    test_modes: list[Mode] = Field(["teacher_forced", "free_running"], min_length=1, description="kinds of pairs of the held-out sets")
+    dtype: Literal["fp32", "fp16", "bf16", "int8"] = Field("fp16", description="how the states are stored")
+    batch_size: int = Field(32, ge=1, le=1024, description="samples answered at a time")
+    workers: int = Field(2, ge=1, le=256, description="processes that simulate drives")
 
 
 class TrainParameters(NotebookParameters):
     """02: training of the adapters."""
 
     notebook = "02_train"
-    levels: list[Level] = Field(["L1", "L4"], min_length=1, description="levels to train")
+    levels: list[Level] = Field(["L1", "L4", "L5F", "B1"], min_length=1, description="levels to train")
+    data: str = Field("simulated", min_length=1, description="the training set that notebook 01 extracted")
     mode: Mode = Field("teacher_forced", description="which pairs to train on")
-    profile: Literal["smoke", "demo", "reference", "converged"] = Field("smoke", description="the trainer's profile")
-    epochs: int = Field(3, ge=1, le=10_000, description="longest training, in epochs")
+    profile: Literal["reference", "converged", "tokens", "rollout"] = Field("tokens", description="recipe (docs/adapters.md, section 5)")
+    epochs: int = Field(8, ge=1, le=10_000, description="longest training, in epochs")
     batch_size: int = Field(16, ge=1, le=65_536, description="answers a step")
-    learning_rate: float = Field(1e-3, gt=0, lt=1, description="AdamW's peak rate")
+    learning_rate: float = Field(2e-3, gt=0, lt=1, description="AdamW's peak rate; lower it for wide models")
 
 
 class HiddenParameters(NotebookParameters):
     """03: acceptance of hidden states."""
 
     notebook = "03_hidden"
-    levels: list[Level] = Field(["L1", "L4"], min_length=1, description="trained levels to evaluate")
-    test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets that notebook 01 extracted")
+    levels: list[Level] = Field(["L1", "L4", "L5F", "B1"], min_length=1, description="trained levels to evaluate")
+    test_data: list[str] = Field(["simulated", "davis_road"], min_length=1, description="held-out sets that notebook 01 extracted")
     mode: Mode = Field("teacher_forced", description="which held-out pairs to evaluate on")
-    thresholds: list[float] = Field([0.8, 0.85, 0.9, 0.95], min_length=1, description="cosine thresholds τ")
+    threshold: float = Field(0.9, gt=-1, lt=1, description="cosine threshold τ of the headline and of the curves")
+    thresholds: list[float] = Field([0.8, 0.85, 0.9, 0.95], min_length=1, description="all cosine thresholds that are counted")
+    gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
     max_positions: int = Field(20, ge=1, le=4096, description="positions shown by the per-position curve")
-    batch_size: int = Field(16, ge=1, le=65_536, description="answers at a time")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
+    batch_size: int = Field(64, ge=1, le=65_536, description="answers at a time")
 
 
 class TokenParameters(NotebookParameters):
     """04: acceptance of tokens, floors, reliability."""
 
     notebook = "04_tokens"
-    levels: list[Level] = Field(["L1", "L4"], min_length=1, description="trained levels to evaluate")
-    test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets that notebook 01 extracted")
+    levels: list[Level] = Field(["L1", "L4", "L5F", "B1"], min_length=1, description="trained levels to evaluate")
+    data: str = Field("simulated", min_length=1, description="the training set, whose answers make the floors")
+    test_data: list[str] = Field(["simulated", "davis_road"], min_length=1, description="held-out sets that notebook 01 extracted")
     mode: Mode = Field("teacher_forced", description="which held-out pairs to evaluate on")
-    top_k: int = Field(5, ge=1, le=1000, description="how many of the head's best tokens count as top-k")
+    gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
+    top_k: int = Field(5, ge=1, le=254, description="how many of the head's best tokens count as top-k")
     threshold: float = Field(0.9, gt=-1, lt=1, description="cosine threshold τ compared with the token truth")
     max_positions: int = Field(20, ge=1, le=4096, description="positions shown by the per-position curve")
     resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
-    batch_size: int = Field(16, ge=1, le=65_536, description="answers at a time")
+    batch_size: int = Field(64, ge=1, le=65_536, description="answers at a time")
 
 
 class LiveParameters(NotebookParameters):
@@ -135,16 +144,21 @@ class LiveParameters(NotebookParameters):
 
     notebook = "05_live"
     pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
-    data: str = Field("simulated", min_length=1, description="simulated, davis_road (the shipped recording), or a dataset folder")
+    data: str = Field("simulated", min_length=1, description="the training set, whose answers fill the 4-gram table")
+    test_data: list[str] = Field(["simulated", "davis_road"], min_length=1, description="held-out sets that notebook 01 extracted")
     arms: list[str] = Field(
-        ["ar", "hf_generate", "hf_prompt_lookup", "L4"],
+        ["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L4", "L1+L5F", "B1"],
         min_length=1,
-        description="arms measured in one interleaved run; ar is the project's own loop",
+        description="arms measured in one interleaved run; ar is the project's own loop, L1+L5F drafts with L1 behind the prefill",
     )
-    n_samples: int = Field(2, ge=1, le=100_000, description="held-out samples each arm answers")
+    check_arms: list[str] = Field(["L4"], min_length=1, description="arms whose ids are compared on every held-out sample")
+    n_samples: int = Field(2, ge=1, le=100_000, description="samples of each held-out set that are put on the clock")
     gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
-    max_new_tokens: int = Field(16, ge=1, le=4096, description="longest answer, in tokens")
+    max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer, in tokens")
     repeats: int = Field(1, ge=1, le=100, description="how often each sample is timed")
+    threads: int = Field(1, ge=1, le=1024, description="cores for each model; drafter and verifier run at the same time")
+    workers: int = Field(1, ge=1, le=256, description="processes that share the check of all held-out samples")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
 
 
 class CompareParameters(NotebookParameters):
