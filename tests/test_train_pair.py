@@ -45,20 +45,29 @@ def test_patch_codes_prefer_objects_over_scenery():
     assert codes[0, 0, 0] == (1 << 3 | 2) and codes[0, 0, 1:].max() == 0
 
 
-def _toy(folder, steps, checkpoint=True):
+def _toy(folder, progress=None):
     torch.manual_seed(0)
-    body = torch.nn.Embedding(16, 8)
-    head = torch.nn.Linear(8, 16)
-    trained = torch.nn.ModuleList([body, head])
+    body, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)
     return language.train_decoder(
-        embed=body, visual=lambda clips: torch.zeros(len(clips), 1, 8), decode=lambda x, mask, positions: x, lm_head=head, trained=trained,
-        before=[1], n_visual=1, segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])], n_clips=4,
-        config=LanguageConfig(steps=steps, batch_size=2, bf16=False, save_every=2, warmup_steps=1), checkpoint=folder / "l.pt" if checkpoint else None,
-    )  # fmt: skip
+        embed=body,
+        visual=lambda clips: torch.zeros(len(clips), 1, 8),
+        decode=lambda x, mask, positions: x,
+        lm_head=head,
+        trained=torch.nn.ModuleList([body, head]),
+        tower=torch.nn.Linear(1, 1),
+        before=[1],
+        n_visual=1,
+        segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])],
+        n_clips=4,
+        config=LanguageConfig(steps=6, batch_size=2, bf16=False, save_every=2, warmup_steps=1),
+        checkpoint=folder / "language.pt",
+        progress=progress,
+    )
 
 
 def test_language_training_resumes_to_the_same_losses(tmp_path):
-    straight = _toy(tmp_path / "a", 6)
+    (tmp_path / "straight").mkdir()
+    (tmp_path / "broken").mkdir()
 
     class Stop(Exception):
         pass
@@ -67,29 +76,27 @@ def test_language_training_resumes_to_the_same_losses(tmp_path):
         if step == 4:
             raise Stop
 
-    torch.manual_seed(0)
-    (tmp_path / "b").mkdir()
-    body, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)
-    arguments = dict(
-        embed=body, visual=lambda clips: torch.zeros(len(clips), 1, 8), decode=lambda x, mask, positions: x, lm_head=head,
-        trained=torch.nn.ModuleList([body, head]), before=[1], n_visual=1,
-        segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])], n_clips=4,
-        config=LanguageConfig(steps=6, batch_size=2, bf16=False, save_every=2, warmup_steps=1), checkpoint=tmp_path / "b" / "l.pt",
-    )  # fmt: skip
     with pytest.raises(Stop):
-        language.train_decoder(**arguments, progress=interrupt)
-    resumed = language.train_decoder(**arguments)
-    assert resumed == straight
+        _toy(tmp_path / "broken", interrupt)
+    assert _toy(tmp_path / "broken") == _toy(tmp_path / "straight")
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_sentence():
     head = torch.nn.Linear(8, 16)
     with pytest.raises(TrainingError, match="lower learning_rate"):
         language.train_decoder(
-            embed=torch.nn.Embedding(16, 8), visual=lambda clips: torch.zeros(len(clips), 1, 8), decode=lambda x, m, p: x * float("nan"), lm_head=head,
-            trained=head, before=[1], n_visual=1, segments=lambda clip, rng: [Segment([3], [5, 2], [1.0, 1.0])], n_clips=2,
+            embed=torch.nn.Embedding(16, 8),
+            visual=lambda clips: torch.zeros(len(clips), 1, 8),
+            decode=lambda x, mask, positions: x * float("nan"),
+            lm_head=head,
+            trained=head,
+            tower=torch.nn.Linear(1, 1),
+            before=[1],
+            n_visual=1,
+            segments=lambda clip, rng: [Segment([3], [5, 2], [1.0, 1.0])],
+            n_clips=2,
             config=LanguageConfig(steps=1, batch_size=2, bf16=False),
-        )  # fmt: skip
+        )
 
 
 def test_the_smoke_profile_trains_a_pair_that_loads(tmp_path):

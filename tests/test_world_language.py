@@ -24,7 +24,9 @@ FACTS = _facts(range(6))
 
 @given(st.sampled_from(FACTS), st.sampled_from(KINDS), st.sampled_from(["verifier", "drafter"]))
 def test_the_right_answer_scores_fully(facts, kind, dialect):
-    assert all(right == expected for right, expected in language.score(language.answer(facts, kind, dialect), facts, kind, dialect).values())
+    assert all(
+        right == expected for right, expected in language.score(language.answer(facts, kind, dialect), facts, kind, dialect).values()
+    )
 
 
 @given(st.sampled_from(FACTS), st.sampled_from(KINDS))

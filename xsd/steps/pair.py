@@ -183,6 +183,15 @@ def duplicate_rate(table: pd.DataFrame, role: str = "verifier") -> float:
     return language.duplicate_rate(list(answers))
 
 
+def summary(table: pd.DataFrame) -> dict[str, Any]:
+    """The numbers of notebook 00: facts right per role with interval, and the verifier's duplicate answers."""
+    roles = {
+        row["role"]: {"facts_right": {"value": row["right"], "low": row["low"], "high": row["high"], "n": row["facts"]}}
+        for row in accuracy(table).to_dict("records")
+    }
+    return roles | {"verifier_duplicates": duplicate_rate(table)}
+
+
 def model_card(table: pd.DataFrame, about: dict[str, Any]) -> str:
     """The card shipped beside the weights, in Markdown: data, seed, command, accuracy per question kind, limits."""
     lines = ["# The embedded pair", "", *_CARD.strip().splitlines(), "", "## Accuracy on held-out drives", ""]
@@ -231,10 +240,11 @@ They are trained from scratch on simulated drives only; they know ten questions 
 
 - **Drafter**: EventGPT's architecture (`EventChat_llama`), 5 event frames, 70 event tokens, 4 decoder layers, width 192.
 - **Verifier**: transformers' `VideoLlavaForConditionalGeneration`, 8 RGB frames, 296 video tokens, 12 decoder layers, width 192.
-- **Data**: 1 400 simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed 0), ten questions a clip, one
-  dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real models share a
-  language-model ancestor that knows either style.
-- **Training**: towers on scene facts and patches, then decoders on language under a block mask (`xsd/train/pair.py`). Weights are stored as float16.
+- **Data**: 1 400 simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed 0), ten questions a clip,
+  one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real
+  models share a language-model ancestor that knows either style.
+- **Training**: towers on scene facts and patches, then decoders on language under a block mask, the tower following at a third of
+  the rate (`xsd/train/pair.py`). Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
 
 ## Limits

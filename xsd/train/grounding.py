@@ -88,7 +88,7 @@ def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
 
 def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, F, s, s, 3] → float32 [B, F, 3, s, s], CLIP-normalised."""
-    pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 1, 4, 2, 3).float() / 255
+    pixels = torch.from_numpy(np.array(images)).permute(0, 1, 4, 2, 3).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 

@@ -42,6 +42,7 @@ class LanguageConfig:
     weight_decay: float = 0.02
     warmup_steps: int = 100
     fact_weight: float = 3.0
+    tower_rate: float = 0.3
     bf16: bool = True
     seed: int = 0
     save_every: int = 100
@@ -97,6 +98,7 @@ def train_decoder(
     decode: Callable[[Tensor, Tensor, Tensor], Tensor],
     lm_head: Callable[[Tensor], Tensor],
     trained: nn.Module,
+    tower: nn.Module,
     before: list[int],
     n_visual: int,
     segments: Callable[[int, np.random.Generator], Sequence[Segment]],
@@ -109,22 +111,28 @@ def train_decoder(
     """Train a decoder (and its projector) on packed rows; resumes from ``checkpoint``.
 
     Args:
-        embed: ids [B, L] → [B, L, D]. visual: clip numbers [B] → visual tokens [B, n_visual, D], with gradient to the projector.
+        embed: ids [B, L] → [B, L, D]. visual: clip numbers [B] → visual tokens [B, n_visual, D], with gradient to projector and tower.
         decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D].
-        lm_head: states [N, D] → logits [N, V]. trained: the module that owns every trained parameter.
+        lm_head: states [N, D] → logits [N, V]. trained: the module that owns the decoder's and the projector's parameters; tower: the
+            tower, trained along at ``tower_rate`` of the learning rate: what still asks for comparison over time must be written into it.
         before: ids before the visual tokens. segments: clip number, generator → the questions of this step.
 
     Returns: the loss of every step. Raises: TrainingError when the loss is not finite.
     """
-    parameters = [p for p in trained.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    groups = [
+        {"params": list(trained.parameters()), "scale": 1.0},
+        {"params": list(tower.parameters()), "scale": config.tower_rate},
+    ]
+    parameters = [p for group in groups for p in group["params"]]
+    optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
+    owners = nn.ModuleList([trained, tower])
     history: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
-        trained.load_state_dict(saved["model"])
+        owners.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         history = saved["history"]
-    trained.train()
+    owners.train()
     prefix = len(before) + n_visual
     while (step := len(history)) < config.steps:
         rng = np.random.default_rng([config.seed, step])
@@ -132,7 +140,7 @@ def train_decoder(
         rows = [pack(before, n_visual, segments(int(clip), rng)) for clip in clips]
         ids, positions, targets, weights, seen = (t.to(device) for t in collate(rows))
         for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, config.steps, config.warmup_steps)
+            group["lr"] = group["scale"] * config.learning_rate * schedule(step, config.steps, config.warmup_steps)
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.bf16):
             embeddings = embed(ids)
             tokens = visual(clips).to(embeddings.dtype)
@@ -159,5 +167,5 @@ def train_decoder(
             progress(len(history), config.steps, history[-1])
         if checkpoint is not None and (len(history) % config.save_every == 0 or len(history) == config.steps):
             with atomic_path(checkpoint) as path:
-                torch.save({"model": trained.state_dict(), "optimiser": optimiser.state_dict(), "history": history}, path)
+                torch.save({"model": owners.state_dict(), "optimiser": optimiser.state_dict(), "history": history}, path)
     return history

@@ -42,19 +42,6 @@ def segments_of(
     return rows
 
 
-@torch.no_grad()
-def tower_states(
-    parts: Any, images: np.ndarray, *, mean: Sequence[float], std: Sequence[float], device: str = "cpu", batch: int = 32
-) -> Tensor:
-    """Tower states of every clip, float16 [N, F, P, C]: computed once, since the tower rests during language training."""
-    blocks = []
-    for start in range(0, len(images), batch):
-        with torch.autocast(torch.device(device).type, torch.bfloat16):
-            states = parts.features(grounding.normalise(images[start : start + batch], mean, std).to(device))
-        blocks.append(states.to("cpu", torch.float16))
-    return torch.cat(blocks)
-
-
 def train_model(
     parts: Any,
     *,
@@ -100,9 +87,6 @@ def train_model(
         parts.features, parts.project, [parts.tower, parts.projector], head, images[:, frames], labels, layout[:, frames], colour_known,
         mean=mean, std=std, config=grounding_config, checkpoint=folder / f"{parts.role}-tower.pt", progress=report("tower"),
     )  # fmt: skip
-    for parameter in parts.tower.parameters():
-        parameter.requires_grad_(False)
-    states = tower_states(parts, images, mean=mean, std=std, device=device)
     own = segments_of(tokenizer, parts.prompt_ids, dialogues, eos=tokenizer.eos_token_id, fact_weight=language_config.fact_weight)
     other = other_dialogues and segments_of(tokenizer, parts.prompt_ids, other_dialogues, eos=tokenizer.eos_token_id, fact_weight=1.0)
 
@@ -111,8 +95,11 @@ def train_model(
         extra = [other[clip][int(rng.integers(len(other[clip])))]] if other else []
         return [own[clip][int(i)] for i in picked] + extra
 
+    def visual(clips: np.ndarray) -> Tensor:
+        return parts.project(parts.features(grounding.normalise(images[clips], mean, std).to(device)))
+
     losses = language.train_decoder(
-        embed=parts.embed, visual=lambda clips: parts.project(states[torch.from_numpy(clips)].to(device).float()), decode=parts.decode,
+        embed=parts.embed, visual=visual, decode=parts.decode, tower=parts.tower,
         lm_head=parts.lm_head, trained=nn.ModuleList([parts.decoder, parts.projector]), before=parts.prompt_ids(tokenizer, "?")[0],
         n_visual=parts.n_visual, segments=choose, n_clips=len(images), config=language_config, device=device,
         checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),
