@@ -220,6 +220,10 @@ class HiddenStateMetrics:
         self._clusters += other._clusters
         return self
 
+    def values(self) -> np.ndarray:
+        """Every cosine, float32 [tokens], in the order of the updates."""
+        return np.concatenate([np.empty(0, np.float32), *self._cosines])
+
     def table(self) -> pd.DataFrame:
         """One row a sample in the order of the updates: cluster, length, cos_sum, accepted@τ, consecutive@τ (pairs arms sample by
         sample)."""

@@ -3,10 +3,13 @@
 ::
 
     <run_dir>/
+      data/simulated/<split>/           the drives simulated for it (01)
       shards/<split>_<data>/<mode>/     paired states (01)              split train | test; data simulated | davis_road | a folder's name
+      shards/pair.json                  the pair's token texts and prompt ids (01), so that later steps need not load it
       adapters/<level>/                 best.safetensors, history (02)
-      tokens.parquet                    the token table, column ``data`` besides those of xsd/views/frames.py (03 writes cosines,
-      04 the rest) live.json                         one sample's generations by arm, with token texts (05)
+      tokens.parquet                    the token table, column ``data`` besides those of xsd/views/frames.py (04)
+      tables/                           every metric as CSV (03)
+      live.json                         one sample's generations by arm, with token texts (05)
       records.jsonl                     every live measurement (05)
       results/<name>.json               numbers, a file a notebook: extract, train, hidden, tokens, live, compare
 """

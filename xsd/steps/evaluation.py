@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pandas as pd
 from torch import Tensor
 
@@ -76,6 +77,21 @@ def interval(value: Interval) -> dict[str, Any]:
     return dataclasses.asdict(value)
 
 
+def with_intervals(frame: pd.DataFrame, percent: Sequence[str] = ()) -> pd.DataFrame:
+    """For reading: columns ``x``, ``x low``, ``x high`` become one text, ``0.61 [0.58, 0.64]``; those in ``percent`` as shares."""
+    out = frame.copy()
+    for name in [column for column in frame.columns if f"{column} low" in frame.columns]:
+        scale, digits, unit = (100, 1, " %") if name in percent else (1, 2, "")
+        lines = frame[[name, f"{name} low", f"{name} high"]].astype(float).itertuples(index=False, name=None)
+        out[name] = [
+            "–" if np.isnan(value) else f"{value * scale:.{digits}f}{unit}"
+            + ("" if np.isnan(low) else f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]")
+            for value, low, high in lines
+        ]  # fmt: skip
+        out = out.drop(columns=[f"{name} low", f"{name} high"])
+    return out
+
+
 @dataclasses.dataclass(frozen=True)
 class Hidden:
     """What step 03 found. results: as written. evaluations: (data, level) → the metrics themselves."""
@@ -92,6 +108,17 @@ class Hidden:
                 line |= {name: found[name]["value"], f"{name} low": found[name]["low"], f"{name} high": found[name]["high"]}
             rows.append({**line, "unbroken": found["consecutive"]["value"], "tokens": found["cosine"]["n"]})
         return pd.DataFrame(rows)
+
+    def cosine_histogram(self, data: str, bins: int = 40) -> pd.DataFrame:
+        """Share of tokens in each cosine bin, as ``views.figures.cosine_histogram`` reads it."""
+        chosen = {level: found.hidden.values() for (name, level), found in self.evaluations.items() if name == data}
+        low = min(0.9, np.floor(10 * min(values.min() for values in chosen.values())) / 10)
+        edges, pieces = np.linspace(low, 1.0, bins + 1), []
+        for level, values in chosen.items():
+            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+            share = counts / len(values)
+            pieces.append(pd.DataFrame({"level": level, "cosine_low": edges[:-1], "cosine_high": edges[1:], "n": counts, "share": share}))
+        return pd.concat(pieces, ignore_index=True)
 
     def by_position(self, data: str, threshold: float, max_positions: int, resamples: int) -> pd.DataFrame:
         """``cosine > τ`` at each position of each level, as ``views.figures.acceptance_by_position`` reads it."""

@@ -95,13 +95,15 @@ def ensure(run_dir: str, seed: int, levels: Sequence[str], *, data: str = "simul
         run(parameters.TrainParameters.checked({"run_dir": run_dir, "seed": seed, "levels": list(levels), "data": data}))
 
 
-def history(run_dir: str | os.PathLike[str], levels: Sequence[str], value: str = "total") -> pd.DataFrame:
-    """Loss over epochs as ``views.figures.training_curves`` reads it: level, epoch, split, loss (``value`` names the term)."""
+def history(run_dir: str | os.PathLike[str], levels: Sequence[str]) -> pd.DataFrame:
+    """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, token_acceptance and cosine (validation)."""
     rows = []
     for level in levels:
         for row in json.loads((adapter_folder(run_dir, level) / "history.json").read_text(encoding="utf-8")):
-            for split in ("train", "validation"):
-                rows.append({"level": level, "epoch": row["epoch"], "split": split, "loss": row[f"{split}_{value}"]})
+            line = {"level": level, "epoch": row["epoch"]}
+            measured = {"token_acceptance": row.get("token_acceptance"), "cosine": row["cosine_similarity"]}
+            rows.append({**line, "split": "train", "loss": row["train_total"]})
+            rows.append({**line, "split": "validation", "loss": row["validation_total"], **measured})
     return pd.DataFrame(rows)
 
 
