@@ -70,7 +70,7 @@ def build(
         run = {
             "ar": lambda sample, n: autoregressive.generate(verifier, sample, n),
             "hf_generate": lambda sample, n: hf_generate(verifier, sample, n),
-            "hf_prompt_lookup": lambda sample, n: hf_generate(verifier, sample, n, prompt_lookup_num_tokens=gamma),
+            "hf_prompt_lookup": lambda sample, n: hf_prompt_lookup(verifier, sample, n, gamma),
         }[name]
         return Arm(label or name, run, verifier, baseline=True, info={"kind": name})
     first, main = _proposers(name, pair, adapters, ngram)
@@ -194,3 +194,15 @@ def hf_generate(handle: ModelHandle, sample: Sample, max_new_tokens: int, **opti
     end = next((i + 1 for i, token in enumerate(ids) if token in handle.eos_token_ids), len(ids))
     finish = "eos" if ids[end - 1] in handle.eos_token_ids else "length"
     return Generation(tuple(ids[:end]), finish, (), (), (first.at or start) - start, total_s)
+
+
+def hf_prompt_lookup(handle: ModelHandle, sample: Sample, max_new_tokens: int, n_drafts: int) -> Generation:
+    """transformers' prompt lookup with at most ``n_drafts`` candidates a round.
+
+    Its candidates are copied from the prompt, which holds a placeholder for every visual token; a placeholder outside the prompt makes the
+    model's forward fail, so they are suppressed (candidates then end before them; an answer never holds one).
+    """
+    config = handle.model.config
+    ids = [getattr(config, f"{kind}_token_{word}", None) for kind in ("image", "video") for word in ("id", "index")]
+    placeholders = sorted({token for token in ids if token is not None})
+    return hf_generate(handle, sample, max_new_tokens, prompt_lookup_num_tokens=n_drafts, suppress_tokens=placeholders)

@@ -26,8 +26,15 @@ DEMO: dict[str, dict[str, Any]] = {
     "02_train": {"levels": LEVELS, "profile": "tokens", "epochs": 16},
     "03_hidden": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "04_tokens": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
-    "05_live": {"arms": ["ar", "hf_generate", "hf_prompt_lookup", "L4", "L5F"], "n_samples": 10, "max_new_tokens": 48},
-    "06_compare": {},
+    "05_live": {
+        "arms": ["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L4", "L4@3", "L1+L5F", "B1"],
+        "test_data": TEST_DATA,
+        "check_arms": ["L4"],
+        "n_samples": 8,
+        "workers": 2,
+        "resamples": 1000,
+    },
+    "06_compare": {"resamples": 1000},
 }
 PROFILES = {"smoke": SMOKE, "demo": DEMO}
 """What each notebook is given besides ``run_dir`` and ``seed``; the smoke profile is the notebooks' defaults."""
