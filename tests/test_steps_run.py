@@ -10,6 +10,7 @@ from tiny_pair import make_tiny_pair
 
 from xsd.core import ParameterError
 from xsd.metrics.acceptance import rounds_from_lists
+from xsd.models import loading
 from xsd.runs import demo_page, folder, parameters
 from xsd.steps import acceptance, drafts, evaluation, extraction, training, words
 from xsd.train import rollout
@@ -156,3 +157,13 @@ def test_intervals_are_written_beside_their_value():
     frame = pd.DataFrame({"a": [0.5, 0.25], "a low": [0.4, np.nan], "a high": [0.6, np.nan], "n": [3, 4]})
     assert evaluation.with_intervals(frame, percent=("a",))["a"].tolist() == ["50.0 % [40.0, 60.0]", "25.0 %"]
     assert evaluation.with_intervals(frame)["a"].tolist() == ["0.50 [0.40, 0.60]", "0.25"]
+
+
+def test_a_late_notebook_makes_what_an_empty_run_lacks(tmp_path, monkeypatch):
+    monkeypatch.setattr(loading, "EMBEDDED", make_tiny_pair(tmp_path / "pair", seed=4))
+    run = str(tmp_path / "empty")
+    given = {"run_dir": run, "levels": ["L1"], "test_data": ["davis_road"], "resamples": 50}
+    found = acceptance.tokens(parameters.TokenParameters.checked(given))
+    assert list(found.results["test"]) == ["davis_road"] and set(folder.load_results(run)) == {"extract", "train", "tokens"}
+    with pytest.raises(ParameterError, match=r"no teacher_forced pairs of test simulated"):
+        evaluation.hidden(parameters.HiddenParameters.checked({"run_dir": run, "levels": ["L1"], "test_data": ["simulated"]}))
