@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from xsd.adapters import registry
 from xsd.bench import run as bench
 from xsd.core import MetricError, ParameterError, provenance
 from xsd.metrics import statistics
@@ -149,7 +148,7 @@ def kind_of(level: str) -> str:
     """ceiling (reads the verifier's own states alone), drafter or adapter."""
     if level == acceptance.DRAFTER:
         return "drafter"
-    return "ceiling" if level in registry.LEVELS and registry.LEVELS[level].reads == "verifier" else "adapter"
+    return "ceiling" if level == "B1" else "adapter"
 
 
 def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resamples: int, seed: int) -> pd.DataFrame:
@@ -165,7 +164,7 @@ def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resampl
     base = next(iter(called)) if not baseline else baseline if baseline in called else by_place.get(folder.resolve(baseline), "")
     if not base:
         raise ParameterError(f"the baseline {baseline!r} is not among the runs {', '.join(called)}")
-    tables = {name: per_sample(run, metric).set_index(["data", "level", "sample"]) for name, run in called.items()}
+    tables = {name: per_sample(run, metric).set_index(["data", "level", "sample"]).sort_index() for name, run in called.items()}
     rows = []
     for name, own in tables.items():
         for which, level in own.index.droplevel("sample").unique():
@@ -178,7 +177,8 @@ def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resampl
             same_thing = other == (name, which, level)
             if same_thing or other[1:] not in tables[other[0]].index.droplevel("sample"):
                 continue
-            pair = own.loc[(which, level)].join(tables[other[0]].loc[other[1:]], rsuffix="_other", how="inner")
+            theirs = tables[other[0]].loc[other[1:], ["above", "below"]].add_suffix("_other")
+            pair = own.loc[(which, level)].join(theirs, how="inner")
             line = {"run": name, "data": which, "level": level, "against": against, "n_samples": len(pair)}
             rows.append(line | _difference(pair, resamples, seed))
     return pd.DataFrame(rows, columns=["run", "data", "level", "against", "value", "low", "high", "n_samples", "clear"])

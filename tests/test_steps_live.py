@@ -1,0 +1,224 @@
+"""Live decoding, the check of every held-out answer, comparison and explorer, on a run of a random-weight pair of the real classes."""
+
+import json
+
+import pandas as pd
+import pytest
+from tiny_pair import make_tiny_pair
+
+from xsd.core import ParameterError
+from xsd.runs import demo_page, folder, parameters
+from xsd.steps import acceptance, compare, costs, explore, extraction, held_out, live, lossless, training
+from xsd.views import cost_figures, figures, timeline, tokens
+
+LEVELS = ["L1", "L4", "L5F", "B1"]
+# Random weights may say <video> in an answer, which transformers' prompt lookup cannot: it is tested in test_bench_live.
+ARMS = ["ar", "ar_all_cores", "hf_generate", "drafter", "ngram", "L4", "L4@2", "L1+L5F", "B1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    place = tmp_path_factory.mktemp("live")
+    pair = make_tiny_pair(place / "pair", seed=4)
+    run = str(place / "run")
+    sizes = {"n_train_sequences": 3, "n_test_sequences": 2, "questions_per_sequence": 6, "max_new_tokens": 12, "workers": 1}
+    extraction.run(parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), **sizes}))
+    training.run(parameters.TrainParameters.checked({"run_dir": run, "levels": LEVELS, "epochs": 1}))
+    acceptance.tokens(parameters.TokenParameters.checked({"run_dir": run, "levels": LEVELS, "resamples": 50}))
+    return place
+
+
+def given(place, **values):
+    sizes = {"arms": ARMS, "check_arms": ["L4", "B1"], "max_new_tokens": 12, "gamma": 3, "resamples": 50}
+    return parameters.LiveParameters.checked({"run_dir": str(place / "run"), "pair": str(place / "pair"), **sizes, **values})
+
+
+@pytest.fixture(scope="module")
+def bench(place):
+    return live.open_bench(given(place))
+
+
+@pytest.fixture(scope="module")
+def records(bench):
+    return live.measure(bench)
+
+
+def test_every_arm_answers_the_same_samples_with_the_verifiers_ids(bench, records):
+    assert len(records) == len(ARMS) * 4 and all(record["identical_to_ar"] for record in records)
+    assert {record["data"] for record in records} == {"simulated", "davis_road"}
+    assert live.measure(bench) == records  # found again
+    found = live.summary(records, 50, 0)
+    for one in found.values():
+        base = one["arms"][one["baseline"]]
+        assert base["baseline"] and base["speedup"]["value"] == 1
+        assert all(row["speedup"]["value"] <= 1 for row in one["arms"].values() if row["baseline"])  # the fastest of them
+        assert not one["arms"][one["best_arm"]]["baseline"] and len(live.table(one)) == len(ARMS)
+    assert found["simulated"]["arms"]["L4@2"]["label"] == "L4, 2 drafts a round"
+    assert found["simulated"]["arms"]["L4@2"]["accepted_length_drafted"] <= 2
+
+
+def test_the_recordings_clips_are_its_clusters(bench):
+    assert {one.cluster.count("/") for one in bench.samples["davis_road"]} == {1}
+    assert {one.cluster for one in bench.samples["simulated"]} == {one.sequence for one in bench.samples["simulated"]}
+
+
+def test_samples_on_the_clock_come_from_as_many_clusters_as_there_are(bench):
+    for some in bench.samples.values():
+        clusters = {one.cluster for one in some}
+        picked = held_out.chosen(some, len(clusters), seed=3)
+        assert {one.cluster for one in picked} == clusters
+        assert held_out.chosen(some, len(clusters), seed=3) == picked
+        assert len(held_out.chosen(some, 10_000, seed=0)) == len(some)
+
+
+def test_a_sample_is_the_one_that_was_extracted(bench):
+    one = bench.samples["davis_road"][0]
+    sample = one.load()
+    assert (sample.key, sample.question) == (one.key, one.question) and len(sample.event_frames) == 5 and sample.video.shape[0] == 8
+    whole = [one for some in bench.samples.values() for one in some if one.reference is not None]
+    assert all(len(one.reference) == 12 or one.reference[-1] == 2 for one in whole)
+
+
+def test_every_held_out_answer_is_checked_at_every_limit(bench):
+    rows = lossless.check(bench)
+    counted = lossless.counts(rows)
+    n = sum(map(len, bench.samples.values()))
+    assert counted["n_answers"] == 2 * (n + 4 * len(lossless.LIMITS)) == counted["n_identical"]
+    assert counted["n_divergences"] == 0 and set(rows["limit"]) == {1, 2, 7, 12}
+    assert (rows.loc[rows["limit"] == 1, "n_tokens"] == 1).all()
+    assert sum(one["n_samples"] for one in counted["data"].values()) == n
+
+
+def test_two_processes_check_what_one_does(place, bench):
+    alone = lossless.check(bench)
+    shared = lossless.check(live.open_bench(given(place, workers=2)))
+    pd.testing.assert_frame_equal(alone, shared)
+
+
+def test_a_wrong_answer_is_counted_as_one(bench, monkeypatch):
+    def broken(bench_, names, pair=None):
+        made = build(bench_, names, pair=pair)
+        return [type(arm)(arm.name, lambda s, n, arm=arm: changed(arm.run(s, n)), arm.verifier) for arm in made]
+
+    def changed(generation):
+        import dataclasses
+
+        return dataclasses.replace(generation, ids=(*generation.ids[:-1], (generation.ids[-1] + 7) % 300))
+
+    build = live.build
+    monkeypatch.setattr(live, "build", broken)
+    counted = lossless.counts(lossless.check(bench))
+    assert counted["n_identical"] == 0 and counted["n_divergences"] == counted["n_answers"]
+
+
+def test_costs_predictions_and_pictures(bench, records):
+    parts = costs.measure(bench, repeats=1)
+    table = costs.table(parts)
+    assert {"verify 1", "drafter_step", "adapter L4"} <= set(table["what"]) and (table["ms"] > 0).all()
+    predicted = costs.predictions(bench, [r for r in records if r["data"] == "simulated"], parts)
+    assert set(predicted["arm"]) == {"drafter tokens", "4-gram table", "L4", "L4, 2 drafts a round", "B1"}
+    shares = predicted[["prefill", "draft", "verify"]].sum(axis=1)
+    assert ((shares - 1).abs() < 1e-9).all()
+    curve = cost_figures.verification_curve(costs.curve_table(parts))
+    assert [trace.name for trace in curve.data[1:]] == ["one pass over K rows", "K single steps"]
+    assert len(cost_figures.predicted_and_measured(predicted).data) == 4
+
+
+def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, place):
+    found = live.summary(records, 50, 0)
+    generations, said, one = live.show_one(bench, found["simulated"]["best_arm"])
+    assert len({g.ids for g in generations.values()}) == 1 and list(generations)[-1] == "own greedy loop"
+    timeline.scrubber(generations, lambda ids: "".join(map(said, ids)))
+    tokens.rounds(next(iter(generations.values())), said)
+    counted = {"n_answers": 30, "n_identical": 30, "data": {}}
+    parts = costs.measure(bench, repeats=1)
+    live.save(bench, found, counted, costs.table(parts), costs.predictions(bench, [], parts), hidden_share=0.5)
+    results = folder.load_results(place / "run")
+    assert "{live/n_identical} of {live/n_samples}" in demo_page.lead(results) and results["live"]["sentence"].startswith(
+        "the fastest arm that drafts"
+    )
+    page = demo_page._live(place / "run", results)
+    assert page is not None and len(page.parts) >= 4
+    assert folder.load_live(place / "run")[2]["question"] == one.question
+    figures.speedup_bars(live.bars(found["simulated"]))
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "words"),
+    [(1.1, 1.3, "faster, and its interval lies above 1"), (0.7, 0.9, "slower"), (0.9, 1.2, "not told apart"), (None, None, "no interval")],
+)
+def test_the_sentence_says_which_way_it_went(low, high, words):
+    arm = {"label": "L4", "speedup": {"value": 1.0, "low": low, "high": high}, "slower_share": {"value": 0.5}}
+    one = {"best_arm": "L4", "baseline": "ar", "n_timed": 3, "arms": {"L4": arm, "ar": {**arm, "label": "own greedy loop"}}}
+    assert words in live.sentence(one) and "50% of its samples are slower" in live.sentence(one)
+
+
+def test_other_settings_put_the_old_records_aside(place, bench, records):
+    again = live.open_bench(given(place, arms=["ar", "L1"], n_samples=1))
+    assert len(live.measure(again)) == 4
+    assert (place / "run" / "records.before.jsonl").is_file()
+    live.measure(bench)
+
+
+def test_wrong_arms_levels_and_pairs_are_named(place, tmp_path):
+    with pytest.raises(ParameterError, match="none of the arms L4 is a baseline; add ar"):
+        live.open_bench(given(place, arms=["L4"]))
+    with pytest.raises(ParameterError, match="holds no adapter L2"):
+        live.open_bench(given(place, arms=["ar", "L2"]))
+    other = make_tiny_pair(tmp_path / "other", seed=5)
+    with pytest.raises(ParameterError, match="extracted with other weights"):
+        live.open_bench(given(place, pair=str(other)))
+
+
+# --- 06 and 07 ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("metric", compare.METRICS)
+def test_one_run_compares_its_levels(place, records, metric):
+    runs = [str(place / "run")]
+    table = compare.values(runs, metric, resamples=50, seed=0)
+    assert set(table["data"]) == {"simulated", "davis_road"}
+    best = table[table["best"]]
+    assert set(best["data"]) == {"simulated", "davis_road"} and "B1" not in (() if metric == "speedup" else set(best["level"]))
+    differing = compare.differences(runs, metric, resamples=50, seed=0)
+    assert set(differing["against"]) == {"ar" if metric == "speedup" else "drafter_tokens"}
+    values = table.set_index(["data", "level"])["value"]
+    for row in differing.to_dict("records"):
+        expected = values[row["data"], row["level"]] - values[row["data"], row["against"]]
+        assert row["value"] == pytest.approx(expected)
+    compare.picture(table, "simulated", metric)
+
+
+def test_two_runs_are_compared_level_by_level(place, tmp_path):
+    import shutil
+
+    other = tmp_path / "again"
+    shutil.copytree(place / "run", other)
+    runs = [str(place / "run"), str(other)]
+    differing = compare.differences(runs, "accepted_length", resamples=50, seed=0)
+    assert set(differing["run"]) == {"again"} and (differing["value"] == 0).all() and not differing["clear"].any()
+    assert set(differing["against"]) == {f"run {level}" for level in [*LEVELS, "drafter_tokens"]} and len(differing) == 10
+    assert list(compare.overview(runs)["run"]) == ["run", "again"]
+    assert set(compare.curves(runs)["level"]) == {f"{level} · {name}" for level in LEVELS for name in ("run", "again")}
+    with pytest.raises(ParameterError, match="given twice"):
+        compare.names([runs[0], runs[0]])
+    with pytest.raises(ParameterError, match="is not among the runs"):
+        compare.differences(runs, "cosine", baseline="elsewhere", resamples=50, seed=0)
+
+
+def test_comparison_is_written_as_plain_numbers(place):
+    checked = parameters.CompareParameters.checked({"run_dir": str(place / "run"), "runs": [str(place / "run")], "resamples": 50})
+    table = compare.values(checked.runs, checked.metric, resamples=50, seed=0)
+    compare.save(checked, table, compare.differences(checked.runs, checked.metric, resamples=50, seed=0))
+    text = (place / "run" / "results" / "compare.json").read_text()
+    assert "NaN" not in text and len(json.loads(text)["values"]) == len(table)
+
+
+def test_the_explorer_shows_tokens_and_pictures_of_a_run(place):
+    checked = parameters.ExploreParameters.checked({"run_dir": str(place / "run"), "runs": [str(place / "run")]})
+    found = explore.data(checked)
+    assert found.runs == ["run · simulated", "run · davis_road"]
+    explorer = explore.explorer(checked, found)
+    assert explorer.selection.levels == ("L1", "L4") and explorer.pictures.value.count("<img") == 13
+    explorer.run.value = "run · davis_road"
+    assert explorer.pictures.value.count("<img") == 13 and found.sample("nobody/knows/this") is None
