@@ -6,7 +6,8 @@ Results read here (``results/<name>.json`` of xsd/runs/folder.py; ``q`` stands f
 - train: levels/<level>/{parameters, seconds, epochs, validation_loss}
 - hidden: test/<data>/levels/<level>/{cosine q, accept q} and threshold
 - tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_length q, above_floor q}, test/<data>/best_floor
-- live: arms/<arm>/{label, kind, speedup q, accepted_length q, total_ms q}, n_samples, n_identical, sentence
+- live: test/<data>/arms/<arm>/{label, kind, speedup q, slower_share q, accepted_length q, total_ms q}, arms (of the first set), best_arm,
+  n_timed, n_samples, n_identical (answers checked), check/{n_answers, n_identical, n_near_ties, n_divergences}
 """
 
 from __future__ import annotations
@@ -183,24 +184,39 @@ def _strips(run_dir: str | Path) -> report.Section | None:
     return report.Section("Real samples, token by token", parts)
 
 
+_LIVE_COLUMNS = [
+    report.Column("speed-up", "speedup", ".2fx", interval=True),
+    report.Column("slower samples", "slower_share/value", ".0%"),
+    report.Column("milliseconds an answer", "total_ms", ".0f", interval=True),
+    report.Column("accepted a round", "accepted_length", ".2f", interval=True),
+]
+
+
 def _live(run_dir: str | Path, results: Mapping[str, Any]) -> report.Section | None:
     arms = results.get("live", {}).get("arms", {})
     if not arms:
         return None
-    table = pd.DataFrame([{"name": arm["label"], "kind": arm.get("kind", "measured"), **_q(arm["speedup"])} for arm in arms.values()])
-    columns = [
-        report.Column("speed-up", "speedup", ".2fx", interval=True),
-        report.Column("milliseconds an answer", "total_ms", ".0f", interval=True),
-        report.Column("accepted length", "accepted_length", ".2f", interval=True),
-    ]
+    timed = "n_timed" if "n_timed" in results["live"] else "n_samples"
     parts: list[Any] = [
         report.Text(
-            "All arms answer the same {live/n_samples} samples in one interleaved run. The speculative arms draft while the verifier reads "
-            "its video, then draft and verify in rounds; their output is compared with the verifier's own, token for token."
-        ),
-        report.Figure(figures.speedup_bars(table)),
-        report.Table([(arm["label"], f"live/arms/{name}") for name, arm in arms.items()], columns),
+            f"All arms answer the same {{live/{timed}}} samples of each held-out set in one interleaved run, each against the fastest "
+            "baseline of that set. The speculative arms draft while the verifier reads its video, then draft and verify in rounds."
+        )
     ]
+    sets = {data: (one["arms"], f"live/test/{data}") for data, one in results["live"].get("test", {}).items()} or {"": (arms, "live")}
+    for data, (rows, at) in sets.items():
+        table = pd.DataFrame([{"name": arm["label"], "kind": arm.get("kind", "measured"), **_q(arm["speedup"])} for arm in rows.values()])
+        caption = f"On {NAMES.get(data, data)}. Slower samples: the share on which the arm lost to the baseline." if data else ""
+        parts.append(report.Figure(figures.speedup_bars(table)))
+        parts.append(report.Table([(arm["label"], f"{at}/arms/{name}") for name, arm in rows.items()], _LIVE_COLUMNS, caption))
+    if "check" in results["live"]:
+        parts.append(
+            report.Text(
+                "Lossless, checked on every held-out sample and at short length limits too: {live/check/n_identical} of "
+                "{live/check/n_answers} answers are the verifier's own, token for token; {live/check/n_near_ties} near-ties, "
+                "{live/check/n_divergences} divergences."
+            )
+        )
     if (folder.resolve(run_dir) / "live.json").is_file():
         generations, texts, about = folder.load_live(run_dir)
 
