@@ -19,7 +19,8 @@ def test_help_and_import_load_nothing_heavy():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     done = subprocess.run([sys.executable, "-m", "xsd.cli", "--help"], capture_output=True, text=True, check=True)
-    assert all(verb in done.stdout for verb in ("run", "sweep", "report", "notebooks", "demo", "simulate", "doctor"))
+    verbs = ("run", "sweep", "report", "notebooks", "demo", "simulate", "doctor", "plan", "prepare-dsec", "import-traces")
+    assert all(verb in done.stdout for verb in verbs)
 
 
 @pytest.mark.parametrize(
@@ -62,8 +63,3 @@ def test_doctor_says_what_is_in_order_and_what_to_do(monkeypatch, capsys):
     assert "Python" in said and "GB free" in said and "torch" in said
     monkeypatch.setattr(doctor, "LEAST_GB", 10**9)
     assert doctor.disk(doctor.ROOT).state == "bad" and "free some space" in doctor.disk(doctor.ROOT).advice
-
-
-def test_doctor_reports_a_pair_that_does_not_load(tmp_path):
-    finding = doctor.pair(cli._loaded(str(tmp_path)))
-    assert finding.state == "bad" and str(finding).startswith("[bad ] the pair does not load: ")

@@ -118,20 +118,59 @@ def _doctor(arguments: argparse.Namespace) -> int:
     from xsd.runs import doctor
 
     findings = doctor.examine(pair=arguments.pair)
-    if arguments.pair:
-        findings.append(doctor.pair(_loaded(arguments.pair)))
     for finding in findings:
-        print(finding)
+        print(finding, flush=True)
+    if arguments.pair:
+        from xsd.steps import checkup
+
+        found = checkup.examine(arguments.pair, dtype=arguments.dtype, quant=arguments.quant, device=arguments.device)
+        for finding in found:
+            print(finding)
+        findings += found
     return 1 if any(finding.state == "bad" for finding in findings) else 0
 
 
-def _loaded(name: str) -> Callable[[], Any]:
-    def load() -> Any:
-        from xsd.models import loading
+def _plan(arguments: argparse.Namespace) -> int:
+    import shutil
 
-        return loading.load_pair(name)
+    from xsd.steps import plan, plan_table
 
-    return load
+    if arguments.measure:
+        machine = plan.measure_machine(arguments.measure)
+    elif arguments.machine in plan.MACHINES:
+        machine = plan.MACHINES[arguments.machine]
+    else:
+        raise ParameterError(f"there is no machine {arguments.machine!r}; choose one of {', '.join(plan.MACHINES)}, or --measure")
+    machine = plan.with_speed(machine, tflops=arguments.tflops, gb_s=arguments.gb_s, memory_gb=arguments.memory_gb)
+    request = plan_table.Request(
+        pair=arguments.pair, dtype=arguments.dtype, quant=arguments.quant, clips=arguments.clips, questions=arguments.questions,
+        new_tokens=arguments.max_new_tokens, batch=arguments.batch, stored=arguments.stored, modes=tuple(arguments.modes.split(",")),
+        levels=tuple(arguments.levels.split(",")), epochs=arguments.epochs,
+    )  # fmt: skip
+    print(plan_table.make(request, machine, disk_free=shutil.disk_usage(ROOT).free))
+    return 0
+
+
+def _prepare_dsec(arguments: argparse.Namespace) -> int:
+    from xsd.steps import raw_dsec
+
+    summary = raw_dsec.prepare(
+        arguments.source, arguments.root, split=arguments.split, clip_ms=arguments.clip_ms, hop_ms=arguments.hop_ms,
+        video_size=raw_dsec.size_of(arguments.video_size), canvas=arguments.canvas, rectify=arguments.rectify,
+    )  # fmt: skip
+    print(raw_dsec.sentence(summary, arguments.root))
+    return 0
+
+
+def _import_traces(arguments: argparse.Namespace) -> int:
+    from xsd.steps import traces
+
+    found = traces.run(
+        arguments.file, arguments.out or ROOT / "runs" / arguments.file.stem, gamma=arguments.gamma, gamma_prefill=arguments.gamma_prefill,
+        blocks=arguments.blocks, prices=arguments.prices,
+    )  # fmt: skip
+    print(traces.text(found))
+    return 0
 
 
 def parser() -> argparse.ArgumentParser:
@@ -185,7 +224,49 @@ def parser() -> argparse.ArgumentParser:
 
     doctor = verb("doctor", _doctor, "look at Python, packages, disk, GPU, browser, and optionally a pair")
     doctor.add_argument("--pair", default="", help="also load this pair: embedded, or a folder")
+    _number_format(doctor, "float32")
+    doctor.add_argument("--device", default="cpu", help="where to load it: cpu, cuda, cuda:1, …")
+
+    plan = verb("plan", _plan, "predict memory, disk and hours of extraction and training, before anything starts")
+    plan.add_argument("--pair", default="full", help="full (EventGPT-7B and Video-LLaVA-7B), embedded, or a pair folder")
+    _number_format(plan, "bfloat16")
+    plan.add_argument("--clips", type=int, default=5000)
+    plan.add_argument("--questions", type=int, default=10, help="asked of every clip")
+    plan.add_argument("--max-new-tokens", type=int, default=50)
+    plan.add_argument("--batch", type=int, default=10, help="answers at a time")
+    plan.add_argument("--stored", default="fp16", choices=("fp32", "bf16", "fp16", "int8"), help="how states are stored")
+    plan.add_argument("--modes", default="teacher_forced,free_running", help="kinds of pairs")
+    plan.add_argument("--levels", default="L1,L4,L5F,B1", help="adapters to train")
+    plan.add_argument("--epochs", type=int, default=50)
+    plan.add_argument("--machine", default="a100-80", help="data-sheet speeds: t4, l4, rtx3090, rtx4090, a100-40, a100-80, h100, h200")
+    plan.add_argument("--measure", metavar="DEVICE", nargs="?", const="cpu", help="time this machine instead (cpu or cuda), seconds")
+    plan.add_argument("--tflops", type=float, help="what the device reaches in half precision")
+    plan.add_argument("--gb-s", type=float, help="memory bandwidth it reaches")
+    plan.add_argument("--memory-gb", type=float, help="memory it has")
+
+    dsec = verb("prepare-dsec", _prepare_dsec, "cut raw DSEC sequences into a dataset folder; resumes after the last finished sequence")
+    dsec.add_argument("source", type=Path, help="folder of raw sequences, or one of them")
+    dsec.add_argument("root", type=Path, help="dataset folder to write or to continue")
+    dsec.add_argument("--split", choices=("train", "test"), default="train")
+    dsec.add_argument("--clip-ms", type=int, default=1000)
+    dsec.add_argument("--hop-ms", type=int, default=500, help="from one clip's start to the next one's")
+    dsec.add_argument("--video-size", default="", metavar="WxH", help="resize the pictures; as they are by default")
+    dsec.add_argument("--canvas", choices=("slice", "sensor"), default="slice", help="of the event frames; slice is the official one")
+    dsec.add_argument("--rectify", action="store_true", help="move events by the sequence's rectify map")
+
+    imported = verb("import-traces", _import_traces, "token ids of models that ran elsewhere as a run: agreement, floors, replay")
+    imported.add_argument("file", type=Path, help="JSON {question, rows: [{clip, drafter_ids, verifier_ids}]}")
+    imported.add_argument("-o", "--out", type=Path, metavar="DIR", help="run folder, default runs/<file>")
+    imported.add_argument("--gamma", type=int, default=5, help="draft tokens a round")
+    imported.add_argument("--gamma-prefill", type=int, default=0, help="draft tokens made behind the verifier's prefill")
+    imported.add_argument("--blocks", type=int, default=10, help="blocks of clips; floors never see the block they are tried on")
+    imported.add_argument("--prices", type=Path, metavar="JSON", help="measured seconds, to price the replayed schedules")
     return top
+
+
+def _number_format(verb: argparse.ArgumentParser, dtype: str) -> None:
+    verb.add_argument("--dtype", default=dtype, help=f"float32, bfloat16 or float16 (default {dtype})")
+    verb.add_argument("--quant", choices=("4bit", "8bit"), help="quantise the decoders' linear layers with bitsandbytes")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

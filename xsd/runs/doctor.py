@@ -1,4 +1,7 @@
-"""``xsd doctor``: what of this machine and installation is in order, what is not, and what to do about it."""
+"""``xsd doctor``: what of this machine and installation is in order, what is not, and what to do about it.
+
+A pair of models is looked at by :mod:`xsd.steps.checkup`; this room knows no model.
+"""
 
 from __future__ import annotations
 
@@ -6,13 +9,12 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from xsd.core import ROOT, XsdError
+from xsd.core import ROOT
 
 NEEDED = (
     "torch",
@@ -121,15 +123,3 @@ def browser() -> Finding:
         if path
         else Finding("note", "no Chromium", "only PNG export and the browser test need one (BROWSER_PATH)")
     )
-
-
-def pair(load: Callable[[], Any]) -> Finding:
-    """Whether a pair loads. load: returns a models.loading.Pair."""
-    try:
-        loaded = load()
-    except XsdError as error:
-        return Finding("bad", "the pair does not load", str(error))
-    sizes = [
-        f"{role} {getattr(loaded, role).hidden_size} wide, {getattr(loaded, role).vocab_size} words" for role in ("drafter", "verifier")
-    ]
-    return Finding("ok", f"pair {loaded.name}: {'; '.join(sizes)}")
