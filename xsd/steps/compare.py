@@ -72,7 +72,8 @@ def overview(runs: Sequence[str]) -> pd.DataFrame:
                 "levels": ", ".join(trained.get("levels", {})),
                 "best adapter": first.get("best_adapter"),
                 "best floor": first.get("best_floor"),
-                "live": live.get("sentence"),
+                "fastest drafting arm": live.get("arms", {}).get(live.get("best_arm"), {}).get("label"),
+                "speed-up": live.get("arms", {}).get(live.get("best_arm"), {}).get("speedup", {}).get("value"),
             }
         )
     return pd.DataFrame(rows)
@@ -131,17 +132,29 @@ def _speedups(run: str) -> pd.DataFrame:
 
 
 def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd.DataFrame:
-    """A metric of every run, data set and level: run, data, level, value, low, high, n, n_clusters, kind, best (ceilings apart)."""
+    """A metric of every run, data set and level: run, data, level, value, low, high, n, n_clusters, kind, best (floors and
+    ceilings apart)."""
     rows = []
     for name, run in zip(names(runs), runs, strict=True):
         for (which, level), part in per_sample(run, metric).groupby(["data", "level"], sort=False):
             found = statistics.bootstrap_ratio(part["above"], part["below"], part["cluster"].tolist(), n_resamples=resamples, seed=seed)
             rows.append({"run": name, "data": which, "level": level, **dataclasses.asdict(found)})
+            rows[-1]["kind"] = "measured" if metric == "speedup" else kind_of(level)
+        rows += [{"run": name, **row} for row in _floors(run, metric)]
     table = pd.DataFrame(rows)
-    table["kind"] = ["measured" if metric == "speedup" else kind_of(level) for level in table["level"]]
-    largest = table[table["kind"] != "ceiling"].groupby("data")["value"].max()
-    table["best"] = (table["kind"] != "ceiling") & (table["value"] == table["data"].map(largest))
+    starred = ~table["kind"].isin(["ceiling", "floor"])
+    table["best"] = starred & (table["value"] == table["data"].map(table[starred].groupby("data")["value"].max()))
     return table
+
+
+def _floors(run: str, metric: str) -> list[dict[str, Any]]:
+    """The floors of a run's token results; they hold no row a sample, so they are shown and not paired."""
+    rows = []
+    for which, found in folder.load_results(run).get("tokens", {}).get("test", {}).items():
+        for row in found["rows"].values():
+            if row["kind"] == "floor" and metric in row:
+                rows.append({"data": which, "level": row["label"], "kind": "floor", **row[metric]})
+    return rows
 
 
 def kind_of(level: str) -> str:
@@ -204,7 +217,10 @@ def picture(table: pd.DataFrame, which: str, metric: str) -> go.Figure:
     part = table[table["data"] == which]
     several = part["run"].nunique() > 1
     star = {True: "★ ", False: ""}
-    labels = [star[bool(row["best"])] + row["level"] + (f" · {row['run']}" if several else "") for row in part.to_dict("records")]
+    labels = [
+        star[bool(row["best"])] + row["level"].replace("_", " ") + (f" · {row['run']}" if several else "")
+        for row in part.to_dict("records")
+    ]
     frame = part.assign(name=labels).astype({"low": float, "high": float})
     title = f"{METRICS[metric][0].upper()}{METRICS[metric][1:]} · {which}"
     if metric == "speedup":

@@ -216,6 +216,12 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def shown(rows: pd.DataFrame, digits: int = 2) -> pd.DataFrame:
+    """A table for reading: rounded, – where there is no value."""
+    rounded = rows.round(digits).astype(object)
+    return rounded.where(rounded.notna(), "–")
+
+
 def bars(found: Mapping[str, Any]) -> pd.DataFrame:
     """What ``views.figures.speedup_bars`` draws of one data set."""
     return pd.DataFrame(

@@ -65,7 +65,10 @@ def predicted_and_measured(frame: pd.DataFrame, *, title: str = "An answer: pred
                 x=(frame[part] * frame["predicted_ms"]).tolist(),
                 orientation="h",
                 name=f"predicted: {part}",
-                marker={"color": theme.rgba(colour, 0.55), "pattern": {"shape": "/", "fgcolor": "white", "solidity": 0.2}},
+                marker={
+                    "color": theme.rgba(colour, 0.55),
+                    "pattern": {"shape": "/", "fgcolor": "white", "fillmode": "overlay", "solidity": 0.2},
+                },
                 hovertemplate=f"{part}<br>%{{x:.0f}} ms<extra>predicted</extra>",
             )
         )
