@@ -64,3 +64,11 @@ def test_mistakes_are_named(raw, tmp_path):
     with pytest.raises(ParameterError, match="both must be at least 1 ms"):
         raw_dsec.prepare(raw, tmp_path / "made", clip_ms=0)
     assert cli.main(["prepare-dsec", str(tmp_path), str(tmp_path / "made")]) == 2
+    assert not (tmp_path / "made").exists()
+
+
+def test_one_folder_is_cut_in_one_way(raw, tmp_path):
+    raw_dsec.prepare(raw / "drive_0", tmp_path / "made", clip_ms=300)
+    with pytest.raises(ParameterError, match="was begun with clip_ms=300, not 200; choose another folder"):
+        raw_dsec.prepare(raw, tmp_path / "made", clip_ms=200)
+    assert raw_dsec.prepare(raw, tmp_path / "made", clip_ms=300)["resumed"] == 1

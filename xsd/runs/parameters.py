@@ -149,11 +149,12 @@ class LiveParameters(NotebookParameters):
     arms: list[str] = Field(
         ["ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L4", "L1+L5F", "B1"],
         min_length=1,
-        description="arms of one interleaved run: ar is the own loop, L1+L5F drafts with L1 behind the prefill, L4@3 with 3 drafts a round",
+        description="arms of one interleaved run: ar is the own loop, L1+L5F drafts with L1 behind the prefill, L4@3 with 3 drafts, L4~0.6 only likely ones",
     )
     check_arms: list[str] = Field(["L4"], min_length=1, description="arms whose ids are compared on every held-out sample")
     n_samples: int = Field(2, ge=1, le=100_000, description="samples of each held-out set that are put on the clock")
     gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
+    gamma_prefill: int = Field(10, ge=1, le=4096, description="at most so many draft tokens behind the verifier's prefill")
     max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer, in tokens")
     repeats: int = Field(1, ge=1, le=100, description="how often each sample is timed")
     threads: int = Field(1, ge=1, le=1024, description="cores for each model; drafter and verifier run at the same time")
@@ -182,6 +183,39 @@ class ExploreParameters(NotebookParameters):
     threshold: float = Field(0.9, ge=0.5, le=0.99, description="cosine threshold τ at the start")
 
 
+class RawDsecParameters(NotebookParameters):
+    """08: raw DSEC sequences into a dataset folder."""
+
+    notebook = "08_prepare_dsec"
+    source: str = Field("simulated", min_length=1, description="folder of raw DSEC sequences; simulated writes two small ones first")
+    split: Literal["train", "test"] = Field("train", description="split the clips belong to")
+    clip_ms: int = Field(1000, ge=1, le=3_600_000, description="length of a clip")
+    hop_ms: int = Field(500, ge=1, le=3_600_000, description="from one clip's start to the next one's")
+    video_size: str = Field("", description="resize the pictures to WxH; empty leaves them as they are")
+    canvas: Literal["slice", "sensor"] = Field("slice", description="of the event frames; slice is the official one")
+    rectify: bool = Field(False, description="move events by the sequence's rectify map")
+
+
+class RecordingParameters(NotebookParameters):
+    """09: any recording or video, and traces of models that ran elsewhere."""
+
+    notebook = "09_recordings"
+    pair: str = Field("embedded", min_length=1, description="the shipped pair, or a folder with drafter/ and verifier/")
+    source: str = Field("davis_road", min_length=1, description="davis_road (shipped), an event file, or a video")
+    clip_ms: int = Field(1000, ge=1, le=3_600_000, description="length of a clip")
+    hop_ms: int = Field(500, ge=1, le=3_600_000, description="from one clip's start to the next one's")
+    max_clips: int = Field(3, ge=1, le=10_000, description="clips that are asked")
+    max_seconds: float = Field(10.0, gt=0, le=3600, description="how much of a video is read")
+    max_side: int = Field(346, ge=16, le=4096, description="longer sides of a video are scaled down to it, in pixels")
+    n_questions: int = Field(4, ge=1, le=10, description="questions every clip is asked, of the ten that the embedded pair knows")
+    questions: list[str] = Field([], description="own questions instead of those")
+    adapters: list[str] = Field([], description="adapter files or folders to draft with, besides the unadapted drafter")
+    max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer, in tokens")
+    gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
+    traces: str = Field("", description="trace file of models that ran elsewhere; empty takes this notebook's own answers")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by clip")
+
+
 NOTEBOOKS: dict[str, type[NotebookParameters]] = {
     model.notebook: model
     for model in (
@@ -193,6 +227,8 @@ NOTEBOOKS: dict[str, type[NotebookParameters]] = {
         LiveParameters,
         CompareParameters,
         ExploreParameters,
+        RawDsecParameters,
+        RecordingParameters,
     )
 }
 """File stem of a notebook → its model."""

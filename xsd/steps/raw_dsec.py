@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from xsd.core import ParameterError
+from xsd.core import ParameterError, write_json
 from xsd.runs import progress as bars
 from xsd.sensors import dsec, folder
 from xsd.world import raw_sequence
+
+SETTINGS = "preparation.json"
 
 
 def size_of(text: str) -> tuple[int, int] | None:
@@ -38,10 +41,16 @@ def prepare(
     """sensors.dsec.prepare under a bar a sequence; a stopped run continues with the next unfinished sequence.
 
     Returns: {sequences, clips, skipped, resumed, notes, gb (of the whole folder)}.
-    Raises: ParameterError for a clip or hop that is not positive; as sensors.dsec.prepare.
+    How the clips were cut is kept in ``preparation.json``, so that one folder never mixes two ways.
+    Raises: ParameterError for a clip or hop that is not positive, or a folder begun with other settings; as sensors.dsec.prepare.
     """
     if clip_ms < 1 or hop_ms < 1:
         raise ParameterError(f"a clip of {clip_ms} ms every {hop_ms} ms cannot be cut; both must be at least 1 ms")
+    settings = {
+        "split": split, "clip_ms": clip_ms, "hop_ms": hop_ms, "video_size": list(video_size) if video_size else None, "canvas": canvas,
+        "rectify": rectify,
+    }  # fmt: skip
+    _check_settings(Path(root) / SETTINGS, settings)
     running: dict[str, Any] = {}
 
     def show(sequence: str, done: int, total: int) -> None:
@@ -50,6 +59,8 @@ def prepare(
         running[sequence].update(done - running[sequence].n)
 
     try:
+        if (Path(source) / "events").is_dir() or any(Path(source).glob("*/events")):
+            write_json(Path(root) / SETTINGS, settings)
         summary = dsec.prepare(
             source, root, split=split, clip_us=1000 * clip_ms, hop_us=1000 * hop_ms, video_size=video_size,
             canvas=canvas, rectify=rectify, progress=show,  # type: ignore[arg-type]
@@ -59,6 +70,18 @@ def prepare(
             bar.close()
     summary["gb"] = sum(path.stat().st_size for path in Path(root).rglob("*") if path.is_file()) / 1e9
     return summary
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    if not path.is_file():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    changed = [name for name in settings if before.get(name) != settings[name]]
+    if changed:
+        name = changed[0]
+        raise ParameterError(
+            f"{path.parent} was begun with {name}={before.get(name)!r}, not {settings[name]!r}; choose another folder, or the same settings"
+        )
 
 
 def sentence(summary: Mapping[str, Any], root: str | Path) -> str:

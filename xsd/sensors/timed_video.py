@@ -1,0 +1,64 @@
+"""A video with the time of each frame, small enough to keep: what the event-camera model needs of a real video."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from xsd.core import VideoError
+
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+"""ITU-R BT.601, as cameras and PIL's "L" have it."""
+
+
+def read(path: str | Path, *, max_seconds: float = 10.0, max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``max_seconds`` of a video file. max_side: longer sides are scaled down to it.
+
+    Returns: frames uint8 [T, H, W, 3]; times_us int64 [T], rising, 0 at the first frame. A frame without a time gets the next one by
+    the average rate. Raises: VideoError when it is missing, holds no frame or does not decode.
+    """
+    path = Path(path)
+    try:
+        import av
+    except ImportError as error:
+        raise VideoError(f"{path}: reading video files needs the package av (pip install av)") from error
+    if not path.is_file():
+        raise VideoError(f"{path}: there is no such video file")
+    pictures: list[np.ndarray] = []
+    times: list[int] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise VideoError(f"{path} holds no video frame")
+            stream = container.streams.video[0]
+            step_us = int(1e6 / float(stream.average_rate)) if stream.average_rate else 40_000
+            for frame in container.decode(stream):
+                time_us = times[-1] + step_us if times else 0
+                if frame.pts is not None and frame.time_base is not None:
+                    time_us = int(frame.pts * frame.time_base * 1_000_000)
+                if times and time_us <= times[-1]:
+                    time_us = times[-1] + step_us
+                if times and time_us - times[0] > max_seconds * 1e6:
+                    break
+                pictures.append(_small(frame.to_ndarray(format="rgb24"), max_side))
+                times.append(time_us)
+    except (av.error.FFmpegError, OSError, ValueError) as error:
+        raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it again") from error
+    if not pictures:
+        raise VideoError(f"{path} holds no video frame")
+    return np.stack(pictures), np.array(times, np.int64) - times[0]
+
+
+def _small(picture: np.ndarray, max_side: int | None) -> np.ndarray:
+    longest = max(picture.shape[:2])
+    if max_side is None or longest <= max_side:
+        return picture
+    height, width = (max(1, round(side * max_side / longest)) for side in picture.shape[:2])
+    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
+
+
+def luminance(frames: np.ndarray) -> np.ndarray:
+    """uint8 [T, H, W, 3] to float32 [T, H, W], 0…255."""
+    return frames.astype(np.float32) @ LUMA
