@@ -80,6 +80,14 @@ def test_rows_without_sequences_are_cut_into_blocks_of_neighbours(tmp_path):
     assert traces.read(tmp_path / "again.json") == traces.read(path, blocks=3)
 
 
+def test_one_sequence_alone_has_no_tables_and_says_so(tmp_path):
+    path = tmp_path / "one.json"
+    path.write_text(json.dumps({"rows": [{"clip": 1, "drafter_ids": [], "verifier_ids": [1]}]}))
+    found = traces.run(path, tmp_path / "run", resamples=50)
+    assert list(found["arms"]) == ["drafter tokens"] and found["duplicates"]["drafter"]["n"] == 0
+    assert "nothing to train the tables on" in traces.text(found)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
@@ -89,7 +97,7 @@ def test_rows_without_sequences_are_cut_into_blocks_of_neighbours(tmp_path):
         ('{"rows": [{"clip": 1}]}', "row 0 lacks clip, drafter_ids or verifier_ids"),
         ('{"rows": [{"clip": 1, "drafter_ids": ["a"], "verifier_ids": [1]}]}', "drafter_ids of row 0 must be a list of token ids"),
         ('{"rows": [{"clip": 1, "drafter_ids": [], "verifier_ids": []}]}', "row 0 has no verifier token"),
-        ('{"rows": [{"clip": 1, "drafter_ids": [], "verifier_ids": [1]}]}', "a floor needs at least two sequences"),
+        ('{"rows": []}', "holds no row"),
     ],
 )
 def test_a_bad_file_is_named(tmp_path, content, words):

@@ -47,7 +47,7 @@ def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
     """The rows of a trace file, each with a sequence (its own, or ``block NN``).
 
     Raises: DatasetError naming the row when the file is missing, is no such JSON, or a row lacks a field, has ids that are not whole
-    numbers from 0 on, or no verifier token; also for fewer than two sequences or blocks, which leave nothing to train a floor on.
+    numbers from 0 on, or no verifier token; also when there is no row.
     """
     path = Path(path)
     try:
@@ -75,8 +75,8 @@ def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
             raise DatasetError(f"{path}: row {i} has no verifier token; drop it")
         sequence = str(row.get("sequence", f"block {i * count // len(rows):02d}"))
         found.append(Trace(str(row["clip"]), sequence, str(row.get("question", question)), **ids))
-    if len({trace.sequence for trace in found}) < 2:
-        raise DatasetError(f"{path} holds {len(found)} rows in one sequence; a floor needs at least two sequences or blocks of clips")
+    if not found:
+        raise DatasetError(f"{path} holds no row; export the answers again")
     return found
 
 
@@ -101,10 +101,12 @@ class Arm:
 
 
 def arms(traces: Sequence[Trace], *, gamma: int = 5, ngram: int = 4) -> list[Arm]:
-    """Drafter tokens, position mode and n-gram; the two tables never see the sequence they are tried on."""
+    """Drafter tokens, position mode and n-gram; the two tables never see the sequence they are tried on, so one sequence alone has none."""
     answers = [list(trace.verifier_ids) for trace in traces]
     made = [_whole("drafter tokens", floors.DrafterTokens([trace.drafter_ids for trace in traces]), answers, gamma)]
     sequences = list(dict.fromkeys(trace.sequence for trace in traces))
+    if len(sequences) < 2:
+        return made
     for name, build in (("position mode", floors.PositionMode), (f"{ngram}-gram", lambda known: floors.NGram(known, ngram))):
         tables = {}
         for held_out in sequences:
@@ -234,7 +236,10 @@ def run(
 
 def duplicates(answers: Sequence[Sequence[int]]) -> dict[str, float]:
     """shared: share of answers that another one equals; repeated: share that could go without losing a text. Empty answers are left out."""
-    rate = floors.duplicate_rate([ids for ids in answers if ids])
+    said = [ids for ids in answers if ids]
+    if not said:
+        return {"shared": 0.0, "repeated": 0.0, "n": 0}
+    rate = floors.duplicate_rate(said)
     return {"shared": rate.shared, "repeated": rate.repeated, "n": rate.n}
 
 
@@ -267,6 +272,7 @@ def table(results: Mapping[str, Any]) -> pd.DataFrame:
 
 def text(results: Mapping[str, Any]) -> str:
     """The results for a terminal."""
+    alone = results["n_sequences"] < 2
     rounds = f"accepted a round (γ={results['gamma']})"
     lines = [
         f"{results['n']} pairs of answers in {results['n_sequences']} sequences or blocks",
@@ -274,6 +280,7 @@ def text(results: Mapping[str, Any]) -> str:
             f"{role}: {rate['shared']:.1%} of the answers equal another one, {rate['repeated']:.1%} repeat an earlier one"
             for role, rate in results["duplicates"].items()
         ),
+        *(["one sequence alone: there is nothing to train the tables on"] if alone else []),
         f"{'drafted by':<16}{'right tokens':>26}{rounds:>32}{'tokens a pass':>15}   % right at position 0, 1, …",
     ]
     for row in table(results).to_dict("records"):
