@@ -13,7 +13,7 @@ from xsd.views import cost_figures, figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
 # Random weights may say <video> in an answer, which transformers' prompt lookup cannot: it is tested in test_bench_live.
-ARMS = ["ar", "ar_all_cores", "hf_generate", "drafter", "ngram", "L4", "L4@2", "L1+L5F", "B1"]
+ARMS = ["ar", "ar_all_cores", "hf_generate", "drafter", "ngram", "L4", "L4@2", "L4~0.9", "L1+L5F", "L1+ngram", "B1"]
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +55,25 @@ def test_every_arm_answers_the_same_samples_with_the_verifiers_ids(bench, record
         assert not one["arms"][one["best_arm"]]["baseline"] and len(live.table(one)) == len(ARMS)
     assert found["simulated"]["arms"]["L4@2"]["label"] == "L4, 2 drafts a round"
     assert found["simulated"]["arms"]["L4@2"]["accepted_length_drafted"] <= 2
+
+
+def test_unlikely_drafts_end_a_round_and_cost_no_loss(records):
+    drafted = {arm: sum(len(r["drafted"]) for one in records if one["arm"] == arm for r in one["rounds"][1:]) for arm in ("L4", "L4~0.9")}
+    assert drafted["L4~0.9"] < drafted["L4"]
+
+
+@pytest.mark.parametrize(
+    ("name", "meaning"),
+    [("L4", ("L4", 0, 0.0)), ("L1+ngram@3", ("L1+ngram", 3, 0.0)), ("B1~0.6", ("B1", 0, 0.6)), ("L4@2~.5", ("L4", 2, 0.5))],
+)
+def test_an_arms_name_says_its_settings(name, meaning):
+    assert live.parts_of(name) == meaning
+
+
+@pytest.mark.parametrize("name", ["L4@", "L4@0", "L4~1", "L4 L5", ""])
+def test_a_name_of_another_form_is_refused(name):
+    with pytest.raises(ParameterError, match="the form is L4, L4@3"):
+        live.parts_of(name)
 
 
 def test_the_recordings_clips_are_its_clusters(bench):
@@ -116,7 +135,7 @@ def test_costs_predictions_and_pictures(bench, records):
     table = costs.table(parts)
     assert {"verify 1", "drafter_step", "adapter L4"} <= set(table["what"]) and (table["ms"] > 0).all()
     predicted = costs.predictions(bench, [r for r in records if r["data"] == "simulated"], parts)
-    assert set(predicted["arm"]) == {"drafter tokens", "4-gram table", "L4", "L4, 2 drafts a round", "B1"}
+    assert set(predicted["arm"]) == {"drafter tokens", "4-gram table", "L4", "L4, 2 drafts a round", "L4, only above 90%", "B1"}
     shares = predicted[["prefill", "draft", "verify"]].sum(axis=1)
     assert ((shares - 1).abs() < 1e-9).all()
     curve = cost_figures.verification_curve(costs.curve_table(parts))

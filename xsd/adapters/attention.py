@@ -55,6 +55,16 @@ class TransformerLayer(nn.Module):
         dropout = self.dropout if self.training else 0.0
         return self.finish(x, F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, dropout_p=dropout))
 
+    def last(self, x: Tensor) -> Tensor:
+        """x: [S, D] → [D], what :meth:`forward` says at the last position when it may look at all: one query, and one row from there on."""
+        width = x.shape[1]
+        normed = self.attention_norm(x)
+        weight, bias = self.query_key_value.weight, self.query_key_value.bias
+        query = F.linear(normed[-1:], weight[:width], bias[:width]).view(1, self.n_heads, -1).transpose(0, 1)
+        keys, values = F.linear(normed, weight[width:], bias[width:]).view(len(x), 2, self.n_heads, -1).permute(1, 2, 0, 3)
+        attended = F.scaled_dot_product_attention(query[None], keys[None], values[None])
+        return self.finish(x[None, -1:], attended)[0, 0]
+
     def attend_with(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attention over shared keys, and for each query over further keys of its own (eagle.py's rollout).
 
@@ -119,6 +129,12 @@ class AttentionAdapter(Adapter):
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
         nn.init.eye_(self.projection.weight)
         nn.init.zeros_(self.projection.bias)
+
+    @torch.no_grad()
+    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+        """As Adapter.step; with one layer only the last row is carried beyond the keys and values."""
+        x = self.input_map(self._need(drafter_states, "drafter", 1))
+        return x[-1] + self.alpha * (self.projection(self.final_norm(self.layer.last(x))) - x[-1])
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool | None = None) -> Tensor:
         """x: [B, S, D_d] → [B, S, D_v]. mask: bool [B, S], True on real positions. causal: overrides the adapter's own."""

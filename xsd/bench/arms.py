@@ -7,7 +7,7 @@
 | ``drafter`` | the drafter's own tokens, no adapter |
 | ``ngram``, ``prompt_lookup`` | a table of training answers; the prompt and the answer so far |
 | ``L1`` … ``L5F``, ``B1``, any key of ``adapters`` | that adapter |
-| ``L4+L5F`` | the first during the verifier's prefill, the second in the rounds after it |
+| ``L4+L5F``, ``L4+ngram`` | the first during the verifier's prefill, the second in the rounds after it |
 """
 
 from __future__ import annotations
@@ -56,13 +56,15 @@ def build(
     gamma_prefill: int | None = None,
     hide_prefill: bool = True,
     overlap: Overlap = "threads",
+    min_probability: float = 0.0,
     ngram: Callable[[Sequence[int]], int | None] | None = None,
     label: str | None = None,
 ) -> Arm:
     """The arm called ``name`` (see the table above); ``label`` is its name in the records where one name is measured with two settings.
 
     adapters: level → adapter with ``reads`` and ``step``. ngram: prefix ids → next id or None (for ``ngram``).
-    gamma_prefill: at most so many drafts behind the prefill. Raises: ParameterError naming the arms there are.
+    gamma_prefill: at most so many drafts behind the prefill. min_probability: a less likely draft ends the drafting of
+    its round. Raises: ParameterError naming the arms there are.
     """
     adapters = adapters or {}
     verifier = pair.verifier
@@ -74,6 +76,9 @@ def build(
         }[name]
         return Arm(label or name, run, verifier, baseline=True, info={"kind": name})
     first, main = _proposers(name, pair, adapters, ngram)
+    for each in (first, main):
+        if each is not None:
+            each.min_probability = min_probability  # type: ignore[attr-defined]
 
     def run(sample: Sample, max_new_tokens: int) -> Generation:
         return speculative.generate(
@@ -89,6 +94,7 @@ def build(
         )
 
     info = {"kind": name, "gamma": gamma, "gamma_prefill": gamma_prefill, "hide_prefill": hide_prefill, "overlap": overlap}
+    info["min_probability"] = min_probability
     info["adapters"] = {level: adapter_hash(adapters[level]) for level in name.split("+") if level in adapters}
     return Arm(label or name, run, verifier, info=info)
 
@@ -100,24 +106,27 @@ def _proposers(
     eos, ids = verifier.eos_token_ids, pair.draft_vocab_size or verifier.draft_vocab_size
     if name == "drafter":
         return None, proposers.DrafterTokens(proposers.DrafterTrack(drafter), ids, eos)
+    levels = name.split("+")
+    if "ngram" in levels and ngram is None:
+        raise ParameterError("the arm 'ngram' needs a table: pass ngram=, a function from prefix ids to the next id")
     if name == "ngram":
-        if ngram is None:
-            raise ParameterError("the arm 'ngram' needs a table: pass ngram=, a function from prefix ids to the next id")
         return None, proposers.NGramProposer(ngram, eos)
     if name == "prompt_lookup":
         return None, proposers.PromptLookup(
             lambda sample: [token for part in verifier.prompt_ids(sample.question) for token in part], eos_token_ids=eos
         )
-    levels = name.split("+")
-    missing = [level for level in levels if level not in adapters]
+    missing = [level for place, level in enumerate(levels) if level not in adapters and not (place and level == "ngram")]
     if missing or len(levels) > 2:
         have = ", ".join([*PLAIN, *sorted(adapters)])
         raise ParameterError(
             f"no arm {name!r}: it names {', '.join(missing) or 'three phases'}; there are {have}, and two adapters as 'L4+L5F'"
         )
     track = proposers.DrafterTrack(drafter)  # shared by both phases: one drafter prefill a request
-    made = []
+    made: list[proposers.Proposer] = []
     for level in levels:
+        if level == "ngram":
+            made.append(proposers.NGramProposer(ngram, eos))
+            continue
         adapter = adapters[level].eval() if hasattr(adapters[level], "eval") else adapters[level]
         made.append(proposers.AdapterProposer(track, adapter, verifier.lm_head, ids, eos))
     return (None, made[0]) if len(made) == 1 else (made[0], made[1])

@@ -138,13 +138,18 @@ class DrafterTrack:
 
 
 class _Drafting:
-    """The loop that all token-by-token proposers share: make room for one token after another until gamma, EOS or stop."""
+    """The loop that all token-by-token proposers share: make room for one token after another until gamma, EOS or stop.
+
+    min_probability: a draft whose own probability is lower ends the round's drafting (drafts behind the prefill are free and go on).
+    """
 
     needs_verifier = False
     eos_token_ids: frozenset[int] = frozenset()
+    min_probability: float = 0.0
 
     def __init__(self) -> None:
         self.known: list[int] = []
+        self._free = False
         self.timeline = Timeline()
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
@@ -153,6 +158,7 @@ class _Drafting:
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
         drafts: list[int] = []
+        self._free = stop is not never
         while len(drafts) < gamma and not stop():
             token = self.next_token(drafts)
             if token is None:
@@ -164,6 +170,13 @@ class _Drafting:
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         self.known += tokens
+
+    def choose(self, logits: Tensor) -> int | None:
+        """argmax of logits [V], or None where it is less likely than ``min_probability`` and drafting costs time."""
+        if self.min_probability > 0 and not self._free:
+            likely, token = logits.softmax(-1).max(-1)
+            return int(token) if float(likely) >= self.min_probability else None
+        return int(logits.argmax())
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
         raise NotImplementedError(f"{type(self).__name__} does not say what it drafts")
@@ -214,7 +227,7 @@ class AdapterProposer(_Drafting):
             self.verifier_states.append(hidden)
         super().observe(tokens, hidden)
 
-    def next_token(self, drafts: Sequence[int]) -> int:
+    def next_token(self, drafts: Sequence[int]) -> int | None:
         if self.needs_verifier and self.verifier_states.length == 0:
             raise ParameterError(
                 "this adapter reads verifier states and none exist yet; draft in the prefill with a first_proposer instead"
@@ -229,8 +242,8 @@ class AdapterProposer(_Drafting):
                 predicted = self.adapter.step(drafter_states, self.verifier_states.rows(), tokens=tokens)
             else:
                 predicted = self.adapter.step(drafter_states, self.verifier_states.rows())
-            token = int(self.lm_head(predicted[None])[0, : self.draft_vocab_size].argmax())
-        if self.needs_verifier:
+            token = self.choose(self.lm_head(predicted[None])[0, : self.draft_vocab_size])
+        if self.needs_verifier and token is not None:
             self.verifier_states.truncate(len(self.known) + len(drafts))
             self.verifier_states.append(predicted[None])
         return token
@@ -251,9 +264,9 @@ class DrafterTokens(_Drafting):
         """Begin a request on a track that another proposer has just prefilled."""
         super().begin(None, timeline)
 
-    def next_token(self, drafts: Sequence[int]) -> int:
+    def next_token(self, drafts: Sequence[int]) -> int | None:
         self.track.follow([*self.known, *drafts])
-        return int(self.track.logits[: self.draft_vocab_size].argmax())
+        return self.choose(self.track.logits[: self.draft_vocab_size])
 
 
 class NGramProposer(_Drafting):

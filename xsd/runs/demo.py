@@ -27,10 +27,13 @@ DEMO: dict[str, dict[str, Any]] = {
     "03_hidden": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "04_tokens": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "05_live": {
-        "arms": ["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L4", "L4@3", "L1+L5F", "B1"],
+        "arms": [
+            *("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram"),
+            *("L1", "L4", "L4~0.5", "L1+L5F", "L1+ngram", "B1~0.6"),
+        ],
         "test_data": TEST_DATA,
         "check_arms": ["L4"],
-        "n_samples": 8,
+        "n_samples": 6,
         "workers": 2,
         "resamples": 1000,
     },

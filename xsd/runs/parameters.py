@@ -147,9 +147,9 @@ class LiveParameters(NotebookParameters):
     data: str = Field("simulated", min_length=1, description="the training set, whose answers fill the 4-gram table")
     test_data: list[str] = Field(["simulated", "davis_road"], min_length=1, description="held-out sets that notebook 01 extracted")
     arms: list[str] = Field(
-        ["ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L4", "L1+L5F", "B1"],
+        ["ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L1", "L4", "L1+L5F", "L1+ngram", "B1"],
         min_length=1,
-        description="arms of one interleaved run: ar is the own loop, L1+L5F drafts with L1 behind the prefill, L4@3 with 3 drafts, L4~0.6 only likely ones",
+        description="arms of one interleaved run, named as in docs/decoding.md; ar is the own loop, L1+L5F has L1 behind the prefill",
     )
     check_arms: list[str] = Field(["L4"], min_length=1, description="arms whose ids are compared on every held-out sample")
     n_samples: int = Field(2, ge=1, le=100_000, description="samples of each held-out set that are put on the clock")

@@ -68,7 +68,7 @@ def predictions(bench_: live.Bench, records: Sequence[bench.Record], found: Part
         if not own or "+" in name:
             continue
         price = costs.prices(found.curve, found.steps)
-        kind = name.partition("@")[0]
+        kind = live.parts_of(name)[0]
         if kind in bench_.adapters:
             extra = found.adapters[kind].median_s
             reads = bench_.adapters[kind].reads

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -48,10 +49,21 @@ class Bench:
     timed: Mapping[str, list[held_out.HeldOut]]
 
 
+def parts_of(name: str) -> tuple[str, int, float]:
+    """An arm's name as (kind, drafts a round, least probability): ``L4@3~0.6`` is L4 with at most 3 drafts a round in place of ``gamma``,
+    stopping at the first draft less likely than 0.6. 0 where the name does not say. Raises: ParameterError for another form.
+    """
+    found = re.fullmatch(r"([\w+]+)(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
+    if not found:
+        raise ParameterError(f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round) or L4~0.6 (stops at less likely drafts)")
+    return found[1], int(found[2] or 0), float(found[3] or 0)
+
+
 def levels_of(names: Sequence[str]) -> list[str]:
     """The adapter levels that arms need, in order of appearance: ``["ar", "L1+L5F"]`` → ``["L1", "L5F"]``."""
-    kinds = [name.partition("@")[0] for name in names]
-    return list(dict.fromkeys(level for kind in kinds if kind not in (*arms.PLAIN, ALL_CORES) for level in kind.split("+")))
+    kinds = [parts_of(name)[0] for name in names]
+    levels = [level for kind in kinds for level in kind.split("+")]
+    return list(dict.fromkeys(level for level in levels if level not in (*arms.PLAIN, ALL_CORES)))
 
 
 def open_bench(given: parameters.LiveParameters) -> Bench:
@@ -73,7 +85,7 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
     }
     timed = {name: held_out.chosen(some, given.n_samples, given.seed) for name, some in samples.items()}
     table = None
-    if any(name.startswith("ngram") for name in [*given.arms, *given.check_arms]):
+    if any("ngram" in name for name in [*given.arms, *given.check_arms]):
         stored = extraction.open_pairs(given.run_dir, "train", given.data, held_out.mode_of(given.run_dir, "train", given.data))
         table = floors.NGram(extraction.answers(stored))
     return Bench(given, pair, training.load(given.run_dir, wanted), table, samples, timed)
@@ -92,7 +104,6 @@ def _check_pair(given: parameters.LiveParameters, pair: loading.Pair) -> None:
 
 def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = None) -> list[arms.Arm]:
     """The arms by name. ``ar_all_cores``: the own loop on every core of the machine; the others have ``threads`` cores a model.
-    ``L4@3``: L4 with 3 draft tokens a round in place of ``gamma``.
 
     Raises: ParameterError for a name that is no arm.
     """
@@ -103,9 +114,19 @@ def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = No
             arm = arms.build("ar", pair, label=name)
             made.append(dataclasses.replace(arm, run=_with_threads(arm.run, os.cpu_count() or 1, given.threads), info={"kind": name}))
         else:
-            kind, _, gamma = name.partition("@")
-            table = _next_of(bench_.table)
-            made.append(arms.build(kind, pair, bench_.adapters, gamma=int(gamma or given.gamma), ngram=table, label=name))
+            kind, gamma, least = parts_of(name)
+            made.append(
+                arms.build(
+                    kind,
+                    pair,
+                    bench_.adapters,
+                    gamma=gamma or given.gamma,
+                    gamma_prefill=given.gamma_prefill,
+                    min_probability=least,
+                    ngram=_next_of(bench_.table),
+                    label=name,
+                )
+            )
     return made
 
 
@@ -192,8 +213,12 @@ def _row(name: str, found: Mapping[str, Any], records: Sequence[bench.Record], r
 
 def label_of(name: str) -> str:
     """How an arm is called in tables and pictures."""
-    kind, _, gamma = name.partition("@")
-    return LABELS.get(kind, kind) + (f", {gamma} drafts a round" if gamma else "")
+    kind, gamma, least = parts_of(name)
+    return (
+        " + ".join(LABELS.get(one, one) for one in kind.split("+"))
+        + (f", {gamma} drafts a round" if gamma else "")
+        + (f", only above {least:.0%}" if least else "")
+    )
 
 
 def table(found: Mapping[str, Any]) -> pd.DataFrame:
