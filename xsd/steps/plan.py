@@ -77,8 +77,16 @@ MACHINES = {
 """Quoted from the makers' data sheets (dense matrix products)."""
 
 
+MEASURED_SHARES = (0.75, 0.6)
+"""What a plain Llama reached of the measured products and reads (docs/models.md, "Planning")."""
+
+
 def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -> Machine:
-    """Time square matrix products and a copy on this machine: a second or two. Memory is what is free now."""
+    """Time square matrix products, and a matrix times a vector for the bandwidth, on this machine: a second or two.
+
+    size: side of the products on a CPU (8 times that on a GPU); the bandwidth's matrix has 10 times the side, 240 MB, so that no cache
+    holds it. memory_gb: what is free now.
+    """
     place = torch.device(device)
 
     def best(run: object, work: float) -> float:
@@ -96,11 +104,12 @@ def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -
     for dtype in (torch.bfloat16, torch.float32):
         a = torch.ones(side, side, dtype=dtype, device=place)
         found[dtype] = best(lambda a=a: a @ a, 2 * side**3) / 1e12
-    block = torch.ones(side * side * 16, device=place)
-    gb_s = best(lambda: block.sum(), block.numel() * 4) / 1e9
+    wide = 10 * size if place.type == "cpu" else 3 * side
+    block, vector = torch.ones(wide, wide, device=place), torch.ones(wide, device=place)
+    gb_s = best(lambda: block @ vector, block.numel() * 4) / 1e9
     free = free_bytes(device)
     name = torch.cuda.get_device_name(place) if place.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    return Machine(name, found[torch.bfloat16], found[torch.float32], gb_s, free and free / 1e9, 1.0, 1.0, "measured")
+    return Machine(name, found[torch.bfloat16], found[torch.float32], gb_s, free and free / 1e9, *MEASURED_SHARES, "measured")
 
 
 def _wait(device: torch.device) -> None:
