@@ -49,10 +49,19 @@ def lead(results: Mapping[str, Any]) -> str:
             )
     if _there(results, "live/best_arm", "live/n_identical", "live/n_samples"):
         arm = f"live/arms/{results['live']['best_arm']}"
+        adapted = results["live"].get("best_adapter_arm")
+        with_adapter = ""
+        if adapted and adapted != results["live"]["best_arm"]:
+            at = f"live/arms/{adapted}"
+            with_adapter = (
+                f"The fastest arm with an adapter, **{{{at}/label}}**, runs at {{{at}/speedup/value:.2fx}} "
+                f"[{{{at}/speedup/low:.2f}}, {{{at}/speedup/high:.2f}}]. "
+            )
         parts.append(
             f"Live, the fastest speculative arm, **{{{arm}/label}}**, runs at "
-            f"{{{arm}/speedup/value:.2fx}} [{{{arm}/speedup/low:.2f}}, {{{arm}/speedup/high:.2f}}] of the baseline's speed; "
-            "{live/n_identical} of {live/n_samples} answers of the speculative arms are the verifier's own, token for token."
+            f"{{{arm}/speedup/value:.2fx}} [{{{arm}/speedup/low:.2f}}, {{{arm}/speedup/high:.2f}}] of the baseline's speed. "
+            + with_adapter
+            + "{live/n_identical} of {live/n_samples} answers of the speculative arms are the verifier's own, token for token."
         )
     return "\n\n".join(parts)
 

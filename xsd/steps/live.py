@@ -175,12 +175,14 @@ def summary(records: Sequence[bench.Record], resamples: int, seed: int) -> dict[
         found = bench.summarise(own, allow_near_ties=True, n_resamples=resamples, seed=seed)
         rows = {name: _row(name, found["arms"][name], own, resamples, seed) for name in dict.fromkeys(r["arm"] for r in own)}
         speculative = [name for name in rows if not rows[name]["baseline"]]
+        adapted = [name for name in speculative if levels_of([name])]
         out[data] = {
             "baseline": found["baseline"],
             "n_timed": found["n_samples"],
             "n_clusters": found["n_sequences"],
             "alarms": found["alarms"],
             "best_arm": max(speculative or rows, key=lambda name: rows[name]["speedup"]["value"]),
+            "best_adapter_arm": max(adapted, key=lambda name: rows[name]["speedup"]["value"], default=None),
             "arms": {name: rows[name] for name in sorted(rows, key=lambda name: (not rows[name]["baseline"], name))},
         }
     return out
@@ -287,7 +289,7 @@ def show_one(bench_: Bench, arm: str, *, number: int = 0) -> tuple[dict[str, Gen
 def sentence(found: Mapping[str, Any]) -> str:
     """One honest sentence on a data set of :func:`summary`: faster, slower, or not to be told apart, whichever it is."""
     best = found["arms"][found["best_arm"]]
-    ratio, low, high = (best["speedup"][name] for name in ("value", "low", "high"))
+    low, high = best["speedup"]["low"], best["speedup"]["high"]
     base = found["arms"][found["baseline"]]["label"]
     if low is None or high is None:
         verdict = "one cluster gives no interval"
@@ -297,11 +299,19 @@ def sentence(found: Mapping[str, Any]) -> str:
         verdict = "slower: drafting costs more than it saves on this machine"
     else:
         verdict = f"not told apart from the baseline by {found['n_timed']} samples"
-    bounds = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
+    adapted = found["arms"].get(found.get("best_adapter_arm"))
+    with_adapter = ""
+    if adapted is not None and adapted is not best:
+        with_adapter = f"; the fastest with an adapter, {adapted['label']}, at {_ratio(adapted['speedup'])}"
     return (
-        f"the fastest arm that drafts, {best['label']}, runs at {ratio:.2f}×{bounds} the speed of the fastest baseline, {base}: {verdict}; "
-        f"{best['slower_share']['value']:.0%} of its samples are slower"
+        f"the fastest arm that drafts, {best['label']}, runs at {_ratio(best['speedup'])} the speed of the fastest baseline, {base}: "
+        f"{verdict}; {best['slower_share']['value']:.0%} of its samples are slower{with_adapter}"
     )
+
+
+def _ratio(speedup: Mapping[str, Any]) -> str:
+    low, high = speedup["low"], speedup["high"]
+    return f"{speedup['value']:.2f}×" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")
 
 
 def save(
@@ -321,6 +331,7 @@ def save(
     results = {
         "arms": first["arms"],
         "best_arm": first["best_arm"],
+        "best_adapter_arm": first["best_adapter_arm"],
         "baseline": first["baseline"],
         "n_timed": first["n_timed"],
         "n_samples": checked["n_answers"],
