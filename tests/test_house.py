@@ -219,10 +219,10 @@ def test_a_finished_environment_is_left_alone_until_the_pins_change(tmp_path):
 
 def test_linux_without_a_gpu_is_told_how_to_get_the_small_torch():
     hint = setup_env.cuda_hint(6.0, platform="linux", has_gpu=False, environment={})
-    assert "PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make" in hint and "only 6.0 GB are free" in hint
+    assert "stop and run: PIP_EXTRA_INDEX_URL=" in hint and "only 6.0 GB are free" in hint
     assert setup_env.cuda_hint(100.0, platform="linux", has_gpu=True, environment={}) is None
     assert setup_env.cuda_hint(100.0, platform="darwin", has_gpu=False, environment={}) is None
-    settled = {"PIP_EXTRA_INDEX_URL": "https://download.pytorch.org/whl/cpu"}
+    settled = {"PIP_EXTRA_INDEX_URL": "https://example.org/whl/cpu"}
     assert setup_env.cuda_hint(100.0, platform="linux", has_gpu=False, environment=settled) is None
 
 

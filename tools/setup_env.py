@@ -83,7 +83,7 @@ def cuda_hint(free_gb, platform=sys.platform, has_gpu=None, environment=None):
         return None
     hint = (
         "no NVIDIA driver here; unless your package index offers torch's CPU build, pip downloads the CUDA build (several GB). "
-        "For the CPU build stop and run: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make"
+        "For the CPU build stop and run: PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's installation page names> make"
     )
     if free_gb < NEEDED_CUDA_GB:
         hint += f" (only {free_gb:.1f} GB are free; the CUDA build wants {NEEDED_CUDA_GB:.0f})"
