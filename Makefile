@@ -1,6 +1,6 @@
 # `make` prints this list. Every target that needs the environment makes it first (once; tools/setup_env.py says what it does).
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab pair check unit nb-check nb-test nb-refresh lock hooks
+.PHONY: help env demo test lab pair bench check unit nb-check nb-test nb-refresh lock hooks
 
 PYTHON  ?= python3
 XSD     := .venv/bin/xsd
@@ -28,6 +28,9 @@ lab: env         ## JupyterLab in notebooks/
 pair: env        ## train the embedded pair again (resumes where it stopped)
 	@$(XSD) pair
 
+bench: env       ## live arms against each other, interleaved, as ratios of one run: reports/bench
+	@$(XSD) run 05 -p run_dir=runs/bench -p n_samples=20 -p repeats=3 -p max_new_tokens=64 -o reports/bench
+
 check: env       ## seconds: lint, layers, house rules, notebook hygiene
 	@.venv/bin/ruff check .
 	@$(QUIET) .venv/bin/python -m pytest -q tests/test_layers.py tests/test_house.py
@@ -43,11 +46,13 @@ nb-check: env    ## notebook hygiene, nothing executed
 	@echo "test: notebook hygiene"
 	@$(XSD) notebooks check
 
-nb-test: env     ## run every notebook and compare the golden cells (nbval)
+nb-test: env     ## run every notebook and compare the golden cells (nbval); starts from an empty runs/smoke
+	@rm -rf runs/smoke
 	@echo "test: $(words $(NOTEBOOKS)) notebooks, re-run and compared"
 	@$(if $(NOTEBOOKS),$(QUIET) .venv/bin/python -m pytest -q $(NBVAL) $(NOTEBOOKS),echo "test: notebooks/ is empty")
 
 nb-refresh: env  ## run every notebook and store its outputs; read the diff afterwards
+	@rm -rf runs/smoke
 	@$(QUIET) $(XSD) notebooks refresh
 
 lock: env        ## write constraints.txt from what is installed in .venv

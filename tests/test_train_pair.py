@@ -55,6 +55,9 @@ def _toy(folder, progress=None):
         lm_head=head,
         trained=torch.nn.ModuleList([body, head]),
         tower=torch.nn.Linear(1, 1),
+        registers=language.FactRegisters(8, {"ego": 3}),
+        middle=body,
+        labels=np.zeros((4, 1), np.int64),
         before=[1],
         n_visual=1,
         segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])],
@@ -82,15 +85,18 @@ def test_language_training_resumes_to_the_same_losses(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_with_a_sentence():
-    head = torch.nn.Linear(8, 16)
+    embed, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)
     with pytest.raises(TrainingError, match="lower learning_rate"):
         language.train_decoder(
-            embed=torch.nn.Embedding(16, 8),
+            embed=embed,
             visual=lambda clips: torch.zeros(len(clips), 1, 8),
             decode=lambda x, mask, positions: x * float("nan"),
             lm_head=head,
             trained=head,
             tower=torch.nn.Linear(1, 1),
+            registers=language.FactRegisters(8, {"ego": 3}),
+            middle=embed,
+            labels=np.zeros((2, 1), np.int64),
             before=[1],
             n_visual=1,
             segments=lambda clip, rng: [Segment([3], [5, 2], [1.0, 1.0])],

@@ -95,6 +95,7 @@ class Parts:
 
     features: pixels [B, F, 3, s, s] → tower states [B, F, P, C]. project: those → visual tokens [B, n_visual, D].
     decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D].
+    middle: the decoder layer half way up.
     grounding_frames: which frames the tower's pretraining looks at (neighbouring video frames teach a per-frame tower little).
     """
 
@@ -106,6 +107,7 @@ class Parts:
     tower: nn.Module
     projector: nn.ModuleList
     decoder: nn.ModuleList
+    middle: nn.Module
     embed: nn.Embedding
     lm_head: nn.Linear
     n_visual: int
@@ -134,7 +136,7 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
         features=lambda pixels: tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]),
         decode=_decode(body),
         projector=nn.ModuleList([body.visual_projector, body.feature_adaptor]),
-        decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]),
+        decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]), middle=body.layers[len(body.layers) // 2 - 1],
         n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
         grounding_frames=tuple(range(N_EVENT_FRAMES)), prompt_ids=prompts.drafter_prompt_ids,
     )  # fmt: skip
@@ -154,7 +156,7 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
         role="verifier", model=model, features=features, project=lambda states: projector(states).flatten(1, 2), tower=tower,
         decode=_decode(body),
         projector=nn.ModuleList([projector]), embed=body.embed_tokens, lm_head=model.lm_head,
-        decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]),
+        decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]), middle=body.layers[len(body.layers) // 2 - 1],
         n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"], grounding_frames=(0, 2, 5, 7),
         prompt_ids=prompts.verifier_prompt_ids,
     )  # fmt: skip

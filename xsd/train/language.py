@@ -9,7 +9,7 @@ loss), and the expensive prefix is computed once for all of them. Tokens that st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xsd.core import TrainingError, atomic_path
-from xsd.train.grounding import schedule
+from xsd.train.grounding import loss_of, schedule
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,29 @@ class LanguageConfig:
     warmup_steps: int = 100
     fact_weight: float = 3.0
     tower_rate: float = 0.3
+    register_weight: float = 0.5
     bf16: bool = True
     seed: int = 0
     save_every: int = 100
+
+
+class FactRegisters(nn.Module):
+    """One classifier a fact on the last visual positions, half way up the decoder; thrown away after training.
+
+    The k-th of the last ``len(classes)`` visual positions has to know fact k there: it has seen every frame before it, and what it has
+    gathered is a single step of attention away from any answer. Without it grounding comes slowly through the words alone (docs/log.md).
+    """
+
+    def __init__(self, width: int, classes: Mapping[str, int]) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.classifiers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
+
+    def forward(self, states: Tensor, labels: Tensor) -> Tensor:
+        """Mean cross-entropy. states: [B, n_facts, D]. labels: int64 [B, n_facts], -1 where a fact is not asked."""
+        x = self.norm(states.float())
+        logits = {name: classifier(x[:, i]) for i, (name, classifier) in enumerate(self.classifiers.items())}
+        return loss_of(logits, labels, list(self.classifiers))[0]
 
 
 @dataclass(frozen=True)
@@ -99,6 +119,9 @@ def train_decoder(
     lm_head: Callable[[Tensor], Tensor],
     trained: nn.Module,
     tower: nn.Module,
+    registers: FactRegisters,
+    middle: nn.Module,
+    labels: np.ndarray,
     before: list[int],
     n_visual: int,
     segments: Callable[[int, np.random.Generator], Sequence[Segment]],
@@ -115,17 +138,18 @@ def train_decoder(
         decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D].
         lm_head: states [N, D] → logits [N, V]. trained: the module that owns the decoder's and the projector's parameters; tower: the
             tower, trained along at ``tower_rate`` of the learning rate: what still asks for comparison over time must be written into it.
+        registers: fact classifiers on the last visual positions of ``middle``, a decoder layer. labels: int64 [N, n_facts], -1 not asked.
         before: ids before the visual tokens. segments: clip number, generator → the questions of this step.
 
     Returns: the loss of every step. Raises: TrainingError when the loss is not finite.
     """
     groups = [
-        {"params": list(trained.parameters()), "scale": 1.0},
+        {"params": [*trained.parameters(), *registers.parameters()], "scale": 1.0},
         {"params": list(tower.parameters()), "scale": config.tower_rate},
     ]
     parameters = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
-    owners = nn.ModuleList([trained, tower])
+    owners = nn.ModuleList([trained, tower, registers])
     history: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -134,6 +158,9 @@ def train_decoder(
         history = saved["history"]
     owners.train()
     prefix = len(before) + n_visual
+    gathered = slice(prefix - labels.shape[1], prefix)
+    tapped: list[Tensor] = []
+    hook = middle.register_forward_hook(lambda module, given, result: tapped.append(result[0] if isinstance(result, tuple) else result))
     while (step := len(history)) < config.steps:
         rng = np.random.default_rng([config.seed, step])
         clips = np.sort(rng.choice(n_clips, size=min(config.batch_size, n_clips), replace=False))
@@ -141,6 +168,7 @@ def train_decoder(
         ids, positions, targets, weights, seen = (t.to(device) for t in collate(rows))
         for group in optimiser.param_groups:
             group["lr"] = group["scale"] * config.learning_rate * schedule(step, config.steps, config.warmup_steps)
+        tapped.clear()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.bf16):
             embeddings = embed(ids)
             tokens = visual(clips).to(embeddings.dtype)
@@ -153,6 +181,7 @@ def train_decoder(
             logits = lm_head(states[asked])
         weight = weights[asked]
         loss = (F.cross_entropy(logits.float(), targets[asked], reduction="none") * weight).sum() / weight.sum()
+        loss = loss + config.register_weight * registers(tapped[0][:, gathered], torch.from_numpy(labels[clips]).to(device))
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the language loss is {float(loss.detach())} at step {step}; "
@@ -168,4 +197,5 @@ def train_decoder(
         if checkpoint is not None and (len(history) % config.save_every == 0 or len(history) == config.steps):
             with atomic_path(checkpoint) as path:
                 torch.save({"model": owners.state_dict(), "optimiser": optimiser.state_dict(), "history": history}, path)
+    hook.remove()
     return history

@@ -66,8 +66,8 @@ def train_model(
     """Train one model in place.
 
     Args:
-        parts: features, project, decode, tower, projector, decoder, embed, lm_head, n_visual, tower_width, grounding_frames, prompt_ids,
-            role, model.
+        parts: features, project, decode, tower, projector, decoder, middle, embed, lm_head, n_visual, tower_width, grounding_frames,
+            prompt_ids, role, model.
         images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint8 [N, F, c, c]. colour_known: bool [N].
         dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is
             mixed in, as both real models share a language-model ancestor that knows either style.
@@ -100,6 +100,7 @@ def train_model(
 
     losses = language.train_decoder(
         embed=parts.embed, visual=visual, decode=parts.decode, tower=parts.tower,
+        registers=language.FactRegisters(parts.embed.embedding_dim, classes).to(device), middle=parts.middle, labels=labels,
         lm_head=parts.lm_head, trained=nn.ModuleList([parts.decoder, parts.projector]), before=parts.prompt_ids(tokenizer, "?")[0],
         n_visual=parts.n_visual, segments=choose, n_clips=len(images), config=language_config, device=device,
         checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),
