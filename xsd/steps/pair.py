@@ -122,14 +122,19 @@ def held_out(n_sequences: int, *, seed: int, first: int = 0) -> list[tuple[Sampl
 
 
 def answer_table(
-    pair: Any, rows: Sequence[tuple[Sample, dict[str, Any], str]], *, max_new_tokens: int = 64, progress: Callable | None = None
+    pair: Any,
+    rows: Sequence[tuple[Sample, dict[str, Any], str]],
+    *,
+    max_new_tokens: int = 64,
+    roles: Sequence[str] = ("verifier", "drafter"),
+    progress: Callable | None = None,
 ) -> pd.DataFrame:
-    """Both models' answers to the rows, with the facts they state rightly.
+    """The models' answers to the rows, with the facts they state rightly.
 
     Returns: one row an answer and fact: role, sequence, clip, kind (of question), answer, truth, fact, right, expected.
     """
     table = []
-    for role in ("verifier", "drafter"):
+    for role in roles:
         handle = getattr(pair, role)
         with torch.inference_mode():
             answers = handle.generate([sample for sample, _, _ in rows], max_new_tokens, progress=progress)
