@@ -113,8 +113,13 @@ def test_the_smoke_profile_trains_a_pair_that_loads(tmp_path):
     pair = loading.load_pair(str(written))
     table = step.answer_table(pair, step.held_out(1, seed=9)[:2], max_new_tokens=4)
     assert set(table["role"]) == {"drafter", "verifier"} and (table["right"] <= table["expected"]).all()
-    card = step.model_card(table, {"sequences": 1, "seed": 9, "command": "make pair"})
-    assert "| verifier | **all** |" in card and "Duplicate answers" in card
+    card = step.score(written, n_sequences=1, command="make pair").read_text()
+    assert "| verifier | **all** |" in card and "Duplicate answers" in card and "profile smoke" in card
+
+
+def test_a_seed_of_the_held_out_drives_is_refused(tmp_path):
+    with pytest.raises(ParameterError, match="cannot be trained with seed 1000"):
+        step.train(tmp_path, "smoke", seed=1000)
 
 
 def test_an_unknown_profile_is_refused(tmp_path):

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any
@@ -45,11 +46,15 @@ PROFILES = {
     ),
     "full": PairProfile(
         1400,
-        {"verifier": GroundingConfig(epochs=7), "drafter": GroundingConfig(epochs=5)},
-        {"verifier": LanguageConfig(steps=2000, batch_size=6), "drafter": LanguageConfig(steps=2000, batch_size=8)},
+        {"verifier": GroundingConfig(epochs=8), "drafter": GroundingConfig(epochs=9)},
+        {"verifier": LanguageConfig(steps=1350, batch_size=6), "drafter": LanguageConfig(steps=2300, batch_size=8)},
     ),
 }
 """smoke shows that every stage runs; full makes the shipped weights."""
+
+
+FIRST_HELD_OUT_SEED = 1000
+"""Seeds from here on belong to notebooks 01 to 07 (steps/data.py) and to the card."""
 
 
 def train(
@@ -65,6 +70,11 @@ def train(
 
     Raises: ParameterError for an unknown profile; TrainingError when a loss is not finite.
     """
+    if not 0 <= seed < FIRST_HELD_OUT_SEED:
+        raise ParameterError(
+            f"the pair cannot be trained with seed {seed}: seeds from {FIRST_HELD_OUT_SEED} on draw the drives adapters are "
+            f"trained and judged on; choose one from 0 to {FIRST_HELD_OUT_SEED - 1}"
+        )
     if profile not in PROFILES:
         raise ParameterError(f"there is no training profile {profile!r}; choose one of {sorted(PROFILES)}")
     plan, folder = PROFILES[profile], Path(folder)
@@ -91,13 +101,15 @@ def train(
             mean=pixels.CLIP_MEAN,
             std=pixels.CLIP_STD,
             folder=folder,
-            grounding_config=plan.grounding[role],
-            language_config=plan.language[role],
+            grounding_config=replace(plan.grounding[role], seed=seed),
+            language_config=replace(plan.language[role], seed=seed),
             device=device,
             progress=progress,
         )
     embedded.save_pair(folder / "pair", models["drafter"].to("cpu"), models["verifier"].to("cpu"), tokenizer)
-    write_json(folder / "pair" / "provenance.json", provenance(seed=seed, device=device, profile=profile, n_sequences=plan.n_sequences))
+    stages = {role: {"tower": asdict(plan.grounding[role]), "language": asdict(plan.language[role])} for role in models}
+    about = provenance(seed=seed, device=device, profile=profile, n_sequences=plan.n_sequences, stages=stages)
+    write_json(folder / "pair" / "provenance.json", about)
     return folder / "pair"
 
 
@@ -199,7 +211,7 @@ def summary(table: pd.DataFrame) -> dict[str, Any]:
 
 def model_card(table: pd.DataFrame, about: dict[str, Any]) -> str:
     """The card shipped beside the weights, in Markdown: data, seed, command, accuracy per question kind, limits."""
-    lines = ["# The embedded pair", "", *_CARD.strip().splitlines(), "", "## Accuracy on held-out drives", ""]
+    lines = ["# The embedded pair", "", *_CARD.format(**about).strip().splitlines(), "", "## Accuracy on held-out drives", ""]
     lines += [
         f"{about['sequences']} simulated sequences the pair was not trained on, one clip per sequence and question (seed {about['seed']}).",
         "",
@@ -219,7 +231,9 @@ def score(folder: str | Path, *, n_sequences: int, command: str, seed: int = 200
     """Ask a trained pair the ten questions on held-out drives and write its card beside the weights. Returns the card's path."""
     pair = loading.load_pair(str(folder))
     table = answer_table(pair, held_out(n_sequences, seed=seed))
-    return write_card(folder, table, {"sequences": n_sequences, "seed": seed, "command": command})
+    trained = json.loads((Path(folder) / "provenance.json").read_text())
+    about = {"sequences": n_sequences, "seed": seed, "command": command, "n_sequences": trained["n_sequences"]}
+    return write_card(folder, table, {**about, "training_seed": trained["seed"], "profile": trained["profile"]})
 
 
 def write_card(folder: str | Path, table: pd.DataFrame, about: dict[str, Any]) -> Path:
@@ -245,11 +259,11 @@ They are trained from scratch on simulated drives only; they know ten questions 
 
 - **Drafter**: EventGPT's architecture (`EventChat_llama`), 5 event frames, 70 event tokens, 4 decoder layers, width 192.
 - **Verifier**: transformers' `VideoLlavaForConditionalGeneration`, 8 RGB frames, 296 video tokens, 12 decoder layers, width 192.
-- **Data**: 1 400 simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed 0), ten questions a clip,
-  one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real
+- **Data**: {n_sequences} simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed {training_seed}), ten
+  questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real
   models share a language-model ancestor that knows either style.
 - **Training**: towers on scene facts and patches, then decoders on language under a block mask, the tower following at a third of
-  the rate (`xsd/train/pair.py`). Weights are stored as float16.
+  the rate (`xsd/train/pair.py`); profile {profile}. Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
 
 ## Limits

@@ -173,7 +173,7 @@ def train_decoder(
             embeddings = embed(ids)
             tokens = visual(clips).to(embeddings.dtype)
             embeddings = torch.cat([embeddings[:, : len(before)], tokens, embeddings[:, prefix:]], dim=1)
-            mask = torch.zeros(seen.shape, dtype=torch.bfloat16 if config.bf16 else embeddings.dtype).masked_fill(
+            mask = torch.zeros(seen.shape, device=seen.device, dtype=torch.bfloat16 if config.bf16 else embeddings.dtype).masked_fill(
                 ~seen, torch.finfo(torch.bfloat16).min
             )
             states = decode(embeddings, mask, positions)
