@@ -30,7 +30,7 @@ NEEDED = (
     "nbconvert",
     "pydantic",
 )
-HELPFUL = {"bitsandbytes": "4-bit and 8-bit models", "nbval": "make test", "playwright": "the browser test"}
+HELPFUL = {"bitsandbytes": "4-bit and 8-bit models", "peft": "level L6", "nbval": "make test", "playwright": "the browser test"}
 LEAST_GB = 5
 
 
