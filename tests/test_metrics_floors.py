@@ -7,8 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from xsd.core import MetricError
+from xsd.decode import proposers
 from xsd.metrics.acceptance import Acceptance, rounds_from_lists
 from xsd.metrics.floors import DrafterTokens, NGram, PositionMode, PromptLookup, drafter_tokens, duplicate_rate
 
@@ -101,3 +104,21 @@ def test_floors_on_published_traces_of_the_real_pair():
         accepted, n_rounds = accepted + rounds.accepted.sum(), n_rounds + len(rounds.accepted)
     assert np.concatenate(hits).mean() == pytest.approx(0.73, abs=0.02)
     assert accepted / n_rounds == pytest.approx(1.99, abs=0.05)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    prompt=st.lists(st.integers(0, 3), max_size=12),
+    answer=st.lists(st.integers(0, 3), max_size=12),
+    gamma=st.integers(1, 6),
+    longest=st.integers(1, 4),
+)
+def test_prompt_lookup_drafts_live_what_its_floor_drafts(prompt, answer, gamma, longest):
+    live = proposers.PromptLookup(lambda sample: prompt, longest)
+    live.begin(None)
+    live.observe(answer, torch.zeros(0))
+    assert PromptLookup([prompt], longest).draft(answer, gamma, 0) == live.propose(gamma)
+
+
+def test_prompt_lookup_takes_the_latest_of_the_longest_matches():
+    assert PromptLookup([[1, 2, 3, 9, 1, 2, 4, 9, 2, 5]]).draft([1, 2], 1, 0) == [4]

@@ -127,7 +127,8 @@ class PromptLookup(Floor):
     """Copies what followed the last tokens when they last stood earlier in the sample's own prompt or answer so far (Saxena 2023).
 
     prompts: token ids of each sample's prompt in the verifier's tokenizer, or None to look in the answer alone. The longest match of at
-    most ``longest`` tokens decides, the earliest one among equals, as in transformers' prompt lookup.
+    most ``longest`` tokens decides, the latest one among equals, and every draft is looked up anew with the drafts before it: the rule of
+    decode.proposers.PromptLookup, which is what runs live. (transformers' own prompt lookup takes the earliest match.)
     """
 
     name = "prompt lookup"
@@ -146,14 +147,20 @@ class PromptLookup(Floor):
             )
 
     def draft(self, prefix: Ids, gamma: int, sample: int) -> list[int]:
-        """The copied continuation; empty when nothing matches."""
+        """The copied continuation; it ends where nothing matches."""
         text = [*(self.prompts[sample] if self.prompts is not None else []), *prefix]
+        out: list[int] = []
+        while len(out) < gamma and (token := self._next(text)) is not None:
+            out.append(token)
+            text.append(token)
+        return out
+
+    def _next(self, text: list[int]) -> int | None:
         for size in range(min(self.longest, len(text) - 1), 0, -1):
-            tail = text[-size:]
-            for at in range(len(text) - size):
-                if text[at : at + size] == tail:
-                    return text[at + size : at + size + gamma]
-        return []
+            for at in range(len(text) - size - 1, -1, -1):
+                if text[at : at + size] == text[-size:]:
+                    return text[at + size]
+        return None
 
 
 class DrafterTokens(Floor):
