@@ -156,3 +156,18 @@ def test_every_error_is_one_the_command_line_prints_as_a_sentence():
     errors = [value for value in vars(core).values() if isinstance(value, type) and issubclass(value, Exception)]
     assert len(errors) >= 11
     assert all(issubclass(error, core.XsdError) and error.__doc__ for error in errors)
+
+
+def test_provenance_holds_no_folder_of_the_machine(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "xsd"), "run", "04", "-p", f"run_dir={core.ROOT / 'runs' / 'a'}", str(tmp_path / "b")])
+    monkeypatch.delenv("XSD_NOTEBOOK", raising=False)
+    origin = core.provenance(parameters={"run_dir": str(core.ROOT / "runs" / "a"), "test_data": ["simulated", str(tmp_path / "own")]})
+    assert origin["command"] == ["xsd", "run", "04", "-p", "run_dir=runs/a", "b"]
+    assert origin["parameters"] == {"run_dir": "runs/a", "test_data": ["simulated", "own"]}
+    assert str(tmp_path) not in json.dumps(origin)
+
+
+def test_inside_a_kernel_the_command_is_the_notebook(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "argv", [str(tmp_path / "ipykernel_launcher.py"), "-f", str(tmp_path / "kernel.json")])
+    monkeypatch.setenv("XSD_NOTEBOOK", "04_tokens.ipynb")
+    assert core.provenance()["command"] == ["notebook", "04_tokens.ipynb"]

@@ -16,6 +16,7 @@ import json
 import os
 import platform
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -310,7 +311,11 @@ _PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bits
 
 
 def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu", **extra: Any) -> dict[str, Any]:
-    """Where a number came from: git revision (and whether the tree was dirty), versions, seed, data hash, device, command."""
+    """Where a number came from: git revision (and whether the tree was dirty), versions, seed, data hash, device, command.
+
+    Paths are :func:`portable`, since reports with these records are published. command: the verb and its arguments, or
+    ``["notebook", <its file>]`` inside a kernel, whose own arguments say nothing.
+    """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -323,9 +328,34 @@ def provenance(*, seed: int | None = None, data_hash: str | None = None, device:
         "seed": seed,
         "data_hash": data_hash,
         "device": device,
-        "command": [Path(sys.argv[0]).name, *sys.argv[1:]],
-        **extra,
+        "command": _command(),
+        **portable(extra),
     }
+
+
+def portable(value: Any) -> Any:
+    """Texts of nested records without this machine's folders: a path under the checkout becomes relative to it, another absolute one
+    its last name. Looks at whole texts and at the parts between ``=`` and ``,`` (``run_dir=…``, ``a,b``)."""
+    if isinstance(value, Mapping):
+        return {key: portable(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(one) for one in value]
+    if isinstance(value, Path):
+        return portable(str(value))
+    if not isinstance(value, str):
+        return value
+    if "\n" not in value and Path(value).is_absolute():
+        path = Path(value)
+        return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    pieces = re.split("([=,])", value)
+    return "".join(map(portable, pieces)) if len(pieces) > 1 else value
+
+
+def _command() -> list[str]:
+    if "ipykernel" in Path(sys.argv[0]).as_posix():
+        name = os.environ.get("XSD_NOTEBOOK") or Path(os.environ.get("JPY_SESSION_NAME", "")).name
+        return ["notebook", name] if name else ["notebook"]
+    return [Path(sys.argv[0]).name, *portable(sys.argv[1:])]
 
 
 def _git(*arguments: str) -> str:

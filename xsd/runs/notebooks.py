@@ -88,7 +88,7 @@ def run_notebook(
     out_dir.mkdir(parents=True, exist_ok=True)
     target = out_dir / f"{name or source.stem}.ipynb"
     began, failed = time.perf_counter(), None
-    with _environment(QUIET):
+    with _environment({**QUIET, "XSD_NOTEBOOK": source.name}):
         try:
             papermill.execute_notebook(
                 str(source),

@@ -8,7 +8,7 @@ import pandas as pd
 
 from xsd.core import Sample
 from xsd.runs import folder, parameters
-from xsd.steps import compare, held_out
+from xsd.steps import compare, extraction, held_out
 from xsd.views import explorers
 
 
@@ -32,7 +32,8 @@ class Pictures:
 
 def _given_name(run: str, data: str) -> str:
     """The data set as notebook 01 was given it: the token table holds its short name, a dataset folder needs its path."""
-    given = folder.load_results(run).get("extract", {}).get("provenance", {}).get("parameters", {}).get("test_data", [])
+    about = folder.resolve(run) / extraction.PAIR_FILE
+    given = extraction.pair_file(run).get("test_data", []) if about.is_file() else []
     return next((one for one in given if held_out.datasets.name_of(one) == data), data)
 
 
