@@ -110,6 +110,35 @@ def test_resume_continues_where_it_stopped_after_a_half_written_line(pair, adapt
     assert len({(r["arm"], r["sample"]) for r in run.read_records(path)}) == 6
 
 
+def test_another_core_count_drafter_or_table_is_another_configuration(pair, adapters, samples, tmp_path, monkeypatch):
+    path = tmp_path / "records.jsonl"
+
+    def measure(ngram_hash="", seed=0):
+        chosen = [build(name, pair, adapters, ngram_hash=ngram_hash) for name in ("ar", "ngram", "L1")]
+        return run.measure(chosen, samples[:1], path=path, max_new_tokens=4, warmup=0, about={"parameters": {"x": seed}})
+
+    records = measure()
+    begun = run.read_provenance(path)
+    assert begun["parameters"] == {"x": 0} and begun["git_revision"] and begun["seed"] == 0
+    assert measure(seed=1) == records and run.read_provenance(path) == begun  # found again, with where it came from
+    with pytest.raises(ParameterError, match=r"another configuration \(arms differ"):
+        measure("other training answers")
+    before = torch.get_num_threads()
+    torch.set_num_threads(before + 1)
+    try:
+        with pytest.raises(ParameterError, match=r"another configuration \(threads differ"):
+            measure()
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setattr(run, "available_cores", lambda: 1000)
+    with pytest.raises(ParameterError, match=r"another configuration \(cores differ"):
+        measure()
+    monkeypatch.undo()
+    monkeypatch.setattr(pair.drafter, "weights_hash", lambda: "other weights")
+    with pytest.raises(ParameterError, match=r"another configuration \(arms differ"):
+        measure()
+
+
 def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adapters, samples, tmp_path):
     path = tmp_path / "records.jsonl"
     ar = build("ar", pair, adapters)

@@ -158,6 +158,7 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
     )
     page = demo_page._live(place / "run", results)
     assert page is not None and len(page.parts) >= 4
+    assert results["live"]["provenance"]["parameters"]["gamma"] == 3 and "git_revision" in results["live"]["checked_with"]
     assert folder.load_live(place / "run")[2]["question"] == one.question
     figures.speedup_bars(live.bars(found["simulated"]))
 
@@ -185,7 +186,7 @@ def test_wrong_arms_levels_and_pairs_are_named(place, tmp_path):
     with pytest.raises(ParameterError, match="holds no adapter L2"):
         live.open_bench(given(place, arms=["ar", "L2"]))
     other = make_tiny_pair(tmp_path / "other", seed=5)
-    with pytest.raises(ParameterError, match="extracted with other weights"):
+    with pytest.raises(ParameterError, match=r"extracted with other weights \(verifier and drafter\)"):
         live.open_bench(given(place, pair=str(other)))
 
 

@@ -13,6 +13,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
@@ -58,13 +59,14 @@ def build(
     overlap: Overlap = "threads",
     min_probability: float = 0.0,
     ngram: Callable[[Sequence[int]], int | None] | None = None,
+    ngram_hash: str = "",
     label: str | None = None,
 ) -> Arm:
     """The arm called ``name`` (see the table above); ``label`` is its name in the records where one name is measured with two settings.
 
-    adapters: level → adapter with ``reads`` and ``step``. ngram: prefix ids → next id or None (for ``ngram``).
-    gamma_prefill: at most so many drafts behind the prefill. min_probability: a less likely draft ends the drafting of
-    its round. Raises: ParameterError naming the arms there are.
+    adapters: level → adapter with ``reads`` and ``step``. ngram: prefix ids → next id or None (for ``ngram``); ngram_hash: of what
+    the table was made from, kept in the arm's info. gamma_prefill: at most so many drafts behind the prefill.
+    min_probability: a less likely draft ends the drafting of its round. Raises: ParameterError naming the arms there are.
     """
     adapters = adapters or {}
     verifier = pair.verifier
@@ -96,6 +98,10 @@ def build(
     info = {"kind": name, "gamma": gamma, "gamma_prefill": gamma_prefill, "hide_prefill": hide_prefill, "overlap": overlap}
     info["min_probability"] = min_probability
     info["adapters"] = {level: adapter_hash(adapters[level]) for level in name.split("+") if level in adapters}
+    if name not in ("ngram", "prompt_lookup") and hasattr(pair.drafter, "weights_hash"):
+        info["drafter"] = pair.drafter.weights_hash()
+    if "ngram" in name.split("+"):
+        info["ngram"] = ngram_hash
     return Arm(label or name, run, verifier, info=info)
 
 
@@ -130,6 +136,11 @@ def _proposers(
         adapter = adapters[level].eval() if hasattr(adapters[level], "eval") else adapters[level]
         made.append(proposers.AdapterProposer(track, adapter, verifier.lm_head, ids, eos))
     return (None, made[0]) if len(made) == 1 else (made[0], made[1])
+
+
+def available_cores() -> int:
+    """Cores that this process may run on, which may be fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def adapter_hash(adapter: Any) -> str:

@@ -14,13 +14,15 @@ import json
 import os
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from xsd.bench.arms import Arm
-from xsd.core import Generation, LosslessError, MetricError, ParameterError, Sample, StorageError
+import torch
+
+from xsd.bench.arms import Arm, available_cores
+from xsd.core import Generation, LosslessError, MetricError, ParameterError, Sample, StorageError, provenance
 from xsd.decode import autoregressive, certificate
 from xsd.metrics import statistics
 
@@ -38,12 +40,14 @@ def measure(
     repeats: int = 1,
     warmup: int = 1,
     seed: int = 0,
+    about: Mapping[str, Any] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> list[Record]:
     """Run every arm on every sample ``repeats`` times; append to ``path`` (JSON lines, a header first) and return all its records.
 
     What the file already holds is not run again; a half-written last line is dropped. warmup: samples that every arm runs first, without
-    a record. seed: the arms' first order. progress(n): called with the number of records just made.
+    a record. seed: the arms' first order. about: goes into the provenance that the
+    file is begun with. progress(n): called with the number of records just made.
 
     Raises: ParameterError for two arms of one name, no arm, or a file of another configuration; StorageError when the file is being written
     by another run or cannot be written.
@@ -58,10 +62,12 @@ def measure(
         "seed": seed,
         "arms": {arm.name: dict(arm.info) for arm in arms},
         "verifier": verifier.weights_hash() if hasattr(verifier, "weights_hash") else "",
+        "threads": torch.get_num_threads(),
+        "cores": available_cores(),
     }
     order = list(arms)
     random.Random(seed).shuffle(order)
-    with _open_records(Path(path), header) as (records, append):
+    with _open_records(Path(path), header, about) as (records, append):
         done = {(r["arm"], r["sample"], r["repeat"]) for r in records}
         own = {r["sample"]: r["ids"] for r in records if r["arm"] == "ar"}
         todo = [s for s in samples if any((name, s.key, k) not in done for name in names for k in range(repeats))]
@@ -124,8 +130,18 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
     return _read(Path(path))[1]
 
 
+def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Where the records come from: core.provenance as it was when the file was begun. Raises: StorageError as :func:`read_records`."""
+    return _lines(Path(path))[0][0].get("provenance", {})
+
+
 def _read(path: Path) -> tuple[dict[str, Any] | None, list[Record], int]:
     """Header, records, and the number of bytes that are whole lines."""
+    lines, whole = _lines(path)
+    return (lines[0]["header"] if whole else None), lines[1:], whole
+
+
+def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
     try:
         data = path.read_bytes()
     except OSError as error:
@@ -136,14 +152,16 @@ def _read(path: Path) -> tuple[dict[str, Any] | None, list[Record], int]:
     except ValueError as error:
         raise StorageError(f"{path} is damaged ({error}); move it away and measure again") from error
     if not lines:
-        return None, [], len(whole)
+        return [{}], 0
     if "header" not in lines[0]:
         raise StorageError(f"{path} is no record file of this benchmark (its first line is no header); choose another path")
-    return lines[0]["header"], lines[1:], len(whole)
+    return lines, len(whole)
 
 
 @contextlib.contextmanager
-def _open_records(path: Path, header: dict[str, Any]) -> Iterator[tuple[list[Record], Callable[[Sequence[Record]], None]]]:
+def _open_records(
+    path: Path, header: dict[str, Any], about: Mapping[str, Any] | None = None
+) -> Iterator[tuple[list[Record], Callable[[Sequence[Record]], None]]]:
     """Lock the file, check or write its header, drop a half-written line; yield the records and a durable append."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -169,7 +187,7 @@ def _open_records(path: Path, header: dict[str, Any]) -> Iterator[tuple[list[Rec
                 ) from error
 
         if found is None:
-            append([{"header": header}])
+            append([{"header": header, "provenance": provenance(**{"seed": header.get("seed"), **(about or {})})}])
         elif found != json.loads(json.dumps(header)):
             other = ", ".join(key for key in header if found.get(key) != json.loads(json.dumps(header[key])))
             raise ParameterError(

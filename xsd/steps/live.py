@@ -7,6 +7,7 @@ so is what the parts cost (xsd/steps/costs.py).
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -39,7 +40,9 @@ LABELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """Everything that step 05 works on. samples: data set → its held-out samples; timed: the few of them that are put on the clock."""
+    """Everything that step 05 works on. samples: data set → its held-out samples; timed: the few of them that are put on the clock.
+    answers_hash: of the training answers that fill the table.
+    """
 
     given: parameters.LiveParameters
     pair: loading.Pair
@@ -47,6 +50,7 @@ class Bench:
     table: floors.NGram | None
     samples: Mapping[str, list[held_out.HeldOut]]
     timed: Mapping[str, list[held_out.HeldOut]]
+    answers_hash: str = ""
 
 
 def parts_of(name: str) -> tuple[str, int, float]:
@@ -84,18 +88,23 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
         for name in given.test_data
     }
     timed = {name: held_out.chosen(some, given.n_samples, given.seed) for name, some in samples.items()}
-    table = None
+    table, answers_hash = None, ""
     if any("ngram" in name for name in [*given.arms, *given.check_arms]):
         stored = extraction.open_pairs(given.run_dir, "train", given.data, held_out.mode_of(given.run_dir, "train", given.data))
-        table = floors.NGram(extraction.answers(stored))
-    return Bench(given, pair, training.load(given.run_dir, wanted), table, samples, timed)
+        answers = extraction.answers(stored)
+        table = floors.NGram(answers)
+        answers_hash = bench.ids_hash(token for ids in answers for token in (*floors.as_lists([ids])[0], -1))
+    return Bench(given, pair, training.load(given.run_dir, wanted), table, samples, timed, answers_hash)
 
 
 def _check_pair(given: parameters.LiveParameters, pair: loading.Pair) -> None:
     extracted = folder.load_results(given.run_dir).get("extract", {}).get("weights", {})
-    if extracted and extracted.get("verifier") != pair.verifier.weights_hash():
+    loaded = {"verifier": pair.verifier.weights_hash(), "drafter": pair.drafter.weights_hash()}
+    other = [role for role, found in loaded.items() if extracted and extracted.get(role) != found]
+    if other:
         raise ParameterError(
-            f"the run {given.run_dir} was extracted with other weights than the pair {given.pair!r} has; give that pair, or another run_dir"
+            f"the run {given.run_dir} was extracted with other weights ({' and '.join(other)}) than the pair {given.pair!r} has; "
+            "give that pair, or another run_dir"
         )
 
 
@@ -103,7 +112,7 @@ def _check_pair(given: parameters.LiveParameters, pair: loading.Pair) -> None:
 
 
 def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = None) -> list[arms.Arm]:
-    """The arms by name. ``ar_all_cores``: the own loop on every core of the machine; the others have ``threads`` cores a model.
+    """The arms by name. ``ar_all_cores``: the own loop on every core that this process may use; the others have ``threads`` cores a model.
 
     Raises: ParameterError for a name that is no arm.
     """
@@ -112,7 +121,8 @@ def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = No
     for name in names:
         if name == ALL_CORES:
             arm = arms.build("ar", pair, label=name)
-            made.append(dataclasses.replace(arm, run=_with_threads(arm.run, os.cpu_count() or 1, given.threads), info={"kind": name}))
+            n = arms.available_cores()
+            made.append(dataclasses.replace(arm, run=_with_threads(arm.run, n, given.threads), info={"kind": name, "cores": n}))
         else:
             kind, gamma, least = parts_of(name)
             made.append(
@@ -124,6 +134,7 @@ def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = No
                     gamma_prefill=given.gamma_prefill,
                     min_probability=least,
                     ngram=_next_of(bench_.table),
+                    ngram_hash=bench_.answers_hash,
                     label=name,
                 )
             )
@@ -154,6 +165,7 @@ def measure(bench_: Bench, *, progress: Callable[[int], None] | None = None) -> 
     path = folder.resolve(given.run_dir) / "records.jsonl"
     timed = [one for some in bench_.timed.values() for one in some]
     options = {"max_new_tokens": given.max_new_tokens, "repeats": given.repeats, "seed": given.seed, "progress": progress}
+    options["about"] = {"threads": given.threads, "parameters": given.model_dump()}
     made, samples = build(bench_, given.arms), [one.load() for one in timed]
     try:
         records = bench.measure(made, samples, path=path, **options)
@@ -325,7 +337,8 @@ def save(
 ) -> dict[str, Any]:
     """Write ``results/live.json`` and return it. The first data set's arms stand at the top, all data sets under ``test``.
 
-    found: of :func:`summary`. checked: of lossless.counts. parts, predicted: the tables of xsd/steps/costs.py.
+    found: of :func:`summary`. checked: of lossless.counts. ``provenance`` is the timed run's, from when its file was begun;
+    ``checked_with`` is where the check and the parts were run, which may be later. parts, predicted: the tables of xsd/steps/costs.py.
     """
     given, first = bench_.given, next(iter(found.values()))
     results = {
@@ -343,10 +356,18 @@ def save(
         "hidden_share": hidden_share,
         "predicted": {row["arm"]: row for row in predicted.to_dict("records")},
         "mean_residual": float(predicted["residual"].abs().mean()) if len(predicted) else None,
-        "provenance": provenance(seed=given.seed, threads=given.threads, parameters=given.model_dump()),
+        "timeline": _timeline(given.run_dir),
+        "provenance": bench.read_provenance(folder.resolve(given.run_dir) / "records.jsonl"),
+        "checked_with": {name: value for name, value in provenance().items() if name in ("git_revision", "git_dirty", "machine")},
     }
     folder.save_results(given.run_dir, "live", _without_nan(results))
     return results
+
+
+def _timeline(run_dir: str) -> dict[str, Any] | None:
+    """What :func:`show_one` kept, seconds since the request began; None where no sample was shown."""
+    path = folder.resolve(run_dir) / "live.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
 
 
 def _without_nan(value: Any) -> Any:
