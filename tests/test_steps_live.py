@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 from tiny_pair import make_tiny_pair
 
-from xsd.core import ParameterError
+from xsd.core import LosslessError, ParameterError
 from xsd.runs import demo_page, folder, parameters
 from xsd.steps import acceptance, compare, costs, explore, extraction, held_out, live, lossless, training
 from xsd.views import cost_figures, figures, timeline, tokens
@@ -55,6 +55,12 @@ def test_every_arm_answers_the_same_samples_with_the_verifiers_ids(bench, record
         assert not one["arms"][one["best_arm"]]["baseline"] and len(live.table(one)) == len(ARMS)
     assert found["simulated"]["arms"]["L4@2"]["label"] == "L4, 2 drafts a round"
     assert found["simulated"]["arms"]["L4@2"]["accepted_length_drafted"] <= 2
+
+
+def test_a_near_tie_is_no_excuse_in_float32(records):
+    tie = {"identical_to_ar": False, "verdict": {"outcome": "near-tie", "position": 2, "reason": "close"}}
+    with pytest.raises(LosslessError, match="near-tie: close"):
+        live.summary([{**one, **tie} if one["arm"] == "L4" else one for one in records], 50, 0)
 
 
 def test_unlikely_drafts_end_a_round_and_cost_no_loss(records):

@@ -180,11 +180,14 @@ def measure(bench_: Bench, *, progress: Callable[[int], None] | None = None) -> 
 
 
 def summary(records: Sequence[bench.Record], resamples: int, seed: int) -> dict[str, dict[str, Any]]:
-    """data set → baseline, n_timed, alarms, best_arm and arms; every speed-up against the fastest baseline of that data set."""
+    """data set → baseline, n_timed, alarms, best_arm and arms; every speed-up against the fastest baseline of that data set.
+
+    The pair runs in float32 here, where a near-tie is no excuse. Raises: LosslessError for any answer of a lossless arm that differs.
+    """
     out = {}
     for data in dict.fromkeys(record["data"] for record in records):
         own = [record for record in records if record["data"] == data]
-        found = bench.summarise(own, allow_near_ties=True, n_resamples=resamples, seed=seed)
+        found = bench.summarise(own, n_resamples=resamples, seed=seed)
         rows = {name: _row(name, found["arms"][name], own, resamples, seed) for name in dict.fromkeys(r["arm"] for r in own)}
         speculative = [name for name in rows if not rows[name]["baseline"]]
         adapted = [name for name in speculative if levels_of([name])]
