@@ -55,7 +55,8 @@ def test_a_finished_run_is_found_again(run_dir):
     place = extraction.shard_folder(run_dir, "train", "simulated", "teacher_forced")
     before = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
     given = json.loads(json.dumps(folder.load_results(run_dir)["extract"]["provenance"]["parameters"]))
-    extraction.run(parameters.ExtractParameters.checked({**given, "run_dir": str(run_dir)}))
+    own = {"run_dir": str(run_dir), "pair": extraction.pair_file(run_dir)["pair"]}  # records name folders without their place
+    extraction.run(parameters.ExtractParameters.checked({**given, **own}))
     assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == before
     again = training.run(parameters.TrainParameters.checked({"run_dir": run_dir, "levels": LEVELS, "epochs": 2}))
     assert [one["epochs"] for one in again["levels"].values()] == [2, 2, 2, 2]

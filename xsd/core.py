@@ -347,7 +347,9 @@ def portable(value: Any) -> Any:
     if "\n" not in value and Path(value).is_absolute():
         path = Path(value)
         return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-    return "".join(piece if piece in "=," else portable(piece) for piece in re.split("([=,])", value)) if re.search("[=,]", value) else value
+    if not re.search("[=,]", value):
+        return value
+    return "".join(piece if piece in "=," else portable(piece) for piece in re.split("([=,])", value))
 
 
 def _command() -> list[str]:
