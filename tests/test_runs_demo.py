@@ -1,11 +1,14 @@
 """The demo: its parameters are valid, and its page says what the results say."""
 
+import json
+
 import pandas as pd
 import pytest
 from views_examples import lengths_table, live_runs, speedups, token_table
 
 from xsd.core import ParameterError
 from xsd.runs import demo, demo_page, folder, numbers
+from xsd.steps import acceptance
 
 
 def interval(value, width=0.1, n=24):
@@ -48,11 +51,13 @@ def results():
 
 @pytest.fixture
 def finished(tmp_path):
-    run_dir = tmp_path / "run"
-    for name, values in results().items():
-        folder.save_results(run_dir, name, values)
+    run_dir, found = tmp_path / "run", results()
     folder.save_tokens(run_dir, pd.concat([token_table().assign(data="simulated"), token_table(4, run="demo").assign(data="davis_road")]))
-    folder.save_live(run_dir, live_runs(), {token: f" word{token}" for token in range(12)}, question="What is moving?")
+    kept = folder.save_live(run_dir, live_runs(), {token: f" word{token}" for token in range(12)}, question="What is moving?")
+    found["tokens"]["test"]["simulated"] |= acceptance.curves(token_table())
+    found["live"]["timeline"] = json.loads(kept.read_text())
+    for name, values in found.items():
+        folder.save_results(run_dir, name, values)
     return tmp_path
 
 
@@ -74,6 +79,18 @@ def test_the_page_is_true_offline_and_complete(finished):
         for title in ("What was done", "How many draft tokens", "Position by position", "token by token", "Live", "does not show")
     )
     assert stored["live"]["n_identical"] == 10 and page.count("token-pairs") == 6
+
+
+def test_every_number_in_a_picture_is_in_the_results(finished):
+    page = demo.build(finished, profile="demo", seed=0, seconds={}).read_text()
+    stored = json.loads((finished / "results.json").read_text())
+    assert page.count("Plotly.newPlot(") >= 6 and "in the answer" in page and "milliseconds since" in page
+    assert numbers.picture_disagreements(page, stored) == []
+    stored["tokens"]["test"]["simulated"]["by_position"]["survival"][2] += 0.0123
+    for span in stored["live"]["timeline"]["generations"]["baseline"]["spans"]:
+        span["start_s"], span["end_s"] = span["start_s"] + 0.0007, span["end_s"] + 0.0007
+    wrong = numbers.picture_disagreements(page, stored)
+    assert any("in 'verifier', which is not" in one for one in wrong) and len(wrong) >= 2
 
 
 def test_a_run_with_less_says_less(finished):

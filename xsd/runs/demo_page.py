@@ -5,9 +5,11 @@ Results read here (``results/<name>.json`` of xsd/runs/folder.py; ``q`` stands f
 - extract: train/{sequences, pairs, tokens}, test/<data>/{sequences, pairs, tokens}, duplicate_rate
 - train: levels/<level>/{parameters, seconds, epochs, validation_loss}
 - hidden: test/<data>/levels/<level>/{cosine q, accept q} and threshold
-- tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_length q, above_floor q}, test/<data>/best_floor
+- tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_length q, above_floor q}, test/<data>/best_floor,
+  test/<data>/{by_position, reliability} (columns of xsd/views/frames.py)
 - live: test/<data>/arms/<arm>/{label, kind, speedup q, slower_share q, accepted_length q, total_ms q}, arms (of the first set), best_arm,
-  n_timed, n_samples, n_identical (answers checked), check/{n_answers, n_identical, n_near_ties, n_divergences}
+  n_timed, n_samples, n_identical (answers checked), check/{n_answers, n_identical, n_near_ties, n_divergences},
+  timeline (one sample's generations, as live.json holds them)
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from typing import Any
 import pandas as pd
 
 from xsd.runs import folder, numbers, report
-from xsd.views import figures, frames, timeline, tokens
+from xsd.views import figures, timeline, tokens
 
 TITLE = "Cross-modal speculative decoding on the embedded pair"
 NAMES = {"simulated": "held-out simulated drives", "davis_road": "a real road, recorded by an event camera"}
@@ -71,9 +73,9 @@ def sections(run_dir: str | Path, results: Mapping[str, Any]) -> list[report.Sec
     made = [
         _what_was_done(results),
         _acceptance(run_dir, results),
-        _positions(run_dir),
+        _positions(results),
         _strips(run_dir),
-        _live(run_dir, results),
+        _live(results),
         _limits(),
     ]
     return [section for section in made if section is not None and section.parts]
@@ -157,21 +159,28 @@ def _tokens(run_dir: str | Path) -> pd.DataFrame | None:
     return folder.load_tokens(run_dir) if (folder.resolve(run_dir) / "tokens.parquet").is_file() else None
 
 
-def _positions(run_dir: str | Path) -> report.Section | None:
-    table = _tokens(run_dir)
-    if table is None:
+def _ordered(sets: Mapping[str, Any]) -> dict[str, Any]:
+    """The data sets in reading order: the simulated drives first."""
+    return {data: sets[data] for data in sorted(sets, key=lambda data: data != "simulated")}
+
+
+def _positions(results: Mapping[str, Any]) -> report.Section | None:
+    found = next(((data, one) for data, one in _ordered(results.get("tokens", {}).get("test", {})).items() if "by_position" in one), None)
+    if found is None:
         return None
-    first = table[table["data"] == table["data"].iloc[0]] if "data" in table.columns else table
-    frame = frames.by_position(first, max_positions=24)
-    with_cosine = first[first["cosine"].notna()]
+    data, one = found
+    bounds = [f"{name}_{end}" for name in ("marginal", "survival") for end in ("low", "high")]
+    frame = pd.DataFrame(one["by_position"]).astype(dict.fromkeys(bounds, float))
     parts: list[Any] = [
         report.Figure(
-            figures.acceptance_by_position(frame, curve="survival"), "A draft is useful as far as it is unbroken from its start."
+            figures.acceptance_by_position(frame, curve="survival"),
+            f"On {NAMES.get(data, data)}. A draft is useful as far as it is unbroken from its start.",
         ),
         report.Figure(figures.acceptance_by_position(frame, curve="marginal")),
     ]
-    if len(with_cosine):
-        parts.append(report.Figure(figures.reliability_curve(frames.reliability(with_cosine)), "What a cosine says about the token."))
+    if one.get("reliability"):
+        bands = pd.DataFrame(one["reliability"]).astype({"low": float, "high": float})
+        parts.append(report.Figure(figures.reliability_curve(bands), "What a cosine says about the token."))
     return report.Section("Position by position", parts)
 
 
@@ -201,7 +210,7 @@ _LIVE_COLUMNS = [
 ]
 
 
-def _live(run_dir: str | Path, results: Mapping[str, Any]) -> report.Section | None:
+def _live(results: Mapping[str, Any]) -> report.Section | None:
     arms = results.get("live", {}).get("arms", {})
     if not arms:
         return None
@@ -226,8 +235,8 @@ def _live(run_dir: str | Path, results: Mapping[str, Any]) -> report.Section | N
                 "{live/check/n_divergences} divergences."
             )
         )
-    if (folder.resolve(run_dir) / "live.json").is_file():
-        generations, texts, about = folder.load_live(run_dir)
+    if results["live"].get("timeline"):
+        generations, texts, about = folder.live_of(results["live"]["timeline"])
 
         def said(ids: tuple[int, ...]) -> str:
             return "".join(texts.get(token, "?") for token in ids)

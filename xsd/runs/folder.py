@@ -85,7 +85,11 @@ def load_live(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Generation], d
     path = resolve(run_dir) / "live.json"
     if not path.is_file():
         raise ParameterError(f"the run {run_dir} has no live run; run notebook 05 with run_dir={run_dir} first")
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    return live_of(json.loads(path.read_text(encoding="utf-8")))
+
+
+def live_of(stored: Mapping[str, Any]) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
+    """generations, texts and about of what :func:`save_live` wrote; results hold the same record as ``live/timeline`` (seconds)."""
     generations = {arm: _generation(stored["generations"][arm]) for arm in stored["order"]}
     return generations, {int(key): text for key, text in stored["texts"].items()}, stored["about"]
 

@@ -8,9 +8,10 @@ A path walks the nested results with slashes, ``levels/L4/accept@0.90/value``; l
 from __future__ import annotations
 
 import html
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from html.parser import HTMLParser
 from typing import Any
 
@@ -141,7 +142,7 @@ def disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
     """Every number of a page that is not what ``results`` say, and every number in running text that is not marked; empty when the
     page is true.
 
-    Scripts (pictures are drawn from the same results), code, and regions marked ``data-plain`` (token texts, provenance) are left out.
+    Scripts (see :func:`picture_disagreements`), code, and regions marked ``data-plain`` (token texts, provenance) are left out.
     """
     parser = _Page()
     parser.feed(page)
@@ -153,6 +154,48 @@ def disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
             found.append(f"{key} is shown as {shown!r} but the results say {expected!r}")
     for text in parser.loose:
         found += [f"{stray.group(0)!r} in {text.strip()[:80]!r} is not taken from the results" for stray in _STRAY.finditer(text)]
+    return found
+
+
+_PLOT = re.compile(r'Plotly\.newPlot\("([^"]+)",')
+
+
+def _values(node: Any) -> Iterator[float]:
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from _values(value)
+    elif isinstance(node, (list, tuple)):
+        for value in node:
+            yield from _values(value)
+    elif isinstance(node, (int, float)) and not isinstance(node, bool):
+        yield float(node)
+
+
+def picture_disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
+    """Every number drawn in a picture of a page that ``results`` do not hold; empty when the pictures are true.
+
+    Looked at: x and y, a bar's start and end, the ends of error bars. Results in seconds may be drawn in milliseconds.
+    """
+    held = {f"{value * scale:.6g}" for value in _values(results) for scale in (1, 1e3)} | {"0"}
+    found = []
+    for plot in _PLOT.finditer(page):
+        traces, _ = json.JSONDecoder().raw_decode(page[plot.end() :].replace("<\\/", "</"))
+        for trace in traces:
+            along = "x" if trace.get("orientation") == "h" else "y"
+            starts = trace.get("base") or []
+            for axis in ("x", "y"):
+                drawn = list(_values(trace.get(axis)))
+                if starts and axis == along:
+                    drawn = [*starts, *(start + length for start, length in zip(starts, drawn, strict=True))]
+                errors = trace.get(f"error_{axis}", {})
+                for name, sign in (("array", 1), ("arrayminus", -1)):
+                    pairs = zip(trace[axis], errors.get(name) or [], strict=False)
+                    drawn += [value + sign * error for value, error in pairs if error is not None]
+                found += [
+                    f"{plot.group(1)} draws {value:.6g} in {trace.get('name')!r}, which is not in the results"
+                    for value in drawn
+                    if f"{value:.6g}" not in held
+                ]
     return found
 
 

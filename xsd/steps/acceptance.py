@@ -21,7 +21,10 @@ from xsd.metrics.counterfactual import Counts, compare_with_floors
 from xsd.runs import folder, parameters
 from xsd.steps import drafts, evaluation, extraction, words
 from xsd.steps.evaluation import HeldOut, interval
+from xsd.views import frames
 
+POSITIONS = 24
+"""Positions of an answer that the report draws."""
 DRAFTER = "drafter_tokens"
 FLOORS = {"position mode": "position_mode", "4-gram": "ngram", "prompt lookup": "prompt_lookup", "drafter tokens": DRAFTER}
 """A floor's own name → its row in the results."""
@@ -111,11 +114,25 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
         kinds.append(words.by_word_kind(one, arms, about["token_texts"], **options).assign(data=one.name))
     table, by_kind = pd.concat(pieces, ignore_index=True), pd.concat(kinds, ignore_index=True)
     results["words"] = _nested(by_kind)
+    for name, part in table.groupby("data", sort=False):
+        results["test"][name] |= curves(part)
     hashes = "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16] for one in sets)
     results["provenance"] = provenance(seed=given.seed, data_hash=hashes, parameters=given.model_dump())
     folder.save_tokens(given.run_dir, table)
     folder.save_results(given.run_dir, "tokens", results)
     return Tokens(results, table, by_kind, reliability)
+
+
+def curves(table: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
+    """What the report draws of one data set's token table, as columns: ``by_position`` and ``reliability`` of xsd/views/frames.py.
+
+    reliability is empty where no row has a cosine.
+    """
+    known = table[table["cosine"].notna()]
+    return {
+        "by_position": frames.by_position(table, max_positions=POSITIONS).to_dict("list"),
+        "reliability": frames.reliability(known).to_dict("list") if len(known) else {},
+    }
 
 
 def kind_of(row: str, adapters: Mapping[str, Adapter]) -> str:
