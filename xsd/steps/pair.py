@@ -260,8 +260,8 @@ They are trained from scratch on simulated drives only; they know ten questions 
 - **Drafter**: EventGPT's architecture (`EventChat_llama`), 5 event frames, 70 event tokens, 4 decoder layers, width 192.
 - **Verifier**: transformers' `VideoLlavaForConditionalGeneration`, 8 RGB frames, 296 video tokens, 12 decoder layers, width 192.
 - **Data**: {n_sequences} simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed {training_seed}), ten
-  questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's dialect, as both real
-  models share a language-model ancestor that knows either style.
+  questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's
+  dialect, as both real models share a language-model ancestor that knows either style.
 - **Training**: towers on scene facts and patches, then decoders on language under a block mask, the tower following at a third of
   the rate (`xsd/train/pair.py`); profile {profile}. Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
