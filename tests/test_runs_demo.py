@@ -117,5 +117,19 @@ def test_missing_parts_of_a_run_are_named(tmp_path):
             load(tmp_path)
 
 
+def test_the_recording_comes_second_and_its_intervals_are_called_weak():
+    found = results()
+    one = found["tokens"]["test"]["simulated"]
+    sets = {"davis_road": {**one, "cluster": "clip", "n_clusters": 3}, "simulated": {**one, "cluster": "sequence"}}
+    found["tokens"] = {"gamma": 5, "test": sets}
+    lead = demo_page.lead(found)
+    assert "accepted drafts a round (at γ = {tokens/gamma:d})" in lead
+    assert lead.index("held-out simulated drives") < lead.index("a real road")
+    section = demo_page._acceptance("unused", found)
+    captions = [part.caption for part in section.parts if "Intervals draw" in getattr(part, "caption", "")]
+    assert "whole sequences" in captions[0]
+    assert "{tokens/test/davis_road/n_clusters:d} overlapping clips of one sequence: they are weak" in captions[1]
+
+
 def test_lead_is_empty_without_results():
     assert demo_page.lead({}) == ""

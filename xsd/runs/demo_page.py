@@ -36,16 +36,20 @@ def _there(results: Mapping[str, Any], *paths: str) -> bool:
     return True
 
 
+def _gamma(results: Mapping[str, Any]) -> str:
+    return " (at γ = {tokens/gamma:d})" if _there(results, "tokens/gamma") else ""
+
+
 def lead(results: Mapping[str, Any]) -> str:
     """The summary under the title: the run's own sentences with the numbers filled in, good or bad."""
     parts = []
-    for data in results.get("tokens", {}).get("test", {}):
+    for data in _ordered(results.get("tokens", {}).get("test", {})):
         at = f"tokens/test/{data}"
         if _there(results, f"{at}/best_adapter", f"{at}/best_floor"):
             best, floor = (f"{at}/rows/{numbers.lookup(results, f'{at}/{which}')}" for which in ("best_adapter", "best_floor"))
             parts.append(
                 f"On {NAMES.get(data, data)} the best adapter, **{{{best}/label}}**, has "
-                f"{{{best}/accepted_length/value:.2f}} tokens accepted before the first rejection; the best floor, "
+                f"{{{best}/accepted_length/value:.2f}} accepted drafts a round{_gamma(results)}; the best floor, "
                 f"{{{floor}/label}}, has {{{floor}/accepted_length/value:.2f}}: a distance of "
                 f"{{{best}/above_floor/value:+.2f}} [{{{best}/above_floor/low:+.2f}}, {{{best}/above_floor/high:+.2f}}]."
             )
@@ -96,7 +100,7 @@ def _what_was_done(results: Mapping[str, Any]) -> report.Section | None:
             "simulated drives, and the adapters trained on them. They are judged on sequences that no model and no adapter has seen:"
         )
     ]
-    rows = [(NAMES.get(data, data), f"extract/test/{data}") for data in results["extract"].get("test", {})]
+    rows = [(NAMES.get(data, data), f"extract/test/{data}") for data in _ordered(results["extract"].get("test", {}))]
     columns = [
         report.Column("sequences", "sequences", ",d"),
         report.Column("pairs", "pairs", ",d"),
@@ -118,21 +122,22 @@ def _what_was_done(results: Mapping[str, Any]) -> report.Section | None:
 
 def _acceptance(run_dir: str | Path, results: Mapping[str, Any]) -> report.Section | None:
     parts: list[Any] = []
-    for data, found in results.get("tokens", {}).get("test", {}).items():
+    for data, found in _ordered(results.get("tokens", {}).get("test", {})).items():
         rows = found["rows"]
         table = pd.DataFrame([{"name": row["label"], "kind": row["kind"], **_q(row["accepted_length"])} for row in rows.values()])
         title = f"Mean accepted length on {NAMES.get(data, data)}"
-        parts.append(report.Figure(figures.accepted_length_dots(table, title=title)))
+        dots = figures.accepted_length_dots(table, title=title)
+        parts.append(report.Figure(dots.update_xaxes(title_text="accepted drafts a round, mean and 95 % interval")))
         lines: list[Any] = []
         for kind, heading in (("ceiling", "Ceiling"), ("adapter", "Adapters"), ("drafter", "Without an adapter"), ("floor", "Floors")):
             chosen = [(row["label"], f"tokens/test/{data}/rows/{name}") for name, row in rows.items() if row["kind"] == kind]
             lines += [heading, *chosen] if chosen else []
         columns = [
             report.Column("same token", "token_acceptance", ".1%", interval=True),
-            report.Column("accepted length", "accepted_length", ".2f", interval=True),
+            report.Column("accepted drafts a round", "accepted_length", ".2f", interval=True),
             report.Column("above the best floor", "above_floor", "+.2f", interval=True),
         ]
-        parts.append(report.Table(lines, columns, f"On {NAMES.get(data, data)}. Intervals draw whole sequences."))
+        parts.append(report.Table(lines, columns, f"On {NAMES.get(data, data)}. {_intervals(results, data)}"))
         hidden = results.get("hidden", {}).get("test", {}).get(data, {}).get("levels", {})
         if hidden:
             columns = [
@@ -149,6 +154,15 @@ def _acceptance(run_dir: str | Path, results: Mapping[str, Any]) -> report.Secti
         )
         parts.insert(0, report.Text(text))
     return report.Section("How many draft tokens are accepted", parts) if parts else None
+
+
+def _intervals(results: Mapping[str, Any], data: str) -> str:
+    """What the intervals of a held-out set draw, and how far to trust them."""
+    at = f"tokens/test/{data}"
+    if not _there(results, f"{at}/cluster") or results["tokens"]["test"][data]["cluster"] == "sequence":
+        return "Intervals draw whole sequences."
+    count = f"{{{at}/n_clusters:d}} " if _there(results, f"{at}/n_clusters") else ""
+    return f"Intervals draw {count}overlapping clips of one sequence: they are weak here, and likely too narrow."
 
 
 def _q(node: Mapping[str, Any]) -> dict[str, Any]:
@@ -221,7 +235,8 @@ def _live(results: Mapping[str, Any]) -> report.Section | None:
             "baseline of that set. The speculative arms draft while the verifier reads its video, then draft and verify in rounds."
         )
     ]
-    sets = {data: (one["arms"], f"live/test/{data}") for data, one in results["live"].get("test", {}).items()} or {"": (arms, "live")}
+    by_set = _ordered(results["live"].get("test", {}))
+    sets = {data: (one["arms"], f"live/test/{data}") for data, one in by_set.items()} or {"": (arms, "live")}
     for data, (rows, at) in sets.items():
         table = pd.DataFrame([{"name": arm["label"], "kind": arm.get("kind", "measured"), **_q(arm["speedup"])} for arm in rows.values()])
         caption = f"On {NAMES.get(data, data)}. Slower samples: the share on which the arm lost to the baseline." if data else ""
