@@ -41,7 +41,7 @@ def results():
     }
     counts = {"sequences": 4, "pairs": 80, "tokens": 1900}
     return {
-        "extract": {"train": counts, "test": {"simulated": counts, "davis_road": counts}, "data_hash": "abc"},
+        "extract": {"train": counts, "test": {"simulated": {**counts, "duplicate_rate": 0.34}, "davis_road": counts}, "data_hash": "abc"},
         "train": {"levels": {level: {"parameters": 33281, "seconds": 2.5, "epochs": 12, "validation_loss": 0.8} for level in ("L1", "L4")}},
         "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}},
         "tokens": {"test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}},
@@ -74,6 +74,9 @@ def test_the_page_is_true_offline_and_complete(finished):
     lead = page[page.index('class="lead"') : page.index("<nav>")]
     assert 'data-key="tokens/test/simulated/rows/L5F/above_floor/value" data-format="+.2f">+2.60<' in lead
     assert 'data-key="live/arms/arm1/speedup/value"' in lead
+    text = page[page.index("How templated the answers are") :]
+    assert 'data-key="extract/test/simulated/duplicate_rate" data-format=".1%">34.0%<' in text[:400]
+    assert 'data-key="tokens/test/simulated/rows/ngram/accepted_length/value"' in text[:600]
     assert all(
         title in page
         for title in ("What was done", "How many draft tokens", "Position by position", "token by token", "Live", "does not show")

@@ -2,7 +2,7 @@
 
 Results read here (``results/<name>.json`` of xsd/runs/folder.py; ``q`` stands for value, low, high, n):
 
-- extract: train/{sequences, pairs, tokens}, test/<data>/{sequences, pairs, tokens}, duplicate_rate
+- extract: train/{sequences, pairs, tokens}, test/<data>/{sequences, pairs, tokens, duplicate_rate, answers_in_training}
 - train: levels/<level>/{parameters, seconds, epochs, validation_loss}
 - hidden: test/<data>/levels/<level>/{cosine q, accept q} and threshold
 - tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_length q, above_floor q}, test/<data>/best_floor,
@@ -105,8 +105,19 @@ def _what_was_done(results: Mapping[str, Any]) -> report.Section | None:
         report.Column("sequences", "sequences", ",d"),
         report.Column("pairs", "pairs", ",d"),
         report.Column("tokens", "tokens", ",d"),
+        report.Column("the verifier's answers given more than once", "duplicate_rate", ".1%"),
+        report.Column("its answers found in training", "answers_in_training", ".1%"),
     ]
     parts.append(report.Table([("drives to train on", "extract/train"), *rows], columns))
+    templated = [
+        f"on {NAMES.get(data, data)} {{{at}/duplicate_rate:.1%}} of the verifier's held-out answers are given more than once, and a 4-gram "
+        f"table of the training answers has {{tokens/test/{data}/rows/ngram/accepted_length/value:.2f}} accepted drafts a round"
+        for data, at in ((data, f"extract/test/{data}") for data in _ordered(results["extract"].get("test", {})))
+        if _there(results, f"{at}/duplicate_rate", f"tokens/test/{data}/rows/ngram/accepted_length/value")
+    ]
+    if templated:
+        text = f"How templated the answers are: {'; '.join(templated)}."
+        parts.append(report.Text(f"{text} What text alone predicts is no merit of an adapter."))
     if results.get("train", {}).get("levels"):
         columns = [
             report.Column("parameters", "parameters", ",d"),
