@@ -109,6 +109,9 @@ def test_every_held_out_answer_is_checked_at_every_limit(bench):
     counted = lossless.counts(rows)
     n = sum(map(len, bench.samples.values()))
     assert counted["n_answers"] == 2 * (n + 4 * len(lossless.LIMITS)) == counted["n_identical"]
+    hidden = rows[(rows["arm"] == "L4") & (rows["limit"] == 12)]["n_hidden"]
+    assert (hidden > 0).all() and counted["n_hidden_drafts"] >= hidden.sum() and (rows[rows["arm"] == "B1"]["n_hidden"] == 0).all()
+    assert counted["n_references"] == counted["n_references_identical"] > 0
     assert counted["n_divergences"] == 0 and set(rows["limit"]) == {1, 2, 7, 12}
     assert (rows.loc[rows["limit"] == 1, "n_tokens"] == 1).all()
     assert sum(one["n_samples"] for one in counted["data"].values()) == n
@@ -121,8 +124,8 @@ def test_two_processes_check_what_one_does(place, bench):
 
 
 def test_a_wrong_answer_is_counted_as_one(bench, monkeypatch):
-    def broken(bench_, names, pair=None):
-        made = build(bench_, names, pair=pair)
+    def broken(bench_, names, **options):
+        made = build(bench_, names, **options)
         return [type(arm)(arm.name, lambda s, n, arm=arm: changed(arm.run(s, n)), arm.verifier) for arm in made]
 
     def changed(generation):

@@ -11,7 +11,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import pandas as pd
 import torch
@@ -111,8 +111,11 @@ def _check_pair(given: parameters.LiveParameters, pair: loading.Pair) -> None:
 # --- the arms ----------------------------------------------------------------------------------------------------------------
 
 
-def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = None) -> list[arms.Arm]:
+def build(
+    bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = None, overlap: Literal["threads", "serial"] = "threads"
+) -> list[arms.Arm]:
     """The arms by name. ``ar_all_cores``: the own loop on every core that this process may use; the others have ``threads`` cores a model.
+    overlap: "serial" makes every draft behind the prefill that ``gamma_prefill`` allows, whatever the clock says.
 
     Raises: ParameterError for a name that is no arm.
     """
@@ -132,6 +135,7 @@ def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = No
                     bench_.adapters,
                     gamma=gamma or given.gamma,
                     gamma_prefill=given.gamma_prefill,
+                    overlap=overlap,
                     min_probability=least,
                     ngram=_next_of(bench_.table),
                     ngram_hash=bench_.answers_hash,

@@ -18,6 +18,8 @@ from xsd.steps import live
 
 LIMITS = (1, 2, 7)
 """Short maximum lengths that the first samples are also checked with."""
+EVERY = 10
+"""One sample in so many is also answered by the verifier's one-row loop."""
 
 
 class _OnePrompt:
@@ -41,8 +43,12 @@ class _OnePrompt:
 def check(bench_: live.Bench, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """The ids of ``check_arms`` on every held-out sample against the verifier's own greedy ids, at the full length and at short limits.
 
+    Drafts behind the prefill are made in turn with it, so that there are ``gamma_prefill`` of them whatever the clock says. The verifier's
+    ids are those that were extracted in batches; every tenth sample is also answered by the one-row loop, which is then what counts.
+
     Returns: data, sample, sequence, arm, limit, n_tokens, finish, identical, outcome ("identical" | "near-tie" | "divergence"), position,
-    margin; one row a sample, arm and limit. Where ids differ, the verifier's loop is run for this sample alone and a certificate decides.
+    margin, n_hidden (drafts made behind the prefill), reference_identical (the extracted ids are the one-row loop's, None where it was not
+    run); one row a sample, arm and limit. Where ids differ, the verifier's loop is run for this sample alone and a certificate decides.
     """
     given = bench_.given
     jobs = [(data, place) for data, some in bench_.samples.items() for place in range(len(some))]
@@ -73,16 +79,21 @@ def _check_part(given: Mapping[str, Any], jobs: Sequence[tuple[str, int]]) -> li
 def _checked(bench_: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
     given = bench_.given
     pair = dataclasses.replace(bench_.pair, drafter=_OnePrompt(bench_.pair.drafter), verifier=_OnePrompt(bench_.pair.verifier))
-    made = live.build(bench_, given.check_arms, pair=pair)
+    made = live.build(bench_, given.check_arms, pair=pair, overlap="serial")
     eos = pair.verifier.eos_token_ids
     for data, place in jobs:
         one = bench_.samples[data][place]
         sample, reference = one.load(), one.reference
+        agrees = None
+        if place % EVERY == 0:
+            loop = autoregressive.generate(bench_.pair.verifier, sample, given.max_new_tokens).ids  # its own prefill, nothing reused
+            agrees, reference = None if reference is None else loop == reference, loop
         if reference is None:
             reference = autoregressive.generate(pair.verifier, sample, given.max_new_tokens).ids
         for arm in made:
             for limit in (given.max_new_tokens, *(LIMITS if place < 2 else ())):
-                got, own = arm.run(sample, limit).ids, reference[:limit]
+                run = arm.run(sample, limit)
+                got, own = run.ids, reference[:limit]
                 if got != own:  # a batched reference may differ from the loop's by a tie: ask the loop itself
                     own = autoregressive.generate(pair.verifier, sample, limit).ids
                 verdict = certificate.certify(pair.verifier, sample, own, got)
@@ -98,15 +109,20 @@ def _checked(bench_: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
                     "outcome": verdict.outcome,
                     "position": verdict.position,
                     "margin": verdict.margin,
+                    "n_hidden": sum(len(r.drafted) for r in run.rounds if r.phase == "prefill_hiding"),
+                    "reference_identical": agrees,
                 }
 
 
 def counts(rows: pd.DataFrame) -> dict[str, Any]:
-    """Answers identical of answers checked, by data set and in all; near-ties and divergences; how the answers ended."""
+    """Answers identical of answers checked, by data set and in all; near-ties and divergences; how the answers ended; drafts that were made
+    behind the prefill; extracted answers that the one-row loop gave again.
+    """
     by_data = {
         str(data): {"n_samples": part["sample"].nunique(), "n_answers": len(part), "n_identical": int(part["identical"].sum())}
         for data, part in rows.groupby("data", sort=False)
     }
+    loops = rows[rows["reference_identical"].notna()].drop_duplicates(["data", "sample"])
     return {
         "arms": list(dict.fromkeys(rows["arm"])),
         "data": by_data,
@@ -116,4 +132,7 @@ def counts(rows: pd.DataFrame) -> dict[str, Any]:
         "n_divergences": int((rows["outcome"] == "divergence").sum()),
         "n_ended_by_eos": int((rows["finish"] == "eos").sum()),
         "n_ended_by_length": int((rows["finish"] == "length").sum()),
+        "n_hidden_drafts": int(rows["n_hidden"].sum()),
+        "n_references": len(loops),
+        "n_references_identical": int(loops["reference_identical"].astype(bool).sum()),
     }
