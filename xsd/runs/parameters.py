@@ -147,7 +147,7 @@ class LiveParameters(NotebookParameters):
     data: str = Field("simulated", min_length=1, description="the training set, whose answers fill the 4-gram table")
     test_data: list[str] = Field(["simulated", "davis_road"], min_length=1, description="held-out sets that notebook 01 extracted")
     arms: list[str] = Field(
-        ["ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L1", "L4", "L1+L5F", "L1+ngram", "B1"],
+        ["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L1", "L4", "L1+L5F", "L1+ngram", "B1"],
         min_length=1,
         description="arms of one interleaved run, named as in docs/decoding.md; ar is the own loop, L1+L5F has L1 behind the prefill",
     )
