@@ -1,5 +1,6 @@
 """The steps of the main job, one after the other, on a random-weight pair of the real classes."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -70,6 +71,22 @@ def test_a_loop_of_the_levels_that_feed_on_themselves_is_their_self_rollout(run_
             rolled = rollout.self_rollout(adapters[level], held_out.batches(5), held_out.head, gamma=gamma).rounds()
             for match, accepted in zip(own.match, rolled, strict=True):
                 assert (rounds_from_lists([match], gamma).accepted.tolist() if len(match) else []) == accepted
+
+
+def test_answers_of_a_single_token_have_no_draft(run_dir, monkeypatch):
+    held_out, adapters = held_out_and_adapters(run_dir)
+    whole = next(iter(held_out.batches(4)))
+    cut = {name: getattr(whole, name)[:, :1] for name in ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")}
+    batch = dataclasses.replace(whole, **cut)
+    for adapter in adapters.values():
+        assert drafts.loop_states(adapter, batch, held_out.head, 5).shape == batch.verifier.shape
+        found = drafts.Drafts([], [], [], [])
+        with torch.no_grad():
+            drafts._collect(found, drafts.loop_states(adapter, batch, held_out.head, 5), batch, held_out.head)
+        assert [len(one) for one in found.match] == [0] * 4
+    monkeypatch.setattr(extraction, "answers", lambda dataset: [[5]] * len(dataset))
+    with pytest.raises(ParameterError, match="every answer held out of simulated is a single token"):
+        acceptance.tokens(parameters.TokenParameters.checked({"run_dir": run_dir, "levels": LEVELS, "resamples": 50}))
 
 
 def test_a_loop_of_the_others_is_one_step_after_the_verified_prefix(run_dir):

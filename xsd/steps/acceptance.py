@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from xsd.adapters.base import Adapter
-from xsd.core import provenance
+from xsd.core import ParameterError, provenance
 from xsd.metrics import evaluate, floors
 from xsd.metrics.counterfactual import Counts, compare_with_floors
 from xsd.runs import folder, parameters
@@ -73,6 +73,11 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
         answers = extraction.answers(one.dataset)
         prompts = [about["prompt_ids"][question] for question in one.dataset.table()["question"]]
         used = [i for i, ids in enumerate(answers) if len(ids) > 1]
+        if not used:
+            raise ParameterError(
+                f"every answer held out of {one.name} is a single token, so nothing is drafted and there is no acceptance to measure; "
+                "extract with a larger max_new_tokens in notebook 01, or other test_data"
+            )
         options = {"n_resamples": given.resamples, "seed": given.seed}
         counted = _floor_counts(training, [answers[i] for i in used], [prompts[i] for i in used], given.gamma)
         counted[DRAFTER] = arms[DRAFTER].of(used).counts(given.gamma)

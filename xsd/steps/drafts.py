@@ -63,6 +63,8 @@ def loop_states(adapter: Adapter, batch: Batch, head: Tensor, gamma: int) -> Ten
     """
     if adapter.shift == 0:
         return adapter.align(batch)[0]
+    if batch.verifier.shape[1] < 2:  # answers of one token: nothing is drafted
+        return torch.zeros_like(batch.verifier)
     steps = adapter.unroll(batch.drafter, batch.verifier, gamma + 1, batch.ids_by_verifier if adapter.fuses_tokens else None)
     rolled = torch.stack(steps, dim=2)  # [B, S, gamma + 1, D]: row s, step k-1 predicts position s + k
     right = torch.stack(
