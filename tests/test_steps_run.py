@@ -73,6 +73,15 @@ def test_a_loop_of_the_levels_that_feed_on_themselves_is_their_self_rollout(run_
                 assert (rounds_from_lists([match], gamma).accepted.tolist() if len(match) else []) == accepted
 
 
+def test_a_missing_training_is_made_on_the_data_of_the_run(run_dir, monkeypatch):
+    asked = []
+    monkeypatch.setattr(extraction, "ensure", lambda run_dir, seed, **options: asked.append(options.get("data")))
+    monkeypatch.setattr(training, "ensure", lambda run_dir, seed, levels, **options: asked.append(options.get("data")))
+    evaluation.pairs_and_adapters(parameters.TokenParameters.checked({"run_dir": run_dir, "levels": LEVELS, "data": "own/drives"}))
+    evaluation.pairs_and_adapters(parameters.HiddenParameters.checked({"run_dir": run_dir, "levels": LEVELS}))
+    assert asked == ["own/drives", "own/drives", None, "simulated"]
+
+
 def test_answers_of_a_single_token_have_no_draft(run_dir, monkeypatch):
     held_out, adapters = held_out_and_adapters(run_dir)
     whole = next(iter(held_out.batches(4)))

@@ -18,7 +18,7 @@ from xsd.core import MetricError, ParameterError, provenance
 from xsd.metrics import statistics
 from xsd.metrics.acceptance import rounds_from_lists
 from xsd.runs import folder, parameters
-from xsd.steps import acceptance, data, training
+from xsd.steps import acceptance, data, extraction, training
 from xsd.views import figures
 
 METRICS = {
@@ -33,7 +33,9 @@ def ensure(given: parameters.CompareParameters | parameters.ExploreParameters) -
     """Make this notebook's own run with the smoke parameters when it is among the runs and holds no token table."""
     own = folder.resolve(given.run_dir)
     if own in map(folder.resolve, given.runs) and not (own / "tokens.parquet").is_file():
-        acceptance.tokens(parameters.TokenParameters.checked({"run_dir": given.run_dir, "seed": given.seed}))
+        about = extraction.pair_file(own) if (own / extraction.PAIR_FILE).is_file() else {}
+        known = {name: about[name] for name in ("data", "test_data") if name in about}
+        acceptance.tokens(parameters.TokenParameters.checked({"run_dir": given.run_dir, "seed": given.seed, **known}))
 
 
 def names(runs: Sequence[str]) -> list[str]:

@@ -63,8 +63,10 @@ def pairs_and_adapters(
     Raises: ParameterError for a data set that was not extracted or a level that was not trained, MetricError when a held-out sequence is
     among the training ones.
     """
-    extraction.ensure(given.run_dir, given.seed, test_data=given.test_data)
-    training.ensure(given.run_dir, given.seed, given.levels)
+    asked = {"data": given.data} if isinstance(given, parameters.TokenParameters) else {}
+    extraction.ensure(given.run_dir, given.seed, test_data=given.test_data, **asked)
+    data = asked.get("data") or extraction.pair_file(given.run_dir).get("data", datasets.SIMULATED)
+    training.ensure(given.run_dir, given.seed, given.levels, data=data)
     adapters = training.load(given.run_dir, given.levels)
     sets = [held_out(given.run_dir, name, given.mode) for name in given.test_data]
     if len({one.name for one in sets}) < len(sets):

@@ -91,7 +91,7 @@ def _save_pair_file(given: parameters.ExtractParameters, pair: loading.Pair, que
     prompts = {question: [token for part in verifier.prompt_ids(question) for token in part] for question in sorted(questions)}
     texts = [verifier.token_text(token) for token in range(verifier.vocab_size)]
     about = {"pair": given.pair, "eos": sorted(verifier.eos_token_ids), "prompt_ids": prompts, "token_texts": texts}
-    about["test_data"] = list(given.test_data)  # as given: a dataset folder is found again by its path
+    about |= {"data": given.data, "test_data": list(given.test_data)}  # as given: a dataset folder is found again by its path
     write_json(folder.resolve(given.run_dir) / PAIR_FILE, about)
 
 
