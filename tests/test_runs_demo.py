@@ -45,7 +45,7 @@ def results():
         "train": {"levels": {level: {"parameters": 33281, "seconds": 2.5, "epochs": 12, "validation_loss": 0.8} for level in ("L1", "L4")}},
         "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}},
         "tokens": {"test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}},
-        "live": {"arms": arms, "best_arm": "arm1", "n_samples": 10, "n_identical": 10},
+        "live": {"arms": arms, "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_samples": 10, "n_identical": 10},
     }
 
 

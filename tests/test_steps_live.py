@@ -165,7 +165,7 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
     assert "{live/n_identical} of {live/n_samples}" in demo_page.lead(results) and results["live"]["sentence"].startswith(
         "the fastest arm that drafts"
     )
-    page = demo_page._live(place / "run", results)
+    page = demo_page._live(results)
     assert page is not None and len(page.parts) >= 4
     assert results["live"]["provenance"]["parameters"]["gamma"] == 3 and "git_revision" in results["live"]["checked_with"]
     assert folder.load_live(place / "run")[2]["question"] == one.question
@@ -178,7 +178,14 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
 )
 def test_the_sentence_says_which_way_it_went(low, high, words):
     arm = {"label": "L4", "speedup": {"value": 1.0, "low": low, "high": high}, "slower_share": {"value": 0.5}}
-    one = {"best_arm": "L4", "baseline": "ar", "n_timed": 3, "arms": {"L4": arm, "ar": {**arm, "label": "own greedy loop"}}}
+    one = {
+        "best_arm": "L4",
+        "baseline": "ar",
+        "n_timed": 3,
+        "n_drafting": 4,
+        "arms": {"L4": arm, "ar": {**arm, "label": "own greedy loop"}},
+    }
+    assert "best of 4 on these 3 samples" in live.sentence(one)
     assert words in live.sentence(one) and "50% of its samples are slower" in live.sentence(one)
 
 

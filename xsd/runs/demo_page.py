@@ -55,6 +55,8 @@ def lead(results: Mapping[str, Any]) -> str:
             )
     if _there(results, "live/best_arm", "live/n_identical", "live/n_samples"):
         arm = f"live/arms/{results['live']['best_arm']}"
+        there = _there(results, "live/n_drafting", "live/n_timed")
+        chosen = " (best of {live/n_drafting:d} on these {live/n_timed:d} samples)" if there else ""
         adapted = results["live"].get("best_adapter_arm")
         with_adapter = ""
         if adapted and adapted != results["live"]["best_arm"]:
@@ -64,7 +66,7 @@ def lead(results: Mapping[str, Any]) -> str:
                 f"[{{{at}/speedup/low:.2f}}, {{{at}/speedup/high:.2f}}]. "
             )
         parts.append(
-            f"Live, the fastest speculative arm, **{{{arm}/label}}**, runs at "
+            f"Live, the fastest speculative arm{chosen}, **{{{arm}/label}}**, runs at "
             f"{{{arm}/speedup/value:.2fx}} [{{{arm}/speedup/low:.2f}}, {{{arm}/speedup/high:.2f}}] of the baseline's speed. "
             + with_adapter
             + "{live/n_identical} of {live/n_samples} answers of the speculative arms are the verifier's own, token for token."

@@ -199,6 +199,7 @@ def summary(records: Sequence[bench.Record], resamples: int, seed: int) -> dict[
             "baseline": found["baseline"],
             "n_timed": found["n_samples"],
             "n_clusters": found["n_sequences"],
+            "n_drafting": len(speculative),
             "alarms": found["alarms"],
             "best_arm": max(speculative or rows, key=lambda name: rows[name]["speedup"]["value"]),
             "best_adapter_arm": max(adapted, key=lambda name: rows[name]["speedup"]["value"], default=None),
@@ -323,7 +324,8 @@ def sentence(found: Mapping[str, Any]) -> str:
     if adapted is not None and adapted is not best:
         with_adapter = f"; the fastest with an adapter, {adapted['label']}, at {_ratio(adapted['speedup'])}"
     return (
-        f"the fastest arm that drafts, {best['label']}, runs at {_ratio(best['speedup'])} the speed of the fastest baseline, {base}: "
+        f"the fastest arm that drafts (best of {found['n_drafting']} on these {found['n_timed']} samples), {best['label']}, "
+        f"runs at {_ratio(best['speedup'])} the speed of the fastest baseline, {base}: "
         f"{verdict}; {best['slower_share']['value']:.0%} of its samples are slower{with_adapter}"
     )
 
@@ -354,6 +356,7 @@ def save(
         "best_adapter_arm": first["best_adapter_arm"],
         "baseline": first["baseline"],
         "n_timed": first["n_timed"],
+        "n_drafting": first["n_drafting"],
         "n_samples": checked["n_answers"],
         "n_identical": checked["n_identical"],
         "check": dict(checked),
