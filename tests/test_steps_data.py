@@ -1,5 +1,6 @@
 """Which clip is asked what, and where data sets come from."""
 
+import shutil
 from collections import Counter
 
 import pytest
@@ -82,3 +83,19 @@ def test_the_recording_is_for_testing_and_its_clips_are_the_clusters():
 def test_a_data_set_that_cannot_be_had_is_named(name, split, words):
     with pytest.raises(ParameterError, match=words):
         data.root_of("runs/any", name, split)
+
+
+def test_a_clip_without_stored_images_is_painted_on_the_canvas_of_the_pair(tmp_path):
+    root = tmp_path / "road"
+    shutil.copytree(data.root_of(tmp_path, data.RECORDED, "test"), root)
+    stored = data.samples(root, "test", canvas="sensor")[0]
+    clips = {(stored.sequence, stored.clip)}
+    assert data.event_frames_of(root, "test", clips, 5, "sensor") == {"stored": 1, "painted": 0, "canvas": "sensor"}
+    for images in list(root.rglob("event_image*")):
+        shutil.rmtree(images)
+    assert data.event_frames_of(root, "test", clips, 5, "sensor") == {"stored": 0, "painted": 1, "canvas": "sensor"}
+    sensor, sliced = (data.samples(root, "test", canvas=canvas)[0]() for canvas in ("sensor", "slice"))
+    assert all(one.shape == sensor.event_frames[0].shape for one in sensor.event_frames)
+    assert [one.shape for one in sliced.event_frames] != [one.shape for one in sensor.event_frames] or any(
+        (a != b).any() for a, b in zip(sensor.event_frames, sliced.event_frames, strict=True)
+    )

@@ -30,13 +30,23 @@ Item = Sample | LazySample | Callable[[], Sample]
 
 
 def folder_samples(
-    records: Sequence[dataset_folder.ClipRecord], questions: Sequence[str], *, n_event_frames: int = 5, canvas: Any = None
+    records: Sequence[dataset_folder.ClipRecord],
+    questions: Sequence[str],
+    *,
+    n_event_frames: int = 5,
+    canvas: Any = None,
+    unstored: Any = None,
 ) -> list[LazySample]:
-    """Every clip with every question, clip by clip; images are read when needed, once a clip. canvas: as in sensors.folder.load_sample."""
+    """Every clip with every question, clip by clip; images are read when needed, once a clip.
+
+    canvas: as in sensors.folder.load_sample. unstored: the canvas of clips without stored event images (``slice`` by default).
+    """
 
     @lru_cache(maxsize=1)
     def clip(number: int) -> Sample:
-        return dataset_folder.load_sample(records[number], questions[0], n_event_frames=n_event_frames, canvas=canvas)
+        record = records[number]
+        painted = canvas or (None if dataset_folder.stored_frames(record, n_event_frames) else unstored)
+        return dataset_folder.load_sample(record, questions[0], n_event_frames=n_event_frames, canvas=painted)
 
     def reader(number: int, question: str) -> Callable[[], Sample]:
         return lambda: replace(clip(number), question=question)

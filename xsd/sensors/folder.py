@@ -143,6 +143,12 @@ def load_events(record: ClipRecord) -> Events:
     return event_streams.read_events(record.events_path)
 
 
+def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
+    """The clip's stored event images where there are ``n_event_frames`` of them and all files are there, else none."""
+    stored = {len(paths): paths for paths in (record.event_images, record.event_images_1f)}.get(n_event_frames, ())
+    return stored if all(path.is_file() for path in stored) else ()
+
+
 def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5, canvas: frames.Canvas | None = None) -> Sample:
     """One clip with one question, as both models see it.
 
@@ -153,8 +159,8 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5, c
     """
     if not question.strip():
         raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
-    stored = {len(paths): paths for paths in (record.event_images, record.event_images_1f)}.get(n_event_frames, ())
-    if canvas is None and stored and all(path.is_file() for path in stored):
+    stored = stored_frames(record, n_event_frames)
+    if canvas is None and stored:
         pictures = [frames.read_image(path) for path in stored]
     else:
         pictures = frames.event_frames(load_events(record), n_event_frames, canvas=canvas or "slice")

@@ -12,7 +12,7 @@ A data set of a single sequence (the recording) asks every clip everything; its 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from xsd.core import ROOT, DatasetError, ParameterError
@@ -116,9 +116,11 @@ def samples(
     questions_per_sequence: int = 10,
     n_sequences: int | None = None,
     n_event_frames: int = 5,
+    canvas: str = "slice",
 ) -> list[plan.LazySample]:
     """The samples of a data set, read from disk when their turn comes; the first ``n_sequences`` sequences (default: all).
 
+    canvas: the pair's, on which event frames are painted where a clip has no stored images.
     Raises: DatasetError when the folder holds no such split or no question.
     """
     records = folder.open_folder(root, split)
@@ -127,7 +129,7 @@ def samples(
     if not records:
         raise DatasetError(f"{root} holds no clip of split {split!r}; give a folder with its index")
     questions = questions_of(root)
-    grid = plan.folder_samples(records, questions, n_event_frames=n_event_frames)
+    grid = plan.folder_samples(records, questions, n_event_frames=n_event_frames, unstored=canvas)
     clips = [(record.sequence, record.clip) for record in records]
     return [grid[clip * len(questions) + question] for clip, question in asked(clips, len(questions), questions_per_sequence)]
 
@@ -142,3 +144,10 @@ def clusters(sequences: Sequence[str], clips: Sequence[str]) -> list[str]:
 def guard(train: Sequence[str], test: Sequence[str]) -> None:
     """Refuse a test set that shares a sequence with training. Raises: MetricError naming the sequences."""
     statistics.check_disjoint(train, test)
+
+
+def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[tuple[str, str]], n_event_frames: int, canvas: str) -> dict:
+    """How the event frames of these clips come about: how many clips have stored images, how many are painted, and on which canvas."""
+    records = [record for record in folder.open_folder(root, split) if (record.sequence, record.clip) in clips]
+    stored = sum(bool(folder.stored_frames(record, n_event_frames)) for record in records)
+    return {"stored": stored, "painted": len(records) - stored, "canvas": canvas}

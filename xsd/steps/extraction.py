@@ -50,6 +50,7 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
             questions_per_sequence=given.questions_per_sequence,
             n_sequences=n,
             n_event_frames=pair.n_event_frames,
+            canvas=pair.event_canvas,
         )
         for (split, name), (n, _) in plans.items()
     }
@@ -74,9 +75,11 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
         )
         if not report.finished:
             raise ParameterError(f"the extraction of {split} {name} was interrupted after {report.n} samples; run it again to continue")
+        clips = {(sample.sequence, sample.clip) for sample in samples[split, name]}
         counts[split, name] = {
             "sequences": len({sample.sequence for sample in samples[split, name]}),
-            "clips": len({(sample.sequence, sample.clip) for sample in samples[split, name]}),
+            "clips": len(clips),
+            "event_frames": datasets.event_frames_of(roots[split, name], split, clips, pair.n_event_frames, pair.event_canvas),
             "pairs": report.n,
             "tokens": report.tokens,
             "gb": report.gb,
@@ -91,6 +94,7 @@ def _save_pair_file(given: parameters.ExtractParameters, pair: loading.Pair, que
     prompts = {question: [token for part in verifier.prompt_ids(question) for token in part] for question in sorted(questions)}
     texts = [verifier.token_text(token) for token in range(verifier.vocab_size)]
     about = {"pair": given.pair, "eos": sorted(verifier.eos_token_ids), "prompt_ids": prompts, "token_texts": texts}
+    about |= {"event_canvas": pair.event_canvas}
     about |= {"data": given.data, "test_data": list(given.test_data)}  # as given: a dataset folder is found again by its path
     write_json(folder.resolve(given.run_dir) / PAIR_FILE, about)
 

@@ -44,14 +44,17 @@ def read(run_dir: str | os.PathLike[str], data: str, *, max_new_tokens: int = 0,
     Raises: ParameterError when the run does not hold the set.
     """
     stored = extraction.open_pairs(run_dir, "test", data, mode_of(str(run_dir), "test", data))
-    eos = set(extraction.pair_file(run_dir)["eos"])
+    about = extraction.pair_file(run_dir)
+    eos, canvas = set(about["eos"]), about.get("event_canvas", "slice")
     table = stored.table()
     records = {(one.sequence, one.clip): one for one in dataset_folder.open_folder(datasets.root_of(run_dir, data, "test"), "test")}
     clusters = datasets.clusters(table["sequence"].tolist(), table["clip"].tolist())
 
     @functools.lru_cache(maxsize=2)
     def clip(sequence: str, name: str) -> Sample:
-        return dataset_folder.load_sample(records[sequence, name], "?", n_event_frames=n_event_frames)
+        record = records[sequence, name]
+        painted = None if dataset_folder.stored_frames(record, n_event_frames) else canvas
+        return dataset_folder.load_sample(record, "?", n_event_frames=n_event_frames, canvas=painted)
 
     out = []
     for place, (sequence, name, question) in enumerate(zip(table["sequence"], table["clip"], table["question"], strict=True)):
