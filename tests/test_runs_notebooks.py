@@ -1,5 +1,6 @@
 """Executing notebooks with checked parameters, and grids of them."""
 
+import errno
 import json
 from typing import ClassVar
 
@@ -64,6 +65,31 @@ def test_a_sweep_survives_a_failing_run_says_so_and_resumes(toy, tmp_path):
     write(toy, "print(1)")
     with pytest.raises(ParameterError, match="another notebook version"):
         notebooks.sweep(toy, {"size": [2]}, tmp_path / "sweep", model=Toy)
+
+
+def test_a_sweep_survives_a_dying_kernel_and_a_full_disk(toy, tmp_path, monkeypatch):
+    import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+
+    errors = iter([DeadKernelError("Kernel died"), CellTimeoutError("too slow"), OSError(errno.ENOSPC, "No space left on device")])
+
+    def execute(*paths, **options):
+        raise next(errors)
+
+    monkeypatch.setattr(papermill, "execute_notebook", execute)
+    rows = notebooks.sweep(toy, {"size": [1, 2, 4]}, tmp_path / "sweep", model=Toy, say=lambda *_, **__: None)
+    assert [row["status"] for row in rows] == ["failed"] * 3
+    for row, words in zip(rows, ("its kernel died", "a cell took too long", "No space left on device"), strict=True):
+        assert words in row["error"]
+
+
+def test_every_point_of_a_sweep_has_its_own_run(toy, tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(notebooks, "run_notebook", lambda source, out, params, model: given.append((out, params)))
+    notebooks.sweep(toy, {"size": [1, 2]}, tmp_path / "a", model=Toy, say=lambda *_: None)
+    assert [params["run_dir"] for _, params in given] == [str(out / "run") for out, _ in given]
+    notebooks.sweep(toy, {"size": [1]}, tmp_path / "b", fixed={"run_dir": "runs/one"}, model=Toy, say=lambda *_: None)
+    assert given[-1][1]["run_dir"] == "runs/one"
 
 
 def test_a_sweep_with_an_impossible_point_runs_nothing(toy, tmp_path):

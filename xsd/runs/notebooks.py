@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xsd.core import ROOT, ParameterError, XsdError, atomic_write, provenance, write_json
+from xsd.core import ROOT, ParameterError, StorageError, XsdError, atomic_write, provenance, write_json
 from xsd.runs import parameters
 
 NOTEBOOK_FOLDER = ROOT / "notebooks"
@@ -78,14 +78,19 @@ def run_notebook(
     stem>.ipynb``.
 
     model: the parameters' model, by default the one registered for the file's stem.
-    Raises: ParameterError before anything runs; NotebookError naming notebook, cell and error.
+    Raises: ParameterError before anything runs; NotebookError naming notebook, cell and error, or that its kernel died or a cell took
+    too long; StorageError when the disk refuses.
     """
     source, out_dir, given = find(notebook), Path(out_dir).resolve(), dict(params or {})
     checked = (model or parameters.model_of(source.stem)).checked(given)
     import papermill
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    out_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StorageError(f"the folder {out_dir} cannot be made ({error.strerror or error}); choose another one") from error
     target = out_dir / f"{name or source.stem}.ipynb"
     began, failed = time.perf_counter(), None
     with _environment({**QUIET, "XSD_NOTEBOOK": source.name}):
@@ -102,6 +107,13 @@ def run_notebook(
             )
         except PapermillExecutionError as error:
             failed = error
+        except (DeadKernelError, CellTimeoutError) as error:
+            stopped = "its kernel died (often: not enough memory)" if isinstance(error, DeadKernelError) else "a cell took too long"
+            raise NotebookError(f"notebook {source.name} stopped: {stopped}: {_first_line(str(error))}") from error
+        except OSError as error:
+            raise StorageError(
+                f"notebook {source.name} could not be run into {out_dir} ({error.strerror or error}); free space or choose another folder"
+            ) from error
     strip_widgets(target)
     record = provenance(
         seed=checked.seed,
@@ -149,6 +161,11 @@ def point_name(point: Mapping[str, Any]) -> str:
     return "".join(sign if sign.isalnum() or sign in "=+-_." else "-" for sign in text)[:80] + f"_{digest}"
 
 
+def _shown(path: Path) -> str:
+    """A folder as parameters give it: relative inside the checkout, where notebooks run."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
 def sweep(
     notebook: str | os.PathLike[str],
     grid: Mapping[str, Sequence[Any]],
@@ -160,8 +177,8 @@ def sweep(
 ) -> list[dict[str, Any]]:
     """Run every combination of ``grid``; finished ones are skipped, a failing one is recorded and the rest goes on.
 
-    Each combination has a folder under ``out_dir``; ``run_dir`` is not set for it, so give it in ``fixed`` or let the grid vary it
-    if runs must not share one. Writes ``sweep.json``, a row a combination: name, parameters, status (finished | failed), error, seconds.
+    Each combination has a folder under ``out_dir``, and its ``run_dir`` is ``run`` in there unless ``fixed`` or the grid gives one.
+    Writes ``sweep.json``, a row a combination: name, parameters, status (finished | failed), error, seconds.
     Raises: ParameterError, before anything runs, if any combination is not valid or the notebook changed since the sweep began.
     """
     source, out_dir = find(notebook), Path(out_dir).resolve()
@@ -188,8 +205,9 @@ def sweep(
             continue
         began, row = time.perf_counter(), {"name": name, "parameters": point, "status": "finished", "error": None}
         try:
-            run_notebook(source, out_dir / name, {**(fixed or {}), **point}, model=model)
-        except NotebookError as error:
+            own = {"run_dir": _shown(out_dir / name / "run")} if "run_dir" in model.model_fields else {}
+            run_notebook(source, out_dir / name, {**own, **(fixed or {}), **point}, model=model)
+        except (NotebookError, StorageError) as error:
             row |= {"status": "failed", "error": str(error)}
         row["seconds"] = round(time.perf_counter() - began, 2)
         rows.append(row)
