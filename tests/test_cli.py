@@ -63,3 +63,13 @@ def test_doctor_says_what_is_in_order_and_what_to_do(monkeypatch, capsys):
     assert "Python" in said and "GB free" in said and "torch" in said
     monkeypatch.setattr(doctor, "LEAST_GB", 10**9)
     assert doctor.disk(doctor.ROOT).state == "bad" and "free some space" in doctor.disk(doctor.ROOT).advice
+
+
+def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
+    from xsd.runs import notebooks
+
+    asked = []
+    monkeypatch.setattr(notebooks, "sweep", lambda source, grid, out, fixed: asked.append(grid) or [])
+    monkeypatch.setattr(notebooks, "table", lambda rows: "")
+    assert cli.main(["sweep", "03", "-g", "level=L1,L2", "-g", "seed=0,1", "-o", str(tmp_path)]) == 0
+    assert asked == [{"levels": [["L1"], ["L2"]], "seed": [0, 1]}]

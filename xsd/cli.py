@@ -41,7 +41,9 @@ def _sweep(arguments: argparse.Namespace) -> int:
         name, sign, text = pair.partition("=")
         if not sign:
             raise ParameterError(f"a grid axis is written name=value,value, not {pair!r}")
-        grid[name] = [parameters.read_values([f"{name}={one}"], model)[name] for one in text.split(",") if one]
+        # level=L1,L2 is an axis over single levels: each point gets levels=[that one]
+        field = "levels" if name == "level" and "levels" in model.model_fields else name
+        grid[field] = [parameters.read_values([f"{field}={one}"], model)[field] for one in text.split(",") if one]
     fixed = parameters.read_values(arguments.parameter, model)
     rows = notebooks.sweep(source, grid, arguments.out or ROOT / "reports" / f"sweep_{source.stem}", fixed=fixed)
     print(notebooks.table(rows))
@@ -192,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
 
     sweep = verb("sweep", _sweep, "execute a notebook over a grid; resumes, and survives a failing run")
     sweep.add_argument("notebook")
-    sweep.add_argument("-g", "--grid", action="append", required=True, metavar="NAME=V1,V2", help="one axis; may be repeated")
+    sweep.add_argument("-g", "--grid", action="append", required=True, metavar="NAME=V1,V2", help="one axis, e.g. level=L1,L4; may be repeated")
     sweep.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="the same for every run")
     sweep.add_argument("-o", "--out", type=Path, metavar="DIR", help="default reports/sweep_<notebook>")
 
