@@ -1,5 +1,7 @@
 """Raw DSEC sequences, on a small one written in DSEC's own format."""
 
+import h5py
+import hdf5plugin
 import numpy as np
 import pytest
 from PIL import Image
@@ -7,7 +9,6 @@ from PIL import Image
 from xsd.core import DatasetError, EventError
 from xsd.sensors import dsec, folder, frames
 
-h5py, hdf5plugin = pytest.importorskip("h5py"), pytest.importorskip("hdf5plugin")
 OFFSET = 51_648_500_000
 
 

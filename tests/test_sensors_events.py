@@ -4,6 +4,8 @@ import os
 import pickle
 import sys
 
+import h5py
+import hdf5plugin
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -94,7 +96,6 @@ def test_structured_arrays_and_npz_are_read(tmp_path):
 
 
 def test_dsec_events_get_their_time_offset(tmp_path):
-    h5py, hdf5plugin = pytest.importorskip("h5py"), pytest.importorskip("hdf5plugin")
     events = stream()
     with h5py.File(tmp_path / "events.h5", "w") as file:
         for name, values in columns(events, t=events.t_us.astype(np.uint32)).items():

@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -108,7 +109,6 @@ def test_asking_for_a_canvas_paints_from_the_events(tmp_path):
 
 
 def test_the_mp4_stands_in_for_a_missing_video_folder(tmp_path):
-    av = pytest.importorskip("av")
     (record,) = folder.open_folder(users_folder(tmp_path / "dsec"))
     shutil.rmtree(record.video_dir)
     with pytest.raises(DatasetError, match="clip 7 has no video: neither the folder"):

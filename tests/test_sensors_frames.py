@@ -2,11 +2,13 @@
 
 import time
 
+import av
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from xsd.core import EventError, VideoError
 from xsd.sensors import frames
@@ -125,7 +127,6 @@ def test_grey_images_become_rgb(tmp_path):
 
 
 def write_mp4(path, n=20):
-    av = pytest.importorskip("av")
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mpeg4", rate=20)
         stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
@@ -170,9 +171,8 @@ def test_images_of_two_sizes_are_no_video(tmp_path):
 
 @pytest.mark.parametrize("shape", [(96, 128), (128, 96), (260, 346), (56, 56), (31, 101), (480, 640)])
 def test_clip_pixels_equal_those_of_transformers(shape):
-    pil = pytest.importorskip("transformers.models.clip.image_processing_pil_clip")
     images = [np.random.default_rng(i).integers(0, 256, (*shape, 3)).astype(np.uint8) for i in range(2)]
-    theirs = pil.CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})(images, return_tensors="np")
+    theirs = CLIPImageProcessorPil(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56})(images, return_tensors="np")
     ours = frames.clip_pixels(images, 56).numpy()
     assert ours.dtype == np.float32
     assert np.abs(ours - theirs["pixel_values"]).max() <= 1e-6

@@ -9,7 +9,6 @@ from xsd.sensors import dsec, folder
 from xsd.steps import raw_dsec
 from xsd.world import raw_sequence
 
-pytest.importorskip("h5py"), pytest.importorskip("hdf5plugin")
 SMALL = {"duration_s": 0.6, "image_size": (24, 18), "rendered": (40, 30)}
 
 
