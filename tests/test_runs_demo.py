@@ -39,13 +39,14 @@ def results():
         }
         for index, row in enumerate(speedups().to_dict("records"))
     }
+    check = {"labels": "L4, B1 and L1 + L5F", "n_answers": 30, "n_identical": 30, "n_near_ties": 0, "n_divergences": 0}
     counts = {"sequences": 4, "pairs": 80, "tokens": 1900}
     return {
         "extract": {"train": counts, "test": {"simulated": {**counts, "duplicate_rate": 0.34}, "davis_road": counts}, "data_hash": "abc"},
         "train": {"levels": {level: {"parameters": 33281, "seconds": 2.5, "epochs": 12, "validation_loss": 0.8} for level in ("L1", "L4")}},
         "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}},
         "tokens": {"test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}},
-        "live": {"arms": arms, "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_samples": 10, "n_identical": 10},
+        "live": {"arms": arms, "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_answers": 30, "n_identical": 30, "check": check},
     }
 
 
@@ -81,7 +82,7 @@ def test_the_page_is_true_offline_and_complete(finished):
         title in page
         for title in ("What was done", "How many draft tokens", "Position by position", "token by token", "Live", "does not show")
     )
-    assert stored["live"]["n_identical"] == 10 and page.count("token-pairs") == 6
+    assert stored["live"]["n_identical"] == 30 and page.count("token-pairs") == 6
 
 
 def test_every_number_in_a_picture_is_in_the_results(finished):

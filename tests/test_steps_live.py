@@ -117,6 +117,14 @@ def test_every_held_out_answer_is_checked_at_every_limit(bench):
     assert sum(one["n_samples"] for one in counted["data"].values()) == n
 
 
+def test_arms_that_take_turns_cover_every_held_out_sample(place, bench):
+    rows = lossless.check(live.open_bench(given(place, check_in_turns=True)))
+    whole = rows[rows["limit"] == 12]
+    n = sum(map(len, bench.samples.values()))
+    assert whole["sample"].nunique() == n and len(whole) == n + 2 * len(bench.samples)
+    assert set(whole["arm"]) == {"L4", "B1"} and rows["identical"].all()
+
+
 def test_two_processes_check_what_one_does(place, bench):
     alone = lossless.check(bench)
     shared = lossless.check(live.open_bench(given(place, workers=2)))
@@ -158,13 +166,14 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
     assert len({g.ids for g in generations.values()}) == 1 and list(generations)[-1] == "own greedy loop"
     timeline.scrubber(generations, lambda ids: "".join(map(said, ids)))
     tokens.rounds(next(iter(generations.values())), said)
-    counted = {"n_answers": 30, "n_identical": 30, "data": {}}
+    counted = {"arms": ["L4", "B1", "L1+L5F"], "n_answers": 30, "n_identical": 30, "data": {}}
     parts = costs.measure(bench, repeats=1)
     live.save(bench, found, counted, costs.table(parts), costs.predictions(bench, [], parts), hidden_share=0.5)
     results = folder.load_results(place / "run")
-    assert "{live/n_identical} of {live/n_samples}" in demo_page.lead(results) and results["live"]["sentence"].startswith(
+    assert "{live/n_answers} answers of {live/check/labels} on all" in demo_page.lead(results) and results["live"]["sentence"].startswith(
         "the fastest arm that drafts"
     )
+    assert results["live"]["check"]["labels"] == "L4, B1 and L1 + L5F"
     page = demo_page._live(results)
     assert page is not None and len(page.parts) >= 4
     assert results["live"]["provenance"]["parameters"]["gamma"] == 3 and "git_revision" in results["live"]["checked_with"]

@@ -8,7 +8,7 @@ Results read here (``results/<name>.json`` of xsd/runs/folder.py; ``q`` stands f
 - tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_length q, above_floor q}, test/<data>/best_floor,
   test/<data>/{by_position, reliability} (columns of xsd/views/frames.py)
 - live: test/<data>/arms/<arm>/{label, kind, speedup q, slower_share q, accepted_length q, total_ms q}, arms (of the first set), best_arm,
-  n_timed, n_samples, n_identical (answers checked), check/{n_answers, n_identical, n_near_ties, n_divergences},
+  n_timed, n_drafting, n_answers and n_identical (answers checked), check/{labels, n_answers, n_identical, n_near_ties, n_divergences},
   timeline (one sample's generations, as live.json holds them)
 """
 
@@ -40,6 +40,10 @@ def _gamma(results: Mapping[str, Any]) -> str:
     return " (at γ = {tokens/gamma:d})" if _there(results, "tokens/gamma") else ""
 
 
+def _turns(results: Mapping[str, Any]) -> str:
+    return ", one arm a sample in turn," if results["live"]["check"].get("in_turns") else ""
+
+
 def lead(results: Mapping[str, Any]) -> str:
     """The summary under the title: the run's own sentences with the numbers filled in, good or bad."""
     parts = []
@@ -53,7 +57,7 @@ def lead(results: Mapping[str, Any]) -> str:
                 f"{{{floor}/label}}, has {{{floor}/accepted_length/value:.2f}}: a distance of "
                 f"{{{best}/above_floor/value:+.2f}} [{{{best}/above_floor/low:+.2f}}, {{{best}/above_floor/high:+.2f}}]."
             )
-    if _there(results, "live/best_arm", "live/n_identical", "live/n_samples"):
+    if _there(results, "live/best_arm", "live/n_identical", "live/n_answers", "live/check/labels"):
         arm = f"live/arms/{results['live']['best_arm']}"
         there = _there(results, "live/n_drafting", "live/n_timed")
         chosen = " (best of {live/n_drafting:d} on these {live/n_timed:d} samples)" if there else ""
@@ -69,7 +73,9 @@ def lead(results: Mapping[str, Any]) -> str:
             f"Live, the fastest speculative arm{chosen}, **{{{arm}/label}}**, runs at "
             f"{{{arm}/speedup/value:.2fx}} [{{{arm}/speedup/low:.2f}}, {{{arm}/speedup/high:.2f}}] of the baseline's speed. "
             + with_adapter
-            + "{live/n_identical} of {live/n_samples} answers of the speculative arms are the verifier's own, token for token."
+            + f"{{live/n_identical}} of {{live/n_answers}} answers of {{live/check/labels}} on all held-out samples{_turns(results)} "
+            + "are the verifier's own, "
+            "token for token."
         )
     return "\n\n".join(parts)
 
@@ -241,10 +247,9 @@ def _live(results: Mapping[str, Any]) -> report.Section | None:
     arms = results.get("live", {}).get("arms", {})
     if not arms:
         return None
-    timed = "n_timed" if "n_timed" in results["live"] else "n_samples"
     parts: list[Any] = [
         report.Text(
-            f"All arms answer the same {{live/{timed}}} samples of each held-out set in one interleaved run, each against the fastest "
+            "All arms answer the same {live/n_timed} samples of each held-out set in one interleaved run, each against the fastest "
             "baseline of that set. The speculative arms draft while the verifier reads its video, then draft and verify in rounds."
         )
     ]
@@ -258,8 +263,11 @@ def _live(results: Mapping[str, Any]) -> report.Section | None:
     if "check" in results["live"]:
         parts.append(
             report.Text(
-                "Lossless, checked on every held-out sample and at short length limits too: {live/check/n_identical} of "
-                "{live/check/n_answers} answers are the verifier's own, token for token; {live/check/n_near_ties} near-ties, "
+                "Lossless, checked with {live/check/labels} on every held-out sample"
+                + _turns(results)
+                + " and on a few at short length limits too: "
+                "{live/check/n_identical} of {live/check/n_answers} answers "
+                "are the verifier's own, token for token; {live/check/n_near_ties} near-ties, "
                 "{live/check/n_divergences} divergences."
             )
         )

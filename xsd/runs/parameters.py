@@ -152,6 +152,7 @@ class LiveParameters(NotebookParameters):
         description="arms of one interleaved run, named as in docs/decoding.md; ar is the own loop, L1+L5F has L1 behind the prefill",
     )
     check_arms: list[str] = Field(["L4"], min_length=1, description="arms whose ids are compared on every held-out sample")
+    check_in_turns: bool = Field(False, description="one of check_arms a held-out sample, in turn, in place of all of them: less time")
     n_samples: int = Field(2, ge=1, le=100_000, description="samples of each held-out set that are put on the clock")
     gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
     gamma_prefill: int = Field(10, ge=1, le=4096, description="at most so many draft tokens behind the verifier's prefill")

@@ -330,6 +330,11 @@ def sentence(found: Mapping[str, Any]) -> str:
     )
 
 
+def _listed(words: Sequence[str]) -> str:
+    """``["L4", "B1", "L1 + L5F"]`` → ``"L4, B1 and L1 + L5F"``."""
+    return " and ".join(part for part in (", ".join(words[:-1]), words[-1]) if part)
+
+
 def _ratio(speedup: Mapping[str, Any]) -> str:
     low, high = speedup["low"], speedup["high"]
     return f"{speedup['value']:.2f}×" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")
@@ -357,9 +362,9 @@ def save(
         "baseline": first["baseline"],
         "n_timed": first["n_timed"],
         "n_drafting": first["n_drafting"],
-        "n_samples": checked["n_answers"],
+        "n_answers": checked["n_answers"],
         "n_identical": checked["n_identical"],
-        "check": dict(checked),
+        "check": {**checked, "in_turns": given.check_in_turns, "labels": _listed([label_of(arm) for arm in checked["arms"]])},
         "test": {data: {**one, "sentence": sentence(one)} for data, one in found.items()},
         "sentence": sentence(first),
         "costs": {row["what"]: {name: row[name] for name in ("ms", "low", "high")} for row in parts.to_dict("records")},

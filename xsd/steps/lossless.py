@@ -43,6 +43,7 @@ class _OnePrompt:
 def check(bench_: live.Bench, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """The ids of ``check_arms`` on every held-out sample against the verifier's own greedy ids, at the full length and at short limits.
 
+    With ``check_in_turns`` the arms take turns, one a sample (all of them on the first two).
     Drafts behind the prefill are made in turn with it, so that there are ``gamma_prefill`` of them whatever the clock says. The verifier's
     ids are those that were extracted in batches; every tenth sample is also answered by the one-row loop, which is then what counts.
 
@@ -90,7 +91,8 @@ def _checked(bench_: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
             agrees, reference = None if reference is None else loop == reference, loop
         if reference is None:
             reference = autoregressive.generate(pair.verifier, sample, given.max_new_tokens).ids
-        for arm in made:
+        turn = [made[place % len(made)]] if given.check_in_turns and place >= 2 else made  # the first two meet every arm
+        for arm in turn:
             for limit in (given.max_new_tokens, *(LIMITS if place < 2 else ())):
                 run = arm.run(sample, limit)
                 got, own = run.ids, reference[:limit]
