@@ -194,7 +194,7 @@ def parser() -> argparse.ArgumentParser:
 
     sweep = verb("sweep", _sweep, "execute a notebook over a grid; resumes, and survives a failing run")
     sweep.add_argument("notebook")
-    sweep.add_argument("-g", "--grid", action="append", required=True, metavar="NAME=V1,V2", help="one axis, e.g. level=L1,L4; may be repeated")
+    sweep.add_argument("-g", "--grid", action="append", required=True, metavar="NAME=V1,V2", help="e.g. level=L1,L4; may be repeated")
     sweep.add_argument("-p", "--parameter", action="append", default=[], metavar="NAME=VALUE", help="the same for every run")
     sweep.add_argument("-o", "--out", type=Path, metavar="DIR", help="default reports/sweep_<notebook>")
 
