@@ -199,8 +199,8 @@ def test_the_sentence_says_which_way_it_went(low, high, words):
 
 
 def test_other_settings_put_the_old_records_aside(place, bench, records):
-    again = live.open_bench(given(place, arms=["ar", "L1"], n_samples=1))
-    assert len(live.measure(again)) == 4
+    again = live.open_bench(given(place, arms=["ar", "L1"], n_samples=2, n_samples_others=1))
+    assert [len(some) for some in again.timed.values()] == [2, 1] and len(live.measure(again)) == 6
     assert (place / "run" / "records.before.jsonl").is_file()
     live.measure(bench)
 

@@ -29,12 +29,13 @@ DEMO: dict[str, dict[str, Any]] = {
     "05_live": {
         "arms": [
             *("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram"),
-            *("L1", "L4", "L4~0.5", "L1+L5F", "L1+ngram", "B1~0.6"),
+            *("L1", "L4", "B1", "L1+L5F"),
         ],
         "test_data": TEST_DATA,
         "check_arms": ["L4", "B1", "L1+L5F"],
         "check_in_turns": True,
-        "n_samples": 6,
+        "n_samples": 12,
+        "n_samples_others": 6,
         "workers": 2,
         "resamples": 1000,
     },

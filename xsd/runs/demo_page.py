@@ -247,13 +247,15 @@ def _live(results: Mapping[str, Any]) -> report.Section | None:
     arms = results.get("live", {}).get("arms", {})
     if not arms:
         return None
+    by_set = _ordered(results["live"].get("test", {}))
+    counted = ", ".join(f"{{live/test/{data}/n_timed}} on {NAMES.get(data, data)}" for data in by_set)
+    counted = f" ({counted})" if by_set else ""
     parts: list[Any] = [
         report.Text(
-            "All arms answer the same {live/n_timed} samples of each held-out set in one interleaved run, each against the fastest "
+            f"All arms answer the same samples{counted} in one interleaved run, each against the fastest "
             "baseline of that set. The speculative arms draft while the verifier reads its video, then draft and verify in rounds."
         )
     ]
-    by_set = _ordered(results["live"].get("test", {}))
     sets = {data: (one["arms"], f"live/test/{data}") for data, one in by_set.items()} or {"": (arms, "live")}
     for data, (rows, at) in sets.items():
         table = pd.DataFrame([{"name": arm["label"], "kind": arm.get("kind", "measured"), **_q(arm["speedup"])} for arm in rows.values()])

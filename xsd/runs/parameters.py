@@ -154,6 +154,7 @@ class LiveParameters(NotebookParameters):
     check_arms: list[str] = Field(["L4"], min_length=1, description="arms whose ids are compared on every held-out sample")
     check_in_turns: bool = Field(False, description="one of check_arms a held-out sample, in turn, in place of all of them: less time")
     n_samples: int = Field(2, ge=1, le=100_000, description="samples of each held-out set that are put on the clock")
+    n_samples_others: int = Field(0, ge=0, le=100_000, description="the same for the sets after the first; 0 means as many")
     gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
     gamma_prefill: int = Field(10, ge=1, le=4096, description="at most so many draft tokens behind the verifier's prefill")
     max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer, in tokens")

@@ -87,7 +87,10 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
         datasets.name_of(name): held_out.read(given.run_dir, name, max_new_tokens=given.max_new_tokens, n_event_frames=pair.n_event_frames)
         for name in given.test_data
     }
-    timed = {name: held_out.chosen(some, given.n_samples, given.seed) for name, some in samples.items()}
+    wanted_of = {
+        name: given.n_samples_others if place and given.n_samples_others else given.n_samples for place, name in enumerate(samples)
+    }
+    timed = {name: held_out.chosen(some, wanted_of[name], given.seed) for name, some in samples.items()}
     table, answers_hash = None, ""
     if any("ngram" in name for name in [*given.arms, *given.check_arms]):
         stored = extraction.open_pairs(given.run_dir, "train", given.data, held_out.mode_of(given.run_dir, "train", given.data))
