@@ -327,10 +327,14 @@ def sentence(found: Mapping[str, Any]) -> str:
     if adapted is not None and adapted is not best:
         with_adapter = f"; the fastest with an adapter, {adapted['label']}, at {_ratio(adapted['speedup'])}"
     return (
-        f"the fastest arm that drafts (best of {found['n_drafting']} on these {found['n_timed']} samples), {best['label']}, "
+        f"the fastest arm that drafts (best of {found['n_drafting']} on {_samples(found['n_timed'])}), {best['label']}, "
         f"runs at {_ratio(best['speedup'])} the speed of the fastest baseline, {base}: "
         f"{verdict}; {best['slower_share']['value']:.0%} of its samples are slower{with_adapter}"
     )
+
+
+def _samples(n: int) -> str:
+    return "this one sample" if n == 1 else f"these {n} samples"
 
 
 def _listed(words: Sequence[str]) -> str:
