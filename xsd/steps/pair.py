@@ -47,7 +47,7 @@ PROFILES = {
     "full": PairProfile(
         1400,
         {"verifier": GroundingConfig(epochs=8), "drafter": GroundingConfig(epochs=9)},
-        {"verifier": LanguageConfig(steps=1350, batch_size=6), "drafter": LanguageConfig(steps=2300, batch_size=8)},
+        {"verifier": LanguageConfig(steps=1650, batch_size=6), "drafter": LanguageConfig(steps=2300, batch_size=8)},
     ),
 }
 """smoke shows that every stage runs; full makes the shipped weights."""
