@@ -113,7 +113,7 @@ def _what_was_done(results: Mapping[str, Any]) -> report.Section | None:
         report.Column("sequences", "sequences", ",d"),
         report.Column("pairs", "pairs", ",d"),
         report.Column("tokens", "tokens", ",d"),
-        report.Column("the verifier's answers given more than once", "duplicate_rate", ".1%"),
+        report.Column("duplicate answers", "duplicate_rate", ".1%"),
         report.Column("its answers found in training", "answers_in_training", ".1%"),
     ]
     parts.append(report.Table([("drives to train on", "extract/train"), *rows], columns))
