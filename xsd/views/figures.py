@@ -69,7 +69,9 @@ def acceptance_by_position(frame: pd.DataFrame, *, curve: str = "marginal", titl
 
     frame: ``frames.by_position`` (level, position, n, <curve>, <curve>_low, <curve>_high). curve: marginal or survival.
     """
-    figure = theme.figure(title or f"Acceptance by position · {curve}", x="position in the answer (0 is the first drafted token)", y="", height=420)
+    figure = theme.figure(
+        title or f"Acceptance by position · {curve}", x="position in the answer (0 is the first drafted token)", y="", height=420
+    )
     figure.add_traces(curve_traces(frame, curve))
     figure.update_yaxes(range=[0, 1.03], tickformat=".0%")
     figure.add_annotation(
