@@ -206,6 +206,7 @@ def summary(records: Sequence[bench.Record], resamples: int, seed: int) -> dict[
             "alarms": found["alarms"],
             "best_arm": max(speculative or rows, key=lambda name: rows[name]["speedup"]["value"]),
             "best_adapter_arm": max(adapted, key=lambda name: rows[name]["speedup"]["value"], default=None),
+            "shown_arm": max(adapted or rows, key=lambda name: (levels_of([name]) != ["B1"], rows[name]["speedup"]["value"])),
             "arms": {name: rows[name] for name in sorted(rows, key=lambda name: (not rows[name]["baseline"], name))},
         }
     return out
@@ -283,8 +284,6 @@ def bars(found: Mapping[str, Any]) -> pd.DataFrame:
 
 
 # --- one sample, and what is kept ------------------------------------------------------------------------------------------------
-
-
 def show_one(bench_: Bench, arm: str, *, number: int = 0) -> tuple[dict[str, Generation], Callable[[int], str], held_out.HeldOut]:
     """The first timed sample decoded once more by ``arm`` and by the own loop, with every bar measured; kept in ``live.json``.
 
