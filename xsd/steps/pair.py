@@ -50,7 +50,7 @@ PROFILES = {
         {"verifier": LanguageConfig(steps=1650, batch_size=6), "drafter": LanguageConfig(steps=2300, batch_size=8)},
     ),
 }
-"""smoke shows that every stage runs; full makes the shipped weights."""
+"""smoke shows that every stage runs; full is the plan of the shipped weights (data/pair/provenance.json says how they came about)."""
 
 
 FIRST_HELD_OUT_SEED = 1000

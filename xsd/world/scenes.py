@@ -94,10 +94,9 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     sky = str(rng.choice(SKIES))
     ego = str(rng.choice(list(EGO), p=(0.3, 0.2, 0.2, 0.15, 0.15)))
     light = str(rng.choice(LIGHTS)) if rng.random() < 0.45 else None
-    places = {0: [], 1: ["left", "ahead", "right"], 2: ["left", "ahead", "right"], 3: ["left", "ahead", "right"]}
     n_vehicles = int(rng.choice([0, 1, 2, 3], p=(0.07, 0.3, 0.45, 0.18)))
     chosen = sorted(rng.choice(3, size=n_vehicles, replace=False)) if n_vehicles else []
-    actors = [_vehicle(rng, places[3][i], ego, light) for i in chosen]
+    actors = [_vehicle(rng, ("left", "ahead", "right")[i], ego, light) for i in chosen]
     taken = {actor.place for actor in actors}
     for kind in ("pedestrian", "cyclist"):
         if rng.random() < (0.45 if kind == "pedestrian" else 0.3):
