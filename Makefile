@@ -1,6 +1,6 @@
 # `make` prints this list. Every target that needs the environment makes it first (once; tools/setup_env.py says what it does).
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab pair bench check unit nb-check nb-test nb-refresh lock hooks
+.PHONY: help env demo test lab pair bench bench-extract bench-train bench-metrics check unit nb-check nb-test nb-refresh lock hooks
 
 PYTHON  ?= python3
 XSD     := .venv/bin/xsd
@@ -30,6 +30,15 @@ pair: env        ## train the embedded pair again (resumes where it stopped)
 
 bench: env       ## live arms against each other, interleaved, as ratios of one run: reports/bench
 	@$(XSD) run 05 -p run_dir=runs/bench -p n_samples=20 -p repeats=3 -p max_new_tokens=64 -o reports/bench
+
+bench-extract: env  ## extraction and shards against the plain ways: reports/bench_extract
+	@$(XSD) bench extract
+
+bench-train: env    ## the trainer against bare forward and backward: reports/bench_train
+	@$(XSD) bench train
+
+bench-metrics: env  ## metric kernels against a bare read and a plain loop: reports/bench_metrics
+	@$(XSD) bench metrics
 
 check: env       ## seconds: lint, layers, house rules, notebook hygiene
 	@.venv/bin/ruff check .

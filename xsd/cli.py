@@ -175,6 +175,14 @@ def _import_traces(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _bench(arguments: argparse.Namespace) -> int:
+    from importlib import import_module
+
+    measured = import_module(f"xsd.steps.bench_{arguments.what}").run(arguments.out or ROOT / "reports" / f"bench_{arguments.what}")
+    print(measured)
+    return 0
+
+
 def parser() -> argparse.ArgumentParser:
     """The command line of xsd."""
     top = argparse.ArgumentParser(prog="xsd", description="Cross-modal speculative decoding: an event-camera drafter for a video verifier.")
@@ -223,6 +231,10 @@ def parser() -> argparse.ArgumentParser:
     pair.add_argument("--device", default="cpu")
     pair.add_argument("--workers", type=int, default=2, help="processes that simulate")
     pair.add_argument("--sequences", type=int, default=40, help="held-out drives for the card")
+
+    bench = verb("bench", _bench, "measure one room against its alternatives, as ratios of one run")
+    bench.add_argument("what", choices=("extract", "train", "metrics"))
+    bench.add_argument("-o", "--out", type=Path, metavar="DIR", help="default reports/bench_<what>")
 
     doctor = verb("doctor", _doctor, "look at Python, packages, disk, GPU, browser, and optionally a pair")
     doctor.add_argument("--pair", default="", help="also load this pair: embedded, or a folder")
