@@ -23,7 +23,7 @@ from torch import Tensor
 
 from xsd.core import MetricError
 from xsd.metrics import checks
-from xsd.metrics.statistics import Interval, bootstrap_columns, bootstrap_mean, bootstrap_ratio
+from xsd.metrics.statistics import Interval, bootstrap_columns
 from xsd.metrics.tables import row
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
@@ -238,31 +238,26 @@ class HiddenStateMetrics:
         clusters = [self._clusters[i] for i in order]
         cosine, mask = self._padded(order)
         sample = self._per_sample(cosine, mask)
-        length, options = sample["length"], {"n_resamples": n_resamples, "seed": seed}
-        flat = np.sort(cosine[mask]).astype(np.float64)
-        rates, runs, run_means, drafts = {}, {}, {}, {}
-        for tau in self.thresholds:
-            run = sample[f"consecutive@{tau:g}"]
-            rates[tau] = bootstrap_ratio(sample[f"accepted@{tau:g}"], length, clusters, **options)
-            runs[tau] = summary(run)
-            run_means[tau] = bootstrap_mean(run, clusters, **options)
-            drafts[tau] = DraftAcceptance(
-                bootstrap_mean(run / length, clusters, **options),
-                bootstrap_mean(np.minimum(run, self.gamma) / self.gamma, clusters, **options),
-                self.gamma,
-            )
+        length, flat = sample["length"], np.sort(cosine[mask]).astype(np.float64)
+        taken = {tau: sample[f"consecutive@{tau:g}"] for tau in self.thresholds}
+        above, below = [sample["cos_sum"]], [length]
+        for tau, run in taken.items():
+            above += [sample[f"accepted@{tau:g}"], run, run / length, np.minimum(run, self.gamma) / self.gamma]
+            below += [length, *3 * [np.ones(len(length))]]
+        drawn = bootstrap_columns(np.stack(above, axis=1), np.stack(below, axis=1), clusters, n_resamples=n_resamples, seed=seed)
+        of = {tau: drawn[4 * i + 1 : 4 * i + 5] for i, tau in enumerate(self.thresholds)}
         return HiddenStateResult(
             thresholds=self.thresholds,
             gamma=self.gamma,
             n_samples=len(order),
             n_clusters=len(set(clusters)),
             cosine=summary(flat),
-            cosine_mean=bootstrap_ratio(sample["cos_sum"], length, clusters, **options),
-            acceptance=rates,
-            consecutive=runs,
-            consecutive_mean=run_means,
+            cosine_mean=drawn[0],
+            acceptance={tau: one[0] for tau, one in of.items()},
+            consecutive={tau: summary(run) for tau, run in taken.items()},
+            consecutive_mean={tau: one[1] for tau, one in of.items()},
             lengths=summary(length),
-            draft_acceptance=drafts,
+            draft_acceptance={tau: DraftAcceptance(one[2], one[3], self.gamma) for tau, one in of.items()},
             positions=self._positions(cosine, mask, clusters, seed),
             weighted=float(sample["cos_sum"].mean()),
         )
@@ -288,9 +283,7 @@ class HiddenStateMetrics:
         cosine, mask = cosine[:, :width], mask[:, :width]
         accepted = [cosine > np.float32(tau) for tau in self.thresholds]
         survived = [np.cumprod(line, axis=1, dtype=np.int64) for line in accepted]
-        bands = bootstrap_columns(
-            np.concatenate([*accepted, *survived], axis=1), np.tile(mask, (1, 2 * len(accepted))), clusters, n_resamples=1000, seed=seed
-        )
+        bands = bootstrap_columns(np.concatenate([*accepted, *survived], axis=1), mask, clusters, n_resamples=1000, seed=seed)
         rows = []
         for t in range(width):
             values = np.sort(cosine[mask[:, t], t]).astype(np.float64)

@@ -16,7 +16,7 @@ from torch import Tensor
 from xsd.core import MetricError
 from xsd.metrics import checks
 from xsd.metrics.hidden import THRESHOLDS
-from xsd.metrics.statistics import Interval, bootstrap_ratio, bootstrap_ratio_difference, wilson
+from xsd.metrics.statistics import Interval, bootstrap_columns, wilson
 from xsd.metrics.tables import row
 
 BANDS = (-1.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -145,44 +145,40 @@ class Reliability:
         cosine, match = np.concatenate(self._cosines), np.concatenate(self._matches)
         sample = np.repeat(np.arange(len(lengths)), lengths)
         position = np.concatenate([np.arange(n) for n in lengths])
-        options = {"clusters": self._clusters, "n_resamples": n_resamples, "seed": seed}
+        ratios: list[tuple[np.ndarray, np.ndarray]] = []  # (numerator, denominator) over tokens, all drawn together below
 
-        def per_sample(which: np.ndarray) -> np.ndarray:
-            return np.bincount(sample, weights=which, minlength=len(lengths))
-
-        def share(inside: np.ndarray) -> Interval | None:
-            return bootstrap_ratio(per_sample(match & inside), per_sample(inside), **options) if inside.any() else None
+        def add(above: np.ndarray, below: np.ndarray) -> int | None:
+            if not below.any():
+                return None
+            ratios.append((above, below))
+            return len(ratios) - 1
 
         edges = np.asarray(self.bands, dtype=np.float32)
         band = np.clip(np.searchsorted(edges, cosine, side="left") - 1, 0, len(edges) - 2)
-        bands = []
-        for i, (low, high) in enumerate(zip(self.bands, self.bands[1:], strict=False)):
-            inside = band == i
-            if (match_share := share(inside)) is not None:
-                n, n_match = int(inside.sum()), int((match & inside).sum())
-                bands.append(Band(low, high, n, n_match, match_share, wilson(n_match, n, n_clusters=match_share.n_clusters)))
-        thresholds, positions = {}, {}
-        everything = np.ones_like(match)
+        of_band = {i: add(match & (band == i), band == i) for i in range(len(edges) - 1)}
+        everything, of_threshold, positions = np.ones_like(match), {}, {}
         for tau in self.thresholds:
             above = cosine > np.float32(tau)
-            counts = per_sample(above), per_sample(match), per_sample(everything)
-            thresholds[tau] = Misstatement(
-                tau,
-                bootstrap_ratio(counts[0], counts[2], **options),
-                bootstrap_ratio(counts[1], counts[2], **options),
-                bootstrap_ratio_difference((counts[0], counts[2]), (counts[1], counts[2]), **options),
-                share(above),
-                share(~above),
-            )
+            # Both shares have all tokens below the line, so their difference is a ratio too.
+            whole = [add(above, everything), add(match, everything), add(above.astype(np.int8) - match, everything)]
+            of_threshold[tau] = *whole, add(match & above, above), add(match & ~above, ~above)
             seen = np.bincount(position[above], minlength=1)[: self.max_positions]
             right = np.bincount(position[above & match], minlength=len(seen))
             positions[tau] = tuple((t, int(seen[t]), float(right[t] / seen[t])) for t in range(len(seen)) if seen[t])
+        columns = [np.stack([np.bincount(sample, weights=one[i], minlength=len(lengths)) for one in ratios], axis=1) for i in (0, 1)]
+        drawn = bootstrap_columns(*columns, self._clusters, n_resamples=n_resamples, seed=seed)
+        bands = []
+        for i, at in of_band.items():
+            if at is not None:
+                n, n_match = int(ratios[at][1].sum()), int(ratios[at][0].sum())
+                unclustered = wilson(n_match, n, n_clusters=drawn[at].n_clusters)
+                bands.append(Band(self.bands[i], self.bands[i + 1], n, n_match, drawn[at], unclustered))
         varies = match.any() and not match.all() and cosine.min() < cosine.max()
         order = np.lexsort((match, cosine))  # one order of addition, whatever the order of the updates
         return ReliabilityResult(
             n=len(match),
             bands=tuple(bands),
-            thresholds=thresholds,
+            thresholds={tau: Misstatement(tau, *(None if i is None else drawn[i] for i in at)) for tau, at in of_threshold.items()},
             positions=positions,
             needed=tuple(needed_threshold(cosine, match, share) for share in self.shares),
             correlation=float(np.corrcoef(cosine[order].astype(np.float64), match[order])[0, 1]) if varies else None,

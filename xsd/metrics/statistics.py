@@ -60,10 +60,15 @@ def cluster_sums(columns: Any, clusters: Sequence[Any]) -> np.ndarray:
         raise MetricError(
             f"value {row} to resample is not finite; a NaN in one sample would silently become the figure, so mend or drop that sample"
         )
-    order = np.lexsort((*columns.T[::-1], names))  # values too: float addition then meets them in one order whatever order they came in
-    columns, names = columns[order], names[order]
-    starts = np.flatnonzero(np.concatenate([[True], names[1:] != names[:-1]]))
-    return np.add.reduceat(columns, starts, axis=0)
+    order = np.argsort(names, kind="stable")
+    starts = np.flatnonzero(np.concatenate([[True], names[order][1:] != names[order][:-1]]))
+    if len(starts) == len(names):
+        return columns[order]
+    # Counts add up exactly in any order; fractions do not, so within a cluster these are added in the order of their values.
+    fractions = columns[:, (columns != np.floor(columns)).any(axis=0)]
+    if fractions.shape[1]:
+        order = np.lexsort((*fractions.T[::-1], names))
+    return np.add.reduceat(columns[order], starts, axis=0)
 
 
 def resampled_sums(sums: np.ndarray, *, n_resamples: int = N_RESAMPLES, seed: int = 0) -> np.ndarray:
@@ -71,14 +76,22 @@ def resampled_sums(sums: np.ndarray, *, n_resamples: int = N_RESAMPLES, seed: in
     n_clusters, n_columns = sums.shape
     rng = np.random.default_rng(seed)
     out = np.empty((n_resamples, n_columns))
-    if n_clusters <= 256 or n_columns > 8:  # counts times sums: a matrix product
-        step = max(1, 4_000_000 // n_clusters)
+    index_type = np.uint16 if n_clusters <= 2**16 else np.uint32
+    if n_clusters <= 256:  # how often each cluster was drawn, times its sums: a matrix product
+        step = 4_000_000 // n_clusters
         for start in range(0, n_resamples, step):
             counts = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=min(step, n_resamples - start))
             out[start : start + len(counts)] = counts.astype(np.float64) @ sums
         return out
-    # Many clusters: gather. Two float columns travel as one complex number, which halves the random reads.
-    index_type = np.uint16 if n_clusters <= 2**16 else np.uint32
+    if n_columns > 8:  # the same, the draws counted: a multinomial costs one binomial draw a cluster
+        step = max(1, 1_000_000 // n_clusters)
+        for start in range(0, n_resamples, step):
+            rows = min(step, n_resamples - start)
+            drawn = rng.integers(0, n_clusters, size=(rows, n_clusters), dtype=index_type)
+            counts = np.bincount((drawn + n_clusters * np.arange(rows)[:, None]).reshape(-1), minlength=rows * n_clusters)
+            out[start : start + rows] = counts.reshape(rows, n_clusters).astype(np.float64) @ sums
+        return out
+    # Many clusters, few columns: gather. Two float columns travel as one complex number, which halves the random reads.
     pairs = [sums[:, i] + 1j * sums[:, i + 1] if i + 1 < n_columns else sums[:, i] for i in range(0, n_columns, 2)]
     step = max(1, 500_000 // n_clusters)
     for start in range(0, n_resamples, step):
@@ -112,19 +125,25 @@ def bootstrap_ratio(
 def bootstrap_columns(
     numerators: Any, denominators: Any, clusters: Sequence[Any], *, n_resamples: int = N_RESAMPLES, level: float = LEVEL, seed: int = 0
 ) -> list[Interval]:
-    """One ratio a column, all from the same resamples: [n, C] and [n, C] (or [n, 1]) → C intervals (a per-position curve with its band)."""
+    """One ratio a column, all from the same resamples: numerators [n, C] → C intervals (a per-position curve with its band).
+
+    denominators: [n, C], or fewer columns that stand for all of them in turn ([n, 1]; [n, S] under several curves of S positions).
+    Raises: MetricError when C is no multiple of the denominators' columns, a denominator sums to zero, and as cluster_sums.
+    """
     numerators, denominators = np.asarray(numerators, dtype=np.float64), np.asarray(denominators, dtype=np.float64)
     if len(numerators) != len(denominators):
         raise MetricError(f"{len(numerators)} numerators but {len(denominators)} denominators; a ratio needs both of every sample")
     n_ratios, n_below = numerators.shape[1], denominators.shape[1]
+    if n_ratios % n_below:
+        raise MetricError(f"{n_ratios} columns of numerators cannot share {n_below} columns of denominators; give one each, or one for all")
     sums = cluster_sums(np.concatenate([numerators, denominators], axis=1), clusters)
     total = sums.sum(axis=0)
-    below = np.broadcast_to(total[n_ratios:], (n_ratios,)) if n_below == 1 else total[n_ratios:]
+    below = np.tile(total[n_ratios:], n_ratios // n_below)
     if (below <= 0).any():
         raise MetricError("a ratio has nothing below the line (Σ denominator = 0); leave out positions or groups without samples")
     with np.errstate(invalid="ignore", divide="ignore"):
         drawn = resampled_sums(sums, n_resamples=n_resamples, seed=seed)
-        ratios = drawn[:, :n_ratios] / drawn[:, n_ratios:]
+        ratios = drawn[:, :n_ratios] / np.tile(drawn[:, n_ratios:], (1, n_ratios // n_below))
     return [
         interval_of(float(total[i] / below[i]), ratios[:, i], n=round(float(below[i])), n_clusters=len(sums), level=level)
         for i in range(n_ratios)

@@ -20,7 +20,7 @@ from xsd.core import MetricError
 from xsd.metrics import checks
 from xsd.metrics.acceptance import Acceptance, Rounds, rounds_from_matches
 from xsd.metrics.hidden import Summary, summary
-from xsd.metrics.statistics import Interval, bootstrap_columns, bootstrap_mean, bootstrap_ratio
+from xsd.metrics.statistics import Interval, bootstrap_columns
 from xsd.metrics.tables import row
 
 _MISSED = 255
@@ -256,27 +256,29 @@ class TokenMetrics:
         order = sorted(range(len(self._ranks)), key=lambda i: (self._clusters[i], self._ranks[i].tobytes(), losses[i]))
         clusters = [self._clusters[i] for i in order]
         ranks, mask = self._padded(order)
-        options = {"n_resamples": n_resamples, "seed": seed}
         match, length = (ranks == 0) & mask, mask.sum(axis=1)
         run = np.cumprod(match, axis=1, dtype=np.int64).sum(axis=1)
         rounds: Rounds = rounds_from_matches(torch.from_numpy(match), torch.from_numpy(mask), self.gamma)
         each = rounds.per_request()
-        cross_entropy = None
+        above = [run, each["accepted"], *[((ranks < k) & mask).sum(axis=1) for k in self.top_k]]
+        below = [np.ones(len(order)), each["rounds"], *len(self.top_k) * [length]]
         if all(line is not None for line in self._cross_entropy):
-            total = [float(np.sum(self._cross_entropy[i], dtype=np.float64)) for i in order]
-            cross_entropy = bootstrap_ratio(total, length, clusters, **options)
+            above.append(np.array([np.sum(self._cross_entropy[i], dtype=np.float64) for i in order]))
+            below.append(length)
+        drawn = bootstrap_columns(np.stack(above, axis=1), np.stack(below, axis=1), clusters, n_resamples=n_resamples, seed=seed)
+        top_k = dict(zip(self.top_k, drawn[2:], strict=False))
         return TokenResult(
             gamma=self.gamma,
             n_samples=len(order),
             n_clusters=len(set(clusters)),
-            acceptance=bootstrap_ratio(match.sum(axis=1), length, clusters, **options),
-            top_k={k: bootstrap_ratio(((ranks < k) & mask).sum(axis=1), length, clusters, **options) for k in self.top_k},
+            acceptance=top_k[1],
+            top_k=top_k,
             consecutive=summary(run),
-            consecutive_mean=bootstrap_mean(run, clusters, **options),
-            accepted_per_round=bootstrap_ratio(each["accepted"], each["rounds"], clusters, **options),
+            consecutive_mean=drawn[0],
+            accepted_per_round=drawn[1],
             rounds=Acceptance.of(rounds),
             positions=self._positions(match, mask, clusters, seed),
-            cross_entropy=cross_entropy,
+            cross_entropy=drawn[-1] if len(drawn) > 2 + len(top_k) else None,
         )
 
     def _padded(self, order: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +293,7 @@ class TokenMetrics:
         width = min(self.max_positions, mask.shape[1])
         match, mask = match[:, :width], mask[:, :width]
         survived = np.cumprod(match, axis=1, dtype=np.int64).astype(bool)
-        bands = bootstrap_columns(np.concatenate([match, survived], axis=1), np.tile(mask, (1, 2)), clusters, n_resamples=1000, seed=seed)
+        bands = bootstrap_columns(np.concatenate([match, survived], axis=1), mask, clusters, n_resamples=1000, seed=seed)
         before = np.concatenate([np.ones((len(match), 1), dtype=bool), survived[:, :-1]], axis=1) & mask
         rows = []
         for t in range(width):
