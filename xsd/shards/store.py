@@ -6,7 +6,7 @@ import bisect
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,10 +95,7 @@ class ShardDataset:
     def __getitem__(self, index: int) -> PairedStates:
         position = range(len(self))[index]  # IndexError out of range
         line = self.table().iloc[position]
-        if self._indices is not None:
-            position = self._indices[position]
-        number = bisect.bisect_right(self._firsts, position) - 1
-        values = self._read(number, position - self._firsts[number])
+        values = self._read(*self.locate(position))
         return PairedStates(
             line["sequence"],
             line["clip"],
@@ -111,6 +108,32 @@ class ShardDataset:
             split=line["split"],
             extra=json.loads(line["extra"]),
         )
+
+    @property
+    def is_whole(self) -> bool:
+        """False for a subset."""
+        return self._indices is None
+
+    def locate(self, index: int) -> tuple[int, int]:
+        """(number of the shard, row in it) of the sample at ``index``, 0 … len - 1."""
+        position = index if self._indices is None else self._indices[index]
+        number = bisect.bisect_right(self._firsts, position) - 1
+        return number, position - self._firsts[number]
+
+    def by_shard(self, indices: Sequence[int] | None = None) -> Mapping[int, Sequence[int]]:
+        """Number of a shard → the indices that lie in it, ascending in both; all samples, or those at ``indices``.
+
+        Of a whole run these are ranges, so that nothing grows with the number of samples.
+        """
+        if indices is None and self._indices is None:
+            return {
+                number: range(shard["first"], shard["first"] + shard["n_samples"]) for number, shard in enumerate(self.manifest["shards"])
+            }
+        chosen = range(len(self)) if indices is None else [range(len(self))[int(i)] for i in indices]
+        found: dict[int, list[int]] = {}
+        for place, index in sorted((self.locate(i), i) for i in chosen):
+            found.setdefault(place[0], []).append(index)
+        return found
 
     def _read(self, number: int, row: int) -> dict[str, Tensor]:
         file, offsets = self._shard(number)

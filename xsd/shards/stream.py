@@ -1,4 +1,4 @@
-"""Batches from a run folder: shuffled across shards by a seed, padded on the right, float32."""
+"""Batches from a run folder: shuffled across shards by a seed, padded on the right, float32. For large runs: loader.Loader."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd.core import Batch, PairedStates, ShardError
+from xsd.shards.reader import ShardReader
 from xsd.shards.store import ShardDataset
 
 
@@ -31,9 +32,9 @@ def batches(
     if batch_size < 1:
         raise ShardError(f"batch_size={batch_size}; expected at least 1")
     order = order_of(len(dataset), shuffle_seed, indices)
+    reader = ShardReader(dataset)
     for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        yield collate([dataset[i] for i in chosen], chosen)
+        yield reader.batch(order[start : start + batch_size])
 
 
 def collate(pairs: Sequence[PairedStates], index: Sequence[int]) -> Batch:
