@@ -71,7 +71,7 @@ def test_free_running_drafter_states_follow_its_own_tokens(samples, free):
 
 def test_both_modes_share_the_verifiers_answer(samples):
     answers = tiny_pair().verifier.generate(samples, TOKENS)
-    for make in pairs.PAIRS.values():
-        for states, answer in zip(make(tiny_pair(), samples, TOKENS, verifier=answers), answers, strict=True):
+    for mode in pairs.MODES:
+        for states, answer in zip(pairs.by_layer(mode, tiny_pair(), samples, TOKENS, verifier=answers)[-1], answers, strict=True):
             n = len(states.ids_by_verifier)
             assert torch.equal(states.ids_by_verifier, answer.ids[:n]) and torch.equal(states.hidden_by_verifier, answer.hidden[:n])

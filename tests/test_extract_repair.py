@@ -12,7 +12,7 @@ from models_fixtures import tiny_pair
 from tiny_pair import make_samples
 
 from xsd.core import ShardError
-from xsd.extract import repair, run
+from xsd.extract import monitor, repair, run
 from xsd.shards import store
 
 OPTIONS = {"modes": ("teacher_forced",), "max_new_tokens": 5, "batch_size": 2, "samples_per_shard": 3, "dtype": "fp16"}
@@ -74,17 +74,17 @@ def test_status_says_where_a_run_stands(samples, tmp_path):
     seen = []
     run.extract(
         tiny_pair(), samples, tmp_path, **OPTIONS,
-        progress=lambda p: (seen.append(repair.status(tmp_path)[0]), os.kill(os.getpid(), signal.SIGINT) if p.done == 4 else None),
+        progress=lambda p: (seen.append(monitor.status(tmp_path)[0]), os.kill(os.getpid(), signal.SIGINT) if p.done == 4 else None),
     )  # fmt: skip
     assert [(s.state, s.done, s.total, s.pid) for s in seen] == [("running", 2, 9, os.getpid()), ("running", 4, 9, os.getpid())]
     assert seen[1].rate > 0 and seen[1].eta_s == pytest.approx(5 / seen[1].rate)
-    (stopped,) = repair.status(tmp_path)
+    (stopped,) = monitor.status(tmp_path)
     assert (stopped.state, stopped.done, stopped.pid) == ("stopped", 4, None)
     assert "stopped, 4 of 9 (44 %) samples" in str(stopped)
     run.extract(tiny_pair(), samples, tmp_path, **OPTIONS)
-    assert repair.status(tmp_path / "teacher_forced")[0].state == "finished"
+    assert monitor.status(tmp_path / "teacher_forced")[0].state == "finished"
     with pytest.raises(ShardError, match="no run of an extraction"):
-        repair.status(tmp_path / "elsewhere")
+        monitor.status(tmp_path / "elsewhere")
 
 
 def test_killed_at_random_moments_it_ends_in_the_same_bytes(samples, whole, tmp_path):

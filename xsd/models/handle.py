@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from xsd.core import DatasetError, Sample, VideoError
+from xsd.models import layers as layer_states
 from xsd.models import prompts, small_steps
 from xsd.models.pixels import PixelSpec
 
@@ -38,19 +39,27 @@ class DecoderState:
 
 @dataclass(frozen=True)
 class Continuation:
-    """A greedy answer. ids: int64 [n], cut after the first EOS (EOS kept). hidden: [n, D], post-norm, hidden[t] predicts ids[t]."""
+    """A greedy answer. ids: int64 [n], cut after the first EOS (EOS kept). hidden: [n, D], post-norm, hidden[t] predicts ids[t].
+
+    layers: the same positions in other layers (models.layers), [n, D] each.
+    """
 
     ids: Tensor
     hidden: Tensor
     finish: Literal["eos", "length"]
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Forced:
-    """A teacher-forced answer. hidden: [n, D] before each forced token. top_ids: int64 [n], the model's own choice there."""
+    """A teacher-forced answer. hidden: [n, D] before each forced token. top_ids: int64 [n], the model's own choice there.
+
+    layers: the same positions in other layers (models.layers), [n, D] each.
+    """
 
     hidden: Tensor
     top_ids: Tensor
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class ModelHandle:
@@ -177,9 +186,17 @@ class ModelHandle:
 
     @torch.no_grad()
     def generate(
-        self, samples: Sequence[Sample], max_new_tokens: int, *, batch_size: int = 16, progress: Callable[[int], None] | None = None
+        self,
+        samples: Sequence[Sample],
+        max_new_tokens: int,
+        *,
+        batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
+        layers: Sequence[int] = (),
     ) -> list[Continuation]:
         """Greedy answers, the same ids as one at a time. progress(n): called with the number of samples just finished.
+
+        layers: other layers to keep as well (models.layers; not -1, which is ``hidden``).
 
         Prompts are padded on the left; a row leaves the batch at its EOS; questions on one clip share its prefill when they stand in
         one batch. Results are on the CPU, in the order given.
@@ -188,7 +205,7 @@ class ModelHandle:
         for start in range(0, len(samples), batch_size):
             chunk = samples[start : start + batch_size]
             cache, tails = self._shared_prefill(chunk)
-            results += self._generate_batch(tails, max_new_tokens, cache)
+            results += self._generate_batch(tails, max_new_tokens, cache, layers)
             if progress is not None:
                 progress(len(chunk))
         return results
@@ -218,7 +235,9 @@ class ModelHandle:
     def _prefix(self, sample: Sample, before: list[int]) -> Tensor:
         return torch.cat([self._lookup(before), self.visual_tokens(sample).to(self._embed.weight.dtype)])
 
-    def _generate_batch(self, tails: list[Tensor], max_new_tokens: int, cache: DynamicCache | None = None) -> list[Continuation]:
+    def _generate_batch(
+        self, tails: list[Tensor], max_new_tokens: int, cache: DynamicCache | None = None, layers: Sequence[int] = ()
+    ) -> list[Continuation]:
         cache = DynamicCache(config=self.decoder.config) if cache is None else cache
         cached, batch = cache.get_seq_length(), len(tails)
         ids: list[list[int]] = [[] for _ in range(batch)]
@@ -236,10 +255,14 @@ class ModelHandle:
             real = (columns >= (longest - lengths)[:, None]).long()
             mask = torch.cat([real.new_ones(batch, cached), real], dim=1)
         for step in range(max_new_tokens):
-            output = self.decoder(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True)
+            with layer_states.recorded(self.decoder, layers) as others:
+                output = self.decoder(
+                    inputs_embeds=embeds, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True
+                )
             hidden = output.last_hidden_state[:, -1]
             chosen = self.lm_head(hidden).argmax(-1)
-            for row, token, state in zip(rows, chosen.tolist(), hidden, strict=True):
+            kept = torch.stack([hidden, *(other[:, -1].to(hidden.device) for other in others)], dim=1)  # [B, 1 + layers, D]
+            for row, token, state in zip(rows, chosen.tolist(), kept, strict=True):
                 ids[row].append(token)
                 states[row].append(state)
             going = [i for i, token in enumerate(chosen.tolist()) if token not in self.eos_token_ids]
@@ -255,23 +278,33 @@ class ModelHandle:
                 mask = None if mask is None else mask[index]
                 rows = [rows[i] for i in going]
             embeds = self._embed(chosen)[:, None]
+        empty = embeds.new_zeros(0, 1 + len(layers), self.hidden_size)
+        stacked = [(torch.stack(states[row]) if states[row] else empty).cpu() for row in range(batch)]
         return [
             Continuation(
                 torch.tensor(ids[row], dtype=torch.long),
-                (torch.stack(states[row]) if states[row] else embeds.new_zeros(0, self.hidden_size)).cpu(),
+                stacked[row][:, 0].contiguous(),
                 "eos" if ids[row] and ids[row][-1] in self.eos_token_ids else "length",
+                {layer: stacked[row][:, 1 + i].contiguous() for i, layer in enumerate(layers)},
             )
             for row in range(batch)
         ]
 
     @torch.no_grad()
     def force(
-        self, samples: Sequence[Sample], ids: Sequence[Tensor], *, batch_size: int = 16, progress: Callable[[int], None] | None = None
+        self,
+        samples: Sequence[Sample],
+        ids: Sequence[Tensor],
+        *,
+        batch_size: int = 16,
+        progress: Callable[[int], None] | None = None,
+        layers: Sequence[int] = (),
     ) -> list[Forced]:
         """States before each forced token, the whole answer in one forward pass.
 
         The input is prompt + ids[:-1] and the states are read one position before their token. Rows are padded on the right,
-        where a causal decoder's real positions never look. Raises: ValueError if the two lists differ in length.
+        where a causal decoder's real positions never look. layers: as in :meth:`generate`.
+        Raises: ValueError if the two lists differ in length.
         """
         if len(samples) != len(ids):
             raise ValueError(f"{len(samples)} samples but {len(ids)} answers to force; one answer for each sample is expected")
@@ -282,10 +315,13 @@ class ModelHandle:
             cache, tails = self._shared_prefill(chunk)
             lines = [torch.cat([tail, self._lookup(answer[:-1])]) for tail, answer in zip(tails, answers, strict=True)]
             embeds = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
-            states = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
+            with layer_states.recorded(self.decoder, layers) as others:
+                states = self.decoder(inputs_embeds=embeds, past_key_values=cache, use_cache=True).last_hidden_state
             for row, (tail, answer) in enumerate(zip(tails, answers, strict=True)):
-                hidden = states[row, len(tail) - 1 : len(tail) - 1 + len(answer)]
-                results.append(Forced(hidden.clone().cpu(), self.lm_head(hidden).argmax(-1).cpu()))
+                cut = slice(len(tail) - 1, len(tail) - 1 + len(answer))
+                hidden = states[row, cut]
+                more = {layer: other[row, cut].clone().cpu() for layer, other in zip(layers, others, strict=True)}
+                results.append(Forced(hidden.clone().cpu(), self.lm_head(hidden).argmax(-1).cpu(), more))
             if progress is not None:
                 progress(len(chunk))
         return results

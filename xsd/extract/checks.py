@@ -1,0 +1,73 @@
+"""What can be wrong with the runs of a folder: files, checksums, states that are no numbers, kinds of pairs of different runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from xsd.core import ShardError
+from xsd.extract import monitor, ranks
+from xsd.shards import format as layout
+from xsd.shards import store
+
+_OF_A_KIND = {"layer", "part", "verifier_from"}
+"""Settings in which the kinds of pairs of one run may differ."""
+_BLOCK = 4096
+
+
+def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
+    """Problems of every run in a folder, by run; an empty list where all is well.
+
+    Raises: ShardError if there is no run. A damaged manifest is a problem of its run, with the sentence of its error.
+    """
+    found: dict[Path, list[store.Problem]] = {}
+    for place in monitor.runs(folder):
+        try:
+            problems = store.verify(place)
+            damaged = {problem.file.name for problem in problems}
+            found[place] = problems + list(_not_finite(place, damaged))
+        except ShardError as error:
+            what, _, way_out = str(error).removeprefix(str(place / layout.MANIFEST)).strip().rpartition("; ")
+            found[place] = [store.Problem(place / layout.MANIFEST, what, way_out)]
+    for place, problem in _mixed(found):
+        found[place].append(problem)
+    return found
+
+
+def _not_finite(folder: Path, damaged: set[str]) -> Iterator[store.Problem]:
+    """Shards whose checksum is right but whose states hold NaN or infinity: the writer refuses them, so somebody else wrote the file."""
+    manifest = layout.read_manifest(folder)
+    names = [f"{'scale' if manifest['dtype'] == 'int8' else 'hidden'}_by_{role}" for role in layout.ROLES]
+    for number, shard in enumerate(manifest["shards"]):
+        if shard["file"] in damaged:
+            continue
+        with safe_open(folder / shard["file"], "pt") as file:
+            for name in names:
+                rows = file.get_slice(name)
+                n = rows.get_shape()[0]
+                if not all(bool(torch.isfinite(rows[start : start + _BLOCK]).all()) for start in range(0, n, _BLOCK)):
+                    way_out = "repair the run (only this shard is extracted again)"
+                    yield store.Problem(folder / shard["file"], f"holds NaN or infinity in {name}", way_out, number)
+                    break
+
+
+def _mixed(found: dict[Path, list[store.Problem]]) -> Iterator[tuple[Path, store.Problem]]:
+    """Kinds of pairs, or parts, that stand in one run folder but come from other models, samples or settings than the first."""
+    first: dict[Path, tuple[Path, dict[str, Any]]] = {}
+    for place, problems in found.items():
+        if any(problem.file.name == layout.MANIFEST for problem in problems):
+            continue
+        config = layout.read_manifest(place)["config"]
+        if "samples_hash" not in config:
+            continue
+        config = {key: value for key, value in config.items() if key not in _OF_A_KIND}
+        run = place.parent.parent if place.match(ranks.PARTS) else place.parent
+        other, wanted = first.setdefault(run, (place, config))
+        difference = layout.first_difference(wanted, config)
+        if difference:
+            way_out = "they are of two runs: move one of them into a folder of its own"
+            yield place, store.Problem(place / layout.MANIFEST, f"is not of the run of {other.name}: {difference}", way_out)
