@@ -38,11 +38,25 @@ def test_packed_questions_get_the_states_they_would_get_alone():
 
 
 def test_patch_codes_prefer_objects_over_scenery():
-    cells = np.zeros((1, 1, 24, 24), np.uint8)
-    cells[0, 0, :4, :4] = 8 << 3
-    cells[0, 0, 0, :3] = 1 << 3 | 2
+    cells = np.zeros((1, 1, 24, 24), np.uint16)
+    cells[0, 0, :4, :4] = 8 << 6
+    cells[0, 0, 0, :3] = 1 << 6 | 2 << 3 | 4
     codes = grounding.patch_codes(cells, 6)
-    assert codes[0, 0, 0] == (1 << 3 | 2) and codes[0, 0, 1:].max() == 0
+    assert codes[0, 0, 0] == (1 << 6 | 2 << 3 | 4) and codes[0, 0, 1:].max() == 0
+
+
+def test_the_motion_reader_asks_objects_how_they_move_and_later_frames_how_the_camera_moves():
+    reader = language.MotionReader(8, 7, 3)
+    states = torch.randn(2, 4, 9, 8, requires_grad=True)
+    codes = torch.zeros(2, 4, 9, dtype=torch.int64)
+    codes[0, 1, 3] = 1 << 6 | 2
+    reader(states, codes, torch.tensor([-1, -1])).backward()
+    touched = states.grad.abs().sum(-1) > 0
+    assert touched.sum() == 1 and touched[0, 1, 3]
+    states.grad = None
+    reader(states, codes * 0, torch.tensor([1, -1])).backward()
+    touched = states.grad.abs().sum(-1) > 0
+    assert touched[0, 2:].all() and not touched[0, :2].any() and not touched[1].any()
 
 
 def _toy(folder, progress=None):
@@ -57,6 +71,11 @@ def _toy(folder, progress=None):
         tower=torch.nn.Linear(1, 1),
         registers=language.FactRegisters(8, {"ego": 3}),
         middle=body,
+        motion=language.MotionReader(8, 7, 3),
+        early=body,
+        patches=lambda tokens: tokens[:, None],
+        codes=lambda clips, grid: np.full((len(clips), 1, grid * grid), 1 << 6 | 2),
+        ego=np.zeros(4, np.int64),
         labels=np.zeros((4, 1), np.int64),
         before=[1],
         n_visual=1,
@@ -96,6 +115,11 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence():
             tower=torch.nn.Linear(1, 1),
             registers=language.FactRegisters(8, {"ego": 3}),
             middle=embed,
+            motion=language.MotionReader(8, 7, 3),
+            early=embed,
+            patches=lambda tokens: tokens[:, None],
+            codes=lambda clips, grid: np.zeros((len(clips), 1, grid * grid), np.int64),
+            ego=np.zeros(2, np.int64),
             labels=np.zeros((2, 1), np.int64),
             before=[1],
             n_visual=1,

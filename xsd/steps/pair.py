@@ -98,6 +98,7 @@ def train(
             classes={name: len(values) for name, values in corpora.LABELS.items()},
             n_kinds=len(corpora.LAYOUT_KINDS),
             n_colours=6,
+            n_motions=len(corpora.LAYOUT_MOTIONS) - 1,
             mean=pixels.CLIP_MEAN,
             std=pixels.CLIP_STD,
             folder=folder,

@@ -1,8 +1,8 @@
 """Pretraining of a vision tower on what is in the scene, before any language.
 
 Grounding comes slowly through the language loss alone, so tower and projector first learn two things at once: what stands in every patch
-(a linear classifier on the tower's states), and every fact of the clip (one learned query a fact, two layers of cross-attention to the
-visual tokens, a linear classifier: read as a decoder would read them). Both heads are thrown away afterwards.
+and how it moves (linear classifiers on the tower's states), and every fact of the clip (one learned query a fact, two layers of
+cross-attention to the visual tokens, a linear classifier: read as a decoder would read them). Both heads are thrown away afterwards.
 """
 
 from __future__ import annotations
@@ -36,9 +36,11 @@ class GroundingConfig:
 
 
 class GroundingHead(nn.Module):
-    """Facts from the visual tokens [B, T, D], and kind and colour of every patch from the tower's states [B, F, P, C] (CLS first)."""
+    """Facts from the visual tokens [B, T, D]; kind, colour and motion of every patch from the tower's states [B, F, P, C] (CLS first)."""
 
-    def __init__(self, width: int, n_tokens: int, tower_width: int, classes: Mapping[str, int], n_kinds: int, n_colours: int) -> None:
+    def __init__(
+        self, width: int, n_tokens: int, tower_width: int, classes: Mapping[str, int], n_kinds: int, n_colours: int, n_motions: int
+    ) -> None:
         super().__init__()
         self.names = list(classes)
         self.queries = nn.Parameter(torch.randn(len(self.names), width) * 0.02)
@@ -50,6 +52,7 @@ class GroundingHead(nn.Module):
         self.classifiers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
         self.patch_norm = nn.LayerNorm(tower_width)
         self.kinds, self.colours = nn.Linear(tower_width, n_kinds), nn.Linear(tower_width, n_colours)
+        self.motions = nn.Linear(tower_width, n_motions)
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: [B, T, D] → {fact: [B, classes]}."""
@@ -57,27 +60,29 @@ class GroundingHead(nn.Module):
         return {name: self.classifiers[name](x[:, i]) for i, name in enumerate(self.names)}
 
     def patch_loss(self, states: Tensor, codes: Tensor, colour_known: Tensor) -> Tensor:
-        """Cross-entropy of kind (background weighs a tenth) and colour per patch.
+        """Cross-entropy of kind (background weighs a tenth), colour and motion per patch.
 
-        states: [B, F, P, C]. codes: int64 [B, F, P - 1], ``kind << 3 | colour``. colour_known: bool [B].
+        states: [B, F, P, C]. codes: int64 [B, F, P - 1], ``kind << 6 | colour << 3 | motion``. colour_known: bool [B].
         """
         x = self.patch_norm(states[:, :, 1:].float())
-        kind, colour = codes >> 3, codes & 7
+        kind, colour, motion = codes >> 6, codes >> 3 & 7, codes & 7
         weight = torch.ones(self.kinds.out_features, device=x.device)
         weight[0] = 0.1
         loss = F.cross_entropy(self.kinds(x).flatten(0, 2).float(), kind.flatten(), weight=weight)
         asked = (colour > 0) & colour_known[:, None, None]
         if asked.any():
             loss = loss + F.cross_entropy(self.colours(x[asked]).float(), colour[asked] - 1)
+        if (motion > 0).any():
+            loss = loss + F.cross_entropy(self.motions(x[motion > 0]).float(), motion[motion > 0] - 1)
         return loss
 
 
 def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
-    """Cells uint8 [B, F, c, c] → int64 [B, F, grid * grid]: the object in each patch, else the scenery that fills half of it, else 0."""
+    """Cells uint16 [B, F, c, c] → int64 [B, F, grid * grid]: the object in each patch, else the scenery that fills half of it, else 0."""
     batch, n_frames, cells, _ = layout.shape
     k = cells // grid
     blocks = layout.reshape(batch, n_frames, grid, k, grid, k).swapaxes(3, 4).reshape(batch, n_frames, grid * grid, k * k)
-    kind = blocks >> 3
+    kind = blocks >> 6
     objects = np.sort(np.where((kind >= 1) & (kind <= 7), blocks, 0), axis=-1)
     scenery = np.sort(np.where(kind > 7, blocks, 0), axis=-1)
     n_objects, n_scenery = (objects > 0).sum(-1), (scenery > 0).sum(-1)
@@ -131,7 +136,7 @@ def train_tower(
     Args:
         features: pixels [B, F, 3, s, s] → tower states [B, F, P, C]. project: those → visual tokens [B, T, D]; both through ``modules``,
             whose parameters are trained with the head's.
-        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts], -1 unknown. layout: uint8 [N, F, c, c]. colour_known: bool [N].
+        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts], -1 unknown. layout: uint16 [N, F, c, c]. colour_known: bool [N].
         progress: called with (step, total, loss).
 
     Returns: accuracy per fact over the last epoch's training batches.

@@ -44,6 +44,7 @@ class LanguageConfig:
     fact_weight: float = 3.0
     tower_rate: float = 0.3
     register_weight: float = 0.5
+    patch_weight: float = 0.5
     bf16: bool = True
     seed: int = 0
     save_every: int = 100
@@ -66,6 +67,34 @@ class FactRegisters(nn.Module):
         x = self.norm(states.float())
         logits = {name: classifier(x[:, i]) for i, (name, classifier) in enumerate(self.classifiers.items())}
         return loss_of(logits, labels, list(self.classifiers))[0]
+
+
+class MotionReader(nn.Module):
+    """How every patch moves, and the camera, read off the visual positions a third of the way up the decoder; thrown away after training.
+
+    A tower sees one frame at a time, so what moves must be found by the decoder's first layers, which look back at earlier frames. The
+    answers alone teach that too slowly (docs/log.md).
+    """
+
+    def __init__(self, width: int, n_motions: int, n_ego: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.motions, self.ego = nn.Linear(width, n_motions), nn.Linear(width, n_ego)
+
+    def forward(self, states: Tensor, codes: Tensor, ego: Tensor) -> Tensor:
+        """Mean cross-entropy of both. states: [B, F, P, D] without CLS. codes: int64 [B, F, P] as in the layout.
+        ego: int64 [B], -1 unknown.
+
+        The camera is asked for at every patch of the later half of the frames, which have something to look back at.
+        """
+        x = self.norm(states.float())
+        motion, loss = codes & 7, x.sum() * 0
+        if (motion > 0).any():
+            loss = loss + F.cross_entropy(self.motions(x[motion > 0]), motion[motion > 0] - 1)
+        if (ego >= 0).any():
+            later = self.ego(x[ego >= 0][:, states.shape[1] // 2 :])
+            loss = loss + F.cross_entropy(later.flatten(0, 2), ego[ego >= 0].repeat_interleave(later.shape[1] * later.shape[2]))
+        return loss
 
 
 @dataclass(frozen=True)
@@ -121,7 +150,12 @@ def train_decoder(
     tower: nn.Module,
     registers: FactRegisters,
     middle: nn.Module,
+    motion: MotionReader,
+    early: nn.Module,
+    patches: Callable[[Tensor], Tensor],
+    codes: Callable[[np.ndarray, int], np.ndarray],
     labels: np.ndarray,
+    ego: np.ndarray,
     before: list[int],
     n_visual: int,
     segments: Callable[[int, np.random.Generator], Sequence[Segment]],
@@ -139,17 +173,19 @@ def train_decoder(
         lm_head: states [N, D] → logits [N, V]. trained: the module that owns the decoder's and the projector's parameters; tower: the
             tower, trained along at ``tower_rate`` of the learning rate: what still asks for comparison over time must be written into it.
         registers: fact classifiers on the last visual positions of ``middle``, a decoder layer. labels: int64 [N, n_facts], -1 not asked.
+        motion: classifiers on the patches of ``early``, another one. patches: visual positions [B, n_visual, D] → [B, F, P, D].
+        codes: clip numbers, patches a side → int64 [B, F, P], the layout's code in every patch. ego: int64 [N], -1 not known.
         before: ids before the visual tokens. segments: clip number, generator → the questions of this step.
 
     Returns: the loss of every step. Raises: TrainingError when the loss is not finite.
     """
     groups = [
-        {"params": [*trained.parameters(), *registers.parameters()], "scale": 1.0},
+        {"params": [*trained.parameters(), *registers.parameters(), *motion.parameters()], "scale": 1.0},
         {"params": list(tower.parameters()), "scale": config.tower_rate},
     ]
     parameters = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
-    owners = nn.ModuleList([trained, tower, registers])
+    owners = nn.ModuleList([trained, tower, registers, motion])
     history: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -159,8 +195,12 @@ def train_decoder(
     owners.train()
     prefix = len(before) + n_visual
     gathered = slice(prefix - labels.shape[1], prefix)
-    tapped: list[Tensor] = []
-    hook = middle.register_forward_hook(lambda module, given, result: tapped.append(result[0] if isinstance(result, tuple) else result))
+    tapped: dict[nn.Module, Tensor] = {}
+
+    def tap(module: nn.Module, given: tuple, result: Tensor | tuple) -> None:
+        tapped[module] = result[0] if isinstance(result, tuple) else result
+
+    hooks = [layer.register_forward_hook(tap) for layer in {middle, early}]
     while (step := len(history)) < config.steps:
         rng = np.random.default_rng([config.seed, step])
         clips = np.sort(rng.choice(n_clips, size=min(config.batch_size, n_clips), replace=False))
@@ -168,7 +208,6 @@ def train_decoder(
         ids, positions, targets, weights, seen = (t.to(device) for t in collate(rows))
         for group in optimiser.param_groups:
             group["lr"] = group["scale"] * config.learning_rate * schedule(step, config.steps, config.warmup_steps)
-        tapped.clear()
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.bf16):
             embeddings = embed(ids)
             tokens = visual(clips).to(embeddings.dtype)
@@ -181,7 +220,10 @@ def train_decoder(
             logits = lm_head(states[asked])
         weight = weights[asked]
         loss = (F.cross_entropy(logits.float(), targets[asked], reduction="none") * weight).sum() / weight.sum()
-        loss = loss + config.register_weight * registers(tapped[0][:, gathered], torch.from_numpy(labels[clips]).to(device))
+        loss = loss + config.register_weight * registers(tapped[middle][:, gathered], torch.from_numpy(labels[clips]).to(device))
+        seen_patches = patches(tapped[early][:, len(before) : prefix])
+        moving = torch.from_numpy(codes(clips, int(seen_patches.shape[2] ** 0.5))).to(device)
+        loss = loss + config.patch_weight * motion(seen_patches, moving, torch.from_numpy(ego[clips]).to(device))
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the language loss is {float(loss.detach())} at step {step}; "
@@ -197,5 +239,6 @@ def train_decoder(
         if checkpoint is not None and (len(history) % config.save_every == 0 or len(history) == config.steps):
             with atomic_path(checkpoint) as path:
                 torch.save({"model": owners.state_dict(), "optimiser": optimiser.state_dict(), "history": history}, path)
-    hook.remove()
+    for hook in hooks:
+        hook.remove()
     return history

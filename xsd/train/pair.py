@@ -55,6 +55,7 @@ def train_model(
     classes: dict[str, int],
     n_kinds: int,
     n_colours: int,
+    n_motions: int,
     mean: Sequence[float],
     std: Sequence[float],
     folder: Path,
@@ -66,12 +67,12 @@ def train_model(
     """Train one model in place.
 
     Args:
-        parts: features, project, decode, tower, projector, decoder, middle, embed, lm_head, n_visual, tower_width, grounding_frames,
-            prompt_ids, role, model.
-        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint8 [N, F, c, c]. colour_known: bool [N].
+        parts: features, project, decode, tower, projector, decoder, early, middle, patches, patch_frames, embed, lm_head,
+            n_visual, tower_width, grounding_frames, prompt_ids, role, model.
+        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint16 [N, F, c, c]. colour_known: bool [N].
         dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is
             mixed in, as both real models share a language-model ancestor that knows either style.
-        classes: facts and their number of classes; n_kinds, n_colours: patch classes.
+        classes: facts and their number of classes; n_kinds, n_colours, n_motions: patch classes.
 
     Returns: {"facts": accuracy per fact in training, "loss": the language loss per step}.
     """
@@ -82,7 +83,9 @@ def train_model(
     frames = list(parts.grounding_frames)
     torch.manual_seed(grounding_config.seed)
     tokens_per_frame = parts.n_visual * len(frames) // images.shape[1] if len(frames) != images.shape[1] else parts.n_visual
-    head = grounding.GroundingHead(parts.embed.embedding_dim, tokens_per_frame, parts.tower_width, classes, n_kinds, n_colours).to(device)
+    head = grounding.GroundingHead(
+        parts.embed.embedding_dim, tokens_per_frame, parts.tower_width, classes, n_kinds, n_colours, n_motions
+    ).to(device)
     facts = grounding.train_tower(
         parts.features, parts.project, [parts.tower, parts.projector], head, images[:, frames], labels, layout[:, frames], colour_known,
         mean=mean, std=std, config=grounding_config, checkpoint=folder / f"{parts.role}-tower.pt", progress=report("tower"),
@@ -98,9 +101,14 @@ def train_model(
     def visual(clips: np.ndarray) -> Tensor:
         return parts.project(parts.features(grounding.normalise(images[clips], mean, std).to(device)))
 
+    def codes(clips: np.ndarray, grid: int) -> np.ndarray:
+        return grounding.patch_codes(layout[clips][:, list(parts.patch_frames)], grid)
+
     losses = language.train_decoder(
         embed=parts.embed, visual=visual, decode=parts.decode, tower=parts.tower,
         registers=language.FactRegisters(parts.embed.embedding_dim, classes).to(device), middle=parts.middle, labels=labels,
+        motion=language.MotionReader(parts.embed.embedding_dim, n_motions, classes["ego"]).to(device), early=parts.early,
+        patches=parts.patches, codes=codes, ego=labels[:, list(classes).index("ego")],
         lm_head=parts.lm_head, trained=nn.ModuleList([parts.decoder, parts.projector]), before=parts.prompt_ids(tokenizer, "?")[0],
         n_visual=parts.n_visual, segments=choose, n_clips=len(images), config=language_config, device=device,
         checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),

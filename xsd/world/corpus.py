@@ -38,27 +38,31 @@ LABELS: dict[str, tuple[str, ...]] = {
 """The facts as classification targets; -1 where a clip (or an event camera) does not decide one."""
 
 LAYOUT_KINDS = ("nothing", *VEHICLES, "pedestrian", "cyclist", "light", *SURROUNDINGS)
+"""What can stand in a cell of the layout."""
+
+LAYOUT_MOTIONS = ("none", *VEHICLE_MOTIONS, "standing")
+"""How it moves: at most eight, as a cell has three bits for it."""
 _CELLS = 24
 
 
 def layout(seed: int, split: str, index: int) -> np.ndarray:
-    """uint8 [4, 13, 24, 24]: the layout codes of a simulated sequence's clips (see Corpus); in the last five, what stands still before a
+    """uint16 [4, 13, 24, 24]: the layout codes of a simulated sequence's clips (see Corpus); in the last five, what stands still before a
     static camera is left out, as it leaves no events."""
     rng = np.random.default_rng([seed, drive.SPLIT_CODE[split], index])
     scene = scenes.sample_scene(rng)
     renderer = render.Renderer(scene, render.Camera(_CELLS * 16 // 3, _CELLS * 4))
-    codes = np.zeros((2, 256), np.uint8)
+    codes = np.zeros((2, 256), np.uint16)
     for number, actor in enumerate(scene.actors, start=1):
-        code = LAYOUT_KINDS.index(actor.kind) << 3 | 1 + list(COLOURS).index(actor.colour)
+        code = LAYOUT_KINDS.index(actor.kind) << 6 | LAYOUT_MOTIONS.index(actor.motion)
         still = scene.ego == "stopped" and actor.motion in ("parked", "waiting", "standing")
-        codes[:, number] = code, 0 if still else code & ~7
+        codes[:, number] = code | 1 + list(COLOURS).index(actor.colour) << 3, 0 if still else code
     if scene.light:
-        kind = LAYOUT_KINDS.index("light") << 3
-        codes[:, render.LIGHT_ID] = kind | 1 + list(COLOURS).index(scene.light), 0 if scene.ego == "stopped" else kind
+        kind = LAYOUT_KINDS.index("light") << 6
+        codes[:, render.LIGHT_ID] = kind | 1 + list(COLOURS).index(scene.light) << 3, 0 if scene.ego == "stopped" else kind
     for i, name in enumerate(SURROUNDINGS):
-        kind = LAYOUT_KINDS.index(name) << 3
+        kind = LAYOUT_KINDS.index(name) << 6
         codes[:, render.SCENERY_ID + i] = kind, 0 if scene.ego == "stopped" else kind
-    out = np.empty((4, 13, _CELLS, _CELLS), np.uint8)
+    out = np.empty((4, 13, _CELLS, _CELLS), np.uint16)
     video = [i / drive.VIDEO_HZ for i in frames.uniform_indices(drive.VIDEO_HZ, 8)]
     fifths = [0.1 + 0.2 * i for i in range(5)]
     for clip in range(4):
@@ -111,10 +115,11 @@ class Dialogue:
 
 @dataclass(frozen=True)
 class Corpus:
-    """video: uint8 [N, 8, s, s, 3]. event_frames: uint8 [N, 5, s, s, 3]. layout: uint8 [N, 13, 24, 24]. facts and sequence: N entries.
+    """video: uint8 [N, 8, s, s, 3]. event_frames: uint8 [N, 5, s, s, 3]. layout: uint16 [N, 13, 24, 24]. facts and sequence: N entries.
 
-    layout: what stands in each of 24x24 cells at the 8 video times and in the middle of 5 fifths of the clip: ``kind << 3 | colour``
-    (kinds as in LAYOUT_KINDS; colour 0 none, else 1 + its place in COLOURS).
+    layout: what stands in each of 24x24 cells at the 8 video times and in the middle of 5 fifths of the clip:
+    ``kind << 6 | colour << 3 | motion`` (kinds as in LAYOUT_KINDS, motions as in LAYOUT_MOTIONS; colour
+    0 none, else 1 + its place in COLOURS).
     """
 
     video: np.ndarray
@@ -158,7 +163,7 @@ def build(
     Raises: DatasetError when the folder holds another corpus.
     """
     folder = Path(folder)
-    wanted = {"split": split, "n_sequences": n_sequences, "seed": seed, "size": size, "version": 2}
+    wanted = {"split": split, "n_sequences": n_sequences, "seed": seed, "size": size, "version": 3}
     done = folder / "corpus.json"
     if done.exists():
         found = json.loads(done.read_text())
