@@ -131,7 +131,7 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence():
 
 def test_the_smoke_profile_trains_a_pair_that_loads(tmp_path):
     stages = set()
-    written = step.train(tmp_path, "smoke", workers=1, progress=lambda stage, done, total, loss: stages.add(stage))
+    written = step.train(tmp_path, "smoke", workers=2, progress=lambda stage, done, total, loss: stages.add(stage))
     assert {"verifier tower", "verifier language", "drafter tower", "drafter language", "simulated drives"} == stages
     assert json.loads((written / "provenance.json").read_text())["seed"] == 0
     pair = loading.load_pair(str(written))
