@@ -1,4 +1,4 @@
-"""Pictures: event frames, video frames, CLIP pixels (docs/sensors.md, section 4).
+"""Pictures: event frames and video frames (docs/sensors.md, section 4).
 
 An event frame is a white canvas on which each event paints its pixel, blue for OFF and red for ON, the last one winning.
 """
@@ -6,9 +6,8 @@ An event frame is a white canvas on which each event paints its pixel, blue for 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 from PIL import Image, UnidentifiedImageError
@@ -16,11 +15,6 @@ from PIL import Image, UnidentifiedImageError
 from xsd.core import EventError, VideoError
 from xsd.sensors.events import Events
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
-CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
 
 Canvas = Literal["slice", "sensor"]
@@ -139,29 +133,3 @@ def _read_video_file(path: Path, n_frames: int) -> np.ndarray:
     except (av.error.FFmpegError, OSError, ValueError) as error:
         raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it again") from error
     return np.stack([decoded[i] for i in wanted])
-
-
-def clip_pixels(images: Sequence[np.ndarray], size: int, mean: Sequence[float] = CLIP_MEAN, std: Sequence[float] = CLIP_STD) -> Tensor:
-    """What transformers' CLIPImageProcessor (PIL backend) makes: bicubic to the shortest edge, centre crop, /255, normalised.
-
-    Args: images: N of uint8 [H, W, 3], sizes may differ. size: pixels. Returns: float32 torch [N, 3, size, size].
-    Raises: VideoError for no image or another shape or type.
-    """
-    import torch
-
-    squares = []
-    for image in images:
-        if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
-            raise VideoError(f"an image must be uint8 [H, W, 3]; got {image.dtype} {list(image.shape)}")
-        height, width = image.shape[:2]
-        # transformers truncates the longer edge
-        new_height, new_width = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
-        if (new_height, new_width) != (height, width):
-            image = np.asarray(Image.fromarray(image).resize((new_width, new_height), Image.Resampling.BICUBIC))
-        top, left = (new_height - size) // 2, (new_width - size) // 2
-        squares.append(image[top : top + size, left : left + size])
-    if not squares:
-        raise VideoError("there is no image to turn into pixels; at least one is needed")
-    scaled = (np.stack(squares).transpose(0, 3, 1, 2) * (1 / 255)).astype(np.float32)
-    normalised = (scaled - np.array(mean, np.float32)[:, None, None]) / np.array(std, np.float32)[:, None, None]
-    return torch.from_numpy(np.ascontiguousarray(normalised))
