@@ -45,16 +45,28 @@ def test_patch_codes_prefer_objects_over_scenery():
     assert codes[0, 0, 0] == (1 << 6 | 2 << 3 | 4) and codes[0, 0, 1:].max() == 0
 
 
-def test_the_motion_reader_asks_objects_how_they_move_and_later_frames_how_the_camera_moves():
-    reader = language.MotionReader(8, 7, 3)
-    states = torch.randn(2, 4, 9, 8, requires_grad=True)
+def test_a_patch_reader_asks_objects_for_colour_and_motion_and_everything_for_its_kind():
+    reader = grounding.PatchReader(8, 12, 6, 7)
     codes = torch.zeros(2, 4, 9, dtype=torch.int64)
-    codes[0, 1, 3] = 1 << 6 | 2
-    reader(states, codes, torch.tensor([-1, -1])).backward()
-    touched = states.grad.abs().sum(-1) > 0
-    assert touched.sum() == 1 and touched[0, 1, 3]
-    states.grad = None
-    reader(states, codes * 0, torch.tensor([1, -1])).backward()
+    codes[0, 1, 3] = 1 << 6 | 3 << 3 | 2
+    states, known = torch.randn(2, 4, 9, 8), torch.tensor([True, True])
+    with torch.no_grad():
+        reader.kinds.weight.zero_()
+        reader.kinds.bias.zero_()
+    expected = torch.tensor(12.0).log()
+    for classes, code in ((reader.colours, 2), (reader.motions, 1)):
+        expected = expected - classes(reader.norm(states[0, 1, 3])).log_softmax(-1)[code]
+    torch.testing.assert_close(reader(states, codes, known), expected)
+    assert reader(states, codes, ~known) < reader(states, codes, known)
+
+
+def test_the_camera_is_read_off_the_later_frames():
+    reader = language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3)
+    with torch.no_grad():
+        for parameter in reader.patches.parameters():
+            parameter.zero_()
+    states = torch.randn(2, 4, 9, 8, requires_grad=True)
+    reader(states, torch.zeros(2, 4, 9, dtype=torch.int64), torch.ones(2, dtype=torch.bool), torch.tensor([1, -1])).backward()
     touched = states.grad.abs().sum(-1) > 0
     assert touched[0, 2:].all() and not touched[0, :2].any() and not touched[1].any()
 
@@ -71,11 +83,12 @@ def _toy(folder, progress=None):
         tower=torch.nn.Linear(1, 1),
         registers=language.FactRegisters(8, {"ego": 3}),
         middle=body,
-        motion=language.MotionReader(8, 7, 3),
+        scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3),
         early=body,
         patches=lambda tokens: tokens[:, None],
         codes=lambda clips, grid: np.full((len(clips), 1, grid * grid), 1 << 6 | 2),
         ego=np.zeros(4, np.int64),
+        colour_known=np.ones(4, bool),
         labels=np.zeros((4, 1), np.int64),
         before=[1],
         n_visual=1,
@@ -115,11 +128,12 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence():
             tower=torch.nn.Linear(1, 1),
             registers=language.FactRegisters(8, {"ego": 3}),
             middle=embed,
-            motion=language.MotionReader(8, 7, 3),
+            scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3),
             early=embed,
             patches=lambda tokens: tokens[:, None],
             codes=lambda clips, grid: np.zeros((len(clips), 1, grid * grid), np.int64),
             ego=np.zeros(2, np.int64),
+            colour_known=np.ones(2, bool),
             labels=np.zeros((2, 1), np.int64),
             before=[1],
             n_visual=1,

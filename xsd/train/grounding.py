@@ -35,12 +35,36 @@ class GroundingConfig:
     save_every: int = 200
 
 
-class GroundingHead(nn.Module):
-    """Facts from the visual tokens [B, T, D]; kind, colour and motion of every patch from the tower's states [B, F, P, C] (CLS first)."""
+class PatchReader(nn.Module):
+    """Kind, colour and motion of what stands in every patch, read off its state by linear classifiers."""
 
-    def __init__(
-        self, width: int, n_tokens: int, tower_width: int, classes: Mapping[str, int], n_kinds: int, n_colours: int, n_motions: int
-    ) -> None:
+    def __init__(self, width: int, n_kinds: int, n_colours: int, n_motions: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.kinds, self.colours, self.motions = nn.Linear(width, n_kinds), nn.Linear(width, n_colours), nn.Linear(width, n_motions)
+
+    def forward(self, states: Tensor, codes: Tensor, colour_known: Tensor) -> Tensor:
+        """Summed mean cross-entropies; background weighs a tenth among the kinds, colour and motion are asked where there is one.
+
+        states: [B, F, P, C] without CLS. codes: int64 [B, F, P], ``kind << 6 | colour << 3 | motion``. colour_known: bool [B].
+        """
+        x = self.norm(states.float())
+        kind, colour, motion = codes >> 6, codes >> 3 & 7, codes & 7
+        weight = torch.ones(self.kinds.out_features, device=x.device)
+        weight[0] = 0.1
+        loss = F.cross_entropy(self.kinds(x).flatten(0, 2).float(), kind.flatten(), weight=weight)
+        coloured, moving = (colour > 0) & colour_known[:, None, None], motion > 0
+        if coloured.any():
+            loss = loss + F.cross_entropy(self.colours(x[coloured]).float(), colour[coloured] - 1)
+        if moving.any():
+            loss = loss + F.cross_entropy(self.motions(x[moving]).float(), motion[moving] - 1)
+        return loss
+
+
+class GroundingHead(nn.Module):
+    """Facts from the visual tokens [B, T, D]; what stands in every patch from the tower's states [B, F, P, C] (CLS first)."""
+
+    def __init__(self, width: int, n_tokens: int, classes: Mapping[str, int], patches: PatchReader) -> None:
         super().__init__()
         self.names = list(classes)
         self.queries = nn.Parameter(torch.randn(len(self.names), width) * 0.02)
@@ -50,31 +74,12 @@ class GroundingHead(nn.Module):
         )
         self.norm = nn.LayerNorm(width)
         self.classifiers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
-        self.patch_norm = nn.LayerNorm(tower_width)
-        self.kinds, self.colours = nn.Linear(tower_width, n_kinds), nn.Linear(tower_width, n_colours)
-        self.motions = nn.Linear(tower_width, n_motions)
+        self.patches = patches
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: [B, T, D] → {fact: [B, classes]}."""
         x = self.norm(self.readers(self.queries.expand(tokens.shape[0], -1, -1), tokens + self.positions))
         return {name: self.classifiers[name](x[:, i]) for i, name in enumerate(self.names)}
-
-    def patch_loss(self, states: Tensor, codes: Tensor, colour_known: Tensor) -> Tensor:
-        """Cross-entropy of kind (background weighs a tenth), colour and motion per patch.
-
-        states: [B, F, P, C]. codes: int64 [B, F, P - 1], ``kind << 6 | colour << 3 | motion``. colour_known: bool [B].
-        """
-        x = self.patch_norm(states[:, :, 1:].float())
-        kind, colour, motion = codes >> 6, codes >> 3 & 7, codes & 7
-        weight = torch.ones(self.kinds.out_features, device=x.device)
-        weight[0] = 0.1
-        loss = F.cross_entropy(self.kinds(x).flatten(0, 2).float(), kind.flatten(), weight=weight)
-        asked = (colour > 0) & colour_known[:, None, None]
-        if asked.any():
-            loss = loss + F.cross_entropy(self.colours(x[asked]).float(), colour[asked] - 1)
-        if (motion > 0).any():
-            loss = loss + F.cross_entropy(self.motions(x[motion > 0]).float(), motion[motion > 0] - 1)
-        return loss
 
 
 def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
@@ -164,8 +169,8 @@ def train_tower(
             states = features(normalise(images[rows], mean, std).to(device))
             logits = head(project(states))
         grid = int((states.shape[2] - 1) ** 0.5)
-        dense = head.patch_loss(
-            states, torch.from_numpy(patch_codes(layout[rows], grid)).to(device), torch.from_numpy(colour_known[rows]).to(device)
+        dense = head.patches(
+            states[:, :, 1:], torch.from_numpy(patch_codes(layout[rows], grid)).to(device), torch.from_numpy(colour_known[rows]).to(device)
         )
         loss, right = loss_of(logits, truth[rows].to(device), head.names)
         loss = loss + config.patch_weight * dense

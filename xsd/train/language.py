@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xsd.core import TrainingError, atomic_path
-from xsd.train.grounding import loss_of, schedule
+from xsd.train.grounding import PatchReader, loss_of, schedule
 
 
 @dataclass(frozen=True)
@@ -69,30 +69,25 @@ class FactRegisters(nn.Module):
         return loss_of(logits, labels, list(self.classifiers))[0]
 
 
-class MotionReader(nn.Module):
-    """How every patch moves, and the camera, read off the visual positions a third of the way up the decoder; thrown away after training.
+class SceneReader(nn.Module):
+    """What stands in every patch, how it moves, and how the camera does, a third of the way up the decoder; thrown away after training.
 
     A tower sees one frame at a time, so what moves must be found by the decoder's first layers, which look back at earlier frames. The
     answers alone teach that too slowly (docs/log.md).
     """
 
-    def __init__(self, width: int, n_motions: int, n_ego: int) -> None:
+    def __init__(self, width: int, patches: PatchReader, n_ego: int) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(width)
-        self.motions, self.ego = nn.Linear(width, n_motions), nn.Linear(width, n_ego)
+        self.patches, self.norm, self.ego = patches, nn.LayerNorm(width), nn.Linear(width, n_ego)
 
-    def forward(self, states: Tensor, codes: Tensor, ego: Tensor) -> Tensor:
-        """Mean cross-entropy of both. states: [B, F, P, D] without CLS. codes: int64 [B, F, P] as in the layout.
-        ego: int64 [B], -1 unknown.
+    def forward(self, states: Tensor, codes: Tensor, colour_known: Tensor, ego: Tensor) -> Tensor:
+        """Summed mean cross-entropies. states: [B, F, P, D] without CLS; codes, colour_known: as PatchReader's. ego: int64 [B], -1 unknown.
 
         The camera is asked for at every patch of the later half of the frames, which have something to look back at.
         """
-        x = self.norm(states.float())
-        motion, loss = codes & 7, x.sum() * 0
-        if (motion > 0).any():
-            loss = loss + F.cross_entropy(self.motions(x[motion > 0]), motion[motion > 0] - 1)
+        loss = self.patches(states, codes, colour_known)
         if (ego >= 0).any():
-            later = self.ego(x[ego >= 0][:, states.shape[1] // 2 :])
+            later = self.ego(self.norm(states[ego >= 0][:, states.shape[1] // 2 :].float()))
             loss = loss + F.cross_entropy(later.flatten(0, 2), ego[ego >= 0].repeat_interleave(later.shape[1] * later.shape[2]))
         return loss
 
@@ -150,12 +145,13 @@ def train_decoder(
     tower: nn.Module,
     registers: FactRegisters,
     middle: nn.Module,
-    motion: MotionReader,
+    scene: SceneReader,
     early: nn.Module,
     patches: Callable[[Tensor], Tensor],
     codes: Callable[[np.ndarray, int], np.ndarray],
     labels: np.ndarray,
     ego: np.ndarray,
+    colour_known: np.ndarray,
     before: list[int],
     n_visual: int,
     segments: Callable[[int, np.random.Generator], Sequence[Segment]],
@@ -173,19 +169,20 @@ def train_decoder(
         lm_head: states [N, D] → logits [N, V]. trained: the module that owns the decoder's and the projector's parameters; tower: the
             tower, trained along at ``tower_rate`` of the learning rate: what still asks for comparison over time must be written into it.
         registers: fact classifiers on the last visual positions of ``middle``, a decoder layer. labels: int64 [N, n_facts], -1 not asked.
-        motion: classifiers on the patches of ``early``, another one. patches: visual positions [B, n_visual, D] → [B, F, P, D].
-        codes: clip numbers, patches a side → int64 [B, F, P], the layout's code in every patch. ego: int64 [N], -1 not known.
+        scene: classifiers on the patches of ``early``, another one. patches: visual positions [B, n_visual, D] → [B, F, P, D].
+        codes: clip numbers, patches a side → int64 [B, F, P], the layout's code in every patch. ego: int64 [N], -1 not known;
+            colour_known: bool [N].
         before: ids before the visual tokens. segments: clip number, generator → the questions of this step.
 
     Returns: the loss of every step. Raises: TrainingError when the loss is not finite.
     """
     groups = [
-        {"params": [*trained.parameters(), *registers.parameters(), *motion.parameters()], "scale": 1.0},
+        {"params": [*trained.parameters(), *registers.parameters(), *scene.parameters()], "scale": 1.0},
         {"params": list(tower.parameters()), "scale": config.tower_rate},
     ]
     parameters = [p for group in groups for p in group["params"]]
     optimiser = torch.optim.AdamW(groups, lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
-    owners = nn.ModuleList([trained, tower, registers, motion])
+    owners = nn.ModuleList([trained, tower, registers, scene])
     history: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
@@ -222,8 +219,9 @@ def train_decoder(
         loss = (F.cross_entropy(logits.float(), targets[asked], reduction="none") * weight).sum() / weight.sum()
         loss = loss + config.register_weight * registers(tapped[middle][:, gathered], torch.from_numpy(labels[clips]).to(device))
         seen_patches = patches(tapped[early][:, len(before) : prefix])
-        moving = torch.from_numpy(codes(clips, int(seen_patches.shape[2] ** 0.5))).to(device)
-        loss = loss + config.patch_weight * motion(seen_patches, moving, torch.from_numpy(ego[clips]).to(device))
+        standing = torch.from_numpy(codes(clips, int(seen_patches.shape[2] ** 0.5))).to(device)
+        known = (torch.from_numpy(of[clips]).to(device) for of in (colour_known, ego))
+        loss = loss + config.patch_weight * scene(seen_patches, standing, *known)
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the language loss is {float(loss.detach())} at step {step}; "

@@ -83,9 +83,8 @@ def train_model(
     frames = list(parts.grounding_frames)
     torch.manual_seed(grounding_config.seed)
     tokens_per_frame = parts.n_visual * len(frames) // images.shape[1] if len(frames) != images.shape[1] else parts.n_visual
-    head = grounding.GroundingHead(
-        parts.embed.embedding_dim, tokens_per_frame, parts.tower_width, classes, n_kinds, n_colours, n_motions
-    ).to(device)
+    width, kinds = parts.embed.embedding_dim, (n_kinds, n_colours, n_motions)
+    head = grounding.GroundingHead(width, tokens_per_frame, classes, grounding.PatchReader(parts.tower_width, *kinds)).to(device)
     facts = grounding.train_tower(
         parts.features, parts.project, [parts.tower, parts.projector], head, images[:, frames], labels, layout[:, frames], colour_known,
         mean=mean, std=std, config=grounding_config, checkpoint=folder / f"{parts.role}-tower.pt", progress=report("tower"),
@@ -106,9 +105,9 @@ def train_model(
 
     losses = language.train_decoder(
         embed=parts.embed, visual=visual, decode=parts.decode, tower=parts.tower,
-        registers=language.FactRegisters(parts.embed.embedding_dim, classes).to(device), middle=parts.middle, labels=labels,
-        motion=language.MotionReader(parts.embed.embedding_dim, n_motions, classes["ego"]).to(device), early=parts.early,
-        patches=parts.patches, codes=codes, ego=labels[:, list(classes).index("ego")],
+        registers=language.FactRegisters(width, classes).to(device), middle=parts.middle, labels=labels,
+        scene=language.SceneReader(width, grounding.PatchReader(width, *kinds), classes["ego"]).to(device), early=parts.early,
+        patches=parts.patches, codes=codes, ego=labels[:, list(classes).index("ego")], colour_known=colour_known,
         lm_head=parts.lm_head, trained=nn.ModuleList([parts.decoder, parts.projector]), before=parts.prompt_ids(tokenizer, "?")[0],
         n_visual=parts.n_visual, segments=choose, n_clips=len(images), config=language_config, device=device,
         checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),
