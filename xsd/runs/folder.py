@@ -7,6 +7,7 @@
       shards/<split>_<data>/<mode>/     paired states (01)              split train | test; data simulated | davis_road | a folder's name
       shards/pair.json                  the pair's token texts and prompt ids (01), so that later steps need not load it
       adapters/<level>/                 best.safetensors, history (02)
+      study/<recipe>/<level>/seed<n>/   the study's trainings, each with its record (12)
       tokens.parquet                    the token table, column ``data`` besides those of xsd/views/frames.py (04)
       tables/                           every metric as CSV (03)
       live.json                         one sample's generations by arm, with token texts (05)

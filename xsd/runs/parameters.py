@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -218,6 +218,36 @@ class RecordingParameters(NotebookParameters):
     resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by clip")
 
 
+class StudyParameters(NotebookParameters):
+    """12: every level, the reference's training against the best one."""
+
+    notebook = "12_study"
+    levels: list[Level] = Field(["L1", "L5F"], min_length=1, description="levels to train")
+    recipes: list[Literal["reference", "documented", "converged", "best"]] = Field(
+        ["reference", "best"], min_length=1, description="how to train them (docs/recipes.md)"
+    )
+    budget_levels: list[Level] = Field([], description="levels that are also trained as documented and as long as converged")
+    n_seeds: int = Field(2, ge=1, le=100, description="trainings of each level and recipe, seeds counted from seed")
+    max_epochs: int = Field(2, ge=0, le=10_000, description="no training is longer; 0 leaves each recipe its own length")
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [0.5, 1.0], description="learning curve: shares of the training drives; empty for none"
+    )
+    curve: list[Literal["ridge", "ridge, both", "L1", "L2", "L3", "L4", "L5", "L5F", "B1"]] = Field(
+        ["ridge", "L1"], description="learning curve: closed forms, and levels with the best recipe"
+    )
+    data: str = Field("simulated", min_length=1, description="the training set that notebook 01 extracted")
+    test_data: str = Field("simulated", min_length=1, description="the held-out set that notebook 01 extracted")
+    gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
+    threshold: float = Field(0.9, gt=-1, lt=1, description="cosine threshold τ")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
+    batch_size: int = Field(64, ge=1, le=65_536, description="held-out answers at a time")
+    workers: int = Field(1, ge=1, le=256, description="trainings at the same time, a process of one thread each")
+    n_train_sequences: int = Field(6, ge=2, le=100_000, description="drives to train on, when the run folder holds no extraction")
+    n_test_sequences: int = Field(4, ge=1, le=100_000, description="held-out drives, likewise")
+    questions_per_sequence: int = Field(4, ge=1, le=50, description="questions a sequence is asked, likewise")
+    max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer in tokens, likewise")
+
+
 NOTEBOOKS: dict[str, type[NotebookParameters]] = {
     model.notebook: model
     for model in (
@@ -231,6 +261,7 @@ NOTEBOOKS: dict[str, type[NotebookParameters]] = {
         ExploreParameters,
         RawDsecParameters,
         RecordingParameters,
+        StudyParameters,
     )
 }
 """File stem of a notebook → its model."""
