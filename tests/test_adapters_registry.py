@@ -72,19 +72,24 @@ class HiddenAdapterConfig:
 
 def _reference_names(adapter):
     """State dict of one of our adapters under the published file layout's names, written out by hand."""
-    names = {
-        "blocks.0.norm": "layers.0.layer_norm", "blocks.0.down": "layers.0.down_proj", "blocks.0.up": "layers.0.up_proj",
-        "blocks.0.alpha": "layers.0.alpha_param", "final_norm": "final_norm",
-    } if adapter.level == "L1" else {
-        "input_norm": "input_norm", "down.0": "blocks.0.0", "norms.0": "blocks.0.1", "up.0": "blocks.0.4", "down.1": "blocks.1.0",
-        "norms.1": "blocks.1.1", "up.1": "blocks.1.4", "alphas.0": "alphas.0", "alphas.1": "alphas.1", "final_norm": "final_norm",
-    } if adapter.level == "L3" else {
+    blocks = "layers" if adapter.level == "L1" else "blocks"
+    layer = {
         "layer.attention_norm": "layers.0.attn_norm", "layer.attention_out": "layers.0.attn.out_proj", "layer.ffn_norm":
         "layers.0.ffn_norm",
-        "layer.ffn_up": "layers.0.ffn.0", "layer.ffn_down": "layers.0.ffn.3", "final_norm": "output_proj.0", "projection": "output_proj.1",
-        "alpha": "alpha", "layer.query_key_value.weight": "layers.0.attn.in_proj_weight", "layer.query_key_value.bias":
-        "layers.0.attn.in_proj_bias",
+        "layer.ffn_up": "layers.0.ffn.0", "layer.ffn_down": "layers.0.ffn.3", "alpha": "alpha", "layer.query_key_value.weight":
+        "layers.0.attn.in_proj_weight", "layer.query_key_value.bias": "layers.0.attn.in_proj_bias",
     }  # fmt: skip
+    eagle = {**layer, "positions": "pos_embed", "final_norm": "output_norm", "projection": "output_proj"}
+    names = {
+        **{f"blocks.{i}.{ours}": f"{blocks}.{i}.{theirs}" for i in range(3) for ours, theirs in (
+            ("norm", "layer_norm"), ("down", "down_proj"), ("up", "up_proj"), ("alpha", "alpha_param"))},
+        "final_norm": "final_norm",
+    } if adapter.level in ("L1", "L2") else {**eagle, "input_norm": "input_norm"} if adapter.level in ("L5", "B1") else {
+        **eagle, "input_norm": "fusion_norm", "fusion": "fusion_proj", "gate": "gate.0",
+    } if adapter.level == "L5F" else {
+        "input_norm": "input_norm", "down.0": "blocks.0.0", "norms.0": "blocks.0.1", "up.0": "blocks.0.4", "down.1": "blocks.1.0",
+        "norms.1": "blocks.1.1", "up.1": "blocks.1.4", "alphas.0": "alphas.0", "alphas.1": "alphas.1", "final_norm": "final_norm",
+    } if adapter.level == "L3" else {**layer, "final_norm": "output_proj.0", "projection": "output_proj.1"}  # fmt: skip
     result = {}
     for name, tensor in adapter.state_dict().items():
         stem, _, leaf = name.rpartition(".")
@@ -95,7 +100,10 @@ def _reference_names(adapter):
 @pytest.mark.parametrize(("name", "kind", "config"), [
     ("L1", None, HiddenAdapterConfig(hidden_dim=WIDTH, bottleneck_dim=8, num_layers=1)),
     ("L3", "L3_WideBottleneck", {"hidden_dim": WIDTH, "bottleneck_dim": 16, "num_blocks": 2}),
+    ("L2", "L2_MultiLayerBottleneck", {"hidden_dim": WIDTH, "bottleneck_dim": 8, "num_blocks": 3}),
     ("L4 bidirectional", "L4_Attention", {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),
+    ("L5", "L5_EAGLE", {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1, "use_token_embed": False}),
+    ("L5F lead 0", "L5F_FusedEAGLE", {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),
 ])  # fmt: skip
 def test_reference_pt_files_are_read_without_running_code(name, kind, config, tmp_path):
     adapter, batch = make(name), make_batch([4])
@@ -104,6 +112,35 @@ def test_reference_pt_files_are_read_without_running_code(name, kind, config, tm
     again = registry.load_any_adapter(tmp_path / "best.pt")
     assert again.level == adapter.level and again.causal == adapter.causal
     assert torch.equal(again.align(batch).aligned, adapter.align(batch).aligned)
+
+
+def test_b1_is_told_from_l5_by_its_folder_or_by_name(tmp_path):
+    adapter, batch = make("B1"), make_batch([4])
+    config = {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1, "use_token_embed": False}
+    stored = {"model_state_dict": _reference_names(adapter), "config": config, "adapter_type": "L5_EAGLE"}
+    (tmp_path / "B1").mkdir()
+    for path, level in ((tmp_path / "B1" / "best.pt", None), (tmp_path / "best.pt", "B1")):
+        torch.save(stored, path)
+        again = registry.load_any_adapter(path, level=level)
+        assert again.level == "B1" and torch.equal(again.align(batch).aligned, adapter.align(batch).aligned)
+    assert registry.load_any_adapter(tmp_path / "best.pt").level == "L5"
+    with pytest.raises(CheckpointError, match=r"holds an L5 \(L5_EAGLE\), not the L4 asked for"):
+        registry.load_any_adapter(tmp_path / "best.pt", level="L4")
+    torch.save(stored | {"config": config | {"num_layers": 2}}, tmp_path / "deep.pt")
+    with pytest.raises(CheckpointError, match="has 2 transformer layers and L5 has one"):
+        registry.load_any_adapter(tmp_path / "deep.pt")
+    torch.save(stored | {"config": config | {"use_token_embed": True}}, tmp_path / "fused.pt")
+    with pytest.raises(CheckpointError, match="fuses tokens in front of its norm"):
+        registry.load_any_adapter(tmp_path / "fused.pt")
+
+
+def test_a_draft_vocabulary_is_saved_with_the_weights(tmp_path):
+    adapter = make("L1")
+    adapter.set_draft_vocabulary(torch.tensor([1, 4, 9]))
+    again = registry.load_any_adapter(registry.save_adapter(adapter, tmp_path))
+    assert again.draft_ids.tolist() == [1, 4, 9] and again.options["draft_vocabulary"] == 3 and make("L1").draft_ids is None
+    with pytest.raises(ParameterError, match="none twice, not 2, 1 different"):
+        adapter.set_draft_vocabulary(torch.tensor([2, 2]))
 
 
 def test_ridge_recovers_a_linear_map_over_streamed_batches():
@@ -149,3 +186,6 @@ def test_self_test_reports_every_level():
     rows = registry.self_test(WIDTH, positions=4)
     assert [row["level"] for row in rows] == list(registry.LEVELS)
     assert all(row["latency_ms"] > 0 and row["megabytes"] == 4 * row["parameters"] / 1e6 for row in rows)
+    text = registry.self_test_table(rows)
+    assert text.splitlines()[0] == "| level | parameters | MB (float32) | ms a forward |" and len(text.splitlines()) == 2 + len(rows)
+    assert f"| L1 | {rows[0]['parameters']:,} | " in text

@@ -82,6 +82,8 @@ class Adapter(nn.Module):
     """True when position t of the output depends on position t of the input alone."""
     drafter_lead: int = 0
     fuses_tokens: bool = False
+    draft_ids: Tensor | None
+    """int64 [k], ascending: the only tokens it drafts; None: all (a reduced draft vocabulary, docs/adapters.md, section 4)."""
 
     def __init__(self, hidden_size: int, *, drafter_size: int | None = None, input_map: bool = False) -> None:
         super().__init__()
@@ -90,6 +92,7 @@ class Adapter(nn.Module):
         self.hidden_size = hidden_size
         self.drafter_size = drafter_size or hidden_size
         self.options: dict[str, Any] = {"input_map": input_map}
+        self.register_buffer("draft_ids", None)
         self.input_map: nn.Module = nn.Identity()
         if self.reads != "verifier" and (input_map or self.drafter_size != hidden_size):
             self.input_map = nn.Linear(self.drafter_size, hidden_size)
@@ -99,6 +102,13 @@ class Adapter(nn.Module):
     def config(self) -> dict[str, Any]:
         """Level, widths and options: what create_adapter needs to build this adapter again."""
         return {"level": self.level, "hidden_size": self.hidden_size, "drafter_size": self.drafter_size, "options": dict(self.options)}
+
+    def set_draft_vocabulary(self, ids: Tensor) -> None:
+        """Draft only the tokens ``ids``, int64 [k]; saved with the weights. Raises: ParameterError for none, or one twice."""
+        if ids.numel() == 0 or len(ids.unique()) != ids.numel():
+            raise ParameterError(f"a draft vocabulary is at least one id and none twice, not {ids.numel()}, {len(ids.unique())} different")
+        self.options["draft_vocabulary"] = ids.numel()
+        self.register_buffer("draft_ids", ids.detach().to(torch.int64).flatten())
 
     def forward(self, *inputs: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, S, D] (or drafter [B, S, D_d] and verifier [B, S, D_v] for reads == "both") → [B, S, D_v]."""

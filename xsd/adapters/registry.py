@@ -1,16 +1,14 @@
 """Every adapter by name: create, save, load, count. A dict one can read (docs/adapters.md).
 
 An adapter file is a safetensors file that carries its configuration in its own header; the same configuration lies beside it as JSON.
-Files of the published reference code (.pt, L1–L4) are read too, with ``weights_only``: no code in a file is ever run.
+Files of the published reference code (.pt) are read too (:mod:`xsd.adapters.reference_files`): no code in a file is ever run.
 """
 
 from __future__ import annotations
 
 import json
-import pickle
 import re
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xsd import core
+from xsd.adapters import reference_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
 from xsd.adapters.bottleneck import BottleneckAdapter, WideBottleneckAdapter
@@ -56,8 +55,12 @@ def create_adapter(level: str, hidden_size: int = 4096, *, drafter_size: int | N
         keywords = {"hidden_size": hidden_size, "level": level, "drafter_size": drafter_size, **options}
     else:
         raise ParameterError(f"unknown adapter level {level!r}; choose one of {', '.join([*LEVELS, 'P0', *CLOSED_FORMS])}")
+    reduced = keywords.pop("draft_vocabulary", None) if level != "P0" else None
     try:
-        return build(**keywords)
+        adapter = build(**keywords)
+        if reduced is not None:  # the ids come from the file, or from set_draft_vocabulary
+            adapter.set_draft_vocabulary(torch.arange(reduced))
+        return adapter
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         raise ParameterError(
@@ -91,14 +94,15 @@ def save_adapter(adapter: nn.Module, path: str | Path, **info: Any) -> Path:
     return path
 
 
-def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu") -> Adapter:
+def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu", level: str | None = None) -> Adapter:
     """The adapter in a file or run folder, whatever its level, in eval mode.
 
-    path: a .safetensors file; a folder holding best.safetensors, adapter.safetensors or final.safetensors; or a reference .pt of L1–L4.
+    path: a .safetensors file; a folder holding best.safetensors, adapter.safetensors or final.safetensors; or a reference .pt.
+    level: "B1" or "L5" of a .pt whose own words do not tell the two apart (reference_files.read).
     Raises: CheckpointError when it is missing, damaged, no adapter, or does not fit its own configuration.
     """
     path = _resolve(Path(path))
-    config, tensors = _read_pt(path) if path.suffix in (".pt", ".pth") else _read_safetensors(path)
+    config, tensors = reference_files.read(path, level=level) if _is_reference(path) else _read_safetensors(path)
     try:
         keywords = {key: config[key] for key in ("hidden_size", "drafter_size") if config.get(key) is not None}
         with torch.random.fork_rng(devices=[]):  # initial values are drawn and thrown away; the caller's random stream stays as it was
@@ -125,7 +129,11 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu") ->
 def read_config(path: str | Path) -> dict[str, Any]:
     """Level, widths, options, parameters and info of an adapter file, without loading its weights."""
     path = _resolve(Path(path))
-    return _read_pt(path)[0] if path.suffix in (".pt", ".pth") else _header(path)
+    return reference_files.read(path)[0] if _is_reference(path) else _header(path)
+
+
+def _is_reference(path: Path) -> bool:
+    return path.suffix in (".pt", ".pth")
 
 
 def _resolve(path: Path) -> Path:
@@ -158,59 +166,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-# --- the reference's .pt files ---------------------------------------------------------------------------------------------------------
-
-_PT_LEVELS = {"L1_Bottleneck": "L1", "L2_MultiLayerBottleneck": "L2", "L3_WideBottleneck": "L3", "L4_Attention": "L4"}
-_PT_OPTIONS = {"bottleneck_dim": "bottleneck", "num_blocks": "n_blocks", "num_layers": "n_blocks", "num_heads": "n_heads", "ffn_dim": "ffn"}
-_PT_NAMES = (
-    (r"^layers\.(\d+)\.(?=down_proj|up_proj|layer_norm|alpha_param)", r"blocks.\1."),
-    (r"\.down_proj\.", ".down."), (r"\.up_proj\.", ".up."), (r"\.layer_norm\.", ".norm."), (r"\.alpha_param$", ".alpha"),
-    (r"^blocks\.(\d+)\.0\.", r"down.\1."), (r"^blocks\.(\d+)\.1\.", r"norms.\1."), (r"^blocks\.(\d+)\.4\.", r"up.\1."),
-    (r"^layers\.0\.attn_norm\.", "layer.attention_norm."), (r"^layers\.0\.attn\.in_proj_", "layer.query_key_value."),
-    (r"^layers\.0\.attn\.out_proj\.", "layer.attention_out."), (r"^layers\.0\.ffn_norm\.", "layer.ffn_norm."),
-    (r"^layers\.0\.ffn\.0\.", "layer.ffn_up."), (r"^layers\.0\.ffn\.3\.", "layer.ffn_down."),
-    (r"^output_proj\.0\.", "final_norm."), (r"^output_proj\.1\.", "projection."),
-)  # fmt: skip
-
-
-class _PlainConfig:
-    """Stands in for the configuration class pickled in the reference's L1 files: takes the fields, has no behaviour."""
-
-
-def _read_pt(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    try:
-        foreign = [
-            name for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path)) if name.endswith(".HiddenAdapterConfig")
-        ]
-        with torch.serialization.safe_globals([(_PlainConfig, name) for name in foreign]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read without running code in it, or is damaged ({reason}); convert it where it was made, or retrain"
-        ) from error
-    if not isinstance(stored, Mapping) or "model_state_dict" not in stored:
-        raise CheckpointError(f"{path} is no adapter checkpoint: it has no model_state_dict; give a file that save_checkpoint wrote")
-    kind = stored.get("adapter_type", "L1_Bottleneck")
-    if kind not in _PT_LEVELS:
-        raise CheckpointError(f"{path} holds a {kind!r}; .pt files are read for {', '.join(_PT_LEVELS)}, retrain the others")
-    raw = stored.get("config", {})
-    raw = dict(raw) if isinstance(raw, Mapping) else dict(vars(raw))
-    level = _PT_LEVELS[kind]
-    options = {_PT_OPTIONS[key]: value for key, value in raw.items() if key in _PT_OPTIONS}
-    if level == "L3":
-        options = {"wide" if key == "bottleneck" else key: value for key, value in options.items()}
-    if level == "L4":
-        options.pop("n_blocks", None)
-        options["causal"] = False  # as it was trained
-    tensors = {}
-    for name, tensor in stored["model_state_dict"].items():
-        for pattern, replacement in _PT_NAMES:
-            name = re.sub(pattern, replacement, name)
-        tensors[name] = tensor
-    return {"level": level, "hidden_size": raw.get("hidden_dim", 4096), "options": options}, tensors
-
-
 def self_test(
     hidden_size: int = 192, *, levels: tuple[str, ...] = tuple(LEVELS), positions: int = 50, seed: int = 0
 ) -> list[dict[str, Any]]:
@@ -231,3 +186,10 @@ def self_test(
             n = count_parameters(adapter)
             rows.append({"level": level, "parameters": n, "megabytes": 4 * n / 1e6, "latency_ms": 1e3 * sorted(times[2:])[5]})
     return rows
+
+
+def self_test_table(rows: list[dict[str, Any]]) -> str:
+    """The rows of :func:`self_test` as a Markdown table."""
+    lines = ["| level | parameters | MB (float32) | ms a forward |", "|---|---|---|---|"]
+    lines += [f"| {row['level']} | {row['parameters']:,} | {row['megabytes']:.1f} | {row['latency_ms']:.2f} |" for row in rows]
+    return "\n".join(lines)

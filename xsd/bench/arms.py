@@ -134,8 +134,17 @@ def _proposers(
             made.append(proposers.NGramProposer(ngram, eos))
             continue
         adapter = adapters[level].eval() if hasattr(adapters[level], "eval") else adapters[level]
-        made.append(proposers.AdapterProposer(track, adapter, verifier.lm_head, ids, eos))
+        made.append(proposers.AdapterProposer(track, adapter, draft_head(verifier, adapter), ids, eos))
     return (None, made[0]) if len(made) == 1 else (made[0], made[1])
+
+
+def draft_head(verifier: Any, adapter: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The verifier's head as an adapter drafts through it: only the rows of its draft vocabulary, where it has one."""
+    ids = getattr(adapter, "draft_ids", None)
+    if ids is None or not hasattr(verifier, "head"):
+        return verifier.lm_head
+    rows = verifier.head.weight.detach()[ids.to(verifier.head.weight.device)]  # copied once, read for every draft
+    return lambda hidden: torch.nn.functional.linear(hidden.to(rows.device, rows.dtype), rows)
 
 
 def available_cores() -> int:

@@ -187,7 +187,8 @@ class AdapterProposer(_Drafting):
 
     adapter: see :class:`Adapter`. lm_head: the verifier's, [..., D_v] → [..., V]. draft_vocab_size: ids below it may be drafted.
     track: the drafter's cache (None only for adapters that read the verifier alone). Own predictions stand in for verifier states that
-    do not exist yet (self-rollout); a verified state replaces its prediction as soon as it is known.
+    do not exist yet (self-rollout); a verified state replaces its prediction as soon as it is known. An adapter with ``draft_ids``
+    (int64 [k], its reduced draft vocabulary) drafts among those; ``lm_head`` may then give their k logits alone, in that order.
     """
 
     def __init__(
@@ -208,6 +209,9 @@ class AdapterProposer(_Drafting):
         self.draft_vocab_size, self.eos_token_ids = draft_vocab_size, eos_token_ids
         self.needs_verifier = adapter.reads != "drafter"
         self.fuses_tokens = getattr(adapter, "fuses_tokens", False)
+        ids = getattr(adapter, "draft_ids", None)
+        self.draft_ids: Tensor | None = None if ids is None else ids[ids < draft_vocab_size]
+        self._kept = None if ids is None or len(self.draft_ids) == len(ids) else ids < draft_vocab_size
         self.verifier_states = History()
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
@@ -242,11 +246,21 @@ class AdapterProposer(_Drafting):
                 predicted = self.adapter.step(drafter_states, self.verifier_states.rows(), tokens=tokens)
             else:
                 predicted = self.adapter.step(drafter_states, self.verifier_states.rows())
-            token = self.choose(self.lm_head(predicted[None])[0, : self.draft_vocab_size])
+            token = self.choose(self._draft_logits(self.lm_head(predicted[None])[0]))
+            if self.draft_ids is not None and token is not None:
+                token = int(self.draft_ids[token])
         if self.needs_verifier and token is not None:
             self.verifier_states.truncate(len(self.known) + len(drafts))
             self.verifier_states.append(predicted[None])
         return token
+
+    def _draft_logits(self, logits: Tensor) -> Tensor:
+        """Of the tokens that may be drafted, from all [V] or from the draft vocabulary's own [k]."""
+        if self.draft_ids is None:
+            return logits[: self.draft_vocab_size]
+        if len(logits) == len(self.adapter.draft_ids):  # the head's rows of the draft vocabulary alone
+            return logits if self._kept is None else logits[self._kept]
+        return logits[self.draft_ids]
 
 
 class DrafterTokens(_Drafting):

@@ -29,7 +29,7 @@ from xsd.metrics.counterfactual import Counts
 from xsd.metrics.hidden import cosines
 from xsd.metrics.tokens import head_tokens
 from xsd.steps.evaluation import HeldOut
-from xsd.train import objectives
+from xsd.train import objectives, vocabulary
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Drafts:
         return matched, (each["accepted"], each["rounds"])
 
 
-def loop_states(adapter: Adapter, batch: Batch, head: Tensor, gamma: int) -> Tensor:
+def loop_states(adapter: Adapter, batch: Batch, head: objectives.Head, gamma: int) -> Tensor:
     """The state behind the draft at each position in a greedy loop at gamma, [B, S, D_v]; position 0 is meaningless for shift 1.
 
     Shift 0: the aligned states. Shift 1: step k of the rollout from the round's start s for position s + k; a round that accepts all
@@ -87,9 +87,9 @@ def loop_states(adapter: Adapter, batch: Batch, head: Tensor, gamma: int) -> Ten
 def drafts_of(adapter: Adapter, held_out: HeldOut, *, gamma: int, batch_size: int) -> Drafts:
     """What an adapter drafts on a held-out set. Samples of a single token have no position and give empty arrays."""
     drafts = Drafts([], [], [], [])
+    head = vocabulary.head_of(adapter, held_out.head)
     for batch in held_out.batches(batch_size):
-        states = loop_states(adapter, batch, held_out.head, gamma)
-        _collect(drafts, states, batch, held_out.head)
+        _collect(drafts, loop_states(adapter, batch, head, gamma), batch, head)
     return drafts
 
 
@@ -109,11 +109,13 @@ def _cosines(states: Tensor, batch: Batch) -> Tensor:
     return cosine
 
 
-def _collect(drafts: Drafts, states: Tensor, batch: Batch, head: Tensor) -> None:
+def _collect(drafts: Drafts, states: Tensor, batch: Batch, head: Tensor | vocabulary.DraftHead) -> None:
     real, cosine = _after_first(batch), _cosines(states, batch)
-    said = head_tokens(states[real], head)
+    reduced = isinstance(head, vocabulary.DraftHead)
+    said = head_tokens(states[real], head.weight if reduced else head)
+    best = head.ids[said.top_ids[:, 0]] if reduced else said.top_ids[:, 0]
     ids, probability = torch.zeros_like(batch.ids_by_verifier), torch.zeros(real.shape)
-    ids[real], probability[real] = said.top_ids[:, 0], (said.top_logits[:, 0] - said.logsumexp).exp()
+    ids[real], probability[real] = best, (said.top_logits[:, 0] - said.logsumexp).exp()
     match = ids == batch.ids_by_verifier
     columns = (drafts.ids, drafts.match, drafts.cosine, drafts.probability)
     for row, line in enumerate(real):

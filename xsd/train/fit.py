@@ -2,16 +2,15 @@
 
 A run folder holds best.safetensors and final.safetensors (with their .json), config.json, history.json, provenance.json and
 checkpoint.pt. The same call on the same folder continues an interrupted run to the same weights, bit for bit, and returns a finished
-one at once.
+one at once. Under ``accelerate launch`` or ``torchrun`` the same call trains on several processes (:mod:`xsd.train.processes`).
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import math
-import pickle
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xsd import core
-from xsd.adapters import linear, registry
-from xsd.adapters.base import Adapter
-from xsd.core import Batch, CheckpointError, ParameterError, TrainingError
-from xsd.train import objectives, source
+from xsd.adapters import registry
+from xsd.core import Batch, ParameterError, TrainingError
+from xsd.train import guards, objectives, parts, run_folder, source, start
+from xsd.train.processes import Processes
 from xsd.train.recipes import FitConfig
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
@@ -54,6 +52,7 @@ def fit_adapter(
     head: objectives.Head | None = None,
     seed: int = 0,
     validation: Any = None,
+    held_out: Sequence[Any] | guards.HeldOut = (),
     device: str | torch.device = "cpu",
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
@@ -66,7 +65,9 @@ def fit_adapter(
         config: how; ``profile`` is short for FitConfig(profile). head: the verifier's LM head, weight [V, D_v] or callable; needed by
             token terms, and for token acceptance in the history.
         validation: another dataset of *train* sequences; by default whole sequences of ``dataset`` are held out.
-        progress: called with each epoch's row.
+        held_out: the sets that adapters are judged on later (ShardDatasets, or what guards.held_out made of them): nothing of them may be
+            in ``dataset`` or ``validation``, under whatever name.
+        progress: called with each epoch's row (in the process that writes).
     Raises: TrainingError for a test split, NaN, out of memory, a folder of another run; ParameterError for an unknown level or option.
     """
     config = config or FitConfig(profile=profile)
@@ -76,7 +77,7 @@ def fit_adapter(
         raise TrainingError(
             f"profile {config.profile!r} selects by token acceptance and needs the verifier's LM head; pass head= (a weight [V, D])"
         )
-    run = _Run(level, dataset, validation, Path(folder), config, head, seed, torch.device(device))
+    run = Training(level, dataset, folder, config, head=head, seed=seed, validation=validation, held_out=held_out, device=device)
     try:
         return run.train(progress)
     except torch.OutOfMemoryError as error:
@@ -86,30 +87,31 @@ def fit_adapter(
         ) from error
 
 
-class _Run:
-    """One training: its data, adapter, optimiser and folder."""
+class Training:
+    """One training: its data, adapter, optimiser and folder. :func:`fit_adapter` is the way to run one; the parts are for measuring."""
 
-    def __init__(self, level, dataset, validation, folder, config, head, seed, device) -> None:
-        self.level, self.folder, self.config, self.seed, self.device = level, folder, config, seed, device
-        self.head = head.detach().float().to(device) if isinstance(head, Tensor) else head
+    def __init__(
+        self, level: str, dataset: Any, folder: str | Path, config: FitConfig, *, head: objectives.Head | None = None, seed: int = 0,
+        validation: Any = None, held_out: Sequence[Any] | guards.HeldOut = (), device: str | torch.device = "cpu",
+    ) -> None:  # fmt: skip
+        self.level, self.folder, self.config, self.seed = level, Path(folder), config, seed
+        self.processes = Processes(torch.device(device))
+        self.device = self.processes.device(torch.device(device))
         self.objective = objectives.parse(config.objective)
         self.states = source.open_states(dataset)
-        if not self.states.has_token_ids:
-            if self.objective.needs_head or config.select_by == "token_acceptance":
-                raise TrainingError(
-                    f"objective {config.objective!r} needs token ids and this dataset has none; use profile 'reference' or extract again"
-                )
-            self.head = None
+        guards.refuse_held_out(self.states, held_out)
         if validation is None:
             self.train_indices, self.validation_indices = source.split_by_sequence(self.states.sequence, config.validation_share, seed)
             self.validation_states = self.states
         else:
             self.validation_states = source.open_states(validation)
+            guards.refuse_held_out(self.validation_states, held_out)
             shared = set(self.states.sequence) & set(self.validation_states.sequence)
             if shared:
                 raise TrainingError(f"sequence {min(shared)} is in both training and validation data; keep whole sequences apart")
             self.train_indices = torch.arange(len(self.states))
             self.validation_indices = torch.arange(len(self.validation_states))
+        self.head, self.full_head = start.heads(level, config, self.objective, self.states, self.train_indices, head, self.device)
         self.identity = {"level": level, "seed": seed, "config": asdict(config), "data": self.states.fingerprint()}
         self.history: list[dict[str, Any]] = []
         self.best: list[float] = []
@@ -117,49 +119,29 @@ class _Run:
 
     # --- the whole run ---------------------------------------------------------------------------------------------------------------
 
-    def train(self, progress: Callable[[dict[str, Any]], None] | None) -> FitResult:
+    def train(self, progress: Callable[[dict[str, Any]], None] | None = None) -> FitResult:
         with torch.random.fork_rng(devices=[] if self.device.type == "cpu" else [self.device]):
-            torch.manual_seed(self.seed)
-            self.adapter = self._create().to(self.device)
-            self.optimiser = torch.optim.AdamW(
-                [p for p in self.adapter.parameters() if p.requires_grad],
-                lr=self.config.learning_rate,
-                weight_decay=self.config.weight_decay,
-            )
+            self.prepare()
             self._resume()
             while not self.finished:
                 row = self._epoch(len(self.history))
                 self._keep(row)
-                if progress is not None:
+                if progress is not None and self.processes.writes:
                     progress(row)
         return self.result()
+
+    def prepare(self) -> None:
+        """The adapter and its optimiser, from the seed (draws from torch's global generator)."""
+        torch.manual_seed(self.seed)
+        new = start.new_adapter(self.level, self.config, self.states, self.train_indices, self.head, self.full_head)
+        self.adapter = new.to(self.device)
+        self.parameters = [p for p in self.adapter.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=self.config.learning_rate, weight_decay=self.config.weight_decay, fused=True)
 
     def result(self) -> FitResult:
         seconds = sum(row["seconds"] for row in self.history)
         parameters = registry.count_parameters(self.adapter)
         return FitResult(self.level, self.folder, self.folder / "best.safetensors", self.history, seconds, parameters, self.best_epoch)
-
-    def _create(self) -> Adapter:
-        options = dict(self.config.adapter_options)
-        if self.config.alpha is not None and self.level in ("L4", "L5", "B1", "L5F"):
-            options.setdefault("alpha", self.config.alpha)
-        if self.config.prediction_weight is not None and self.level in ("L5", "B1", "L5F"):
-            options.setdefault("prediction_weight", self.config.prediction_weight)
-        ridge = self.config.warm_start == "ridge"
-        if ridge and self.level != "B1":
-            options.setdefault("input_map", True)
-        if ridge and self.level in ("B1", "L5F"):
-            options.setdefault("residual_map", True)
-        adapter = registry.create_adapter(self.level, self.states.hidden_size, drafter_size=self.states.drafter_size, **options)
-        for module, reads in ((adapter.input_map, "drafter"), (getattr(adapter, "residual_map", None), adapter.reads)):
-            if ridge and isinstance(module, torch.nn.Linear):
-                closed = linear.fit_linear("ridge", self.states.batches(self.train_indices, self.config.batch_size), reads=reads)
-                module.load_state_dict(closed.map.state_dict())
-        if adapter.fuses_tokens:
-            if not isinstance(self.head, Tensor):
-                raise TrainingError(f"{self.level} with fused tokens takes its token table from the LM head; pass head= as a weight [V, D]")
-            adapter.set_token_embedding(self.head.cpu())
-        return adapter
 
     # --- one epoch -------------------------------------------------------------------------------------------------------------------
 
@@ -170,91 +152,86 @@ class _Run:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         start = time.perf_counter()
-        torch.manual_seed(self.seed * 1_000_003 + epoch + 1)  # dropout and noise of an epoch depend on nothing before it: resuming is exact
-        for group in self.optimiser.param_groups:
-            group["lr"] = self._rate(epoch)
-        self.adapter.train()
-        sums: dict[str, float] = {}
-        count = 0
-        batches = _mark_last(self.states.batches(self.train_indices, self.config.batch_size, shuffle_seed=self.seed * 7919 + epoch))
-        for number, (batch, last) in enumerate(batches, start=1):
-            batch = self._to_device(batch)
-            losses = self._loss(batch)
-            if losses is None:
-                continue
-            (losses["total"] / self.config.accumulation).backward()
-            n = int(batch.mask.sum())
-            for name, value in losses.items():
-                sums[name] = sums.get(name, 0.0) + float(value.detach()) * n
-            count += n
-            if number % self.config.accumulation == 0 or last:
-                norm = torch.nn.utils.clip_grad_norm_(self.adapter.parameters(), self.config.clip)
-                if not math.isfinite(sums["total"]) or not math.isfinite(float(norm)):
-                    self._stop_for_nan(epoch, number)
-                self.optimiser.step()
-                self.optimiser.zero_grad(set_to_none=True)
-        if count == 0:
-            raise TrainingError(f"no answer is long enough to train {self.level}, which predicts the next state; extract longer answers")
-        row = {"epoch": epoch + 1, "learning_rate": self._rate(epoch), **{f"train_{name}": value / count for name, value in sums.items()}}
+        row = {"epoch": epoch + 1, "learning_rate": self._rate(epoch), **self.train_pass(epoch)}
+        row["train_seconds"] = time.perf_counter() - start
         row |= self.evaluate()
         if not math.isfinite(row["validation_total"]):
             self._stop_for_nan(epoch, None)
         row["seconds"] = time.perf_counter() - start
         return row
 
+    def _batches(self, states: source.States, indices: Tensor, shuffle_seed: int | None = None) -> Iterator[Batch]:
+        """This process's share of every batch, on its device; the next one is fetched meanwhile where fetching takes long."""
+        found = states.batches(indices, self.config.batch_size, shuffle_seed=shuffle_seed)
+        if self.device.type != "cpu" or isinstance(states, source.StreamedStates):
+            found = source.ahead(found)
+        return (self._to_device(self.processes.rows(batch)) for batch in found)
+
+    def train_pass(self, epoch: int) -> dict[str, float]:
+        """One pass over the training data: the means of the loss and its terms, ``train_total``, ``train_<term>``."""
+        torch.manual_seed(self.seed * 1_000_003 + epoch + 1)  # dropout and noise of an epoch depend on nothing before it: resuming is exact
+        if self.processes.rank:
+            torch.manual_seed(self.seed * 1_000_003 + epoch + 1 + 7_368_787 * self.processes.rank)
+        for group in self.optimiser.param_groups:
+            group["lr"] = self._rate(epoch)
+        self.adapter.train()
+        pieces = parts.plan(self.adapter, self.config)
+        sums: dict[str, Any] = dict.fromkeys(("total", *self.objective.weights), 0.0)
+        count = 0.0
+        batches = self._batches(self.states, self.train_indices, self.seed * 7919 + epoch)
+        for number, group in enumerate(_groups(batches, self.config.accumulation), start=1):
+            own = [parts.norms(self.adapter, batch.mask, self.config) for batch in group]
+            whole = self.processes.sum(torch.stack(own).sum(0))
+            if whole[0] == 0:
+                continue  # no answer of this step is long enough
+            scale = whole.clamp_min(1e-12) * parts.factor_sum(pieces, whole, self.adapter)
+            total = torch.zeros((), device=self.device)
+            for batch, norms in zip(group, own, strict=True):
+                if norms[0] == 0:
+                    continue
+                losses = parts.losses(
+                    self.adapter, batch, self.objective, self.head, self.config, (norms / scale).tolist(), norms.tolist()
+                )  # fmt: skip
+                losses["total"].backward()
+                total += losses.pop("total").detach()
+                for name, value in losses.items():
+                    sums[name] = sums[name] + value.detach() * norms[0]
+            sums["total"] = sums["total"] + self._step(total, epoch, number) * whole[0] / self.processes.size
+            count += float(whole[0])
+        if count == 0:
+            raise TrainingError(f"no answer is long enough to train {self.level}, which predicts the next state; extract longer answers")
+        return {f"train_{name}": value / count for name, value in self.processes.sums(sums).items()}
+
+    def _step(self, loss: Tensor, epoch: int, number: int) -> Tensor:
+        """One optimiser step from the gradients that stand in the adapter; returns the step's loss over all processes."""
+        self.processes.add_gradients(self.parameters)
+        loss = self.processes.sum(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        if not math.isfinite(float(norm + loss)):
+            self._stop_for_nan(epoch, number)
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss
+
     def _to_device(self, batch: Batch) -> Batch:
         if self.device.type == "cpu":
             return batch
-        moved = {
-            name: getattr(batch, name).to(self.device) for name in ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
-        }
+        names = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
+        moved = {name: getattr(batch, name).to(self.device, non_blocking=True) for name in names}
         return Batch(**moved, sequence=batch.sequence, index=batch.index, mode=batch.mode)
-
-    def _loss(self, batch: Batch) -> dict[str, Tensor] | None:
-        """The objective's terms on one batch, with L5's next-state term or further self-rollout steps inside ``total``; None without a
-        target."""
-        if self.config.noise:
-            batch = _with_noise(batch, self.config.noise)
-        adapter, autocast = self.adapter, torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.config.dtype == "bfloat16")
-        if adapter.shift and self.config.rollout_steps > 1:
-            return self._rollout_loss(batch, autocast)
-        with autocast:
-            aligned, target, ids, mask = adapter.align(batch)
-        if not mask.any():
-            return None
-        losses = self.objective(aligned.float(), target, ids, mask, self.head)
-        weight = getattr(adapter, "prediction_weight", 0.0) if adapter.shift == 0 else 0.0
-        if weight and mask[:, 1:].any():
-            later = self.objective(aligned[:, :-1].float(), target[:, 1:], ids[:, 1:], mask[:, 1:], self.head)
-            losses = {**losses, "total": losses["total"] + weight * later["total"]}
-        return losses
-
-    def _rollout_loss(self, batch: Batch, autocast: torch.autocast) -> dict[str, Tensor] | None:
-        steps = min(self.config.rollout_steps, batch.mask.shape[1] - 1)
-        if steps < 1 or not batch.mask[:, 1:].any():
-            return None
-        tokens = batch.ids_by_verifier if self.adapter.fuses_tokens else None
-        with autocast:
-            results = self.adapter.unroll(batch.drafter, batch.verifier, steps, tokens)
-        total, first, norm = 0.0, {}, 0.0
-        for k, aligned in enumerate(results, start=1):
-            mask = batch.mask[:, k:]
-            if not mask.any():
-                break
-            losses = self.objective(aligned[:, :-k].float(), batch.verifier[:, k:], batch.ids_by_verifier[:, k:], mask, self.head)
-            weight = self.config.rollout_decay ** (k - 1)
-            total, norm = total + weight * losses["total"], norm + weight
-            first = first or losses
-        return {**first, "total": total / norm}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
         """Validation: the objective's terms, cosine, acceptance at each threshold and of tokens, means over positions, teacher-forced."""
         self.adapter.eval()
-        sums: dict[str, float] = {}
-        count = 0
-        for batch in self.validation_states.batches(self.validation_indices, self.config.batch_size):
-            aligned, target, ids, mask = self.adapter.align(self._to_device(batch))
+        judged = ["cosine_similarity", *(f"accept_{threshold:.2f}" for threshold in THRESHOLDS)]
+        judged += ["token_acceptance"] if self.head is not None else []
+        terms = [f"validation_{name}" for name in ("total", *self.objective.weights)]
+        sums: dict[str, Any] = dict.fromkeys(["count", *terms, *judged], 0.0)
+        for batch in self._batches(self.validation_states, self.validation_indices):
+            if not len(batch.mask):
+                continue  # another process has all of it
+            aligned, target, ids, mask = self.adapter.align(batch)
             if not mask.any():
                 continue
             n = int(mask.sum())
@@ -265,11 +242,13 @@ class _Run:
             if self.head is not None:
                 values["token_acceptance"] = (objectives.top_tokens(self.head, aligned[mask]) == ids[mask]).float().mean()
             for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + float(value) * n
-            count += n
+                sums[name] = sums[name] + value.double() * n
+            sums["count"] += n
+        means = self.processes.sums(sums)
+        count = means.pop("count")
         if count == 0:
             raise TrainingError(f"no validation answer is long enough for {self.level}; raise validation_share or extract longer answers")
-        return {name: value / count for name, value in sums.items()}
+        return {name: value / count for name, value in means.items()}
 
     # --- the folder ------------------------------------------------------------------------------------------------------------------
 
@@ -278,49 +257,39 @@ class _Run:
         score = [-row["validation_total"]]
         if self.config.select_by == "token_acceptance":  # the loss decides between equals
             score = [row["token_acceptance"], *score]
-        info = {"epoch": row["epoch"], "seed": self.seed, "data": self.identity["data"], "profile": self.config.profile}
-        if not self.best or score > self.best:
+        better = not self.best or score > self.best
+        if better:
             self.best, self.best_epoch = score, row["epoch"]
+        self.finished = row["epoch"] >= self.config.epochs or row["epoch"] - self.best_epoch >= self.config.patience
+        if self.processes.writes:
+            self._write(row, better)
+        self.processes.wait()
+
+    def _write(self, row: dict[str, Any], better: bool) -> None:
+        info = {"epoch": row["epoch"], "seed": self.seed, "data": self.identity["data"], "profile": self.config.profile}
+        if better:
             registry.save_adapter(self.adapter, self.folder / "best.safetensors", **info)
-        stale = row["epoch"] - self.best_epoch
-        self.finished = row["epoch"] >= self.config.epochs or stale >= self.config.patience
-        core.write_json(self.folder / "history.json", self.history)
         if row["epoch"] == 1:
-            core.write_json(
-                self.folder / "config.json", {**self.identity, "adapter": self.adapter.config(), "objective": str(self.objective)}
-            )
-            core.write_json(
-                self.folder / "provenance.json", core.provenance(seed=self.seed, data_hash=self.identity["data"], device=str(self.device))
+            run_folder.describe(
+                self.folder, self.identity, {"adapter": self.adapter.config(), "objective": str(self.objective)}, self.device
             )
         if self.finished:
             registry.save_adapter(self.adapter, self.folder / "final.safetensors", **info)
-        with core.atomic_path(self.folder / "checkpoint.pt") as temporary:
-            torch.save(
-                {
-                    "identity": _fixed(self.identity), "adapter": self.adapter.state_dict(), "optimiser": self.optimiser.state_dict(),
-                    "history": self.history, "best": self.best, "best_epoch": self.best_epoch, "finished": self.finished,
-                },
-                temporary,
-            )  # fmt: skip
+        state = {"adapter": self.adapter.state_dict(), "optimiser": self.optimiser.state_dict()}
+        state |= {"history": self.history, "best": self.best, "best_epoch": self.best_epoch, "finished": self.finished}
+        run_folder.save(self.folder, self.identity, state)
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
+        stored = run_folder.read(self.folder, self.identity, self.device, "level, configuration, seed or data")
+        self.processes.wait()  # nobody writes before all have read
+        if stored is None:
             return
-        try:
-            stored = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({type(error).__name__}); delete the folder and train again") from error
-        if stored["identity"] != _fixed(self.identity):
-            raise TrainingError(
-                f"{self.folder} holds another training (level, configuration, seed or data differ); choose another folder or delete it"
-            )
         self.adapter.load_state_dict(stored["adapter"])
         self.optimiser.load_state_dict(stored["optimiser"])
         self.history, self.best, self.best_epoch, self.finished = (stored[key] for key in ("history", "best", "best_epoch", "finished"))
 
-    def _stop_for_nan(self, epoch: int, batch: int | None) -> None:
-        where = f"epoch {epoch + 1}, " + ("validation" if batch is None else f"batch {batch}")
+    def _stop_for_nan(self, epoch: int, step: int | None) -> None:
+        where = f"epoch {epoch + 1}, " + ("validation" if step is None else f"step {step}")
         kept = (
             f"the last good checkpoint is {self.folder / 'best.safetensors'} (epoch {self.best_epoch})"
             if self.best_epoch
@@ -332,35 +301,8 @@ class _Run:
         )
 
 
-def _fixed(value: Any) -> str:
-    """One JSON line, the same for the same value."""
-    return json.dumps(value, sort_keys=True, default=str)
-
-
-def _mark_last(batches: Iterable[Batch]) -> Iterator[tuple[Batch, bool]]:
-    """(batch, whether it is the last of the epoch)."""
-    waiting: Batch | None = None
-    for batch in batches:
-        if waiting is not None:
-            yield waiting, False
-        waiting = batch
-    if waiting is not None:
-        yield waiting, True
-
-
-def _with_noise(batch: Batch, share: float) -> Batch:
-    """The drafter's states moved by uniform noise of ± share × their standard deviation (the verifier's are targets too and stay clean)."""
-
-    def moved(states: Tensor) -> Tensor:
-        return states + (2 * torch.rand_like(states) - 1) * share * states[batch.mask].std()
-
-    return Batch(
-        moved(batch.drafter),
-        batch.verifier,
-        batch.ids_by_drafter,
-        batch.ids_by_verifier,
-        batch.mask,
-        batch.sequence,
-        batch.index,
-        batch.mode,
-    )
+def _groups(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """The batches of one optimiser step after another; the last step may have fewer."""
+    iterator = iter(batches)
+    while group := list(itertools.islice(iterator, size)):
+        yield group

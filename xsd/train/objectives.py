@@ -16,9 +16,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xsd.core import ParameterError, TrainingError
+from xsd.train.vocabulary import DraftHead
 
-Head = Tensor | Callable[[Tensor], Tensor]
-"""The verifier's LM head: its weight [V, D], or a callable [n, D] → [n, V] (a head behind the final norm). Never trained here."""
+Head = Tensor | DraftHead | Callable[[Tensor], Tensor]
+"""The verifier's LM head: its weight [V, D], a callable [n, D] → [n, V] (a head behind the final norm), or some of its rows.
+
+Never trained here. With a DraftHead distributions are over its k ids, renormalised; cross-entropy is 0 where the token is not among them.
+"""
 CHUNK = 1024
 """Positions whose logits exist at one time: 1024 × 32 000 × 4 bytes = 131 MB at the real pair's vocabulary."""
 
@@ -39,6 +43,8 @@ def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 def mse(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None, weights: Tensor | None = None) -> Tensor:
     """Mean over positions of the mean squared difference over the width."""
+    if weights is None:  # the same mean in one pass
+        return F.mse_loss(aligned, target)
     return _mean((aligned - target).pow(2).mean(-1), weights)
 
 
@@ -56,7 +62,8 @@ def smooth_l1(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = 
 
 
 def _cross_entropy_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    return F.cross_entropy(logits_of(head, aligned).float(), ids, reduction="none")
+    ids = head.rows[ids] if isinstance(head, DraftHead) else ids
+    return F.cross_entropy(logits_of(head, aligned).float(), ids, reduction="none", ignore_index=-1)
 
 
 def _kl_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
@@ -198,9 +205,9 @@ def token_chunks(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Iterator[tup
 
 
 def top_tokens(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Tensor:
-    """argmax tokens: [..., D] → int64 [...]."""
+    """argmax tokens, as full ids whatever the head: [..., D] → int64 [...]."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     result = torch.empty(len(flat), dtype=torch.long, device=flat.device)
     for part, logits in token_chunks(head, flat, chunk):
         result[part] = logits.argmax(-1)
-    return result.view(hidden.shape[:-1])
+    return (head.ids[result] if isinstance(head, DraftHead) else result).view(hidden.shape[:-1])

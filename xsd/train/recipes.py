@@ -29,7 +29,7 @@ class FitConfig:
     """Terms by name, see objectives.parse."""
     epochs: int | None = None
     batch_size: int | None = None
-    """Answers a step."""
+    """Answers a batch, over all processes together."""
     learning_rate: float | None = None
     """Of AdamW: 1e-3 in the reference; 2e-3 in "tokens", found at D = 192 (lower it for wide adapters)."""
     minimum_learning_rate: float = 1e-6
@@ -38,7 +38,7 @@ class FitConfig:
     clip: float = 1.0
     """Largest gradient norm."""
     accumulation: int = 1
-    """Batches a step; use when batch_size does not fit into memory."""
+    """Batches a step, when batch_size does not fit into memory; every position of the step weighs the same, as in one large batch."""
     patience: int | None = None
     """Epochs without a better validation before stopping."""
     validation_share: float = 0.1
@@ -56,7 +56,13 @@ class FitConfig:
     alpha: float | None = None
     """Initial residual weight of L4, L5, B1, L5F; the reference's 0.1 cannot leave verifier[t] for verifier[t+1] in a short training."""
     noise: float = 0.0
-    """Uniform noise on the drafter's states, ± this times their standard deviation (EAGLE uses 0.1 in absolute units)."""
+    """Uniform noise on the states that are read, ± this × their standard deviation (EAGLE: 0.1 in absolute units); targets stay clean."""
+    position_decay: float = 1.0
+    """Weight of the loss at place t of the answer is this to the power t: an unbroken draft from the start needs the first tokens most."""
+    token_fusion: bool = False
+    """L5, B1, L5F: the embedding of the token before joins the state (docs/adapters.md, section 3); needs a head [V, D]."""
+    draft_vocabulary: int | None = None
+    """Train and draft with the so many most frequent tokens of the training answers only; None: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the forward pass."""
     adapter_options: dict[str, Any] = field(default_factory=dict)
@@ -72,6 +78,10 @@ class FitConfig:
         for name in ("epochs", "batch_size", "accumulation", "rollout_steps", "learning_rate", "patience"):
             if getattr(self, name) <= 0:
                 raise ParameterError(f"{name} must be positive, not {getattr(self, name)}")
+        if not 0 < self.position_decay <= 1:
+            raise ParameterError(f"position_decay must lie in (0, 1], not {self.position_decay}; 1 weighs all positions the same")
+        if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
+            raise ParameterError(f"draft_vocabulary must be at least 1 token or None, not {self.draft_vocabulary}")
         if not 0 < self.validation_share < 1:
             raise ParameterError(f"validation_share must lie between 0 and 1, not {self.validation_share}")
         objectives.parse(self.objective)

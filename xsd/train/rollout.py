@@ -16,7 +16,7 @@ figures of L1–L5 there describe one draft beside a free-running drafter, not a
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,7 +26,7 @@ from torch import Tensor
 
 from xsd.adapters.base import Adapter
 from xsd.core import Batch, MetricError, ParameterError
-from xsd.train import objectives
+from xsd.train import objectives, vocabulary
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,8 @@ class Rollout:
 @torch.no_grad()
 def drafted_tokens(adapter: Adapter, batch: Batch, head: objectives.Head, gamma: int) -> Tensor:
     """Draft tokens from every start: int64 [B, S, gamma]; entry [b, s, k-1] is drafted for position s + k. Means something where s + k is
-    real."""
+    real. An adapter with a draft vocabulary of its own drafts among those tokens only."""
+    head = vocabulary.head_of(adapter, head)
     batch_size, size = batch.mask.shape
     if adapter.shift == 0:
         tokens = objectives.top_tokens(head, adapter.align(batch).aligned)
@@ -146,3 +147,36 @@ def self_rollout(adapter: Adapter, batches: Iterable[Batch], head: objectives.He
     width = max(accepted.shape[1] for accepted, _, _ in parts)
     stacked: list[Any] = [torch.cat([F.pad(part[i], (0, width - part[i].shape[1]), value=-1) for part in parts]) for i in (0, 1)]
     return Rollout(stacked[0], stacked[1], torch.cat([part[2] for part in parts]), sequence, index, gamma, modes.pop())
+
+
+@dataclass(frozen=True)
+class VocabularyCost:
+    """What drafting among k tokens costs. size: k. coverage: share of the answers' tokens that can be drafted at all.
+
+    full, reduced: accepted drafts a verification with all tokens and with these. head_share: k / V, of the head's rows a draft step reads.
+    """
+
+    size: int
+    coverage: float
+    full: float
+    reduced: float
+    head_share: float
+
+    @property
+    def kept(self) -> float:
+        """Share of the accepted drafts that is left; NaN where the whole vocabulary accepts none."""
+        return self.reduced / self.full if self.full else float("nan")
+
+
+def vocabulary_cost(adapter: Adapter, batches: Sequence[Batch], head: Tensor, ids: Tensor, *, gamma: int = 5) -> VocabularyCost:
+    """Roll an adapter out twice, with the whole head [V, D] and with its rows ``ids`` int64 [k]; the adapter itself stays as it is.
+
+    Raises: ParameterError when the adapter has a draft vocabulary already (there is no whole one to compare with), or ids are not the
+    head's.
+    """
+    if adapter.draft_ids is not None:
+        raise ParameterError(f"this {adapter.level} drafts {len(adapter.draft_ids)} tokens only; give one of the whole vocabulary")
+    reduced = vocabulary.draft_head(head, ids)
+    answers = torch.cat([batch.ids_by_verifier[batch.mask] for batch in batches])
+    full, fewer = (self_rollout(adapter, batches, one, gamma=gamma).mean_accepted() for one in (head, reduced))
+    return VocabularyCost(len(ids), float((reduced.rows[answers] >= 0).float().mean()), full, fewer, len(ids) / len(head))

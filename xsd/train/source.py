@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -23,7 +24,10 @@ class PackedStates:
     """All answers of a dataset in four flat tensors; a batch is one gather, right-padded with zeros.
 
     drafter: [T, D_d], verifier: [T, D_v], ids_by_drafter, ids_by_verifier: int64 [T], with one zero row behind the end for padding.
+    manifest: of the shards they were read from, None for anything else.
     """
+
+    manifest: dict[str, Any] | None = None
 
     def __init__(self, samples: Iterable[PairedStates]) -> None:
         columns: tuple[list[Tensor], ...] = ([], [], [], [])
@@ -83,11 +87,11 @@ class PackedStates:
             chosen = indices[start : start + batch_size]
             steps = torch.arange(int(self.lengths[chosen].max()))
             mask = steps < self.lengths[chosen, None]
-            rows = torch.where(mask, self.starts[chosen, None] + steps, end)
-            yield Batch(
-                self.drafter[rows].float(), self.verifier[rows].float(), self.ids_by_drafter[rows], self.ids_by_verifier[rows], mask,
-                [self.sequence[i] for i in chosen.tolist()], chosen.tolist(), self.mode,
-            )  # fmt: skip
+            rows = torch.where(mask, self.starts[chosen, None] + steps, end).flatten()
+            columns = (self.drafter, self.verifier, self.ids_by_drafter, self.ids_by_verifier)
+            drafter, verifier, *ids = (column.index_select(0, rows).unflatten(0, mask.shape) for column in columns)
+            names = [self.sequence[i] for i in chosen.tolist()]
+            yield Batch(drafter.float(), verifier.float(), *ids, mask, names, chosen.tolist(), self.mode)
 
 
 class StreamedStates:
@@ -99,7 +103,7 @@ class StreamedStates:
         self.sequence, self.split = list(table["sequence"]), list(table["split"])
         first = dataset[0]
         self.drafter_size, self.hidden_size = first.hidden_by_drafter.shape[-1], first.hidden_by_verifier.shape[-1]
-        self.mode = dataset.mode
+        self.mode, self.manifest = dataset.mode, dataset.manifest
         self.has_token_ids = dataset.has_token_ids
 
     def __len__(self) -> int:
@@ -109,7 +113,7 @@ class StreamedStates:
         """Hex digest of the manifest, which holds the shards' checksums, and of what part of it this is."""
         table = self.dataset.table()
         part = [list(table[name]) for name in ("sequence", "clip", "question")]
-        return hashlib.sha256(json.dumps([self.dataset.manifest, part], sort_keys=True, default=str).encode()).hexdigest()
+        return hashlib.sha256(json.dumps([self.manifest, part], sort_keys=True, default=str).encode()).hexdigest()
 
     def batches(self, indices: Tensor, batch_size: int, *, shuffle_seed: int | None = None) -> Iterator[Batch]:
         """As PackedStates.batches, read from disk."""
@@ -119,6 +123,16 @@ class StreamedStates:
 
 
 States = PackedStates | StreamedStates
+
+
+def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
+    """The same batches in the same order, each one made while the one before it is used."""
+    iterator = iter(batches)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(next, iterator, None)
+        while (batch := waiting.result()) is not None:
+            waiting = pool.submit(next, iterator, None)
+            yield batch
 
 
 def unpad(batches: Iterable[Batch]) -> Iterator[PairedStates]:
@@ -147,6 +161,7 @@ def open_states(dataset: Any, *, memory_limit_gb: float = MEMORY_LIMIT_GB) -> St
         states = PackedStates(unpad(dataset))
     else:
         states = PackedStates(dataset[i] for i in range(len(dataset)))
+        states.manifest = getattr(dataset, "manifest", None)
     refuse_test_split(states.split)
     return states
 
