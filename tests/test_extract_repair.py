@@ -1,10 +1,8 @@
-"""Status of a run, repair of its damaged files, and kills at random moments."""
+"""Status of a run, what is found wrong with it, and repair of its damaged files."""
 
 import os
-import random
 import re
 import signal
-import time
 from dataclasses import replace
 
 import pytest
@@ -85,19 +83,3 @@ def test_status_says_where_a_run_stands(samples, tmp_path):
     assert monitor.status(tmp_path / "teacher_forced")[0].state == "finished"
     with pytest.raises(ShardError, match="no run of an extraction"):
         monitor.status(tmp_path / "elsewhere")
-
-
-def test_killed_at_random_moments_it_ends_in_the_same_bytes(samples, whole, tmp_path):
-    draw = random.Random(0)
-    for _ in range(8):
-        child = os.fork()
-        if not child:
-            try:
-                run.extract(tiny_pair(), samples, tmp_path, **OPTIONS)
-            finally:
-                os._exit(0)
-        time.sleep(draw.uniform(0.02, 0.2))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
-    report = run.extract(tiny_pair(), samples, tmp_path, **OPTIONS)
-    assert report.finished and contents(tmp_path / "teacher_forced") == contents(whole)

@@ -1,7 +1,7 @@
 """The ``xsd`` command: a few verbs; everything heavy is imported inside the verb that needs it.
 
 A mistake of the user's (XsdError) prints one sentence on stderr and exits with 2; a finished verb exits with 0, one that found
-problems with 1.
+problems with 1, an extraction that was interrupted and can be continued with 130.
 """
 
 from __future__ import annotations
@@ -185,6 +185,8 @@ def _bench(arguments: argparse.Namespace) -> int:
 
 def parser() -> argparse.ArgumentParser:
     """The command line of xsd."""
+    from xsd.steps import extract_command
+
     top = argparse.ArgumentParser(prog="xsd", description="Cross-modal speculative decoding: an event-camera drafter for a video verifier.")
     top.add_argument("--version", action="version", version=f"xsd {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
@@ -275,6 +277,7 @@ def parser() -> argparse.ArgumentParser:
     imported.add_argument("--gamma-prefill", type=int, default=0, help="draft tokens made behind the verifier's prefill")
     imported.add_argument("--blocks", type=int, default=10, help="blocks of clips; floors never see the block they are tried on")
     imported.add_argument("--prices", type=Path, metavar="JSON", help="measured seconds, to price the replayed schedules")
+    extract_command.add_verbs(verb)
     return top
 
 
@@ -285,7 +288,9 @@ def _number_format(verb: argparse.ArgumentParser, dtype: str) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb. argv: without the program's name; default the command line. Returns the exit status."""
-    arguments = parser().parse_args(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    arguments = parser().parse_args(given)
+    arguments.argv = given
     try:
         return arguments.action_of(arguments)
     except XsdError as error:

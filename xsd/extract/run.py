@@ -39,6 +39,12 @@ class Progress:
     eta_s: float
     gb: float
 
+    def __str__(self) -> str:
+        return (
+            f"{self.done} of {self.total} samples ({100 * self.done / self.total:.0f} %), {self.rate:.1f} samples/s, "
+            f"{monitor.duration(self.eta_s)} left, {self.gb:.3f} GB"
+        )
+
 
 @dataclass(frozen=True)
 class ExtractReport:

@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 
 from xsd.core import ParameterError, provenance, write_json
+from xsd.extract import monitor
 from xsd.extract import run as extraction
 from xsd.metrics import floors
 from xsd.models import loading
@@ -18,6 +19,7 @@ from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
+from xsd.steps import extract_request
 
 PAIR_FILE = "shards/pair.json"
 """What later steps need of the pair without loading it: its name, every token's text, the prompts' ids."""
@@ -60,11 +62,16 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
             datasets.guard(train_sequences, [sample.sequence for sample in some])
     hashes = {key: dataset_folder.data_hash(root) for key, root in roots.items()}
     counts = {}
-    for (split, name), (_, modes) in plans.items():
+    for (split, name), (n, modes) in plans.items():
+        place = shard_folder(given.run_dir, split, name, modes[0]).parent
+        extract_request.Request(
+            data=extract_request.here(roots[split, name]), split=split, n_sequences=n, questions_per_sequence=given.questions_per_sequence,
+            pair=given.pair if given.pair == "embedded" else extract_request.here(given.pair),
+        ).save(place)  # fmt: skip
         report = extraction.extract(
             pair,
             samples[split, name],
-            shard_folder(given.run_dir, split, name, modes[0]).parent,
+            place,
             modes=modes,
             max_new_tokens=given.max_new_tokens,
             dtype=given.dtype,
@@ -140,6 +147,24 @@ def table(results: Mapping[str, Any]) -> pd.DataFrame:
     rows += [{"data": f"held out: {name}", **found} for name, found in results["test"].items()]
     names = ["data", "sequences", "clips", "pairs", "tokens", "modes", "duplicate_rate"]
     return pd.DataFrame(rows).reindex(columns=names)
+
+
+def progress(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """Where every extraction of a run stands, from its files alone (also while another process writes, or after it died).
+
+    Columns: pairs (data set and mode), state, done, total, rate (samples/s), left (time), gb, last write.
+    """
+    rows = []
+    for one in monitor.status(folder.resolve(run_dir)):
+        left = monitor.duration(one.eta_s) if one.state == "running" and one.eta_s is not None else ""
+        name = f"{one.folder.parent.name}/{one.folder.name}"
+        rows.append((name, one.state, one.done, one.total, one.rate, left, one.gb, f"{monitor.duration(one.idle_s)} ago"))
+    return pd.DataFrame(rows, columns=["pairs", "state", "done", "total", "rate", "left", "gb", "last write"])
+
+
+def errors(run_dir: str | os.PathLike[str]) -> list[str]:
+    """What went wrong in these extractions, oldest first: errors of processes, and restarts after crashes."""
+    return [str(event) for event in monitor.events(folder.resolve(run_dir))]
 
 
 def examples(run_dir: str | os.PathLike[str], data: str, n: int = 5, mode: str = "free_running") -> pd.DataFrame:
