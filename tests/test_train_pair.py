@@ -45,6 +45,14 @@ def test_patch_codes_prefer_objects_over_scenery():
     assert codes[0, 0, 0] == (1 << 6 | 2 << 3 | 4) and codes[0, 0, 1:].max() == 0
 
 
+def test_things_are_found_in_the_columns_they_stand_in():
+    cells = np.zeros((1, 2, 24, 24), np.uint16)
+    cells[0, 1, 7, 4] = 5 << 6 | 1
+    cells[0, 1, 9, 23] = 8 << 6
+    found = grounding.things_in_columns(cells, 6).reshape(1, 2, 8, 6)
+    assert found.sum() == 1 and found[0, 1, 1, 4]
+
+
 def test_a_patch_reader_asks_objects_for_colour_and_motion_and_everything_for_its_kind():
     reader = grounding.PatchReader(8, 12, 6, 7)
     codes = torch.zeros(2, 4, 9, dtype=torch.int64)
@@ -61,12 +69,13 @@ def test_a_patch_reader_asks_objects_for_colour_and_motion_and_everything_for_it
 
 
 def test_the_camera_is_read_off_the_later_frames():
-    reader = language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3)
+    reader = language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3, 4)
     with torch.no_grad():
         for parameter in reader.patches.parameters():
             parameter.zero_()
-    states = torch.randn(2, 4, 9, 8, requires_grad=True)
-    reader(states, torch.zeros(2, 4, 9, dtype=torch.int64), torch.ones(2, dtype=torch.bool), torch.tensor([1, -1])).backward()
+    states, known = torch.randn(2, 4, 9, 8, requires_grad=True), torch.ones(2, dtype=torch.bool)
+    none, ego = torch.zeros(2, 4, 9, dtype=torch.int64), torch.tensor([1, -1])
+    reader(states, torch.randn(2, 4, 8), none, torch.zeros(2, 4, 4, dtype=torch.bool), known, ego).backward()
     touched = states.grad.abs().sum(-1) > 0
     assert touched[0, 2:].all() and not touched[0, :2].any() and not touched[1].any()
 
@@ -83,9 +92,11 @@ def _toy(folder, progress=None):
         tower=torch.nn.Linear(1, 1),
         registers=language.FactRegisters(8, {"ego": 3}),
         middle=body,
-        scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3),
+        scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3, 4),
         early=body,
         patches=lambda tokens: tokens[:, None],
+        frames=lambda tokens: tokens,
+        columns=lambda clips: np.zeros((len(clips), 1, 4), bool),
         codes=lambda clips, grid: np.full((len(clips), 1, grid * grid), 1 << 6 | 2),
         ego=np.zeros(4, np.int64),
         colour_known=np.ones(4, bool),
@@ -128,9 +139,11 @@ def test_a_loss_that_is_not_finite_stops_with_a_sentence():
             tower=torch.nn.Linear(1, 1),
             registers=language.FactRegisters(8, {"ego": 3}),
             middle=embed,
-            scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3),
+            scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3, 4),
             early=embed,
             patches=lambda tokens: tokens[:, None],
+            frames=lambda tokens: tokens,
+            columns=lambda clips: np.zeros((len(clips), 1, 4), bool),
             codes=lambda clips, grid: np.zeros((len(clips), 1, grid * grid), np.int64),
             ego=np.zeros(2, np.int64),
             colour_known=np.ones(2, bool),

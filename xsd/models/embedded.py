@@ -97,6 +97,7 @@ class Parts:
     decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D].
     middle, early: the decoder layers half and a third of the way up.
     patches: visual tokens [B, n_visual, D] → [B, F, P, D], one a patch, CLS left out; patch_frames: which frames those F are.
+    frames: visual tokens → [B, G, D], one for each frame.
     grounding_frames: which frames the tower's pretraining looks at (neighbouring video frames teach a per-frame tower little).
     """
 
@@ -112,6 +113,7 @@ class Parts:
     early: nn.Module
     patches: Callable[[Tensor], Tensor]
     patch_frames: tuple[int, ...]
+    frames: Callable[[Tensor], Tensor]
     embed: nn.Embedding
     lm_head: nn.Linear
     n_visual: int
@@ -143,6 +145,7 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
         decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]), middle=body.layers[len(body.layers) // 2 - 1],
         early=body.layers[max(0, len(body.layers) // 3 - 1)],
         patches=lambda tokens: tokens[:, None, N_EVENT_FRAMES + 1 :],
+        frames=lambda tokens: tokens[:, :N_EVENT_FRAMES],
         patch_frames=(N_EVENT_FRAMES // 2,),  # its patch tokens are averages over the frames
         n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
         grounding_frames=tuple(range(N_EVENT_FRAMES)), prompt_ids=prompts.drafter_prompt_ids,
@@ -165,8 +168,9 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
         projector=nn.ModuleList([projector]), embed=body.embed_tokens, lm_head=model.lm_head,
         decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]), middle=body.layers[len(body.layers) // 2 - 1],
         early=body.layers[max(0, len(body.layers) // 3 - 1)], patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:],
-        patch_frames=tuple(range(8)), n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"],
-        grounding_frames=(0, 2, 5, 7), prompt_ids=prompts.verifier_prompt_ids,
+        frames=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 0], patch_frames=tuple(range(8)),
+        n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"], grounding_frames=(0, 2, 5, 7),
+        prompt_ids=prompts.verifier_prompt_ids,
     )  # fmt: skip
 
 

@@ -50,7 +50,7 @@ PROFILES = {
     "full": PairProfile(
         1400,
         {"verifier": GroundingConfig(epochs=8), "drafter": GroundingConfig(epochs=9)},
-        {"verifier": LanguageConfig(steps=1650, batch_size=6), "drafter": LanguageConfig(steps=2300, batch_size=8)},
+        {"verifier": LanguageConfig(steps=3200, batch_size=6), "drafter": LanguageConfig(steps=5600, batch_size=8)},
     ),
 }
 """smoke shows that every stage runs; full is the plan of the shipped weights (data/pair/provenance.json says how they came about)."""
@@ -283,8 +283,8 @@ They are trained from scratch on simulated drives only; they know ten questions 
 - **Data**: {n_sequences} simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed {training_seed}), ten
   questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's
   dialect, as both real models share a language-model ancestor that knows either style.
-- **Training**: towers on scene facts and patches, then decoders on language under a block mask, the tower following at a third of
-  the rate (`xsd/train/pair.py`); profile {profile}. Weights are stored as float16.
+- **Training**: towers on scene facts and patches, then decoders on language under a block mask, the tower following at a lower rate
+  and classifiers in the middle layers asking for the scene's facts (`xsd/train/pair.py`); profile {profile}. Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
 
 ## Limits

@@ -96,6 +96,16 @@ def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
     return np.where(n_objects >= max(1, k * k // 8), pick, np.where(n_scenery * 2 >= k * k, scenery[..., -1], 0)).astype(np.int64)
 
 
+COLUMNS = 8
+
+
+def things_in_columns(layout: np.ndarray, n_things: int) -> np.ndarray:
+    """Cells uint16 [B, F, c, c] → bool [B, F, COLUMNS * n_things]: whether a thing of kind 1 … n_things stands in a column."""
+    batch, n_frames, cells, _ = layout.shape
+    kind = (layout >> 6).reshape(batch, n_frames, cells, COLUMNS, cells // COLUMNS)
+    return np.stack([(kind == k).any(axis=(2, 4)) for k in range(1, n_things + 1)], axis=-1).reshape(batch, n_frames, -1)
+
+
 def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, F, s, s, 3] → float32 [B, F, 3, s, s], CLIP-normalised."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 1, 4, 2, 3).float() / 255

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from xsd.core import TrainingError, atomic_path
-from xsd.train.grounding import PatchReader, loss_of, schedule
+from xsd.train.grounding import COLUMNS, PatchReader, loss_of, schedule
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,8 @@ class LanguageConfig:
     weight_decay: float = 0.02
     warmup_steps: int = 100
     fact_weight: float = 3.0
-    tower_rate: float = 0.3
-    register_weight: float = 0.5
+    tower_rate: float = 0.6
+    register_weight: float = 1.0
     patch_weight: float = 0.5
     bf16: bool = True
     seed: int = 0
@@ -70,22 +70,30 @@ class FactRegisters(nn.Module):
 
 
 class SceneReader(nn.Module):
-    """What stands in every patch, how it moves, and how the camera does, a third of the way up the decoder; thrown away after training.
+    """What stands in every patch and every frame, how it moves, and how the camera does, a third of the way up the decoder; thrown away.
 
     A tower sees one frame at a time, so what moves must be found by the decoder's first layers, which look back at earlier frames. The
     answers alone teach that too slowly (docs/log.md).
     """
 
-    def __init__(self, width: int, patches: PatchReader, n_ego: int) -> None:
+    def __init__(self, width: int, patches: PatchReader, n_ego: int, n_columns: int = 48) -> None:
         super().__init__()
         self.patches, self.norm, self.ego = patches, nn.LayerNorm(width), nn.Linear(width, n_ego)
+        self.columns = nn.Linear(width, n_columns)
 
-    def forward(self, states: Tensor, codes: Tensor, colour_known: Tensor, ego: Tensor) -> Tensor:
-        """Summed mean cross-entropies. states: [B, F, P, D] without CLS; codes, colour_known: as PatchReader's. ego: int64 [B], -1 unknown.
+    def forward(self, states: Tensor, frames: Tensor, codes: Tensor, columns: Tensor, colour_known: Tensor, ego: Tensor) -> Tensor:
+        """Summed mean cross-entropies.
 
-        The camera is asked for at every patch of the later half of the frames, which have something to look back at.
+        states: [B, F, P, D] without CLS; codes, colour_known: as PatchReader's. frames: [B, G, D], one state a frame; columns: bool
+        [B, G, n_columns], which kind of thing stands in which column. ego: int64 [B], -1 unknown; asked for at every patch of the
+        later half of the frames, which have something to look back at.
         """
         loss = self.patches(states, codes, colour_known)
+        present = columns.to(states.device).float()
+        each = F.binary_cross_entropy_with_logits(
+            self.columns(self.norm(frames.float())), present, reduction="none", pos_weight=torch.tensor(5.0, device=states.device)
+        )
+        loss = loss + each.mean() * COLUMNS
         if (ego >= 0).any():
             later = self.ego(self.norm(states[ego >= 0][:, states.shape[1] // 2 :].float()))
             loss = loss + F.cross_entropy(later.flatten(0, 2), ego[ego >= 0].repeat_interleave(later.shape[1] * later.shape[2]))
@@ -148,7 +156,9 @@ def train_decoder(
     scene: SceneReader,
     early: nn.Module,
     patches: Callable[[Tensor], Tensor],
+    frames: Callable[[Tensor], Tensor],
     codes: Callable[[np.ndarray, int], np.ndarray],
+    columns: Callable[[np.ndarray], np.ndarray],
     labels: np.ndarray,
     ego: np.ndarray,
     colour_known: np.ndarray,
@@ -170,6 +180,7 @@ def train_decoder(
             tower, trained along at ``tower_rate`` of the learning rate: what still asks for comparison over time must be written into it.
         registers: fact classifiers on the last visual positions of ``middle``, a decoder layer. labels: int64 [N, n_facts], -1 not asked.
         scene: classifiers on the patches of ``early``, another one. patches: visual positions [B, n_visual, D] → [B, F, P, D].
+        frames: visual positions → [B, G, D], one a frame. columns: clip numbers → bool [B, G, n_columns].
         codes: clip numbers, patches a side → int64 [B, F, P], the layout's code in every patch. ego: int64 [N], -1 not known;
             colour_known: bool [N].
         before: ids before the visual tokens. segments: clip number, generator → the questions of this step.
@@ -218,10 +229,10 @@ def train_decoder(
         weight = weights[asked]
         loss = (F.cross_entropy(logits.float(), targets[asked], reduction="none") * weight).sum() / weight.sum()
         loss = loss + config.register_weight * registers(tapped[middle][:, gathered], torch.from_numpy(labels[clips]).to(device))
-        seen_patches = patches(tapped[early][:, len(before) : prefix])
-        standing = torch.from_numpy(codes(clips, int(seen_patches.shape[2] ** 0.5))).to(device)
-        known = (torch.from_numpy(of[clips]).to(device) for of in (colour_known, ego))
-        loss = loss + config.patch_weight * scene(seen_patches, standing, *known)
+        looked = tapped[early][:, len(before) : prefix]
+        seen_patches = patches(looked)
+        truths = (codes(clips, int(seen_patches.shape[2] ** 0.5)), columns(clips), colour_known[clips], ego[clips])
+        loss = loss + config.patch_weight * scene(seen_patches, frames(looked), *(torch.from_numpy(t).to(device) for t in truths))
         if not torch.isfinite(loss):
             raise TrainingError(
                 f"the language loss is {float(loss.detach())} at step {step}; "

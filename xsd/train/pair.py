@@ -20,6 +20,7 @@ from xsd.train.language import LanguageConfig, Segment
 
 Progress = Callable[[str, int, int, float], None]
 """Called with (stage, step, total, loss)."""
+_THINGS = 6  # of the layout's kinds, the first six are vehicles and people
 
 
 def segments_of(
@@ -67,7 +68,7 @@ def train_model(
     """Train one model in place.
 
     Args:
-        parts: features, project, decode, tower, projector, decoder, early, middle, patches, patch_frames, embed, lm_head,
+        parts: features, project, decode, tower, projector, decoder, early, middle, patches, patch_frames, frames, embed, lm_head,
             n_visual, tower_width, grounding_frames, prompt_ids, role, model.
         images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint16 [N, F, c, c]. colour_known: bool [N].
         dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is
@@ -103,11 +104,15 @@ def train_model(
     def codes(clips: np.ndarray, grid: int) -> np.ndarray:
         return grounding.patch_codes(layout[clips][:, list(parts.patch_frames)], grid)
 
+    def columns(clips: np.ndarray) -> np.ndarray:
+        return grounding.things_in_columns(layout[clips], _THINGS)
+
     losses = language.train_decoder(
         embed=parts.embed, visual=visual, decode=parts.decode, tower=parts.tower,
         registers=language.FactRegisters(width, classes).to(device), middle=parts.middle, labels=labels,
-        scene=language.SceneReader(width, grounding.PatchReader(width, *kinds), classes["ego"]).to(device), early=parts.early,
-        patches=parts.patches, codes=codes, ego=labels[:, list(classes).index("ego")], colour_known=colour_known,
+        scene=language.SceneReader(width, grounding.PatchReader(width, *kinds), classes["ego"], grounding.COLUMNS * _THINGS).to(device),
+        early=parts.early, patches=parts.patches, frames=parts.frames, codes=codes, columns=columns,
+        ego=labels[:, list(classes).index("ego")], colour_known=colour_known,
         lm_head=parts.lm_head, trained=nn.ModuleList([parts.decoder, parts.projector]), before=parts.prompt_ids(tokenizer, "?")[0],
         n_visual=parts.n_visual, segments=choose, n_clips=len(images), config=language_config, device=device,
         checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),
