@@ -73,6 +73,25 @@ def test_acceptance_by_word_kind():
         decomposition.counts_by_group(matches, [groups[0], ["colour"]])
 
 
+def test_losses_within_a_kind_of_word_are_paired_differences():
+    before, after = [[True, True, True], [True, False]], [[True, False, True], [False, False]]
+    groups = [["function", "colour", "colour"], ["colour", "function"]]
+    rows = decomposition.loss_by_group({"modality": (before, after), "all": (None, after)}, groups, ["a", "b"], n_resamples=50)
+    found = {(row["loss"], row["group"]): (row["value"], row["n"]) for row in rows}
+    assert found["modality", "colour"] == (pytest.approx(2 / 3), 3) and found["modality", "function"] == (0.0, 2)
+    assert found["all", "colour"] == (pytest.approx(2 / 3), 3) and found["all", "function"] == (0.5, 2)
+
+
+def test_a_waterfall_in_accepted_tokens_begins_at_what_the_verifier_itself_would_accept():
+    rounds = np.full(120, 4)
+    steps = decomposition.gap_decomposition(
+        CLUSTERS, teacher_forced=(rounds * 2, rounds), ceiling=(rounds * 5, rounds), n_resamples=50
+    )
+    assert [(step.name, step.interval.value) for step in steps] == [
+        ("verifier", 5.0), ("capacity and modality", 3.0), ("teacher-forced drafter", 2.0)
+    ]  # fmt: skip
+
+
 def test_tables_in_three_forms(tmp_path):
     rows = [tables.row("accept_at", Interval(0.5, 0.4, 0.6, 100, 5), threshold=0.9), tables.row("cosine_std", 0.25, n=100)]
     table = tables.frame([{**r, "arm": "L4_a & b"} for r in rows])

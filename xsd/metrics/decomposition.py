@@ -67,15 +67,17 @@ def gap_decomposition(
     verifier_self: Counts | None = None,
     self_rollout: Counts | None = None,
     free_running: Counts | None = None,
+    ceiling: Counts | None = None,
     n_resamples: int = N_RESAMPLES,
     seed: int = 0,
 ) -> list[GapStep]:
     """The steps of the module's picture, from (matched, length) a sample in the same order for every arm; arms not measured are left out.
 
-    Without verifier_self, capacity and modality are one step. The drift branch comes last: level, loss, level.
+    Without verifier_self, capacity and modality are one step. The drift branch comes last: level, loss, level. ceiling: the verifier's
+    own counts; by default every token matches (for accepted a round: the counts of an all-true replay).
     """
     total = np.asarray(teacher_forced[1], dtype=np.float64)
-    arms: list[tuple[str, Counts]] = [("verifier", (total, total))]
+    arms: list[tuple[str, Counts]] = [("verifier", ceiling or (total, total))]
     losses = []
     if verifier_self is not None:
         arms.append(("verifier-self", verifier_self))
@@ -124,6 +126,28 @@ def gap_by_group(
         for group, counts in counts_by_group(matches, groups).items():
             value = bootstrap_ratio(*counts, clusters, n_resamples=n_resamples, seed=seed)
             out.append({**row("token_acceptance", value), "arm": arm, "group": group})
+    return out
+
+
+def loss_by_group(
+    losses: Mapping[str, tuple[Sequence[Any] | None, Sequence[Any]]],
+    groups: Sequence[Sequence[str]],
+    clusters: Sequence[str],
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
+) -> list[dict[str, Any]]:
+    """Each loss within each group of tokens, paired: rows ``token_loss`` with ``loss`` and ``group``.
+
+    losses: name → (matches of the arm before, of the arm after), bool [n] a sample; None before: all tokens accepted.
+    """
+    out = []
+    for loss, (before, after) in losses.items():
+        below = counts_by_group(after, groups)
+        above = {name: (length, length) for name, (_, length) in below.items()} if before is None else counts_by_group(before, groups)
+        for group, counts in below.items():
+            difference = bootstrap_ratio_difference(above[group], counts, clusters, n_resamples=n_resamples, seed=seed)
+            out.append({**row("token_loss", difference), "loss": loss, "group": group})
     return out
 
 

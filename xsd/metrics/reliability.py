@@ -64,13 +64,13 @@ class NeededThreshold:
 
 @dataclass(frozen=True)
 class ReliabilityResult:
-    """correlation: Pearson's, between cosine and match over tokens; None when either never varies. positions: (position, n above τ, match
-    above τ)."""
+    """correlation: Pearson's, between cosine and match over tokens; None when either never varies. positions: for each τ, (position,
+    P(match | cos > τ) there with its interval and n), positions without a token above τ left out."""
 
     n: int
     bands: tuple[Band, ...]
     thresholds: Mapping[float, Misstatement]
-    positions: Mapping[float, tuple[tuple[int, int, float], ...]]
+    positions: Mapping[float, tuple[tuple[int, Interval], ...]]
     needed: tuple[NeededThreshold, ...]
     correlation: float | None
 
@@ -84,7 +84,7 @@ class ReliabilityResult:
                 for name, value in (("match_above", at.match_above), ("match_below", at.match_below))
                 if value is not None
             ]
-            out += [row("match_above", share, threshold=tau, position=t, n=n) for t, n, share in self.positions[tau]]
+            out += [row("match_above", share, threshold=tau, position=t) for t, share in self.positions[tau]]
         return out
 
 
@@ -156,17 +156,25 @@ class Reliability:
         edges = np.asarray(self.bands, dtype=np.float32)
         band = np.clip(np.searchsorted(edges, cosine, side="left") - 1, 0, len(edges) - 2)
         of_band = {i: add(match & (band == i), band == i) for i in range(len(edges) - 1)}
-        everything, of_threshold, positions = np.ones_like(match), {}, {}
+        everything, of_threshold = np.ones_like(match), {}
         for tau in self.thresholds:
             above = cosine > np.float32(tau)
             # Both shares have all tokens below the line, so their difference is a ratio too.
             whole = [add(above, everything), add(match, everything), add(above.astype(np.int8) - match, everything)]
             of_threshold[tau] = *whole, add(match & above, above), add(match & ~above, ~above)
-            seen = np.bincount(position[above], minlength=1)[: self.max_positions]
-            right = np.bincount(position[above & match], minlength=len(seen))
-            positions[tau] = tuple((t, int(seen[t]), float(right[t] / seen[t])) for t in range(len(seen)) if seen[t])
+        width = min(self.max_positions, max(lengths))
         columns = [np.stack([np.bincount(sample, weights=one[i], minlength=len(lengths)) for one in ratios], axis=1) for i in (0, 1)]
         drawn = bootstrap_columns(*columns, self._clusters, n_resamples=n_resamples, seed=seed)
+        positions = {}
+        for tau in self.thresholds:
+            above = (cosine > np.float32(tau)) & (position < width)
+            right, seen = (np.zeros((len(lengths), width), dtype=bool) for _ in range(2))
+            right[sample[above], position[above]], seen[sample[above], position[above]] = match[above], True
+            places = np.flatnonzero(seen.any(axis=0))
+            shares = ()
+            if places.size:
+                shares = bootstrap_columns(right[:, places], seen[:, places], self._clusters, n_resamples=min(n_resamples, 1000), seed=seed)
+            positions[tau] = tuple(zip(places.tolist(), shares, strict=True))
         bands = []
         for i, at in of_band.items():
             if at is not None:

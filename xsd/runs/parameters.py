@@ -16,6 +16,7 @@ from xsd.core import ParameterError
 
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1")
 Level = Literal["L1", "L2", "L3", "L4", "L5", "L5F", "B1"]
+TrainedLevel = Literal["L1", "L2", "L3", "L4", "L5", "L5F", "B1", "L6"]
 Mode = Literal["free_running", "teacher_forced"]
 
 
@@ -99,13 +100,21 @@ class TrainParameters(NotebookParameters):
     """02: training of the adapters."""
 
     notebook = "02_train"
-    levels: list[Level] = Field(["L1", "L4", "L5F", "B1"], min_length=1, description="levels to train")
+    levels: list[TrainedLevel] = Field(
+        ["L1", "L4", "L5F", "B1"], min_length=1, description="levels to train; L6 is LoRA of the drafter itself"
+    )
     data: str = Field("simulated", min_length=1, description="the training set that notebook 01 extracted")
     mode: Mode = Field("teacher_forced", description="which pairs to train on")
     profile: Literal["reference", "converged", "tokens", "rollout"] = Field("tokens", description="recipe (docs/adapters.md, section 5)")
     epochs: int = Field(8, ge=1, le=10_000, description="longest training, in epochs")
     batch_size: int = Field(16, ge=1, le=65_536, description="answers a step")
     learning_rate: float = Field(2e-3, gt=0, lt=1, description="AdamW's peak rate; lower it for wide models")
+    objective: str = Field("", description="terms of the loss, such as mse + 0.5*cosine + kl; empty leaves them to the recipe")
+    position_decay: float = Field(1.0, gt=0, le=1, description="weight of the loss at place t of an answer is this to the power t")
+    noise: float = Field(0.0, ge=0, le=10, description="noise on the states that are read, in standard deviations")
+    token_fusion: bool = Field(False, description="L5, L5F and B1 also read the token before (docs/adapters.md, section 3)")
+    draft_vocabulary: int = Field(0, ge=0, le=10_000_000, description="train and draft with so many most frequent tokens; 0 means all")
+    lora_learning_rate: float = Field(1e-3, gt=0, lt=1, description="L6's peak rate; 1e-4 for 7B models")
 
 
 class HiddenParameters(NotebookParameters):
@@ -248,6 +257,45 @@ class StudyParameters(NotebookParameters):
     max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer in tokens, likewise")
 
 
+class PixelParameters(NotebookParameters):
+    """11: the pixel-level baseline P0."""
+
+    notebook = "11_pixels"
+    data: str = Field("simulated", min_length=1, description="simulated, or a dataset folder with both splits")
+    n_train_sequences: int = Field(6, ge=2, le=100_000, description="drives to train on, where the run holds none yet")
+    n_test_sequences: int = Field(4, ge=1, le=100_000, description="held-out drives, likewise")
+    image_size: int = Field(32, ge=8, le=1024, description="pictures are cut square and scaled to it, in pixels; 224 in the reference")
+    n_event_frames: int = Field(5, ge=1, le=64, description="pairs of pictures from each clip")
+    width: int = Field(64, ge=1, le=65_536, description="of P0's middle layers; 512 in the reference")
+    epochs: int = Field(30, ge=1, le=10_000, description="length of the training, in epochs")
+    batch_size: int = Field(16, ge=1, le=65_536, description="pairs a step")
+    learning_rate: float = Field(1e-3, gt=0, lt=1, description="AdamW's peak rate")
+    thresholds: list[float] = Field([0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95], min_length=1, description="cosine thresholds that are counted")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
+    workers: int = Field(2, ge=1, le=256, description="processes that simulate drives")
+
+
+class TruthParameters(NotebookParameters):
+    """13: where acceptance is lost, what the events are worth, and the full report of a run."""
+
+    notebook = "13_truth"
+    levels: list[Level] = Field(["L1", "L4", "L5F", "B1"], min_length=1, description="trained levels to evaluate; B1 is the verifier-self arm")
+    waterfall: Level = Field("L4", description="the level whose losses are drawn")
+    data: str = Field("simulated", min_length=1, description="the training set, whose answers make the floors")
+    test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets that notebook 01 extracted")
+    drafter_sees: list[Literal["blank events", "other scene", "text only"]] = Field(
+        ["blank events", "other scene", "text only"], description="what the drafter is shown in place of the clip's own events"
+    )
+    gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
+    gamma_prefill: int = Field(10, ge=1, le=4096, description="draft tokens behind the verifier's prefill, in the two-phase table")
+    top_k: int = Field(5, ge=1, le=254, description="how many of the head's best tokens count as top-k")
+    threshold: float = Field(0.9, gt=-1, lt=1, description="cosine threshold τ compared with the token truth")
+    thresholds: list[float] = Field([0.8, 0.85, 0.9, 0.95], min_length=1, description="all cosine thresholds that are counted")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
+    batch_size: int = Field(32, ge=1, le=65_536, description="answers at a time")
+    pictures: bool = Field(False, description="also write every figure as PNG and SVG, where a Chromium is installed (a minute)")
+
+
 NOTEBOOKS: dict[str, type[NotebookParameters]] = {
     model.notebook: model
     for model in (
@@ -261,7 +309,9 @@ NOTEBOOKS: dict[str, type[NotebookParameters]] = {
         ExploreParameters,
         RawDsecParameters,
         RecordingParameters,
+        PixelParameters,
         StudyParameters,
+        TruthParameters,
     )
 }
 """File stem of a notebook → its model."""

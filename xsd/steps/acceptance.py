@@ -72,14 +72,9 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
         arms[DRAFTER] = drafts.drafter_drafts(one, given.batch_size)
         answers = extraction.answers(one.dataset)
         prompts = [about["prompt_ids"][question] for question in one.dataset.table()["question"]]
-        used = [i for i, ids in enumerate(answers) if len(ids) > 1]
-        if not used:
-            raise ParameterError(
-                f"every answer held out of {one.name} is a single token, so nothing is drafted and there is no acceptance to measure; "
-                "extract with a larger max_new_tokens in notebook 01, or other test_data"
-            )
+        used = drafted_samples(one.name, answers)
         options = {"n_resamples": given.resamples, "seed": given.seed}
-        counted = _floor_counts(training, [answers[i] for i in used], [prompts[i] for i in used], given.gamma)
+        counted = floor_counts(training, [answers[i] for i in used], [prompts[i] for i in used], given.gamma)
         counted[DRAFTER] = arms[DRAFTER].of(used).counts(given.gamma)
         clusters = [one.clusters[i] for i in used]
         rows: dict[str, Any] = {}
@@ -128,6 +123,17 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
     return Tokens(results, table, by_kind, reliability)
 
 
+def drafted_samples(name: str, answers: Sequence[Sequence[int]]) -> list[int]:
+    """Samples whose answer has a position to draft, beyond the first token. Raises: ParameterError when there is none."""
+    used = [i for i, ids in enumerate(answers) if len(ids) > 1]
+    if not used:
+        raise ParameterError(
+            f"every answer held out of {name} is a single token, so nothing is drafted and there is no acceptance to measure; "
+            "extract with a larger max_new_tokens in notebook 01, or other test_data"
+        )
+    return used
+
+
 def curves(table: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
     """What the report draws of one data set's token table, as columns: ``by_position`` and ``reliability`` of xsd/views/frames.py.
 
@@ -154,7 +160,7 @@ def label_of(row: str, adapters: Mapping[str, Adapter]) -> str:
     return next(name for name, key in FLOORS.items() if key == row)
 
 
-def _floor_counts(
+def floor_counts(
     training: Sequence[list[int]], answers: Sequence[list[int]], prompts: Sequence[list[int]], gamma: int
 ) -> dict[str, tuple[Counts, Counts]]:
     """Counts of the floors on positions 1 … n-1 of each answer, the drafter's own left to the caller."""

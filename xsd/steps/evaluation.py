@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xsd.adapters.base import Adapter
 from xsd.core import Batch, ParameterError, provenance
-from xsd.metrics import evaluate, tables
+from xsd.metrics import evaluate, statistics, tables
 from xsd.metrics.evaluate import Evaluation
 from xsd.metrics.statistics import Interval
 from xsd.runs import folder, parameters
@@ -56,22 +56,37 @@ def key_of(sequence: str, clip: str, question: str) -> str:
 
 
 def pairs_and_adapters(
-    given: parameters.HiddenParameters | parameters.TokenParameters,
+    given: parameters.HiddenParameters | parameters.TokenParameters | parameters.TruthParameters, mode: str | None = None
 ) -> tuple[list[HeldOut], dict[str, Adapter]]:
-    """What steps 03 and 04 read, made with the smoke parameters in a run that holds nothing yet.
+    """What steps 03, 04 and 13 read, made with the smoke parameters in a run that holds nothing yet. mode: the held-out pairs', by
+    default as given.
 
     Raises: ParameterError for a data set that was not extracted or a level that was not trained, MetricError when a held-out sequence is
     among the training ones.
     """
-    asked = {"data": given.data} if isinstance(given, parameters.TokenParameters) else {}
+    asked = {} if isinstance(given, parameters.HiddenParameters) else {"data": given.data}
     extraction.ensure(given.run_dir, given.seed, test_data=given.test_data, **asked)
     data = asked.get("data") or extraction.pair_file(given.run_dir).get("data", datasets.SIMULATED)
     training.ensure(given.run_dir, given.seed, given.levels, data=data)
     adapters = training.load(given.run_dir, given.levels)
-    sets = [held_out(given.run_dir, name, given.mode) for name in given.test_data]
+    sets = [held_out(given.run_dir, name, mode or given.mode) for name in given.test_data]
+    check_leakage(given.run_dir, sets)
     if len({one.name for one in sets}) < len(sets):
         raise ParameterError(f"two of the held-out sets {', '.join(given.test_data)} share a name; rename one of the folders")
     return sets, adapters
+
+
+def check_leakage(run_dir: str | os.PathLike[str], sets: Sequence[HeldOut]) -> dict[str, int]:
+    """Compare the sequences in the manifests of every training set of the run with those of the held-out sets.
+
+    Returns the numbers of sequences: training, held_out. Raises: MetricError naming shared sequences, or when the run holds no training
+    set to compare with (a check of nothing proves nothing).
+    """
+    places = sorted((folder.resolve(run_dir) / "shards").glob("train_*/*/"))
+    train = {name for place in places for name in ShardDataset(place, unfinished=True).table()["sequence"]}
+    test = {name for one in sets for name in one.dataset.table()["sequence"]}
+    statistics.check_disjoint(train, test)
+    return {"training": len(train), "held_out": len(test)}
 
 
 def interval(value: Interval) -> dict[str, Any]:
