@@ -20,6 +20,7 @@ def test_help_and_import_load_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
     done = subprocess.run([sys.executable, "-m", "xsd.cli", "--help"], capture_output=True, text=True, check=True)
     verbs = ("run", "sweep", "report", "notebooks", "demo", "simulate", "doctor", "plan", "prepare-dsec", "import-traces")
+    verbs += ("extract", "status", "verify", "repair", "import-chunks")
     assert all(verb in done.stdout for verb in verbs)
 
 

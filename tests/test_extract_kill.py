@@ -19,10 +19,9 @@ from xsd.shards import writer
 
 N = 80
 OPTIONS = {
-    "modes": ("teacher_forced", "free_running"), "layers": (-1, -2), "max_new_tokens": 3, "batch_size": 2, "samples_per_shard": 7,
-    "dtype": "fp16",
+    "modes": ("teacher_forced", "free_running"), "max_new_tokens": 3, "batch_size": 2, "samples_per_shard": 7, "dtype": "fp16",
 }  # fmt: skip
-QUICK = {**OPTIONS, "modes": ("teacher_forced",), "layers": (-1,)}
+QUICK = {**OPTIONS, "modes": ("teacher_forced",)}
 
 
 def contents(folder):
@@ -71,7 +70,7 @@ def test_killed_more_than_fifty_times_at_random_moments_it_ends_in_the_same_byte
     """One run, many lives. How long a life may be follows the progress, so that a fast machine is killed as often as a slow one."""
     run.extract(tiny_pair(), samples, tmp_path / "whole", **OPTIONS)
     whole, folder = contents(tmp_path / "whole"), tmp_path / "run"
-    draw, kills, limit_s, done, wanted = random.Random(0), 0, 0.05, 0, 60
+    draw, kills, limit_s, done, wanted = random.Random(0), 0, 0.05, 0, 55
     while kills < wanted:
         child = forked(lambda: run.extract(tiny_pair(), samples, folder, **OPTIONS))
         if ends_within(child, draw.uniform(0, limit_s)):
@@ -109,7 +108,7 @@ def test_a_second_process_on_one_run_is_refused_and_the_first_goes_on(samples, t
 
 
 def test_a_full_disk_at_any_write_stops_cleanly_and_the_run_goes_on(samples, tmp_path, monkeypatch):
-    """Every life writes two files more than the last one got, and half of the next."""
+    """A life writes up to eight files, and half of the next."""
     run.extract(tiny_pair(), samples[:12], tmp_path / "whole", **QUICK)
     folder, real, lives = tmp_path / "run", Path.write_bytes, 0
     left = 0
@@ -123,8 +122,8 @@ def test_a_full_disk_at_any_write_stops_cleanly_and_the_run_goes_on(samples, tmp
         return real(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", write_bytes)
-    while lives < 40:
-        left = 2
+    while lives < 60:
+        left = lives % 9
         try:
             run.extract(tiny_pair(), samples[:12], folder, **QUICK)
             break

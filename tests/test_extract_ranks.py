@@ -8,6 +8,7 @@ import pytest
 import torch.distributed
 from models_fixtures import tiny_pair
 from tiny_pair import make_samples
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher import api as launcher
 
 from xsd.core import ParameterError, ShardError
@@ -62,15 +63,9 @@ def ended(child):
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
-def kill_after(batches):
-    seen = []
-
-    def progress(_):
-        seen.append(1)
-        if len(seen) == batches:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    return progress
+def die(progress):
+    """A progress that kills its process, after the first batch."""
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def test_ranks_take_whole_shards_and_every_sample_once():
@@ -114,9 +109,7 @@ def test_two_gloo_processes_write_the_run_of_one(samples, whole, tmp_path):
 def test_a_killed_rank_is_started_again_alone(samples, whole, tmp_path):
     def together(number):
         meet(number, tmp_path / "meeting")
-        run.extract(
-            tiny_pair(), samples, tmp_path, **OPTIONS, rank=ranks.Rank.of_this_process(), progress=kill_after(1) if number else None
-        )
+        run.extract(tiny_pair(), samples, tmp_path, **OPTIONS, rank=ranks.Rank.of_this_process(), progress=die if number else None)
 
     def alone():
         run.extract(tiny_pair(), samples, tmp_path, **OPTIONS, rank=ranks.Rank.of_this_process({"RANK": "1", "WORLD_SIZE": "2"}))
@@ -178,24 +171,30 @@ def test_parts_of_other_settings_are_not_joined(samples, tmp_path):
     assert event.kind == "error" and event.part == "1 of 2" and "does not belong" in event.what
 
 
-def torchrun_worker(samples, folder, options):
-    """What torchrun starts twice; in its first life the second process is killed after one batch."""
-    rank, first_life = ranks.Rank.of_this_process(), os.environ["TORCHELASTIC_RESTART_COUNT"] == "0"
-    progress = kill_after(1) if first_life and rank.rank == 1 else None
-    report = run.extract(tiny_pair(), samples, folder, **options, rank=rank, progress=progress)
+def torchrun_worker(samples, folder, options, killed):
+    """What torchrun starts twice."""
+    rank = ranks.Rank.of_this_process()
+    report = run.extract(tiny_pair(), samples, folder, **options, rank=rank, progress=die if rank.rank == killed else None)
     if not report.finished:  # told to stop because the other was killed
         os._exit(130)
     return report.joined
 
 
-def test_torchrun_brings_back_a_killed_process_and_the_run_is_the_same(samples, whole, tmp_path):
+def test_the_same_command_under_torchrun_goes_on_after_one_process_was_killed(samples, whole, tmp_path):
     """torchrun's own launcher, its workers forked so that none of them imports torch again."""
     options = {**OPTIONS, "modes": ("teacher_forced",), "layers": (-1,)}
-    config = launcher.LaunchConfig(
-        min_nodes=1, max_nodes=1, nproc_per_node=2, run_id="xsd", rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=1,
-        monitor_interval=0.1, start_method="fork", log_line_prefix_template="",
-    )  # fmt: skip
-    joined = launcher.elastic_launch(config, torchrun_worker)(samples, tmp_path, options)
+
+    def torchrun(name, killed=None):
+        config = launcher.LaunchConfig(
+            min_nodes=1, max_nodes=1, nproc_per_node=2, run_id=name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0,
+            monitor_interval=0.1, start_method="fork", log_line_prefix_template="",
+        )  # fmt: skip
+        return launcher.elastic_launch(config, torchrun_worker)(samples, tmp_path, options, killed)
+
+    with pytest.raises(ChildFailedError):
+        torchrun("first", killed=1)
+    assert not (tmp_path / "teacher_forced" / layout.MANIFEST).exists()
+    joined = torchrun("second")
     assert set(joined) == {0, 1} and any(joined.values())
     assert contents(tmp_path) == {name: data for name, data in whole.items() if name.startswith("teacher_forced/")}
     assert layout.read_manifest(tmp_path / "teacher_forced")["provenance"]["processes"] == 2

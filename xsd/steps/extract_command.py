@@ -87,13 +87,14 @@ def _extract(arguments: argparse.Namespace) -> int:
     request.root()
     pair = replace(request, device=device).load_pair()
     samples = request.samples(pair)
-    request.save(arguments.out)
+    request.save(arguments.out, first=True)
     report = run.extract(
         pair, samples, arguments.out, modes=_list(arguments.modes), layers=_integers(arguments.layers), dtype=arguments.stored,
         max_new_tokens=arguments.max_new_tokens, batch_size=arguments.batch, samples_per_shard=arguments.samples_per_shard,
         max_samples=arguments.max_samples, seed=arguments.seed, config=request.config(), verifier_from=arguments.reuse_verifier,
         rank=rank, progress=Told(prefix=f"part {part}: " if part else ""),
     )  # fmt: skip
+    request.save(arguments.out)
     what = f"{arguments.out}: " + (f"part {part}, " if part else "")
     counted = (
         f"{report.n} samples, {report.tokens} tokens, {report.gb:.3f} GB in {report.seconds:.0f} s ({report.resumed} were done before)"

@@ -69,9 +69,13 @@ class Request:
         about = {"split": self.split, "data": datasets.name_of(self.data), "data_hash": dataset_folder.data_hash(self.root())}
         return {**about, "duration": self.duration, "quant": self.quant, "max_questions": self.max_questions}
 
-    def save(self, folder: str | Path) -> None:
-        """Write extract.json into a run folder. Raises: StorageError."""
-        write_json(Path(folder) / FILE, self)
+    def save(self, folder: str | Path, *, first: bool = False) -> None:
+        """Write extract.json into a run folder. first: only where there is none yet, as before an extraction that may be refused.
+
+        Raises: StorageError.
+        """
+        if not (first and (Path(folder) / FILE).is_file()):
+            write_json(Path(folder) / FILE, self)
 
 
 def here(path: str | Path) -> str:

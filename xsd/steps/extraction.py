@@ -64,10 +64,11 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     counts = {}
     for (split, name), (n, modes) in plans.items():
         place = shard_folder(given.run_dir, split, name, modes[0]).parent
-        extract_request.Request(
+        request = extract_request.Request(
             data=extract_request.here(roots[split, name]), split=split, n_sequences=n, questions_per_sequence=given.questions_per_sequence,
             pair=given.pair if given.pair == "embedded" else extract_request.here(given.pair),
-        ).save(place)  # fmt: skip
+        )  # fmt: skip
+        request.save(place, first=True)
         report = extraction.extract(
             pair,
             samples[split, name],
@@ -82,6 +83,7 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
         )
         if not report.finished:
             raise ParameterError(f"the extraction of {split} {name} was interrupted after {report.n} samples; run it again to continue")
+        request.save(place)
         clips = {(sample.sequence, sample.clip) for sample in samples[split, name]}
         counts[split, name] = {
             "sequences": len({sample.sequence for sample in samples[split, name]}),
