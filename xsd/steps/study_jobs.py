@@ -22,7 +22,7 @@ from xsd.shards import stream
 from xsd.shards.store import ShardDataset
 from xsd.steps import study_measure, study_recipes
 from xsd.steps.study_recipes import CLOSED_FORM, FLOORS, Job
-from xsd.train import fit, source
+from xsd.train import fit, guards, source
 from xsd.train.recipes import FitConfig
 
 MODE = "teacher_forced"
@@ -44,12 +44,13 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Data:
-    """What every training reads. states: of the train split, packed once. hashes: of the pairs trained and judged on."""
+    """What every training reads. states: of the train split, packed once. held_out: what may not be among them. hashes: of both sets."""
 
     states: source.States
     train: ShardDataset
     test: ShardDataset
     head: torch.Tensor
+    held_out: guards.HeldOut
     hashes: dict[str, str]
 
     def part(self, share: float) -> source.States:
@@ -65,7 +66,7 @@ def opened(train: Path, test: Path) -> Data:
     training, judging = ShardDataset(train, expected_mode=MODE), ShardDataset(test, expected_mode=MODE)
     states = source.open_states(training)
     hashes = {"train": states.fingerprint(), "test": str(judging.manifest["digest"])}
-    return Data(states, training, judging, training.head("verifier"), hashes)
+    return Data(states, training, judging, training.head("verifier"), guards.held_out([judging]), hashes)
 
 
 def work(job: Job, setting: Setting) -> dict[str, Any]:
@@ -106,7 +107,7 @@ def _solve(job: Job, data: Data) -> tuple[Any, dict[str, Any]]:
 def _train(job: Job, data: Data, config: FitConfig, place: Path) -> tuple[Any, dict[str, Any]]:
     states = data.part(job.share)
     began = time.perf_counter()
-    result = fit.fit_adapter(job.level, states, folder=place, config=config, head=data.head, seed=job.seed)
+    result = fit.fit_adapter(job.level, states, folder=place, config=config, head=data.head, held_out=data.held_out, seed=job.seed)
     used = len(source.split_by_sequence(states.sequence, config.validation_share, job.seed)[0])
     steps = len(result.history) * math.ceil(math.ceil(used / config.batch_size) / config.accumulation)
     cost = {"epochs": len(result.history), "best_epoch": result.best_epoch, "pairs": len(states), "steps": steps}

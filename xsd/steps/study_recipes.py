@@ -40,8 +40,10 @@ _BEST_BY_LEVEL: dict[str, dict[str, Any]] = {
     "L1": {"objective": "cross_entropy"},
     "L2": {"objective": "cross_entropy"},
     "L3": {"objective": "cross_entropy"},
+    "B1": {"token_fusion": True},
 }
-"""Where a level's best recipe differs: what never reads its own predictions need not stay near the verifier's states."""
+"""Where a level's best recipe differs. What never reads its own predictions need not stay near the verifier's states; B1, which reads
+nothing else, is told which token its prediction became."""
 RECIPES = tuple(_SETTINGS)
 BUDGETS = ("documented", "converged")
 """What the reference's training gains with time, for the levels that are asked for it."""

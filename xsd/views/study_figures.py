@@ -16,21 +16,22 @@ RECIPES = {
     "no adapter": theme.Mark(theme.REJECTED, symbol="line-ns-open"),
 }
 """How a recipe is drawn: hue and shape both differ, so that neither is needed alone."""
-_APART = 0.16
+_APART = 0.2
 """Distance between the recipes of one level, in rows."""
 
 
 def accepted_by_recipe(
     frame: pd.DataFrame, *, gamma: int, title: str = "Accepted draft tokens a verification, by level and recipe"
 ) -> go.Figure:
-    """A dot and its interval for each level and recipe, the recipes of a level one below the other; the hover says the seeds' range.
+    """A dot and its interval for each level and recipe, the recipes of a level one below the other; a line at the best row
+    without an adapter. The hover says the seeds' range.
 
     frame: level, recipe, accepted_length, ``accepted_length low``, ``accepted_length high``, lowest seed, highest seed, n (rounds). Levels
     stand from top to bottom in the order in which they come. gamma: where the axis ends, since no round accepts more.
     """
     levels = list(dict.fromkeys(frame["level"]))
     x = "draft tokens accepted a verification in self-rollout, mean and 95 % interval"
-    figure = theme.figure(title, x=x, height=150 + 42 * len(levels))
+    figure = theme.figure(title, x=x, height=180 + 44 * len(levels))
     present = {level: [name for name in RECIPES if name in set(part["recipe"])] for level, part in frame.groupby("level", sort=False)}
     for recipe, mark in RECIPES.items():
         part = frame[frame["recipe"] == recipe]
@@ -64,6 +65,11 @@ def accepted_by_recipe(
                 "<br>seeds %{customdata[3]:.2f} … %{customdata[4]:.2f}<br>n = %{customdata[5]} rounds<extra></extra>",
             )
         )  # fmt: skip
+    floors = frame.loc[frame["recipe"] == "no adapter", "accepted_length"]
+    if len(floors):
+        best, line = float(floors.max()), {"dash": "dash", "color": theme.SOFT_INK, "width": 1.5}
+        figure.add_vline(x=best, line=line, layer="below")
+        figure.add_annotation(x=best, y=0, yref="paper", yanchor="bottom", xanchor="left", text=" best without an adapter", showarrow=False)
     figure.update_yaxes(tickvals=list(range(len(levels))), ticktext=levels, range=[len(levels) - 0.4, -0.6], showgrid=False)
     figure.update_xaxes(range=[0, gamma])
     figure.update_layout(legend={"yanchor": "bottom", "y": 1.0, "x": 0}, margin={"t": 90}, title={"y": 0.97})
@@ -103,5 +109,4 @@ def learning_curve(frame: pd.DataFrame, *, title: str = "Accepted draft tokens a
         )
     drives = sorted(set(frame["sequences"].tolist()))
     figure.update_xaxes(type="log", tickvals=drives, ticktext=[str(one) for one in drives])
-    figure.update_yaxes(rangemode="tozero")
     return figure
