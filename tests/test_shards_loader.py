@@ -270,6 +270,24 @@ def test_breaking_off_leaves_no_thread_behind(dataset):
     assert threads() == []
 
 
+def test_memory_is_lent_again_only_when_no_tensor_stands_on_it():
+    memory = reader.Memory(2)
+    first = memory.take((3, 4), torch.float32)
+    kept, place = first[1:, :2], first.data_ptr()
+    kept.fill_(7)
+    del first
+    second = memory.take((3, 4), torch.float32).fill_(1)
+    assert second.data_ptr() != place and bool((kept == 7).all())
+    del kept
+    assert memory.take((2, 4), torch.bfloat16).data_ptr() == place
+    assert memory.take((50, 4), torch.float32).shape == (50, 4)
+
+
+def test_batches_that_are_kept_stay_as_they_were(dataset):
+    kept = list(Loader(dataset, batch_size=2, shuffle_seed=0))
+    assert all(equal(batch, stream.collate([dataset[i] for i in batch.index], batch.index)) for batch in kept)
+
+
 def test_a_shard_truncated_under_the_reader_is_named_in_the_consumer(tmp_path):
     stored = write(tmp_path, 12)
     path = tmp_path / "shard-000002.safetensors"
@@ -283,9 +301,9 @@ def test_a_shard_truncated_under_the_reader_is_named_in_the_consumer(tmp_path):
 
 def test_a_shard_that_is_none_is_named(tmp_path):
     stored = write(tmp_path, 5)
-    for data in (b"\xff" * 64, b"\x02" + b"\0" * 7 + b"{}"):
+    for data, what in ((b"\x09" + b"\0" * 90, "cannot be read"), (b"\x02" + b"\0" * 7 + b"{}", "holds no offsets_drafter")):
         (tmp_path / "shard-000000.safetensors").write_bytes(data)
-        with pytest.raises(ShardError, match=r"shard-000000\.safetensors cannot be read .*; run verify and repair"):
+        with pytest.raises(ShardError, match=rf"shard-000000\.safetensors {what} .*; run verify and repair"):
             list(Loader(stored, batch_size=2))
 
 
@@ -297,7 +315,7 @@ def test_offsets_that_do_not_fit_are_refused(tmp_path):
     place = 8 + int.from_bytes(data[:8], "little") + header["offsets_verifier"]["data_offsets"][0]
     data[place + 8] ^= 0x40
     path.write_bytes(data)
-    with pytest.raises(ShardError, match="offsets of the verifier that do not fit its states"):
+    with pytest.raises(ShardError, match="states of the verifier that fit neither its offsets nor the manifest"):
         list(Loader(stored, batch_size=2))
 
 

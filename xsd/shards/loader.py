@@ -24,7 +24,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from xsd.core import Batch, ShardError
 from xsd.shards import batching
 from xsd.shards import format as layout
-from xsd.shards.reader import ShardReader
+from xsd.shards.reader import SCRATCH, Memory, ShardReader
 from xsd.shards.store import ShardDataset
 
 
@@ -74,7 +74,11 @@ class Loader(IterableDataset[Batch]):
         self._part = None if indices is None and dataset.is_whole else _digest([list(places) for places in self._by_shard.values()])
         per_shard = max(1, dataset.manifest["samples_per_shard"])
         self._n_open = min(128, 8 + 4 * -(-(shuffle_buffer if shuffle_seed is not None else 1) // per_shard))
+        self._memory: dict[str, Memory] | None = None
         self._reader()  # an unknown dtype is refused here
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memory": None}  # worker processes have their own
 
     # --- position -----------------------------------------------------------------------------------------------------------
 
@@ -113,7 +117,10 @@ class Loader(IterableDataset[Batch]):
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
         worker, n_workers = (info.id, info.num_workers) if info is not None else (0, 1)
-        reader = self._reader()
+        if info is None and self._memory is None:
+            self._memory = {role: Memory(self.prefetch + 2) for role in layout.ROLES}
+        # A DataLoader's worker sends whole blocks to the main process, so it takes just what a batch needs.
+        reader = self._reader(self._memory if info is None else None)
         own = islice(self._own(reader), worker, None, n_workers)
         pool = ThreadPoolExecutor(self.readers, thread_name_prefix="shards")
         try:
@@ -150,8 +157,8 @@ class Loader(IterableDataset[Batch]):
         order = batching.shuffled(list(self._by_shard), items_of, seed=self.shuffle_seed, epoch=self.epoch, buffer=self.shuffle_buffer)
         return batching.batched(order, self.rule)
 
-    def _reader(self) -> ShardReader:
-        return ShardReader(self.dataset, dtype=self.dtype, n_open=self._n_open)
+    def _reader(self, memory: Mapping[str, Memory] | None = None) -> ShardReader:
+        return ShardReader(self.dataset, dtype=self.dtype, n_open=self._n_open, memory=memory)
 
     # --- size ----------------------------------------------------------------------------------------------------------------
 
@@ -163,8 +170,8 @@ class Loader(IterableDataset[Batch]):
     def memory_bound(self) -> int:
         """Bytes that an iteration holds at most, besides the interpreter; the same for any number of shards. Reads all offsets once.
 
-        Batches: those read ahead, the one being handed over and the one in the consumer's hands. A longest sample for each thread that
-        converts. Offsets, ids, scales and names of the open shards (128 at most). Manifest and index lists are the dataset's own.
+        Batches: those read ahead, the one being handed over and the one in the consumer's hands. What a reading thread converts at a
+        time. Offsets, ids, scales and names of the open shards (128 at most). Manifest and index lists are the dataset's own.
         """
         reader = self._reader()
         longest = max(max(reader.shard(number).lengths, default=0) for number in self._by_shard)
@@ -175,7 +182,8 @@ class Loader(IterableDataset[Batch]):
         else:
             positions = (rows or 1) * longest
         batch = positions * (widths * reader.dtype.itemsize + 2 * 8 + 1)
-        scratch = self.readers * longest * widths * layout.TORCH_DTYPES[self.dataset.manifest["dtype"]].itemsize
+        line = longest * widths * layout.TORCH_DTYPES[self.dataset.manifest["dtype"]].itemsize
+        scratch = self.readers * 8 * max(line, SCRATCH)  # int8 is widened to float32 twice on the way
         shards = self.dataset.manifest["shards"]
         kept = max(2 * 8 * (shard["n_tokens_drafter"] + shard["n_tokens_verifier"]) + 200 * shard["n_samples"] + 4096 for shard in shards)
         return (self.prefetch + 2) * batch + scratch + min(self._n_open, len(shards)) * kept
