@@ -58,7 +58,7 @@ def test_seven_billion_parameters_give_16_777_216_trainable_ones():
     with torch.device("meta"):
         model = EventGPTForCausalLM(full_size.drafter_config())
         tuned = lora.attach(model)
-    assert lora.trainable_parameters(tuned) == 16_777_216
+    assert lora.trainable_parameters(tuned) == 16_777_216 == lora.size_of(4096, 32)
     assert all(".model.layers." in name and ".self_attn." in name for name, p in tuned.named_parameters() if p.requires_grad)
 
 
@@ -216,6 +216,24 @@ def test_a_4_bit_drafter_trains_though_it_has_already_run_and_its_lora_merges_in
 def test_data_that_cannot_train_it_is_refused(change, message, tmp_path):
     with pytest.raises(TrainingError, match=message):
         fit(tmp_path, states=[dataclasses.replace(one, **change) for one in data()[0]])
+
+
+def test_out_of_memory_says_what_to_lower_and_leaves_the_drafter_as_it_came(tmp_path):
+    model = drafter()
+    before = weights(model)
+
+    def prompt(one):
+        raise torch.OutOfMemoryError("no room")
+
+    with pytest.raises(TrainingError, match=r"lower batch_size \(now 4\) and raise accumulation \(now 2\), set gradient"):
+        lora_fit.fit_lora(model, data()[0], prompt, folder=tmp_path, head=head(), config=CONFIG)
+    assert same(before, weights(model))
+
+
+def test_held_out_answers_are_refused_by_their_hash(tmp_path):
+    held = [dataclasses.replace(one, sequence=f"other_{one.sequence}", split="test") for one in data()[0][:2]]
+    with pytest.raises(TrainingError, match="2 of 16 training answers are held-out ones under other names"):
+        fit(tmp_path, held_out=[held])
 
 
 def test_prompts_of_other_data_are_refused(tmp_path):

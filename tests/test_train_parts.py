@@ -79,13 +79,28 @@ def test_noise_moves_inputs_and_never_targets():
         seen.append(target)
         return {"total": aligned[mask].pow(2).mean()}
 
-    for name in ("L1", "B1", "L5F"):
+    for name in ("L4", "B1", "L5F"):
         adapter, config = make(name), FitConfig(noise=0.3)
         torch.manual_seed(0)
         noisy = parts.losses(adapter, batch, objective, head, config, [1.0], [1.0])["total"]
         clean = parts.losses(adapter, batch, objective, head, FitConfig(), [1.0], [1.0])["total"]
         assert float(noisy.detach()) != float(clean.detach())
         assert torch.equal(seen[-1], seen[-2]) and torch.equal(seen[-1], batch.verifier[:, adapter.shift :])
+
+
+@pytest.mark.parametrize("weighted", [1.0, 0.7])
+def test_a_level_that_looks_at_one_position_computes_no_padding_and_the_same_loss(weighted):
+    adapter, head, batch = make("L3"), torch.randn(VOCABULARY, WIDTH), make_batch([7, 2, 4])
+    config = config_of({"position_decay": weighted})
+    objective, widths = objectives.parse(config.objective), []
+    adapter.input_norm.register_forward_hook(lambda module, inputs, output: widths.append(tuple(inputs[0].shape)))
+    got = parts.losses(adapter, batch, objective, head, config, [1.0], [1.0])
+    want = objective(
+        adapter.align(batch).aligned, batch.verifier, batch.ids_by_verifier, batch.mask, head, parts.weights_of(batch.mask, 0, config)
+    )
+    assert widths[0] == (13, WIDTH)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name])
 
 
 def test_accumulated_training_is_that_of_the_large_batch(tmp_path):

@@ -279,7 +279,9 @@ class TruthParameters(NotebookParameters):
     """13: where acceptance is lost, what the events are worth, and the full report of a run."""
 
     notebook = "13_truth"
-    levels: list[Level] = Field(["L1", "L4", "L5F", "B1"], min_length=1, description="trained levels to evaluate; B1 is the verifier-self arm")
+    levels: list[Level] = Field(
+        ["L1", "L4", "L5F", "B1"], min_length=1, description="trained levels to evaluate; B1 is the verifier-self arm"
+    )
     waterfall: Level = Field("L4", description="the level whose losses are drawn")
     data: str = Field("simulated", min_length=1, description="the training set, whose answers make the floors")
     test_data: list[str] = Field(["simulated"], min_length=1, description="held-out sets that notebook 01 extracted")

@@ -1,4 +1,4 @@
-"""Step 02: one adapter a level from the training pairs of a run."""
+"""Step 02: one adapter a level from the training pairs of a run; L6, the drafter's own LoRA, is in :mod:`xsd.steps.drafter_tuning`."""
 
 from __future__ import annotations
 
@@ -15,12 +15,15 @@ from xsd.adapters import registry
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError, provenance
 from xsd.runs import folder, parameters
-from xsd.steps import extraction
-from xsd.train import fit, source
+from xsd.shards.store import ShardDataset
+from xsd.steps import drafter_tuning, extraction
+from xsd.train import fit, guards, lora, source, start
 from xsd.train.recipes import FitConfig
 
 FULL_SIZE = 4096
 """Hidden size of the 7B pair, for the parameter counts beside the embedded pair's."""
+FULL_LAYERS = 32
+"""Layers of its drafter's decoder."""
 
 
 def adapter_folder(run_dir: str | os.PathLike[str], level: str) -> Path:
@@ -31,23 +34,30 @@ def adapter_folder(run_dir: str | os.PathLike[str], level: str) -> Path:
 def run(given: parameters.TrainParameters, *, progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Train the levels that are missing and write ``results/train.json``; finished trainings are found again.
 
-    progress: called with the level and each epoch's row. Raises: TrainingError when the run holds another training of a level.
+    progress: called with the level and each epoch's row. Raises: TrainingError when the run holds another training of a level, or when
+    anything of the run's held-out sets is in the training data; ParameterError for an option that a level does not have.
     """
     extraction.ensure(given.run_dir, given.seed, data=given.data)
     dataset = extraction.open_pairs(given.run_dir, "train", given.data, given.mode)
     states = source.open_states(dataset)
     head = dataset.head("verifier")
-    config = FitConfig(profile=given.profile, epochs=given.epochs, batch_size=given.batch_size, learning_rate=given.learning_rate)
-    levels = {}
+    held_out = guards.held_out(held_out_sets(given.run_dir))
+    levels: dict[str, Any] = {}
     for level in given.levels:
+        report = None if progress is None else lambda row, level=level: progress(level, row)
+        if level == drafter_tuning.LEVEL:
+            place = adapter_folder(given.run_dir, level)
+            levels[level] = drafter_tuning.run(given, dataset, head, place, held_out, progress=report)
+            continue
         result = fit.fit_adapter(
             level,
             states,
             folder=adapter_folder(given.run_dir, level),
-            config=config,
+            config=config_of(given, level),
             head=head,
             seed=given.seed,
-            progress=None if progress is None else lambda row, level=level: progress(level, row),
+            held_out=held_out,
+            progress=report,
         )
         best = result.history[result.best_epoch - 1]
         levels[level] = {
@@ -70,6 +80,28 @@ def run(given: parameters.TrainParameters, *, progress: Callable[[str, dict[str,
     }
     folder.save_results(given.run_dir, "train", results)
     return results
+
+
+def config_of(given: parameters.TrainParameters, level: str) -> FitConfig:
+    """The recipe of a level: its profile with what the parameters change; token fusion only for the levels that can."""
+    return FitConfig(
+        profile=given.profile,
+        objective=given.objective or None,
+        epochs=given.epochs,
+        batch_size=given.batch_size,
+        learning_rate=given.learning_rate,
+        position_decay=given.position_decay,
+        noise=given.noise,
+        token_fusion=given.token_fusion and level in start.FUSING,
+        draft_vocabulary=given.draft_vocabulary or None,
+    )
+
+
+def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
+    """Every finished extraction of a held-out set in a run; unfinished ones hold nothing that anybody is judged on yet."""
+    found = sorted((folder.resolve(run_dir) / "shards").glob("test_*/*/manifest.json"))
+    sets = [ShardDataset(path.parent, unfinished=True) for path in found]
+    return [one for one in sets if one.manifest["finished"]]
 
 
 def trained(run_dir: str | os.PathLike[str]) -> list[str]:
@@ -96,22 +128,45 @@ def ensure(run_dir: str, seed: int, levels: Sequence[str], *, data: str = "simul
 
 
 def history(run_dir: str | os.PathLike[str], levels: Sequence[str]) -> pd.DataFrame:
-    """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, token_acceptance and cosine (validation)."""
+    """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, each term as ``<term> loss``, and for
+    validation token_acceptance, cosine and accept_0.90 …"""
     rows = []
     for level in levels:
         for row in json.loads((adapter_folder(run_dir, level) / "history.json").read_text(encoding="utf-8")):
             line = {"level": level, "epoch": row["epoch"]}
             measured = {"token_acceptance": row.get("token_acceptance"), "cosine": row["cosine_similarity"]}
-            rows.append({**line, "split": "train", "loss": row["train_total"]})
-            rows.append({**line, "split": "validation", "loss": row["validation_total"], **measured})
+            measured |= {name: value for name, value in row.items() if name.startswith("accept_")}
+            rows.append({**line, "split": "train", **_losses(row, "train")})
+            rows.append({**line, "split": "validation", **_losses(row, "validation"), **measured})
     return pd.DataFrame(rows)
+
+
+def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
+    """The terms of one level's loss over its epochs, each divided by its first value in that split, as ``training_curves`` reads them."""
+    rows = epochs[epochs["level"] == level]
+    pieces = []
+    for name in (column for column in rows.columns if column.endswith(" loss") and rows[column].notna().all()):
+        first = rows.groupby("split")[name].transform("first")
+        part = rows[["epoch", "split"]].assign(level=name.removesuffix(" loss"))
+        pieces.append(part.assign(**{"loss against the first epoch": rows[name] / first}))
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
+    own = [name for name in row if name.startswith(f"{split}_") and name != "train_seconds"]
+    terms = {name.removeprefix(f"{split}_"): row[name] for name in own}
+    return {"loss" if name == "total" else f"{name} loss": value for name, value in terms.items()}
 
 
 def table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The trained levels: what they read, parameters here and at the full size of 4096, epochs, best epoch, validation figures, seconds."""
     rows = []
     for level, found in results["levels"].items():
-        with torch.device("meta"):  # counted, not filled
-            full = registry.count_parameters(registry.create_adapter(level, FULL_SIZE))
-        rows.append({"level": level, **found, "parameters at 4096": full})
+        if level == drafter_tuning.LEVEL:
+            full = lora.size_of(FULL_SIZE, FULL_LAYERS)
+        else:
+            with torch.device("meta"):  # counted, not filled
+                full = registry.count_parameters(registry.create_adapter(level, FULL_SIZE))
+        shown = {name: value for name, value in found.items() if name != "held_out"}
+        rows.append({"level": level, **shown, "parameters at 4096": full})
     return pd.DataFrame(rows)

@@ -101,6 +101,11 @@ def _undo_inference_packing(model: nn.Module) -> None:
             layer.support_avx512bf16_for_cpu = False
 
 
+def size_of(hidden_size: int, layers: int, *, rank: int = 16, targets: Sequence[str] = TARGETS) -> int:
+    """Weights of LoRA beside square projections, none loaded: 16 777 216 for a hidden size of 4096 and 32 layers."""
+    return layers * len(targets) * rank * 2 * hidden_size
+
+
 def trainable_parameters(model: nn.Module) -> int:
     """Number of weights that a training would change."""
     return sum(p.numel() for p in model.parameters() if p.requires_grad)

@@ -26,7 +26,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xsd import core
 from xsd.adapters.base import Adapter
 from xsd.core import CheckpointError, PairedStates, TrainingError
-from xsd.train import lora, objectives, source
+from xsd.train import guards, lora, objectives, source
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ def fit_lora(
     head: Tensor,
     config: lora.LoraFitConfig | None = None,
     adapter: Adapter | None = None,
+    held_out: Sequence[Any] | guards.HeldOut = (),
     seed: int = 0,
     merge: bool | None = None,
     progress: Callable[[dict[str, Any]], None] | None = None,
@@ -58,6 +59,7 @@ def fit_lora(
     Args:
         model: the drafter (EventGPTForCausalLM, in 4 bits for QLoRA). dataset: a ShardDataset or PairedStates of the train split.
         prompt: sample → embeddings [L, D_d] of its whole prompt (ModelHandle.prompt_embeddings). head: the verifier's, weight [V, D_v].
+        held_out: sets that it is judged on later; nothing of them may be in ``dataset`` (guards.refuse_held_out).
         adapter: stands, frozen, between the drafter's states and the verifier's; needed where their widths differ (ridge, or L1–L5).
         merge: None means unless quantised. False leaves the model as it came, as an interruption does; lora.merge_saved does it later.
     Raises: TrainingError for a test split, other than teacher-forced post-norm pairs, prompts that are not the dataset's, NaN, out of
@@ -68,14 +70,17 @@ def fit_lora(
         raise TrainingError(
             "a quantised drafter cannot take the weights in; train with merge=None and call lora.merge_saved on one in bfloat16"
         )
-    run = _Run(model, dataset, prompt, Path(folder), head, config, adapter, seed)
+    run = _Run(model, dataset, prompt, Path(folder), head, config, adapter, held_out, seed)
     with torch.random.fork_rng(devices=[] if run.device.type == "cpu" else [run.device]):
         torch.manual_seed(seed)
         tuned = lora.attach(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout, targets=config.targets)
         try:
             result = run.train(tuned, progress)
         except torch.OutOfMemoryError as error:
-            raise TrainingError("out of memory in LoRA training: gradient_checkpointing=True, a smaller batch_size, or 4 bits") from error
+            raise TrainingError(
+                f"out of memory in LoRA training: lower batch_size (now {config.batch_size}) and raise accumulation (now "
+                f"{config.accumulation}), set gradient_checkpointing=True, or load the drafter in 4 bits"
+            ) from error
         finally:
             model.activation_checkpointing_disable()
             tuned.unload()
@@ -88,13 +93,14 @@ def fit_lora(
 class _Run:
     """One training: its data, folder and how far it is."""
 
-    def __init__(self, model, dataset, prompt, folder, head, config, adapter, seed) -> None:
+    def __init__(self, model, dataset, prompt, folder, head, config, adapter, held_out, seed) -> None:
         self.model, self.dataset, self.prompt, self.folder, self.config, self.seed = model, dataset, prompt, folder, config, seed
         self.device = model.get_input_embeddings().weight.device
         self.head, self.objective = head.detach().float().to(self.device), objectives.parse(config.objective)
         self.adapter = None if adapter is None else copy.deepcopy(adapter).to(self.device).eval().requires_grad_(False)
         states = source.StreamedStates(dataset) if hasattr(dataset, "manifest") else source.PackedStates(dataset)
         source.refuse_test_split(states.split)
+        guards.refuse_held_out(states, held_out)
         if states.mode != "teacher_forced" or dataset[0].tap != "post_norm" or not states.has_token_ids:
             raise TrainingError(
                 f"LoRA trains on teacher_forced, post_norm pairs with token ids, not on {states.mode}, {dataset[0].tap}; extract those"

@@ -176,10 +176,15 @@ class Objective:
             None.
         Raises: TrainingError when nothing is unmasked, or a term needs a head and none is given.
         """
-        flat = (aligned[mask], target[mask], ids[mask])
-        if len(flat[0]) == 0:
+        return self.flat(aligned[mask], target[mask], ids[mask], head, None if weights is None else weights[mask])
+
+    def flat(
+        self, aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None, weights: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """The same over real positions alone: aligned, target [N, D], ids int64 [N], weights [N] or None."""
+        if len(aligned) == 0:
             raise TrainingError("an objective was asked for a batch without a real position; drop empty answers from the dataset")
-        terms = {name: TERMS[name](*flat, head, None if weights is None else weights[mask]) for name in self.weights}
+        terms = {name: TERMS[name](aligned, target, ids, head, weights) for name in self.weights}
         return {"total": torch.stack([self.weights[name] * term.float() for name, term in terms.items()]).sum(), **terms}
 
 

@@ -63,6 +63,13 @@ def losses(
     """
     noisy = _with_noise(batch, config.noise) if config.noise else batch
     pieces = plan(adapter, config)
+    if adapter.pointwise and not adapter.shift:  # positions do not meet, so padding need not be computed at all
+        real, weights = batch.mask, weights_of(batch.mask, 0, config)
+        with torch.autocast(real.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+            aligned = adapter(noisy.drafter[real])
+        chosen = None if weights is None else weights[real]
+        found = objective.flat(aligned.float(), batch.verifier[real], batch.ids_by_verifier[real], head, chosen)
+        return {**found, "total": found["total"] * share[0]}
     with torch.autocast(batch.mask.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
         if len(pieces) > 1 and adapter.shift:
             steps = min(len(pieces), batch.mask.shape[1] - 1)
