@@ -10,6 +10,7 @@
       study/<recipe>/<level>/seed<n>/   the study's trainings, each with its record (12)
       tokens.parquet                    the token table, column ``data`` besides those of xsd/views/frames.py (04)
       tables/                           every metric as CSV (03)
+      report/                           report.txt, metrics.json, tables and figures of the whole run (13)
       live.json                         one sample's generations by arm, with token texts (05)
       records.jsonl                     every live measurement (05)
       results/<name>.json               numbers, a file a notebook: extract, train, hidden, tokens, live, compare

@@ -257,6 +257,27 @@ class StudyParameters(NotebookParameters):
     max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer in tokens, likewise")
 
 
+class StorageParameters(NotebookParameters):
+    """10: acceptance against stored bytes."""
+
+    notebook = "10_storage"
+    levels: list[Level] = Field(["L1", "L5F"], min_length=1, description="levels trained on every dtype")
+    dtypes: list[Literal["fp32", "bf16", "fp16", "int8"]] = Field(
+        ["fp32", "bf16", "fp16", "int8"], min_length=1, description="how the states are stored; fp32 is compared with"
+    )
+    data: str = Field("simulated", min_length=1, description="simulated, or a dataset folder with both splits")
+    n_train_sequences: int = Field(6, ge=2, le=100_000, description="drives to train on, at most those that the run holds")
+    n_test_sequences: int = Field(4, ge=1, le=100_000, description="held-out drives, likewise")
+    questions_per_sequence: int = Field(4, ge=1, le=50, description="questions a sequence is asked, each on one of its clips in turn")
+    max_new_tokens: int = Field(48, ge=1, le=4096, description="longest answer, in tokens")
+    profile: Literal["reference", "converged", "tokens", "rollout"] = Field("tokens", description="recipe (docs/adapters.md, section 5)")
+    epochs: int = Field(6, ge=1, le=10_000, description="longest training, in epochs")
+    batch_size: int = Field(16, ge=1, le=65_536, description="answers a step")
+    learning_rate: float = Field(2e-3, gt=0, lt=1, description="AdamW's peak rate; lower it for wide models")
+    gamma: int = Field(5, ge=1, le=64, description="draft tokens a round")
+    resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
+
+
 class PixelParameters(NotebookParameters):
     """11: the pixel-level baseline P0."""
 
@@ -311,6 +332,7 @@ NOTEBOOKS: dict[str, type[NotebookParameters]] = {
         ExploreParameters,
         RawDsecParameters,
         RecordingParameters,
+        StorageParameters,
         PixelParameters,
         StudyParameters,
         TruthParameters,

@@ -31,11 +31,14 @@ Matches = list[np.ndarray]
 """bool [n - 1] a sample: is the draft at position 1 … n-1 the verifier's token?"""
 METRICS = ("token_acceptance", "accepted_length")
 B1 = "B1"
+SHOWN = ("free-running", "teacher-forced drafter", "self-rollout", "drift", "rollout")
+"""What docs/teacher_forcing.md sets side by side."""
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One held-out set. tables: gap, kinds, arms, headline, reliability, misstatement, needed, two_phase, checks; see the functions below.
+    """One held-out set. tables: gap, acceptances, kinds, arms, headline, reliability, misstatement, needed, two_phase, checks, as said
+    where they are made.
 
     evaluations and above: level → one-step metrics and its comparison with the floors (token acceptance). tokens: the token table.
     """
@@ -100,6 +103,20 @@ def counts_of(matches: Matches, gamma: int, metric: str) -> Counts:
     return each["accepted"], each["rounds"]
 
 
+def side_by_side(gap: pd.DataFrame, unit: str, names: Sequence[str]) -> pd.DataFrame:
+    """Levels and losses of the gap table in columns, for reading: level, and of each name its value, low and high (NaN: not measured)."""
+    own = gap[gap["unit"] == unit].drop_duplicates(["level", "name"]).set_index(["level", "name"])
+    rows = []
+    for level in dict.fromkeys(own.index.get_level_values("level")):
+        line: dict[str, Any] = {"level": level}
+        for name in names:
+            known = (level, name) in own.index
+            sides = (("value", name), ("low", f"{name} low"), ("high", f"{name} high"))
+            line |= {column: own.loc[(level, name), side] if known else np.nan for side, column in sides}
+        rows.append(line)
+    return pd.DataFrame(rows)
+
+
 class _Set:
     """The measurements of one held-out set; ``used`` are the samples with a position to draft."""
 
@@ -124,15 +141,20 @@ class _Set:
         rolled = {level: self._used(one.match) for level, one in own.items()}
         free = self._free_running()
         above = {level: self._above(rolled[level], own, "token_acceptance") for level in self.adapters}
+        gap = self._gap(steps, rolled, free)
         tables = {
-            "gap": self._gap(steps, rolled, free),
+            "gap": gap,
+            "acceptances": pd.concat(
+                [evaluation.with_intervals(side_by_side(gap, unit, SHOWN), SHOWN if at == 0 else ()).assign(unit=unit)
+                 for at, unit in enumerate(METRICS)]
+            ),
             "kinds": self._kinds(steps, rolled, free, drafted),
             "arms": self._arms(drafted),
             "headline": self._headline(rolled, own, above),
             **self._reliability(evaluations),
             "two_phase": self._two_phase(evaluations),
             "checks": self._checks(drafted, sequences),
-        }
+        }  # fmt: skip
         tokens = acceptance.token_table(self.own, own, self.texts).assign(data=self.own.name)
         return Measured(self.own.name, tables, evaluations, above, tokens)
 
