@@ -317,6 +317,7 @@ class TruthParameters(NotebookParameters):
     resamples: int = Field(400, ge=50, le=100_000, description="bootstrap resamples, drawn by sequence")
     batch_size: int = Field(32, ge=1, le=65_536, description="answers at a time")
     pictures: bool = Field(False, description="also write every figure as PNG and SVG, where a Chromium is installed (a minute)")
+    page: str = Field("", description="Markdown page whose measured block is written anew (docs/teacher_forcing.md); empty for none")
 
 
 NOTEBOOKS: dict[str, type[NotebookParameters]] = {

@@ -18,7 +18,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from xsd.core import atomic_write, write_json
+from xsd.core import ParameterError, atomic_write, write_json
 from xsd.metrics import hidden, report_text, speedup, tables, tokens
 from xsd.metrics.reliability import ReliabilityResult
 from xsd.runs import doctor, folder, numbers
@@ -26,6 +26,7 @@ from xsd.steps import acceptance, counterfactual, training
 from xsd.steps.truth import Measured, Truth
 from xsd.views import figures, frames, truth_figures
 
+MARKS = ("<!-- measured -->", "<!-- /measured -->")
 Results = tuple[hidden.HiddenStateResult, tokens.TokenResult, ReliabilityResult]
 
 
@@ -47,6 +48,8 @@ def write(found: Truth) -> dict[str, Any]:
     write_json(target / "metrics.json", numbers.plain({"test": numbers_of, "provenance": found.results["provenance"]}))
     for name, picture in drawn.items():
         save_html(picture, target / "figures" / f"{name}.html")
+    if found.given.page:
+        update_page(folder.resolve(found.given.page), found)
     said = save_pictures(drawn, target / "figures") if found.given.pictures else "not asked for (pictures=true)"
     return {"folder": target, "tables": written, "figures": len(drawn), "pictures": said}
 
@@ -68,11 +71,11 @@ def text_of(
 def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str, go.Figure]:
     """Name → figure of one held-out set; the training curves come once, with the first set."""
     given, name = found.given, one.name
-    levels = [level for level in one.evaluations if level != acceptance.DRAFTER]
+    levels = list(one.evaluations)
     table = one.tokens[one.tokens["level"].isin(levels)]
     options = {"resamples": given.resamples, "seed": given.seed}
     positions = frames.by_position(table, max_positions=acceptance.POSITIONS, **options)
-    histogram, bands = frames.cosine_histogram(table), frames.reliability(table, **options)
+    histogram = frames.cosine_histogram(table)
     gap = one.tables["gap"]
     own = gap[(gap["level"] == given.waterfall) & (gap["unit"] == "token_acceptance")]
     taus = tuple(given.thresholds)
@@ -80,7 +83,7 @@ def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str
         "histogram": figures.cosine_histogram(histogram, thresholds=taus, title=f"Cosine to the verifier's state, {name}"),
         "by_position": figures.acceptance_by_position(positions, curve="marginal", title=f"Acceptance by position, {name}"),
         "survival": figures.acceptance_by_position(positions, curve="survival", title=f"Accepted up to here without a break, {name}"),
-        "reliability": figures.reliability_curve(bands, title=f"Does a high cosine mean the same token? {name}"),
+        "reliability": reliability_figure(found, one),
         "waterfall": truth_figures.gap_waterfall(own, title=f"Where {given.waterfall} loses acceptance, {name}"),
         "summary": figures.four_panels(
             cosines=histogram, positions=positions, lengths=frames.accepted_length_histogram(table), speedups=speedups(one, live),
@@ -96,6 +99,13 @@ def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str
         history = training.history(given.run_dir, levels)
         out["training_loss"] = figures.training_curves(history, title="Training loss")
     return out
+
+
+def reliability_figure(found: Truth, one: Measured) -> go.Figure:
+    """P(same token | cosine) of every level as a greedy loop drafts."""
+    table = one.tokens[one.tokens["level"].isin(list(one.evaluations))]
+    bands = frames.reliability(table, resamples=found.given.resamples, seed=found.given.seed)
+    return figures.reliability_curve(bands, title=f"Does a high cosine mean the same token? {one.name}")
 
 
 def arms_figure(one: Measured, unit: str = "token_acceptance") -> go.Figure:
@@ -114,6 +124,30 @@ def speedups(one: Measured, live: Mapping[str, Any]) -> pd.DataFrame:
             rate = own.tokens.result(n_resamples=50).rounds.acceptance_rate
             rows.append({"name": level, "kind": "predicted", "value": speedup.reference_wall_clock(rate), "low": None, "high": None})
     return pd.DataFrame(rows)[["name", "kind", "value", "low", "high"]].astype({"low": float, "high": float})
+
+
+def measured_block(found: Truth) -> str:
+    """The acceptances of the first held-out set side by side, as Markdown with what they were counted on."""
+    name, one = next(iter(found.sets.items()))
+    arm = next(iter(one.above.values())).arm
+    about = found.results["provenance"]
+    lines = [
+        f"Held-out set *{name}*: {arm.n} tokens of {one.tables['checks']['n'].iloc[1]} answers, {arm.n_clusters} drives, "
+        f"γ = {found.given.gamma}, seed {about['seed']}, revision `{str(about['git_revision'])[:10]}`."
+    ]
+    for unit, (label, _) in truth_figures.UNITS.items():
+        own = one.tables["acceptances"]
+        lines += ["", f"{label[0].upper()}{label[1:]}:", "", tables.markdown(own[own["unit"] == unit].drop(columns=["unit"])).rstrip()]
+    return "\n".join(lines)
+
+
+def update_page(page: Path, found: Truth) -> None:
+    """Write :func:`measured_block` between the page's marks. Raises: ParameterError when the page has no such marks."""
+    text = page.read_text(encoding="utf-8") if page.is_file() else ""
+    if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
+        raise ParameterError(f"{page.name} has no place for measured figures; give a page that holds {MARKS[0]} and {MARKS[1]} once each")
+    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
+    atomic_write(page, f"{before}{MARKS[0]}\n{measured_block(found)}\n{MARKS[1]}{after}")
 
 
 def save_html(figure: go.Figure, path: Path) -> None:
