@@ -16,8 +16,8 @@ from xsd.adapters.base import Adapter
 from xsd.core import ParameterError, provenance
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
-from xsd.steps import drafter_tuning, extraction
-from xsd.train import fit, guards, lora, source, start
+from xsd.steps import extraction
+from xsd.train import fit, guards, source, start
 from xsd.train.recipes import FitConfig
 
 FULL_SIZE = 4096
@@ -45,7 +45,9 @@ def run(given: parameters.TrainParameters, *, progress: Callable[[str, dict[str,
     levels: dict[str, Any] = {}
     for level in given.levels:
         report = None if progress is None else lambda row, level=level: progress(level, row)
-        if level == drafter_tuning.LEVEL:
+        if level not in registry.LEVELS:
+            from xsd.steps import drafter_tuning  # peft takes seconds to import and speaks on stderr; only L6 needs it
+
             place = adapter_folder(given.run_dir, level)
             levels[level] = drafter_tuning.run(given, dataset, head, place, held_out, progress=report)
             continue
@@ -162,7 +164,9 @@ def table(results: Mapping[str, Any]) -> pd.DataFrame:
     """The trained levels: what they read, parameters here and at the full size of 4096, epochs, best epoch, validation figures, seconds."""
     rows = []
     for level, found in results["levels"].items():
-        if level == drafter_tuning.LEVEL:
+        if level not in registry.LEVELS:
+            from xsd.train import lora
+
             full = lora.size_of(FULL_SIZE, FULL_LAYERS)
         else:
             with torch.device("meta"):  # counted, not filled
