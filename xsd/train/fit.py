@@ -163,7 +163,7 @@ class Training:
     def _batches(self, states: source.States, indices: Tensor, shuffle_seed: int | None = None) -> Iterator[Batch]:
         """This process's share of every batch, on its device; the next one is fetched meanwhile where fetching takes long."""
         found = states.batches(indices, self.config.batch_size, shuffle_seed=shuffle_seed)
-        if self.device.type != "cpu" or isinstance(states, source.StreamedStates):
+        if self.device.type != "cpu" and isinstance(states, source.PackedStates):  # streamed ones are read ahead already
             found = source.ahead(found)
         return (self._to_device(self.processes.rows(batch)) for batch in found)
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from xsd.core import Batch, PairedStates, TrainingError
+from xsd.shards import loader
 
 MEMORY_LIMIT_GB = 4.0
 """Above this, states are streamed from disk every epoch instead of being kept."""
@@ -95,7 +96,7 @@ class PackedStates:
 
 
 class StreamedStates:
-    """A shard dataset too large for memory, through shards.stream; the same face as PackedStates."""
+    """A shard dataset too large for memory, through shards.loader, which reads ahead; the same face as PackedStates."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -116,10 +117,8 @@ class StreamedStates:
         return hashlib.sha256(json.dumps([self.manifest, part], sort_keys=True, default=str).encode()).hexdigest()
 
     def batches(self, indices: Tensor, batch_size: int, *, shuffle_seed: int | None = None) -> Iterator[Batch]:
-        """As PackedStates.batches, read from disk."""
-        from xsd.shards import stream
-
-        yield from stream.batches(self.dataset, batch_size=batch_size, shuffle_seed=shuffle_seed, indices=indices.tolist())
+        """As PackedStates.batches, read from disk a few batches ahead; shuffled shard by shard, so in another order than packed states."""
+        yield from loader.Loader(self.dataset, batch_size=batch_size, shuffle_seed=shuffle_seed, indices=indices.tolist(), prefetch=2)
 
 
 States = PackedStates | StreamedStates
