@@ -111,7 +111,7 @@ def reliability_figure(found: Truth, one: Measured) -> go.Figure:
 def arms_figure(one: Measured, unit: str = "token_acceptance") -> go.Figure:
     """The counterfactual arms of a set, with the best floor that looks at nothing (the drafter's own tokens are a row)."""
     part = one.tables["arms"]
-    blind = [value.value for name, value in next(iter(one.above.values())).floors.items() if name != acceptance.DRAFTER]
+    blind = [value.value for name, value in next(iter(one.above.values())).floors.items() if acceptance.FLOORS[name] != acceptance.DRAFTER]
     floor = max(blind) if unit == "token_acceptance" else None
     return truth_figures.arms(part[part["unit"] == unit], floor=floor, title=f"Is it the sensor? {one.name}")
 
@@ -169,10 +169,11 @@ def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1
     if doctor.browser_path() is None:
         return "none: no Chromium is installed (BROWSER_PATH names one); the HTML pages hold the same figures"
     place.mkdir(parents=True, exist_ok=True)
-    sized = [go.Figure(figure).update_layout(width=width) for figure in drawn.values()]
+    heights = [figure.layout.height or 450 for figure in drawn.values()]
     try:
         for kind in ("png", "svg"):
-            pio.write_images(sized, [place / f"{name}.{kind}" for name in drawn], format=kind, scale=2 if kind == "png" else 1)
+            files = [place / f"{name}.{kind}" for name in drawn]
+            pio.write_images(list(drawn.values()), files, format=kind, width=width, height=heights, scale=2 if kind == "png" else 1)
     except (RuntimeError, OSError, ValueError) as error:
         return f"none: the browser did not draw them ({type(error).__name__}: {str(error)[:120]})"
     return f"{len(drawn)} figures as PNG and SVG"

@@ -191,7 +191,8 @@ class _Set:
             if adapter.reads == "drafter":
                 matches = [np.zeros(len(ids) - 1 if ids else 0, dtype=bool) for ids in self.answers]
                 for key, hits in zip(free.keys, one_step(self._evaluate(adapter, free), len(free.keys)), strict=True):
-                    matches[place[key]][: len(hits)] = hits
+                    own = matches[place[key]]  # shorter where a token that the drafter lacks ended the teacher-forced answer
+                    own[: len(hits)] = hits[: len(own)]
                 out[level] = self._used(matches)
         return out
 
@@ -252,7 +253,8 @@ class _Set:
         answers, prompts = [self.answers[i] for i in self.used], [self.prompts[i] for i in self.used]
         at = METRICS.index(unit)
         counted = {name: both[at] for name, both in acceptance.floor_counts(self.training, answers, prompts, self.given.gamma).items()}
-        return counted | {acceptance.DRAFTER: self._counts(self._used(own[acceptance.DRAFTER].match), unit)}
+        counted[acceptance.DRAFTER] = self._counts(self._used(own[acceptance.DRAFTER].match), unit)
+        return {name: counted[key] for name, key in acceptance.FLOORS.items()}
 
     def _above(self, matches: Matches, own: Mapping[str, drafts.Drafts], unit: str) -> FloorComparison:
         return comparison.compare_with_floors(self._counts(matches, unit), self._floors(own, unit), self.clusters, **self.options)

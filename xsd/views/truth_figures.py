@@ -32,6 +32,7 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
     label, form = UNITS[str(frame["unit"].iloc[0])]
     figure, width = theme.figure(title, y=label, height=460), 0.62
     places, names = _places(frame)
+    top = float(max(frame["start"].max(), frame["end"].max()))
     for kind, says in (("level", "accepted"), ("loss", "lost")):
         own = [(place, row) for place, row in zip(places, frame.to_dict("records"), strict=True) if row["metric"] == kind]
         base = [0.0 if kind == "level" else row["start"] for _, row in own]
@@ -61,10 +62,16 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
         for (place, row), start, rise in zip(own, base, height, strict=True):
             sign = "" if kind == "level" else "−" if row["value"] > 0 else "+" if row["value"] < 0 else "±"
             number = f"{abs(row['value']):.1%}" if form.endswith("%") else f"{abs(row['value']):.2f}"
-            top = max(start, start + rise) + (_spread(row)[0] if kind == "level" else 0.0)
-            figure.add_annotation(x=place, y=top, text=f"<b>{sign}{number}</b>", showarrow=False, yanchor="bottom", yshift=4)
-    figure.update_xaxes(tickvals=places, ticktext=names, showgrid=False, tickangle=0, range=[min(places) - 0.6, max(places) + 0.6])
-    figure.update_yaxes(tickformat=form, range=[0, 1.14 * max(frame["start"].max(), frame["end"].max())])
+            inside = kind == "loss" and abs(rise) > 0.12 * top
+            y = start + rise / 2 if inside else max(start, start + rise) + (_spread(row)[0] if kind == "level" else 0.0)
+            figure.add_annotation(
+                x=place, y=y, text=f"<b>{sign}{number}</b>", showarrow=False, font={"size": 12},
+                yanchor="middle" if inside else "bottom", yshift=0 if inside else 3,
+            )  # fmt: skip
+    figure.update_xaxes(
+        tickvals=places, ticktext=names, tickfont={"size": 12}, showgrid=False, tickangle=0, range=[min(places) - 0.6, max(places) + 0.6]
+    )
+    figure.update_yaxes(tickformat=form, range=[0, 1.14 * top])
     figure.update_layout(bargap=0.2, margin={"b": 80})
     return figure
 
@@ -76,7 +83,7 @@ def _places(frame: pd.DataFrame) -> tuple[list[float], list[str]]:
     for i, kind in enumerate(kinds):
         step = 1.0 if i and (kinds[i - 1] != "level" or kind != "level") else 1.7
         places.append(places[-1] + step if places else 0.0)
-    return places, ["<br>".join(str(name).split(" ")) for name in frame["name"]]
+    return places, [str(name).replace("-", "-<br>").replace(" ", "<br>") for name in frame["name"]]
 
 
 def _level_colour(name: str) -> str:
