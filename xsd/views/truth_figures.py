@@ -131,7 +131,13 @@ def arms(frame: pd.DataFrame, *, floor: float | None = None, title: str = "Accep
     if floor is not None:
         figure.add_vline(x=floor, line={"dash": "dash", "color": theme.SOFT_INK, "width": 1.5})
         figure.add_annotation(
-            x=floor, y=1, yref="paper", yanchor="bottom", text="best floor", showarrow=False, font={"size": 12, "color": theme.SOFT_INK}
+            x=floor,
+            y=1,
+            yref="paper",
+            yanchor="bottom",
+            text="best floor that looks at nothing",
+            showarrow=False,
+            font={"size": 12, "color": theme.SOFT_INK},
         )
     figure.update_yaxes(
         tickvals=list(range(len(levels))), ticktext=[level.replace("_", " ") for level in levels], range=[-0.6, len(levels) - 0.4]
@@ -160,10 +166,11 @@ def losses_by_kind(frame: pd.DataFrame, *, least: int = 5, title: str = "What is
     figure.add_trace(
         go.Heatmap(
             z=values,
-            x=["<br>".join(loss.rsplit(" ", 1)) if len(loss) > 12 else loss for loss in losses],
+            x=[loss.replace(" ", "<br>") for loss in losses],
             y=counted,
             text=texts,
             texttemplate="%{text}",
+            textfont={"size": 12},
             customdata=about,
             zmin=-largest,
             zmax=largest,
@@ -176,7 +183,7 @@ def losses_by_kind(frame: pd.DataFrame, *, least: int = 5, title: str = "What is
     )
     figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
     figure.update_xaxes(side="top", showgrid=False, ticks="", tickangle=0)
-    figure.update_layout(margin={"t": 120})
+    figure.update_layout(margin={"t": 130})
     return figure
 
 
@@ -199,7 +206,7 @@ def two_phase(frame: pd.DataFrame, *, title: str = "Tokens a verification: who d
     figure.add_trace(
         go.Heatmap(
             z=grid.to_numpy().tolist(),
-            x=columns,
+            x=[name.replace(" ", "<br>") for name in columns],
             y=rows,
             text=[[f"{value:.2f}" for value in line] for line in grid.to_numpy()],
             texttemplate="%{text}",
@@ -213,5 +220,5 @@ def two_phase(frame: pd.DataFrame, *, title: str = "Tokens a verification: who d
     x, y = columns.index(best["phase2"]), rows.index(best["phase1"])
     figure.add_shape(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5, line={"color": theme.INK, "width": 2})
     figure.update_yaxes(autorange="reversed", title_text="phase 1", showgrid=False, ticks="")
-    figure.update_xaxes(title_text="phase 2", showgrid=False, ticks="")
+    figure.update_xaxes(title_text="phase 2", showgrid=False, ticks="", tickangle=0)
     return figure
