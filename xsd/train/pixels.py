@@ -57,7 +57,7 @@ def fit(
     pairs: PixelPairs, *, width: int, epochs: int, batch_size: int, learning_rate: float, seed: int = 0,
     progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> PixelFit:  # fmt: skip
-    """Train P0 on MSE + 0.5 (1 - cos), AdamW, cosine schedule; the epoch with the best cosine on whole held-back train sequences is kept.
+    """Train P0 on MSE + 0.5 (1 - cos), AdamW, cosine schedule; the epoch with the least loss on whole held-back train sequences is kept.
 
     width: of the middle layers (512 in the reference). Raises: TrainingError for a test split, a single sequence, or NaN; ParameterError
     for pictures that are no square pairs.
@@ -67,7 +67,7 @@ def fit(
         raise ParameterError(f"P0 needs square pictures in pairs, not {list(pairs.events.shape)} and {list(pairs.video.shape)}")
     train, held = source.split_by_sequence(pairs.sequence, VALIDATION_SHARE, seed)
     history: list[dict[str, Any]] = []
-    best, best_epoch, kept = -math.inf, 0, None
+    best, best_epoch, kept = math.inf, 0, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         adapter = registry.create_adapter("P0", image_size=pairs.events.shape[-1], channels=pairs.events.shape[1], width=width)
@@ -88,10 +88,13 @@ def fit(
                 optimiser.step()
                 total += float(loss.detach()) * len(chosen)
             schedule.step()
-            similar = float(cosines(align(adapter, pairs.events[held]), pairs.video[held]).mean())
-            history.append({"epoch": epoch, "train_total": total / len(train), "cosine_similarity": similar})
-            if similar > best:
-                best, best_epoch, kept = similar, epoch, copy.deepcopy(adapter.state_dict())
+            adapter.eval()
+            with torch.no_grad():
+                judged = adapter.compute_loss(pairs.events[held], pairs.video[held])
+            row = {"epoch": epoch, "train_total": total / len(train), "validation_total": float(judged["total_loss"])}
+            history.append({**row, "cosine_similarity": float(judged["cos_sim"])})
+            if row["validation_total"] < best:
+                best, best_epoch, kept = row["validation_total"], epoch, copy.deepcopy(adapter.state_dict())
             if progress is not None:
                 progress(history[-1])
     adapter.load_state_dict(kept)
