@@ -8,8 +8,8 @@ from plotly.subplots import make_subplots
 
 from xsd.views import theme
 
-_APART = 1.035
-"""Points that share their bytes (levels, bf16 and fp16) stand this factor apart."""
+_APART = 1.06
+"""Points that share their bytes stand this factor apart: levels side by side, bf16 and fp16 one after the other as the tick names them."""
 
 
 def acceptance_by_bytes(
@@ -27,7 +27,7 @@ def acceptance_by_bytes(
     sizes = {dtype: float(frame.loc[frame["dtype"] == dtype, "bytes_per_token"].iloc[0]) for dtype in dtypes}
     levels = list(dict.fromkeys(frame["level"]))
     shift = {
-        (level, dtype): (place - (len(levels) - 1) / 2) + len(levels) * (peers.index(dtype) - (len(peers) - 1) / 2)
+        (level, dtype): (place - (len(levels) - 1) / 2) + (len(levels) + 0.7) * (peers.index(dtype) - (len(peers) - 1) / 2)
         for place, level in enumerate(levels)
         for dtype in dtypes
         for peers in [[other for other in dtypes if sizes[other] == sizes[dtype]]]
