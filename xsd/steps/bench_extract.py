@@ -97,12 +97,18 @@ def extraction_ratios(pair: loading.Pair, samples: list[Sample], sizes: Sizes) -
 
 
 def token_by_token(pair: loading.Pair, samples: list[Sample], known: list[Continuation]) -> list[Tensor]:
-    """The plain way to teacher-forced states: each sample alone, each token one step of the drafter's cache. A list of [n, D]."""
+    """The plain way to teacher-forced states: each sample alone, each token one step of the drafter's cache. A list of [n, D].
+
+    As in pairs.teacher_forced_pairs, an answer ends with the position that predicts a token the drafter does not know.
+    """
     found = []
     for sample, answer in zip(samples, known, strict=True):
         state = pair.drafter.prefill(sample, reuse_vision=True)
         rows = [state.hidden[None]]
-        rows += [pair.drafter.extend(state, token[None])[0] for token in answer.ids[:-1]]
+        for token in answer.ids[:-1]:
+            if token >= pair.draft_vocab_size:
+                break
+            rows.append(pair.drafter.extend(state, token[None])[0])
         found.append(torch.cat(rows))
     return found
 
