@@ -72,7 +72,7 @@ def contenders(level: str, size: Size, states: source.PackedStates, folder: Path
     return {"trainer": lambda: training.train_pass(0), "bare loop": bare_pass}, sum(int(batch.mask.sum()) for batch in batches)
 
 
-def run(out: Path, *, sizes: tuple[Size, ...] = SIZES, levels: tuple[str, ...] = LEVELS, repeats: int = 5) -> str:
+def run(out: Path, *, sizes: tuple[Size, ...] = SIZES, levels: tuple[str, ...] = LEVELS, repeats: int = 9) -> str:
     """Measure, write ``ratios.json`` into ``out`` and return the Markdown table."""
     found, facts = [], {}
     with torch.random.fork_rng(devices=[]), tempfile.TemporaryDirectory() as folder:
