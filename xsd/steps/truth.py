@@ -31,7 +31,8 @@ Matches = list[np.ndarray]
 """bool [n - 1] a sample: is the draft at position 1 … n-1 the verifier's token?"""
 METRICS = ("token_acceptance", "accepted_length")
 B1 = "B1"
-SHOWN = ("free-running", "teacher-forced drafter", "self-rollout", "drift", "rollout")
+ONE_STEP = "teacher-forced drafter"
+SHOWN = ("free-running", ONE_STEP, "self-rollout", "drift", "rollout")
 """What docs/teacher_forcing.md sets side by side."""
 
 
@@ -110,9 +111,9 @@ def side_by_side(gap: pd.DataFrame, unit: str, names: Sequence[str]) -> pd.DataF
     for level in dict.fromkeys(own.index.get_level_values("level")):
         line: dict[str, Any] = {"level": level}
         for name in names:
-            known = (level, name) in own.index
+            at = (level, "verifier-self" if level == B1 and name == ONE_STEP else name)  # B1's own one step has another name
             sides = (("value", name), ("low", f"{name} low"), ("high", f"{name} high"))
-            line |= {column: own.loc[(level, name), side] if known else np.nan for side, column in sides}
+            line |= {column: own.loc[at, side] if at in own.index else np.nan for side, column in sides}
         rows.append(line)
     return pd.DataFrame(rows)
 
