@@ -8,24 +8,26 @@ from xsd.extract import pairs
 from xsd.models import loading
 from xsd.shards import chunks, stream
 from xsd.shards.loader import Loader
-from xsd.steps import bench_extract as bench
+from xsd.steps import bench_extract
+from xsd.steps import bench_streaming as bench
 
-SIZES = bench.Sizes(n_answers=16, width=64, narrow_width=16, samples_per_shard=4, chunk_size=8, lengths=(4, 10), read_repeats=1)
+SIZES = bench.Sizes(n_answers=16, width=64, narrow_width=16, samples_per_shard=4, chunk_size=8, lengths=(4, 10), repeats=1)
 
 
-def test_token_by_token_gives_the_forced_states(tmp_path):
+@pytest.mark.parametrize("plain", [False, True])
+def test_token_by_token_gives_the_forced_states(tmp_path, plain):
     pair = loading.load_pair(str(make_tiny_pair(tmp_path)))
     samples = make_samples(4)
     known = pair.verifier.generate(samples, 6)
-    plain = bench.token_by_token(pair, samples, known)
-    for one, forced in zip(plain, pairs.teacher_forced_pairs(pair, samples, 6, 4, verifier=known), strict=True):
+    single = bench_extract.token_by_token(pair, samples, known, plain=plain)
+    for one, forced in zip(single, pairs.teacher_forced_pairs(pair, samples, 6, 4, verifier=known), strict=True):
         assert one.shape == forced.hidden_by_drafter.shape and torch.allclose(one, forced.hidden_by_drafter, atol=1e-4)
 
 
 def test_extraction_is_measured_for_both_kinds_of_pairs(tmp_path):
     pair = loading.load_pair(str(make_tiny_pair(tmp_path)))
-    found, facts = bench.extraction_ratios(pair, make_samples(4), bench.Sizes(max_new_tokens=4, extract_repeats=1))
-    assert [one.target for one in found] == [5, 10, None, None] and all(one.value > 0 for one in found)
+    found, facts = bench_extract.extraction_ratios(pair, make_samples(4), bench_extract.Sizes(max_new_tokens=4, repeats=1))
+    assert [one.target for one in found] == [5, 10, None, None, None] and all(one.value > 0 for one in found)
     assert facts["pairs"] == 4 and 1 <= facts["answer_tokens_mean"] <= facts["answer_tokens_longest"] <= 4
 
 
@@ -46,7 +48,7 @@ def test_the_stream_that_is_measured_reads_every_answer(tmp_path):
 
 def test_streaming_bytes_and_memory_are_written_down(tmp_path):
     ratios, facts = bench.streaming_ratios(tmp_path, SIZES)
-    assert [one.target for one in ratios] == [0.8, None, None, 5, None, None] and facts["bytes"]["wide"] > 16 * 4 * 64 * 2 * 2
+    assert [one.target for one in ratios] == [0.8, None, None, None, 5, None, None] and facts["bytes"]["wide"] > 16 * 4 * 64 * 2 * 2
     counted = bench.bytes_per_pair(tmp_path, SIZES, n=16)
     assert counted["int8"]["bytes"] < counted["bf16"]["bytes"] == counted["fp16"]["bytes"] < counted["fp32"]["bytes"]
     text = bench.bytes_table(counted)
