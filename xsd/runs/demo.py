@@ -16,7 +16,7 @@ TEST_DATA = ["simulated", "davis_road"]
 SMOKE: dict[str, dict[str, Any]] = {step: {} for step in STEPS}
 DEMO: dict[str, dict[str, Any]] = {
     "01_extract": {
-        "n_train_sequences": 60,
+        "n_train_sequences": 50,
         "n_test_sequences": 30,
         "questions_per_sequence": 10,
         "max_new_tokens": 48,
