@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from forks import forked
 from models_fixtures import tiny_pair
 from tiny_pair import make_samples
 
@@ -39,18 +40,6 @@ def samples():
 def no_git(monkeypatch):
     """Provenance asks git for the revision, which is slow and no matter here."""
     monkeypatch.setattr(writer, "provenance", dict)
-
-
-def forked(action):
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def ends_within(child, seconds):

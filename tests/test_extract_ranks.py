@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed
+from forks import forked
 from models_fixtures import tiny_pair
 from tiny_pair import make_samples
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -43,19 +44,6 @@ def contents(folder):
         manifest = layout.read_manifest(path.parent)
         found[str(path.relative_to(folder))] = {key: manifest[key] for key in set(manifest) - {"provenance", "digest", "files"}}
     return found
-
-
-def forked(action):
-    """Run ``action`` in a forked process; returns its process id."""
-    child = os.fork()
-    if not child:
-        code = 1
-        try:
-            action()
-            code = 0
-        finally:
-            os._exit(code)
-    return child
 
 
 def ended(child):
