@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from xsd.core import MetricError, ParameterError
 from xsd.sensors import folder
-from xsd.steps import data
+from xsd.steps import data, pair
 
 SIZES = st.lists(st.integers(1, 5), min_size=2, max_size=6)
 
@@ -63,7 +63,7 @@ def test_simulated_drives_are_made_once_and_other_ones_are_refused(tmp_path):
 
 
 def test_a_run_never_draws_the_drives_that_the_pair_was_trained_on():
-    trained_on = {f"train_0_{index:05d}" for index in range(1400)}
+    trained_on = {f"train_0_{index:05d}" for index in range(pair.PROFILES["full"].n_sequences)}
     for seed in (0, 7):
         data.guard(trained_on, data.simulated_sequences("train", 3, seed) + data.simulated_sequences("test", 3, seed))
     with pytest.raises(MetricError, match="1 sequences are in training and in test"):

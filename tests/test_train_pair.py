@@ -9,8 +9,9 @@ import torch
 from xsd.core import ParameterError, TrainingError
 from xsd.models import embedded, loading
 from xsd.steps import pair as step
-from xsd.train import grounding, language
+from xsd.train import grounding, language, reading
 from xsd.train.language import LanguageConfig, Segment
+from xsd.train.reading import ReadingConfig
 
 
 def test_a_question_sees_the_prefix_and_itself_only():
@@ -45,12 +46,30 @@ def test_patch_codes_prefer_objects_over_scenery():
     assert codes[0, 0, 0] == (1 << 6 | 2 << 3 | 4) and codes[0, 0, 1:].max() == 0
 
 
-def test_things_are_found_in_the_columns_they_stand_in():
-    cells = np.zeros((1, 2, 24, 24), np.uint16)
-    cells[0, 1, 7, 4] = 5 << 6 | 1
-    cells[0, 1, 9, 23] = 8 << 6
-    found = grounding.things_in_columns(cells, 6).reshape(1, 2, 8, 6)
-    assert found.sum() == 1 and found[0, 1, 1, 4]
+def test_pictures_and_their_layout_are_moved_together():
+    cells = np.zeros((2, 1, 24, 24), np.uint16)
+    cells[:, 0, 8:12, 12:16] = 5 << 6 | 1
+    pictures = cells.repeat(4, axis=2).repeat(4, axis=3)
+    shifts = np.array([[1, -1], [0, 0]])
+    moved = grounding.shifted(cells, shifts, 1)
+    assert (grounding.shifted(pictures, shifts, grounding.CELL) == moved.repeat(4, axis=2).repeat(4, axis=3)).all()
+    assert (moved[0, 0] == np.roll(cells[0, 0], (1, -1), (0, 1))).all() and (moved[1] == cells[1]).all()
+
+
+def test_the_edge_is_repeated_where_a_moved_picture_ends():
+    picture = np.arange(9, dtype=np.uint8).reshape(1, 1, 3, 3)
+    assert grounding.shifted(picture, np.array([[0, 1]]), 1)[0, 0].tolist() == [[0, 0, 1], [3, 3, 4], [6, 6, 7]]
+
+
+def test_the_lower_half_puts_out_what_its_last_layer_does():
+    parts = embedded.drafter_parts(embedded.new_drafter(64, seed=0).eval())
+    x, positions = torch.randn(2, 7, embedded.HIDDEN_SIZE), torch.arange(7)[None].expand(2, -1)
+    mask = torch.zeros(2, 1, 7, 7).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
+    whole = []
+    hook = parts.middle.register_forward_hook(lambda module, given, result: whole.append(result))
+    parts.decode(x, mask, positions)
+    hook.remove()
+    torch.testing.assert_close(parts.decode_lower(x, mask, positions), whole[0])
 
 
 def test_a_patch_reader_asks_objects_for_colour_and_motion_and_everything_for_its_kind():
@@ -69,49 +88,61 @@ def test_a_patch_reader_asks_objects_for_colour_and_motion_and_everything_for_it
 
 
 def test_the_camera_is_read_off_the_later_frames():
-    reader = language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3, 4)
+    reader = reading.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3)
     with torch.no_grad():
         for parameter in reader.patches.parameters():
             parameter.zero_()
     states, known = torch.randn(2, 4, 9, 8, requires_grad=True), torch.ones(2, dtype=torch.bool)
     none, ego = torch.zeros(2, 4, 9, dtype=torch.int64), torch.tensor([1, -1])
-    reader(states, torch.randn(2, 4, 8), none, torch.zeros(2, 4, 4, dtype=torch.bool), known, ego).backward()
+    reader(states, none, known, ego).backward()
     touched = states.grad.abs().sum(-1) > 0
     assert touched[0, 2:].all() and not touched[0, :2].any() and not touched[1].any()
 
 
-def _toy(folder, progress=None):
-    torch.manual_seed(0)
-    body, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)
-    return language.train_decoder(
-        embed=body,
-        visual=lambda clips: torch.zeros(len(clips), 1, 8),
-        decode=lambda x, mask, positions: x,
-        lm_head=head,
-        trained=torch.nn.ModuleList([body, head]),
-        tower=torch.nn.Linear(1, 1),
-        registers=language.FactRegisters(8, {"ego": 3}),
-        middle=body,
-        scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3, 4),
-        early=body,
-        patches=lambda tokens: tokens[:, None],
-        frames=lambda tokens: tokens,
-        columns=lambda clips: np.zeros((len(clips), 1, 4), bool),
-        codes=lambda clips, grid: np.full((len(clips), 1, grid * grid), 1 << 6 | 2),
+def _readers(layer):
+    truths = reading.ClipTruths(
+        labels=np.zeros((4, 1), np.int64),
         ego=np.zeros(4, np.int64),
         colour_known=np.ones(4, bool),
-        labels=np.zeros((4, 1), np.int64),
-        before=[1],
-        n_visual=1,
-        segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])],
-        n_clips=4,
-        config=LanguageConfig(steps=6, batch_size=2, bf16=False, save_every=2, warmup_steps=1),
-        checkpoint=folder / "language.pt",
-        progress=progress,
+        codes=lambda clips, shifts, grid: np.full((len(clips), 1, grid * grid), 1 << 6 | 2),
+    )
+    scene = reading.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3)
+    return reading.Readers(
+        reading.FactRegisters(8, {"ego": 3}), scene, truths, middle=layer, early=layer, patches=lambda tokens: tokens[:, None]
     )
 
 
-def test_language_training_resumes_to_the_same_losses(tmp_path):
+def _toy(stage, folder, progress=None, *, broken=False):
+    torch.manual_seed(0)
+    words, layer, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 16)
+    scale = float("nan") if broken else 1.0
+    common = {
+        "embed": words,
+        "visual": lambda clips, shifts: torch.as_tensor(shifts).float().mean(1)[:, None, None].expand(-1, 1, 8),
+        "decode": lambda x, mask, positions: layer(x) * scale,
+        "trained": torch.nn.ModuleList([words, layer, head]),
+        "tower": torch.nn.Linear(1, 1),
+        "readers": _readers(layer),
+        "before": [1],
+        "n_visual": 1,
+        "n_clips": 4,
+        "checkpoint": folder / f"{stage}.pt",
+        "progress": progress,
+    }
+    config = {"steps": 6, "batch_size": 2, "bf16": False, "save_every": 2, "warmup_steps": 1}
+    if stage == "reading":
+        common["visual"] = lambda clips, shifts: torch.full((len(clips), 1, 8), scale)
+        return reading.train_lower_half(**common, config=ReadingConfig(**config))
+    return language.train_decoder(
+        **common,
+        lm_head=head,
+        segments=lambda clip, rng: [Segment([int(rng.integers(3, 8))], [5, 2], [1.0, 1.0])],
+        config=LanguageConfig(**config),
+    )
+
+
+@pytest.mark.parametrize("stage", ["reading", "language"])
+def test_a_stage_resumes_to_the_same_losses(tmp_path, stage):
     (tmp_path / "straight").mkdir()
     (tmp_path / "broken").mkdir()
 
@@ -123,43 +154,21 @@ def test_language_training_resumes_to_the_same_losses(tmp_path):
             raise Stop
 
     with pytest.raises(Stop):
-        _toy(tmp_path / "broken", interrupt)
-    assert _toy(tmp_path / "broken") == _toy(tmp_path / "straight")
+        _toy(stage, tmp_path / "broken", interrupt)
+    losses = _toy(stage, tmp_path / "broken")
+    assert losses == _toy(stage, tmp_path / "straight") and losses[-1] < losses[0]
 
 
-def test_a_loss_that_is_not_finite_stops_with_a_sentence():
-    embed, head = torch.nn.Embedding(16, 8), torch.nn.Linear(8, 16)
+@pytest.mark.parametrize("stage", ["reading", "language"])
+def test_a_loss_that_is_not_finite_stops_with_a_sentence(tmp_path, stage):
     with pytest.raises(TrainingError, match="lower learning_rate"):
-        language.train_decoder(
-            embed=embed,
-            visual=lambda clips: torch.zeros(len(clips), 1, 8),
-            decode=lambda x, mask, positions: x * float("nan"),
-            lm_head=head,
-            trained=head,
-            tower=torch.nn.Linear(1, 1),
-            registers=language.FactRegisters(8, {"ego": 3}),
-            middle=embed,
-            scene=language.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3, 4),
-            early=embed,
-            patches=lambda tokens: tokens[:, None],
-            frames=lambda tokens: tokens,
-            columns=lambda clips: np.zeros((len(clips), 1, 4), bool),
-            codes=lambda clips, grid: np.zeros((len(clips), 1, grid * grid), np.int64),
-            ego=np.zeros(2, np.int64),
-            colour_known=np.ones(2, bool),
-            labels=np.zeros((2, 1), np.int64),
-            before=[1],
-            n_visual=1,
-            segments=lambda clip, rng: [Segment([3], [5, 2], [1.0, 1.0])],
-            n_clips=2,
-            config=LanguageConfig(steps=1, batch_size=2, bf16=False),
-        )
+        _toy(stage, tmp_path, broken=True)
 
 
 def test_the_smoke_profile_trains_a_pair_that_loads(tmp_path):
     stages = set()
     written = step.train(tmp_path, "smoke", workers=2, progress=lambda stage, done, total, loss: stages.add(stage))
-    assert {"verifier tower", "verifier language", "drafter tower", "drafter language", "simulated drives"} == stages
+    assert stages == {"simulated drives"} | {f"{role} {stage}" for role in step.ROLES for stage in ("tower", "reading", "language")}
     assert json.loads((written / "provenance.json").read_text())["seed"] == 0
     pair = loading.load_pair(str(written))
     table = step.answer_table(pair, step.held_out(1, seed=9)[:2], max_new_tokens=4)

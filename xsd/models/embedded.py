@@ -94,10 +94,10 @@ class Parts:
     """A model taken apart for its training (xsd.train.pair).
 
     features: pixels [B, F, 3, s, s] → tower states [B, F, P, C]. project: those → visual tokens [B, n_visual, D].
-    decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D].
+    decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D]. decode_lower: the same, through
+    the layers up to ``middle`` only and without the norm.
     middle, early: the decoder layers half and a third of the way up.
     patches: visual tokens [B, n_visual, D] → [B, F, P, D], one a patch, CLS left out; patch_frames: which frames those F are.
-    frames: visual tokens → [B, G, D], one for each frame.
     grounding_frames: which frames the tower's pretraining looks at (neighbouring video frames teach a per-frame tower little).
     """
 
@@ -106,6 +106,7 @@ class Parts:
     features: Callable[[Tensor], Tensor]
     project: Callable[[Tensor], Tensor]
     decode: Callable[[Tensor, Tensor, Tensor], Tensor]
+    decode_lower: Callable[[Tensor, Tensor, Tensor], Tensor]
     tower: nn.Module
     projector: nn.ModuleList
     decoder: nn.ModuleList
@@ -113,7 +114,6 @@ class Parts:
     early: nn.Module
     patches: Callable[[Tensor], Tensor]
     patch_frames: tuple[int, ...]
-    frames: Callable[[Tensor], Tensor]
     embed: nn.Embedding
     lm_head: nn.Linear
     n_visual: int
@@ -124,6 +124,13 @@ class Parts:
 
 def _decode(body: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
     return lambda x, mask, positions: body(inputs_embeds=x, attention_mask=mask, position_ids=positions, use_cache=False).last_hidden_state
+
+
+def _lower(body: nn.Module, n_layers: int) -> nn.Module:
+    """The same body, the same parameters, cut off after ``n_layers``."""
+    lower = copy.copy(body)
+    lower._modules = dict(body._modules) | {"layers": body.layers[:n_layers], "norm": nn.Identity()}
+    return lower
 
 
 def drafter_parts(model: EventGPTForCausalLM) -> Parts:
@@ -140,12 +147,11 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
     return Parts(
         role="drafter", model=model, project=project, tower=tower, embed=body.embed_tokens, lm_head=model.lm_head,
         features=lambda pixels: tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]),
-        decode=_decode(body),
+        decode=_decode(body), decode_lower=_decode(_lower(body, len(body.layers) // 2)),
         projector=nn.ModuleList([body.visual_projector, body.feature_adaptor]),
         decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]), middle=body.layers[len(body.layers) // 2 - 1],
         early=body.layers[max(0, len(body.layers) // 3 - 1)],
         patches=lambda tokens: tokens[:, None, N_EVENT_FRAMES + 1 :],
-        frames=lambda tokens: tokens[:, :N_EVENT_FRAMES],
         patch_frames=(N_EVENT_FRAMES // 2,),  # its patch tokens are averages over the frames
         n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
         grounding_frames=tuple(range(N_EVENT_FRAMES)), prompt_ids=prompts.drafter_prompt_ids,
@@ -164,11 +170,11 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
 
     return Parts(
         role="verifier", model=model, features=features, project=lambda states: projector(states).flatten(1, 2), tower=tower,
-        decode=_decode(body),
+        decode=_decode(body), decode_lower=_decode(_lower(body, len(body.layers) // 2)),
         projector=nn.ModuleList([projector]), embed=body.embed_tokens, lm_head=model.lm_head,
         decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]), middle=body.layers[len(body.layers) // 2 - 1],
         early=body.layers[max(0, len(body.layers) // 3 - 1)], patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:],
-        frames=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 0], patch_frames=tuple(range(8)),
+        patch_frames=tuple(range(8)),
         n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"], grounding_frames=(0, 2, 5, 7),
         prompt_ids=prompts.verifier_prompt_ids,
     )  # fmt: skip

@@ -185,7 +185,7 @@ STYLE = """
 :root{--ink:#202124;--soft:#5f6368;--line:#e6e8eb;--blue:#0072b2}
 *{box-sizing:border-box}
 body{margin:0;background:#fff;color:var(--ink);font:16px/1.6 system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-serif}
-main{max-width:960px;margin:0 auto;padding:28px 20px 80px}
+main{max-width:1120px;margin:0 auto;padding:28px 20px 80px}
 h1{font-size:1.9rem;line-height:1.25;margin:.2em 0}
 h2{font-size:1.35rem;margin:2.4em 0 .6em;padding-top:.4em;border-top:1px solid var(--line)}
 p{margin:.6em 0}
@@ -201,7 +201,7 @@ caption{caption-side:bottom;padding-top:.5em}
 table{border-collapse:collapse;font-size:.92rem;font-variant-numeric:tabular-nums}
 th,td{padding:.35em .8em;text-align:right;border-bottom:1px solid var(--line);white-space:nowrap}
 tbody th,thead th:first-child{text-align:left;font-weight:500}
-thead th{color:var(--soft);font-weight:600;border-bottom:2px solid var(--line)}
+thead th{color:var(--soft);font-weight:600;white-space:normal;vertical-align:bottom;border-bottom:2px solid var(--line)}
 tr.group th{color:var(--soft);font-weight:600;padding-top:1em}
 small{color:var(--soft);font-size:.82em}
 .note{background:#f6f8fa;border-left:4px solid var(--blue);padding:.4em 1em;border-radius:0 6px 6px 0}

@@ -21,6 +21,7 @@ from xsd.train import pair as training
 from xsd.train import side_by_side
 from xsd.train.grounding import GroundingConfig
 from xsd.train.language import LanguageConfig
+from xsd.train.reading import ReadingConfig
 from xsd.world import corpus as corpora
 from xsd.world import drive, language
 
@@ -33,6 +34,7 @@ class PairProfile:
 
     n_sequences: int
     grounding: dict[str, GroundingConfig]
+    reading: dict[str, ReadingConfig]
     language: dict[str, LanguageConfig]
 
 
@@ -40,21 +42,22 @@ PROFILES = {
     "smoke": PairProfile(
         8,
         {role: GroundingConfig(epochs=0.5, batch_size=8) for role in ROLES},
+        {role: ReadingConfig(steps=3, batch_size=2, warmup_steps=1) for role in ROLES},
         {role: LanguageConfig(steps=3, batch_size=2, warmup_steps=1) for role in ROLES},
     ),
     "quick": PairProfile(
         300,
         {"verifier": GroundingConfig(epochs=6), "drafter": GroundingConfig(epochs=5)},
+        {"verifier": ReadingConfig(steps=600, batch_size=12), "drafter": ReadingConfig(steps=1200, batch_size=16)},
         {"verifier": LanguageConfig(steps=300, batch_size=6), "drafter": LanguageConfig(steps=400, batch_size=8)},
     ),
     "full": PairProfile(
-        1400,
-        {"verifier": GroundingConfig(epochs=8), "drafter": GroundingConfig(epochs=9)},
-        {"verifier": LanguageConfig(steps=3200, batch_size=6), "drafter": LanguageConfig(steps=5600, batch_size=8)},
+        2800,
+        {role: GroundingConfig(epochs=3, batch_size=16) for role in ROLES},
+        {"verifier": ReadingConfig(steps=5000, batch_size=6), "drafter": ReadingConfig(steps=5000, batch_size=8)},
+        {"verifier": LanguageConfig(steps=2200, batch_size=4), "drafter": LanguageConfig(steps=4000, batch_size=6)},
     ),
 }
-"""smoke shows that every stage runs; full is planned for two hours on two cores and has not been run in one go; the
-shipped weights had more steps of language, 4 600 and 8 000, in several goes (data/pair/provenance.json)."""
 
 
 FIRST_HELD_OUT_SEED = 1000
@@ -91,7 +94,10 @@ def train(
     models = {role: _role(role, folder, profile, seed, device, progress) for role in ROLES}  # reopens what is finished
     tokenizer = embedded.train_tokenizer(training_texts(_corpus(folder, plan, seed)))
     embedded.save_pair(folder / "pair", models["drafter"].to("cpu"), models["verifier"].to("cpu"), tokenizer)
-    stages = {role: {"tower": asdict(plan.grounding[role]), "language": asdict(plan.language[role])} for role in models}
+    stages = {
+        role: {"tower": asdict(plan.grounding[role]), "reading": asdict(plan.reading[role]), "language": asdict(plan.language[role])}
+        for role in models
+    }
     about = provenance(seed=seed, device=device, profile=profile, n_sequences=plan.n_sequences, stages=stages)
     write_json(folder / "pair" / "provenance.json", about)
     return folder / "pair"
@@ -128,6 +134,7 @@ def _role(role: str, folder: Path, profile: str, seed: int, device: str, progres
         std=pixels.CLIP_STD,
         folder=folder,
         grounding_config=replace(plan.grounding[role], seed=seed),
+        reading_config=replace(plan.reading[role], seed=seed),
         language_config=replace(plan.language[role], seed=seed),
         device=device,
         progress=progress,
@@ -284,8 +291,9 @@ They are trained from scratch on simulated drives only; they know ten questions 
 - **Data**: {n_sequences} simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed {training_seed}), ten
   questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's
   dialect, as both real models share a language-model ancestor that knows either style.
-- **Training**: towers on scene facts and patches, then decoders on language under a block mask, the tower following at a lower rate
-  and classifiers in the middle layers asking for the scene's facts (`xsd/train/pair.py`); profile {profile}. Weights are stored as float16.
+- **Training**: towers on scene facts and patches; then the decoders' lower halves on the same and on what moves; then language under a
+  block mask, with the readers of the second stage still asking and the tower following at a lower rate (`xsd/train/pair.py`); profile
+  {profile}. Pictures are moved by up to four pixels. Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
 
 ## Limits

@@ -162,11 +162,11 @@ class Study:
         return pd.DataFrame(lines)
 
     def reading(self) -> pd.DataFrame:
-        """The table for reading: intervals in one text, seconds and steps rounded."""
+        """The table for reading: intervals in one text, seconds rounded, counts whole, a dash where nothing was measured."""
         table = with_intervals(self.table(), percent=("accept", "token_acceptance"))
-        for name, digits in (("lowest seed", 2), ("highest seed", 2), ("seconds", 1), ("steps", 0), ("epochs", 0)):
-            table[name] = table[name].astype(float).round(digits)
-        return table
+        for name, digits in (("parameters", 0), ("lowest seed", 2), ("highest seed", 2), ("seconds", 1), ("steps", 0), ("epochs", 0)):
+            table[name] = [f"{value:.{digits}f}" if pd.notna(value) else None for value in table[name]]
+        return table.astype(object).where(table.notna(), "–")
 
 
 def _triple(name: str, found: Mapping[str, Any]) -> dict[str, Any]:

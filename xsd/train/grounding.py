@@ -7,7 +7,6 @@ cross-attention to the visual tokens, a linear classifier: read as a decoder wou
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xsd.core import atomic_path
+from xsd.train.stage import StageConfig, run
 
 
 @dataclass(frozen=True)
@@ -33,6 +32,13 @@ class GroundingConfig:
     bf16: bool = True
     seed: int = 0
     save_every: int = 200
+
+    def stage(self, n_clips: int) -> StageConfig:
+        """The same as steps over so many clips."""
+        steps = max(1, int(n_clips // self.batch_size * self.epochs))
+        return StageConfig(
+            steps, self.batch_size, self.learning_rate, self.weight_decay, self.warmup_steps, self.bf16, self.seed, self.save_every
+        )
 
 
 class PatchReader(nn.Module):
@@ -96,27 +102,26 @@ def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
     return np.where(n_objects >= max(1, k * k // 8), pick, np.where(n_scenery * 2 >= k * k, scenery[..., -1], 0)).astype(np.int64)
 
 
-COLUMNS = 8
+CELL = 4
+"""Pixels a side of the layout's cells at the embedded size: pictures are moved by whole cells, so that labels stay exact."""
 
 
-def things_in_columns(layout: np.ndarray, n_things: int) -> np.ndarray:
-    """Cells uint16 [B, F, c, c] → bool [B, F, COLUMNS * n_things]: whether a thing of kind 1 … n_things stands in a column."""
-    batch, n_frames, cells, _ = layout.shape
-    kind = (layout >> 6).reshape(batch, n_frames, cells, COLUMNS, cells // COLUMNS)
-    return np.stack([(kind == k).any(axis=(2, 4)) for k in range(1, n_things + 1)], axis=-1).reshape(batch, n_frames, -1)
+def random_shifts(n_clips: int, rng: np.random.Generator) -> np.ndarray:
+    """int64 [n_clips, 2], each -1, 0 or 1 cells down and to the right."""
+    return rng.integers(-1, 2, size=(n_clips, 2))
+
+
+def shifted(frames: np.ndarray, shifts: np.ndarray, unit: int) -> np.ndarray:
+    """Move every clip of frames [B, F, h, w, …] by its shift of ``unit`` cells; the edge is repeated into what becomes free."""
+    rows, columns = (np.arange(size)[None] - shifts[:, [axis]] * unit for axis, size in enumerate(frames.shape[2:4]))
+    rows, columns = rows.clip(0, frames.shape[2] - 1), columns.clip(0, frames.shape[3] - 1)
+    return np.stack([clip[:, r][:, :, c] for clip, r, c in zip(frames, rows, columns, strict=True)])
 
 
 def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, F, s, s, 3] → float32 [B, F, 3, s, s], CLIP-normalised."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 1, 4, 2, 3).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, then cosine to 5 %."""
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * min(1.0, (step - warmup) / max(1, total - warmup))))
 
 
 def loss_of(logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
@@ -154,50 +159,29 @@ def train_tower(
         images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts], -1 unknown. layout: uint16 [N, F, c, c]. colour_known: bool [N].
         progress: called with (step, total, loss).
 
-    Returns: accuracy per fact over the last epoch's training batches.
+    Returns: accuracy per fact over the last epoch's training batches. Raises: TrainingError when the loss is not finite.
     """
-    parts = nn.ModuleList([*modules, head])
-    device = head.queries.device
-    optimiser = torch.optim.AdamW(parts.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay, betas=(0.9, 0.98))
-    per_epoch = len(images) // config.batch_size
-    total = max(1, int(per_epoch * config.epochs))
-    truth = torch.from_numpy(labels)
-    step, seen = 0, {}
-    if checkpoint is not None and checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
-        parts.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        step = saved["step"]
-    parts.train()
-    while step < total:
+    parts, device, truth = nn.ModuleList([*modules, head]), head.queries.device, torch.from_numpy(labels)
+    per_epoch, stage = len(images) // config.batch_size, config.stage(len(images))
+    seen: dict[str, tuple[int, int]] = {}
+
+    def loss_at(step: int) -> Tensor:
         epoch, at = divmod(step, per_epoch)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(images))
         rows = np.sort(order[at * config.batch_size : (at + 1) * config.batch_size])
-        for group in optimiser.param_groups:
-            group["lr"] = config.learning_rate * schedule(step, total, config.warmup_steps)
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            states = features(normalise(images[rows], mean, std).to(device))
-            logits = head(project(states))
+        shifts = random_shifts(len(rows), np.random.default_rng([config.seed, epoch, at]))
+        states = features(normalise(shifted(images[rows], shifts, CELL), mean, std).to(device))
+        logits = head(project(states))
         grid = int((states.shape[2] - 1) ** 0.5)
-        dense = head.patches(
-            states[:, :, 1:], torch.from_numpy(patch_codes(layout[rows], grid)).to(device), torch.from_numpy(colour_known[rows]).to(device)
-        )
+        codes, known = (torch.from_numpy(a).to(device) for a in (patch_codes(shifted(layout[rows], shifts, 1), grid), colour_known[rows]))
         loss, right = loss_of(logits, truth[rows].to(device), head.names)
-        loss = loss + config.patch_weight * dense
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(parts.parameters(), 1.0)
-        optimiser.step()
-        step += 1
-        if step > total - per_epoch:
+        if step >= stage.steps - per_epoch:
             for name, (r, n) in right.items():
                 a, b = seen.get(name, (0, 0))
                 seen[name] = (a + r, b + n)
-        if progress:
-            progress(step, total, float(loss.detach()))
-        if checkpoint is not None and (step % config.save_every == 0 or step == total):
-            with atomic_path(checkpoint) as path:
-                torch.save({"model": parts.state_dict(), "optimiser": optimiser.state_dict(), "step": step}, path)
+        return loss + config.patch_weight * head.patches(states[:, :, 1:], codes, known)
+
+    run("tower's", [(parts, 1.0)], loss_at, stage, device=device.type, checkpoint=checkpoint, progress=progress)
     return {name: r / n for name, (r, n) in seen.items()}
 
 

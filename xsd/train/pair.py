@@ -1,4 +1,4 @@
-"""The training of one embedded model from scratch: tower on what is in the picture, then decoder and projector on language.
+"""The training of one embedded model from scratch: tower on what is in the picture, the decoder's lower half on what moves, then language.
 
 Models and data come in as arguments (a model taken apart by ``xsd.models.embedded``, a corpus from ``xsd.world.corpus``). Every stage keeps
 a checkpoint in the run folder, so an interrupted training continues where it stopped.
@@ -14,13 +14,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xsd.train import grounding, language
+from xsd.train import grounding, language, reading
 from xsd.train.grounding import GroundingConfig
 from xsd.train.language import LanguageConfig, Segment
+from xsd.train.reading import ReadingConfig
 
 Progress = Callable[[str, int, int, float], None]
 """Called with (stage, step, total, loss)."""
-_THINGS = 6  # of the layout's kinds, the first six are vehicles and people
 
 
 def segments_of(
@@ -61,6 +61,7 @@ def train_model(
     std: Sequence[float],
     folder: Path,
     grounding_config: GroundingConfig,
+    reading_config: ReadingConfig,
     language_config: LanguageConfig,
     device: str = "cpu",
     progress: Progress | None = None,
@@ -68,14 +69,14 @@ def train_model(
     """Train one model in place.
 
     Args:
-        parts: features, project, decode, tower, projector, decoder, early, middle, patches, patch_frames, frames, embed, lm_head,
-            n_visual, tower_width, grounding_frames, prompt_ids, role, model.
+        parts: features, project, decode, decode_lower, tower, projector, decoder, early, middle, patches, patch_frames, embed, lm_head,
+            n_visual, tower_width, grounding_frames, prompt_ids, role, model (models.embedded.Parts).
         images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint16 [N, F, c, c]. colour_known: bool [N].
         dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is
             mixed in, as both real models share a language-model ancestor that knows either style.
         classes: facts and their number of classes; n_kinds, n_colours, n_motions: patch classes.
 
-    Returns: {"facts": accuracy per fact in training, "loss": the language loss per step}.
+    Returns: {"facts": accuracy per fact in training, "reading", "loss": the readers' and the language's loss per step}.
     """
 
     def report(stage: str) -> Callable[[int, int, float], None] | None:
@@ -98,23 +99,29 @@ def train_model(
         extra = [other[clip][int(rng.integers(len(other[clip])))]] if other else []
         return [own[clip][int(i)] for i in picked] + extra
 
-    def visual(clips: np.ndarray) -> Tensor:
-        return parts.project(parts.features(grounding.normalise(images[clips], mean, std).to(device)))
+    def visual(clips: np.ndarray, shifts: np.ndarray) -> Tensor:
+        pictures = grounding.shifted(images[clips], shifts, grounding.CELL)
+        return parts.project(parts.features(grounding.normalise(pictures, mean, std).to(device)))
 
-    def codes(clips: np.ndarray, grid: int) -> np.ndarray:
-        return grounding.patch_codes(layout[clips][:, list(parts.patch_frames)], grid)
+    def codes(clips: np.ndarray, shifts: np.ndarray, grid: int) -> np.ndarray:
+        return grounding.patch_codes(grounding.shifted(layout[clips][:, list(parts.patch_frames)], shifts, 1), grid)
 
-    def columns(clips: np.ndarray) -> np.ndarray:
-        return grounding.things_in_columns(layout[clips], _THINGS)
-
-    losses = language.train_decoder(
-        embed=parts.embed, visual=visual, decode=parts.decode, tower=parts.tower,
-        registers=language.FactRegisters(width, classes).to(device), middle=parts.middle, labels=labels,
-        scene=language.SceneReader(width, grounding.PatchReader(width, *kinds), classes["ego"], grounding.COLUMNS * _THINGS).to(device),
-        early=parts.early, patches=parts.patches, frames=parts.frames, codes=codes, columns=columns,
-        ego=labels[:, list(classes).index("ego")], colour_known=colour_known,
-        lm_head=parts.lm_head, trained=nn.ModuleList([parts.decoder, parts.projector]), before=parts.prompt_ids(tokenizer, "?")[0],
-        n_visual=parts.n_visual, segments=choose, n_clips=len(images), config=language_config, device=device,
+    truths = reading.ClipTruths(labels, labels[:, list(classes).index("ego")], colour_known, codes)
+    readers = reading.Readers(
+        reading.FactRegisters(width, classes), reading.SceneReader(width, grounding.PatchReader(width, *kinds), classes["ego"]),
+        truths, middle=parts.middle, early=parts.early, patches=parts.patches,
+    ).to(device)  # fmt: skip
+    common = {
+        "embed": parts.embed, "visual": visual, "trained": nn.ModuleList([parts.decoder, parts.projector]), "tower": parts.tower,
+        "readers": readers, "before": parts.prompt_ids(tokenizer, "?")[0], "n_visual": parts.n_visual, "n_clips": len(images),
+        "device": device,
+    }  # fmt: skip
+    read = reading.train_lower_half(
+        **common, decode=parts.decode_lower, config=reading_config,
+        checkpoint=folder / f"{parts.role}-reading.pt", progress=report("reading"),
+    )  # fmt: skip
+    spoken = language.train_decoder(
+        **common, decode=parts.decode, lm_head=parts.lm_head, segments=choose, config=language_config,
         checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),
     )  # fmt: skip
-    return {"facts": facts, "loss": losses}
+    return {"facts": facts, "reading": read, "loss": spoken}
