@@ -53,9 +53,9 @@ PROFILES = {
     ),
     "full": PairProfile(
         2800,
-        {role: GroundingConfig(epochs=3, batch_size=16) for role in ROLES},
-        {"verifier": ReadingConfig(steps=5000, batch_size=6), "drafter": ReadingConfig(steps=5000, batch_size=8)},
-        {"verifier": LanguageConfig(steps=2200, batch_size=4), "drafter": LanguageConfig(steps=4000, batch_size=6)},
+        {role: GroundingConfig(epochs=4, batch_size=16) for role in ROLES},
+        {"verifier": ReadingConfig(steps=4500, batch_size=6), "drafter": ReadingConfig(steps=7000, batch_size=8)},
+        {"verifier": LanguageConfig(steps=2400, batch_size=4), "drafter": LanguageConfig(steps=4500, batch_size=6)},
     ),
 }
 
