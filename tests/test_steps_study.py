@@ -15,7 +15,7 @@ from xsd.adapters import linear
 from xsd.core import Batch, MetricError, ParameterError
 from xsd.metrics import acceptance
 from xsd.runs import folder, parameters
-from xsd.steps import extraction, study, study_measure, study_recipes
+from xsd.steps import extraction, study, study_measure, study_recipes, training
 from xsd.steps.study_recipes import Job
 from xsd.train import rollout, source
 from xsd.views import study_figures
@@ -199,6 +199,18 @@ def test_less_data_gets_more_epochs_and_the_limit_holds():
 def test_an_unknown_recipe_is_named():
     with pytest.raises(ParameterError, match="unknown recipe 'better'; choose one of documented, reference, converged, best"):
         study_recipes.config_of("better", "L1")
+
+
+@pytest.mark.parametrize("level", ["L1", "L4", "L5F", "B1"])
+def test_notebook_02_trains_a_level_as_the_best_recipe_of_the_study_does(level):
+    given = parameters.TrainParameters.checked({"profile": "best", "epochs": 10})
+    assert training.config_of(given, level) == study_recipes.config_of("best", level)
+
+
+def test_an_objective_given_by_hand_goes_before_the_best_recipe():
+    given = parameters.TrainParameters.checked({"profile": "best", "objective": "kl"})
+    assert training.config_of(given, "L1").objective == "kl"
+
 
 
 def test_a_larger_share_holds_the_smaller_one():

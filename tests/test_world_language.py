@@ -1,10 +1,12 @@
 """Two dialects of answers, and reading the facts back out of them."""
 
+from types import SimpleNamespace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from xsd.core import DatasetError
+from xsd.core import DatasetError, StorageError
 from xsd.world import corpus, drive, language
 from xsd.world.facts import seen_by_events
 
@@ -88,3 +90,10 @@ def test_a_corpus_reopens_and_refuses_another_configuration(tmp_path):
     assert len(built.dialogues("verifier")[0]) == 10
     with pytest.raises(DatasetError, match="holds the corpus"):
         corpus.build(tmp_path / "c", split="train", n_sequences=2, seed=4, size=48)
+
+
+def test_a_corpus_that_does_not_fit_on_the_disk_is_refused_before_it_is_simulated(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
+    with pytest.raises(StorageError, match=r"100 simulated drives take 0\.1 GB.*choose another folder or fewer drives"):
+        corpus.build(tmp_path / "c", split="train", n_sequences=100, seed=4, size=96)
+    assert not list((tmp_path / "c").iterdir())

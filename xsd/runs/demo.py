@@ -23,7 +23,7 @@ DEMO: dict[str, dict[str, Any]] = {
         "test_data": TEST_DATA,
         "batch_size": 32,
     },
-    "02_train": {"levels": LEVELS, "profile": "tokens", "epochs": 9},
+    "02_train": {"levels": LEVELS, "profile": "best", "epochs": 9},
     "03_hidden": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "04_tokens": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "05_live": {

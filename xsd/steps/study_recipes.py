@@ -17,6 +17,7 @@ import torch
 
 from xsd.adapters import registry
 from xsd.core import ParameterError
+from xsd.train import recipes
 from xsd.train.recipes import FitConfig
 
 CLOSED_FORM = "closed form"
@@ -34,16 +35,8 @@ _SETTINGS: dict[str, dict[str, Any]] = {
     "documented": {"profile": "reference"},
     "reference": {"profile": "reference", "batch_size": 16},
     "converged": {"profile": "converged"},
-    "best": {"profile": "tokens", "epochs": 10},
+    "best": {"epochs": 10},
 }
-_BEST_BY_LEVEL: dict[str, dict[str, Any]] = {
-    "L1": {"objective": "cross_entropy"},
-    "L2": {"objective": "cross_entropy"},
-    "L3": {"objective": "cross_entropy"},
-    "B1": {"token_fusion": True},
-}
-"""Where a level's best recipe differs. What never reads its own predictions need not stay near the verifier's states; B1, which reads
-nothing else, is told which token its prediction became."""
 RECIPES = tuple(_SETTINGS)
 BUDGETS = ("documented", "converged")
 """What the reference's training gains with time, for the levels that are asked for it."""
@@ -58,7 +51,7 @@ def config_of(recipe: str, level: str, *, max_epochs: int = 0, share: float = 1.
     """
     if recipe not in RECIPES:
         raise ParameterError(f"unknown recipe {recipe!r}; choose one of {', '.join(RECIPES)}")
-    config = FitConfig(**_SETTINGS[recipe], **(_BEST_BY_LEVEL.get(level, {}) if recipe == "best" else {}))
+    config = FitConfig(**_SETTINGS[recipe], **(recipes.settings("best", level) if recipe == "best" else {}))
     epochs, patience = math.ceil(config.epochs / share), math.ceil(config.patience / share)
     return dataclasses.replace(config, epochs=min(epochs, max_epochs or epochs), patience=patience)
 

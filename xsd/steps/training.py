@@ -17,7 +17,7 @@ from xsd.core import ParameterError, provenance
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
-from xsd.train import fit, guards, source, start
+from xsd.train import fit, guards, recipes, source, start
 from xsd.train.recipes import FitConfig
 
 FULL_SIZE = 4096
@@ -86,15 +86,16 @@ def run(given: parameters.TrainParameters, *, progress: Callable[[str, dict[str,
 
 def config_of(given: parameters.TrainParameters, level: str) -> FitConfig:
     """The recipe of a level: its profile with what the parameters change; token fusion only for the levels that can."""
+    own = recipes.settings(given.profile, level)
     return FitConfig(
-        profile=given.profile,
-        objective=given.objective or None,
+        profile=own["profile"],
+        objective=given.objective or own.get("objective"),
         epochs=given.epochs,
         batch_size=given.batch_size,
         learning_rate=given.learning_rate,
         position_decay=given.position_decay,
         noise=given.noise,
-        token_fusion=given.token_fusion and level in start.FUSING,
+        token_fusion=own.get("token_fusion", False) or (given.token_fusion and level in start.FUSING),
         draft_vocabulary=given.draft_vocabulary or None,
     )
 
@@ -143,11 +144,21 @@ def history(run_dir: str | os.PathLike[str], levels: Sequence[str]) -> pd.DataFr
     return pd.DataFrame(rows)
 
 
+def most_terms(epochs: pd.DataFrame) -> str:
+    """The level whose loss is the sum of the most terms; the first of several."""
+    counts = {level: len(_terms_of(rows)) for level, rows in epochs.groupby("level", sort=False)}
+    return max(counts, key=counts.__getitem__)
+
+
+def _terms_of(rows: pd.DataFrame) -> list[str]:
+    return [column for column in rows.columns if column.endswith(" loss") and rows[column].notna().all()]
+
+
 def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
     """The terms of one level's loss over its epochs, each divided by its first value in that split, as ``training_curves`` reads them."""
     rows = epochs[epochs["level"] == level]
     pieces = []
-    for name in (column for column in rows.columns if column.endswith(" loss") and rows[column].notna().all()):
+    for name in _terms_of(rows):
         first = rows.groupby("split")[name].transform("first")
         part = rows[["epoch", "split"]].assign(level=name.removesuffix(" loss"))
         pieces.append(part.assign(**{"loss against the first epoch": rows[name] / first}))

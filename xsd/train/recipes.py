@@ -18,6 +18,19 @@ PROFILES: dict[str, dict[str, Any]] = {
     "tokens": _TOKENS,
     "rollout": {**_TOKENS, "rollout_steps": 3},
 }
+BEST_BY_LEVEL: dict[str, dict[str, Any]] = {
+    "L1": {"objective": "cross_entropy"},
+    "L2": {"objective": "cross_entropy"},
+    "L3": {"objective": "cross_entropy"},
+    "B1": {"token_fusion": True},
+}
+"""Where a level's best known recipe differs from "tokens" (docs/recipes.md). What never reads its own predictions need not stay near the
+verifier's states; B1, which reads nothing else, is told which token its prediction became."""
+
+
+def settings(profile: str, level: str) -> dict[str, Any]:
+    """FitConfig's arguments for a level: those of a profile, or with "best" what is known to be best for that level."""
+    return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {})} if profile == "best" else {"profile": profile}
 
 
 @dataclass(frozen=True)

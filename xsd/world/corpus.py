@@ -7,6 +7,7 @@ files, so a corpus larger than memory costs nothing and a second start finds it 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xsd.core import DatasetError, atomic_write
+from xsd.core import DatasetError, StorageError, atomic_write
 from xsd.sensors import frames
 from xsd.world import drive, language, render, scenes
 from xsd.world.facts import centre_square, seen_by_events
@@ -160,7 +161,7 @@ def build(
 ) -> Corpus:
     """Simulate (or reopen, if the folder holds exactly this corpus) and return the memory-mapped corpus.
 
-    Raises: DatasetError when the folder holds another corpus.
+    Raises: DatasetError when the folder holds another corpus; StorageError, before anything is simulated, when the disk is too full for it.
     """
     folder = Path(folder)
     wanted = {"split": split, "n_sequences": n_sequences, "seed": seed, "size": size, "version": 3}
@@ -173,6 +174,12 @@ def build(
         return Corpus(*arrays, found["facts"], found["sequence"])
     folder.mkdir(parents=True, exist_ok=True)
     n_clips = n_sequences * 4
+    needed, free = n_clips * 13 * (3 * size**2 + 2 * _CELLS**2), shutil.disk_usage(folder).free
+    if free < needed:  # writing to a memory map on a full disk would end the process without a word
+        raise StorageError(
+            f"{n_sequences} simulated drives take {needed / 1e9:.1f} GB in {folder}, where {free / 1e9:.1f} GB are free; free some space, "
+            "choose another folder or fewer drives"
+        )
     video = np.lib.format.open_memmap(folder / "video.npy", mode="w+", dtype=np.uint8, shape=(n_clips, 8, size, size, 3))
     events = np.lib.format.open_memmap(folder / "events.npy", mode="w+", dtype=np.uint8, shape=(n_clips, 5, size, size, 3))
     facts, sequence = [], []
