@@ -246,6 +246,18 @@ def test_costs_cover_every_part_and_a_wider_verification_is_never_free(pair, ada
         costs.measure({}, repeats=0)
 
 
+def test_a_step_that_fuses_tokens_is_timed_with_the_tokens_given(pair, adapters, samples):
+    given = []
+
+    def step(drafter_states, verifier_states, tokens):
+        given.append(len(tokens) - len(verifier_states))
+        return adapters["L5F"].step(drafter_states, verifier_states)
+
+    fusing = types.SimpleNamespace(reads="both", fuses_tokens=True, step=step)
+    costs.step_costs(pair.drafter, pair.verifier, fusing, samples[0], context=3, repeats=1)
+    assert set(given) == {0}
+
+
 def test_overlap_figures_follow_from_the_four_times():
     def cost(seconds):
         return costs.Cost("x", 0, seconds, seconds, seconds, 1)

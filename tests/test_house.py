@@ -117,6 +117,16 @@ def test_no_tracked_file_is_large():
     assert {name: size for name, size in sizes.items() if name.endswith(".ipynb") and size > 0.2} == {}, "notebooks over 200 kB"
 
 
+def test_the_shipped_pair_is_what_the_readme_says_of_it():
+    configs = {role: json.loads((ROOT / "data" / "pair" / role / "config.json").read_text()) for role in ("drafter", "verifier")}
+    verifier = configs["verifier"]["text_config"]
+    assert configs["drafter"]["model_type"] == "EventChat_llama" and configs["verifier"]["model_type"] == "video_llava"
+    assert verifier["num_hidden_layers"] >= 12 > configs["drafter"]["num_hidden_layers"]
+    assert verifier["hidden_size"] == configs["drafter"]["hidden_size"]
+    assert sum(path.stat().st_size for path in (ROOT / "data" / "pair").rglob("*.safetensors")) <= 40e6
+    assert json.loads((ROOT / "data" / "pair" / "accuracy.json").read_text())["verifier_duplicates"] <= 0.3
+
+
 def swallowed(tree: ast.AST) -> list[int]:
     """Lines of handlers that catch everything and say nothing: a bare except, or one of (Base)Exception that only passes."""
     handlers = [node for node in ast.walk(tree) if isinstance(node, ast.ExceptHandler)]

@@ -176,6 +176,8 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
     assert results["live"]["check"]["labels"] == "L4, B1 and L1 + L5F"
     page = demo_page._live(results)
     assert page is not None and len(page.parts) >= 4
+    hashes = [value[:16] for name, value in results["extract"]["data_hashes"].items() if name.startswith("test")]
+    assert results["live"]["provenance"]["data_hash"] == "+".join(hashes) and hashes
     assert results["live"]["provenance"]["parameters"]["gamma"] == 3 and "git_revision" in results["live"]["checked_with"]
     assert folder.load_live(place / "run")[2]["question"] == one.question
     figures.speedup_bars(live.bars(found["simulated"]))

@@ -63,7 +63,9 @@ def test_tables_are_written_and_hold_the_same_figures(given, found):
     assert stored["accepted_length"].tolist() == pytest.approx(found.table()["accepted_length"].tolist())
     assert (tables / "study.md").read_text().startswith("| level | recipe |") and "toprule" in (tables / "study.tex").read_text()
     assert list(found.times()["level"]) == ["L1", "B1"] and set(found.times()["best against"]) == {"reference"}
-    assert "[" in found.reading()["accepted_length"].iloc[0]
+    shown = found.reading()
+    assert "[" in shown["accepted_length"].iloc[0] and set(shown[shown["recipe"] == "no adapter"]["parameters"]) == {"–"}
+    assert all(value.isdigit() for value in shown[shown["recipe"] == "best"]["parameters"])
 
 
 def test_a_second_call_does_only_what_is_missing(given, found):
@@ -210,7 +212,6 @@ def test_notebook_02_trains_a_level_as_the_best_recipe_of_the_study_does(level):
 def test_an_objective_given_by_hand_goes_before_the_best_recipe():
     given = parameters.TrainParameters.checked({"profile": "best", "objective": "kl"})
     assert training.config_of(given, "L1").objective == "kl"
-
 
 
 def test_a_larger_share_holds_the_smaller_one():

@@ -61,8 +61,12 @@ def test_the_edge_is_repeated_where_a_moved_picture_ends():
     assert grounding.shifted(picture, np.array([[0, 1]]), 1)[0, 0].tolist() == [[0, 0, 1], [3, 3, 4], [6, 6, 7]]
 
 
-def test_the_lower_half_puts_out_what_its_last_layer_does():
-    parts = embedded.drafter_parts(embedded.new_drafter(64, seed=0).eval())
+@pytest.mark.parametrize("role", step.ROLES)
+def test_the_lower_half_puts_out_what_its_last_layer_does(role):
+    verifier = role == "verifier"
+    parts = (embedded.verifier_parts if verifier else embedded.drafter_parts)(
+        (embedded.new_verifier if verifier else embedded.new_drafter)(64, seed=0).eval()
+    )
     x, positions = torch.randn(2, 7, embedded.HIDDEN_SIZE), torch.arange(7)[None].expand(2, -1)
     mask = torch.zeros(2, 1, 7, 7).masked_fill(~torch.ones(7, 7, dtype=torch.bool).tril(), torch.finfo(torch.float32).min)
     whole = []
@@ -118,7 +122,7 @@ def _toy(stage, folder, progress=None, *, broken=False):
     scale = float("nan") if broken else 1.0
     common = {
         "embed": words,
-        "visual": lambda clips, shifts: torch.as_tensor(shifts).float().mean(1)[:, None, None].expand(-1, 1, 8),
+        "visual": lambda clips, shifts: (torch.as_tensor(clips + 0.1 * shifts.mean(1)).float()[:, None, None] * scale).expand(-1, 1, 8),
         "decode": lambda x, mask, positions: layer(x) * scale,
         "trained": torch.nn.ModuleList([words, layer, head]),
         "tower": torch.nn.Linear(1, 1),
@@ -131,7 +135,6 @@ def _toy(stage, folder, progress=None, *, broken=False):
     }
     config = {"steps": 6, "batch_size": 2, "bf16": False, "save_every": 2, "warmup_steps": 1}
     if stage == "reading":
-        common["visual"] = lambda clips, shifts: torch.full((len(clips), 1, 8), scale)
         return reading.train_lower_half(**common, config=ReadingConfig(**config))
     return language.train_decoder(
         **common,
@@ -157,6 +160,32 @@ def test_a_stage_resumes_to_the_same_losses(tmp_path, stage):
         _toy(stage, tmp_path / "broken", interrupt)
     losses = _toy(stage, tmp_path / "broken")
     assert losses == _toy(stage, tmp_path / "straight") and losses[-1] < losses[0]
+
+
+def test_a_checkpoint_of_other_settings_is_refused(tmp_path):
+    _toy("reading", tmp_path)
+    saved = torch.load(tmp_path / "reading.pt", weights_only=True)
+    torch.save({**saved, "config": {**saved["config"], "steps": 7}}, tmp_path / "reading.pt")
+    with pytest.raises(TrainingError, match=r"reading.pt is of a training with other settings .*choose another folder, or delete it"):
+        _toy("reading", tmp_path)
+
+
+def test_the_registers_are_the_last_visual_positions_and_patches_are_all_of_them():
+    middle, early = torch.nn.Identity(), torch.nn.Identity()
+    truths = reading.ClipTruths(
+        labels=np.zeros((1, 2), np.int64),
+        ego=np.array([-1]),
+        colour_known=np.ones(1, bool),
+        codes=lambda clips, shifts, grid: np.full((1, 1, grid * grid), 1 << 6 | 2),
+    )
+    registers, scene = reading.FactRegisters(8, {"ego": 3, "time": 2}), reading.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3)
+    readers = reading.Readers(registers, scene, truths, middle=middle, early=early, patches=lambda tokens: tokens[:, None])
+    low, high = torch.randn(1, 9, 8, requires_grad=True), torch.randn(1, 9, 8, requires_grad=True)
+    with readers.listening():
+        early(low), middle(high)
+        readers.loss(np.array([0]), np.zeros((1, 2), int), slice(2, 6)).backward()
+    assert (low.grad.abs().sum(-1) > 0)[0].tolist() == [False] * 2 + [True] * 4 + [False] * 3
+    assert (high.grad.abs().sum(-1) > 0)[0].tolist() == [False] * 4 + [True] * 2 + [False] * 3
 
 
 @pytest.mark.parametrize("stage", ["reading", "language"])

@@ -50,8 +50,8 @@ def test_l6_trains_merges_is_judged_on_held_out_tokens_and_is_found_again(run_di
 
 
 def test_curves_hold_every_term(run_dir):
-    training.run(given(run_dir, levels=["L1", "L4"]))
-    epochs = training.history(run_dir, ["L1", "L4"])
+    training.run(given(run_dir, levels=["L1", "L4", "L6"]))
+    epochs = training.history(run_dir, ["L1", "L4", "L6"])
     assert {"loss", "mse loss", "cosine loss", "cross_entropy loss", "token_acceptance", "accept_0.90"} <= set(epochs.columns)
     assert training.most_terms(epochs) == "L4" and set(training.terms(epochs, "L1")["level"]) == {"cross_entropy"}
     terms = training.terms(epochs, "L4")

@@ -5,7 +5,7 @@ import pytest
 
 from xsd.core import DatasetError
 from xsd.sensors import folder
-from xsd.world import drive, facts, render, scenes
+from xsd.world import drive, dvs, facts, render, scenes
 
 
 @pytest.fixture(scope="module")
@@ -37,6 +37,24 @@ def test_a_clip_has_eight_frames_and_five_event_frames_of_one_size(drives):
         for clip in simulated.clips:
             assert clip.video.dtype == np.uint8 and clip.video.shape[0] == 8
             assert len(clip.event_frames) == 5 and {frame.shape for frame in clip.event_frames} == {clip.video.shape[1:]}
+
+
+SHARES = ("grey_fraction", "other_resolution_fraction", "noisy_fraction")
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_every_part_of_the_randomisation_can_be_had_and_left_out(share, monkeypatch):
+    sensors, simulate = [], dvs.simulate_events
+    monkeypatch.setattr(dvs, "simulate_events", lambda *given: sensors.append(given[2]) or simulate(*given))
+    configs = [drive.DriveConfig(**dict.fromkeys(SHARES, 0.0) | {share: value}) for value in (1.0, 0.0)]
+    always, never = (drive.simulate_sequence(5, "test", 1, config).clips[0] for config in configs)
+    grey, size, noisy = ([], [], [])
+    for clip, sensor in zip((always, never), sensors, strict=True):
+        grey.append(bool((clip.video == clip.video[..., :1]).all()) and clip.facts["grey"])
+        size.append(clip.video.shape[1:3] in ((72, 96), (120, 160)))
+        noisy.append(sensor != dvs.DvsConfig())
+    expected = {name: [name == share, False] for name in SHARES}
+    assert [grey, size, noisy] == [expected[name] for name in SHARES]
 
 
 def test_an_unknown_split_is_refused():

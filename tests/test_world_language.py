@@ -97,3 +97,12 @@ def test_a_corpus_that_does_not_fit_on_the_disk_is_refused_before_it_is_simulate
     with pytest.raises(StorageError, match=r"100 simulated drives take 0\.1 GB.*choose another folder or fewer drives"):
         corpus.build(tmp_path / "c", split="train", n_sequences=100, seed=4, size=96)
     assert not list((tmp_path / "c").iterdir())
+
+
+def test_what_an_interrupted_simulation_left_does_not_count_against_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "video.npy").write_bytes(bytes(10**6))
+    seen = []
+    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: seen.append(list(path.iterdir())) or SimpleNamespace(free=0))
+    with pytest.raises(StorageError):
+        corpus.build(tmp_path, split="train", n_sequences=1, seed=4)
+    assert seen == [[]]

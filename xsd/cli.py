@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
 
     pair = verb("pair", _pair, "train the embedded pair from scratch; resumes where it stopped")
     pair.add_argument("-o", "--out", type=Path, metavar="DIR", help="default runs/pair")
-    pair.add_argument("--profile", choices=("smoke", "quick", "full"), default="full", help="full is planned for two hours on two cores")
+    pair.add_argument("--profile", choices=("smoke", "quick", "full"), default="full", help="full made the shipped weights")
     pair.add_argument("--seed", type=int, default=0)
     pair.add_argument("--device", default="cpu")
     pair.add_argument("--workers", type=int, default=2, help="processes that simulate")

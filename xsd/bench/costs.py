@@ -121,8 +121,11 @@ def step_costs(
         drafter_states = by_drafter.hidden[None].repeat(context + 1, 1)
         verifier_states = by_verifier.hidden[None].repeat(context, 1)
 
+        fuses = getattr(adapter, "fuses_tokens", False)
+        given = {"tokens": torch.zeros(context, dtype=torch.long)} if fuses else {}  # as live decoding gives them
+
         def adapt() -> None:
-            int(verifier.lm_head(adapter.step(drafter_states, verifier_states)[None])[0].argmax())
+            int(verifier.lm_head(adapter.step(drafter_states, verifier_states, **given)[None])[0].argmax())
 
         operations["adapter_step"] = (1, adapt)
     return {cost.what: cost for cost in measure(operations, repeats=repeats)}

@@ -198,23 +198,20 @@ def _ordered(sets: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _positions(results: Mapping[str, Any]) -> report.Section | None:
-    found = next(((data, one) for data, one in _ordered(results.get("tokens", {}).get("test", {})).items() if "by_position" in one), None)
-    if found is None:
-        return None
-    data, one = found
-    bounds = [f"{name}_{end}" for name in ("marginal", "survival") for end in ("low", "high")]
-    frame = pd.DataFrame(one["by_position"]).astype(dict.fromkeys(bounds, float))
-    parts: list[Any] = [
-        report.Figure(
-            figures.acceptance_by_position(frame, curve="survival"),
-            f"On {NAMES.get(data, data)}. A draft is useful as far as it is unbroken from its start.",
-        ),
-        report.Figure(figures.acceptance_by_position(frame, curve="marginal")),
-    ]
-    if one.get("reliability"):
-        bands = pd.DataFrame(one["reliability"]).astype({"low": float, "high": float})
-        parts.append(report.Figure(figures.reliability_curve(bands), "What a cosine says about the token."))
-    return report.Section("Position by position", parts)
+    parts: list[Any] = []
+    for data, one in _ordered(results.get("tokens", {}).get("test", {})).items():
+        if "by_position" not in one:
+            continue
+        bounds = [f"{name}_{end}" for name in ("marginal", "survival") for end in ("low", "high")]
+        frame = pd.DataFrame(one["by_position"]).astype(dict.fromkeys(bounds, float))
+        name = NAMES.get(data, data)
+        caption = f"On {name}. A draft is useful as far as it is unbroken from its start."
+        parts.append(report.Figure(figures.acceptance_by_position(frame, curve="survival"), caption))
+        parts.append(report.Figure(figures.acceptance_by_position(frame, curve="marginal"), f"On {name}."))
+        if one.get("reliability"):
+            bands = pd.DataFrame(one["reliability"]).astype({"low": float, "high": float})
+            parts.append(report.Figure(figures.reliability_curve(bands), f"What a cosine says about the token, on {name}."))
+    return report.Section("Position by position", parts) if parts else None
 
 
 def _strips(run_dir: str | Path) -> report.Section | None:

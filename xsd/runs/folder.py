@@ -53,6 +53,15 @@ def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
+def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | None:
+    """The hashes of the data sets that a run extracted from, first 16 digits each, joined by "+"; None where it holds no extraction."""
+    path = resolve(run_dir) / "results" / "extract.json"
+    if not path.is_file():
+        return None
+    found = json.loads(path.read_text(encoding="utf-8"))["data_hashes"]
+    return "+".join(value[:16] for name, value in found.items() if name.startswith(split))
+
+
 def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
     """Write the token table."""
     target = resolve(run_dir) / "tokens.parquet"

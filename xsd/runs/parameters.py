@@ -105,7 +105,7 @@ class TrainParameters(NotebookParameters):
     )
     data: str = Field("simulated", min_length=1, description="the training set that notebook 01 extracted")
     mode: Mode = Field("teacher_forced", description="which pairs to train on")
-    profile: Literal["reference", "converged", "tokens", "rollout", "best"] = Field("best", description="docs/adapters.md, section 5")
+    profile: Literal["reference", "converged", "tokens", "rollout", "best"] = Field("best", description="recipe (docs/adapters.md, 5)")
     epochs: int = Field(8, ge=1, le=10_000, description="longest training, in epochs")
     batch_size: int = Field(16, ge=1, le=65_536, description="answers a step")
     learning_rate: float = Field(2e-3, gt=0, lt=1, description="AdamW's peak rate; lower it for wide models")

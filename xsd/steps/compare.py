@@ -249,12 +249,13 @@ def save(given: parameters.CompareParameters, table: pd.DataFrame, differing: pd
     def plain(row: dict[str, Any]) -> dict[str, Any]:
         return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}
 
+    hashes = [folder.data_hash(run) for run in given.runs]
     results = {
         "metric": given.metric,
         "runs": names(given.runs),
         "values": [plain(row) for row in table.to_dict("records")],
         "differences": [plain(row) for row in differing.to_dict("records")],
-        "provenance": provenance(seed=given.seed, parameters=given.model_dump()),
+        "provenance": provenance(seed=given.seed, data_hash="+".join(map(str, hashes)), parameters=given.model_dump()),
     }
     folder.save_results(given.run_dir, "compare", results)
     return results

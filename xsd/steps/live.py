@@ -172,7 +172,7 @@ def measure(bench_: Bench, *, progress: Callable[[int], None] | None = None) -> 
     path = folder.resolve(given.run_dir) / "records.jsonl"
     timed = [one for some in bench_.timed.values() for one in some]
     options = {"max_new_tokens": given.max_new_tokens, "repeats": given.repeats, "seed": given.seed, "progress": progress}
-    options["about"] = {"threads": given.threads, "parameters": given.model_dump()}
+    options["about"] = {"threads": given.threads, "parameters": given.model_dump(), "data_hash": folder.data_hash(given.run_dir)}
     made, samples = build(bench_, given.arms), [one.load() for one in timed]
     try:
         records = bench.measure(made, samples, path=path, **options)

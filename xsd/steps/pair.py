@@ -292,8 +292,8 @@ They are trained from scratch on simulated drives only; they know ten questions 
   questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's
   dialect, as both real models share a language-model ancestor that knows either style.
 - **Training**: towers on scene facts and patches; then the decoders' lower halves on the same and on what moves; then language under a
-  block mask, with the readers of the second stage still asking and the tower following at a lower rate (`xsd/train/pair.py`); profile
-  {profile}. Pictures are moved by up to four pixels. Weights are stored as float16.
+  block mask, with the readers of the second stage still asking and the tower following at a lower rate (`xsd/train/pair.py`). Pictures
+  are moved by up to four pixels; profile {profile}. Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
 
 ## Limits

@@ -103,7 +103,8 @@ def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
 
 
 CELL = 4
-"""Pixels a side of the layout's cells at the embedded size: pictures are moved by whole cells, so that labels stay exact."""
+"""Pixels a side of the layout's cells at the embedded size: pictures are moved by whole cells, so that the labels of patches stay
+exact (what stands at the very edge may leave the picture, and is still asked of the clip)."""
 
 
 def random_shifts(n_clips: int, rng: np.random.Generator) -> np.ndarray:
@@ -148,6 +149,7 @@ def train_tower(
     mean: Sequence[float],
     std: Sequence[float],
     config: GroundingConfig,
+    frames: Sequence[int] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, float]:
@@ -157,10 +159,13 @@ def train_tower(
         features: pixels [B, F, 3, s, s] → tower states [B, F, P, C]. project: those → visual tokens [B, T, D]; both through ``modules``,
             whose parameters are trained with the head's.
         images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts], -1 unknown. layout: uint16 [N, F, c, c]. colour_known: bool [N].
+        frames: which of the F are looked at; None: all.
         progress: called with (step, total, loss).
 
-    Returns: accuracy per fact over the last epoch's training batches. Raises: TrainingError when the loss is not finite.
+    Returns: accuracy per fact over the training batches of the last epoch, as far as this call saw them.
+    Raises: TrainingError as stage.run.
     """
+    chosen = list(range(images.shape[1]) if frames is None else frames)
     parts, device, truth = nn.ModuleList([*modules, head]), head.queries.device, torch.from_numpy(labels)
     per_epoch, stage = len(images) // config.batch_size, config.stage(len(images))
     seen: dict[str, tuple[int, int]] = {}
@@ -170,10 +175,11 @@ def train_tower(
         order = np.random.default_rng([config.seed, epoch]).permutation(len(images))
         rows = np.sort(order[at * config.batch_size : (at + 1) * config.batch_size])
         shifts = random_shifts(len(rows), np.random.default_rng([config.seed, epoch, at]))
-        states = features(normalise(shifted(images[rows], shifts, CELL), mean, std).to(device))
+        states = features(normalise(shifted(images[rows][:, chosen], shifts, CELL), mean, std).to(device))
         logits = head(project(states))
         grid = int((states.shape[2] - 1) ** 0.5)
-        codes, known = (torch.from_numpy(a).to(device) for a in (patch_codes(shifted(layout[rows], shifts, 1), grid), colour_known[rows]))
+        cells = patch_codes(shifted(layout[rows][:, chosen], shifts, 1), grid)
+        codes, known = (torch.from_numpy(a).to(device) for a in (cells, colour_known[rows]))
         loss, right = loss_of(logits, truth[rows].to(device), head.names)
         if step >= stage.steps - per_epoch:
             for name, (r, n) in right.items():

@@ -88,7 +88,7 @@ def train_model(
     width, kinds = parts.embed.embedding_dim, (n_kinds, n_colours, n_motions)
     head = grounding.GroundingHead(width, tokens_per_frame, classes, grounding.PatchReader(parts.tower_width, *kinds)).to(device)
     facts = grounding.train_tower(
-        parts.features, parts.project, [parts.tower, parts.projector], head, images[:, frames], labels, layout[:, frames], colour_known,
+        parts.features, parts.project, [parts.tower, parts.projector], head, images, labels, layout, colour_known, frames=frames,
         mean=mean, std=std, config=grounding_config, checkpoint=folder / f"{parts.role}-tower.pt", progress=report("tower"),
     )  # fmt: skip
     own = segments_of(tokenizer, parts.prompt_ids, dialogues, eos=tokenizer.eos_token_id, fact_weight=language_config.fact_weight)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -51,7 +51,7 @@ def run(
         loss_at: the loss of a step, computed under autocast when config.bf16 says so.
         progress: called with (step, total, loss) after every step.
 
-    Returns: the loss of every step. Raises: TrainingError when a loss is not finite.
+    Returns: the loss of every step. Raises: TrainingError when a loss is not finite, or when the checkpoint is another training's.
     """
     groups = [{"params": list(module.parameters()), "scale": scale} for module, scale in modules]
     parameters = [p for group in groups for p in group["params"]]
@@ -60,6 +60,9 @@ def run(
     history: list[float] = []
     if checkpoint is not None and checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)
+        if saved.get("config") != asdict(config):
+            kept = saved.get("config", "none were kept")
+            raise TrainingError(f"{checkpoint} is of a training with other settings ({kept}); choose another folder, or delete it")
         owners.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         history = saved["history"]
@@ -83,5 +86,6 @@ def run(
             progress(len(history), config.steps, history[-1])
         if checkpoint is not None and (len(history) % config.save_every == 0 or len(history) == config.steps):
             with atomic_path(checkpoint) as path:
-                torch.save({"model": owners.state_dict(), "optimiser": optimiser.state_dict(), "history": history}, path)
+                state = {"model": owners.state_dict(), "optimiser": optimiser.state_dict(), "history": history, "config": asdict(config)}
+                torch.save(state, path)
     return history

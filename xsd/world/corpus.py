@@ -173,6 +173,8 @@ def build(
         arrays = (np.load(folder / f"{name}.npy", mmap_mode="r") for name in ("video", "events", "layout"))
         return Corpus(*arrays, found["facts"], found["sequence"])
     folder.mkdir(parents=True, exist_ok=True)
+    for name in ("video", "events", "layout"):  # of a simulation that was cut short: they would count against the free space below
+        (folder / f"{name}.npy").unlink(missing_ok=True)
     n_clips = n_sequences * 4
     needed, free = n_clips * 13 * (3 * size**2 + 2 * _CELLS**2), shutil.disk_usage(folder).free
     if free < needed:  # writing to a memory map on a full disk would end the process without a word
