@@ -109,7 +109,7 @@ def _pair(arguments: argparse.Namespace) -> int:
         bars[stage].set_postfix(loss=f"{loss:.3f}", refresh=False)
         bars[stage].update(done - bars[stage].n)
 
-    out = arguments.out or ROOT / "runs" / "pair"
+    out = arguments.out or pair.default_folder(arguments.profile, arguments.seed)
     written = pair.train(out, arguments.profile, seed=arguments.seed, device=arguments.device, workers=arguments.workers, progress=show)
     card = pair.score(written, n_sequences=arguments.sequences, command=f"xsd pair --profile {arguments.profile} --seed {arguments.seed}")
     print(f"the pair: {written}; its card: {card}")
@@ -227,7 +227,7 @@ def parser() -> argparse.ArgumentParser:
     simulate.add_argument("--workers", type=int, default=1)
 
     pair = verb("pair", _pair, "train the embedded pair from scratch; resumes where it stopped")
-    pair.add_argument("-o", "--out", type=Path, metavar="DIR", help="default runs/pair")
+    pair.add_argument("-o", "--out", type=Path, metavar="DIR", help="default runs/pair_<profile>_<seed>")
     pair.add_argument("--profile", choices=("smoke", "quick", "full"), default="full", help="full made the shipped weights")
     pair.add_argument("--seed", type=int, default=0)
     pair.add_argument("--device", default="cpu")

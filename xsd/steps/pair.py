@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from xsd.core import ParameterError, Sample, atomic_write, provenance, write_json
+from xsd.core import ROOT, ParameterError, Sample, atomic_write, provenance, write_json
 from xsd.metrics import statistics
 from xsd.models import embedded, loading, pixels
 from xsd.sensors import frames
@@ -62,6 +62,11 @@ PROFILES = {
 
 FIRST_HELD_OUT_SEED = 1000
 """Seeds from here on belong to notebooks 01 to 07 (steps/data.py) and to the card."""
+
+
+def default_folder(profile: str, seed: int) -> Path:
+    """Where a training stands unless another folder is named: it outlives the smoke runs, which the tests delete."""
+    return ROOT / "runs" / f"pair_{profile}_{seed}"
 
 
 def train(
