@@ -214,3 +214,22 @@ def test_a_seed_of_the_held_out_drives_is_refused(tmp_path):
 def test_an_unknown_profile_is_refused(tmp_path):
     with pytest.raises(ParameterError, match="no training profile 'huge'"):
         step.train(tmp_path, "huge")
+
+
+def test_facts_about_people_weigh_what_the_stage_says():
+    logits = {"pedestrian": torch.tensor([[2.0, 0.0]]), "ego": torch.tensor([[0.0, 1.0]])}
+    labels, alone = torch.tensor([[1, 0]]), {}
+    for i, name in enumerate(logits):
+        alone[name] = torch.nn.functional.cross_entropy(logits[name], labels[:, i])
+    loss, counts = grounding.loss_of(logits, labels, list(logits), people_weight=3.0)
+    torch.testing.assert_close(loss, (3 * alone["pedestrian"] + alone["ego"]) / 2)
+    assert counts == {"pedestrian": (0, 1), "ego": (0, 1)}
+
+
+def test_a_weight_for_people_holds_inside_its_stage_only():
+    layer = torch.nn.Linear(8, 8)
+    readers = _readers(layer)
+    with readers.listening(3.0):
+        assert readers.registers.people_weight == readers.scene.patches.people_weight == 3.0
+    with readers.listening():
+        assert readers.registers.people_weight == readers.scene.patches.people_weight == 1.0

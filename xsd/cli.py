@@ -111,7 +111,7 @@ def _pair(arguments: argparse.Namespace) -> int:
 
     out = arguments.out or pair.default_folder(arguments.profile, arguments.seed)
     written = pair.train(out, arguments.profile, seed=arguments.seed, device=arguments.device, workers=arguments.workers, progress=show)
-    card = pair.score(written, n_sequences=arguments.sequences, command=f"xsd pair --profile {arguments.profile} --seed {arguments.seed}")
+    card = pair.score(written, n_sequences=arguments.sequences, command=f"`xsd pair --profile {arguments.profile} --seed {arguments.seed}`")
     print(f"the pair: {written}; its card: {card}")
     return 0
 
@@ -228,7 +228,7 @@ def parser() -> argparse.ArgumentParser:
 
     pair = verb("pair", _pair, "train the embedded pair from scratch; resumes where it stopped")
     pair.add_argument("-o", "--out", type=Path, metavar="DIR", help="default runs/pair_<profile>_<seed>")
-    pair.add_argument("--profile", choices=("smoke", "quick", "full"), default="full", help="full made the shipped weights")
+    pair.add_argument("--profile", choices=("smoke", "quick", "full"), default="full", help="full takes about two hours on two cores")
     pair.add_argument("--seed", type=int, default=0)
     pair.add_argument("--device", default="cpu")
     pair.add_argument("--workers", type=int, default=2, help="processes that simulate")

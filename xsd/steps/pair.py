@@ -257,7 +257,7 @@ def model_card(table: pd.DataFrame, about: dict[str, Any]) -> str:
             f"| {row['role']} | {row['kind']} | {100 * row['right']:.1f} % | {100 * row['low']:.1f}–{100 * row['high']:.1f} % "
             f"| {100 * row['wholly_right']:.1f} % | {row['facts']} |"
         )
-    lines += ["", f"Duplicate answers of the verifier: {100 * duplicate_rate(table):.1f} %.", "", f"Command: `{about['command']}`", ""]
+    lines += ["", f"Duplicate answers of the verifier: {100 * duplicate_rate(table):.1f} %.", "", f"Command: {about['command']}", ""]
     return "\n".join(lines)
 
 
@@ -297,8 +297,8 @@ They are trained from scratch on simulated drives only; they know ten questions 
   questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's
   dialect, as both real models share a language-model ancestor that knows either style.
 - **Training**: towers on scene facts and patches; then the decoders' lower halves on the same and on what moves; then language under a
-  block mask, with the readers of the second stage still asking and the tower following at a lower rate (`xsd/train/pair.py`). Pictures
-  are moved by up to four pixels; profile {profile}. Weights are stored as float16.
+  block mask, with the readers of the second stage still asking and the tower following at a lower rate (`xsd/train/pair.py`).
+  Settings: profile {profile} (`provenance.json`). Weights are stored as float16.
 - **Licence**: Apache-2.0, as the project.
 
 ## Limits

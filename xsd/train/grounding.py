@@ -41,6 +41,10 @@ class GroundingConfig:
         )
 
 
+_PEOPLE = (5, 6)
+"""Pedestrian and cyclist among the layout's kinds."""
+
+
 class PatchReader(nn.Module):
     """Kind, colour and motion of what stands in every patch, read off its state by linear classifiers."""
 
@@ -48,6 +52,7 @@ class PatchReader(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.kinds, self.colours, self.motions = nn.Linear(width, n_kinds), nn.Linear(width, n_colours), nn.Linear(width, n_motions)
+        self.people_weight = 1.0
 
     def forward(self, states: Tensor, codes: Tensor, colour_known: Tensor) -> Tensor:
         """Summed mean cross-entropies; background weighs a tenth among the kinds, colour and motion are asked where there is one.
@@ -58,6 +63,7 @@ class PatchReader(nn.Module):
         kind, colour, motion = codes >> 6, codes >> 3 & 7, codes & 7
         weight = torch.ones(self.kinds.out_features, device=x.device)
         weight[0] = 0.1
+        weight[list(_PEOPLE)] = self.people_weight
         loss = F.cross_entropy(self.kinds(x).flatten(0, 2).float(), kind.flatten(), weight=weight)
         coloured, moving = (colour > 0) & colour_known[:, None, None], motion > 0
         if coloured.any():
@@ -125,13 +131,16 @@ def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def loss_of(logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """Summed cross-entropy over facts (labels int64 [B, n_facts], -1 ignored) and {fact: (right, total)}."""
+def loss_of(
+    logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str], people_weight: float = 1.0
+) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """Mean cross-entropy over facts (labels int64 [B, n_facts], -1 ignored; people weighed apart) and {fact: (right, total)}."""
     total, right = torch.zeros(()), {}
     for i, name in enumerate(names):
         known = labels[:, i] >= 0
         if known.any():
-            total = total + F.cross_entropy(logits[name][known].float(), labels[known, i])
+            weight = people_weight if name.startswith(("pedestrian", "cyclist")) else 1.0
+            total = total + weight * F.cross_entropy(logits[name][known].float(), labels[known, i])
             right[name] = (int((logits[name][known].argmax(-1) == labels[known, i]).sum()), int(known.sum()))
     return total / len(names), right
 

@@ -40,6 +40,7 @@ class LanguageConfig(StageConfig):
     questions_per_clip: int = 6
     fact_weight: float = 3.0
     tower_rate: float = 0.6
+    people_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def train_decoder(
         each = F.cross_entropy(lm_head(states[asked]).float(), targets[asked], reduction="none")
         return (each * weight).sum() / weight.sum() + readers.loss(clips, shifts, slice(len(before), prefix))
 
-    with readers.listening():
+    with readers.listening(config.people_weight):
         return run(
             "language", [(trained, 1.0), (readers, 1.0), (tower, config.tower_rate)], loss_at, config,
             device=device, checkpoint=checkpoint, progress=progress,

@@ -24,9 +24,10 @@ from xsd.train.stage import StageConfig, run
 
 @dataclass(frozen=True)
 class ReadingConfig(StageConfig):
-    """Batch in clips; the tower follows at ``tower_rate`` of the learning rate."""
+    """Batch in clips; the tower follows at ``tower_rate`` of the learning rate; people, small and rare, weigh ``people_weight``."""
 
     tower_rate: float = 0.6
+    people_weight: float = 1.0
 
 
 class FactRegisters(nn.Module):
@@ -40,12 +41,13 @@ class FactRegisters(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.classifiers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
+        self.people_weight = 1.0
 
     def forward(self, states: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy. states: [B, n_facts, D]. labels: int64 [B, n_facts], -1 where a fact is not asked."""
         x = self.norm(states.float())
         logits = {name: classifier(x[:, i]) for i, (name, classifier) in enumerate(self.classifiers.items())}
-        return loss_of(logits, labels, list(self.classifiers))[0]
+        return loss_of(logits, labels, list(self.classifiers), self.people_weight)[0]
 
 
 class SceneReader(nn.Module):
@@ -105,8 +107,9 @@ class Readers(nn.Module):
         self._tapped: dict[nn.Module, Tensor] = {}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Keep what both layers put out at every pass inside this block."""
+    def listening(self, people_weight: float = 1.0) -> Iterator[None]:
+        """Keep what both layers put out at every pass inside this block; facts and patches of people weigh ``people_weight`` in it."""
+        self.registers.people_weight = self.scene.patches.people_weight = people_weight
 
         def tap(module: nn.Module, given: tuple, result: Tensor | tuple) -> None:
             self._tapped[module] = result[0] if isinstance(result, tuple) else result
@@ -168,7 +171,7 @@ def train_lower_half(
         decode(embeddings, mask.expand(len(clips), -1, -1, -1), positions.expand(len(clips), -1))
         return readers.loss(clips, shifts, slice(len(before), prefix))
 
-    with readers.listening():
+    with readers.listening(config.people_weight):
         return run(
             "readers'", [(trained, 1.0), (readers, 1.0), (tower, config.tower_rate)], loss_at, config,
             device=device, checkpoint=checkpoint, progress=progress,
