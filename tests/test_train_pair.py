@@ -46,21 +46,6 @@ def test_patch_codes_prefer_objects_over_scenery():
     assert codes[0, 0, 0] == (1 << 6 | 2 << 3 | 4) and codes[0, 0, 1:].max() == 0
 
 
-def test_pictures_and_their_layout_are_moved_together():
-    cells = np.zeros((2, 1, 24, 24), np.uint16)
-    cells[:, 0, 8:12, 12:16] = 5 << 6 | 1
-    pictures = cells.repeat(4, axis=2).repeat(4, axis=3)
-    shifts = np.array([[1, -1], [0, 0]])
-    moved = grounding.shifted(cells, shifts, 1)
-    assert (grounding.shifted(pictures, shifts, grounding.CELL) == moved.repeat(4, axis=2).repeat(4, axis=3)).all()
-    assert (moved[0, 0] == np.roll(cells[0, 0], (1, -1), (0, 1))).all() and (moved[1] == cells[1]).all()
-
-
-def test_the_edge_is_repeated_where_a_moved_picture_ends():
-    picture = np.arange(9, dtype=np.uint8).reshape(1, 1, 3, 3)
-    assert grounding.shifted(picture, np.array([[0, 1]]), 1)[0, 0].tolist() == [[0, 0, 1], [3, 3, 4], [6, 6, 7]]
-
-
 @pytest.mark.parametrize("role", step.ROLES)
 def test_the_lower_half_puts_out_what_its_last_layer_does(role):
     verifier = role == "verifier"
@@ -108,7 +93,7 @@ def _readers(layer):
         labels=np.zeros((4, 1), np.int64),
         ego=np.zeros(4, np.int64),
         colour_known=np.ones(4, bool),
-        codes=lambda clips, shifts, grid: np.full((len(clips), 1, grid * grid), 1 << 6 | 2),
+        codes=lambda clips, grid: np.full((len(clips), 1, grid * grid), 1 << 6 | 2),
     )
     scene = reading.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3)
     return reading.Readers(
@@ -122,7 +107,7 @@ def _toy(stage, folder, progress=None, *, broken=False):
     scale = float("nan") if broken else 1.0
     common = {
         "embed": words,
-        "visual": lambda clips, shifts: (torch.as_tensor(clips + 0.1 * shifts.mean(1)).float()[:, None, None] * scale).expand(-1, 1, 8),
+        "visual": lambda clips: (torch.as_tensor(clips).float()[:, None, None] * scale).expand(-1, 1, 8),
         "decode": lambda x, mask, positions: layer(x) * scale,
         "trained": torch.nn.ModuleList([words, layer, head]),
         "tower": torch.nn.Linear(1, 1),
@@ -176,14 +161,14 @@ def test_the_registers_are_the_last_visual_positions_and_patches_are_all_of_them
         labels=np.zeros((1, 2), np.int64),
         ego=np.array([-1]),
         colour_known=np.ones(1, bool),
-        codes=lambda clips, shifts, grid: np.full((1, 1, grid * grid), 1 << 6 | 2),
+        codes=lambda clips, grid: np.full((1, 1, grid * grid), 1 << 6 | 2),
     )
     registers, scene = reading.FactRegisters(8, {"ego": 3, "time": 2}), reading.SceneReader(8, grounding.PatchReader(8, 12, 6, 7), 3)
     readers = reading.Readers(registers, scene, truths, middle=middle, early=early, patches=lambda tokens: tokens[:, None])
     low, high = torch.randn(1, 9, 8, requires_grad=True), torch.randn(1, 9, 8, requires_grad=True)
     with readers.listening():
         early(low), middle(high)
-        readers.loss(np.array([0]), np.zeros((1, 2), int), slice(2, 6)).backward()
+        readers.loss(np.array([0]), slice(2, 6)).backward()
     assert (low.grad.abs().sum(-1) > 0)[0].tolist() == [False] * 2 + [True] * 4 + [False] * 3
     assert (high.grad.abs().sum(-1) > 0)[0].tolist() == [False] * 4 + [True] * 2 + [False] * 3
 
@@ -214,22 +199,3 @@ def test_a_seed_of_the_held_out_drives_is_refused(tmp_path):
 def test_an_unknown_profile_is_refused(tmp_path):
     with pytest.raises(ParameterError, match="no training profile 'huge'"):
         step.train(tmp_path, "huge")
-
-
-def test_facts_about_people_weigh_what_the_stage_says():
-    logits = {"pedestrian": torch.tensor([[2.0, 0.0]]), "ego": torch.tensor([[0.0, 1.0]])}
-    labels, alone = torch.tensor([[1, 0]]), {}
-    for i, name in enumerate(logits):
-        alone[name] = torch.nn.functional.cross_entropy(logits[name], labels[:, i])
-    loss, counts = grounding.loss_of(logits, labels, list(logits), people_weight=3.0)
-    torch.testing.assert_close(loss, (3 * alone["pedestrian"] + alone["ego"]) / 2)
-    assert counts == {"pedestrian": (0, 1), "ego": (0, 1)}
-
-
-def test_a_weight_for_people_holds_inside_its_stage_only():
-    layer = torch.nn.Linear(8, 8)
-    readers = _readers(layer)
-    with readers.listening(3.0):
-        assert readers.registers.people_weight == readers.scene.patches.people_weight == 3.0
-    with readers.listening():
-        assert readers.registers.people_weight == readers.scene.patches.people_weight == 1.0

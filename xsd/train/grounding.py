@@ -41,10 +41,6 @@ class GroundingConfig:
         )
 
 
-_PEOPLE = (5, 6)
-"""Pedestrian and cyclist among the layout's kinds."""
-
-
 class PatchReader(nn.Module):
     """Kind, colour and motion of what stands in every patch, read off its state by linear classifiers."""
 
@@ -52,7 +48,6 @@ class PatchReader(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.kinds, self.colours, self.motions = nn.Linear(width, n_kinds), nn.Linear(width, n_colours), nn.Linear(width, n_motions)
-        self.people_weight = 1.0
 
     def forward(self, states: Tensor, codes: Tensor, colour_known: Tensor) -> Tensor:
         """Summed mean cross-entropies; background weighs a tenth among the kinds, colour and motion are asked where there is one.
@@ -63,7 +58,6 @@ class PatchReader(nn.Module):
         kind, colour, motion = codes >> 6, codes >> 3 & 7, codes & 7
         weight = torch.ones(self.kinds.out_features, device=x.device)
         weight[0] = 0.1
-        weight[list(_PEOPLE)] = self.people_weight
         loss = F.cross_entropy(self.kinds(x).flatten(0, 2).float(), kind.flatten(), weight=weight)
         coloured, moving = (colour > 0) & colour_known[:, None, None], motion > 0
         if coloured.any():
@@ -108,39 +102,19 @@ def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
     return np.where(n_objects >= max(1, k * k // 8), pick, np.where(n_scenery * 2 >= k * k, scenery[..., -1], 0)).astype(np.int64)
 
 
-CELL = 4
-"""Pixels a side of the layout's cells at the embedded size: pictures are moved by whole cells, so that the labels of patches stay
-exact (what stands at the very edge may leave the picture, and is still asked of the clip)."""
-
-
-def random_shifts(n_clips: int, rng: np.random.Generator) -> np.ndarray:
-    """int64 [n_clips, 2], each -1, 0 or 1 cells down and to the right."""
-    return rng.integers(-1, 2, size=(n_clips, 2))
-
-
-def shifted(frames: np.ndarray, shifts: np.ndarray, unit: int) -> np.ndarray:
-    """Move every clip of frames [B, F, h, w, …] by its shift of ``unit`` cells; the edge is repeated into what becomes free."""
-    rows, columns = (np.arange(size)[None] - shifts[:, [axis]] * unit for axis, size in enumerate(frames.shape[2:4]))
-    rows, columns = rows.clip(0, frames.shape[2] - 1), columns.clip(0, frames.shape[3] - 1)
-    return np.stack([clip[:, r][:, :, c] for clip, r, c in zip(frames, rows, columns, strict=True)])
-
-
 def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """uint8 [B, F, s, s, 3] → float32 [B, F, 3, s, s], CLIP-normalised."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 1, 4, 2, 3).float() / 255
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def loss_of(
-    logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str], people_weight: float = 1.0
-) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """Mean cross-entropy over facts (labels int64 [B, n_facts], -1 ignored; people weighed apart) and {fact: (right, total)}."""
+def loss_of(logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
+    """Mean cross-entropy over facts (labels int64 [B, n_facts], -1 ignored) and {fact: (right, total)}."""
     total, right = torch.zeros(()), {}
     for i, name in enumerate(names):
         known = labels[:, i] >= 0
         if known.any():
-            weight = people_weight if name.startswith(("pedestrian", "cyclist")) else 1.0
-            total = total + weight * F.cross_entropy(logits[name][known].float(), labels[known, i])
+            total = total + F.cross_entropy(logits[name][known].float(), labels[known, i])
             right[name] = (int((logits[name][known].argmax(-1) == labels[known, i]).sum()), int(known.sum()))
     return total / len(names), right
 
@@ -183,11 +157,10 @@ def train_tower(
         epoch, at = divmod(step, per_epoch)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(images))
         rows = np.sort(order[at * config.batch_size : (at + 1) * config.batch_size])
-        shifts = random_shifts(len(rows), np.random.default_rng([config.seed, epoch, at]))
-        states = features(normalise(shifted(images[rows][:, chosen], shifts, CELL), mean, std).to(device))
+        states = features(normalise(images[rows][:, chosen], mean, std).to(device))
         logits = head(project(states))
         grid = int((states.shape[2] - 1) ** 0.5)
-        cells = patch_codes(shifted(layout[rows][:, chosen], shifts, 1), grid)
+        cells = patch_codes(layout[rows][:, chosen], grid)
         codes, known = (torch.from_numpy(a).to(device) for a in (cells, colour_known[rows]))
         loss, right = loss_of(logits, truth[rows].to(device), head.names)
         if step >= stage.steps - per_epoch:

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xsd.train.grounding import random_shifts
 from xsd.train.reading import Readers
 from xsd.train.stage import StageConfig, run
 
@@ -40,7 +39,6 @@ class LanguageConfig(StageConfig):
     questions_per_clip: int = 6
     fact_weight: float = 3.0
     tower_rate: float = 0.6
-    people_weight: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def collate(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor, Tensor, Tensor, 
 def train_decoder(
     *,
     embed: Callable[[Tensor], Tensor],
-    visual: Callable[[np.ndarray, np.ndarray], Tensor],
+    visual: Callable[[np.ndarray], Tensor],
     decode: Callable[[Tensor, Tensor, Tensor], Tensor],
     lm_head: Callable[[Tensor], Tensor],
     trained: nn.Module,
@@ -107,7 +105,7 @@ def train_decoder(
     """Train a decoder (and its projector) on packed rows; resumes from ``checkpoint``.
 
     Args:
-        embed: ids [B, L] → [B, L, D]. visual: clip numbers [B] and their shifts → visual tokens [B, n_visual, D], with gradient to
+        embed: ids [B, L] → [B, L, D]. visual: clip numbers [B] → visual tokens [B, n_visual, D], with gradient to
             projector and tower.
         decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states [B, L, D].
         lm_head: states [N, D] → logits [N, V]. trained: the module that owns the decoder's and the projector's parameters; tower: the
@@ -122,11 +120,10 @@ def train_decoder(
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, step])
         clips = np.sort(rng.choice(n_clips, size=min(config.batch_size, n_clips), replace=False))
-        shifts = random_shifts(len(clips), rng)
         rows = [pack(before, n_visual, segments(int(clip), rng)) for clip in clips]
         ids, positions, targets, weights, seen = (t.to(device) for t in collate(rows))
         embeddings = embed(ids)
-        tokens = visual(clips, shifts).to(embeddings.dtype)
+        tokens = visual(clips).to(embeddings.dtype)
         embeddings = torch.cat([embeddings[:, : len(before)], tokens, embeddings[:, prefix:]], dim=1)
         kind = torch.bfloat16 if config.bf16 else embeddings.dtype
         mask = torch.zeros(seen.shape, device=seen.device, dtype=kind).masked_fill(~seen, torch.finfo(kind).min)
@@ -134,9 +131,9 @@ def train_decoder(
         asked = targets >= 0
         weight = weights[asked]
         each = F.cross_entropy(lm_head(states[asked]).float(), targets[asked], reduction="none")
-        return (each * weight).sum() / weight.sum() + readers.loss(clips, shifts, slice(len(before), prefix))
+        return (each * weight).sum() / weight.sum() + readers.loss(clips, slice(len(before), prefix))
 
-    with readers.listening(config.people_weight):
+    with readers.listening():
         return run(
             "language", [(trained, 1.0), (readers, 1.0), (tower, config.tower_rate)], loss_at, config,
             device=device, checkpoint=checkpoint, progress=progress,

@@ -99,12 +99,11 @@ def train_model(
         extra = [other[clip][int(rng.integers(len(other[clip])))]] if other else []
         return [own[clip][int(i)] for i in picked] + extra
 
-    def visual(clips: np.ndarray, shifts: np.ndarray) -> Tensor:
-        pictures = grounding.shifted(images[clips], shifts, grounding.CELL)
-        return parts.project(parts.features(grounding.normalise(pictures, mean, std).to(device)))
+    def visual(clips: np.ndarray) -> Tensor:
+        return parts.project(parts.features(grounding.normalise(images[clips], mean, std).to(device)))
 
-    def codes(clips: np.ndarray, shifts: np.ndarray, grid: int) -> np.ndarray:
-        return grounding.patch_codes(grounding.shifted(layout[clips][:, list(parts.patch_frames)], shifts, 1), grid)
+    def codes(clips: np.ndarray, grid: int) -> np.ndarray:
+        return grounding.patch_codes(layout[clips][:, list(parts.patch_frames)], grid)
 
     truths = reading.ClipTruths(labels, labels[:, list(classes).index("ego")], colour_known, codes)
     readers = reading.Readers(

@@ -18,16 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from xsd.train.grounding import PatchReader, loss_of, random_shifts
+from xsd.train.grounding import PatchReader, loss_of
 from xsd.train.stage import StageConfig, run
 
 
 @dataclass(frozen=True)
 class ReadingConfig(StageConfig):
-    """Batch in clips; the tower follows at ``tower_rate`` of the learning rate; people, small and rare, weigh ``people_weight``."""
+    """Batch in clips; the tower follows at ``tower_rate`` of the learning rate."""
 
     tower_rate: float = 0.6
-    people_weight: float = 1.0
 
 
 class FactRegisters(nn.Module):
@@ -41,13 +40,12 @@ class FactRegisters(nn.Module):
         super().__init__()
         self.norm = nn.LayerNorm(width)
         self.classifiers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
-        self.people_weight = 1.0
 
     def forward(self, states: Tensor, labels: Tensor) -> Tensor:
         """Mean cross-entropy. states: [B, n_facts, D]. labels: int64 [B, n_facts], -1 where a fact is not asked."""
         x = self.norm(states.float())
         logits = {name: classifier(x[:, i]) for i, (name, classifier) in enumerate(self.classifiers.items())}
-        return loss_of(logits, labels, list(self.classifiers), self.people_weight)[0]
+        return loss_of(logits, labels, list(self.classifiers))[0]
 
 
 class SceneReader(nn.Module):
@@ -74,14 +72,14 @@ class SceneReader(nn.Module):
 class ClipTruths:
     """What the readers are asked about N clips.
 
-    labels: int64 [N, n_facts], -1 not asked. ego: int64 [N], -1 not known. colour_known: bool [N]. codes: clip numbers, their shifts,
-    patches a side → int64 [B, F, P], the layout's code in every patch.
+    labels: int64 [N, n_facts], -1 not asked. ego: int64 [N], -1 not known. colour_known: bool [N]. codes: clip numbers, patches a side →
+    int64 [B, F, P], the layout's code in every patch.
     """
 
     labels: np.ndarray
     ego: np.ndarray
     colour_known: np.ndarray
-    codes: Callable[[np.ndarray, np.ndarray, int], np.ndarray]
+    codes: Callable[[np.ndarray, int], np.ndarray]
 
 
 class Readers(nn.Module):
@@ -107,9 +105,8 @@ class Readers(nn.Module):
         self._tapped: dict[nn.Module, Tensor] = {}
 
     @contextmanager
-    def listening(self, people_weight: float = 1.0) -> Iterator[None]:
-        """Keep what both layers put out at every pass inside this block; facts and patches of people weigh ``people_weight`` in it."""
-        self.registers.people_weight = self.scene.patches.people_weight = people_weight
+    def listening(self) -> Iterator[None]:
+        """Keep what both layers put out at every pass inside this block."""
 
         def tap(module: nn.Module, given: tuple, result: Tensor | tuple) -> None:
             self._tapped[module] = result[0] if isinstance(result, tuple) else result
@@ -122,14 +119,14 @@ class Readers(nn.Module):
                 hook.remove()
             self._tapped.clear()
 
-    def loss(self, clips: np.ndarray, shifts: np.ndarray, visual: slice) -> Tensor:
-        """Weighted sum of both readers' losses on the last pass. shifts: as the clips were moved; visual: where their tokens stand."""
+    def loss(self, clips: np.ndarray, visual: slice) -> Tensor:
+        """Weighted sum of both readers' losses on the last pass. visual: where the visual tokens stand."""
         middle, early = (self._tapped[layer] for layer in self._layers)
         truths, device = self._truths, middle.device
         n_facts = truths.labels.shape[1]
         facts = self.registers(middle[:, visual.stop - n_facts : visual.stop], torch.from_numpy(truths.labels[clips]).to(device))
         seen = self._patches(early[:, visual])
-        asked = (truths.codes(clips, shifts, int(seen.shape[2] ** 0.5)), truths.colour_known[clips], truths.ego[clips])
+        asked = (truths.codes(clips, int(seen.shape[2] ** 0.5)), truths.colour_known[clips], truths.ego[clips])
         scene = self.scene(seen, *(torch.from_numpy(truth).to(device) for truth in asked))
         return self._weights[0] * facts + self._weights[1] * scene
 
@@ -137,7 +134,7 @@ class Readers(nn.Module):
 def train_lower_half(
     *,
     embed: Callable[[Tensor], Tensor],
-    visual: Callable[[np.ndarray, np.ndarray], Tensor],
+    visual: Callable[[np.ndarray], Tensor],
     decode: Callable[[Tensor, Tensor, Tensor], Tensor],
     trained: nn.Module,
     tower: nn.Module,
@@ -165,13 +162,12 @@ def train_lower_half(
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, step])
         clips = np.sort(rng.choice(n_clips, size=min(config.batch_size, n_clips), replace=False))
-        shifts = random_shifts(len(clips), rng)
-        tokens = visual(clips, shifts)
+        tokens = visual(clips)
         embeddings = torch.cat([embed(start).expand(len(clips), -1, -1).to(tokens.dtype), tokens], dim=1)
         decode(embeddings, mask.expand(len(clips), -1, -1, -1), positions.expand(len(clips), -1))
-        return readers.loss(clips, shifts, slice(len(before), prefix))
+        return readers.loss(clips, slice(len(before), prefix))
 
-    with readers.listening(config.people_weight):
+    with readers.listening():
         return run(
             "readers'", [(trained, 1.0), (readers, 1.0), (tower, config.tower_rate)], loss_at, config,
             device=device, checkpoint=checkpoint, progress=progress,
