@@ -134,7 +134,11 @@ def _what_was_done(results: Mapping[str, Any]) -> report.Section | None:
             report.Column("seconds", "seconds", ".1f"),
         ]
         parts.append(
-            report.Table([(level, f"train/levels/{level}") for level in results["train"]["levels"]], columns, "The trained adapters.")
+            report.Table(
+                [(level, f"train/levels/{level}") for level in results["train"]["levels"]],
+                columns,
+                "The trained adapters. A loss is only to be compared within one recipe: L1 to L3 are asked for tokens alone.",
+            )
         )
     return report.Section("What was done", parts)
 
