@@ -58,8 +58,8 @@ def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | Non
     path = resolve(run_dir) / "results" / "extract.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8"))["data_hashes"]
-    return "+".join(value[:16] for name, value in found.items() if name.startswith(split))
+    found = json.loads(path.read_text(encoding="utf-8")).get("data_hashes", {})
+    return "+".join(value[:16] for name, value in found.items() if name.startswith(split)) or None
 
 
 def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:

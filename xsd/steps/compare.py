@@ -255,7 +255,7 @@ def save(given: parameters.CompareParameters, table: pd.DataFrame, differing: pd
         "runs": names(given.runs),
         "values": [plain(row) for row in table.to_dict("records")],
         "differences": [plain(row) for row in differing.to_dict("records")],
-        "provenance": provenance(seed=given.seed, data_hash="+".join(map(str, hashes)), parameters=given.model_dump()),
+        "provenance": provenance(seed=given.seed, data_hash="+".join(filter(None, hashes)) or None, parameters=given.model_dump()),
     }
     folder.save_results(given.run_dir, "compare", results)
     return results

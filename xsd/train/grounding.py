@@ -108,15 +108,14 @@ def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def loss_of(logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]) -> tuple[Tensor, dict[str, tuple[int, int]]]:
-    """Mean cross-entropy over facts (labels int64 [B, n_facts], -1 ignored) and {fact: (right, total)}."""
-    total, right = torch.zeros(()), {}
+def loss_of(logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]) -> Tensor:
+    """Mean cross-entropy over facts (labels int64 [B, n_facts], -1 ignored)."""
+    total = torch.zeros(())
     for i, name in enumerate(names):
         known = labels[:, i] >= 0
         if known.any():
             total = total + F.cross_entropy(logits[name][known].float(), labels[known, i])
-            right[name] = (int((logits[name][known].argmax(-1) == labels[known, i]).sum()), int(known.sum()))
-    return total / len(names), right
+    return total / len(names)
 
 
 def train_tower(
@@ -135,7 +134,7 @@ def train_tower(
     frames: Sequence[int] | None = None,
     checkpoint: Path | None = None,
     progress: Callable[[int, int, float], None] | None = None,
-) -> dict[str, float]:
+) -> list[float]:
     """Train tower, projector and head; resumes from ``checkpoint`` when it is there.
 
     Args:
@@ -145,13 +144,11 @@ def train_tower(
         frames: which of the F are looked at; None: all.
         progress: called with (step, total, loss).
 
-    Returns: accuracy per fact over the training batches of the last epoch, as far as this call saw them.
-    Raises: TrainingError as stage.run.
+    Returns: the loss of every step. Raises: TrainingError as stage.run.
     """
     chosen = list(range(images.shape[1]) if frames is None else frames)
     parts, device, truth = nn.ModuleList([*modules, head]), head.queries.device, torch.from_numpy(labels)
     per_epoch, stage = len(images) // config.batch_size, config.stage(len(images))
-    seen: dict[str, tuple[int, int]] = {}
 
     def loss_at(step: int) -> Tensor:
         epoch, at = divmod(step, per_epoch)
@@ -162,35 +159,7 @@ def train_tower(
         grid = int((states.shape[2] - 1) ** 0.5)
         cells = patch_codes(layout[rows][:, chosen], grid)
         codes, known = (torch.from_numpy(a).to(device) for a in (cells, colour_known[rows]))
-        loss, right = loss_of(logits, truth[rows].to(device), head.names)
-        if step >= stage.steps - per_epoch:
-            for name, (r, n) in right.items():
-                a, b = seen.get(name, (0, 0))
-                seen[name] = (a + r, b + n)
+        loss = loss_of(logits, truth[rows].to(device), head.names)
         return loss + config.patch_weight * head.patches(states[:, :, 1:], codes, known)
 
-    run("tower's", [(parts, 1.0)], loss_at, stage, device=device.type, checkpoint=checkpoint, progress=progress)
-    return {name: r / n for name, (r, n) in seen.items()}
-
-
-@torch.no_grad()
-def accuracy(
-    encode: Callable[[Tensor], Tensor],
-    head: GroundingHead,
-    images: np.ndarray,
-    labels: np.ndarray,
-    *,
-    mean: Sequence[float],
-    std: Sequence[float],
-) -> dict[str, float]:
-    """Accuracy per fact on clips the tower was not trained on."""
-    head.eval()
-    right: dict[str, tuple[int, int]] = {}
-    for start in range(0, len(images), 64):
-        logits = head(encode(normalise(images[start : start + 64], mean, std)))
-        _, counts = loss_of(logits, torch.from_numpy(labels[start : start + 64]), head.names)
-        for name, (r, n) in counts.items():
-            a, b = right.get(name, (0, 0))
-            right[name] = (a + r, b + n)
-    head.train()
-    return {name: r / n for name, (r, n) in right.items()}
+    return run("tower's", [(parts, 1.0)], loss_at, stage, device=device.type, checkpoint=checkpoint, progress=progress)

@@ -65,7 +65,7 @@ def train_model(
     language_config: LanguageConfig,
     device: str = "cpu",
     progress: Progress | None = None,
-) -> dict[str, Any]:
+) -> None:
     """Train one model in place.
 
     Args:
@@ -76,7 +76,7 @@ def train_model(
             mixed in, as both real models share a language-model ancestor that knows either style.
         classes: facts and their number of classes; n_kinds, n_colours, n_motions: patch classes.
 
-    Returns: {"facts": accuracy per fact in training, "reading", "loss": the readers' and the language's loss per step}.
+    Raises: TrainingError as stage.run. What the stages lose step by step stands in their checkpoints.
     """
 
     def report(stage: str) -> Callable[[int, int, float], None] | None:
@@ -87,7 +87,7 @@ def train_model(
     tokens_per_frame = parts.n_visual * len(frames) // images.shape[1] if len(frames) != images.shape[1] else parts.n_visual
     width, kinds = parts.embed.embedding_dim, (n_kinds, n_colours, n_motions)
     head = grounding.GroundingHead(width, tokens_per_frame, classes, grounding.PatchReader(parts.tower_width, *kinds)).to(device)
-    facts = grounding.train_tower(
+    grounding.train_tower(
         parts.features, parts.project, [parts.tower, parts.projector], head, images, labels, layout, colour_known, frames=frames,
         mean=mean, std=std, config=grounding_config, checkpoint=folder / f"{parts.role}-tower.pt", progress=report("tower"),
     )  # fmt: skip
@@ -115,12 +115,11 @@ def train_model(
         "readers": readers, "before": parts.prompt_ids(tokenizer, "?")[0], "n_visual": parts.n_visual, "n_clips": len(images),
         "device": device,
     }  # fmt: skip
-    read = reading.train_lower_half(
+    reading.train_lower_half(
         **common, decode=parts.decode_lower, config=reading_config,
         checkpoint=folder / f"{parts.role}-reading.pt", progress=report("reading"),
     )  # fmt: skip
-    spoken = language.train_decoder(
+    language.train_decoder(
         **common, decode=parts.decode, lm_head=parts.lm_head, segments=choose, config=language_config,
         checkpoint=folder / f"{parts.role}-language.pt", progress=report("language"),
     )  # fmt: skip
-    return {"facts": facts, "reading": read, "loss": spoken}

@@ -45,7 +45,7 @@ class FactRegisters(nn.Module):
         """Mean cross-entropy. states: [B, n_facts, D]. labels: int64 [B, n_facts], -1 where a fact is not asked."""
         x = self.norm(states.float())
         logits = {name: classifier(x[:, i]) for i, (name, classifier) in enumerate(self.classifiers.items())}
-        return loss_of(logits, labels, list(self.classifiers))[0]
+        return loss_of(logits, labels, list(self.classifiers))
 
 
 class SceneReader(nn.Module):
