@@ -84,9 +84,7 @@ def test_losses_within_a_kind_of_word_are_paired_differences():
 
 def test_a_waterfall_in_accepted_tokens_begins_at_what_the_verifier_itself_would_accept():
     rounds = np.full(120, 4)
-    steps = decomposition.gap_decomposition(
-        CLUSTERS, teacher_forced=(rounds * 2, rounds), ceiling=(rounds * 5, rounds), n_resamples=50
-    )
+    steps = decomposition.gap_decomposition(CLUSTERS, teacher_forced=(rounds * 2, rounds), ceiling=(rounds * 5, rounds), n_resamples=50)
     assert [(step.name, step.interval.value) for step in steps] == [
         ("verifier", 5.0), ("capacity and modality", 3.0), ("teacher-forced drafter", 2.0)
     ]  # fmt: skip

@@ -80,3 +80,17 @@ def test_modes_are_not_mixed_and_nothing_is_not_measured(head):
         evaluate(adapter, [*make_batches(head), *make_batches(head, "free_running")], head)
     with pytest.raises(MetricError, match="no batch held a token"):
         evaluate(adapter, [], head)
+
+
+def test_an_adapter_with_a_draft_vocabulary_is_judged_by_what_it_may_draft(head):
+    batches = make_batches(head)
+    adapter = create_adapter("L1", hidden_size=D)
+    whole = evaluate(adapter, batches, head)
+    adapter.set_draft_vocabulary(torch.arange(0, V, 2))
+    own = evaluate(adapter, batches, head)
+    even = torch.cat([b.ids_by_verifier[b.mask] % 2 == 0 for b in batches])
+    hits = torch.cat([own.tokens.matches()[0][i, : len(answer)] for i, answer in enumerate(own.answers)])
+    assert not hits[~even].any()  # a token outside is never drafted
+    before = torch.cat([whole.tokens.matches()[0][i, : len(answer)] for i, answer in enumerate(whole.answers)])
+    assert hits[even][before[even]].all()  # among fewer candidates the right one still wins
+    assert own.tokens.result(n_resamples=50).cross_entropy.value == whole.tokens.result(n_resamples=50).cross_entropy.value

@@ -93,7 +93,8 @@ def evaluate(
     max_positions: int = 64,
     vocabulary: int | None = None,
 ) -> Evaluation:
-    """Run the adapter in eval mode over the batches; head: the verifier's [V, D]. vocabulary: ids that may be drafted (default: all).
+    """Run the adapter in eval mode over the batches; head: the verifier's [V, D]. vocabulary: ids below it may be drafted (default: all);
+    of them an adapter with a draft vocabulary drafts its own alone.
 
     Raises: MetricError without batches, for batches of two modes, and as the metrics do.
     """
@@ -132,7 +133,8 @@ def _update(out: Evaluation, adapter: Aligner, batch: Batch, head: Tensor, vocab
     if len(rows) < len(keep):
         aligned, target, ids, mask = (x[rows] for x in (aligned, target, ids, mask))
     cosine = out.hidden.update(aligned, target, mask, names)
-    match = out.tokens.update_states(aligned, ids, mask, names, head.to(aligned.device), vocabulary=vocabulary)
+    own = getattr(adapter, "draft_ids", None)
+    match = out.tokens.update_states(aligned, ids, mask, names, head.to(aligned.device), draft_ids=own, vocabulary=vocabulary)
     out.reliability.update(cosine, match, mask.cpu(), names)
     for i in rows:
         length = int(batch.mask[i].sum())

@@ -103,6 +103,20 @@ def _head_rows(hidden: Tensor, weight: Tensor, size: int, top_k: int, targets: T
     return top_ids, top_logits, total, right
 
 
+def drafted_ids(
+    hidden: Tensor, weight: Tensor, draft_ids: Tensor | None, *, top_k: int = 1, vocabulary: int | None = None, **options: Any
+) -> Tensor:
+    """int64 [N, k'], best first: what an adapter drafts that may draft only draft_ids, int64 [k] (None: any id below vocabulary).
+
+    k' = top_k, or as many as there are. hidden, weight, options: as head_tokens. Raises: MetricError as head_tokens.
+    """
+    if draft_ids is None:
+        return head_tokens(hidden, weight, top_k=min(top_k, len(weight)), vocabulary=vocabulary, **options).top_ids
+    own = draft_ids.to(weight.device)
+    own = own[own < (vocabulary or len(weight))]
+    return own[head_tokens(hidden, weight[own], top_k=min(top_k, max(1, len(own))), **options).top_ids]
+
+
 @dataclass(frozen=True)
 class TokenPosition:
     """One position: match (marginal), survival = every token up to here matched, conditional = match given all before matched (None:
@@ -199,8 +213,19 @@ class TokenMetrics:
         self._clusters += names
         return hit[..., 0] & mask
 
-    def update_states(self, aligned: Tensor, ids: Tensor, mask: Tensor, clusters: Sequence[str], weight: Tensor, **options: Any) -> Tensor:
-        """Add a batch of aligned states [B, S, D] through the verifier's head weight [V, D] (options: see head_tokens). Returns match bool
+    def update_states(
+        self,
+        aligned: Tensor,
+        ids: Tensor,
+        mask: Tensor,
+        clusters: Sequence[str],
+        weight: Tensor,
+        *,
+        draft_ids: Tensor | None = None,
+        **options: Any,
+    ) -> Tensor:
+        """Add a batch of aligned states [B, S, D] through the verifier's head weight [V, D] (options: see head_tokens). draft_ids: int64
+        [k], the only ids that may be drafted; a token outside them is missed, its cross-entropy is the whole head's. Returns match bool
         [B, S].
 
         Raises: MetricError (see head_tokens and update).
@@ -210,8 +235,9 @@ class TokenMetrics:
         checks.token_ids(ids.cpu(), mask.cpu(), "the verifier's ids")
         real = mask.to(aligned.device)
         out = head_tokens(aligned[real], weight, top_k=min(self.top_k[-1], len(weight)), targets=ids.to(aligned.device)[real], **options)
-        candidates = torch.full((*mask.shape, out.top_ids.shape[1]), -1, dtype=torch.int64, device=aligned.device)
-        candidates[real] = out.top_ids
+        drafted = out.top_ids if draft_ids is None else drafted_ids(aligned[real], weight, draft_ids, top_k=self.top_k[-1], **options)
+        candidates = torch.full((*mask.shape, drafted.shape[1]), -1, dtype=torch.int64, device=aligned.device)
+        candidates[real] = drafted
         losses = torch.zeros(mask.shape, device=aligned.device)
         losses[real] = out.cross_entropy
         return self.update(candidates, ids, mask, clusters, cross_entropy=losses)

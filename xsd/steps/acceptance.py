@@ -116,8 +116,7 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
     results["words"] = _nested(by_kind)
     for name, part in table.groupby("data", sort=False):
         results["test"][name] |= curves(part)
-    hashes = "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16] for one in sets)
-    results["provenance"] = provenance(seed=given.seed, data_hash=hashes, parameters=given.model_dump())
+    results["provenance"] = provenance(seed=given.seed, data_hash=evaluation.pairs_hash(sets), parameters=given.model_dump())
     folder.save_tokens(given.run_dir, table)
     folder.save_results(given.run_dir, "tokens", results)
     return Tokens(results, table, by_kind, reliability)

@@ -194,11 +194,11 @@ def hidden(given: parameters.HiddenParameters) -> Hidden:
             rows += [{"level": level, **row} for row in measured.rows()]
         results["test"][one.name] = {"threshold": given.threshold, "n_clusters": len(set(one.clusters)), "levels": levels}
         tables.write(tables.frame(rows), folder.resolve(given.run_dir) / "tables" / f"hidden_{one.name}", kinds=("csv",))
-    results["provenance"] = provenance(seed=given.seed, data_hash=_pairs_hash(sets), parameters=given.model_dump())
+    results["provenance"] = provenance(seed=given.seed, data_hash=pairs_hash(sets), parameters=given.model_dump())
     folder.save_results(given.run_dir, "hidden", results)
     return Hidden(results, evaluations)
 
 
-def _pairs_hash(sets: Sequence[HeldOut]) -> str:
+def pairs_hash(sets: Sequence[HeldOut]) -> str:
     """One hash of the held-out sets: their own data hashes in order."""
     return "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16] for one in sets)

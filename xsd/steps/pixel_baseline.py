@@ -111,9 +111,7 @@ class PixelBaseline:
         for arm, values in self.cosines.items():
             counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
             share = counts / counts.sum()
-            pieces.append(
-                pd.DataFrame({"level": arm, "cosine_low": edges[:-1], "cosine_high": edges[1:], "n": counts, "share": share})
-            )
+            pieces.append(pd.DataFrame({"level": arm, "cosine_low": edges[:-1], "cosine_high": edges[1:], "n": counts, "share": share}))
         return pd.concat(pieces, ignore_index=True)
 
     def pictures(self, n: int = 6) -> dict[str, list[np.ndarray]]:

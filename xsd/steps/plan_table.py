@@ -90,9 +90,7 @@ def make(request: Request, machine: plan.Machine, *, disk_free: float | None = N
         new_tokens=request.new_tokens, batch=request.batch, modes=request.modes,
     )  # fmt: skip
     trained = [
-        plan.training(
-            pair, level, machine, samples=samples, tokens=request.new_tokens, epochs=request.epochs, batch=request.train_batch
-        )
+        plan.training(pair, level, machine, samples=samples, tokens=request.new_tokens, epochs=request.epochs, batch=request.train_batch)
         for level in request.levels
     ]
     form = request.dtype + (f", {request.quant}" if request.quant else "")

@@ -54,14 +54,12 @@ def measure(adapter: Adapter, batches: Iterable[Batch], head: torch.Tensor, *, g
         aligned, target, ids, mask = aligned[keep], target[keep], ids[keep], mask[keep]
         cosine = hidden.cosines(aligned, target, mask)
         said = torch.full_like(ids, -1)
-        said[mask] = tokens.head_tokens(aligned[mask], head).top_ids[:, 0]
+        said[mask] = tokens.drafted_ids(aligned[mask], head, adapter.draft_ids)[:, 0]
         rounds = rollout.self_rollout(adapter, [batch], head, gamma=gamma).rounds()
         lines = zip(keep.nonzero().flatten().tolist(), cosine, said == ids, mask, strict=True)
         for row, near, match, real in lines:
             values = (int(real.sum()), float(near[real].sum()), int((near[real] > threshold).sum()), int(match[real].sum()))
-            rows.append(
-                {"sequence": batch.sequence[row], **dict(zip(COLUMNS, (*values, sum(rounds[row]), len(rounds[row])), strict=True))}
-            )
+            rows.append({"sequence": batch.sequence[row], **dict(zip(COLUMNS, (*values, sum(rounds[row]), len(rounds[row])), strict=True))})
     if not rows:
         raise MetricError("no held-out answer has a second token, so nothing is drafted; extract with a larger max_new_tokens")
     return pd.DataFrame(rows)

@@ -80,8 +80,7 @@ def truth(given: parameters.TruthParameters) -> Truth:
             "best_floor": next(iter(found.above.values())).best,
             "above_floor": {level: interval(value.above_best) for level, value in found.above.items()},
         }
-    hashes = "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16] for one in sets)
-    results["provenance"] = provenance(seed=given.seed, data_hash=hashes, parameters=given.model_dump())
+    results["provenance"] = provenance(seed=given.seed, data_hash=evaluation.pairs_hash(sets), parameters=given.model_dump())
     folder.save_results(given.run_dir, "truth", results)
     return Truth(given, results, measured)
 
