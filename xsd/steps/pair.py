@@ -23,19 +23,20 @@ from xsd.train.grounding import GroundingConfig
 from xsd.train.language import LanguageConfig
 from xsd.train.reading import ReadingConfig
 from xsd.world import corpus as corpora
-from xsd.world import drive, language
+from xsd.world import drive, language, views
 
 ROLES = ("verifier", "drafter")
 
 
 @dataclass(frozen=True)
 class PairProfile:
-    """How long and on how much the pair is trained."""
+    """How long and on how much the pair is trained. view_share: views by other cameras, a clip of the verifier's (world/views.py)."""
 
     n_sequences: int
     grounding: dict[str, GroundingConfig]
     reading: dict[str, ReadingConfig]
     language: dict[str, LanguageConfig]
+    view_share: float = 0.1
 
 
 PROFILES = {
@@ -121,15 +122,16 @@ def _role(role: str, folder: Path, profile: str, seed: int, device: str, progres
     drives = _corpus(folder, plan, seed)
     tokenizer = embedded.train_tokenizer(training_texts(drives))
     verifier = role == "verifier"
+    material = views.with_views(drives, share=plan.view_share, seed=seed) if verifier else views.events(drives)
     model = (embedded.new_verifier if verifier else embedded.new_drafter)(len(tokenizer), seed=seed).to(device)
     training.train_model(
         (embedded.verifier_parts if verifier else embedded.drafter_parts)(model),
         tokenizer=embedded.verifier_tokenizer(tokenizer) if verifier else tokenizer,
-        images=drives.video if verifier else drives.event_frames,
-        labels=drives.label_matrix(role),
-        layout=drives.layout[:, :8] if verifier else drives.layout[:, 8:],
-        colour_known=np.array([not facts["grey"] for facts in drives.facts]),
-        dialogues=drives.dialogues(role),
+        images=material.images,
+        labels=material.labels,
+        layout=material.layout,
+        colour_known=material.colour_known,
+        dialogues=material.dialogues,
         other_dialogues=None if verifier else drives.dialogues("verifier"),
         classes={name: len(values) for name, values in corpora.LABELS.items()},
         n_kinds=len(corpora.LAYOUT_KINDS),

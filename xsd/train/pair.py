@@ -26,18 +26,19 @@ Progress = Callable[[str, int, int, float], None]
 def segments_of(
     tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequence[Any]], *, eos: int, fact_weight: float
 ) -> list[list[Segment]]:
-    """Dialogues (question, answer, fact_spans) as ids; tokens inside a fact's characters weigh ``fact_weight``."""
-    known: dict[tuple[str, str], Segment] = {}
+    """Dialogues (question, answer, fact_spans, whole) as ids; tokens inside a fact's characters weigh ``fact_weight``. Only a whole answer
+    ends in EOS."""
+    known: dict[tuple[str, str, bool], Segment] = {}
     rows = []
     for clip in dialogues:
         row = []
         for d in clip:
-            key = (d.question, d.answer)
+            key = (d.question, d.answer, d.whole)
             if key not in known:
                 encoded = tokenizer(d.answer, add_special_tokens=False, return_offsets_mapping=True)
                 facts = [any(a < end and b > start for start, end in d.fact_spans) for a, b in encoded.offset_mapping]
-                weight = [fact_weight if f else 1.0 for f in facts] + [1.0]
-                known[key] = Segment(prompt_ids(tokenizer, d.question)[1], [*encoded.input_ids, eos], weight)
+                weight, end = [fact_weight if f else 1.0 for f in facts], [eos] if d.whole else []
+                known[key] = Segment(prompt_ids(tokenizer, d.question)[1], encoded.input_ids + end, weight + [1.0] * len(end))
             row.append(known[key])
         rows.append(row)
     return rows
@@ -47,9 +48,9 @@ def train_model(
     parts: Any,
     *,
     tokenizer: Any,
-    images: np.ndarray,
+    images: Any,
     labels: np.ndarray,
-    layout: np.ndarray,
+    layout: Any,
     colour_known: np.ndarray,
     dialogues: Sequence[Sequence[Any]],
     other_dialogues: Sequence[Sequence[Any]] | None,
@@ -71,7 +72,8 @@ def train_model(
     Args:
         parts: features, project, decode, decode_lower, tower, projector, decoder, early, middle, patches, patch_frames, embed, lm_head,
             n_visual, tower_width, grounding_frames, prompt_ids, role, model (models.embedded.Parts).
-        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint16 [N, F, c, c]. colour_known: bool [N].
+        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint16 [N, F, c, c]. colour_known: bool [N]. images and layout:
+            arrays, or what gives rows as an array does (world.views.Viewed).
         dialogues: per clip its questions and answers. other_dialogues: the other model's answers; one such segment a clip and step is
             mixed in, as both real models share a language-model ancestor that knows either style.
         classes: facts and their number of classes; n_kinds, n_colours, n_motions: patch classes.

@@ -107,11 +107,12 @@ def square(pictures: list[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Dialogue:
-    """A question, its answer, and the (start, end) characters of the answer that state a fact."""
+    """A question, its answer, and the (start, end) characters of the answer that state a fact. whole: False where the answer goes on."""
 
     question: str
     answer: str
     fact_spans: tuple[tuple[int, int], ...]
+    whole: bool = True
 
 
 @dataclass(frozen=True)
