@@ -185,6 +185,8 @@ def test_the_smoke_profile_trains_a_pair_that_loads(tmp_path):
     assert stages == {"simulated drives"} | {f"{role} {stage}" for role in step.ROLES for stage in ("tower", "reading", "language")}
     assert json.loads((written / "provenance.json").read_text())["seed"] == 0
     pair = loading.load_pair(str(written))
+    towers = [pair.verifier.model.model.image_tower.state_dict(), pair.verifier.model.model.video_tower.state_dict()]
+    assert all(torch.equal(weight, towers[1][name]) for name, weight in towers[0].items())
     table = step.answer_table(pair, step.held_out(1, seed=9)[:2], max_new_tokens=4)
     assert set(table["role"]) == {"drafter", "verifier"} and (table["right"] <= table["expected"]).all()
     card = step.score(written, n_sequences=1, command="make pair").read_text()

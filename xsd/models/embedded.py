@@ -159,7 +159,7 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
 
 
 def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
-    """Video-LLaVA taken apart; its image tower is unused here and later receives the video tower's weights."""
+    """Video-LLaVA taken apart; its image tower is not trained: save_pair gives it the video tower's weights."""
     tower, projector, body = model.model.video_tower, model.model.multi_modal_projector, model.model.language_model
     model.set_attn_implementation("eager")
     layer = model.config.vision_feature_layer
@@ -193,6 +193,7 @@ def save_pair(
 ) -> None:
     """Write both models (weights as float16), tokenizers, pixel preprocessing and pair.json in the layout load_pair reads."""
     folder = Path(folder)
+    verifier.model.image_tower.load_state_dict(verifier.model.video_tower.state_dict())  # a picture is read as a frame is
     for name, model, words in (("drafter", drafter, tokenizer), ("verifier", verifier, verifier_tokenizer(tokenizer))):
         model.to(torch.float16).save_pretrained(folder / name)
         model.to(torch.float32)
