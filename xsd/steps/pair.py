@@ -296,7 +296,8 @@ They are trained from scratch on simulated drives only; they know ten questions 
 - **Drafter**: EventGPT's architecture (`EventChat_llama`), 5 event frames, 70 event tokens, 4 decoder layers, width 192.
 - **Verifier**: transformers' `VideoLlavaForConditionalGeneration`, 8 RGB frames, 296 video tokens, 12 decoder layers, width 192.
 - **Data**: {n_sequences} simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed {training_seed}), ten
-  questions a clip, one dialect of answers for each model. One in seven of the drafter's training answers is in the verifier's
+  questions a clip, one dialect of answers for each model. The verifier also sees every tenth clip as another camera would take it: grey,
+  exposed otherwise, nearer, aslant (`xsd/world/views.py`). One in seven of the drafter's training answers is in the verifier's
   dialect, as both real models share a language-model ancestor that knows either style.
 - **Training**: towers on scene facts and patches; then the decoders' lower halves on the same and on what moves; then language under a
   block mask, with the readers of the second stage still asking and the tower following at a lower rate (`xsd/train/pair.py`).
@@ -306,8 +307,8 @@ They are trained from scratch on simulated drives only; they know ten questions 
 ## Limits
 
 Only what the simulator draws: cars, vans, trucks, buses, pedestrians, cyclists, one kind of traffic light, four kinds of roadside.
-On a real recording the answers keep their form but not their truth. The drafter cannot know colours, time of day or what stands
-still before a static camera: that is the modality gap the workbench studies, not a defect.
+On a real recording the answers keep their form; how much of their truth, notebook 00 counts. The drafter cannot know colours, time of
+day or what stands still before a static camera: that is the modality gap the workbench studies, not a defect.
 """
 
 
