@@ -21,7 +21,7 @@ DEMO: dict[str, dict[str, Any]] = {
         "questions_per_sequence": 10,
         "max_new_tokens": 48,
         "test_data": TEST_DATA,
-        "batch_size": 32,
+        "batch_size": 64,
     },
     "02_train": {"levels": LEVELS, "profile": "best", "epochs": 9},
     "03_hidden": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},

@@ -313,7 +313,7 @@ class FolderWriter:
 def _write_png(path: Path, picture: np.ndarray) -> None:
     """Plain writing, without a temporary name: nothing reads the file before the index lists it, and a clip has fourteen of them."""
     buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=6)
+    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getvalue())

@@ -13,7 +13,6 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from xsd.bench import run as bench
 from xsd.core import MetricError, ParameterError, provenance
 from xsd.metrics import statistics
 from xsd.metrics.acceptance import rounds_from_lists
@@ -108,6 +107,8 @@ def _speedups(run: str) -> pd.DataFrame:
     path = folder.resolve(run) / "records.jsonl"
     if not path.is_file():
         raise ParameterError(f"the run {run} has no live records; run notebook 05 with run_dir={run} first, or choose another metric")
+    from xsd.bench import run as bench  # brings the models' libraries, seconds that most comparisons need not wait
+
     found = pd.DataFrame(bench.read_records(path))
     origin = folder.load_tokens(run).drop_duplicates("sample").set_index("sample")
     found["data"] = found["sample"].map(origin["data"]).fillna(data.SIMULATED)

@@ -8,14 +8,16 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from xsd.core import ROOT, ParameterError, ShardError, write_json
 from xsd.extract import plan, ranks
-from xsd.models import loading
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder as dataset_folder
 from xsd.steps import data as datasets
+
+if TYPE_CHECKING:
+    from xsd.models import loading
 
 FILE = "extract.json"
 
@@ -51,6 +53,8 @@ class Request:
 
     def load_pair(self) -> loading.Pair:
         """Both models, with the number of event frames asked for. Raises: as models.loading.load_pair."""
+        from xsd.models import loading  # see extraction.run
+
         name = self.pair if self.pair == "embedded" else run_folder.resolve(self.pair)
         pair = loading.load_pair(name, dtype=self.dtype, device=self.device, quant=self.quant)
         return dataclasses.replace(pair, n_event_frames=self.event_frames) if self.event_frames else pair

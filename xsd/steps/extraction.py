@@ -6,20 +6,21 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from xsd.core import ParameterError, provenance, write_json
 from xsd.extract import monitor
-from xsd.extract import run as extraction
 from xsd.metrics import floors
-from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 from xsd.steps import extract_request
+
+if TYPE_CHECKING:
+    from xsd.models import loading
 
 PAIR_FILE = "shards/pair.json"
 """What later steps need of the pair without loading it: its name, every token's text, the prompts' ids."""
@@ -36,6 +37,10 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     progress: as in extract.run.extract. Returns the results. Raises: ShardError when the run folder was begun with other settings or
     another pair, MetricError when a sequence is in training and in test, and as the rooms below.
     """
+    # Only who extracts waits for the models' libraries, three seconds in each of the notebooks that read what is extracted.
+    from xsd.extract import run as extraction
+    from xsd.models import loading
+
     pair = loading.load_pair(given.pair)
     plans = {}
     if given.n_train_sequences:
