@@ -104,7 +104,7 @@ def train(
         role: {"tower": asdict(plan.grounding[role]), "reading": asdict(plan.reading[role]), "language": asdict(plan.language[role])}
         for role in models
     }
-    about = provenance(seed=seed, device=device, profile=profile, n_sequences=plan.n_sequences, stages=stages)
+    about = provenance(seed=seed, device=device, profile=profile, n_sequences=plan.n_sequences, view_share=plan.view_share, stages=stages)
     write_json(folder / "pair" / "provenance.json", about)
     return folder / "pair"
 
@@ -296,7 +296,7 @@ They are trained from scratch on simulated drives only; they know ten questions 
 - **Drafter**: EventGPT's architecture (`EventChat_llama`), 5 event frames, 70 event tokens, 4 decoder layers, width 192.
 - **Verifier**: transformers' `VideoLlavaForConditionalGeneration`, 8 RGB frames, 296 video tokens, 12 decoder layers, width 192.
 - **Data**: {n_sequences} simulated sequences of four overlapping one-second clips (`xsd.world`, split train, seed {training_seed}), ten
-  questions a clip, one dialect of answers for each model. The verifier also sees every tenth clip as another camera would take it: grey,
+  questions a clip, one dialect of answers for each model. The verifier also sees some clips as another camera would take them: grey,
   exposed otherwise, nearer, aslant (`xsd/world/views.py`). One in seven of the drafter's training answers is in the verifier's
   dialect, as both real models share a language-model ancestor that knows either style.
 - **Training**: towers on scene facts and patches; then the decoders' lower halves on the same and on what moves; then language under a

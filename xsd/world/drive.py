@@ -18,13 +18,13 @@ import numpy as np
 from xsd.core import DatasetError
 from xsd.sensors import folder, frames
 from xsd.sensors.events import Events
+from xsd.sensors.timed_video import LUMA
 from xsd.world import dvs, facts, language, render, scenes
 
 LUMINANCE_HZ = 60
 VIDEO_HZ = 20
 CLIP_S, HOP_S = 1.0, 0.5
 SPLIT_CODE = {"train": 1, "validation": 2, "test": 3}
-_LUMA = np.array([0.299, 0.587, 0.114], dtype=np.float32)
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def simulate_sequence(seed: int, split: str, index: int, config: DriveConfig | N
     step = LUMINANCE_HZ // VIDEO_HZ
     for i in range(n):
         image, identity = renderer.frame(i / LUMINANCE_HZ, with_ids=i % step == 0)
-        luminance[i] = image @ _LUMA
+        luminance[i] = image @ LUMA
         if identity is not None:
             video.append(np.repeat(luminance[i][..., None], 3, axis=2) if grey else image.astype(np.float32))
             ids.append(np.where(identity >= render.SCENERY_ID, 0, identity))

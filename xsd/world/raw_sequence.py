@@ -15,12 +15,12 @@ from PIL import Image
 from xsd.core import DatasetError, atomic_write
 from xsd.sensors import dsec
 from xsd.sensors import events as event_streams
+from xsd.sensors.timed_video import LUMA
 from xsd.world import dvs, render, scenes
 
 LUMINANCE_HZ, IMAGE_HZ = 60, 20
 CLOCK_START_US = 51_648_500_000
 """DSEC's clock is absolute; this is an arbitrary moment on it."""
-_LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 def write(
@@ -49,7 +49,7 @@ def write(
     for i in range(int(duration_s * LUMINANCE_HZ) + 1):
         image = renderer.frame(i / LUMINANCE_HZ)[0]
         time_us = i * 1_000_000 // LUMINANCE_HZ
-        grey = Image.fromarray((image @ _LUMA).astype(np.float32)).resize((dsec.WIDTH, dsec.HEIGHT), Image.Resampling.BILINEAR)
+        grey = Image.fromarray((image @ LUMA).astype(np.float32)).resize((dsec.WIDTH, dsec.HEIGHT), Image.Resampling.BILINEAR)
         parts.append(simulator.step(np.asarray(grey), time_us))
         if i % (LUMINANCE_HZ // IMAGE_HZ) == 0:
             picture = Image.fromarray(np.asarray(image, np.uint8)).resize(image_size, Image.Resampling.BICUBIC)

@@ -14,7 +14,7 @@ import numpy as np
 
 from xsd.core import DatasetError, EventError, VideoError
 from xsd.sensors import events as event_streams
-from xsd.sensors import folder, frames
+from xsd.sensors import folder, frames, timed_video
 from xsd.sensors.events import Events
 from xsd.world import dvs
 
@@ -95,7 +95,7 @@ def compare_with_simulation(recording: Recording, config: dvs.DvsConfig, generat
     Returns: n_real, n_simulated, ratio, on_share_real, on_share_simulated, and the Pearson correlation of the event counts in cells of
     ``cell`` x ``cell`` pixels. Raises: EventError when either has no event.
     """
-    luminance = recording.frames if recording.frames.ndim == 3 else recording.frames @ np.array([0.299, 0.587, 0.114], np.float32)
+    luminance = recording.frames if recording.frames.ndim == 3 else timed_video.luminance(recording.frames)
     simulated = dvs.simulate_events(luminance, recording.times_us, config, generator)
     real = recording.events.between(int(recording.times_us[0]) + 1, int(recording.times_us[-1]) + 1)
     if not len(real) or not len(simulated):

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from xsd.sensors.timed_video import luminance
 from xsd.world import language
 from xsd.world.corpus import LABELS, Corpus, Dialogue
 
-_LUMINANCE = np.array([0.299, 0.587, 0.114], np.float32)
 _EGO = ("stopped", "left", "right")
 """Camera motions that a nearer view keeps; slow and fast change places."""
 
@@ -44,7 +44,7 @@ class View:
 
     def of_pictures(self, pictures: np.ndarray) -> np.ndarray:
         """uint8 [F, s, s, 3] → the same, grey, between four neighbours each."""
-        grey = pictures.astype(np.float32) @ _LUMINANCE
+        grey = luminance(pictures)
         row, column = self.places(grey.shape[-1])
         top, left = (np.minimum(place.astype(int), grey.shape[-1] - 2) for place in (row, column))
         below, aside = (row - top).astype(np.float32), (column - left).astype(np.float32)
