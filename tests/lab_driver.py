@@ -1,8 +1,10 @@
-"""A real JupyterLab driven by a headless Chromium: open a notebook, run all cells, read pictures and controls from the page itself.
+"""A real JupyterLab driven by a headless Chromium: open a notebook, run all cells, read pictures
+and controls from the page itself.
 
-Three races it minds: Run All clicked while the kernel is still being attached is dropped (so the server's session list is asked first and
-the click repeated); stored execution counts look like finished cells (so a blanked copy is opened); the news dialog covers the page (so it
-is switched off in the settings folder).
+Three races it minds: Run All clicked while the kernel is still being attached is dropped (so the
+server's session list is asked first and
+the click repeated); stored execution counts look like finished cells (so a blanked copy is opened);
+the news dialog covers the page (so it is switched off in the settings folder).
 """
 
 import contextlib
@@ -19,16 +21,13 @@ import urllib.request
 from pathlib import Path
 
 ARGUMENTS = [
-    "--headless",
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
+    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+    "--disable-component-update", "--disable-sync",
 ]
 SETTINGS = {
-    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
-    "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
+    "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {
+        "fetchNews": "false", "checkForUpdates": False
+    }, "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
 }
 
 
@@ -55,25 +54,27 @@ def jupyterlab(root: Path, extra_path: str = ""):
         (settings / name).parent.mkdir(parents=True, exist_ok=True)
         (settings / name).write_text(json.dumps(values))
     environment = {
-        **os.environ,
-        "JUPYTER_CONFIG_DIR": str(root / ".config"),
-        "JUPYTER_RUNTIME_DIR": str(root / ".runtime"),
-        "JUPYTERLAB_SETTINGS_DIR": str(settings),
+        **os.environ, "JUPYTER_CONFIG_DIR": str(root / ".config"),
+        "JUPYTER_RUNTIME_DIR": str(root / ".runtime"), "JUPYTERLAB_SETTINGS_DIR": str(settings),
         "JUPYTERLAB_WORKSPACES_DIR": str(root / ".workspaces"),
         "IPYTHONDIR": str(root / ".ipython"),
-        "PYTHONPATH": os.pathsep.join(part for part in (extra_path, os.environ.get("PYTHONPATH", "")) if part),
+        "PYTHONPATH": os.pathsep.join(part
+                                      for part in (extra_path, os.environ.get("PYTHONPATH", ""))
+                                      if part),
     }
     command = [
-        sys.executable,
-        *("-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}", f"--IdentityProvider.token={token}"),
-        *(f"--ServerApp.root_dir={root}", "--ServerApp.allow_root=True", "--LabApp.extension_manager=readonly"),
+        sys.executable, *("-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
+                          f"--IdentityProvider.token={token}"),
+        *(f"--ServerApp.root_dir={root}", "--ServerApp.allow_root=True",
+          "--LabApp.extension_manager=readonly"),
     ]
-    with (
-        open(root / "lab.log", "w") as log,
-        subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT) as server,
-    ):
+    with (open(root / "lab.log", "w") as log,
+          subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
+          as server,
+          ):
         try:
-            _until(lambda: _get(port, token, "status") is not None, 90, "JupyterLab did not start", server, root / "lab.log")
+            _until(lambda: _get(port, token, "status") is not None, 90, "JupyterLab did not start",
+                   server, root / "lab.log")
             yield port, token
         finally:
             server.terminate()
@@ -81,7 +82,8 @@ def jupyterlab(root: Path, extra_path: str = ""):
 
 def _get(port, token, what):
     try:
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{what}?token={token}", timeout=5) as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/api/{what}?token={token}",
+                                    timeout=5) as answer:
             return json.load(answer)
     except (urllib.error.URLError, ConnectionError, TimeoutError):
         return None
@@ -99,8 +101,8 @@ def _until(holds, seconds, complaint, server=None, log=None):
 
 
 class Page:
-    """One notebook in the browser. errors: page errors; external: requests that left this machine."""
-
+    """One notebook in the browser. errors: page errors; external: requests that left this
+    machine."""
     def __init__(self, page, port, token):
         self.page, self.port, self.token = page, port, token
         self.errors, self.external = [], []
@@ -114,11 +116,13 @@ class Page:
     def open(self, name):
         """Open a notebook and wait until its kernel is attached and idle."""
         self.page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}&reset")
-        self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook").wait_for(timeout=60_000)
+        self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook").wait_for(
+            timeout=60_000)
 
         def attached():
             sessions = _get(self.port, self.token, "sessions")
-            return bool(sessions) and sessions[0]["kernel"]["execution_state"] == "idle" and sessions[0]["kernel"]["connections"]
+            return bool(sessions) and sessions[0]["kernel"][
+                "execution_state"] == "idle" and sessions[0]["kernel"]["connections"]
 
         _until(attached, 60, "the kernel was never idle")
         self.page.wait_for_timeout(1000)
@@ -126,7 +130,8 @@ class Page:
     def prompts(self):
         """What stands before each code cell: ``[*]:`` while it runs."""
         return self.page.evaluate(
-            "() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(e => e.textContent || '')"
+            "() => [...document.querySelectorAll('.jp-Notebook .jp-CodeCell "
+            ".jp-InputPrompt')].map(e => e.textContent || '')"
         )
 
     def run_all(self, seconds=180):
@@ -142,17 +147,20 @@ class Page:
                     self.page.wait_for_timeout(2000)
                     break
                 if any(re.search(r"\d|\*", prompt) for prompt in self.prompts()):
-                    _until(lambda: not any("*" in prompt for prompt in self.prompts()), seconds, "the cells did not finish")
+                    _until(lambda: not any("*" in prompt for prompt in self.prompts()), seconds,
+                           "the cells did not finish")
                     return
                 self.page.wait_for_timeout(200)
         raise AssertionError("Run All Cells never started")
 
     def failures(self):
         """Error outputs of cells."""
-        return self.page.locator("[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+        return self.page.locator(
+            "[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
 
     def plots(self):
-        """Title and y values of every live plotly picture, read from the browser, not from the kernel."""
+        """Title and y values of every live plotly picture, read from the browser, not from the
+        kernel."""
         return self.page.evaluate(
             """() => [...document.querySelectorAll('.js-plotly-plot')].map(g => ({
                 title: (g.layout && g.layout.title && (g.layout.title.text || g.layout.title)) || '',

@@ -11,7 +11,8 @@ from tiny_pair import make_tiny_pair
 from xsd.models import loading
 
 REFERENCE = Path(__file__).parent / "fixtures" / "eventgpt_tiny_random"
-"""A checkpoint in the official layout with random weights, and what the official code computes from it."""
+"""A checkpoint in the official layout with random weights, and what the official code computes from
+it."""
 CLIP = REFERENCE / "tiny_clip"
 
 

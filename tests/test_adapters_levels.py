@@ -1,4 +1,5 @@
-"""The levels: exact sizes, initialisation, no leak from the future, padding without effect, drafting position by position."""
+"""The levels: exact sizes, initialisation, no leak from the future, padding without effect,
+drafting position by position."""
 
 import pytest
 import torch
@@ -12,10 +13,13 @@ from xsd.core import MetricError, ParameterError
 
 WIDTH = 16
 REFERENCE_COUNTS = {
-    "L1": 2_113_537, "L2": 6_324_227, "L3": 16_797_698, "L4": 100_714_497, "L5": 102_819_841, "B1": 102_819_841, "L5F": 169_936_897, "P0":
-    154_556_416,
+    "L1": 2_113_537, "L2": 6_324_227, "L3": 16_797_698, "L4": 100_714_497, "L5": 102_819_841,
+    "B1": 102_819_841, "L5F": 169_936_897, "P0": 154_556_416,
 }  # fmt: skip
-ALL = [*registry.LEVELS, "B1 map", "L5F map", "L4 bidirectional", "L5 tokens", "B1 tokens", "L5F tokens", "L5F lead 0"]
+ALL = [
+    *registry.LEVELS, "B1 map", "L5F map", "L4 bidirectional", "L5 tokens", "B1 tokens",
+    "L5F tokens", "L5F lead 0"
+]
 VOCABULARY = 11
 
 
@@ -23,10 +27,8 @@ def make(name: str, *, drafter_size: int | None = None, seed: int = 0) -> base.A
     """An adapter whose every weight is random, so that nothing hides behind an initial zero."""
     level, _, variant = name.partition(" ")
     options = {
-        "bidirectional": {"causal": False},
-        "tokens": {"vocab_size": VOCABULARY},
-        "lead 0": {"drafter_lead": 0},
-        "map": {"residual_map": True},
+        "bidirectional": {"causal": False}, "tokens": {"vocab_size": VOCABULARY},
+        "lead 0": {"drafter_lead": 0}, "map": {"residual_map": True},
     }.get(variant, {})
     torch.manual_seed(seed)
     adapter = registry.create_adapter(level, WIDTH, drafter_size=drafter_size, **options)
@@ -42,11 +44,12 @@ def make_batch(lengths: list[int], *, drafter_size: int = WIDTH, seed: int = 0) 
     generator = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths))
     mask = torch.arange(shape[1]) < torch.tensor(lengths)[:, None]
-    return core.Batch(
-        torch.randn(*shape, drafter_size, generator=generator), torch.randn(*shape, WIDTH, generator=generator),
-        torch.randint(VOCABULARY, shape, generator=generator), torch.randint(VOCABULARY, shape, generator=generator),
-        mask, [f"s{i}" for i in range(shape[0])], list(range(shape[0])), "teacher_forced",
-    )  # fmt: skip
+    return core.Batch(torch.randn(*shape, drafter_size, generator=generator),
+                      torch.randn(*shape, WIDTH, generator=generator),
+                      torch.randint(VOCABULARY, shape, generator=generator),
+                      torch.randint(VOCABULARY, shape, generator=generator), mask,
+                      [f"s{i}" for i in range(shape[0])], list(range(shape[0])), "teacher_forced",
+                      )  # fmt: skip
 
 
 @pytest.mark.parametrize("level", REFERENCE_COUNTS)
@@ -57,7 +60,8 @@ def test_parameter_counts_at_4096_are_the_references(level):
 
 def test_causal_l4_has_the_parameters_of_the_bidirectional_one():
     with torch.device("meta"):
-        assert registry.count_parameters(registry.create_adapter("L4", causal=False)) == REFERENCE_COUNTS["L4"]
+        assert registry.count_parameters(registry.create_adapter(
+            "L4", causal=False)) == REFERENCE_COUNTS["L4"]
 
 
 @pytest.mark.parametrize("level", ["L1", "L2"])
@@ -96,15 +100,15 @@ def test_input_map_of_equal_widths_starts_as_the_identity():
 
 def test_layer_equals_torchs_own_encoder_layer():
     ours = attention.TransformerLayer(WIDTH, n_heads=4, ffn=24, dropout=0.1).eval()
-    theirs = nn.TransformerEncoderLayer(WIDTH, 4, 24, 0.1, "gelu", batch_first=True, norm_first=True).eval()
-    pairs = [
-        ("attention_norm", theirs.norm1), ("attention_out", theirs.self_attn.out_proj), ("ffn_norm", theirs.norm2), ("ffn_up",
-        theirs.linear1),
-        ("ffn_down", theirs.linear2),
-    ]  # fmt: skip
+    theirs = nn.TransformerEncoderLayer(WIDTH, 4, 24, 0.1, "gelu", batch_first=True,
+                                        norm_first=True).eval()
+    pairs = [("attention_norm", theirs.norm1), ("attention_out", theirs.self_attn.out_proj),
+             ("ffn_norm", theirs.norm2), ("ffn_up", theirs.linear1), ("ffn_down", theirs.linear2),
+             ]  # fmt: skip
     for name, module in pairs:
         getattr(ours, name).load_state_dict(module.state_dict())
-    ours.query_key_value.load_state_dict({"weight": theirs.self_attn.in_proj_weight, "bias": theirs.self_attn.in_proj_bias})
+    ours.query_key_value.load_state_dict(
+        {"weight": theirs.self_attn.in_proj_weight, "bias": theirs.self_attn.in_proj_bias})
     x, allowed = torch.randn(3, 7, WIDTH), base.causal_mask(7)
     torch.testing.assert_close(ours(x, allowed), theirs(x, src_mask=~allowed))
 
@@ -114,7 +118,7 @@ def test_compute_loss_is_mse_plus_half_of_one_minus_cosine():
     mask = torch.tensor([[True, True, False], [True, False, False]])
     losses = adapter.compute_loss(x, target, mask)
     rows = [(adapter(x)[b, t], target[b, t]) for b in range(2) for t in range(3) if mask[b, t]]
-    mse = torch.stack([((a - b) ** 2).mean() for a, b in rows]).mean()
+    mse = torch.stack([((a - b)**2).mean() for a, b in rows]).mean()
     cosine = torch.stack([a @ b / (a.norm() * b.norm()) for a, b in rows]).mean()
     torch.testing.assert_close(losses["total_loss"], mse + 0.5 * (1 - cosine))
     torch.testing.assert_close(losses["cos_sim"], cosine)
@@ -123,13 +127,17 @@ def test_compute_loss_is_mse_plus_half_of_one_minus_cosine():
 def test_l5_loss_adds_half_of_the_next_states_loss():
     adapter, x, target = make("L5"), torch.randn(2, 4, WIDTH), torch.randn(2, 4, WIDTH)
     aligned = adapter(x)
-    here, later = base.alignment_loss(aligned, target), base.alignment_loss(aligned[:, :-1], target[:, 1:])
-    torch.testing.assert_close(adapter.compute_loss(x, target)["total_loss"], here["total_loss"] + 0.5 * later["total_loss"])
+    here, later = base.alignment_loss(aligned,
+                                      target), base.alignment_loss(aligned[:, :-1], target[:, 1:])
+    torch.testing.assert_close(
+        adapter.compute_loss(x, target)["total_loss"],
+        here["total_loss"] + 0.5 * later["total_loss"])
 
 
 def test_loss_of_nothing_is_refused():
     with pytest.raises(MetricError, match="the mask leaves none"):
-        base.alignment_loss(torch.ones(1, 2, 4), torch.ones(1, 2, 4), torch.zeros(1, 2, dtype=torch.bool))
+        base.alignment_loss(torch.ones(1, 2, 4), torch.ones(1, 2, 4),
+                            torch.zeros(1, 2, dtype=torch.bool))
     with pytest.raises(MetricError, match="must have one shape"):
         base.alignment_loss(torch.ones(1, 2, 4), torch.ones(1, 3, 4))
 
@@ -138,31 +146,40 @@ def test_loss_of_nothing_is_refused():
 @settings(max_examples=6)
 @given(seed=st.integers(0, 10_000), position=st.integers(0, 6))
 def test_the_future_has_no_effect(name, seed, position):
-    """Everything that does not exist when position t is drafted is replaced by noise; the prediction of t stays the same."""
+    """Everything that does not exist when position t is drafted is replaced by noise; the
+    prediction of t stays the same."""
     adapter, batch = make(name), make_batch([8, 8], seed=seed)
     other = make_batch([8, 8], seed=seed + 1)
     t = position + adapter.shift  # the verifier position that row `position` predicts
-    drafter, verifier, ids = batch.drafter.clone(), batch.verifier.clone(), batch.ids_by_verifier.clone()
-    drafter[:, t + 1 :] = other.drafter[:, t + 1 :]  # drafter[t] has read tokens 0…t-1, which are known
+    drafter, verifier, ids = batch.drafter.clone(), batch.verifier.clone(
+    ), batch.ids_by_verifier.clone()
+    drafter[:, t + 1:] = other.drafter[:,
+                                       t + 1:]  # drafter[t] has read tokens 0…t-1, which are known
     verifier[:, t:] = other.verifier[:, t:]
     ids[:, t:] = other.ids_by_verifier[:, t:]
-    changed = core.Batch(drafter, verifier, batch.ids_by_drafter, ids, batch.mask, batch.sequence, batch.index, batch.mode)
+    changed = core.Batch(drafter, verifier, batch.ids_by_drafter, ids, batch.mask, batch.sequence,
+                         batch.index, batch.mode)
     with torch.no_grad():
-        torch.testing.assert_close(adapter.align(changed).aligned[:, position], adapter.align(batch).aligned[:, position])
+        torch.testing.assert_close(
+            adapter.align(changed).aligned[:, position],
+            adapter.align(batch).aligned[:, position])
 
 
 @pytest.mark.parametrize("name", ALL)
 @settings(max_examples=6)
-@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4), extra=st.integers(0, 3))
+@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(1, 7), min_size=1, max_size=4),
+       extra=st.integers(0, 3))
 def test_padding_has_no_effect(name, seed, lengths, extra):
     adapter = make(name)
     batch = make_batch([max(lengths) + extra] * len(lengths), seed=seed)
     mask = torch.arange(max(lengths) + extra) < torch.tensor(lengths)[:, None]
-    noisy = core.Batch(
-        batch.drafter.masked_fill(~mask[..., None], 1e3), batch.verifier.masked_fill(~mask[..., None], -1e3), batch.ids_by_drafter,
-        batch.ids_by_verifier, mask, batch.sequence, batch.index, batch.mode,
-    )  # fmt: skip
-    for training in (False, True):  # train mode shows the bidirectional L4 as it is trained; dropout is silenced
+    noisy = core.Batch(batch.drafter.masked_fill(~mask[..., None], 1e3),
+                       batch.verifier.masked_fill(~mask[..., None], -1e3), batch.ids_by_drafter,
+                       batch.ids_by_verifier, mask, batch.sequence, batch.index, batch.mode,
+                       )  # fmt: skip
+    for training in (
+            False,
+            True):  # train mode shows the bidirectional L4 as it is trained; dropout is silenced
         adapter.train(training)
         for module in adapter.modules():
             if hasattr(module, "dropout"):
@@ -170,12 +187,14 @@ def test_padding_has_no_effect(name, seed, lengths, extra):
         with torch.no_grad():
             result = adapter.align(noisy)
             for row, length in enumerate(lengths):
-                alone = core.Batch(
-                    *(x[row : row + 1, :length] for x in (batch.drafter, batch.verifier, batch.ids_by_drafter, batch.ids_by_verifier)),
-                    torch.ones(1, length, dtype=torch.bool), ["s"], [0], batch.mode,
-                )  # fmt: skip
+                alone = core.Batch(*(x[row:row + 1, :length]
+                                     for x in (batch.drafter, batch.verifier, batch.ids_by_drafter,
+                                               batch.ids_by_verifier)),
+                                   torch.ones(1, length, dtype=torch.bool), ["s"], [0], batch.mode,
+                                   )  # fmt: skip
                 want = adapter.align(alone)
-                torch.testing.assert_close(result.aligned[row][result.mask[row]], want.aligned[0], atol=1e-4, rtol=1e-4)
+                torch.testing.assert_close(result.aligned[row][result.mask[row]], want.aligned[0],
+                                           atol=1e-4, rtol=1e-4)
                 assert torch.equal(result.target[row][result.mask[row]], want.target[0])
 
 
@@ -187,14 +206,16 @@ def test_step_by_step_equals_the_whole_answer_at_once(name):
     for row in range(aligned.shape[0]):
         t = row + adapter.shift
         n_drafter = t + 1 if adapter.shift == 0 or adapter.drafter_lead else t
-        got = adapter.step(batch.drafter[0, :n_drafter], batch.verifier[0, :t], batch.ids_by_verifier[0, :t])
+        got = adapter.step(batch.drafter[0, :n_drafter], batch.verifier[0, :t],
+                           batch.ids_by_verifier[0, :t])
         torch.testing.assert_close(got, aligned[row])
 
 
 @pytest.mark.parametrize("level", ["L1", "L2", "L3", "L4", "L5"])
 def test_translate_equals_align(level):
     adapter, batch = make(level), make_batch([6])
-    torch.testing.assert_close(adapter.translate(batch.drafter[0]), adapter.align(batch).aligned[0].detach())
+    torch.testing.assert_close(adapter.translate(batch.drafter[0]),
+                               adapter.align(batch).aligned[0].detach())
 
 
 @pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "L5F map", "B1 tokens", "L5F tokens"])
@@ -204,11 +225,12 @@ def test_unroll_equals_feeding_predictions_back_one_by_one(name):
         results = adapter.unroll(batch.drafter, batch.verifier, steps, batch.ids_by_verifier)
     for row in range(2):
         for start in range(6):
-            known = batch.verifier[row, : start + 1]
+            known = batch.verifier[row, :start + 1]
             for k in range(1, min(steps, 6 - start) + 1):
-                drafter = batch.drafter[row, : len(known) + adapter.drafter_lead]
-                predicted = adapter.step(drafter, known, batch.ids_by_verifier[row, : len(known)])
-                torch.testing.assert_close(results[k - 1][row, start], predicted, atol=1e-4, rtol=1e-4)
+                drafter = batch.drafter[row, :len(known) + adapter.drafter_lead]
+                predicted = adapter.step(drafter, known, batch.ids_by_verifier[row, :len(known)])
+                torch.testing.assert_close(results[k - 1][row, start], predicted, atol=1e-4,
+                                           rtol=1e-4)
                 known = torch.cat([known, predicted[None]])
 
 
@@ -249,7 +271,8 @@ def test_pixel_baseline_keeps_the_images_shape_and_counts_its_pixels():
 def test_residual_map_starts_as_the_plain_residual(level, drafter_size):
     torch.manual_seed(0)
     plain = registry.create_adapter(level, WIDTH, drafter_size=drafter_size).eval()
-    mapped = registry.create_adapter(level, WIDTH, drafter_size=drafter_size, residual_map=True).eval()
+    mapped = registry.create_adapter(level, WIDTH, drafter_size=drafter_size,
+                                     residual_map=True).eval()
     mapped.load_state_dict({**mapped.state_dict(), **plain.state_dict()})
     batch = make_batch([5], drafter_size=drafter_size or WIDTH)
     torch.testing.assert_close(mapped.align(batch).aligned, plain.align(batch).aligned)

@@ -1,4 +1,5 @@
-"""Creating, saving and loading adapters, closed forms, and what is said when a file is no adapter."""
+"""Creating, saving and loading adapters, closed forms, and what is said when a file is no
+adapter."""
 
 import json
 
@@ -65,31 +66,39 @@ def test_files_that_are_no_adapter_are_explained(tmp_path):
 
 class HiddenAdapterConfig:
     """As pickled inside the reference's L1 files."""
-
     def __init__(self, **fields):
         self.__dict__.update(fields)
 
 
 def _reference_names(adapter):
-    """State dict of one of our adapters under the published file layout's names, written out by hand."""
+    """State dict of one of our adapters under the published file layout's names, written out by
+    hand."""
     blocks = "layers" if adapter.level == "L1" else "blocks"
     layer = {
-        "layer.attention_norm": "layers.0.attn_norm", "layer.attention_out": "layers.0.attn.out_proj", "layer.ffn_norm":
-        "layers.0.ffn_norm",
-        "layer.ffn_up": "layers.0.ffn.0", "layer.ffn_down": "layers.0.ffn.3", "alpha": "alpha", "layer.query_key_value.weight":
-        "layers.0.attn.in_proj_weight", "layer.query_key_value.bias": "layers.0.attn.in_proj_bias",
+        "layer.attention_norm": "layers.0.attn_norm",
+        "layer.attention_out": "layers.0.attn.out_proj", "layer.ffn_norm": "layers.0.ffn_norm",
+        "layer.ffn_up": "layers.0.ffn.0", "layer.ffn_down": "layers.0.ffn.3", "alpha": "alpha",
+        "layer.query_key_value.weight": "layers.0.attn.in_proj_weight",
+        "layer.query_key_value.bias": "layers.0.attn.in_proj_bias",
     }  # fmt: skip
-    eagle = {**layer, "positions": "pos_embed", "final_norm": "output_norm", "projection": "output_proj"}
+    eagle = {
+        **layer, "positions": "pos_embed", "final_norm": "output_norm", "projection": "output_proj"
+    }
     names = {
-        **{f"blocks.{i}.{ours}": f"{blocks}.{i}.{theirs}" for i in range(3) for ours, theirs in (
-            ("norm", "layer_norm"), ("down", "down_proj"), ("up", "up_proj"), ("alpha", "alpha_param"))},
-        "final_norm": "final_norm",
-    } if adapter.level in ("L1", "L2") else {**eagle, "input_norm": "input_norm"} if adapter.level in ("L5", "B1") else {
+        **{
+            f"blocks.{i}.{ours}": f"{blocks}.{i}.{theirs}" for i in range(3) for ours, theirs in (("norm", "layer_norm"), ("down", "down_proj"), ("up", "up_proj"), ("alpha", "alpha_param"))
+        }, "final_norm": "final_norm",
+    } if adapter.level in (
+        "L1", "L2"
+    ) else {**eagle, "input_norm": "input_norm"} if adapter.level in ("L5", "B1") else {
         **eagle, "input_norm": "fusion_norm", "fusion": "fusion_proj", "gate": "gate.0",
     } if adapter.level == "L5F" else {
-        "input_norm": "input_norm", "down.0": "blocks.0.0", "norms.0": "blocks.0.1", "up.0": "blocks.0.4", "down.1": "blocks.1.0",
-        "norms.1": "blocks.1.1", "up.1": "blocks.1.4", "alphas.0": "alphas.0", "alphas.1": "alphas.1", "final_norm": "final_norm",
-    } if adapter.level == "L3" else {**layer, "final_norm": "output_proj.0", "projection": "output_proj.1"}  # fmt: skip
+        "input_norm": "input_norm", "down.0": "blocks.0.0", "norms.0": "blocks.0.1",
+        "up.0": "blocks.0.4", "down.1": "blocks.1.0", "norms.1": "blocks.1.1", "up.1": "blocks.1.4",
+        "alphas.0": "alphas.0", "alphas.1": "alphas.1", "final_norm": "final_norm",
+    } if adapter.level == "L3" else {
+        **layer, "final_norm": "output_proj.0", "projection": "output_proj.1"
+    }  # fmt: skip
     result = {}
     for name, tensor in adapter.state_dict().items():
         stem, _, leaf = name.rpartition(".")
@@ -97,14 +106,19 @@ def _reference_names(adapter):
     return result
 
 
-@pytest.mark.parametrize(("name", "kind", "config"), [
-    ("L1", None, HiddenAdapterConfig(hidden_dim=WIDTH, bottleneck_dim=8, num_layers=1)),
-    ("L3", "L3_WideBottleneck", {"hidden_dim": WIDTH, "bottleneck_dim": 16, "num_blocks": 2}),
-    ("L2", "L2_MultiLayerBottleneck", {"hidden_dim": WIDTH, "bottleneck_dim": 8, "num_blocks": 3}),
-    ("L4 bidirectional", "L4_Attention", {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),
-    ("L5", "L5_EAGLE", {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1, "use_token_embed": False}),
-    ("L5F lead 0", "L5F_FusedEAGLE", {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "kind", "config"),
+    [("L1", None, HiddenAdapterConfig(hidden_dim=WIDTH, bottleneck_dim=8, num_layers=1)),
+     ("L3", "L3_WideBottleneck", {"hidden_dim": WIDTH, "bottleneck_dim": 16, "num_blocks": 2}),
+     ("L2", "L2_MultiLayerBottleneck", {"hidden_dim": WIDTH, "bottleneck_dim": 8, "num_blocks": 3}),
+     ("L4 bidirectional", "L4_Attention",
+      {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),
+     ("L5", "L5_EAGLE", {
+         "hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1,
+         "use_token_embed": False
+     }),
+     ("L5F lead 0", "L5F_FusedEAGLE",
+      {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),])  # fmt: skip
 def test_reference_pt_files_are_read_without_running_code(name, kind, config, tmp_path):
     adapter, batch = make(name), make_batch([4])
     stored = {"model_state_dict": _reference_names(adapter), "config": config, "epoch": 3}
@@ -116,13 +130,20 @@ def test_reference_pt_files_are_read_without_running_code(name, kind, config, tm
 
 def test_b1_is_told_from_l5_by_its_folder_or_by_name(tmp_path):
     adapter, batch = make("B1"), make_batch([4])
-    config = {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1, "use_token_embed": False}
-    stored = {"model_state_dict": _reference_names(adapter), "config": config, "adapter_type": "L5_EAGLE"}
+    config = {
+        "hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1,
+        "use_token_embed": False
+    }
+    stored = {
+        "model_state_dict": _reference_names(adapter), "config": config, "adapter_type": "L5_EAGLE"
+    }
     (tmp_path / "B1").mkdir()
     for path, level in ((tmp_path / "B1" / "best.pt", None), (tmp_path / "best.pt", "B1")):
         torch.save(stored, path)
         again = registry.load_any_adapter(path, level=level)
-        assert again.level == "B1" and torch.equal(again.align(batch).aligned, adapter.align(batch).aligned)
+        assert again.level == "B1" and torch.equal(
+            again.align(batch).aligned,
+            adapter.align(batch).aligned)
     assert registry.load_any_adapter(tmp_path / "best.pt").level == "L5"
     with pytest.raises(CheckpointError, match=r"holds an L5 \(L5_EAGLE\), not the L4 asked for"):
         registry.load_any_adapter(tmp_path / "best.pt", level="L4")
@@ -138,7 +159,9 @@ def test_a_draft_vocabulary_is_saved_with_the_weights(tmp_path):
     adapter = make("L1")
     adapter.set_draft_vocabulary(torch.tensor([1, 4, 9]))
     again = registry.load_any_adapter(registry.save_adapter(adapter, tmp_path))
-    assert again.draft_ids.tolist() == [1, 4, 9] and again.options["draft_vocabulary"] == 3 and make("L1").draft_ids is None
+    assert again.draft_ids.tolist() == [
+        1, 4, 9
+    ] and again.options["draft_vocabulary"] == 3 and make("L1").draft_ids is None
     with pytest.raises(ParameterError, match="none twice, not 2, 1 different"):
         adapter.set_draft_vocabulary(torch.tensor([2, 2]))
 
@@ -146,7 +169,10 @@ def test_a_draft_vocabulary_is_saved_with_the_weights(tmp_path):
 def test_ridge_recovers_a_linear_map_over_streamed_batches():
     batches = [make_batch([9, 7, 5], seed=seed) for seed in range(6)]
     weight, bias = torch.randn(WIDTH, WIDTH), torch.randn(WIDTH)
-    batches = [batch.__class__(**{**batch.__dict__, "verifier": batch.drafter @ weight + bias}) for batch in batches]
+    batches = [
+        batch.__class__(**{**batch.__dict__, "verifier": batch.drafter @ weight + bias})
+        for batch in batches
+    ]
     adapter = linear.fit_linear("ridge", batches, ridge=1e-9)
     aligned, target, _, mask = adapter.align(batches[0])
     torch.testing.assert_close(aligned[mask], target[mask], atol=1e-3, rtol=1e-3)
@@ -155,7 +181,10 @@ def test_ridge_recovers_a_linear_map_over_streamed_batches():
 def test_procrustes_recovers_a_scaled_rotation_and_stays_orthogonal():
     batches = [make_batch([9, 7, 5], seed=seed) for seed in range(6)]
     rotation = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0]
-    batches = [batch.__class__(**{**batch.__dict__, "verifier": 2 * batch.drafter @ rotation + 1}) for batch in batches]
+    batches = [
+        batch.__class__(**{**batch.__dict__, "verifier": 2 * batch.drafter @ rotation + 1})
+        for batch in batches
+    ]
     adapter = linear.fit_linear("procrustes", batches)
     aligned, target, _, mask = adapter.align(batches[0])
     torch.testing.assert_close(aligned[mask], target[mask], atol=1e-3, rtol=1e-3)
@@ -169,7 +198,9 @@ def test_closed_forms_of_the_next_state_are_shifted_and_saved(tmp_path):
         adapter = linear.fit_linear("ridge", [batch], reads=reads)
         assert adapter.shift == 1 and adapter.align(batch).aligned.shape == (3, 8, WIDTH)
         registry.save_adapter(adapter, tmp_path / reads)
-        assert torch.equal(registry.load_any_adapter(tmp_path / reads).align(batch).aligned, adapter.align(batch).aligned)
+        assert torch.equal(
+            registry.load_any_adapter(tmp_path / reads).align(batch).aligned,
+            adapter.align(batch).aligned)
     assert torch.equal(linear.fit_linear("identity", [batch]).align(batch).aligned, batch.drafter)
 
 
@@ -185,7 +216,9 @@ def test_closed_forms_explain_what_they_cannot_do():
 def test_self_test_reports_every_level():
     rows = registry.self_test(WIDTH, positions=4)
     assert [row["level"] for row in rows] == list(registry.LEVELS)
-    assert all(row["latency_ms"] > 0 and row["megabytes"] == 4 * row["parameters"] / 1e6 for row in rows)
+    assert all(row["latency_ms"] > 0 and row["megabytes"] == 4 * row["parameters"] / 1e6
+               for row in rows)
     text = registry.self_test_table(rows)
-    assert text.splitlines()[0] == "| level | parameters | MB (float32) | ms a forward |" and len(text.splitlines()) == 2 + len(rows)
+    assert text.splitlines()[0] == "| level | parameters | MB (float32) | ms a forward |" and len(
+        text.splitlines()) == 2 + len(rows)
     assert f"| L1 | {rows[0]['parameters']:,} | " in text

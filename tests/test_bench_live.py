@@ -1,4 +1,5 @@
-"""Arms, records and summaries on a tiny pair of the real model classes (random weights): lossless, resumable, refused where it must be."""
+"""Arms, records and summaries on a tiny pair of the real model classes (random weights): lossless,
+resumable, refused where it must be."""
 
 import json
 import types
@@ -30,14 +31,19 @@ def samples():
 def adapters(pair):
     torch.manual_seed(0)
     width = pair.verifier.hidden_size
-    return {level: registry.create_adapter(level, width).eval() for level in ("L1", "L4", "L5", "B1", "L5F")}
+    return {
+        level: registry.create_adapter(level, width).eval()
+        for level in ("L1", "L4", "L5", "B1", "L5F")
+    }
 
 
-ALL = ("ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "prompt_lookup", "L1", "L4", "L5", "B1", "L5F", "L4+L5F")
+ALL = ("ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "prompt_lookup", "L1", "L4",
+       "L5", "B1", "L5F", "L4+L5F")
 
 
 def build(name, pair, adapters, **options):
-    return arms.build(name, pair, adapters, gamma=3, ngram=lambda prefix: (7 * len(prefix)) % 300 or None, **options)
+    return arms.build(name, pair, adapters, gamma=3, ngram=lambda prefix:
+                      (7 * len(prefix)) % 300 or None, **options)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -52,17 +58,19 @@ def test_every_arm_says_what_the_verifier_says(name, pair, adapters, samples):
 
 @pytest.mark.parametrize("overlap", ["threads", "serial"])
 def test_partly_right_drafts_are_lossless_on_a_real_model(pair, samples, overlap):
-    """Drafts right for 0…4 tokens, then wrong: every rollback of a real KV cache, one-row against many-row, ids equal in float32."""
+    """Drafts right for 0…4 tokens, then wrong: every rollback of a real KV cache, one-row against
+    many-row, ids equal in float32."""
     verifier = pair.verifier
     for sample in samples[:3]:
         own = autoregressive.generate(verifier, sample, 16)
         calls = iter(range(100))
 
         def script(known, gamma, own=own, calls=calls):
-            right = list(own.ids[len(known) : len(known) + next(calls) % 5])
+            right = list(own.ids[len(known):len(known) + next(calls) % 5])
             return [*right, *[(own.ids[0] + 1) % 300] * (gamma - len(right))]
 
-        got = speculative.generate(verifier, proposers.OracleProposer(script), sample, gamma=4, max_new_tokens=16, overlap=overlap)
+        got = speculative.generate(verifier, proposers.OracleProposer(script), sample, gamma=4,
+                                   max_new_tokens=16, overlap=overlap)
         assert got.ids == own.ids
         assert {r.n_accepted for r in got.rounds} >= {0, 1, 2, 3}
 
@@ -80,7 +88,8 @@ def test_the_drafters_cache_equals_a_fresh_prefill_and_extend(pair, samples):
 
 
 def test_control_arm_is_identical_and_the_noise_floor_small(pair, samples):
-    assert {v.outcome for v in certificate.control(pair.verifier, samples[:2], LENGTH)} == {"identical"}
+    assert {v.outcome
+            for v in certificate.control(pair.verifier, samples[:2], LENGTH)} == {"identical"}
     answers = [autoregressive.generate(pair.verifier, sample, LENGTH).ids for sample in samples[:2]]
     assert certificate.noise_floor(pair.verifier, samples[:2], answers).largest < 1e-3
 
@@ -90,37 +99,46 @@ def test_records_are_complete_and_a_second_run_measures_nothing(pair, adapters, 
     path = tmp_path / "records.jsonl"
     first = run.measure(chosen, samples[:3], path=path, max_new_tokens=LENGTH, repeats=2, warmup=0)
     assert len(first) == 3 * 2 * 3 and all(r["identical_to_ar"] for r in first)
-    assert {r["ids_hash"] for r in first if r["sample"] == samples[0].key} == {run.ids_hash(first[0]["ids"])}
+    assert {r["ids_hash"] for r in first
+            if r["sample"] == samples[0].key} == {run.ids_hash(first[0]["ids"])}
     starts = [next(r["arm"] for r in first if r["sample"] == s.key) for s in samples[:3]]
     assert sorted(starts) == ["L1", "ar", "hf_generate"]  # each arm goes first once
     made = []
-    again = run.measure(chosen, samples[:3], path=path, max_new_tokens=LENGTH, repeats=2, warmup=0, progress=made.append)
+    again = run.measure(chosen, samples[:3], path=path, max_new_tokens=LENGTH, repeats=2, warmup=0,
+                        progress=made.append)
     assert made == [] and again == first == run.read_records(path)
 
 
-def test_resume_continues_where_it_stopped_after_a_half_written_line(pair, adapters, samples, tmp_path):
+def test_resume_continues_where_it_stopped_after_a_half_written_line(pair, adapters, samples,
+                                                                     tmp_path):
     chosen = [build(name, pair, adapters) for name in ("ar", "drafter")]
     path = tmp_path / "records.jsonl"
     run.measure(chosen, samples[:2], path=path, max_new_tokens=6, warmup=0)
     whole = path.read_bytes()
     path.write_bytes(whole[:-40])  # the last record lost its end
     made = []
-    records = run.measure(chosen, samples[:3], path=path, max_new_tokens=6, warmup=1, progress=made.append)
+    records = run.measure(chosen, samples[:3], path=path, max_new_tokens=6, warmup=1,
+                          progress=made.append)
     assert made == [1, 2] and len(records) == 6
     assert len({(r["arm"], r["sample"]) for r in run.read_records(path)}) == 6
 
 
-def test_another_core_count_drafter_or_table_is_another_configuration(pair, adapters, samples, tmp_path, monkeypatch):
+def test_another_core_count_drafter_or_table_is_another_configuration(pair, adapters, samples,
+                                                                      tmp_path, monkeypatch):
     path = tmp_path / "records.jsonl"
 
     def measure(ngram_hash="", seed=0):
-        chosen = [build(name, pair, adapters, ngram_hash=ngram_hash) for name in ("ar", "ngram", "L1")]
-        return run.measure(chosen, samples[:1], path=path, max_new_tokens=4, warmup=0, about={"parameters": {"x": seed}})
+        chosen = [
+            build(name, pair, adapters, ngram_hash=ngram_hash) for name in ("ar", "ngram", "L1")
+        ]
+        return run.measure(chosen, samples[:1], path=path, max_new_tokens=4, warmup=0,
+                           about={"parameters": {"x": seed}})
 
     records = measure()
     begun = run.read_provenance(path)
     assert begun["parameters"] == {"x": 0} and begun["git_revision"] and begun["seed"] == 0
-    assert measure(seed=1) == records and run.read_provenance(path) == begun  # found again, with where it came from
+    assert measure(seed=1) == records and run.read_provenance(
+        path) == begun  # found again, with where it came from
     with pytest.raises(ParameterError, match=r"another configuration \(arms differ"):
         measure("other training answers")
     before = torch.get_num_threads()
@@ -139,7 +157,8 @@ def test_another_core_count_drafter_or_table_is_another_configuration(pair, adap
         measure()
 
 
-def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adapters, samples, tmp_path):
+def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adapters, samples,
+                                                                      tmp_path):
     path = tmp_path / "records.jsonl"
     ar = build("ar", pair, adapters)
     run.measure([ar], samples[:1], path=path, max_new_tokens=4, warmup=0)
@@ -147,10 +166,9 @@ def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adap
         run.measure([ar], samples[:1], path=path, max_new_tokens=5, warmup=0)
     with pytest.raises(ParameterError, match="give at least one, each with a name of its own"):
         run.measure([ar, ar], samples[:1], path=path, max_new_tokens=4)
-    with (
-        run._open_records(path, {**json.loads(path.read_text().splitlines()[0])["header"]}),
-        pytest.raises(StorageError, match="another run"),
-    ):
+    with (run._open_records(path, {**json.loads(path.read_text().splitlines()[0])["header"]}),
+          pytest.raises(StorageError, match="another run"),
+          ):
         run.measure([ar], samples[:1], path=path, max_new_tokens=4, warmup=0)
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(StorageError, match="its first line is no header"):
@@ -161,11 +179,15 @@ def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adap
         run.measure([ar], samples[:1], path=path / "below" / "records.jsonl", max_new_tokens=4)
 
 
-def record(arm, sample, seconds, *, sequence="a", identical=True, baseline=False, rounds=(), n_tokens=5, outcome="divergence"):
+def record(arm, sample, seconds, *, sequence="a", identical=True, baseline=False, rounds=(),
+           n_tokens=5, outcome="divergence"):
     return {
-        "arm": arm, "sample": sample, "sequence": sequence, "repeat": 0, "total_s": seconds, "first_token_s": seconds / 5,
-        "baseline": baseline, "lossless": True, "identical_to_ar": identical, "n_tokens": n_tokens, "rounds": list(rounds), "ids": [],
-        "verdict": {"outcome": "identical" if identical else outcome, "position": 2, "reason": "made up"},
+        "arm": arm, "sample": sample, "sequence": sequence, "repeat": 0, "total_s": seconds,
+        "first_token_s": seconds / 5, "baseline": baseline, "lossless": True,
+        "identical_to_ar": identical, "n_tokens": n_tokens, "rounds": list(rounds), "ids": [],
+        "verdict": {
+            "outcome": "identical" if identical else outcome, "position": 2, "reason": "made up"
+        },
     }  # fmt: skip
 
 
@@ -174,28 +196,40 @@ def test_summary_is_against_the_fastest_baseline_with_both_aggregations():
     first = {"phase": "prefill_hiding", "drafted": [4], "accepted": 0, "bonus": 1}
     empty = {"phase": "decode", "drafted": [], "accepted": 0, "bonus": 1}
     records = [
-        record("ar", "x", 2.0, baseline=True), record("ar", "y", 4.0, sequence="b", baseline=True),
-        record("hf_generate", "x", 1.0, baseline=True), record("hf_generate", "y", 3.0, sequence="b", baseline=True),
-        record("L1", "x", 2.0, rounds=[first, two, empty]), record("L1", "y", 1.0, sequence="b", rounds=[two]),
+        record("ar", "x", 2.0, baseline=True),
+        record("ar", "y", 4.0, sequence="b", baseline=True),
+        record("hf_generate", "x", 1.0, baseline=True),
+        record("hf_generate", "y", 3.0, sequence="b", baseline=True),
+        record("L1", "x", 2.0, rounds=[first, two, empty]),
+        record("L1", "y", 1.0, sequence="b", rounds=[two]),
         record("L1", "only here", 9.0),
     ]  # fmt: skip
     summary = run.summarise(records, n_resamples=200)
-    assert summary["baseline"] == "hf_generate" and summary["n_samples"] == 2 and summary["n_sequences"] == 2
+    assert summary["baseline"] == "hf_generate" and summary["n_samples"] == 2 and summary[
+        "n_sequences"] == 2
     row = summary["arms"]["L1"]
-    assert row["speedup_total"]["value"] == pytest.approx(4 / 3) and row["speedup_mean"]["value"] == pytest.approx((0.5 + 3) / 2)
-    assert row["slower_share"]["value"] == 0.5 and row["total_ms"] == pytest.approx(1500) and row["first_token_ms"] == pytest.approx(300)
+    assert row["speedup_total"]["value"] == pytest.approx(
+        4 / 3) and row["speedup_mean"]["value"] == pytest.approx((0.5 + 3) / 2)
+    assert row["slower_share"]["value"] == 0.5 and row["total_ms"] == pytest.approx(
+        1500) and row["first_token_ms"] == pytest.approx(300)
     assert row["decode_ms_per_token"] == pytest.approx(1e3 * 0.8 * 3 / 8)
     assert row["decode"]["mean_accepted_length"]["value"] == 3 and row["decode"]["rounds"] == 2
-    assert row["decode"]["acceptance_rate"]["value"] == pytest.approx(4 / 6) and row["prefill_hiding"]["accepted"] == 0
+    assert row["decode"]["acceptance_rate"]["value"] == pytest.approx(
+        4 / 6) and row["prefill_hiding"]["accepted"] == 0
     assert len(summary["alarms"]) == 1 and "1.50× the time of HF generate" in summary["alarms"][0]
     json.dumps(summary, allow_nan=False)
 
 
 def test_no_speedup_is_reported_for_a_lossless_arm_whose_ids_differ():
     records = [record("ar", "x", 2.0, baseline=True), record("L1", "x", 1.0, identical=False)]
-    with pytest.raises(LosslessError, match=r"first L1 on x at token 2 \(divergence: made up\); no speed-up is reported"):
+    with pytest.raises(
+            LosslessError,
+            match=r"first L1 on x at token 2 \(divergence: made up\); no speed-up is reported"):
         run.summarise(records)
-    tie = [record("ar", "x", 2.0, baseline=True), record("L1", "x", 1.0, identical=False, outcome="near-tie")]
+    tie = [
+        record("ar", "x", 2.0, baseline=True),
+        record("L1", "x", 1.0, identical=False, outcome="near-tie")
+    ]
     with pytest.raises(LosslessError):
         run.summarise(tie)
     assert run.summarise(tie, allow_near_ties=True, n_resamples=10)["arms"]["L1"]["identical"] == 0
@@ -206,12 +240,15 @@ def test_a_broken_arm_is_recorded_as_such_and_then_refused(pair, adapters, sampl
 
     def tamper(sample, n):
         generation = good.run(sample, n)
-        return type(generation)((*generation.ids[:2], generation.ids[2] + 1, *generation.ids[3:]), generation.finish, total_s=1.0)
+        return type(generation)((*generation.ids[:2], generation.ids[2] + 1, *generation.ids[3:]),
+                                generation.finish, total_s=1.0)
 
     broken = arms.Arm("broken", tamper, pair.verifier)
-    records = run.measure([good, broken], samples[:1], path=tmp_path / "r.jsonl", max_new_tokens=LENGTH, warmup=0)
+    records = run.measure([good, broken], samples[:1], path=tmp_path / "r.jsonl",
+                          max_new_tokens=LENGTH, warmup=0)
     bad = next(r for r in records if r["arm"] == "broken")
-    assert not bad["identical_to_ar"] and bad["verdict"]["outcome"] == "divergence" and bad["verdict"]["position"] == 2
+    assert not bad["identical_to_ar"] and bad["verdict"]["outcome"] == "divergence" and bad[
+        "verdict"]["position"] == 2
     with pytest.raises(LosslessError, match="first broken on"):
         run.summarise(records)
 
@@ -221,7 +258,8 @@ def test_a_comparison_without_baseline_is_refused():
         run.summarise([record("L1", "x", 1.0)])
 
 
-@pytest.mark.parametrize("name,message", [("L9", "it names L9"), ("L1+L4+L5", "three phases"), ("ngram", "needs a table")])
+@pytest.mark.parametrize("name,message", [("L9", "it names L9"), ("L1+L4+L5", "three phases"),
+                                          ("ngram", "needs a table")])
 def test_unknown_arms_are_refused_by_name(name, message, pair, adapters):
     with pytest.raises(ParameterError, match=message):
         arms.build(name, pair, adapters)
@@ -233,15 +271,23 @@ def test_hf_inputs_are_the_prompt_the_handle_prefills(pair, samples):
 
 
 def test_costs_cover_every_part_and_a_wider_verification_is_never_free(pair, adapters, samples):
-    curve = costs.verification_curve(pair.verifier, samples[0], rows=(1, 4, 32), context=3, repeats=2)
-    assert [c.rows for c in curve] == [1, 4, 32] and all(0 < c.low_s <= c.median_s <= c.high_s and c.n == 2 for c in curve)
+    curve = costs.verification_curve(pair.verifier, samples[0], rows=(1, 4, 32), context=3,
+                                     repeats=2)
+    assert [c.rows
+            for c in curve] == [1, 4, 32] and all(0 < c.low_s <= c.median_s <= c.high_s and c.n == 2
+                                                  for c in curve)
     for level in ("L1", "L5F"):
-        steps = costs.step_costs(pair.drafter, pair.verifier, adapters[level], samples[0], repeats=2)
-        assert set(steps) == {"drafter_prefill", "verifier_prefill", "drafter_step", "verifier_step", "adapter_step"}
+        steps = costs.step_costs(pair.drafter, pair.verifier, adapters[level], samples[0],
+                                 repeats=2)
+        assert set(steps) == {
+            "drafter_prefill", "verifier_prefill", "drafter_step", "verifier_step", "adapter_step"
+        }
     track = proposers.DrafterTrack(pair.drafter)
-    proposer = proposers.AdapterProposer(track, adapters["L1"], pair.verifier.lm_head, pair.draft_vocab_size)
+    proposer = proposers.AdapterProposer(track, adapters["L1"], pair.verifier.lm_head,
+                                         pair.draft_vocab_size)
     lanes = costs.prefill_overlap(pair.verifier, proposer, samples[0], n_drafts=3, repeats=2)
-    assert lanes.ideal_s == max(lanes.verifier_s.median_s, lanes.drafter_s.median_s) and lanes.n_drafts == 3
+    assert lanes.ideal_s == max(lanes.verifier_s.median_s,
+                                lanes.drafter_s.median_s) and lanes.n_drafts == 3
     with pytest.raises(ParameterError, match="measure at least once"):
         costs.measure({}, repeats=0)
 
@@ -262,7 +308,8 @@ def test_overlap_figures_follow_from_the_four_times():
     def cost(seconds):
         return costs.Cost("x", 0, seconds, seconds, seconds, 1)
 
-    lanes = costs.OverlapCost(cost(3.0), cost(2.0), serial_s=cost(5.0), overlapped_s=cost(4.0), n_drafts=4)
+    lanes = costs.OverlapCost(cost(3.0), cost(2.0), serial_s=cost(5.0), overlapped_s=cost(4.0),
+                              n_drafts=4)
     assert lanes.ideal_s == 3.0 and lanes.hidden_share == 0.5
 
 
@@ -276,8 +323,8 @@ def test_measured_operations_are_interleaved_and_warmed_up():
 def test_adapters_that_fuse_tokens_are_given_the_answer_so_far():
     seen = []
     adapter = types.SimpleNamespace(
-        reads="verifier", fuses_tokens=True, step=lambda drafter, verifier, tokens: seen.append(tokens.tolist()) or torch.eye(8)[4]
-    )
+        reads="verifier", fuses_tokens=True,
+        step=lambda drafter, verifier, tokens: seen.append(tokens.tolist()) or torch.eye(8)[4])
     proposer = proposers.AdapterProposer(None, adapter, lambda hidden: hidden, 8)
     proposer.begin(None)
     proposer.observe([2, 3], torch.zeros(2, 8))
@@ -285,15 +332,20 @@ def test_adapters_that_fuse_tokens_are_given_the_answer_so_far():
 
 
 def test_a_prediction_is_the_sum_of_its_parts_and_leaves_a_residual():
-    rounds = [
-        {"phase": "prefill_hiding", "drafted": [5, 6], "accepted": 1, "bonus": 7},
-        {"phase": "decode", "drafted": [8, 2], "accepted": 2, "bonus": None},
+    rounds = [{"phase": "prefill_hiding", "drafted": [5, 6], "accepted": 1, "bonus": 7},
+              {"phase": "decode", "drafted": [8, 2], "accepted": 2, "bonus": None},]
+    curve = [
+        costs.Cost("verify", rows, seconds, seconds, seconds, 1)
+        for rows, seconds in ((1, 1.0), (2, 2.0))
     ]
-    curve = [costs.Cost("verify", rows, seconds, seconds, seconds, 1) for rows, seconds in ((1, 1.0), (2, 2.0))]
-    named = {"verifier_prefill": 10.0, "drafter_prefill": 3.0, "drafter_step": 0.5, "adapter_step": 0.25}
+    named = {
+        "verifier_prefill": 10.0, "drafter_prefill": 3.0, "drafter_step": 0.5, "adapter_step": 0.25
+    }
     price = costs.prices(curve, {name: costs.Cost(name, 1, s, s, s, 1) for name, s in named.items()})
-    out = costs.predict([{"rounds": rounds, "ids": [5, 7, 8, 2], "total_s": 31.0}], price, frozenset({2}))
-    assert (out["prefill_s"], out["draft_s"], out["verify_s"]) == (10.0, 1.5, 2.0 + 2.0)  # the drafted EOS is never fed
+    out = costs.predict([{"rounds": rounds, "ids": [5, 7, 8, 2], "total_s": 31.0}], price,
+                        frozenset({2}))
+    assert (out["prefill_s"], out["draft_s"], out["verify_s"]) == (10.0, 1.5, 2.0 + 2.0
+                                                                   )  # the drafted EOS is never fed
     assert out["predicted_s"] == 15.5 and out["residual"] == 1.0
     with pytest.raises(ParameterError, match="choose an arm that drafts"):
         costs.predict([{"rounds": [], "ids": [1], "total_s": 1.0}], price, frozenset())

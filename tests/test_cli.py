@@ -14,23 +14,23 @@ from xsd.runs import doctor
 def test_help_and_import_load_nothing_heavy():
     code = (
         "import sys, xsd.cli\n"
-        "heavy = {'torch', 'transformers', 'plotly', 'pandas', 'numpy', 'papermill', 'pydantic', 'nbformat'} & set(sys.modules)\n"
-        "assert not heavy, heavy"
-    )
+        "heavy = {'torch', 'transformers', 'plotly', 'pandas', 'numpy', 'papermill', 'pydantic', "
+        "'nbformat'} & set(sys.modules)\n"
+        "assert not heavy, heavy")
     subprocess.run([sys.executable, "-c", code], check=True)
-    done = subprocess.run([sys.executable, "-m", "xsd.cli", "--help"], capture_output=True, text=True, check=True)
-    verbs = ("run", "sweep", "report", "notebooks", "demo", "simulate", "doctor", "plan", "prepare-dsec", "import-traces")
+    done = subprocess.run([sys.executable, "-m", "xsd.cli", "--help"], capture_output=True,
+                          text=True, check=True)
+    verbs = ("run", "sweep", "report", "notebooks", "demo", "simulate", "doctor", "plan",
+             "prepare-dsec", "import-traces")
     verbs += ("extract", "status", "verify", "repair", "import-chunks")
     assert all(verb in done.stdout for verb in verbs)
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
-    [
-        (["run", "99"], "there is no notebook '99'"),
-        (["run", "nowhere/x.ipynb"], "there is no notebook at nowhere/x.ipynb"),
-        (["sweep", "nowhere/x.ipynb", "-g", "seed=1"], "there is no notebook at"),
-    ],
+    [(["run", "99"], "there is no notebook '99'"),
+     (["run", "nowhere/x.ipynb"], "there is no notebook at nowhere/x.ipynb"),
+     (["sweep", "nowhere/x.ipynb", "-g", "seed=1"], "there is no notebook at"),],
 )
 def test_a_mistake_is_one_sentence_and_exit_status_2(arguments, words, capsys):
     assert cli.main(arguments) == 2
@@ -63,14 +63,17 @@ def test_doctor_says_what_is_in_order_and_what_to_do(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert "Python" in said and "GB free" in said and "torch" in said
     monkeypatch.setattr(doctor, "LEAST_GB", 10**9)
-    assert doctor.disk(doctor.ROOT).state == "bad" and "free some space" in doctor.disk(doctor.ROOT).advice
+    assert doctor.disk(doctor.ROOT).state == "bad" and "free some space" in doctor.disk(
+        doctor.ROOT).advice
 
 
 def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
     from xsd.runs import notebooks
 
     asked = []
-    monkeypatch.setattr(notebooks, "sweep", lambda source, grid, out, fixed: asked.append(grid) or [])
+    monkeypatch.setattr(notebooks, "sweep",
+                        lambda source, grid, out, fixed: asked.append(grid) or [])
     monkeypatch.setattr(notebooks, "table", lambda rows: "")
-    assert cli.main(["sweep", "03", "-g", "level=L1,L2", "-g", "seed=0,1", "-o", str(tmp_path)]) == 0
+    assert cli.main(["sweep", "03", "-g", "level=L1,L2", "-g", "seed=0,1", "-o",
+                     str(tmp_path)]) == 0
     assert asked == [{"levels": [["L1"], ["L2"]], "seed": [0, 1]}]

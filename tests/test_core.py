@@ -63,38 +63,38 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, monkeypatc
     with pytest.raises(core.StorageError) as caught:
         core.atomic_write(target, "new")
     assert str(caught.value) == (
-        f"cannot write {target}: the disk is full; free space or choose another output folder and run again (nothing was lost)"
+        f"cannot write {target}: the disk is full; free space or choose another output folder and "
+        "run again (nothing was lost)"
     )
     assert target.read_text() == "old"
     assert leftovers(tmp_path) == []
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full, the kernel's always full device")
+@pytest.mark.skipif(not os.path.exists("/dev/full"),
+                    reason="needs /dev/full, the kernel's always full device")
 def test_a_really_full_device_is_a_storage_error(tmp_path):
-    with (
-        pytest.raises(core.StorageError, match="the disk is full"),
-        core.atomic_path(tmp_path / "file.txt"),
-        open("/dev/full", "wb") as device,
-    ):
+    with (pytest.raises(core.StorageError, match="the disk is full"),
+          core.atomic_path(tmp_path / "file.txt"), open("/dev/full", "wb") as device,
+          ):
         device.write(b"x" * 100_000)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
     (tmp_path / "taken").write_text("a file, not a folder")
-    with pytest.raises(core.StorageError, match=r"cannot write .*taken.*check the folder's permissions or choose another one"):
+    with pytest.raises(
+            core.StorageError,
+            match=r"cannot write .*taken.*check the folder's permissions or choose another one"):
         core.atomic_write(tmp_path / "taken" / "file.txt", "new")
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
     core.atomic_write(target, "old")
-    code = (
-        "import os, signal, sys; from xsd import core\n"
-        "with core.atomic_path(sys.argv[1]) as temporary:\n"
-        "    temporary.write_text('half')\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
+    code = ("import os, signal, sys; from xsd import core\n"
+            "with core.atomic_path(sys.argv[1]) as temporary:\n"
+            "    temporary.write_text('half')\n"
+            "    os.kill(os.getpid(), signal.SIGKILL)\n")
     done = subprocess.run([sys.executable, "-c", code, str(target)], cwd=core.ROOT, check=False)
     assert done.returncode == -9
     assert target.read_text() == "old"
@@ -106,8 +106,13 @@ def test_json_of_the_same_value_is_the_same_bytes(tmp_path):
         path: Path
         rate: float
 
-    core.write_json(tmp_path / "a.json", {"b": Record(Path("x"), 0.5), "a": np.float32(0.25), "c": torch.tensor([1, 2]), "d": np.arange(2)})
-    core.write_json(tmp_path / "b.json", {"d": [0, 1], "c": [1, 2], "a": 0.25, "b": {"rate": 0.5, "path": "x"}})
+    core.write_json(
+        tmp_path / "a.json", {
+            "b": Record(Path("x"), 0.5), "a": np.float32(0.25), "c": torch.tensor([1, 2]),
+            "d": np.arange(2)
+        })
+    core.write_json(tmp_path / "b.json",
+                    {"d": [0, 1], "c": [1, 2], "a": 0.25, "b": {"rate": 0.5, "path": "x"}})
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert json.loads((tmp_path / "a.json").read_text())["b"] == {"path": "x", "rate": 0.5}
 
@@ -128,7 +133,10 @@ def test_the_hash_is_over_the_files_in_the_order_given(tmp_path):
 
 def test_provenance_says_where_a_number_came_from():
     origin = core.provenance(seed=7, data_hash="abc", device="cpu", profile="smoke")
-    assert {"git_revision", "git_dirty", "versions", "machine", "seed", "data_hash", "device", "command", "profile"} == set(origin)
+    assert {
+        "git_revision", "git_dirty", "versions", "machine", "seed", "data_hash", "device",
+        "command", "profile"
+    } == set(origin)
     assert origin["seed"] == 7 and origin["profile"] == "smoke"
     assert origin["versions"]["torch"].startswith("2.13.0")
     assert isinstance(origin["git_dirty"], bool)
@@ -153,21 +161,32 @@ def test_the_key_of_a_sample_names_its_question():
 
 
 def test_every_error_is_one_the_command_line_prints_as_a_sentence():
-    errors = [value for value in vars(core).values() if isinstance(value, type) and issubclass(value, Exception)]
+    errors = [
+        value for value in vars(core).values()
+        if isinstance(value, type) and issubclass(value, Exception)
+    ]
     assert len(errors) >= 11
     assert all(issubclass(error, core.XsdError) and error.__doc__ for error in errors)
 
 
 def test_provenance_holds_no_folder_of_the_machine(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "xsd"), "run", "04", "-p", f"run_dir={core.ROOT / 'runs' / 'a'}", str(tmp_path / "b")])
+    monkeypatch.setattr(sys, "argv", [
+        str(tmp_path / "xsd"), "run", "04", "-p", f"run_dir={core.ROOT / 'runs' / 'a'}",
+        str(tmp_path / "b")
+    ])
     monkeypatch.delenv("XSD_NOTEBOOK", raising=False)
-    origin = core.provenance(parameters={"run_dir": str(core.ROOT / "runs" / "a"), "test_data": ["simulated", str(tmp_path / "own")]})
+    origin = core.provenance(parameters={
+        "run_dir": str(core.ROOT / "runs" /
+                       "a"), "test_data": ["simulated", str(tmp_path / "own")]
+    })
     assert origin["command"] == ["xsd", "run", "04", "-p", "run_dir=runs/a", "b"]
     assert origin["parameters"] == {"run_dir": "runs/a", "test_data": ["simulated", "own"]}
     assert str(tmp_path) not in json.dumps(origin)
 
 
 def test_inside_a_kernel_the_command_is_the_notebook(monkeypatch, tmp_path):
-    monkeypatch.setattr(sys, "argv", [str(tmp_path / "ipykernel_launcher.py"), "-f", str(tmp_path / "kernel.json")])
+    monkeypatch.setattr(
+        sys, "argv", [str(tmp_path / "ipykernel_launcher.py"), "-f",
+                      str(tmp_path / "kernel.json")])
     monkeypatch.setenv("XSD_NOTEBOOK", "04_tokens.ipynb")
     assert core.provenance()["command"] == ["notebook", "04_tokens.ipynb"]

@@ -1,4 +1,5 @@
-"""The losslessness certificate: identical, a tie proven by its margin, or a divergence; with its control and its negative control."""
+"""The losslessness certificate: identical, a tie proven by its margin, or a divergence; with its
+control and its negative control."""
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ NOISE = 2e-4
 
 
 class RoundingDecoder(ToyDecoder):
-    """Logits 5 for its token; passes over many rows are off by NOISE, so that the runner-up wins where the margin is below it."""
-
+    """Logits 5 for its token; passes over many rows are off by NOISE, so that the runner-up wins
+    where the margin is below it."""
     def __init__(self, tie_at=None, margin=1e-4, defect=NOISE):
         super().__init__()
         self.tie_at, self.margin, self.defect = tie_at, margin, defect
@@ -33,8 +34,9 @@ class RoundingDecoder(ToyDecoder):
 
 
 def speculate(verifier, length=8):
-    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known) : len(known) + gamma])
-    return speculative.generate(verifier, right, BODY, gamma=3, max_new_tokens=length, overlap="serial").ids
+    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
+    return speculative.generate(verifier, right, BODY, gamma=3, max_new_tokens=length,
+                                overlap="serial").ids
 
 
 def test_equal_ids_are_identical_and_cost_nothing():
@@ -51,7 +53,8 @@ def test_a_tie_that_rounding_decides_is_proven_by_its_margin():
     verdict = certificate.certify(verifier, BODY, reference, candidate)
     assert (verdict.outcome, verdict.position) == ("near-tie", 5)
     assert verdict.reference_token == 9 and verdict.candidate_token == 10
-    assert verdict.margin == pytest.approx(1e-4, abs=1e-5) and verdict.floor.largest == pytest.approx(NOISE, rel=0.01)
+    assert verdict.margin == pytest.approx(
+        1e-4, abs=1e-5) and verdict.floor.largest == pytest.approx(NOISE, rel=0.01)
 
 
 def test_the_same_token_with_a_margin_above_the_noise_is_a_divergence():
@@ -88,18 +91,21 @@ def test_an_answer_that_only_ends_elsewhere_is_a_divergence(candidate, longer):
 def test_negative_control_a_broken_rollback_is_found():
     class Forgetful(ToyDecoder):
         """Leaves one refused draft in the cache at every rollback."""
-
         def rollback(self, state, length):
             if state.length > length + 1:
                 super().rollback(state, length + 1)
 
     reference = autoregressive.generate(ToyDecoder(), BODY, 8).ids
-    wrong_third = proposers.OracleProposer(lambda known, gamma: [*BODY[len(known) : len(known) + 1], 7, 7][:gamma])
-    candidate = speculative.generate(Forgetful(), wrong_third, BODY, gamma=3, max_new_tokens=8, overlap="serial").ids
+    wrong_third = proposers.OracleProposer(
+        lambda known, gamma: [*BODY[len(known):len(known) + 1], 7, 7][:gamma])
+    candidate = speculative.generate(Forgetful(), wrong_third, BODY, gamma=3, max_new_tokens=8,
+                                     overlap="serial").ids
     verdict = certificate.certify(ToyDecoder(), BODY, reference, candidate)
     assert verdict.outcome == "divergence"
-    with pytest.raises(LosslessError, match="1 outputs differ from the verifier's own, first seq/1 at token"):
-        certificate.require_lossless([("seq/0", certificate.Verdict("identical")), ("seq/1", verdict)])
+    with pytest.raises(LosslessError,
+                       match="1 outputs differ from the verifier's own, first seq/1 at token"):
+        certificate.require_lossless([("seq/0", certificate.Verdict("identical")),
+                                      ("seq/1", verdict)])
 
 
 def test_a_near_tie_passes_only_where_it_is_allowed():
@@ -110,7 +116,8 @@ def test_a_near_tie_passes_only_where_it_is_allowed():
 
 
 def test_control_arm_says_identical_on_a_repeatable_machine():
-    assert [v.outcome for v in certificate.control(ToyDecoder(), [BODY, (*BODY[:3], EOS)], 8)] == ["identical"] * 2
+    assert [v.outcome for v in certificate.control(ToyDecoder(), [BODY, (*BODY[:3], EOS)], 8)
+            ] == ["identical"] * 2
 
 
 def test_noise_floor_is_calibrated_over_many_samples():
@@ -122,5 +129,6 @@ def test_noise_floor_is_calibrated_over_many_samples():
 
 
 def test_logits_of_both_passes_are_read_at_the_same_positions():
-    one, many = (f(ToyDecoder(), BODY, BODY) for f in (certificate._one_row, certificate._many_rows))
+    one, many = (f(ToyDecoder(), BODY, BODY)
+                 for f in (certificate._one_row, certificate._many_rows))
     assert torch.equal(one, many) and one.argmax(-1).tolist() == list(BODY)

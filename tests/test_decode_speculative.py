@@ -1,4 +1,5 @@
-"""Speculative output is the verifier's own, whatever is drafted, at every length, EOS position and accepted count."""
+"""Speculative output is the verifier's own, whatever is drafted, at every length, EOS position and
+accepted count."""
 
 import itertools
 
@@ -38,10 +39,15 @@ def run(proposer, sample, *, verifier=None, **options):
 
 def check(generation, expected):
     assert generation.ids == expected.ids and generation.finish == expected.finish
-    assert sum(r.n_accepted + (r.bonus is not None) for r in generation.rounds) == len(generation.ids)
-    said = [token for r in generation.rounds for token in (*r.drafted[: r.n_accepted], *(() if r.bonus is None else (r.bonus,)))]
+    assert sum(r.n_accepted + (r.bonus is not None)
+               for r in generation.rounds) == len(generation.ids)
+    said = [
+        token for r in generation.rounds
+        for token in (*r.drafted[:r.n_accepted], *(() if r.bonus is None else (r.bonus,)))
+    ]
     assert tuple(said) == generation.ids
-    assert [r.phase for r in generation.rounds] == ["prefill_hiding"] + ["decode"] * (len(generation.rounds) - 1)
+    assert [r.phase for r in generation.rounds
+            ] == ["prefill_hiding"] + ["decode"] * (len(generation.rounds) - 1)
 
 
 @pytest.mark.parametrize("mode", ["serial", "threads"])
@@ -53,11 +59,13 @@ def test_output_equals_the_verifiers_own_for_every_accepted_count_eos_position_a
         for gamma in (1, 2, 5, 8) if mode == "serial" else (3,):
             for count in range(gamma + 1):
                 drafts = proposers.OracleProposer(accepts(verifier, (count,)))
-                got = run(drafts, answer(eos_at), verifier=verifier, gamma=gamma, gamma_prefill=gamma, max_new_tokens=length, overlap=mode)
+                got = run(drafts, answer(eos_at), verifier=verifier, gamma=gamma,
+                          gamma_prefill=gamma, max_new_tokens=length, overlap=mode)
                 check(got, expected)
                 met |= {(len(r.drafted), r.n_accepted) for r in got.rounds}
                 cases += 1
-    assert met >= {(k, n) for k in (range(1, 9) if mode == "serial" else range(1, 4)) for n in range(k + 1)}
+    assert met >= {(k, n) for k in (range(1, 9) if mode == "serial" else range(1, 4))
+                   for n in range(k + 1)}
     assert cases >= (2400 if mode == "serial" else 500)
 
 
@@ -65,13 +73,14 @@ def test_mixed_accepted_counts_are_what_the_rounds_report():
     verifier = ToyDecoder()
     verifier.script = BODY
     script = accepts(verifier, (2, 0, 3, 1))
-    got = run(proposers.OracleProposer(script), BODY, verifier=verifier, gamma=3, max_new_tokens=10, overlap="serial")
+    got = run(proposers.OracleProposer(script), BODY, verifier=verifier, gamma=3, max_new_tokens=10,
+              overlap="serial")
     assert [(len(r.drafted), r.n_accepted) for r in got.rounds] == [(3, 2), (3, 0), (3, 3), (1, 1)]
 
 
 @pytest.mark.parametrize("eos_at", range(1, 9))
 def test_eos_inside_accepted_drafts_ends_the_answer_there(eos_at):
-    beyond = proposers.OracleProposer(lambda known, gamma: [*answer(eos_at)[len(known) :], 7, 7, 7])
+    beyond = proposers.OracleProposer(lambda known, gamma: [*answer(eos_at)[len(known):], 7, 7, 7])
     got = run(beyond, answer(eos_at), gamma=9, max_new_tokens=50, overlap="serial")
     assert got.ids == answer(eos_at) and got.finish == "eos"
     assert got.rounds[-1].bonus is None and got.rounds[-1].drafted[-1] == EOS
@@ -80,32 +89,38 @@ def test_eos_inside_accepted_drafts_ends_the_answer_there(eos_at):
 def test_a_wrong_first_draft_in_the_prefill_costs_no_verification_pass():
     verifier = ToyDecoder()
     wrong = proposers.OracleProposer(lambda known, gamma: [7] * gamma)
-    run(wrong, BODY, verifier=verifier, gamma=4, max_new_tokens=1 + 1, overlap="serial", gamma_prefill=4)
+    run(wrong, BODY, verifier=verifier, gamma=4, max_new_tokens=1 + 1, overlap="serial",
+        gamma_prefill=4)
     assert verifier.rows_fed == [1]  # the second token only: its round has no room for a draft
 
 
 def test_a_round_feeds_the_waiting_token_and_the_drafts_in_one_pass():
     verifier = ToyDecoder()
-    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known) : len(known) + gamma])
+    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
     run(right, BODY, verifier=verifier, gamma=3, max_new_tokens=8, overlap="serial")
-    assert verifier.rows_fed == [3, 4]  # 3 drafts behind the prefill → 4 tokens; then 1 + 3 rows → 4 more
+    assert verifier.rows_fed == [
+        3, 4
+    ]  # 3 drafts behind the prefill → 4 tokens; then 1 + 3 rows → 4 more
 
 
-ADAPTED = [("drafter", None), ("verifier", None), ("both", None), ("both", "drafter"), ("verifier", "drafter")]
+ADAPTED = [("drafter", None), ("verifier", None), ("both", None), ("both", "drafter"),
+           ("verifier", "drafter")]
 
 
 @pytest.mark.parametrize("reads,first", ADAPTED)
 def test_adapter_drafting_is_lossless_with_a_drafter_that_slips(reads, first):
     for slips, eos_at, length, gamma, mode in itertools.product(
-        ((), (0,), (1, 4), range(12)), (2, 6, 11), (1, 2, 7, 14), (1, 3, 8), ("serial", "threads")
-    ):
+        ((), (0,), (1, 4), range(12)), (2, 6, 11), (1, 2, 7, 14), (1, 3, 8), ("serial", "threads")):
         verifier, drafter = ToyDecoder(), ToyDecoder(slips)
         expected = autoregressive.generate(ToyDecoder(), answer(eos_at), length)
         track = proposers.DrafterTrack(drafter)
         adapter, opening = CopyAdapter(reads), CopyAdapter("drafter")
-        drafts = proposers.AdapterProposer(track, adapter, verifier.lm_head, WIDTH, verifier.eos_token_ids)
-        opener = proposers.AdapterProposer(track, opening, verifier.lm_head, WIDTH, verifier.eos_token_ids) if first else None
-        got = run(drafts, answer(eos_at), verifier=verifier, gamma=gamma, max_new_tokens=length, first_proposer=opener, overlap=mode)
+        drafts = proposers.AdapterProposer(track, adapter, verifier.lm_head, WIDTH,
+                                           verifier.eos_token_ids)
+        opener = proposers.AdapterProposer(track, opening, verifier.lm_head, WIDTH,
+                                           verifier.eos_token_ids) if first else None
+        got = run(drafts, answer(eos_at), verifier=verifier, gamma=gamma, max_new_tokens=length,
+                  first_proposer=opener, overlap=mode)
         check(got, expected)
         if reads != "drafter" and not first:
             assert got.rounds[0].drafted == ()  # nothing to read before the verifier's first state
@@ -113,7 +128,8 @@ def test_adapter_drafting_is_lossless_with_a_drafter_that_slips(reads, first):
 
 def test_the_drafters_own_tokens_are_all_accepted_when_it_never_slips():
     verifier = ToyDecoder()
-    drafts = proposers.DrafterTokens(proposers.DrafterTrack(ToyDecoder()), WIDTH, verifier.eos_token_ids)
+    drafts = proposers.DrafterTokens(proposers.DrafterTrack(ToyDecoder()), WIDTH,
+                                     verifier.eos_token_ids)
     got = run(drafts, answer(10), verifier=verifier, gamma=4, max_new_tokens=20, overlap="serial")
     assert [r.n_accepted for r in got.rounds] == [4, 4, 1] and got.ids == answer(10)
 
@@ -133,7 +149,8 @@ def test_the_drafters_cache_equals_a_fresh_one_after_every_round(slips):
                 fresh.begin(BODY)
                 fresh.follow(self.known)
                 assert track.cached == fresh.cached == track.state.ids == self.known
-                assert torch.equal(track.states(), fresh.states()) and torch.equal(track.logits, fresh.logits)
+                assert torch.equal(track.states(), fresh.states()) and torch.equal(
+                    track.logits, fresh.logits)
                 checked.append(len(self.known))
             return super().propose(gamma, stop)
 
@@ -161,7 +178,8 @@ def test_self_rollout_uses_predictions_until_the_verifier_has_spoken():
 
     drafts = proposers.AdapterProposer(None, Recording("verifier"), lambda h: h, WIDTH)
     run(drafts, BODY, gamma=2, max_new_tokens=4, overlap="serial")
-    assert offered == [[3], [3, 7], [3, 1]]  # verified 3; own guess 7; then the verified 1 in its place
+    assert offered == [[3], [3, 7],
+                       [3, 1]]  # verified 3; own guess 7; then the verified 1 in its place
 
 
 def test_prefill_hiding_stops_drafting_when_the_verifier_is_ready():
@@ -172,7 +190,8 @@ def test_prefill_hiding_stops_drafting_when_the_verifier_is_ready():
     class Slow(ToyDecoder):
         def prefill(self, sample):
             state = super().prefill(sample)
-            assert drafted_three.wait(10)  # only a drafter that runs at the same time can let this pass
+            assert drafted_three.wait(
+                10)  # only a drafter that runs at the same time can let this pass
             return state
 
     class Counting(proposers.OracleProposer):
@@ -191,7 +210,7 @@ def test_prefill_hiding_stops_drafting_when_the_verifier_is_ready():
 
 
 def test_without_prefill_hiding_nothing_is_drafted_before_the_first_token():
-    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known) : len(known) + gamma])
+    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
     got = run(right, BODY, gamma=3, max_new_tokens=9, hide_prefill=False)
     assert got.rounds[0].drafted == () and got.rounds[0].bonus == BODY[0] and got.ids == BODY[:9]
 
@@ -212,13 +231,15 @@ def test_spans_and_rounds_lie_on_one_clock():
     ticks = itertools.count()
     track = proposers.DrafterTrack(ToyDecoder((4,)))
     drafts = proposers.AdapterProposer(track, CopyAdapter(), lambda h: h, WIDTH)
-    got = speculative.generate(ToyDecoder(), drafts, BODY, gamma=2, max_new_tokens=9, overlap="serial", clock=lambda: float(next(ticks)))
+    got = speculative.generate(ToyDecoder(), drafts, BODY, gamma=2, max_new_tokens=9,
+                               overlap="serial", clock=lambda: float(next(ticks)))
     assert {(s.lane, s.what) for s in got.spans} == {
-        ("drafter", "prefill"), ("drafter", "draft"), ("adapter", "adapter"), ("verifier", "prefill"), ("verifier", "verify"),
-        ("verifier", "step"),
+        ("drafter", "prefill"), ("drafter", "draft"), ("adapter", "adapter"),
+        ("verifier", "prefill"), ("verifier", "verify"), ("verifier", "step"),
     }  # fmt: skip
     assert all(0 <= s.start_s < s.end_s <= got.total_s for s in got.spans)
-    assert all(r.draft_start_s <= r.draft_end_s <= r.verify_start_s < r.verify_end_s <= got.total_s for r in got.rounds)
+    assert all(r.draft_start_s <= r.draft_end_s <= r.verify_start_s < r.verify_end_s <= got.total_s
+               for r in got.rounds)
     assert 0 < got.first_token_s <= got.rounds[0].verify_start_s
 
 
@@ -229,8 +250,11 @@ def test_ngram_and_prompt_lookup_draft_from_what_they_know():
     lookup = proposers.PromptLookup(lambda sample: [9, 1, 2, 3, 8, 1, 2, 5])
     lookup.begin(None)
     lookup.observe([1, 2], torch.zeros(2, WIDTH))
-    assert lookup.propose(3) == [5, 1, 2]  # the latest place of "1 2" is followed by 5, then the text goes on
-    longer = run(proposers.PromptLookup(lambda sample: BODY), BODY, gamma=5, max_new_tokens=12, overlap="serial")
+    assert lookup.propose(3) == [
+        5, 1, 2
+    ]  # the latest place of "1 2" is followed by 5, then the text goes on
+    longer = run(proposers.PromptLookup(lambda sample: BODY), BODY, gamma=5, max_new_tokens=12,
+                 overlap="serial")
     assert longer.ids == BODY
 
 
@@ -246,12 +270,11 @@ def test_same_request_twice_gives_the_same_answer_from_the_same_proposer():
 
 @pytest.mark.parametrize(
     "options,message",
-    [
-        ({"gamma": 0, "max_new_tokens": 4}, "gamma is 0"),
-        ({"gamma": 2, "max_new_tokens": 0}, "max_new_tokens is 0; ask for at least 1"),
-        ({"gamma": 2, "max_new_tokens": 4, "gamma_prefill": 0}, "gamma_prefill 0"),
-        ({"gamma": 2, "max_new_tokens": 4, "overlap": "magic"}, "overlap is 'magic', expected 'threads' or 'serial'"),
-    ],
+    [({"gamma": 0, "max_new_tokens": 4}, "gamma is 0"),
+     ({"gamma": 2, "max_new_tokens": 0}, "max_new_tokens is 0; ask for at least 1"),
+     ({"gamma": 2, "max_new_tokens": 4, "gamma_prefill": 0}, "gamma_prefill 0"),
+     ({"gamma": 2, "max_new_tokens": 4, "overlap": "magic"
+       }, "overlap is 'magic', expected 'threads' or 'serial'"),],
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ParameterError, match=message):
@@ -271,7 +294,9 @@ def test_proposers_that_lack_what_they_read_are_refused():
 
 def test_autoregressive_keeps_eos_and_stops_at_the_length():
     got = autoregressive.generate(ToyDecoder(), answer(3), 10)
-    assert got.ids == (3, 1, 4, EOS) and got.finish == "eos" and [s.what for s in got.spans] == ["prefill", "step", "step", "step"]
+    assert got.ids == (3, 1, 4, EOS) and got.finish == "eos" and [s.what for s in got.spans] == [
+        "prefill", "step", "step", "step"
+    ]
     assert autoregressive.generate(ToyDecoder(), answer(3), 3).finish == "length"
     with pytest.raises(ParameterError, match="max_new_tokens is 0"):
         autoregressive.generate(ToyDecoder(), answer(3), 0)
@@ -285,5 +310,6 @@ def test_a_verified_id_that_the_drafter_cannot_read_does_not_stop_it():
             assert int(ids.max()) < 8
             return super().extend(state, ids)
 
-    got = run(proposers.DrafterTokens(proposers.DrafterTrack(Narrow()), 8), BODY, gamma=3, max_new_tokens=12)
+    got = run(proposers.DrafterTokens(proposers.DrafterTrack(Narrow()), 8), BODY, gamma=3,
+              max_new_tokens=12)
     assert got.ids == BODY and 9 in BODY

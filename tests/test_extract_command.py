@@ -1,4 +1,5 @@
-"""The verbs extract, status, verify, repair and import-chunks, on a dataset folder and a pair of a few kilobytes."""
+"""The verbs extract, status, verify, repair and import-chunks, on a dataset folder and a pair of a
+few kilobytes."""
 
 import os
 import signal
@@ -16,7 +17,8 @@ from xsd.sensors.events import Events
 from xsd.shards import store
 from xsd.steps import extract_command, extract_request
 
-QUESTIONS = [("What is on the road?", 9), ("How does the car move?", 5), ("Describe the scene in detail.", 1)]
+QUESTIONS = [("What is on the road?", 9), ("How does the car move?", 5),
+             ("Describe the scene in detail.", 1)]
 
 
 @pytest.fixture(scope="module")
@@ -27,19 +29,24 @@ def data(tmp_path_factory):
     with folder.FolderWriter(root, "train", source="random") as writer:
         for number in range(4):
             times = np.sort(draw.integers(0, 1_000_000, 400))
-            x, y, p = (draw.integers(0, high, 400).astype(kind) for high, kind in ((48, np.uint16), (36, np.uint16), (2, np.uint8)))
+            x, y, p = (draw.integers(0, high, 400).astype(kind)
+                       for high, kind in ((48, np.uint16), (36, np.uint16), (2, np.uint8)))
             video = draw.integers(0, 256, (8, 36, 48, 3)).astype(np.uint8)
             end = 500_000 if number == 3 else 1_000_000
-            writer.add(f"seq{number // 2}", f"{number:06d}", events=Events(x, y, times, p, 48, 36), video=video, t_us=(0, end))
+            writer.add(f"seq{number // 2}", f"{number:06d}", events=Events(x, y, times, p, 48, 36),
+                       video=video, t_us=(0, end))
     folder.write_questions(root / folder.QUESTIONS, QUESTIONS)
     return root
 
 
 def extract(data, out, *more):
-    return cli.main(
-        ["extract", str(data), "-o", str(out), "--pair", str(pair_folder()), "--max-new-tokens", "4", "--batch", "3",
-         "--samples-per-shard", "4", "--max-questions", "2", "--stored", "fp32", *more]
-    )  # fmt: skip
+    return cli.main([
+        "extract",
+        str(data), "-o",
+        str(out), "--pair",
+        str(pair_folder()), "--max-new-tokens", "4", "--batch", "3", "--samples-per-shard", "4",
+        "--max-questions", "2", "--stored", "fp32", *more
+    ])  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -53,23 +60,26 @@ def five(data, tmp_path_factory):
 def test_every_clip_is_asked_the_first_questions_and_the_run_knows_what_it_is(five, data, capsys):
     dataset = store.ShardDataset(five / "free_running", expected_mode="free_running")
     table = dataset.table()
-    assert list(zip(table["clip"], table["question"], strict=True)) == [(f"{i:06d}", text) for i in range(4) for text, _ in QUESTIONS[:2]]
+    assert list(zip(table["clip"], table["question"],
+                    strict=True)) == [(f"{i:06d}", text) for i in range(4)
+                                      for text, _ in QUESTIONS[:2]]
     config = dataset.manifest["config"]
-    assert config["data_hash"] == folder.data_hash(data) and (config["split"], config["quant"], config["n_event_frames"]) == (
-        "train",
-        None,
-        5,
-    )
+    assert config["data_hash"] == folder.data_hash(data) and (config["split"], config["quant"],
+                                                              config["n_event_frames"]) == ("train",
+                                                                                            None, 5,
+                                                                                            )
     assert (five / "teacher_forced.layer-2" / "manifest.json").is_file()
     assert extract(data, five, "--modes", "teacher_forced,free_running", "--layers=-1,-2") == 0
     assert "finished: 8 samples" in capsys.readouterr().out
     assert extract(data, five, "--modes", "free_running", "--max-questions", "1") == 2
-    assert "was begun with other settings: config.max_questions is 2 in the folder but 1 now" in capsys.readouterr().err
+    assert "was begun with other settings: config.max_questions is 2 in the folder but 1 now" in capsys.readouterr(
+    ).err
 
 
 def test_one_event_frame_takes_the_verifiers_answers_of_the_other_run(five, data, tmp_path, capsys):
     assert extract(data, tmp_path, "--event-frames", "1f", "--reuse-verifier", str(five)) == 0
-    one, other = store.ShardDataset(tmp_path / "teacher_forced"), store.ShardDataset(five / "teacher_forced")
+    one, other = store.ShardDataset(tmp_path / "teacher_forced"), store.ShardDataset(
+        five / "teacher_forced")
     assert one.manifest["config"]["n_event_frames"] == 1
     for new, old in zip(one, other, strict=True):
         assert torch.equal(new.hidden_by_verifier, old.hidden_by_verifier)
@@ -77,21 +87,20 @@ def test_one_event_frame_takes_the_verifiers_answers_of_the_other_run(five, data
     shard = tmp_path / "teacher_forced" / "shard-000000.safetensors"
     before = shard.read_bytes()
     shard.write_bytes(before[:-3])
-    assert cli.main(["repair", str(tmp_path)]) == 0 and shard.read_bytes() == before, "the request remembers the other run"
+    assert cli.main(["repair", str(tmp_path)
+                     ]) == 0 and shard.read_bytes() == before, "the request remembers the other run"
 
 
 @pytest.mark.parametrize(
     ("more", "words"),
-    [
-        (["--duration", "2s"], "holds no clip of 2s: its clips last 500ms, 1000ms"),
-        (["--duration", "long"], "duration='long'; expected a length such as 1s or 500ms"),
-        (["--layers=-1,x"], "--layers -1,x: expected whole numbers with commas"),
-        (["--layers=-9"], "there is no hidden layer -9 in a decoder of 2 layers"),
-        (["--modes", "forced"], "expected one or more of teacher_forced, free_running"),
-        (["--max-samples", "0"], "max_samples=0; give a positive number, or -1 for all"),
-        (["--supervise", "-1"], "--supervise -1: give the largest number of restarts"),
-        (["--split", "test"], "test"),
-    ],
+    [(["--duration", "2s"], "holds no clip of 2s: its clips last 500ms, 1000ms"),
+     (["--duration", "long"], "duration='long'; expected a length such as 1s or 500ms"),
+     (["--layers=-1,x"], "--layers -1,x: expected whole numbers with commas"),
+     (["--layers=-9"], "there is no hidden layer -9 in a decoder of 2 layers"),
+     (["--modes", "forced"], "expected one or more of teacher_forced, free_running"),
+     (["--max-samples", "0"], "max_samples=0; give a positive number, or -1 for all"),
+     (["--supervise", "-1"], "--supervise -1: give the largest number of restarts"),
+     (["--split", "test"], "test"),],
 )
 def test_mistakes_are_one_sentence(data, tmp_path, capsys, more, words):
     assert extract(data, tmp_path, *more) == 2
@@ -106,7 +115,8 @@ def test_only_clips_of_the_duration_and_no_more_than_asked_for(data, tmp_path):
     assert len(store.ShardDataset(tmp_path / "b" / "teacher_forced")) == 3
 
 
-def test_status_of_a_stopped_run_and_of_one_that_is_being_written(data, tmp_path, capsys, monkeypatch):
+def test_status_of_a_stopped_run_and_of_one_that_is_being_written(data, tmp_path, capsys,
+                                                                  monkeypatch):
     seen = []
 
     def tell(self, progress):
@@ -142,7 +152,8 @@ def test_verify_names_what_is_wrong_and_repair_brings_back_the_bytes(data, tmp_p
     assert extract(data, tmp_path) == 0
     place = tmp_path / "teacher_forced"
     before = {path.name: path.read_bytes() for path in place.glob("shard-*")}
-    assert cli.main(["verify", str(tmp_path)]) == 0 and f"{place}: all well" in capsys.readouterr().out
+    assert cli.main(["verify", str(tmp_path)
+                     ]) == 0 and f"{place}: all well" in capsys.readouterr().out
     shard = place / "shard-000001.safetensors"
     data_now = bytearray(shard.read_bytes())
     data_now[-1] ^= 1
@@ -161,12 +172,20 @@ def test_repair_says_what_it_cannot_mend(five, data, tmp_path, capsys):
     (tmp_path / "teacher_forced" / "shard-000001.safetensors").unlink()
     (tmp_path / extract_request.FILE).unlink()
     assert cli.main(["repair", str(tmp_path)]) == 1
-    assert "does not say what it was extracted from (no extract.json); give --pair, --data and --split" in capsys.readouterr().out
-    assert cli.main(["repair", str(tmp_path), "--pair", str(pair_folder()), "--data", str(data), "--split", "train"]) == 1
-    assert "cannot be repaired with these models and samples: samples_hash is" in capsys.readouterr().out, "it asked two questions"
+    assert "does not say what it was extracted from (no extract.json); give --pair, --data and --split" in capsys.readouterr(
+    ).out
+    assert cli.main([
+        "repair",
+        str(tmp_path), "--pair",
+        str(pair_folder()), "--data",
+        str(data), "--split", "train"
+    ]) == 1
+    assert "cannot be repaired with these models and samples: samples_hash is" in capsys.readouterr(
+    ).out, "it asked two questions"
 
 
-def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(data, tmp_path, capsys, monkeypatch):
+def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
+        data, tmp_path, capsys, monkeypatch):
     assert extract(data, tmp_path, "--modes", "teacher_forced,free_running") == 0
     other = tmp_path / "other"
     assert extract(data, other, "--max-questions", "1") == 0
@@ -178,36 +197,53 @@ def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
     manifest = tmp_path / "set_aside" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
     assert cli.main(["verify", str(tmp_path / "set_aside")]) == 1
-    assert "was changed after it was written (its digest differs); restore it or extract again" in capsys.readouterr().out
+    assert "was changed after it was written (its digest differs); restore it or extract again" in capsys.readouterr(
+    ).out
 
 
 def test_the_request_is_kept_for_later(five, data):
     request = extract_request.load(five / "teacher_forced")
     assert request.data == str(data.resolve()) and request.max_questions == 2
-    assert extract_request.load(ranks.Rank(0, 2).part(five / "teacher_forced"), device="cuda").device == "cuda"
-    with pytest.raises(ParameterError, match="give the folder of the drives; `xsd simulate FOLDER` makes one"):
+    assert extract_request.load(ranks.Rank(0, 2).part(five / "teacher_forced"),
+                                device="cuda").device == "cuda"
+    with pytest.raises(ParameterError,
+                       match="give the folder of the drives; `xsd simulate FOLDER` makes one"):
         extract_request.Request(data="simulated").root()
 
 
 def test_supervised_the_same_command_runs_without_that_option(data, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(supervise, "supervise", lambda command, *rest, **named: asked.append((command, rest, named)) or 0)
+    monkeypatch.setattr(supervise, "supervise", lambda command, *rest, **named: asked.append(
+        (command, rest, named)) or 0)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert extract(data, tmp_path, "--supervise", "3", "--seed", "4") == 0
     assert extract(data, tmp_path, "--supervise=3") == 0
     (first, rest, named), (second, *_) = asked
-    assert first[1:4] == ["-m", "xsd.cli", "extract"] and first[-2:] == ["--seed", "4"] and "--supervise" not in first
+    assert first[1:4] == ["-m", "xsd.cli", "extract"
+                          ] and first[-2:] == ["--seed", "4"] and "--supervise" not in first
     assert "--supervise=3" not in second and rest == (tmp_path, 3) and named == {"part": "1 of 2"}
 
 
 def test_old_chunks_are_imported(tmp_path, capsys, data):
     states = torch.randn(2, 5, 4, generator=torch.Generator().manual_seed(0))
-    lines = [{"sample_idx": i, "question": "Q?", "egpt_text": "a", "vl_text": "b"} for i in range(2)]
-    torch.save({"egpt_hidden": states, "vl_hidden": states + 1, "seq_lens": torch.tensor([5, 3]), "metadata": lines}, tmp_path / "old.pt")
-    assert cli.main(["import-chunks", str(tmp_path / "old.pt"), str(tmp_path / "run"), "--data", str(data), "--split", "train"]) == 0
-    assert "2 free-running samples in fp32; the source has no token ids, which is marked" in capsys.readouterr().out
+    lines = [{"sample_idx": i, "question": "Q?", "egpt_text": "a", "vl_text": "b"}
+             for i in range(2)]
+    torch.save(
+        {
+            "egpt_hidden": states, "vl_hidden": states + 1, "seq_lens": torch.tensor([5, 3]),
+            "metadata": lines
+        }, tmp_path / "old.pt")
+    assert cli.main([
+        "import-chunks",
+        str(tmp_path / "old.pt"),
+        str(tmp_path / "run"), "--data",
+        str(data), "--split", "train"
+    ]) == 0
+    assert "2 free-running samples in fp32; the source has no token ids, which is marked" in capsys.readouterr(
+    ).out
     dataset = store.ShardDataset(tmp_path / "run")
-    assert torch.equal(dataset[1].hidden_by_verifier, states[1, :3] + 1) and dataset[1].sequence == "seq0"
+    assert torch.equal(dataset[1].hidden_by_verifier,
+                       states[1, :3] + 1) and dataset[1].sequence == "seq0"
     assert cli.main(["verify", str(tmp_path / "run")]) == 0
     assert cli.main(["import-chunks", str(tmp_path / "no.pt"), str(tmp_path / "no")]) == 2

@@ -29,15 +29,19 @@ def free(samples):
 
 def test_pairs_keep_the_order_and_the_names_of_their_samples(samples, forced, free):
     for found in (forced, free):
-        assert [(p.sequence, p.clip, p.question, p.split) for p in found] == [(s.sequence, s.clip, s.question, s.split) for s in samples]
-    assert {p.mode for p in forced} == {"teacher_forced"} and {p.mode for p in free} == {"free_running"}
+        assert [(p.sequence, p.clip, p.question, p.split)
+                for p in found] == [(s.sequence, s.clip, s.question, s.split) for s in samples]
+    assert {p.mode for p in forced} == {"teacher_forced"} and {p.mode
+                                                               for p in free} == {"free_running"}
 
 
 def test_each_models_own_tokens_are_the_argmax_of_its_own_states(forced, free):
     pair = tiny_pair()
     for states in (*forced, *free):
-        assert torch.equal(pair.drafter.lm_head(states.hidden_by_drafter).argmax(-1), states.ids_by_drafter)
-        assert torch.equal(pair.verifier.lm_head(states.hidden_by_verifier).argmax(-1), states.ids_by_verifier)
+        assert torch.equal(
+            pair.drafter.lm_head(states.hidden_by_drafter).argmax(-1), states.ids_by_drafter)
+        assert torch.equal(
+            pair.verifier.lm_head(states.hidden_by_verifier).argmax(-1), states.ids_by_verifier)
 
 
 def test_the_verifiers_generated_states_are_those_of_a_forced_pass(samples, forced):
@@ -57,7 +61,8 @@ def test_teacher_forced_drafter_states_follow_the_verifiers_tokens(samples, forc
 def test_a_forced_answer_ends_with_the_first_token_that_only_the_verifier_knows(samples):
     pair = tiny_pair()
     answer = pair.verifier.generate(samples[:1], TOKENS)[0]
-    foreign = replace(answer, ids=torch.tensor([5, pair.draft_vocab_size, 7]), hidden=answer.hidden[:3])
+    foreign = replace(answer, ids=torch.tensor([5, pair.draft_vocab_size, 7]),
+                      hidden=answer.hidden[:3])
     states = pairs.teacher_forced_pairs(pair, samples[:1], TOKENS, verifier=[foreign])[0]
     assert states.ids_by_verifier.tolist() == [5, pair.draft_vocab_size]
     assert len(states.hidden_by_drafter) == len(states.hidden_by_verifier) == 2
@@ -72,6 +77,9 @@ def test_free_running_drafter_states_follow_its_own_tokens(samples, free):
 def test_both_modes_share_the_verifiers_answer(samples):
     answers = tiny_pair().verifier.generate(samples, TOKENS)
     for mode in pairs.MODES:
-        for states, answer in zip(pairs.by_layer(mode, tiny_pair(), samples, TOKENS, verifier=answers)[-1], answers, strict=True):
+        for states, answer in zip(
+                pairs.by_layer(mode, tiny_pair(), samples, TOKENS, verifier=answers)[-1], answers,
+                strict=True):
             n = len(states.ids_by_verifier)
-            assert torch.equal(states.ids_by_verifier, answer.ids[:n]) and torch.equal(states.hidden_by_verifier, answer.hidden[:n])
+            assert torch.equal(states.ids_by_verifier, answer.ids[:n]) and torch.equal(
+                states.hidden_by_verifier, answer.hidden[:n])

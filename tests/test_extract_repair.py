@@ -13,11 +13,17 @@ from xsd.core import ShardError
 from xsd.extract import monitor, repair, run
 from xsd.shards import store
 
-OPTIONS = {"modes": ("teacher_forced",), "max_new_tokens": 5, "batch_size": 2, "samples_per_shard": 3, "dtype": "fp16"}
+OPTIONS = {
+    "modes": ("teacher_forced",), "max_new_tokens": 5, "batch_size": 2, "samples_per_shard": 3,
+    "dtype": "fp16"
+}
 
 
 def contents(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name.startswith(("shard-", "head-"))}
+    return {
+        path.name: path.read_bytes() for path in folder.iterdir()
+        if path.name.startswith(("shard-", "head-"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +58,8 @@ def test_repair_brings_back_the_very_bytes_and_touches_nothing_else(samples, who
     before = untouched.stat().st_mtime_ns
     mended = repair.repair(tiny_pair(), samples, damaged)
     assert {problem.file.name for problem in mended} == {
-        "shard-000001.safetensors", "shard-000002.parquet", "head-drafter.safetensors", "times.jsonl",
+        "shard-000001.safetensors", "shard-000002.parquet", "head-drafter.safetensors",
+        "times.jsonl",
     }  # fmt: skip
     assert store.verify(damaged) == [] and contents(damaged) == contents(whole)
     assert untouched.stat().st_mtime_ns == before
@@ -61,20 +68,24 @@ def test_repair_brings_back_the_very_bytes_and_touches_nothing_else(samples, who
 
 
 def test_repair_with_other_samples_or_models_is_refused(samples, damaged):
-    with pytest.raises(ShardError, match="cannot be repaired with these models and samples: samples_hash is"):
+    with pytest.raises(ShardError,
+                       match="cannot be repaired with these models and samples: samples_hash is"):
         repair.repair(tiny_pair(), samples[:8], damaged)
     pair = tiny_pair()
-    with pytest.raises(ShardError, match=re.escape("drafter.name is 'drafter' in the folder but 'verifier' now")):
+    with pytest.raises(
+            ShardError,
+            match=re.escape("drafter.name is 'drafter' in the folder but 'verifier' now")):
         repair.repair(replace(pair, drafter=pair.verifier), samples, damaged)
 
 
 def test_status_says_where_a_run_stands(samples, tmp_path):
     seen = []
-    run.extract(
-        tiny_pair(), samples, tmp_path, **OPTIONS,
-        progress=lambda p: (seen.append(monitor.status(tmp_path)[0]), os.kill(os.getpid(), signal.SIGINT) if p.done == 4 else None),
-    )  # fmt: skip
-    assert [(s.state, s.done, s.total, s.pid) for s in seen] == [("running", 2, 9, os.getpid()), ("running", 4, 9, os.getpid())]
+    run.extract(tiny_pair(), samples, tmp_path, **OPTIONS, progress=lambda p:
+                (seen.append(monitor.status(tmp_path)[0]), os.kill(os.getpid(), signal.SIGINT)
+                 if p.done == 4 else None),
+                )  # fmt: skip
+    assert [(s.state, s.done, s.total, s.pid) for s in seen] == [("running", 2, 9, os.getpid()),
+                                                                 ("running", 4, 9, os.getpid())]
     assert seen[1].rate > 0 and seen[1].eta_s == pytest.approx(5 / seen[1].rate)
     (stopped,) = monitor.status(tmp_path)
     assert (stopped.state, stopped.done, stopped.pid) == ("stopped", 4, None)

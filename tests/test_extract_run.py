@@ -18,11 +18,16 @@ from xsd.shards import store
 from xsd.shards.writer import ShardWriter
 
 BOTH = ("teacher_forced", "free_running")
-OPTIONS = {"modes": BOTH, "max_new_tokens": 5, "batch_size": 2, "samples_per_shard": 3, "dtype": "fp32"}
+OPTIONS = {
+    "modes": BOTH, "max_new_tokens": 5, "batch_size": 2, "samples_per_shard": 3, "dtype": "fp32"
+}
 
 
 def shard_bytes(folder):
-    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.name.startswith(("shard-", "head-"))}
+    return {
+        path.relative_to(folder): path.read_bytes() for path in folder.rglob("*")
+        if path.name.startswith(("shard-", "head-"))
+    }
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +43,6 @@ def whole(samples, tmp_path_factory):
 
 class StopAfter:
     """A progress that counts batches and, after the given one, does what it is told."""
-
     def __init__(self, batches, action):
         self.left, self.action, self.seen = batches, action, []
 
@@ -54,11 +58,12 @@ def test_every_sample_is_stored_once_in_each_mode_with_both_models_ids(samples, 
     assert report.n == 9 and report.finished and report.resumed == 0 and report.gb > 0
     for mode in BOTH:
         dataset = store.ShardDataset(folder / mode, expected_mode=mode, expected_tap="post_norm")
-        assert sorted(zip(dataset.table()["clip"], dataset.table()["question"], strict=True)) == sorted(
-            (s.clip, s.question) for s in samples
-        )
+        assert sorted(zip(dataset.table()["clip"],
+                          dataset.table()["question"], strict=True)) == sorted(
+                              (s.clip, s.question) for s in samples)
         assert dataset.table()["seconds"].gt(0).all()
-        assert report.tokens >= dataset.n_tokens == sum(len(states.ids_by_verifier) for states in dataset)
+        assert report.tokens >= dataset.n_tokens == sum(
+            len(states.ids_by_verifier) for states in dataset)
         dataset.verify()
 
 
@@ -68,17 +73,22 @@ def test_the_saved_head_gives_the_stored_tokens_of_both_models(whole):
         dataset = store.ShardDataset(folder / mode)
         assert dataset.draft_vocab_size() == tiny_pair().draft_vocab_size
         for states in dataset:
-            assert torch.equal((states.hidden_by_verifier @ dataset.head("verifier").T).argmax(-1), states.ids_by_verifier)
-            assert torch.equal((states.hidden_by_drafter @ dataset.head("drafter").T).argmax(-1), states.ids_by_drafter)
+            assert torch.equal((states.hidden_by_verifier @ dataset.head("verifier").T).argmax(-1),
+                               states.ids_by_verifier)
+            assert torch.equal((states.hidden_by_drafter @ dataset.head("drafter").T).argmax(-1),
+                               states.ids_by_drafter)
 
 
 def test_a_finished_run_returns_at_once(samples, whole):
     folder, _ = whole
     pair = tiny_pair()
-    handle = SimpleNamespace(head=pair.drafter.head, name=pair.drafter.name, weights_hash=pair.drafter.weights_hash)
-    other = SimpleNamespace(head=pair.verifier.head, name=pair.verifier.name, weights_hash=pair.verifier.weights_hash)
+    handle = SimpleNamespace(head=pair.drafter.head, name=pair.drafter.name,
+                             weights_hash=pair.drafter.weights_hash)
+    other = SimpleNamespace(head=pair.verifier.head, name=pair.verifier.name,
+                            weights_hash=pair.verifier.weights_hash)
     before = shard_bytes(folder)
-    report = run.extract(replace(pair, drafter=handle, verifier=other), samples, folder, **OPTIONS)  # these cannot generate
+    report = run.extract(replace(pair, drafter=handle, verifier=other), samples, folder,
+                         **OPTIONS)  # these cannot generate
     assert report.finished and report.resumed == report.n == 9
     assert shard_bytes(folder) == before
 
@@ -107,7 +117,8 @@ def test_an_error_in_a_batch_loses_no_batch_before_it(samples, whole, tmp_path):
 
 
 def test_a_mode_that_fell_behind_the_other_catches_up(samples, whole, tmp_path):
-    run.extract(tiny_pair(), samples, tmp_path, **OPTIONS, progress=StopAfter(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
+    run.extract(tiny_pair(), samples, tmp_path, **OPTIONS,
+                progress=StopAfter(2, lambda: os.kill(os.getpid(), signal.SIGINT)))
     pieces = sorted((tmp_path / "free_running").glob("pending-*"))
     pieces[-1].unlink()
     report = run.extract(tiny_pair(), samples, tmp_path, **OPTIONS)
@@ -134,16 +145,16 @@ def test_a_second_extraction_into_the_same_folder_is_refused(samples, tmp_path):
 
 def test_progress_tells_rate_and_time_left(samples, tmp_path):
     seen = StopAfter(99, lambda: None)
-    run.extract(tiny_pair(), samples[:4], tmp_path, **{**OPTIONS, "modes": ("teacher_forced",)}, progress=seen)
+    run.extract(tiny_pair(), samples[:4], tmp_path, **{**OPTIONS, "modes": ("teacher_forced",)},
+                progress=seen)
     assert [(p.done, p.total) for p in seen.seen] == [(2, 4), (4, 4)]
     assert seen.seen[0].eta_s > 0 and seen.seen[1].eta_s == 0 and seen.seen[1].tokens > 0
 
 
 def test_a_progress_bar_is_moved_by_samples(samples, tmp_path):
     moved = []
-    run.extract(
-        tiny_pair(), samples[:3], tmp_path, **{**OPTIONS, "modes": ("teacher_forced",)}, progress=SimpleNamespace(update=moved.append)
-    )
+    run.extract(tiny_pair(), samples[:3], tmp_path, **{**OPTIONS, "modes": ("teacher_forced",)},
+                progress=SimpleNamespace(update=moved.append))
     assert moved == [2, 1]
 
 
@@ -151,11 +162,13 @@ def test_lazy_samples_are_read_a_batch_at_a_time_and_give_the_same_bytes(samples
     live = []
 
     def lazy(sample):
-        return plan.LazySample(sample.sequence, sample.clip, sample.question, lambda: live.append(sample.key) or sample)
+        return plan.LazySample(sample.sequence, sample.clip, sample.question,
+                               lambda: live.append(sample.key) or sample)
 
     counts = StopAfter(99, lambda: None)
     seen = []
-    run.extract(tiny_pair(), [lazy(s) for s in samples], tmp_path, **OPTIONS, progress=lambda p: (counts(p), seen.append(len(live))))
+    run.extract(tiny_pair(), [lazy(s) for s in samples], tmp_path, **OPTIONS, progress=lambda p:
+                (counts(p), seen.append(len(live))))
     assert seen == [2, 4, 6, 8, 9]
     assert shard_bytes(tmp_path) == shard_bytes(whole[0])
 
@@ -172,10 +185,14 @@ def test_another_drafter_takes_the_verifiers_stored_answers(samples, whole, tmp_
     one_frame = [replace(sample, event_frames=sample.event_frames[:1]) for sample in samples]
     run.extract(replace(pair, verifier=silent), one_frame, tmp_path, **options)
     for mode in BOTH:
-        for new, old in zip(store.ShardDataset(tmp_path / mode), store.ShardDataset(whole[0] / mode), strict=True):
-            assert torch.equal(new.hidden_by_verifier, old.hidden_by_verifier) and torch.equal(new.ids_by_verifier, old.ids_by_verifier)
-            assert new.text_by_verifier == old.text_by_verifier and not torch.equal(new.hidden_by_drafter, old.hidden_by_drafter)
-    with pytest.raises(ShardError, match=r"cannot be used: max_new_tokens is 5 in the folder but 6 now"):
+        for new, old in zip(store.ShardDataset(tmp_path / mode),
+                            store.ShardDataset(whole[0] / mode), strict=True):
+            assert torch.equal(new.hidden_by_verifier, old.hidden_by_verifier) and torch.equal(
+                new.ids_by_verifier, old.ids_by_verifier)
+            assert new.text_by_verifier == old.text_by_verifier and not torch.equal(
+                new.hidden_by_drafter, old.hidden_by_drafter)
+    with pytest.raises(ShardError,
+                       match=r"cannot be used: max_new_tokens is 5 in the folder but 6 now"):
         run.extract(pair, samples, tmp_path / "longer", **{**options, "max_new_tokens": 6})
     with pytest.raises(ShardError, match=r"holds no answer for other/"):
         run.extract(pair, [replace(samples[0], sequence="other")], tmp_path / "other", **options)
@@ -183,9 +200,8 @@ def test_another_drafter_takes_the_verifiers_stored_answers(samples, whole, tmp_
 
 def test_a_head_that_does_not_give_the_logits_is_refused(samples):
     verifier = tiny_pair().verifier
-    scaled = SimpleNamespace(
-        head=verifier.head, hidden_size=verifier.hidden_size, role="verifier", lm_head=lambda hidden: 2 * verifier.lm_head(hidden)
-    )
+    scaled = SimpleNamespace(head=verifier.head, hidden_size=verifier.hidden_size, role="verifier",
+                             lm_head=lambda hidden: 2 * verifier.lm_head(hidden))
     with pytest.raises(PairError, match="the verifier's LM head does not give its logits"):
         run.check_head(scaled, verifier.generate(samples[:1], 3))
 
@@ -195,14 +211,15 @@ def test_samples_are_taken_clip_by_clip_and_drawn_by_seed():
     mixed = samples[::4] + samples[1::4] + samples[2::4] + samples[3::4]
     assert [s.clip for s in plan.order(mixed)] == sorted(s.clip for s in samples)
     drawn = [plan.order(mixed, max_samples=6, seed=seed) for seed in (0, 0, 1, 2, 3)]
-    assert [s.key for s in drawn[0]] == [s.key for s in drawn[1]] and all(len(d) == 6 for d in drawn)
+    assert [s.key for s in drawn[0]] == [s.key
+                                         for s in drawn[1]] and all(len(d) == 6 for d in drawn)
     assert len({tuple(s.key for s in d) for d in drawn}) > 1
     assert plan.plan_hash(drawn[0]) == plan.plan_hash(drawn[1]) != plan.plan_hash(samples)
 
 
-@pytest.mark.parametrize(
-    "options, message", [({"max_samples": 0}, "max_samples=0; give a positive number"), ({"batch_size": 0}, "batch_size=0")]
-)
+@pytest.mark.parametrize("options, message",
+                         [({"max_samples": 0}, "max_samples=0; give a positive number"),
+                          ({"batch_size": 0}, "batch_size=0")])
 def test_impossible_numbers_are_named(options, message, tmp_path):
     with pytest.raises(ParameterError, match=message):
         run.extract(tiny_pair(), make_samples(1), tmp_path, **options)

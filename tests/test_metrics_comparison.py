@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from xsd.core import MetricError
-from xsd.metrics import decomposition, report_text, tables
-from xsd.metrics.counterfactual import compare_arms, compare_with_floors
-from xsd.metrics.hidden import HiddenStateMetrics
-from xsd.metrics.reliability import Reliability
-from xsd.metrics.speedup import Costs, predict
-from xsd.metrics.statistics import Interval
-from xsd.metrics.tokens import TokenMetrics
+from xsd.evaluate import decomposition, report_text, tables
+from xsd.evaluate.counterfactual import compare_arms, compare_with_floors
+from xsd.evaluate.hidden import HiddenStateMetrics
+from xsd.evaluate.reliability import Reliability
+from xsd.evaluate.speedup import Costs, predict
+from xsd.evaluate.statistics import Interval
+from xsd.evaluate.tokens import TokenMetrics
 
 RNG = np.random.default_rng(0)
 CLUSTERS = [f"seq{i // 10}" for i in range(120)]
@@ -24,8 +24,10 @@ def arm(share):
 
 
 def test_an_adapter_stands_beside_its_best_floor():
-    out = compare_with_floors(arm(0.8), {"position mode": arm(0.3), "4-gram": arm(0.7)}, CLUSTERS, n_resamples=500)
-    assert out.best == "4-gram" and out.above_best.excludes(0) and out.above_best.value == pytest.approx(0.1, abs=0.02)
+    out = compare_with_floors(arm(0.8), {"position mode": arm(0.3), "4-gram": arm(0.7)}, CLUSTERS,
+                              n_resamples=500)
+    assert out.best == "4-gram" and out.above_best.excludes(
+        0) and out.above_best.value == pytest.approx(0.1, abs=0.02)
     assert "is above the best floor (4-gram" in out.sentence()
     assert [r["arm"] for r in out.rows()] == ["adapter", "position mode", "4-gram", "adapter"]
     below = compare_with_floors(arm(0.24), {"4-gram": arm(0.73)}, CLUSTERS, n_resamples=500)
@@ -39,34 +41,39 @@ def test_an_adapter_stands_beside_its_best_floor():
 
 
 def test_counterfactual_arms_are_paired_with_the_reference():
-    out = compare_arms({"real events": arm(0.7), "blank events": arm(0.4)}, "real events", CLUSTERS, n_resamples=300)
-    assert "difference" not in out[0] and out[1]["differs"] and out[1]["difference"] == pytest.approx(-0.3, abs=0.03)
+    out = compare_arms({"real events": arm(0.7), "blank events": arm(0.4)}, "real events", CLUSTERS,
+                       n_resamples=300)
+    assert "difference" not in out[0] and out[1]["differs"] and out[1][
+        "difference"] == pytest.approx(-0.3, abs=0.03)
     assert 0 < out[1]["detectable"] < 0.1
     with pytest.raises(MetricError, match="reference arm 'none' was not measured"):
         compare_arms({"real events": arm(0.7)}, "none", CLUSTERS)
 
 
 def test_waterfall_steps_add_up():
-    steps = decomposition.gap_decomposition(
-        CLUSTERS, teacher_forced=arm(0.8), verifier_self=arm(0.95), self_rollout=arm(0.6), free_running=arm(0.5), n_resamples=200
-    )
+    steps = decomposition.gap_decomposition(CLUSTERS, teacher_forced=arm(0.8),
+                                            verifier_self=arm(0.95), self_rollout=arm(0.6),
+                                            free_running=arm(0.5), n_resamples=200)
     names = [step.name for step in steps if step.kind == "loss"]
     assert names == ["capacity and objective", "modality", "rollout", "drift"]
     for before, loss, after in zip(steps, steps[1:], steps[2:], strict=False):
         if loss.kind == "loss":
-            assert before.interval.value - loss.interval.value == pytest.approx(after.interval.value)
+            assert before.interval.value - loss.interval.value == pytest.approx(
+                after.interval.value)
             assert (loss.start, loss.end) == (before.interval.value, after.interval.value)
     assert steps[0].interval.value == 1.0
     assert decomposition.rows(steps)[0]["name"] == "verifier"
     short = decomposition.gap_decomposition(CLUSTERS, teacher_forced=arm(0.8), n_resamples=50)
-    assert [step.name for step in short] == ["verifier", "capacity and modality", "teacher-forced drafter"]
+    assert [step.name
+            for step in short] == ["verifier", "capacity and modality", "teacher-forced drafter"]
 
 
 def test_acceptance_by_word_kind():
     matches = [[True, False, True], [True, True]]
     groups = [["function", "colour", "function"], ["colour", "function"]]
     counts = decomposition.counts_by_group(matches, groups)
-    assert {name: (num.sum(), den.sum()) for name, (num, den) in counts.items()} == {"colour": (1, 2), "function": (3, 3)}
+    assert {name: (num.sum(), den.sum())
+            for name, (num, den) in counts.items()} == {"colour": (1, 2), "function": (3, 3)}
     out = decomposition.gap_by_group({"adapter": matches}, groups, ["a", "b"], n_resamples=50)
     assert {r["group"]: r["value"] for r in out} == {"colour": 0.5, "function": 1.0}
     with pytest.raises(MetricError, match="sample 1 has 2 tokens but 1 group names"):
@@ -76,22 +83,29 @@ def test_acceptance_by_word_kind():
 def test_losses_within_a_kind_of_word_are_paired_differences():
     before, after = [[True, True, True], [True, False]], [[True, False, True], [False, False]]
     groups = [["function", "colour", "colour"], ["colour", "function"]]
-    rows = decomposition.loss_by_group({"modality": (before, after), "all": (None, after)}, groups, ["a", "b"], n_resamples=50)
+    rows = decomposition.loss_by_group({"modality": (before, after), "all": (None, after)}, groups,
+                                       ["a", "b"], n_resamples=50)
     found = {(row["loss"], row["group"]): (row["value"], row["n"]) for row in rows}
-    assert found["modality", "colour"] == (pytest.approx(2 / 3), 3) and found["modality", "function"] == (0.0, 2)
-    assert found["all", "colour"] == (pytest.approx(2 / 3), 3) and found["all", "function"] == (0.5, 2)
+    assert found["modality", "colour"] == (pytest.approx(
+        2 / 3), 3) and found["modality", "function"] == (0.0, 2)
+    assert found["all", "colour"] == (pytest.approx(2 / 3), 3) and found["all",
+                                                                         "function"] == (0.5, 2)
 
 
 def test_a_waterfall_in_accepted_tokens_begins_at_what_the_verifier_itself_would_accept():
     rounds = np.full(120, 4)
-    steps = decomposition.gap_decomposition(CLUSTERS, teacher_forced=(rounds * 2, rounds), ceiling=(rounds * 5, rounds), n_resamples=50)
-    assert [(step.name, step.interval.value) for step in steps] == [
-        ("verifier", 5.0), ("capacity and modality", 3.0), ("teacher-forced drafter", 2.0)
-    ]  # fmt: skip
+    steps = decomposition.gap_decomposition(CLUSTERS, teacher_forced=(rounds * 2, rounds),
+                                            ceiling=(rounds * 5, rounds), n_resamples=50)
+    assert [(step.name, step.interval.value)
+            for step in steps] == [("verifier", 5.0), ("capacity and modality", 3.0),
+                                   ("teacher-forced drafter", 2.0)]  # fmt: skip
 
 
 def test_tables_in_three_forms(tmp_path):
-    rows = [tables.row("accept_at", Interval(0.5, 0.4, 0.6, 100, 5), threshold=0.9), tables.row("cosine_std", 0.25, n=100)]
+    rows = [
+        tables.row("accept_at", Interval(0.5, 0.4, 0.6, 100, 5), threshold=0.9),
+        tables.row("cosine_std", 0.25, n=100)
+    ]
     table = tables.frame([{**r, "arm": "L4_a & b"} for r in rows])
     assert list(table.columns) == [*tables.COLUMNS, "arm"]
     assert "| accept_at | 0.9000 |" in tables.markdown(table) and "| – |" in tables.markdown(table)
@@ -109,23 +123,21 @@ def test_printed_report_has_its_eight_sections():
     g = torch.Generator().manual_seed(0)
     target, weight = torch.randn(12, 9, 16, generator=g), torch.randn(30, 16, generator=g)
     aligned = target + 0.3 * torch.randn(12, 9, 16, generator=g)
-    ids, mask, names = (target @ weight.T).argmax(-1), torch.ones(12, 9, dtype=torch.bool), [f"s{i % 3}" for i in range(12)]
+    ids, mask, names = (target @ weight.T).argmax(-1), torch.ones(
+        12, 9, dtype=torch.bool), [f"s{i % 3}" for i in range(12)]
     hidden, tokens, reliability = HiddenStateMetrics(), TokenMetrics(), Reliability()
     cosine = hidden.update(aligned, target, mask, names)
     match = tokens.update_states(aligned, ids, mask, names, weight)
     reliability.update(cosine, match, mask, names)
     table = tokens.table()
-    comparison = compare_with_floors(
-        (table["matched"], table["length"]), {"none": (table["matched"] * 0, table["length"])}, names, n_resamples=50
-    )
+    comparison = compare_with_floors((table["matched"], table["length"]),
+                                     {"none": (table["matched"] * 0, table["length"])}, names,
+                                     n_resamples=50)
     costs = Costs(1, 3, 0.1, 0.1, {1: 1.0, 64: 2.0})
     result = tokens.result(n_resamples=50)
     text = report_text.report(
-        "L4 on held-out drives",
-        hidden.result(n_resamples=50),
-        tokens=result,
-        comparison=comparison,
-        reliability=reliability.result(n_resamples=50),
+        "L4 on held-out drives", hidden.result(n_resamples=50), tokens=result,
+        comparison=comparison, reliability=reliability.result(n_resamples=50),
         prediction=predict(costs, result.rounds.marginal, n_tokens=9, gamma=5),
     )
     assert [f"[{i}]" in text for i in range(1, 9)] == [True] * 8

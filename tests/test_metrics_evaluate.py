@@ -7,7 +7,7 @@ import torch
 
 from xsd.adapters.registry import create_adapter
 from xsd.core import Batch, MetricError
-from xsd.metrics.evaluate import evaluate
+from xsd.evaluate.evaluate import evaluate
 
 D, V, S = 16, 40, 8
 
@@ -19,17 +19,12 @@ def make_batches(head, mode="teacher_forced"):
         verifier = torch.randn(4, S, D, generator=g)
         lengths = torch.tensor([S, 5, 3, 1])
         out.append(
-            Batch(
-                drafter=verifier + 0.3 * torch.randn(4, S, D, generator=g),
-                verifier=verifier,
-                ids_by_drafter=torch.randint(0, V, (4, S), generator=g),
-                ids_by_verifier=(verifier @ head.T).argmax(-1),
-                mask=torch.arange(S) < lengths[:, None],
-                sequence=[f"drive{k}"] * 4,
-                index=list(range(4 * k, 4 * k + 4)),
-                mode=mode,
-            )
-        )
+            Batch(drafter=verifier + 0.3 * torch.randn(4, S, D, generator=g), verifier=verifier,
+                  ids_by_drafter=torch.randint(0, V, (4, S), generator=g),
+                  ids_by_verifier=(verifier @ head.T).argmax(-1), mask=torch.arange(S)
+                  < lengths[:, None], sequence=[f"drive{k}"] * 4,
+                  index=list(range(4 * k, 4 * k + 4)), mode=mode,
+                  ))
     return out
 
 
@@ -44,7 +39,7 @@ def test_adapter_and_floors_are_counted_on_the_same_tokens(level, head):
     adapter = create_adapter(level, hidden_size=D)
     batches = make_batches(head)
     out = evaluate(adapter, batches, head, gamma=3)
-    n = sum(int(b.mask[:, out.shift :].sum()) for b in batches)
+    n = sum(int(b.mask[:, out.shift:].sum()) for b in batches)
     result = out.tokens.result(n_resamples=50)
     assert result.acceptance.n == n == out.hidden.result(n_resamples=50).cosine.n
     assert out.left_out == (3 if out.shift else 0)
@@ -89,8 +84,11 @@ def test_an_adapter_with_a_draft_vocabulary_is_judged_by_what_it_may_draft(head)
     adapter.set_draft_vocabulary(torch.arange(0, V, 2))
     own = evaluate(adapter, batches, head)
     even = torch.cat([b.ids_by_verifier[b.mask] % 2 == 0 for b in batches])
-    hits = torch.cat([own.tokens.matches()[0][i, : len(answer)] for i, answer in enumerate(own.answers)])
+    hits = torch.cat(
+        [own.tokens.matches()[0][i, :len(answer)] for i, answer in enumerate(own.answers)])
     assert not hits[~even].any()  # a token outside is never drafted
-    before = torch.cat([whole.tokens.matches()[0][i, : len(answer)] for i, answer in enumerate(whole.answers)])
+    before = torch.cat(
+        [whole.tokens.matches()[0][i, :len(answer)] for i, answer in enumerate(whole.answers)])
     assert hits[even][before[even]].all()  # among fewer candidates the right one still wins
-    assert own.tokens.result(n_resamples=50).cross_entropy.value == whole.tokens.result(n_resamples=50).cross_entropy.value
+    assert own.tokens.result(n_resamples=50).cross_entropy.value == whole.tokens.result(
+        n_resamples=50).cross_entropy.value

@@ -12,8 +12,15 @@ from hypothesis import strategies as st
 
 from xsd.core import MetricError
 from xsd.decode import proposers
-from xsd.metrics.acceptance import Acceptance, rounds_from_lists
-from xsd.metrics.floors import DrafterTokens, NGram, PositionMode, PromptLookup, drafter_tokens, duplicate_rate
+from xsd.evaluate.acceptance import Acceptance, rounds_from_lists
+from xsd.evaluate.floors import (
+    DrafterTokens,
+    NGram,
+    PositionMode,
+    PromptLookup,
+    drafter_tokens,
+    duplicate_rate,
+)
 
 TRAIN = [[1, 2, 3, 4, 9], [1, 2, 3, 5, 9], [1, 2, 3, 4, 9], [7, 2, 8, 9]]
 
@@ -21,10 +28,8 @@ TRAIN = [[1, 2, 3, 4, 9], [1, 2, 3, 5, 9], [1, 2, 3, 4, 9], [7, 2, 8, 9]]
 def test_position_mode_says_the_most_frequent_token_of_each_place():
     floor = PositionMode(TRAIN)
     assert floor.tokens == [1, 2, 3, 4, 9]
-    assert [m.tolist() for m in floor.match([[1, 5, 3], [7, 2, 3, 4, 9, 9]])] == [
-        [True, False, True],
-        [False, True, True, True, True, False],
-    ]
+    assert [m.tolist() for m in floor.match([[1, 5, 3], [7, 2, 3, 4, 9, 9]])
+            ] == [[True, False, True], [False, True, True, True, True, False],]
 
 
 def test_ngram_follows_context_and_backs_off():
@@ -32,23 +37,30 @@ def test_ngram_follows_context_and_backs_off():
     assert floor.draft([], 5, 0) == [1, 2, 3, 4, 9]
     assert floor.draft([7, 2], 2, 0) == [8, 9]
     assert floor.draft([6, 6, 3], 1, 0) == [4]  # unseen pair: the token after 3
-    assert floor.draft([6, 6, 6], 1, 0) == [2]  # unseen token: the most frequent of all (2 and 9 stand four times; the lower id)
+    assert floor.draft(
+        [6, 6, 6], 1,
+        0) == [2]  # unseen token: the most frequent of all (2 and 9 stand four times; the lower id)
     assert NGram(TRAIN, n=1).draft([3], 2, 0) == [2, 2]
 
 
 def test_ngram_rounds_roll_on_its_own_drafts():
     rounds = NGram(TRAIN, n=3).rounds([[1, 2, 3, 5, 9]], gamma=5)
-    assert rounds.accepted.tolist() == [3, 1] and rounds.drafted.tolist() == [5, 1] and rounds.bonus.tolist() == [1, 0]
+    assert rounds.accepted.tolist() == [3, 1] and rounds.drafted.tolist() == [
+        5, 1
+    ] and rounds.bonus.tolist() == [1, 0]
     assert Acceptance.of(rounds).mean_accepted == 2.0
 
 
 def test_table_of_tokens_alone_has_the_same_rounds_live_and_replayed():
-    """Inside an accepted run the drafts are the verifier's tokens, so replaying one-step matches is exact (docs/teacher_forcing.md)."""
+    """Inside an accepted run the drafts are the verifier's tokens, so replaying one-step matches is
+    exact (docs/teacher_forcing.md)."""
     rng = np.random.default_rng(0)
     answers = [rng.integers(0, 4, size=rng.integers(3, 30)).tolist() for _ in range(60)]
     for floor in (NGram(answers[:30], n=4), PositionMode(answers[:30])):
-        live, replayed = floor.rounds(answers[30:], 4), rounds_from_lists(floor.match(answers[30:]), 4)
-        assert live.accepted.tolist() == replayed.accepted.tolist() and live.request.tolist() == replayed.request.tolist()
+        live, replayed = floor.rounds(answers[30:],
+                                      4), rounds_from_lists(floor.match(answers[30:]), 4)
+        assert live.accepted.tolist() == replayed.accepted.tolist() and live.request.tolist(
+        ) == replayed.request.tolist()
 
 
 def test_prompt_lookup_copies_from_prompt_and_answer():
@@ -58,15 +70,15 @@ def test_prompt_lookup_copies_from_prompt_and_answer():
     assert PromptLookup().draft([1, 2, 3, 1, 2], 2, 0) == [3, 1]
     rounds = floor.rounds([[12, 13, 14, 50]], gamma=3)
     assert rounds.accepted.tolist() == [0, 2] and rounds.drafted.tolist() == [
-        0,
-        3,
+        0, 3,
     ]  # no last token of the prompt seen before; after 12: 13 14 12
     with pytest.raises(MetricError, match="1 prompts but is asked about 2 answers"):
         floor.match([[1], [2]])
 
 
 def test_drafter_tokens_without_an_adapter():
-    matches, rounds = drafter_tokens([torch.tensor([1, 2, 9, 4]), [5]], [torch.tensor([1, 2, 3, 4]), [5, 6]], gamma=2)
+    matches, rounds = drafter_tokens([torch.tensor([1, 2, 9, 4]), [5]],
+                                     [torch.tensor([1, 2, 3, 4]), [5, 6]], gamma=2)
     assert [m.tolist() for m in matches] == [[True, True, False, True], [True, False]]
     assert rounds.accepted.tolist() == [2, 1, 1]
     with pytest.raises(MetricError, match="1 drafter answers but 2 verifier answers"):
@@ -90,11 +102,14 @@ def test_empty_input_is_named():
 TRACES = os.environ.get("XSD_REFERENCE_TRACES", "")
 
 
-@pytest.mark.skipif(not TRACES, reason="set XSD_REFERENCE_TRACES to the published token traces (not redistributable)")
+@pytest.mark.skipif(
+    not TRACES,
+    reason="set XSD_REFERENCE_TRACES to the published token traces (not redistributable)")
 def test_floors_on_published_traces_of_the_real_pair():
     rows = json.loads(Path(TRACES).read_text())["rows"]
     answers = [row["verifier_ids"] for row in rows]
-    fold = [i * 8 // len(answers) for i in range(len(answers))]  # neighbouring clips overlap: whole stretches are held out
+    fold = [i * 8 // len(answers) for i in range(len(answers))
+            ]  # neighbouring clips overlap: whole stretches are held out
     hits, accepted, n_rounds = [], 0, 0
     for k in range(8):
         floor = NGram([ids for ids, f in zip(answers, fold, strict=True) if f != k])
@@ -107,12 +122,10 @@ def test_floors_on_published_traces_of_the_real_pair():
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    prompt=st.lists(st.integers(0, 3), max_size=12),
-    answer=st.lists(st.integers(0, 3), max_size=12),
-    gamma=st.integers(1, 6),
-    longest=st.integers(1, 4),
-)
+@given(prompt=st.lists(st.integers(0, 3),
+                       max_size=12), answer=st.lists(st.integers(0, 3), max_size=12),
+       gamma=st.integers(1, 6), longest=st.integers(1, 4),
+       )
 def test_prompt_lookup_drafts_live_what_its_floor_drafts(prompt, answer, gamma, longest):
     live = proposers.PromptLookup(lambda sample: prompt, longest)
     live.begin(None)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError
-from xsd.metrics.hidden import HiddenStateMetrics, consecutive, cosines
+from xsd.evaluate.hidden import HiddenStateMetrics, consecutive, cosines
 
 TAUS = (0.0, 0.5, 0.9)
 
@@ -60,17 +60,22 @@ def test_equals_the_plain_loop(seed, gamma):
     assert result.cosine.mean == pytest.approx(statistics.fmean(tokens), abs=1e-6)
     assert result.cosine.std == pytest.approx(statistics.pstdev(tokens), abs=1e-6)
     assert result.cosine.median == pytest.approx(statistics.median(tokens), abs=1e-6)
-    assert (result.cosine.min, result.cosine.max) == (pytest.approx(min(tokens), abs=1e-6), pytest.approx(max(tokens), abs=1e-6))
+    assert (result.cosine.min, result.cosine.max) == (pytest.approx(min(tokens), abs=1e-6),
+                                                      pytest.approx(max(tokens), abs=1e-6))
     for tau in TAUS:
         assert result.acceptance[tau].value == pytest.approx(accepted[tau] / len(tokens))
         assert result.consecutive[tau].mean == pytest.approx(statistics.fmean(runs[tau]))
         assert result.consecutive[tau].median == statistics.median(runs[tau])
         assert result.consecutive[tau].max == max(runs[tau])
-        assert result.draft_acceptance[tau].prefill.value == pytest.approx(statistics.fmean(prefill[tau]))
-        assert result.draft_acceptance[tau].decode.value == pytest.approx(statistics.fmean(decode[tau]))
+        assert result.draft_acceptance[tau].prefill.value == pytest.approx(
+            statistics.fmean(prefill[tau]))
+        assert result.draft_acceptance[tau].decode.value == pytest.approx(
+            statistics.fmean(decode[tau]))
         at0 = result.positions[0]
-        assert at0.acceptance[tau].value == at0.survival[tau].value == pytest.approx(sum(r > 0 for r in runs[tau]) / len(runs[tau]))
-        assert sum(p.survival[tau].value * p.n for p in result.positions) == pytest.approx(sum(runs[tau]))
+        assert at0.acceptance[tau].value == at0.survival[tau].value == pytest.approx(
+            sum(r > 0 for r in runs[tau]) / len(runs[tau]))
+        assert sum(p.survival[tau].value * p.n
+                   for p in result.positions) == pytest.approx(sum(runs[tau]))
     assert [p.n for p in result.positions] == mask.sum(0)[mask.any(0)].tolist()
 
 
@@ -83,7 +88,7 @@ def test_any_order_and_any_split_give_the_same_result_to_the_last_bit(seed, orde
     first, second = HiddenStateMetrics(), HiddenStateMetrics()
     for i in order[:cut]:  # one sample at a time, padding cut to the sample
         n = int(mask[i].sum())
-        first.update(aligned[i : i + 1, :n], target[i : i + 1, :n], mask[i : i + 1, :n], [clusters[i]])
+        first.update(aligned[i:i + 1, :n], target[i:i + 1, :n], mask[i:i + 1, :n], [clusters[i]])
     rest = list(order[cut:])
     second.update(aligned[rest], target[rest], mask[rest], [clusters[i] for i in rest])
     assert second.merge(first).result(n_resamples=50) == whole.result(n_resamples=50)
@@ -92,7 +97,8 @@ def test_any_order_and_any_split_give_the_same_result_to_the_last_bit(seed, orde
 def test_bf16_states_are_accumulated_in_float32():
     aligned, target, mask, _ = make(3, d=4096, dtype=torch.bfloat16)
     exact = torch.nn.functional.cosine_similarity(aligned.double(), target.double(), dim=-1)
-    assert (cosines(aligned, target, mask) - exact)[mask].abs().max() < 1e-5  # bf16 accumulation would be off by 1e-2
+    assert (cosines(aligned, target, mask) -
+            exact)[mask].abs().max() < 1e-5  # bf16 accumulation would be off by 1e-2
 
 
 def test_padding_may_hold_anything():
@@ -110,17 +116,20 @@ def test_consecutive_stops_at_the_first_rejection():
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
-    [
-        (lambda a, t, m, c: (a[:, :-1], t, m, c), "aligned states has shape .* but the target states has"),
-        (lambda a, t, m, c: (a, t, m[:, :-1], c), "the mask has shape"),
-        (lambda a, t, m, c: (a, t, m.float(), c), "must be bool"),
-        (lambda a, t, m, c: (a, t, m & False, c), r"rows \[0, 1, 2, 3, 4\] have no real position"),
-        (lambda a, t, m, c: (a, t, torch.ones_like(m) ^ (torch.arange(6) == 0), c), "padding before a real position"),
-        (lambda a, t, m, c: (a.index_fill(1, torch.tensor([0]), math.nan), t, m, c), "the aligned state at sample 0, position 0 .* NaN"),
-        (lambda a, t, m, c: (a, t.index_fill(1, torch.tensor([0]), 0.0), m, c), "the target state at sample 0, position 0 .* zero vector"),
-        (lambda a, t, m, c: (a, t, m, c[:-1]), "clusters must name the sequence of each of the 7 samples"),
-        (lambda a, t, m, c: (a[0], t, m, c), r"must be \[B, S, D\]"),
-    ],
+    [(lambda a, t, m, c:
+      (a[:, :-1], t, m, c), "aligned states has shape .* but the target states has"),
+     (lambda a, t, m, c: (a, t, m[:, :-1], c), "the mask has shape"),
+     (lambda a, t, m, c: (a, t, m.float(), c), "must be bool"),
+     (lambda a, t, m, c: (a, t, m & False, c), r"rows \[0, 1, 2, 3, 4\] have no real position"),
+     (lambda a, t, m, c:
+      (a, t, torch.ones_like(m) ^ (torch.arange(6) == 0), c), "padding before a real position"),
+     (lambda a, t, m, c: (a.index_fill(1, torch.tensor([0]), math.nan), t, m, c),
+      "the aligned state at sample 0, position 0 .* NaN"),
+     (lambda a, t, m, c: (a, t.index_fill(1, torch.tensor([0]), 0.0), m, c),
+      "the target state at sample 0, position 0 .* zero vector"),
+     (lambda a, t, m, c:
+      (a, t, m, c[:-1]), "clusters must name the sequence of each of the 7 samples"),
+     (lambda a, t, m, c: (a[0], t, m, c), r"must be \[B, S, D\]"),],
 )
 def test_bad_input_is_named_and_nothing_is_kept(break_it, message):
     metrics = HiddenStateMetrics()
@@ -141,6 +150,9 @@ def test_rows_carry_interval_and_count():
     metrics = HiddenStateMetrics(TAUS)
     metrics.update(*make(2))
     rows = metrics.result(n_resamples=50).rows()
-    overall = next(r for r in rows if r["metric"] == "accept_at" and r["threshold"] == 0.5 and r["position"] is None)
-    assert overall["low"] <= overall["value"] <= overall["high"] and overall["n"] == int(make(2)[2].sum())
+    overall = next(
+        r for r in rows
+        if r["metric"] == "accept_at" and r["threshold"] == 0.5 and r["position"] is None)
+    assert overall["low"] <= overall["value"] <= overall["high"] and overall["n"] == int(
+        make(2)[2].sum())
     assert metrics.table()["length"].sum() == overall["n"]

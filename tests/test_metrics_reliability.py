@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from xsd.core import MetricError
-from xsd.metrics.reliability import Reliability, needed_threshold
+from xsd.evaluate.reliability import Reliability, needed_threshold
 
 COS = torch.tensor([[0.96, 0.92, 0.91, 0.3], [0.95, 0.86, 0.2, 0.1]])
 MATCH = torch.tensor([[1, 1, 0, 0], [1, 0, 0, 1]], dtype=torch.bool)
@@ -16,16 +16,16 @@ def test_bands_count_matches_and_open_below_so_that_they_add_up_to_thresholds():
     counts = Reliability()
     counts.update(COS, MATCH, MASK, ["a", "b"])
     result = counts.result(n_resamples=50)
-    assert [(b.low, b.high, b.n, b.n_match) for b in result.bands] == [
-        (-1, 0.5, 2, 0),
-        (0.85, 0.9, 1, 0),
-        (0.9, 0.95, 3, 2),
-        (0.95, 1.0, 1, 1),
-    ]
+    assert [(b.low, b.high, b.n, b.n_match) for b in result.bands] == [(-1, 0.5, 2, 0),
+                                                                       (0.85, 0.9, 1, 0),
+                                                                       (0.9, 0.95, 3, 2),
+                                                                       (0.95, 1.0, 1, 1),]
     at = result.thresholds[0.9]
     assert at.match_above.value == 3 / 4 and at.match_below.value == 0
     assert at.difference.value == pytest.approx(4 / 7 - 3 / 7)  # the cosine overstates
-    assert [(t, share.n, share.value) for t, share in result.positions[0.9]] == [(0, 2, 1.0), (1, 1, 1.0), (2, 1, 0.0)]
+    assert [(t, share.n, share.value) for t, share in result.positions[0.9]] == [(0, 2, 1.0),
+                                                                                 (1, 1, 1.0),
+                                                                                 (2, 1, 0.0)]
     assert result.correlation > 0
     assert result.bands[2].wilson.low < 2 / 3 < result.bands[2].wilson.high
 
@@ -47,10 +47,15 @@ def test_needed_threshold_is_the_lowest_that_keeps_the_promise():
     match = rng.random(300) < cosine
     for share in (0.6, 0.8, 0.95):
         out = needed_threshold(cosine, match, share)
-        kept = [tau for tau in sorted({-1.0, *cosine}) if (cosine > tau).any() and match[cosine > tau].mean() >= share]
+        kept = [
+            tau for tau in sorted({-1.0, *cosine})
+            if (cosine > tau).any() and match[cosine > tau].mean() >= share
+        ]
         assert out.threshold == (min(kept) if kept else None)
         if kept:
-            assert out.n_above == (cosine > out.threshold).sum() and out.match_above == match[cosine > out.threshold].mean()
+            assert out.n_above == (
+                cosine
+                > out.threshold).sum() and out.match_above == match[cosine > out.threshold].mean()
     assert needed_threshold(cosine, np.zeros(300, dtype=bool), 0.5).threshold is None
 
 

@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 
 from xsd.core import MetricError
-from xsd.metrics.speedup import (
+from xsd.evaluate.speedup import (
     Costs,
     accepted_within,
     break_even_acceptance,
@@ -18,7 +18,8 @@ from xsd.metrics.speedup import (
     sensitivity,
 )
 
-COSTS = Costs(prefill_drafter_ms=130, prefill_verifier_ms=310, draft_token_ms=8, align_ms=1, verify_ms={1: 14, 2: 15, 6: 20, 22: 70})
+COSTS = Costs(prefill_drafter_ms=130, prefill_verifier_ms=310, draft_token_ms=8, align_ms=1,
+              verify_ms={1: 14, 2: 15, 6: 20, 22: 70})
 
 
 def test_reproduces_the_published_break_even_table():
@@ -42,11 +43,13 @@ def test_expected_tokens_is_the_sum_of_survival_and_bonus():
 
 def test_prediction_by_hand():
     out = predict(COSTS, [1.0, 0.5], n_tokens=30, gamma=2)
-    # window 180 ms holds 22 drafts; survival 1, .5, .25, … → 2 accepted + 1; rounds of 1.5 accepted + 1
+    # window 180 ms holds 22 drafts; survival 1, .5, .25, … → 2 accepted + 1; rounds of 1.5 accepted
+    # + 1
     assert (out.n_free, out.tokens_per_round) == (22, 2.5)
     assert out.n_rounds == pytest.approx(27 / 2.5, abs=1e-5)
     assert out.parts_ms["hidden_drafts"] == 71 and out.parts_ms["prefill"] == 310
-    assert out.parts_ms["verify"] == pytest.approx(out.n_rounds * 16.25)  # v(3) between v(2) = 15 and v(6) = 20
+    assert out.parts_ms["verify"] == pytest.approx(out.n_rounds *
+                                                   16.25)  # v(3) between v(2) = 15 and v(6) = 20
     assert out.baseline_ms == 310 + 29 * 14
     assert out.speedup == pytest.approx(out.baseline_ms / sum(out.parts_ms.values()))
     assert out.residual_ms(out.total_ms + 7) == pytest.approx(7)
@@ -66,14 +69,16 @@ def test_a_drafter_that_is_never_right_slows_down_and_a_free_perfect_one_speeds_
 
 def test_break_even_acceptance_is_where_the_prediction_crosses():
     alpha = break_even_acceptance(COSTS, n_tokens=30, gamma=5)
-    assert predict(COSTS, [alpha ** (i + 1) for i in range(5)], n_tokens=30, gamma=5).speedup == pytest.approx(1.0, abs=1e-6)
+    assert predict(COSTS, [alpha**(i + 1) for i in range(5)], n_tokens=30,
+                   gamma=5).speedup == pytest.approx(1.0, abs=1e-6)
     assert break_even_acceptance(COSTS, n_tokens=30, gamma=5, target=50) is None
 
 
 def test_sensitivity_ranks_inputs_and_brackets_the_base():
     rows = sensitivity(COSTS, [0.8, 0.6, 0.5, 0.4, 0.3], n_tokens=50, gamma=5)
     by_name = {row["input"]: row for row in rows}
-    assert by_name["survival"]["speedup_less"] < by_name["survival"]["speedup"] < by_name["survival"]["speedup_more"]
+    assert by_name["survival"]["speedup_less"] < by_name["survival"]["speedup"] < by_name[
+        "survival"]["speedup_more"]
     assert by_name["verify_ms"]["speedup_less"] > by_name["verify_ms"]["speedup_more"]
     assert {"draft_token_ms", "overlap", "contention"} <= set(by_name)
 
@@ -84,14 +89,13 @@ def test_a_curve_goes_on_at_its_last_ratio():
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [
-        (lambda: predict(COSTS, [0.5, 0.6], n_tokens=30, gamma=5), "never rise"),
-        (lambda: predict(COSTS, [0.5], n_tokens=30, gamma=40), r"v\(41\) was not measured \(K = 1 … 22\)"),
-        (lambda: predict(COSTS, [0.5], n_tokens=0, gamma=4), "at least 1 but are 0 and 4"),
-        (lambda: dataclasses.replace(COSTS, verify_ms={2: 3.0}), "single-token pass"),
-        (lambda: dataclasses.replace(COSTS, overlap=1.2), r"overlap in \[0, 1\]"),
-        (lambda: reference_wall_clock(21), "divided by 100"),
-    ],
+    [(lambda: predict(COSTS, [0.5, 0.6], n_tokens=30, gamma=5), "never rise"),
+     (lambda: predict(COSTS, [0.5], n_tokens=30, gamma=40),
+      r"v\(41\) was not measured \(K = 1 … 22\)"),
+     (lambda: predict(COSTS, [0.5], n_tokens=0, gamma=4), "at least 1 but are 0 and 4"),
+     (lambda: dataclasses.replace(COSTS, verify_ms={2: 3.0}), "single-token pass"),
+     (lambda: dataclasses.replace(COSTS, overlap=1.2), r"overlap in \[0, 1\]"),
+     (lambda: reference_wall_clock(21), "divided by 100"),],
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(MetricError, match=message):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xsd.core import MetricError
-from xsd.metrics.statistics import (
+from xsd.evaluate.statistics import (
     aa_check,
     bootstrap_columns,
     bootstrap_difference,
@@ -31,7 +31,9 @@ def test_same_values_in_any_order_give_the_same_interval():
     rng = np.random.default_rng(1)
     values, clusters = rng.normal(size=500), rng.integers(0, 20, 500).astype(str)
     order = rng.permutation(500)
-    assert bootstrap_mean(values, clusters, n_resamples=300) == bootstrap_mean(values[order], clusters[order], n_resamples=300)
+    assert bootstrap_mean(values, clusters,
+                          n_resamples=300) == bootstrap_mean(values[order], clusters[order],
+                                                             n_resamples=300)
 
 
 def test_clusters_widen_the_interval_and_cover_the_truth():
@@ -49,10 +51,13 @@ def test_clusters_widen_the_interval_and_cover_the_truth():
 
 def test_gathering_and_multiplying_draw_from_the_same_distribution():
     sums = np.random.default_rng(0).normal(size=(400, 3))
-    few, many = resampled_sums(np.tile(sums, (1, 3)), n_resamples=4000), resampled_sums(sums, n_resamples=4000, seed=1)
+    few, many = resampled_sums(np.tile(sums, (1, 3)),
+                               n_resamples=4000), resampled_sums(sums, n_resamples=4000, seed=1)
     assert few.shape == (4000, 9) and many.shape == (4000, 3)
     np.testing.assert_allclose(few[:, :3].std(axis=0), many.std(axis=0), rtol=0.06)
-    np.testing.assert_allclose(np.cov(few[:, :2].T)[0, 1], np.cov(many[:, :2].T)[0, 1], atol=0.1 * 400)
+    np.testing.assert_allclose(
+        np.cov(few[:, :2].T)[0, 1],
+        np.cov(many[:, :2].T)[0, 1], atol=0.1 * 400)
 
 
 def test_paired_difference_is_narrower_than_the_arms():
@@ -63,8 +68,10 @@ def test_paired_difference_is_narrower_than_the_arms():
     difference = bootstrap_difference(a, b, clusters, n_resamples=500)
     assert difference.excludes(0.0) and difference.high - difference.low < 0.1
     ones = np.ones(200)
-    assert bootstrap_ratio_difference((a, ones), (b, ones), clusters, n_resamples=500).value == pytest.approx(difference.value)
-    assert aa_check(a, a, clusters, n_resamples=200).passed and not aa_check(a, b - 1, clusters, n_resamples=200).passed
+    assert bootstrap_ratio_difference((a, ones), (b, ones), clusters,
+                                      n_resamples=500).value == pytest.approx(difference.value)
+    assert aa_check(a, a, clusters, n_resamples=200).passed and not aa_check(
+        a, b - 1, clusters, n_resamples=200).passed
 
 
 def test_columns_share_their_resamples():
@@ -78,12 +85,14 @@ def test_columns_share_their_resamples():
 
 def test_one_sequence_gives_no_interval():
     out = bootstrap_mean([1, 2, 3], ["a"] * 3)
-    assert out.value == 2 and np.isnan(out.low) and not out.excludes(0) and out.text(percent=False) == "2.00 [–]"
+    assert out.value == 2 and np.isnan(
+        out.low) and not out.excludes(0) and out.text(percent=False) == "2.00 [–]"
 
 
 @pytest.mark.parametrize("n_columns", [2, 9])
 def test_many_clusters_are_drawn_as_few_are(n_columns):
-    """Above 256 clusters the draws are gathered or counted in place of a multinomial; mean and spread of the resampled sums stay."""
+    """Above 256 clusters the draws are gathered or counted in place of a multinomial; mean and
+    spread of the resampled sums stay."""
     sums = np.random.default_rng(3).integers(0, 9, (400, n_columns)).astype(float)
     drawn = resampled_sums(sums, n_resamples=4000, seed=1)
     assert drawn.shape == (4000, n_columns)
@@ -94,7 +103,9 @@ def test_many_clusters_are_drawn_as_few_are(n_columns):
 
 def test_denominators_may_stand_for_several_curves():
     rng = np.random.default_rng(5)
-    above, below, clusters = rng.integers(0, 4, (60, 6)), rng.integers(4, 9, (60, 3)), rng.integers(0, 7, 60)
+    above, below, clusters = rng.integers(0, 4,
+                                          (60, 6)), rng.integers(4, 9,
+                                                                 (60, 3)), rng.integers(0, 7, 60)
     whole = bootstrap_columns(above, np.tile(below, (1, 2)), clusters, n_resamples=100)
     assert bootstrap_columns(above, below, clusters, n_resamples=100) == whole
     with pytest.raises(MetricError, match="6 columns of numerators cannot share 4 columns"):
@@ -110,7 +121,8 @@ def test_wilson_against_a_published_value():
 def test_minimum_detectable_effect_of_independent_samples():
     rng = np.random.default_rng(0)
     values = rng.normal(size=2000)
-    assert minimum_detectable_effect(values, np.arange(2000)) == pytest.approx(2.8 / np.sqrt(2000), rel=0.05)
+    assert minimum_detectable_effect(values, np.arange(2000)) == pytest.approx(
+        2.8 / np.sqrt(2000), rel=0.05)
 
 
 def test_leakage_guard():
@@ -123,16 +135,14 @@ def test_leakage_guard():
 
 @pytest.mark.parametrize(
     ("call", "message"),
-    [
-        (lambda: bootstrap_mean([], []), "no sample to resample"),
-        (lambda: bootstrap_mean([1.0, float("nan")], ["a", "b"]), "value . to resample is not finite"),
-        (lambda: bootstrap_mean([1.0], ["a", "b"]), "1 values but 2 clusters"),
-        (lambda: bootstrap_ratio([1], [0], ["a"]), "nothing below the line"),
-        (lambda: bootstrap_difference([1, 2], [1], ["a", "b"]), "hold 2 and 1"),
-        (lambda: wilson(3, 2), "0 ≤ successes ≤ n"),
-        (lambda: minimum_detectable_effect([1, 2], ["a", "a"]), "at least two sequences"),
-        (lambda: cluster_sums([[1.0]], []), "1 values but 0 clusters"),
-    ],
+    [(lambda: bootstrap_mean([], []), "no sample to resample"),
+     (lambda: bootstrap_mean([1.0, float("nan")], ["a", "b"]), "value . to resample is not finite"),
+     (lambda: bootstrap_mean([1.0], ["a", "b"]), "1 values but 2 clusters"),
+     (lambda: bootstrap_ratio([1], [0], ["a"]), "nothing below the line"),
+     (lambda: bootstrap_difference([1, 2], [1], ["a", "b"]), "hold 2 and 1"),
+     (lambda: wilson(3, 2), "0 ≤ successes ≤ n"),
+     (lambda: minimum_detectable_effect([1, 2], ["a", "a"]), "at least two sequences"),
+     (lambda: cluster_sums([[1.0]], []), "1 values but 0 clusters"),],
 )
 def test_bad_input_is_named(call, message):
     with pytest.raises(MetricError, match=message):

@@ -6,20 +6,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError
-from xsd.metrics.tokens import TokenMetrics, head_tokens
+from xsd.evaluate.tokens import TokenMetrics, head_tokens
 
 
 def make(seed, n=6, s=7, vocabulary=5):
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, vocabulary, (n, s), generator=g)
-    predicted = torch.where(torch.rand(n, s, generator=g) < 0.6, ids, torch.randint(0, vocabulary, (n, s), generator=g))
+    predicted = torch.where(
+        torch.rand(n, s, generator=g) < 0.6, ids, torch.randint(0, vocabulary, (n, s), generator=g))
     mask = torch.arange(s) < torch.randint(1, s + 1, (n,), generator=g)[:, None]
     clusters = [f"seq{int(i)}" for i in torch.randint(0, 3, (n,), generator=g)]
     return predicted, ids, mask, clusters
 
 
 @settings(max_examples=20, deadline=None)
-@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 60), k=st.integers(1, 7), rows=st.integers(1, 12))
+@given(seed=st.integers(0, 10_000), chunk=st.integers(1, 60), k=st.integers(1, 7),
+       rows=st.integers(1, 12))
 def test_head_in_pieces_equals_the_whole_head(seed, chunk, k, rows):
     g = torch.Generator().manual_seed(seed)
     hidden, weight = torch.randn(9, 16, generator=g), torch.randn(50, 16, generator=g)
@@ -30,7 +32,8 @@ def test_head_in_pieces_equals_the_whole_head(seed, chunk, k, rows):
     assert torch.equal(out.top_ids, ids)
     torch.testing.assert_close(out.top_logits, values)
     torch.testing.assert_close(out.logsumexp, logits.logsumexp(1))
-    torch.testing.assert_close(out.cross_entropy, torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
+    torch.testing.assert_close(out.cross_entropy,
+                               torch.nn.functional.cross_entropy(logits, targets, reduction="none"))
 
 
 def test_a_tie_goes_to_the_lower_id_and_ids_beyond_the_vocabulary_are_never_drafted():
@@ -42,13 +45,15 @@ def test_a_tie_goes_to_the_lower_id_and_ids_beyond_the_vocabulary_are_never_draf
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        ({"hidden": torch.ones(2, 5), "weight": torch.ones(8, 4)}, r"the LM head is \[8, 4\] .* widths must agree"),
-        ({"hidden": torch.full((2, 4), float("nan")), "weight": torch.ones(8, 4)}, "NaN"),
-        ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "top_k": 9}, "top_k must be between 1 and the vocabulary's 8"),
-        ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "targets": torch.tensor([1, 8])}, "outside the head's 8 tokens"),
-        ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "targets": torch.tensor([1])}, "one token id a state"),
-    ],
+    [({"hidden": torch.ones(2, 5), "weight": torch.ones(8, 4)
+       }, r"the LM head is \[8, 4\] .* widths must agree"),
+     ({"hidden": torch.full((2, 4), float("nan")), "weight": torch.ones(8, 4)}, "NaN"),
+     ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "top_k": 9
+       }, "top_k must be between 1 and the vocabulary's 8"),
+     ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "targets": torch.tensor([1, 8])
+       }, "outside the head's 8 tokens"),
+     ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "targets": torch.tensor([1])
+       }, "one token id a state"),],
 )
 def test_wrong_heads_are_named(arguments, message):
     with pytest.raises(MetricError, match=message):
@@ -77,7 +82,8 @@ def test_equals_the_plain_loop(seed, gamma):
             accepted, rounds, at = accepted + k, rounds + 1, at + k + 1
     assert result.acceptance.value == pytest.approx(matched / total)
     assert result.consecutive.mean == pytest.approx(sum(runs) / len(runs))
-    assert result.accepted_per_round.value == pytest.approx(accepted / rounds) == pytest.approx(result.rounds.mean_accepted)
+    assert result.accepted_per_round.value == pytest.approx(accepted / rounds) == pytest.approx(
+        result.rounds.mean_accepted)
     assert sum(at.survival.value * at.n for at in result.positions) == pytest.approx(sum(runs))
     assert metrics.table()["consecutive"].tolist() == runs
 
@@ -96,8 +102,7 @@ def test_states_through_the_head_equal_ids_given_directly_in_any_split():
     result, merged = whole.result(n_resamples=50), other.merge(parts).result(n_resamples=50)
     assert result.acceptance == merged.acceptance and result.positions == merged.positions and result.top_k == merged.top_k
     assert result.cross_entropy.value == pytest.approx(
-        merged.cross_entropy.value, abs=1e-5
-    )  # the product's rounding depends on its row count
+        merged.cross_entropy.value, abs=1e-5)  # the product's rounding depends on its row count
     direct = TokenMetrics(top_k=(1,))
     direct.update((aligned @ weight.T).argmax(-1), ids, mask, clusters)
     assert direct.result(n_resamples=50).acceptance == result.acceptance
@@ -106,15 +111,13 @@ def test_states_through_the_head_equal_ids_given_directly_in_any_split():
 
 @pytest.mark.parametrize(
     ("break_it", "message"),
-    [
-        (lambda p, v, m, c: (p[:, :-1], v, m, c), "predicted must be integer ids"),
-        (lambda p, v, m, c: (p.float(), v, m, c), "logits go through head_tokens"),
-        (lambda p, v, m, c: (p, v[:, :-1], m, c), "the verifier's ids has shape"),
-        (lambda p, v, m, c: (p, v.float(), m, c), "must be integer token ids"),
-        (lambda p, v, m, c: (p, v - 9, m, c), "negative token id"),
-        (lambda p, v, m, c: (p, v, m & False, c), "have no real position"),
-        (lambda p, v, m, c: (p, v, m, "seq"), "clusters must name"),
-    ],
+    [(lambda p, v, m, c: (p[:, :-1], v, m, c), "predicted must be integer ids"),
+     (lambda p, v, m, c: (p.float(), v, m, c), "logits go through head_tokens"),
+     (lambda p, v, m, c: (p, v[:, :-1], m, c), "the verifier's ids has shape"),
+     (lambda p, v, m, c: (p, v.float(), m, c), "must be integer token ids"),
+     (lambda p, v, m, c: (p, v - 9, m, c), "negative token id"),
+     (lambda p, v, m, c: (p, v, m & False, c), "have no real position"),
+     (lambda p, v, m, c: (p, v, m, "seq"), "clusters must name"),],
 )
 def test_bad_input_is_named(break_it, message):
     metrics = TokenMetrics()

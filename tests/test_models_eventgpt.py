@@ -15,7 +15,7 @@ OFFICIAL = load_file(REFERENCE / "reference.safetensors")
 
 
 def frames(suffix: str) -> torch.Tensor:
-    return OFFICIAL["event_tensors"][: 1 if suffix else 5]
+    return OFFICIAL["event_tensors"][:1 if suffix else 5]
 
 
 @pytest.mark.parametrize("suffix", ["", "_1f"])
@@ -24,16 +24,20 @@ def test_logits_and_states_equal_the_official_code(suffix):
     model = reference_drafter().model
     embeds = model.embed_prompt(OFFICIAL["input_ids"][0], model.event_tokens(frames(suffix)))
     torch.testing.assert_close(embeds, OFFICIAL["inputs_embeds" + suffix][0], atol=1e-5, rtol=0)
-    output = model(OFFICIAL["input_ids"], event_pixels=frames(suffix)[None], output_hidden_states=True)
+    output = model(OFFICIAL["input_ids"], event_pixels=frames(suffix)[None],
+                   output_hidden_states=True)
     torch.testing.assert_close(output.logits, OFFICIAL["logits" + suffix], atol=1e-5, rtol=0)
-    torch.testing.assert_close(output.hidden_states[-1], OFFICIAL["last_hidden" + suffix], atol=1e-5, rtol=0)
+    torch.testing.assert_close(output.hidden_states[-1], OFFICIAL["last_hidden" + suffix],
+                               atol=1e-5, rtol=0)
     assert torch.equal(model.lm_head(output.hidden_states[-1]), output.logits)
 
 
 @pytest.mark.parametrize("suffix", ["", "_1f"])
 def test_sixteen_of_sixteen_greedy_tokens_equal_the_official_code(suffix):
     official = OFFICIAL["greedy_ids" + suffix][:, 1:]  # its first id is BOS
-    ids = reference_drafter().model.generate(OFFICIAL["input_ids"], event_pixels=frames(suffix)[None], max_new_tokens=16, do_sample=False)
+    ids = reference_drafter().model.generate(OFFICIAL["input_ids"],
+                                             event_pixels=frames(suffix)[None], max_new_tokens=16,
+                                             do_sample=False)
     assert torch.equal(ids, official)
 
 
@@ -51,7 +55,8 @@ def test_event_tokens_are_frame_means_then_position_means():
 
 
 def test_prompt_ids_equal_the_official_tokenisation():
-    before, after = prompts.drafter_prompt_ids(reference_drafter().tokenizer, "Describe in detail what happened in the scene.")
+    before, after = prompts.drafter_prompt_ids(reference_drafter().tokenizer,
+                                               "Describe in detail what happened in the scene.")
     assert [*before, EVENT_TOKEN_ID, *after] == OFFICIAL["input_ids"][0].tolist()
 
 
@@ -79,11 +84,11 @@ def test_save_and_load_keep_weights_names_and_architecture(tmp_path):
 
 def test_a_new_model_has_the_official_names_too(tmp_path):
     vision = json.loads((CLIP / "config.json").read_text())
-    config = EventGPTConfig(
-        vocab_size=401, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4, vision_config=vision
-    )
+    config = EventGPTConfig(vocab_size=401, hidden_size=64, intermediate_size=128,
+                            num_hidden_layers=2, num_attention_heads=4, vision_config=vision)
     EventGPTForCausalLM(config).save_pretrained(tmp_path)
-    assert load_file(tmp_path / "model.safetensors").keys() == load_file(REFERENCE / "model.safetensors").keys()
+    assert load_file(tmp_path / "model.safetensors").keys() == load_file(
+        REFERENCE / "model.safetensors").keys()
 
 
 def test_full_size_has_the_published_tensors_and_parameters():
@@ -99,13 +104,16 @@ def test_labels_and_mask_widen_with_the_event_tokens():
     model = reference_drafter().model
     ids = OFFICIAL["input_ids"].repeat(2, 1)
     pixels = torch.stack([frames(""), frames("").flip(0)])
-    output = model(ids, event_pixels=pixels, attention_mask=torch.ones_like(ids), labels=ids.masked_fill(ids == EVENT_TOKEN_ID, -100))
+    output = model(ids, event_pixels=pixels, attention_mask=torch.ones_like(ids),
+                   labels=ids.masked_fill(ids == EVENT_TOKEN_ID, -100))
     assert output.logits.shape == (2, 111, 401)
     torch.testing.assert_close(output.logits[:1], OFFICIAL["logits"], atol=1e-5, rtol=0)
-    logits = torch.cat([output.logits[:, :71], output.logits[:, 80:]], dim=1)  # the text positions and the last event position
+    logits = torch.cat([output.logits[:, :71], output.logits[:, 80:]],
+                       dim=1)  # the text positions and the last event position
     shifted = ids[:, [*range(1, 71), *range(72, 102)]]
     rows = torch.cat([logits[:, :70], logits[:, 71:101]], dim=1)
-    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(rows.flatten(0, 1), shifted.flatten()))
+    torch.testing.assert_close(
+        output.loss, torch.nn.functional.cross_entropy(rows.flatten(0, 1), shifted.flatten()))
 
 
 def test_the_prompt_is_cut_at_the_tokenizers_maximum():

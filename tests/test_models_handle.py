@@ -23,13 +23,15 @@ def transformers_ids(handle, sample, n, eos):
     """What a user of transformers would get: its own generate on ids and pixels."""
     before, after = handle.prompt_ids(sample.question)
     if handle.role == "drafter":
-        ids, extra = torch.tensor([[*before, -200, *after]]), {"event_pixels": handle.pixels(sample.event_frames)[None]}
+        ids, extra = torch.tensor([[*before, -200, *after]
+                                   ]), {"event_pixels": handle.pixels(sample.event_frames)[None]}
         cut = 0
     else:
         n_video = 8 * 5
         ids = torch.tensor([[*before, *[handle.model.config.video_token_id] * n_video, *after]])
         extra, cut = {"pixel_values_videos": handle.pixels(sample.video)[None]}, ids.shape[1]
-    out = handle.model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=eos, pad_token_id=0, **extra)
+    out = handle.model.generate(ids, max_new_tokens=n, do_sample=False, eos_token_id=eos,
+                                pad_token_id=0, **extra)
     return out[0, cut:].tolist()
 
 
@@ -38,7 +40,8 @@ def test_it_is_a_decoder_handle(role):
     handle = handle_of(role)
     assert isinstance(handle, core.DecoderHandle)
     assert handle.hidden_size == 32 and handle.eos_token_ids == frozenset({2})
-    assert handle.draft_vocab_size == 400 and handle.vocab_size == (400 if role == "drafter" else 464)
+    assert handle.draft_vocab_size == 400 and handle.vocab_size == (400
+                                                                    if role == "drafter" else 464)
 
 
 @ROLES
@@ -53,7 +56,8 @@ def test_verifier_logits_equal_the_whole_models_forward():
     handle = handle_of("verifier")
     before, after = handle.prompt_ids(SAMPLES[0].question)
     ids = torch.tensor([[*before, *[handle.model.config.video_token_id] * 40, *after]])
-    output = handle.model(input_ids=ids, pixel_values_videos=handle.pixels(SAMPLES[0].video)[None], output_hidden_states=True)
+    output = handle.model(input_ids=ids, pixel_values_videos=handle.pixels(SAMPLES[0].video)[None],
+                          output_hidden_states=True)
     state = handle.prefill(SAMPLES[0])
     assert state.length == ids.shape[1]
     torch.testing.assert_close(state.logits, output.logits[0, -1], atol=1e-6, rtol=0)
@@ -124,10 +128,11 @@ def test_rollback_forgets_rejected_tokens(role):
 def test_forced_states_are_the_greedy_states_on_its_own_answer(role):
     handle = handle_of(role)
     answers = handle.generate(SAMPLES, 9)
-    ragged = [answer.ids[: 3 + row] for row, answer in enumerate(answers)]
-    for answer, ids, forced in zip(answers, ragged, handle.force(SAMPLES, ragged, batch_size=4), strict=True):
+    ragged = [answer.ids[:3 + row] for row, answer in enumerate(answers)]
+    for answer, ids, forced in zip(answers, ragged, handle.force(SAMPLES, ragged, batch_size=4),
+                                   strict=True):
         assert torch.equal(forced.top_ids, ids)
-        torch.testing.assert_close(forced.hidden, answer.hidden[: len(ids)], atol=5e-5, rtol=0)
+        torch.testing.assert_close(forced.hidden, answer.hidden[:len(ids)], atol=5e-5, rtol=0)
 
 
 @ROLES
@@ -149,7 +154,9 @@ def test_ten_questions_on_a_clip_run_the_tower_once(monkeypatch):
     encode = handle._encode_images
     monkeypatch.setattr(handle, "_encode_images", lambda images: calls.append(1) or encode(images))
     clip = SAMPLES[0]
-    same_clip = [dataclasses.replace(clip, question=f"What is {word}?") for word in ("ahead", "left", "red")]
+    same_clip = [
+        dataclasses.replace(clip, question=f"What is {word}?") for word in ("ahead", "left", "red")
+    ]
     handle.generate(same_clip, 2)
     assert len(calls) == 1
     handle.prefill(clip)
@@ -165,7 +172,9 @@ def test_questions_on_one_clip_share_its_prefill(role, monkeypatch):
     answers = handle.generate(SAMPLES, 8)
     fed = []
     forward = handle.decoder.forward
-    monkeypatch.setattr(handle.decoder, "forward", lambda **inputs: fed.append(inputs["inputs_embeds"].shape[:2]) or forward(**inputs))
+    monkeypatch.setattr(
+        handle.decoder, "forward",
+        lambda **inputs: fed.append(inputs["inputs_embeds"].shape[:2]) or forward(**inputs))
     batched = handle.force(SAMPLES, [answer.ids for answer in answers], batch_size=6)
     before, _ = handle.prompt_ids(SAMPLES[0].question)
     n_visual = len(handle.visual_tokens(SAMPLES[0]))
@@ -179,7 +188,10 @@ def test_questions_on_one_clip_share_its_prefill(role, monkeypatch):
 
 def test_clips_of_one_and_five_frames_go_in_one_batch():
     handle = handle_of("drafter")
-    mixed = [*SAMPLES[:3], dataclasses.replace(SAMPLES[0], event_frames=SAMPLES[0].event_frames[:1])]
+    mixed = [
+        *SAMPLES[:3],
+        dataclasses.replace(SAMPLES[0], event_frames=SAMPLES[0].event_frames[:1])
+    ]
     for sample, answer in zip(mixed, handle.generate(mixed, 6), strict=True):
         assert torch.equal(answer.ids, handle.generate([sample], 6)[0].ids)
 
@@ -191,20 +203,23 @@ def test_empty_input_is_refused_with_a_sentence():
     with pytest.raises(core.DatasetError, match="has no event frame"):
         pair.drafter.prefill(dataclasses.replace(SAMPLES[0], event_frames=[]))
     with pytest.raises(core.VideoError, match="has no video frame"):
-        pair.verifier.prefill(dataclasses.replace(SAMPLES[0], video=np.zeros((0, 4, 4, 3), np.uint8)))
+        pair.verifier.prefill(
+            dataclasses.replace(SAMPLES[0], video=np.zeros((0, 4, 4, 3), np.uint8)))
     with pytest.raises(ValueError, match="one answer for each sample"):
         pair.drafter.force(SAMPLES, [])
 
 
 def test_one_frame_or_five_change_the_prompt_length():
-    five, one = SAMPLES[0], dataclasses.replace(SAMPLES[0], event_frames=SAMPLES[0].event_frames[:1])
+    five, one = SAMPLES[0], dataclasses.replace(SAMPLES[0],
+                                                event_frames=SAMPLES[0].event_frames[:1])
     handle = handle_of("drafter")
     assert handle.prefill(five).length - handle.prefill(one).length == 4
 
 
 def test_both_prompts_have_one_bos_and_the_questions_own_words():
     pair = tiny_pair()
-    for handle, split in ((pair.drafter, prompts.drafter_prompt_ids), (pair.verifier, prompts.verifier_prompt_ids)):
+    for handle, split in ((pair.drafter, prompts.drafter_prompt_ids),
+                          (pair.verifier, prompts.verifier_prompt_ids)):
         before, after = split(handle.tokenizer, "What is on the road?")
         assert before[0] == 1 and (before + after).count(1) == 1
         assert "What is on the road? ASSISTANT:" in handle.text(after)
@@ -221,4 +236,5 @@ def test_text_and_token_text_round_trip():
 def test_weights_hash_tells_models_apart():
     pair = tiny_pair()
     assert len(pair.drafter.weights_hash()) == 64
-    assert pair.drafter.weights_hash() == pair.drafter.weights_hash() != pair.verifier.weights_hash()
+    assert pair.drafter.weights_hash() == pair.drafter.weights_hash() != pair.verifier.weights_hash(
+    )

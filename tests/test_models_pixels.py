@@ -15,7 +15,8 @@ from xsd.models import pixels
 def test_pixels_equal_transformers_clip_processor(shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     size = 28
-    processor = CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+    processor = CLIPImageProcessorPil(size={"shortest_edge": size},
+                                      crop_size={"height": size, "width": size})
     expected = torch.as_tensor(np.asarray(processor(image, return_tensors="np")["pixel_values"]))
     torch.testing.assert_close(pixels.PixelSpec(size, size)([image]), expected, atol=1e-6, rtol=0)
 
@@ -37,7 +38,10 @@ def test_a_preprocessor_of_another_tower_is_refused(tmp_path):
 
 
 def test_a_video_processors_nested_configuration_is_read(tmp_path):
-    inner = {"size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28}, "image_mean": [0, 0, 0], "image_std": [1, 1, 1]}
+    inner = {
+        "size": {"shortest_edge": 28}, "crop_size": {"height": 28, "width": 28},
+        "image_mean": [0, 0, 0], "image_std": [1, 1, 1]
+    }
     (tmp_path / "processor_config.json").write_text(json.dumps({"video_processor": inner}))
     assert pixels.read_pixel_spec(tmp_path, image_size=28).mean == (0, 0, 0)
 

@@ -37,7 +37,8 @@ def test_eight_bit_configuration_names_the_same_modules():
 def test_unknown_formats_are_refused():
     with pytest.raises(ParameterError, match="dtype 'int4' is unknown; choose one of float32"):
         quantization.dtype_of("int4")
-    with pytest.raises(ParameterError, match="quantisation '3bit' is unknown; choose '4bit', '8bit' or none"):
+    with pytest.raises(ParameterError,
+                       match="quantisation '3bit' is unknown; choose '4bit', '8bit' or none"):
         loading.load_drafter(REFERENCE, vision_tower=CLIP, quant="3bit")
 
 

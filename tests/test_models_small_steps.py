@@ -1,4 +1,5 @@
-"""A few rows at a time: the arranged weights compute what transformers' own decoder computes, on a cache that grows and shrinks."""
+"""A few rows at a time: the arranged weights compute what transformers' own decoder computes, on a
+cache that grows and shrinks."""
 
 import pytest
 import torch
@@ -23,7 +24,8 @@ def test_states_equal_transformers_decoder_through_growth_and_rollback(role):
     for rows, keep in ((1, 1), (6, 2), (90, 90), (3, 0), (1, 1)):  # 90 rows outgrow the buffer
         ids = torch.randint(3, 300, (rows,), generator=generator)
         own = handle.extend(state, ids)[0]
-        theirs = handle.decoder(inputs_embeds=handle._lookup(ids)[None], past_key_values=plain, use_cache=True).last_hidden_state[0]
+        theirs = handle.decoder(inputs_embeds=handle._lookup(ids)[None], past_key_values=plain,
+                                use_cache=True).last_hidden_state[0]
         torch.testing.assert_close(own, theirs, atol=2e-5, rtol=0)
         handle.rollback(state, state.length - rows + keep)
         if keep < rows:
@@ -52,7 +54,8 @@ def test_a_changed_weight_is_noticed():
     try:
         with torch.no_grad():
             weight.mul_(0.5)
-        assert not torch.allclose(handle.extend(handle.prefill(SAMPLE), token)[0], before, atol=1e-3)
+        assert not torch.allclose(
+            handle.extend(handle.prefill(SAMPLE), token)[0], before, atol=1e-3)
     finally:
         with torch.no_grad():
             weight.copy_(kept)

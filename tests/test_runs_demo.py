@@ -16,45 +16,62 @@ def interval(value, width=0.1, n=24):
 
 
 def results():
-    names = {"L4": "L4", "L5F": "L5F", "B1 (reads the verifier)": "B1", "drafter tokens": "drafter_tokens", "4-gram": "ngram", "L1": "L1"}
+    names = {
+        "L4": "L4", "L5F": "L5F", "B1 (reads the verifier)": "B1",
+        "drafter tokens": "drafter_tokens", "4-gram": "ngram", "L1": "L1"
+    }
     rows = {
         names[row["name"]]: {
-            "label": row["name"],
-            "kind": row["kind"],
-            "token_acceptance": interval(0.5),
+            "label": row["name"], "kind": row["kind"], "token_acceptance": interval(0.5),
             "accepted_length": {key: row[key] for key in ("value", "low", "high", "n")},
             "above_floor": interval(row["value"] - 1.5),
-        }
-        for row in lengths_table().to_dict("records")
-        if row["name"] in names
+        } for row in lengths_table().to_dict("records") if row["name"] in names
     }
-    levels = {level: {"cosine": interval(0.9, 0.01), "accept": interval(0.5)} for level in ("L1", "L4", "L5F", "B1")}
+    levels = {
+        level: {"cosine": interval(0.9, 0.01), "accept": interval(0.5)}
+        for level in ("L1", "L4", "L5F", "B1")
+    }
     arms = {
         f"arm{index}": {
-            "label": row["name"],
-            "kind": row["kind"],
-            "speedup": interval(row["value"]),
-            "total_ms": interval(300.0, 20),
-            "accepted_length": interval(2.0),
-        }
-        for index, row in enumerate(speedups().to_dict("records"))
+            "label": row["name"], "kind": row["kind"], "speedup": interval(row["value"]),
+            "total_ms": interval(300.0, 20), "accepted_length": interval(2.0),
+        } for index, row in enumerate(speedups().to_dict("records"))
     }
-    check = {"labels": "L4, B1 and L1 + L5F", "n_answers": 30, "n_identical": 30, "n_near_ties": 0, "n_divergences": 0}
+    check = {
+        "labels": "L4, B1 and L1 + L5F", "n_answers": 30, "n_identical": 30, "n_near_ties": 0,
+        "n_divergences": 0
+    }
     counts = {"sequences": 4, "pairs": 80, "tokens": 1900}
     return {
-        "extract": {"train": counts, "test": {"simulated": {**counts, "duplicate_rate": 0.34}, "davis_road": counts}, "data_hash": "abc"},
-        "train": {"levels": {level: {"parameters": 33281, "seconds": 2.5, "epochs": 12, "validation_loss": 0.8} for level in ("L1", "L4")}},
-        "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}},
-        "tokens": {"test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}},
-        "live": {"arms": arms, "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_answers": 30, "n_identical": 30, "check": check},
+        "extract": {
+            "train": counts,
+            "test": {"simulated": {**counts, "duplicate_rate": 0.34},
+                     "davis_road": counts}, "data_hash": "abc"
+        }, "train": {
+            "levels": {
+                level: {"parameters": 33281, "seconds": 2.5, "epochs": 12, "validation_loss": 0.8}
+                for level in ("L1", "L4")
+            }
+        }, "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}}, "tokens": {
+            "test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}
+        }, "live": {
+            "arms": arms, "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_answers": 30,
+            "n_identical": 30, "check": check
+        },
     }
 
 
 @pytest.fixture
 def finished(tmp_path):
     run_dir, found = tmp_path / "run", results()
-    folder.save_tokens(run_dir, pd.concat([token_table().assign(data="simulated"), token_table(4, run="demo").assign(data="davis_road")]))
-    kept = folder.save_live(run_dir, live_runs(), {token: f" word{token}" for token in range(12)}, question="What is moving?")
+    folder.save_tokens(
+        run_dir,
+        pd.concat([
+            token_table().assign(data="simulated"),
+            token_table(4, run="demo").assign(data="davis_road")
+        ]))
+    kept = folder.save_live(run_dir, live_runs(), {token: f" word{token}" for token in range(12)},
+                            question="What is moving?")
     found["tokens"]["test"]["simulated"] |= acceptance.curves(token_table())
     found["live"]["timeline"] = json.loads(kept.read_text())
     for name, values in found.items():
@@ -72,23 +89,23 @@ def test_the_page_is_true_offline_and_complete(finished):
     page = demo.build(finished, profile="demo", seed=0, seconds={"01_extract": 10.0}).read_text()
     assert numbers.external_requests(page) == []
     stored = {**folder.load_results(finished / "run")}
-    lead = page[page.index('class="lead"') : page.index("<nav>")]
+    lead = page[page.index('class="lead"'):page.index("<nav>")]
     assert 'data-key="tokens/test/simulated/rows/L5F/above_floor/value" data-format="+.2f">+2.60<' in lead
     assert 'data-key="live/arms/arm1/speedup/value"' in lead
-    text = page[page.index("How templated the answers are") :]
+    text = page[page.index("How templated the answers are"):]
     assert 'data-key="extract/test/simulated/duplicate_rate" data-format=".1%">34.0%<' in text[:400]
     assert 'data-key="tokens/test/simulated/rows/ngram/accepted_length/value"' in text[:600]
-    assert all(
-        title in page
-        for title in ("What was done", "How many draft tokens", "Position by position", "token by token", "Live", "does not show")
-    )
+    assert all(title in page
+               for title in ("What was done", "How many draft tokens", "Position by position",
+                             "token by token", "Live", "does not show"))
     assert stored["live"]["n_identical"] == 30 and page.count("token-pairs") == 6
 
 
 def test_every_number_in_a_picture_is_in_the_results(finished):
     page = demo.build(finished, profile="demo", seed=0, seconds={}).read_text()
     stored = json.loads((finished / "results.json").read_text())
-    assert page.count("Plotly.newPlot(") >= 6 and "in the answer" in page and "milliseconds since" in page
+    assert page.count(
+        "Plotly.newPlot(") >= 6 and "in the answer" in page and "milliseconds since" in page
     assert numbers.picture_disagreements(page, stored) == []
     stored["tokens"]["test"]["simulated"]["by_position"]["survival"][2] += 0.0123
     for span in stored["live"]["timeline"]["generations"]["baseline"]["spans"]:
@@ -107,16 +124,16 @@ def test_a_run_with_less_says_less(finished):
 
 def test_a_live_run_comes_back_as_it_was(finished):
     generations, texts, about = folder.load_live(finished / "run")
-    assert generations == live_runs() and texts[3] == " word3" and about == {"question": "What is moving?"}
+    assert generations == live_runs() and texts[3] == " word3" and about == {
+        "question": "What is moving?"
+    }
     assert list(generations) == ["speculative", "baseline"]
 
 
 def test_missing_parts_of_a_run_are_named(tmp_path):
-    for load, words in (
-        (folder.load_results, "holds no results"),
-        (folder.load_tokens, "no token table"),
-        (folder.load_live, "no live run"),
-    ):
+    for load, words in ((folder.load_results, "holds no results"),
+                        (folder.load_tokens, "no token table"), (folder.load_live, "no live run"),
+                        ):
         with pytest.raises(ParameterError, match=words):
             load(tmp_path)
 
@@ -124,15 +141,21 @@ def test_missing_parts_of_a_run_are_named(tmp_path):
 def test_the_recording_comes_second_and_its_intervals_are_called_weak():
     found = results()
     one = found["tokens"]["test"]["simulated"]
-    sets = {"davis_road": {**one, "cluster": "clip", "n_clusters": 3}, "simulated": {**one, "cluster": "sequence"}}
+    sets = {
+        "davis_road": {**one, "cluster": "clip", "n_clusters": 3},
+        "simulated": {**one, "cluster": "sequence"}
+    }
     found["tokens"] = {"gamma": 5, "test": sets}
     lead = demo_page.lead(found)
     assert "accepted drafts a round (at γ = {tokens/gamma:d})" in lead
     assert lead.index("held-out simulated drives") < lead.index("a real road")
     section = demo_page._acceptance("unused", found)
-    captions = [part.caption for part in section.parts if "Intervals draw" in getattr(part, "caption", "")]
+    captions = [
+        part.caption for part in section.parts if "Intervals draw" in getattr(part, "caption", "")
+    ]
     assert "whole sequences" in captions[0]
-    assert "{tokens/test/davis_road/n_clusters:d} overlapping clips of one sequence: they are weak" in captions[1]
+    assert "{tokens/test/davis_road/n_clusters:d} overlapping clips of one sequence: they are weak" in captions[
+        1]
 
 
 def test_lead_is_empty_without_results():

@@ -12,11 +12,13 @@ from xsd.runs import hygiene, parameters
 
 def defaults_cell(**changes):
     values = {**parameters.CompareParameters.checked({}).model_dump(), **changes}
-    return new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()), metadata={"tags": ["parameters"]})
+    return new_code_cell("\n".join(f"{name} = {value!r}" for name, value in values.items()),
+                         metadata={"tags": ["parameters"]})
 
 
 def golden(text="7\n"):
-    return new_code_cell("print(7)", outputs=[new_output("stream", name="stdout", text=text)], execution_count=2)
+    return new_code_cell("print(7)", outputs=[new_output("stream", name="stdout", text=text)],
+                         execution_count=2)
 
 
 def stored(tmp_path, *cells, normal=True):
@@ -38,19 +40,23 @@ def test_a_clean_notebook_has_no_problem_and_normalising_is_idempotent(tmp_path)
 
 @pytest.mark.parametrize(
     ("cells", "words"),
-    [
-        ([golden()], "exactly one cell tagged 'parameters', this one has 0"),
-        ([defaults_cell(), defaults_cell(), golden()], "this one has 2"),
-        ([defaults_cell(seed=5), golden()], "parameter 'seed' is 5 in the cell but 0 in CompareParameters"),
-        ([defaults_cell(extra=1), golden()], "parameter 'extra' is in only one of"),
-        ([defaults_cell()], "has no compared cell"),
-        (
-            [defaults_cell(), golden(), new_code_cell("x", outputs=[new_output("stream", name="stderr", text="no")])],
-            "stores an error or stderr",
-        ),
-        ([defaults_cell(), golden(), new_code_cell("x", outputs=[new_output("display_data", {"text/html": "<b>"})])], "stores text/html"),
-        ([defaults_cell(), golden("x" * 210_000)], "at most 200 kB"),
-    ],
+    [([golden()], "exactly one cell tagged 'parameters', this one has 0"),
+     ([defaults_cell(), defaults_cell(), golden()], "this one has 2"),
+     ([defaults_cell(seed=5), golden()
+       ], "parameter 'seed' is 5 in the cell but 0 in CompareParameters"),
+     ([defaults_cell(extra=1), golden()], "parameter 'extra' is in only one of"),
+     ([defaults_cell()], "has no compared cell"),
+     ([
+         defaults_cell(),
+         golden(),
+         new_code_cell("x", outputs=[new_output("stream", name="stderr", text="no")])
+     ], "stores an error or stderr",
+      ),
+     ([
+         defaults_cell(),
+         golden(),
+         new_code_cell("x", outputs=[new_output("display_data", {"text/html": "<b>"})])
+     ], "stores text/html"), ([defaults_cell(), golden("x" * 210_000)], "at most 200 kB"),],
 )
 def test_each_fault_is_named(tmp_path, cells, words):
     path = stored(tmp_path, *cells)
@@ -74,11 +80,14 @@ def test_code_in_the_parameters_cell_is_refused():
 
 
 def test_committed_notebooks_are_clean():
-    assert {path.stem: problems for path in hygiene.committed() if (problems := hygiene.problems(path))} == {}
+    assert {
+        path.stem: problems for path in hygiene.committed() if (problems := hygiene.problems(path))
+    } == {}
 
 
 def policy():
-    spec = importlib.util.spec_from_file_location("notebook_policy", ROOT / "notebooks" / "conftest.py")
+    spec = importlib.util.spec_from_file_location("notebook_policy",
+                                                  ROOT / "notebooks" / "conftest.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module

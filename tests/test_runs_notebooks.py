@@ -21,7 +21,8 @@ class Toy(parameters.NotebookParameters):
 def write(path, *code, tags=()):
     cells = [
         new_markdown_cell("# Toy"),
-        new_code_cell('run_dir: str = "runs/smoke"\nseed: int = 0\nsize: int = 2', metadata={"tags": ["parameters"]}),
+        new_code_cell('run_dir: str = "runs/smoke"\nseed: int = 0\nsize: int = 2',
+                      metadata={"tags": ["parameters"]}),
     ]
     cells += [new_code_cell(text, metadata={"tags": list(tags)} if tags else {}) for text in code]
     nbformat.write(new_notebook(cells=cells), path)
@@ -30,7 +31,8 @@ def write(path, *code, tags=()):
 
 @pytest.fixture
 def toy(tmp_path):
-    return write(tmp_path / "toy.ipynb", "print(size * 10)", "import os; print(os.getcwd()); assert size != 3, 'three is too many'")
+    return write(tmp_path / "toy.ipynb", "print(size * 10)",
+                 "import os; print(os.getcwd()); assert size != 3, 'three is too many'")
 
 
 def test_a_run_leaves_the_executed_copy_and_its_provenance(toy, tmp_path):
@@ -38,7 +40,8 @@ def test_a_run_leaves_the_executed_copy_and_its_provenance(toy, tmp_path):
     cells = nbformat.read(target, 4).cells
     assert next(cell.outputs[0].text for cell in cells if cell.get("outputs")) == "50\n"
     record = json.loads(target.with_suffix(".provenance.json").read_text())
-    assert record["status"] == "finished" and record["parameters"]["size"] == 5 and record["git_revision"]
+    assert record["status"] == "finished" and record["parameters"]["size"] == 5 and record[
+        "git_revision"]
     assert "widgets" not in nbformat.read(target, 4).metadata
 
 
@@ -54,13 +57,17 @@ def test_a_sweep_survives_a_failing_run_says_so_and_resumes(toy, tmp_path):
     said = []
     rows = notebooks.sweep(toy, {"size": [2, 3]}, tmp_path / "sweep", model=Toy, say=said.append)
     assert [row["status"] for row in rows] == ["finished", "failed"]
-    assert "notebook toy.ipynb stopped in code cell [4]: AssertionError: three is too many" in rows[1]["error"]
+    assert "notebook toy.ipynb stopped in code cell [4]: AssertionError: three is too many" in rows[
+        1]["error"]
     assert (tmp_path / "sweep" / rows[1]["name"] / "toy.ipynb").is_file()  # the failed copy is kept
     stored = (tmp_path / "sweep" / rows[0]["name"] / "toy.ipynb").stat().st_mtime_ns
     rows = notebooks.sweep(toy, {"size": [2, 3]}, tmp_path / "sweep", model=Toy, say=said.append)
     assert (tmp_path / "sweep" / rows[0]["name"] / "toy.ipynb").stat().st_mtime_ns == stored
-    assert "already finished" in said[2] and [row["status"] for row in rows] == ["finished", "failed"]
-    assert [row["status"] for row in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]] == ["finished", "failed"]
+    assert "already finished" in said[2] and [row["status"]
+                                              for row in rows] == ["finished", "failed"]
+    assert [
+        row["status"] for row in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["runs"]
+    ] == ["finished", "failed"]
     assert notebooks.table(rows).splitlines()[0].split() == ["size", "status", "seconds"]
     write(toy, "print(1)")
     with pytest.raises(ParameterError, match="another notebook version"):
@@ -71,24 +78,33 @@ def test_a_sweep_survives_a_dying_kernel_and_a_full_disk(toy, tmp_path, monkeypa
     import papermill
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
 
-    errors = iter([DeadKernelError("Kernel died"), CellTimeoutError("too slow"), OSError(errno.ENOSPC, "No space left on device")])
+    errors = iter([
+        DeadKernelError("Kernel died"),
+        CellTimeoutError("too slow"),
+        OSError(errno.ENOSPC, "No space left on device")
+    ])
 
     def execute(*paths, **options):
         raise next(errors)
 
     monkeypatch.setattr(papermill, "execute_notebook", execute)
-    rows = notebooks.sweep(toy, {"size": [1, 2, 4]}, tmp_path / "sweep", model=Toy, say=lambda *_, **__: None)
+    rows = notebooks.sweep(toy, {"size": [1, 2, 4]}, tmp_path / "sweep", model=Toy,
+                           say=lambda *_, **__: None)
     assert [row["status"] for row in rows] == ["failed"] * 3
-    for row, words in zip(rows, ("its kernel died", "a cell took too long", "No space left on device"), strict=True):
+    for row, words in zip(rows,
+                          ("its kernel died", "a cell took too long", "No space left on device"),
+                          strict=True):
         assert words in row["error"]
 
 
 def test_every_point_of_a_sweep_has_its_own_run(toy, tmp_path, monkeypatch):
     given = []
-    monkeypatch.setattr(notebooks, "run_notebook", lambda source, out, params, model: given.append((out, params)))
+    monkeypatch.setattr(notebooks, "run_notebook", lambda source, out, params, model: given.append(
+        (out, params)))
     notebooks.sweep(toy, {"size": [1, 2]}, tmp_path / "a", model=Toy, say=lambda *_: None)
     assert [params["run_dir"] for _, params in given] == [str(out / "run") for out, _ in given]
-    notebooks.sweep(toy, {"size": [1]}, tmp_path / "b", fixed={"run_dir": "runs/one"}, model=Toy, say=lambda *_: None)
+    notebooks.sweep(toy, {"size": [1]}, tmp_path / "b", fixed={"run_dir": "runs/one"}, model=Toy,
+                    say=lambda *_: None)
     assert given[-1][1]["run_dir"] == "runs/one"
 
 
@@ -107,7 +123,9 @@ def test_names_of_grid_points_are_readable_and_distinct():
 
 
 def test_widget_state_is_stripped(tmp_path):
-    book = new_notebook(metadata={"widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"x": "y" * 1000}}}})
+    book = new_notebook(metadata={
+        "widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"x": "y" * 1000}}}
+    })
     nbformat.write(book, tmp_path / "w.ipynb")
     notebooks.strip_widgets(tmp_path / "w.ipynb")
     assert (tmp_path / "w.ipynb").stat().st_size < 300
@@ -116,19 +134,23 @@ def test_widget_state_is_stripped(tmp_path):
 def test_refreshing_twice_gives_the_same_bytes_and_keeps_golden_cells_only(tmp_path):
     path = write(tmp_path / "toy.ipynb", "print(size * 10)")
     book = nbformat.read(path, 4)
-    book.cells.append(new_code_cell("import time; time.time()", metadata={"tags": ["nbval-ignore-output"], "jupyter": {"x": 1}}))
+    book.cells.append(
+        new_code_cell("import time; time.time()",
+                      metadata={"tags": ["nbval-ignore-output"], "jupyter": {"x": 1}}))
     nbformat.write(book, path)
     hygiene.refresh(path)
     first = path.read_bytes()
     hygiene.refresh(path)
     assert path.read_bytes() == first
     cells = nbformat.read(path, 4).cells
-    assert cells[2].outputs[0].text == "20\n" and cells[3].outputs == [] and cells[3].execution_count is None
+    assert cells[2].outputs[0].text == "20\n" and cells[3].outputs == [] and cells[
+        3].execution_count is None
 
 
 def test_a_notebook_that_fails_is_left_as_it_was(tmp_path):
     path = write(tmp_path / "toy.ipynb", "1 / 0")
     before = path.read_bytes()
-    with pytest.raises(notebooks.NotebookError, match=r"toy\.ipynb does not run: ZeroDivisionError"):
+    with pytest.raises(notebooks.NotebookError,
+                       match=r"toy\.ipynb does not run: ZeroDivisionError"):
         hygiene.refresh(path)
     assert path.read_bytes() == before

@@ -8,44 +8,51 @@ from xsd.runs import parameters
 
 def test_every_notebook_has_a_model_whose_defaults_are_valid_and_described():
     numbers = [name[:2] for name in parameters.NOTEBOOKS]
-    assert numbers == sorted(set(numbers)) and numbers[:10] == [f"{number:02d}" for number in range(10)]
+    assert numbers == sorted(
+        set(numbers)) and numbers[:10] == [f"{number:02d}" for number in range(10)]
     for model in parameters.NOTEBOOKS.values():
         model.checked({})
         assert all(field.description for field in model.model_fields.values())
 
 
 def test_a_misspelt_parameter_gets_a_suggestion():
-    with pytest.raises(ParameterError, match="notebook 01_extract has no parameter 'max_new_token': did you mean 'max_new_tokens'"):
+    with pytest.raises(
+            ParameterError, match=
+            "notebook 01_extract has no parameter 'max_new_token': did you mean 'max_new_tokens'"):
         parameters.ExtractParameters.checked({"max_new_token": 3})
 
 
-@pytest.mark.parametrize(
-    ("values", "words"),
-    [
-        ({"seed": "3"}, "parameter 'seed' of notebook 02_train cannot be '3'"),
-        ({"seed": True}, "cannot be True"),
-        ({"epochs": 0}, "parameter 'epochs' of notebook 02_train cannot be 0: input should be greater than or equal to 1"),
-        ({"levels": ["L9"]}, "parameter 'levels.0' of notebook 02_train cannot be 'L9'"),
-        ({"levels": []}, "cannot be \\[\\]"),
-    ],
-)
+@pytest.mark.parametrize(("values", "words"), [
+    ({"seed": "3"}, "parameter 'seed' of notebook 02_train cannot be '3'"),
+    ({"seed": True}, "cannot be True"),
+    ({"epochs": 0},
+     "parameter 'epochs' of notebook 02_train cannot be 0: input should be greater than or equal "
+     "to 1"
+     ), ({"levels": ["L9"]}, "parameter 'levels.0' of notebook 02_train cannot be 'L9'"),
+    ({"levels": []}, "cannot be \\[\\]"),
+],
+                         )
 def test_ill_typed_and_out_of_range_values_are_named(values, words):
     with pytest.raises(ParameterError, match=words):
         parameters.TrainParameters.checked(values)
 
 
 def test_from_namespace_takes_its_own_names_and_leaves_the_rest():
-    model = parameters.TrainParameters.from_namespace({"seed": 4, "levels": ["L2"], "something_else": object()})
-    assert (model.seed, model.levels, model.epochs) == (4, ["L2"], parameters.TrainParameters.checked({}).epochs)
+    model = parameters.TrainParameters.from_namespace(
+        {"seed": 4, "levels": ["L2"], "something_else": object()})
+    assert (model.seed, model.levels,
+            model.epochs) == (4, ["L2"], parameters.TrainParameters.checked({}).epochs)
     with pytest.raises(ValueError, match="frozen"):
         model.seed = 5
 
 
 def test_values_of_the_command_line_are_typed_by_the_model():
-    read = parameters.read_values(["levels=L1,L5F", "seed=007", "learning_rate=1e-4", "run_dir=12"], parameters.TrainParameters)
+    read = parameters.read_values(["levels=L1,L5F", "seed=007", "learning_rate=1e-4", "run_dir=12"],
+                                  parameters.TrainParameters)
     assert read == {"levels": ["L1", "L5F"], "seed": 7, "learning_rate": 1e-4, "run_dir": "12"}
     parameters.TrainParameters.checked(read)
-    for text, words in (("seed", "written name=value"), ("levels=[L1", "cannot be read"), ("learning_rate=1e", "must be a number")):
+    for text, words in (("seed", "written name=value"), ("levels=[L1", "cannot be read"),
+                        ("learning_rate=1e", "must be a number")):
         with pytest.raises(ParameterError, match=words):
             parameters.read_values([text], parameters.TrainParameters)
 

@@ -14,47 +14,52 @@ from xsd.runs import numbers, report
 from xsd.views import images, timeline, tokens
 
 RESULTS = {
-    "n": 24,
-    "levels": {
+    "n": 24, "levels": {
         "L1": {"length": {"value": 1.25, "low": 0.71, "high": 1.754}, "accept@0.90": 0.31},
         "L4": {"length": {"value": 1.67, "low": 1.08, "high": 2.12}, "accept@0.90": 0.42},
-    },
-    "reference": {"kind": "quoted", "speedup": 1.03},
-    "model": {"kind": "predicted", "speedup": 1.31},
+    }, "reference": {"kind": "quoted",
+                     "speedup": 1.03}, "model": {"kind": "predicted", "speedup": 1.31},
     "provenance": {"git_revision": "abc", "seed": 0},
 }
-TABLE = report.Table(
-    ["Adapters", ("L1", "levels/L1"), ("L4", "levels/L4")],
-    [report.Column("mean accepted length", "length", ".2f", interval=True, best="max"), report.Column("absent", "nothing")],
-    caption="Over {n} samples.",
-)
+TABLE = report.Table(["Adapters", ("L1", "levels/L1"), ("L4", "levels/L4")], [
+    report.Column("mean accepted length", "length", ".2f", interval=True, best="max"),
+    report.Column("absent", "nothing")
+], caption="Over {n} samples.",
+                     )
 
 
 def build(out, *parts, results=RESULTS, **options):
-    return report.build_report(results, [report.Section("What was seen", parts)], out, title="A run", **options)
+    return report.build_report(results, [report.Section("What was seen", parts)], out,
+                               title="A run", **options)
 
 
 def test_every_number_on_the_page_is_that_of_the_results(tmp_path):
     text = report.Text(
-        "With **L4** {levels/L4/length/value:.2f} of {n}; others say {reference/speedup:.2fx}, a model {model/speedup:.2fx}."
+        "With **L4** {levels/L4/length/value:.2f} of {n}; others say {reference/speedup:.2fx}, a "
+        "model {model/speedup:.2fx}."
     )
     page = build(tmp_path, text, TABLE, lead="In short: {levels/L1/accept@0.90:.0%}.").read_text()
     stored = json.loads((tmp_path / "results.json").read_text())
     shown = dict(re.findall(r'data-key="([^"]+)" data-format="[^"]*">([^<]+)<', page))
-    assert shown["levels/L4/length/value"] == "1.67" and shown["reference/speedup"] == "1.03×" and shown["levels/L1/accept@0.90"] == "31%"
+    assert shown["levels/L4/length/value"] == "1.67" and shown[
+        "reference/speedup"] == "1.03×" and shown["levels/L1/accept@0.90"] == "31%"
     assert numbers.disagreements(page, stored) == []
     changed = copy.deepcopy(stored)
     changed["levels"]["L4"]["length"]["value"] = 1.7
-    assert numbers.disagreements(page, changed)[0] == "levels/L4/length/value is shown as '1.67' but the results say '1.70'"
+    assert numbers.disagreements(
+        page, changed)[0] == "levels/L4/length/value is shown as '1.67' but the results say '1.70'"
 
 
 def test_measured_predicted_and_quoted_numbers_look_different():
-    for path, kind in (("n", "measured"), ("model/speedup", "predicted"), ("reference/speedup", "quoted")):
+    for path, kind in (("n", "measured"), ("model/speedup", "predicted"), ("reference/speedup",
+                                                                           "quoted")):
         assert f'class="number {kind}"' in numbers.number(RESULTS, path)
 
 
 def test_a_number_written_by_hand_is_refused(tmp_path):
-    with pytest.raises(numbers.ReportError, match=r"'1\.5' in 'It was 1\.5 times better\.' is not taken from the results"):
+    with pytest.raises(
+            numbers.ReportError,
+            match=r"'1\.5' in 'It was 1\.5 times better\.' is not taken from the results"):
         build(tmp_path, report.Text("It was 1.5 times better."))
     assert not (tmp_path / "index.html").exists()
 
@@ -64,7 +69,8 @@ def test_names_with_digits_and_code_are_no_numbers(tmp_path):
 
 
 def test_a_number_that_is_not_there_is_named():
-    with pytest.raises(numbers.ReportError, match=r"nothing at 'levels/L9/x': no 'L9' under levels \(there: L1, L4\)"):
+    with pytest.raises(numbers.ReportError,
+                       match=r"nothing at 'levels/L9/x': no 'L9' under levels \(there: L1, L4\)"):
         numbers.lookup(RESULTS, "levels/L9/x")
     with pytest.raises(numbers.ReportError, match="is not one number but a dict"):
         numbers.number(RESULTS, "levels/L1/length")
@@ -83,38 +89,43 @@ def test_the_page_is_offline_and_the_same_bytes_twice(tmp_path):
     parts = [
         report.Figure(timeline.scrubber(live_runs(), lambda ids: "</script>" * len(ids)), "Live."),
         report.Figure(go.Figure(go.Scatter(y=[1, 2]))),
-        report.Html(tokens.legend() + tokens.pairs(table[table["sample"] == "s0/0"]) + images.sensors(sample())),
+        report.Html(tokens.legend() + tokens.pairs(table[table["sample"] == "s0/0"]) +
+                    images.sensors(sample())),
     ]
     page = build(tmp_path / "a", *parts).read_text()
     assert numbers.external_requests(page) == []
-    assert page.count("Plotly.newPlot(") >= 2 and page.count("!function") < 60 and 4e6 < len(page) < 6e6  # plotly.js once
+    assert page.count("Plotly.newPlot(") >= 2 and page.count(
+        "!function") < 60 and 4e6 < len(page) < 6e6  # plotly.js once
     assert build(tmp_path / "b", *parts).read_text() == page
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        '<script src="https://cdn.plot.ly/p.js"></script>',
-        '<img src="//x.org/a.png">',
-        '<link rel="stylesheet" href="http://x.org/a.css">',
-        "<style>@import 'a.css'</style>",
-        "<style>b{background:url(https://x.org/a.png)}</style>",
-        '<p style="background:url(//x.org/a)">',
-    ],
-)
+@pytest.mark.parametrize("text", [
+    '<script src="https://cdn.plot.ly/p.js"></script>', '<img src="//x.org/a.png">',
+    '<link rel="stylesheet" href="http://x.org/a.css">', "<style>@import 'a.css'</style>",
+    "<style>b{background:url(https://x.org/a.png)}</style>",
+    '<p style="background:url(//x.org/a)">',
+],
+                         )
 def test_requests_are_found(text):
     assert numbers.external_requests(text)
 
 
 def test_links_to_click_are_no_requests():
-    assert numbers.external_requests('<a href="https://example.org">paper</a><img src="data:image/png;base64,AA">') == []
+    assert numbers.external_requests(
+        '<a href="https://example.org">paper</a><img src="data:image/png;base64,AA">') == []
 
 
 def executed(tmp_path):
     figure = json.loads(go.Figure(go.Scatter(y=[1, 2])).to_json())
     cells = [
-        new_code_cell("fig", outputs=[new_output("display_data", {"application/vnd.plotly.v1+json": figure})], execution_count=1),
-        new_code_cell("w", outputs=[new_output("display_data", {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"})]),
+        new_code_cell(
+            "fig", outputs=[new_output("display_data", {"application/vnd.plotly.v1+json": figure})],
+            execution_count=1),
+        new_code_cell(
+            "w", outputs=[
+                new_output("display_data",
+                           {"application/vnd.jupyter.widget-view+json": {}, "text/plain": "VBox()"})
+            ]),
     ]
     book = new_notebook(cells=cells, metadata={"widgets": {"x": {"state": {}}}})
     for place, cell in enumerate(book.cells):

@@ -13,17 +13,22 @@ OFFSET = 51_648_500_000
 
 
 def write_sequence(root, n_images=41, n_events=4000, seed=0):
-    """2.05 s of events and 20 Hz images on one clock; the events begin 3 ms before the first image."""
+    """2.05 s of events and 20 Hz images on one clock; the events begin 3 ms before the first
+    image."""
     draw = np.random.default_rng(seed)
     (root / "events" / "left").mkdir(parents=True)
     (root / "images" / "left" / "rectified").mkdir(parents=True)
     t = np.sort(draw.integers(0, 2_060_000, n_events)).astype(np.uint32)
-    x, y = draw.integers(0, 640, n_events).astype(np.uint16), draw.integers(0, 480, n_events).astype(np.uint16)
+    x, y = draw.integers(0, 640,
+                         n_events).astype(np.uint16), draw.integers(0, 480,
+                                                                    n_events).astype(np.uint16)
     columns = {"x": x, "y": y, "t": t, "p": draw.integers(0, 2, n_events).astype(np.uint8)}
     with h5py.File(root / "events" / "left" / "events.h5", "w") as file:
         for name, values in columns.items():
             file.create_dataset(f"events/{name}", data=values, **hdf5plugin.Blosc(cname="zstd"))
-        file["ms_to_idx"] = np.searchsorted(t, np.arange(0, t[-1] // 1000 + 1) * 1000).astype(np.uint64)
+        file["ms_to_idx"] = np.searchsorted(t,
+                                            np.arange(0, t[-1] // 1000 + 1) * 1000).astype(
+                                                np.uint64)
         file["t_offset"] = OFFSET
     with h5py.File(root / "events" / "left" / "rectify_map.h5", "w") as file:
         grid = np.stack(np.meshgrid(np.arange(640), np.arange(480)), axis=-1).astype(np.float32)
@@ -31,7 +36,8 @@ def write_sequence(root, n_images=41, n_events=4000, seed=0):
     times = OFFSET + 3000 + np.arange(n_images) * 50_000
     (root / "images" / "timestamps.txt").write_text("\n".join(map(str, times)) + "\n")
     for i in range(n_images):
-        Image.fromarray(np.full((9, 12, 3), i, np.uint8)).save(root / "images" / "left" / "rectified" / f"{i:06d}.png")
+        Image.fromarray(np.full(
+            (9, 12, 3), i, np.uint8)).save(root / "images" / "left" / "rectified" / f"{i:06d}.png")
     return columns, times
 
 
@@ -39,7 +45,8 @@ def test_a_window_holds_exactly_its_events_on_the_image_clock(tmp_path):
     columns, times = write_sequence(tmp_path / "zurich_city_00_a")
     sequence = dsec.open_sequence(tmp_path / "zurich_city_00_a")
     absolute = columns["t"].astype(np.int64) + OFFSET
-    for start, end in [(times[0], times[0] + 1_000_000), (OFFSET - 5000, OFFSET + 700), (OFFSET + 2_059_321, OFFSET + 9_000_000)]:
+    for start, end in [(times[0], times[0] + 1_000_000), (OFFSET - 5000, OFFSET + 700),
+                       (OFFSET + 2_059_321, OFFSET + 9_000_000)]:
         events = dsec.read_window(sequence, int(start), int(end))
         inside = (absolute >= start) & (absolute < end)
         assert np.array_equal(events.t_us, absolute[inside])
@@ -49,7 +56,8 @@ def test_a_window_holds_exactly_its_events_on_the_image_clock(tmp_path):
 
 def test_rectification_moves_events_and_drops_those_that_leave(tmp_path):
     columns, _ = write_sequence(tmp_path / "a")
-    events = dsec.read_window(dsec.open_sequence(tmp_path / "a"), OFFSET, OFFSET + 3_000_000, rectify=True)
+    events = dsec.read_window(dsec.open_sequence(tmp_path / "a"), OFFSET, OFFSET + 3_000_000,
+                              rectify=True)
     kept = (columns["x"] >= 2) & (columns["y"] < 479)
     assert np.array_equal(events.x, columns["x"][kept] - 2)
     assert np.array_equal(events.y, columns["y"][kept] + 1)
@@ -59,7 +67,8 @@ def test_a_raw_folder_becomes_a_dataset_folder(tmp_path):
     write_sequence(tmp_path / "raw" / "a")
     write_sequence(tmp_path / "raw" / "b", seed=1)
     seen = []
-    summary = dsec.prepare(tmp_path / "raw", tmp_path / "made", split="train", progress=lambda *step: seen.append(step))
+    summary = dsec.prepare(tmp_path / "raw", tmp_path / "made", split="train",
+                           progress=lambda *step: seen.append(step))
     assert (summary["sequences"], summary["clips"], summary["skipped"]) == (2, 6, 0)
     assert "refuses 100 ms and more" in summary["notes"][0]
     assert seen[-1] == ("b", 3, 3)

@@ -17,8 +17,10 @@ from xsd.sensors.events import Events, write_events
 
 def stream(n=60, seed=0, width=16, height=12):
     draw = np.random.default_rng(seed)
-    x, y = draw.integers(0, width, n).astype(np.uint16), draw.integers(0, height, n).astype(np.uint16)
-    return Events(x, y, np.sort(draw.integers(0, 50_000, n)), draw.integers(0, 2, n).astype(np.uint8), width, height)
+    x, y = draw.integers(0, width, n).astype(np.uint16), draw.integers(0, height,
+                                                                       n).astype(np.uint16)
+    return Events(x, y, np.sort(draw.integers(0, 50_000, n)),
+                  draw.integers(0, 2, n).astype(np.uint8), width, height)
 
 
 def video(seed=0, n=8):
@@ -30,22 +32,23 @@ def write(root, split="test", sequences=("a", "b"), clips=2):
         for number, sequence in enumerate(sequences):
             for k in range(clips):
                 seed = number * 10 + k
-                writer.add(
-                    sequence, f"{k:06d}", events=stream(seed=seed), video=video(seed), t_us=(k * 500, k * 500 + 1000), facts={"seed": seed}
-                )
+                writer.add(sequence, f"{k:06d}", events=stream(seed=seed), video=video(seed),
+                           t_us=(k * 500, k * 500 + 1000), facts={"seed": seed})
     return root
 
 
 def test_a_written_folder_reads_back_as_it_was(tmp_path):
     records = folder.open_folder(write(tmp_path))
-    assert [(record.sequence, record.clip, record.split) for record in records] == [
-        (sequence, f"{k:06d}", "test") for sequence in "ab" for k in range(2)
-    ]
+    assert [(record.sequence, record.clip, record.split) for record in records
+            ] == [(sequence, f"{k:06d}", "test") for sequence in "ab" for k in range(2)]
     sample = folder.load_sample(records[1], "What moves?")
     assert np.array_equal(sample.video, video(1))
-    for stored, painted in zip(sample.event_frames, frames.event_frames(stream(seed=1), 5, canvas="sensor"), strict=True):
+    for stored, painted in zip(sample.event_frames,
+                               frames.event_frames(stream(seed=1), 5, canvas="sensor"),
+                               strict=True):
         assert np.array_equal(stored, painted)
-    assert (sample.t_us, sample.source, sample.split, sample.sequence, sample.clip) == ((500, 1500), "simulated", "test", "a", "000001")
+    assert (sample.t_us, sample.source, sample.split, sample.sequence,
+            sample.clip) == ((500, 1500), "simulated", "test", "a", "000001")
     single = folder.load_sample(records[1], "What moves?", n_event_frames=1).event_frames
     assert np.array_equal(single[0], frames.event_frames(stream(seed=1), 1, canvas="sensor")[0])
     assert folder.read_facts(tmp_path)[records[1].id] == {"seed": 1}
@@ -54,7 +57,10 @@ def test_a_written_folder_reads_back_as_it_was(tmp_path):
 
 def test_the_index_has_the_keys_of_the_layout_and_paths_relative_to_their_folders(tmp_path):
     entry = json.loads((write(tmp_path) / folder.INDEX).read_text())[0]
-    assert {"id", "split", "event_data", "video_data", "mp4_data", "event_image", "event_image_1f", "conversations"} <= set(entry)
+    assert {
+        "id", "split", "event_data", "video_data", "mp4_data", "event_image", "event_image_1f",
+        "conversations"
+    } <= set(entry)
     assert entry["event_data"] == "a/000000.npy"
     assert entry["video_data"] == "a/000000"
     assert entry["mp4_data"] == "a/000000.mp4"
@@ -65,11 +71,13 @@ def test_the_index_has_the_keys_of_the_layout_and_paths_relative_to_their_folder
 
 
 def users_folder(root, with_images=True):
-    """A DSEC folder as users have it: no t_us, a number as id, 20 video frames, sixteen-bit times, no mp4."""
+    """A DSEC folder as users have it: no t_us, a number as id, 20 video frames, sixteen-bit times,
+    no mp4."""
     root.mkdir()
     entry = {
-        "id": 7, "split": "train", "event_data": "interlaken_00_c/000003.npy", "video_data": "interlaken_00_c/000003",
-        "mp4_data": "interlaken_00_c/000003.mp4", "event_image": [f"interlaken_00_c/000003_{i}.png" for i in range(5)],
+        "id": 7, "split": "train", "event_data": "interlaken_00_c/000003.npy",
+        "video_data": "interlaken_00_c/000003", "mp4_data": "interlaken_00_c/000003.mp4",
+        "event_image": [f"interlaken_00_c/000003_{i}.png" for i in range(5)],
         "event_image_1f": ["interlaken_00_c/000003_0.png"], "conversations": [],
     }  # fmt: skip
     (root / folder.INDEX).write_text(json.dumps([entry]))
@@ -85,7 +93,9 @@ def users_folder(root, with_images=True):
     if with_images:
         (root / "event_image" / "interlaken_00_c").mkdir(parents=True)
         for i in range(5):
-            Image.fromarray(np.full((9, 8, 3), i, np.uint8)).save(root / "event_image" / "interlaken_00_c" / f"000003_{i}.png")
+            Image.fromarray(np.full(
+                (9, 8, 3), i,
+                np.uint8)).save(root / "event_image" / "interlaken_00_c" / f"000003_{i}.png")
     return root
 
 
@@ -93,12 +103,14 @@ def users_folder(root, with_images=True):
 def test_a_users_dsec_folder_reads_unchanged(tmp_path, with_images):
     (record,) = folder.open_folder(users_folder(tmp_path / "dsec", with_images), "train")
     sample = folder.load_sample(record, "What is on the road?")
-    assert (record.id, record.sequence, record.clip, sample.t_us, sample.source) == ("7", "interlaken_00_c", "000003", None, "dsec")
+    assert (record.id, record.sequence, record.clip, sample.t_us,
+            sample.source) == ("7", "interlaken_00_c", "000003", None, "dsec")
     assert sample.video[:, 0, 0, 0].tolist() == [0, 2, 5, 8, 10, 13, 16, 19]
     if with_images:
         assert [int(picture[0, 0, 0]) for picture in sample.event_frames] == [0, 1, 2, 3, 4]
     else:
-        for ours, official in zip(sample.event_frames, frames.event_frames(stream(), 5, canvas="slice"), strict=True):
+        for ours, official in zip(sample.event_frames,
+                                  frames.event_frames(stream(), 5, canvas="slice"), strict=True):
             assert np.array_equal(ours, official)
 
 
@@ -118,7 +130,10 @@ def test_the_mp4_stands_in_for_a_missing_video_folder(tmp_path):
         made = container.add_stream("mpeg4", rate=20)
         made.width, made.height, made.pix_fmt = 16, 16, "yuv420p"
         for i in range(10):
-            container.mux(made.encode(av.VideoFrame.from_ndarray(np.full((16, 16, 3), 20 * i, np.uint8), format="rgb24")))
+            container.mux(
+                made.encode(
+                    av.VideoFrame.from_ndarray(np.full((16, 16, 3), 20 * i, np.uint8),
+                                               format="rgb24")))
         container.mux(made.encode())
     assert folder.load_sample(record, "What?").video.shape == (8, 16, 16, 3)
 
@@ -157,10 +172,12 @@ def test_a_broken_run_leaves_no_index(tmp_path):
         folder.open_folder(tmp_path)
 
 
-def test_a_clip_without_events_is_written_with_empty_pictures_and_refused_only_when_painted(tmp_path):
+def test_a_clip_without_events_is_written_with_empty_pictures_and_refused_only_when_painted(
+        tmp_path):
     nothing = stream().between(60_000, 70_000)
     with folder.FolderWriter(tmp_path, "test") as writer:
-        writer.add("a", "000000", events=nothing, video=video(), event_frames=[np.full((12, 16, 3), 255, np.uint8)] * 5)
+        writer.add("a", "000000", events=nothing, video=video(),
+                   event_frames=[np.full((12, 16, 3), 255, np.uint8)] * 5)
     (record,) = folder.open_folder(tmp_path)
     assert (folder.load_sample(record, "What?").event_frames[0] == 255).all()
     with pytest.raises(EventError, match="is empty"):
@@ -181,14 +198,11 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [
-        ("{", "is not readable as JSON"),
-        ("{}", "holds a dict; expected a list"),
-        ('[{"id": 1}]', "entry 0 is malformed \\(no 'event_data'\\)"),
-        ('[{"id": 1, "event_data": "../../a.npy", "video_data": "a"}]', "leaves the folder"),
-        ('[{"id": 1, "event_data": "/etc/a.npy", "video_data": "a"}]', "leaves the folder"),
-        ('["clip"]', "entry 0 is malformed"),
-    ],
+    [("{", "is not readable as JSON"), ("{}", "holds a dict; expected a list"),
+     ('[{"id": 1}]', "entry 0 is malformed \\(no 'event_data'\\)"),
+     ('[{"id": 1, "event_data": "../../a.npy", "video_data": "a"}]', "leaves the folder"),
+     ('[{"id": 1, "event_data": "/etc/a.npy", "video_data": "a"}]', "leaves the folder"),
+     ('["clip"]', "entry 0 is malformed"),],
 )
 def test_a_malformed_index_is_named(tmp_path, content, message):
     (tmp_path / folder.INDEX).write_text(content)
@@ -201,7 +215,8 @@ def test_missing_parts_are_named(tmp_path):
         folder.open_folder(tmp_path / "nowhere")
     record = folder.open_folder(write(tmp_path / "made"))[0]
     record.events_path.unlink()
-    assert folder.load_sample(record, "What?").video.shape == (8, 12, 16, 3), "the stored pictures do not need the events"
+    assert folder.load_sample(
+        record, "What?").video.shape == (8, 12, 16, 3), "the stored pictures do not need the events"
     with pytest.raises(DatasetError, match="clip a/000000: there is no event file"):
         folder.load_events(record)
     for image in record.video_dir.iterdir():
@@ -211,7 +226,8 @@ def test_missing_parts_are_named(tmp_path):
 
 
 def test_questions_are_kept_most_frequent_first(tmp_path):
-    folder.write_questions(tmp_path / "questions.json", [("rare?", 1), ("often?", 9), ("also often?", 9)])
+    folder.write_questions(tmp_path / "questions.json", [("rare?", 1), ("often?", 9),
+                                                         ("also often?", 9)])
     assert folder.read_questions(tmp_path / "questions.json") == ["often?", "also often?", "rare?"]
     assert folder.read_questions(tmp_path, n=1) == ["often?"]
     for bad in ("[]", '["often?"]', '[{"question": " ", "count": 1}]', '{"question": "a"}'):

@@ -14,8 +14,10 @@ from xsd.sensors.events import Events
 
 def stream(n, width=20, height=15, seed=0):
     draw = np.random.default_rng(seed)
-    x, y = draw.integers(0, width, n).astype(np.uint16), draw.integers(0, height, n).astype(np.uint16)
-    return Events(x, y, np.sort(draw.integers(0, 50_000, n)), draw.integers(0, 2, n).astype(np.uint8), width, height)
+    x, y = draw.integers(0, width, n).astype(np.uint16), draw.integers(0, height,
+                                                                       n).astype(np.uint16)
+    return Events(x, y, np.sort(draw.integers(0, 50_000, n)),
+                  draw.integers(0, 2, n).astype(np.uint8), width, height)
 
 
 def paint_slowly(x, y, p, width, height):
@@ -26,7 +28,8 @@ def paint_slowly(x, y, p, width, height):
 
 
 @settings(max_examples=25, deadline=None)
-@given(n=st.integers(5, 400), n_frames=st.integers(1, 5), seed=st.integers(0, 50), canvas=st.sampled_from(["slice", "sensor"]))
+@given(n=st.integers(5, 400), n_frames=st.integers(1, 5), seed=st.integers(0, 50),
+       canvas=st.sampled_from(["slice", "sensor"]))
 def test_event_frames_are_those_of_the_event_by_event_loop(n, n_frames, seed, canvas):
     events = stream(n, seed=seed)
     pictures = frames.event_frames(events, n_frames, canvas=canvas)
@@ -39,12 +42,15 @@ def test_event_frames_are_those_of_the_event_by_event_loop(n, n_frames, seed, ca
 
 
 def test_the_last_event_at_a_pixel_wins():
-    twice = Events(np.array([1, 1], np.uint16), np.array([0, 0], np.uint16), np.array([3, 4]), np.array([1, 0], np.uint8), 2, 1)
-    assert frames.event_frames(twice, 1, canvas="sensor")[0].tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    twice = Events(np.array([1, 1], np.uint16), np.array([0, 0], np.uint16), np.array([3, 4]),
+                   np.array([1, 0], np.uint8), 2, 1)
+    assert frames.event_frames(twice, 1, canvas="sensor")[0].tolist() == [[[255, 255, 255],
+                                                                           [0, 0, 255]]]
 
 
 def test_time_slices_have_equal_durations():
-    events = Events(np.arange(4, dtype=np.uint16), np.zeros(4, np.uint16), np.array([0, 1, 2, 100]), np.ones(4, np.uint8), 4, 1)
+    events = Events(np.arange(4, dtype=np.uint16), np.zeros(4, np.uint16), np.array([0, 1, 2, 100]),
+                    np.ones(4, np.uint8), 4, 1)
     first, second = frames.event_frames(events, 2, canvas="sensor", by="time")
     assert (first == [255, 0, 0]).all(axis=2).tolist() == [[True, True, True, False]]
     assert (second == [255, 0, 0]).all(axis=2).tolist() == [[False, False, False, True]]
@@ -55,12 +61,13 @@ def test_time_slices_have_equal_durations():
 def test_the_sensor_canvas_of_an_unknown_sensor_is_the_whole_streams():
     events = stream(50)
     unknown = Events(events.x, events.y, events.t_us, events.p)
-    assert {picture.shape for picture in frames.event_frames(unknown, 5, canvas="sensor")} == {(events.y.max() + 1, events.x.max() + 1, 3)}
+    assert {picture.shape for picture in frames.event_frames(unknown, 5, canvas="sensor")
+            } == {(events.y.max() + 1, events.x.max() + 1, 3)}
 
 
-@pytest.mark.parametrize(
-    ("n", "n_frames", "message"), [(4, 5, "holds 4 events, too few for 5 event frames"), (9, 0, "0 event frames were asked")]
-)
+@pytest.mark.parametrize(("n", "n_frames", "message"),
+                         [(4, 5, "holds 4 events, too few for 5 event frames"),
+                          (9, 0, "0 event frames were asked")])
 def test_too_few_events_are_refused(n, n_frames, message):
     with pytest.raises(EventError, match=message):
         frames.event_frames(stream(n), n_frames)
@@ -78,11 +85,13 @@ def test_uniform_indices_are_the_floor_of_linspace_computed_exactly(n, n_frames)
     assert indices[0] == 0
     assert indices[-1] == n - 1
     assert np.abs(np.array(indices) - np.linspace(0, n - 1, n_frames)).max() < 1
-    assert all(index <= exact + 1e-9 for index, exact in zip(indices, np.linspace(0, n - 1, n_frames), strict=True))
+    assert all(index <= exact + 1e-9
+               for index, exact in zip(indices, np.linspace(0, n - 1, n_frames), strict=True))
 
 
 def test_eight_of_twenty_frames_are_dsecs():
-    assert frames.uniform_indices(20, 8) == [0, 2, 5, 8, 10, 13, 16, 19] == np.linspace(0, 19, 8).astype(int).tolist()
+    assert frames.uniform_indices(20, 8) == [0, 2, 5, 8, 10, 13, 16, 19] == np.linspace(
+        0, 19, 8).astype(int).tolist()
     assert frames.uniform_indices(3, 8) == [0, 0, 0, 0, 1, 1, 1, 2]
     assert frames.uniform_indices(9, 1) == [0]
 
@@ -98,7 +107,8 @@ def write_images(folder, n=10, size=(6, 8)):
 def test_a_folder_of_images_is_sampled_in_order_of_name(tmp_path):
     pictures = write_images(tmp_path / "clip")
     (tmp_path / "clip" / "notes.txt").write_text("not an image")
-    assert np.array_equal(frames.read_video(tmp_path / "clip"), pictures[frames.uniform_indices(10, 8)])
+    assert np.array_equal(frames.read_video(tmp_path / "clip"),
+                          pictures[frames.uniform_indices(10, 8)])
 
 
 def test_grey_images_become_rgb(tmp_path):
@@ -121,7 +131,8 @@ def test_an_mp4_is_decoded_and_sampled(tmp_path):
     write_mp4(tmp_path / "a.mp4")
     video = frames.read_video(tmp_path / "a.mp4")
     assert video.shape == (8, 24, 32, 3)
-    assert np.abs(video.mean(axis=(1, 2, 3)) - np.array(frames.uniform_indices(20, 8)) * 10).max() < 5
+    assert np.abs(video.mean(axis=(1, 2, 3)) -
+                  np.array(frames.uniform_indices(20, 8)) * 10).max() < 5
 
 
 def test_videos_without_a_frame_or_that_do_not_decode_are_named(tmp_path):

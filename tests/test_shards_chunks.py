@@ -15,26 +15,32 @@ LENGTHS = [5, 7, 6, 9, 5, 8, 6]
 
 def scene(i):
     generator = torch.Generator().manual_seed(i)
-    return torch.randn(LENGTHS[i], 4, generator=generator), torch.randn(LENGTHS[i], 4, generator=generator)
+    return torch.randn(LENGTHS[i], 4,
+                       generator=generator), torch.randn(LENGTHS[i], 4, generator=generator)
 
 
 def chunk(first, n):
-    longest = max(LENGTHS[first : first + n])
+    longest = max(LENGTHS[first:first + n])
     drafter, verifier = torch.zeros(n, longest, 4), torch.zeros(n, longest, 4)
     for row in range(n):
-        drafter[row, : LENGTHS[first + row]], verifier[row, : LENGTHS[first + row]] = scene(first + row)
-    lines = [
-        {"sample_idx": (first + row) // 2, "question_idx": (first + row) % 2, "question": f"Q{(first + row) % 2}?", "egpt_text": "one",
-         "vl_text": "other", "seq_len": LENGTHS[first + row]}
-        for row in range(n)
-    ]  # fmt: skip
+        drafter[row, :LENGTHS[first + row]], verifier[row, :LENGTHS[first + row]] = scene(first +
+                                                                                          row)
+    lines = [{
+        "sample_idx": (first + row) // 2, "question_idx": (first + row) % 2,
+        "question": f"Q{(first + row) % 2}?", "egpt_text": "one", "vl_text": "other",
+        "seq_len": LENGTHS[first + row]
+    } for row in range(n)]  # fmt: skip
     return {
-        "egpt_hidden": drafter, "vl_hidden": verifier, "seq_lens": torch.tensor(LENGTHS[first : first + n]), "metadata": lines,
-        "chunk_id": first, "n_samples": n,
+        "egpt_hidden": drafter, "vl_hidden": verifier,
+        "seq_lens": torch.tensor(LENGTHS[first:first + n]), "metadata": lines, "chunk_id": first,
+        "n_samples": n,
     }  # fmt: skip
 
 
-CONFIG = {"split": "train", "duration": "1s", "quant": "4bit", "max_questions": 2, "max_new_tokens": 50, "hidden_dim": 4}
+CONFIG = {
+    "split": "train", "duration": "1s", "quant": "4bit", "max_questions": 2, "max_new_tokens": 50,
+    "hidden_dim": 4
+}
 
 
 @pytest.fixture
@@ -45,17 +51,21 @@ def chunked(tmp_path):
     for first, n in ((0, 4), (4, 3)):
         torch.save(chunk(first, n), folder / "chunks" / f"chunk_{first:06d}.pt")
         listed.append({"path": f"chunk_{first:06d}.pt", "start_idx": first, "n_samples": n})
-    (folder / "index.json").write_text(json.dumps({"total_samples": 7, "chunk_size": 4, "chunks": listed, "config": CONFIG}))
+    (folder / "index.json").write_text(
+        json.dumps({"total_samples": 7, "chunk_size": 4, "chunks": listed, "config": CONFIG}))
     return folder
 
 
 def test_every_state_comes_over_bit_for_bit(chunked, tmp_path):
     assert chunks.import_chunks(chunked, tmp_path / "run", samples_per_shard=3) == 7
-    dataset = store.ShardDataset(tmp_path / "run", expected_mode="free_running", expected_tap="post_norm")
+    dataset = store.ShardDataset(tmp_path / "run", expected_mode="free_running",
+                                 expected_tap="post_norm")
     for i, states in enumerate(dataset):
         drafter, verifier = scene(i)
-        assert torch.equal(states.hidden_by_drafter, drafter) and torch.equal(states.hidden_by_verifier, verifier)
-        assert (states.clip, states.question, states.split) == (f"{i // 2:06d}", f"Q{i % 2}?", "train")
+        assert torch.equal(states.hidden_by_drafter, drafter) and torch.equal(
+            states.hidden_by_verifier, verifier)
+        assert (states.clip, states.question, states.split) == (f"{i // 2:06d}", f"Q{i % 2}?",
+                                                                "train")
         assert (states.text_by_drafter, states.text_by_verifier) == ("one", "other")
     assert dataset.manifest["config"]["source_config"] == CONFIG
 
@@ -64,19 +74,25 @@ def test_absent_token_ids_are_marked(chunked, tmp_path):
     chunks.import_chunks(chunked, tmp_path / "run")
     dataset = store.ShardDataset(tmp_path / "run")
     assert not dataset.has_token_ids
-    assert {int(i) for batch in stream.batches(dataset, batch_size=7) for i in batch.ids_by_verifier[batch.mask]} == {-1}
+    assert {
+        int(i) for batch in stream.batches(dataset, batch_size=7)
+        for i in batch.ids_by_verifier[batch.mask]
+    } == {-1}
 
 
 def test_a_single_file_reads_as_its_chunks_do(chunked, tmp_path):
     path = tmp_path / "hidden_states_train_1s_4bit_20260131_top2q.pt"
     torch.save({**chunk(0, 7), "config": CONFIG}, path)
     for one, other in zip(chunks.read_chunks(path), chunks.read_chunks(chunked), strict=True):
-        assert torch.equal(one.hidden_by_drafter, other.hidden_by_drafter) and (one.clip, one.split) == (other.clip, other.split)
+        assert torch.equal(
+            one.hidden_by_drafter,
+            other.hidden_by_drafter) and (one.clip, one.split) == (other.clip, other.split)
 
 
 def test_scenes_are_named_by_the_dataset_folder(chunked):
     clips = [("interlaken", "000"), ("interlaken", "001"), ("zurich", "000"), ("zurich", "001")]
-    assert [(s.sequence, s.clip) for s in chunks.read_chunks(chunked, clips=clips)] == [clips[i // 2] for i in range(7)]
+    assert [(s.sequence, s.clip)
+            for s in chunks.read_chunks(chunked, clips=clips)] == [clips[i // 2] for i in range(7)]
     with pytest.raises(ShardError, match="sample 6 is of scene 3 but the dataset folder has 3"):
         list(chunks.read_chunks(chunked, clips=clips[:3]))
 
@@ -95,7 +111,8 @@ def test_an_import_goes_on_where_it_stopped(chunked, tmp_path):
     with pytest.raises(StopError):
         chunks.import_chunks(chunked, tmp_path / "run", samples_per_shard=2, progress=stop)
     after = []
-    assert chunks.import_chunks(chunked, tmp_path / "run", samples_per_shard=2, progress=after.append) == 7
+    assert chunks.import_chunks(chunked, tmp_path / "run", samples_per_shard=2,
+                                progress=after.append) == 7
     assert 0 < len(after) < 7
     chunks.import_chunks(chunked, tmp_path / "whole", samples_per_shard=2)
     for shard in (tmp_path / "whole").glob("shard-*"):
@@ -110,7 +127,6 @@ def test_a_head_file_is_taken_along(chunked, tmp_path):
 
 class Harm:
     """Writes a file when unpickled."""
-
     def __init__(self, path):
         self.path = path
 
@@ -119,7 +135,8 @@ class Harm:
 
 
 def test_a_file_that_would_run_code_is_refused(chunked, tmp_path):
-    torch.save({**chunk(0, 4), "extra": Harm(tmp_path / "harm")}, chunked / "chunks" / "chunk_000000.pt")
+    torch.save({**chunk(0, 4), "extra": Harm(tmp_path / "harm")},
+               chunked / "chunks" / "chunk_000000.pt")
     with pytest.raises(ShardError, match=r"chunk_000000\.pt cannot be read"):
         list(chunks.read_chunks(chunked))
     assert not (tmp_path / "harm").exists()
@@ -137,7 +154,11 @@ def test_damaged_and_foreign_files_are_named(chunked, tmp_path):
     with pytest.raises(ShardError, match="4 samples announced, 3 lengths"):
         list(chunks.read_chunks(chunked))
     torch.save({"weights": torch.zeros(3)}, first)
-    with pytest.raises(ShardError, match="holds no egpt_hidden, vl_hidden, seq_lens; it is not a file of paired hidden states"):
+    with pytest.raises(
+            ShardError, match=
+            "holds no egpt_hidden, vl_hidden, seq_lens; it is not a file of paired hidden states"):
         list(chunks.read_chunks(chunked))
-    with pytest.raises(ShardError, match=re.escape("has no index.json; give the folder that holds it and chunks/")):
+    with pytest.raises(
+            ShardError,
+            match=re.escape("has no index.json; give the folder that holds it and chunks/")):
         list(chunks.read_chunks(tmp_path))

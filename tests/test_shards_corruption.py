@@ -1,4 +1,5 @@
-"""Corruption: 1 500 random changes of a single byte, over every file of a finished run, each one detected and named."""
+"""Corruption: 1 500 random changes of a single byte, over every file of a finished run, each one
+detected and named."""
 
 import random
 
@@ -38,7 +39,8 @@ def test_every_single_byte_flip_in_any_file_of_a_run_is_detected(run):
     files = sorted(path for path in run.iterdir() if path.is_file())
     assert [path.name for path in files] == [
         "head-drafter.safetensors", "head-verifier.safetensors", "manifest.json",
-        *(f"shard-00000{i}.{kind}" for i in range(3) for kind in ("parquet", "safetensors")), "times.jsonl",
+        *(f"shard-00000{i}.{kind}" for i in range(3) for kind in ("parquet", "safetensors")),
+        "times.jsonl",
     ]  # fmt: skip
     # Every file has its share, and the rest falls where the bytes are.
     chosen = [path for path in files for _ in range(50)]

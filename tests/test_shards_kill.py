@@ -1,4 +1,5 @@
-"""Kill −9 at every step a writer takes on the disk: nothing flushed is lost, and the resumed run is the same bytes."""
+"""Kill −9 at every step a writer takes on the disk: nothing flushed is lost, and the resumed run is
+the same bytes."""
 
 import os
 import signal
@@ -14,7 +15,8 @@ N = 7
 
 
 def go_on(folder, kill_before_step=None):
-    """Write what is missing, in batches of three; SIGKILL to this process just before its n-th change of the disk."""
+    """Write what is missing, in batches of three; SIGKILL to this process just before its n-th
+    change of the disk."""
     steps = 0
 
     def counted(real):
@@ -28,7 +30,8 @@ def go_on(folder, kill_before_step=None):
         return step
 
     if kill_before_step is not None:
-        os.replace, os.fsync, Path.unlink = counted(os.replace), counted(os.fsync), counted(Path.unlink)
+        os.replace, os.fsync, Path.unlink = counted(os.replace), counted(os.fsync), counted(
+            Path.unlink)
         Path.write_bytes = counted(Path.write_bytes)
     with writer.ShardWriter(folder, **OPTIONS) as out:
         for first in range(out.n_written, N, 3):
@@ -76,7 +79,8 @@ def test_killed_before_any_single_step_the_run_resumes_to_the_same_bytes(tmp_pat
 
 
 def test_killed_again_and_again_it_still_arrives(tmp_path, whole):
-    """Each life is a little longer than what opening costs, so that every one of them gets somewhere."""
+    """Each life is a little longer than what opening costs, so that every one of them gets
+    somewhere."""
     lives = 1
     while killed_at(tmp_path, 20):
         lives += 1

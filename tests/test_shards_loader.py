@@ -1,4 +1,5 @@
-"""The stream over a run: every sample once, the same for any number of ranks and workers, resumable at any batch, never far ahead."""
+"""The stream over a run: every sample once, the same for any number of ranks and workers, resumable
+at any batch, never far ahead."""
 
 import gc
 import itertools
@@ -36,20 +37,24 @@ def dataset(tmp_path_factory):
 
 def equal(a, b):
     pairs = [(getattr(a, field.name), getattr(b, field.name)) for field in fields(a)]
-    return all(torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else list(x) == list(y) for x, y in pairs)
+    return all(
+        torch.equal(x, y) and x.dtype == y.dtype if isinstance(x, torch.Tensor) else list(x) ==
+        list(y) for x, y in pairs)
 
 
 def indices(batches):
     return [list(batch.index) for batch in batches]
 
 
-# --- batches as numbers ----------------------------------------------------------------------------------------------------
+# --- batches as numbers
+# ------------------------------------------------------------------------------------------------
 
 
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.floats(0, 0.8), st.integers(1, 8))
 def test_padding_stays_below_its_bound(sizes, max_padding, batch_size):
-    found = list(batching.batched(enumerate(sizes), batching.BatchRule(batch_size, None, max_padding)))
+    found = list(
+        batching.batched(enumerate(sizes), batching.BatchRule(batch_size, None, max_padding)))
     assert sorted(i for batch in found for i in batch) == list(range(len(sizes)))
     for batch in found:
         here = [sizes[i] for i in batch]
@@ -63,12 +68,15 @@ def test_a_token_budget_is_kept_and_used(sizes, budget, max_padding):
     assert sorted(i for batch in found for i in batch) == list(range(len(sizes)))
     assert all(len(batch) * max(sizes[i] for i in batch) <= budget for batch in found)
     if max_padding is None:  # no batch could have taken the next sample too
-        assert all((len(a) + 1) * max(sizes[i] for i in [*a, b[0]]) > budget for a, b in itertools.pairwise(found))
+        assert all((len(a) + 1) * max(sizes[i] for i in [*a, b[0]]) > budget
+                   for a, b in itertools.pairwise(found))
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 5), st.integers(0, 3), st.integers(1, 40))
-def test_a_shuffle_gives_every_item_once_and_looks_no_further_than_its_buffer(shards, seed, epoch, buffer):
+@given(st.lists(st.integers(0, 9), max_size=12), st.integers(0, 5), st.integers(0, 3),
+       st.integers(1, 40))
+def test_a_shuffle_gives_every_item_once_and_looks_no_further_than_its_buffer(
+        shards, seed, epoch, buffer):
     items = {number: [(10 * number + row, 1) for row in range(n)] for number, n in enumerate(shards)}
     opened = []
 
@@ -82,22 +90,24 @@ def test_a_shuffle_gives_every_item_once_and_looks_no_further_than_its_buffer(sh
         found.append(item)
         assert len(opened) - len(found) <= buffer
     assert sorted(found) == sorted(item for some in items.values() for item in some)
-    assert found == list(batching.shuffled(list(items), items.get, seed=seed, epoch=epoch, buffer=buffer))
+    assert found == list(
+        batching.shuffled(list(items), items.get, seed=seed, epoch=epoch, buffer=buffer))
 
 
 def test_another_epoch_or_seed_is_another_order():
     items = {0: [(i, 1) for i in range(50)]}
-    orders = [list(batching.shuffled([0], items.get, seed=s, epoch=e, buffer=20)) for s, e in ((0, 0), (0, 1), (1, 0))]
+    orders = [
+        list(batching.shuffled([0], items.get, seed=s, epoch=e, buffer=20))
+        for s, e in ((0, 0), (0, 1), (1, 0))
+    ]
     assert orders[0] != orders[1] != orders[2] != orders[0]
 
 
 @pytest.mark.parametrize(
     "rule, message",
-    [
-        ({}, "a batch needs a bound; give batch_size"),
-        ({"batch_size": 0}, "batch_size=0; expected at least 1"),
-        ({"batch_size": 2, "max_padding": 1.0}, r"max_padding=1.0; expected a share in \[0, 1\)"),
-    ],
+    [({}, "a batch needs a bound; give batch_size"),
+     ({"batch_size": 0}, "batch_size=0; expected at least 1"),
+     ({"batch_size": 2, "max_padding": 1.0}, r"max_padding=1.0; expected a share in \[0, 1\)"),],
 )
 def test_a_rule_that_allows_no_batch_is_refused(rule, message):
     with pytest.raises(ShardError, match=message):
@@ -109,7 +119,8 @@ def test_an_answer_longer_than_the_budget_is_named():
         list(batching.batched([(0, 3), (1, 9)], batching.BatchRule(None, 8)))
 
 
-# --- the stream --------------------------------------------------------------------------------------------------------------
+# --- the stream
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16", "int8"])
@@ -124,22 +135,34 @@ def test_batches_are_those_of_single_samples_put_together(tmp_path, dtype, mode)
 
 def test_states_can_be_delivered_as_they_are_stored(tmp_path):
     stored = write(tmp_path, 6, dtype="bf16")
-    (wide,), (narrow,) = Loader(stored, batch_size=6), Loader(stored, batch_size=6, dtype="bfloat16")
-    assert narrow.drafter.dtype == torch.bfloat16 and torch.equal(narrow.drafter.float(), wide.drafter)
-    with pytest.raises(ShardError, match="dtype='fp8'; states are delivered as one of float32, bfloat16, float16"):
+    (wide,), (narrow,) = Loader(stored, batch_size=6), Loader(stored, batch_size=6,
+                                                              dtype="bfloat16")
+    assert narrow.drafter.dtype == torch.bfloat16 and torch.equal(narrow.drafter.float(),
+                                                                  wide.drafter)
+    with pytest.raises(
+            ShardError,
+            match="dtype='fp8'; states are delivered as one of float32, bfloat16, float16"):
         Loader(stored, batch_size=6, dtype="fp8")
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from([None, 0.2]), st.integers(0, 9), st.integers(1, 30), st.booleans())
-def test_ranks_are_disjoint_and_together_complete(dataset, world_size, batch_size, max_padding, seed, buffer, drop_uneven):
-    options = {"batch_size": batch_size, "max_padding": max_padding, "shuffle_seed": seed, "shuffle_buffer": buffer}
-    ranks = [Loader(dataset, **options, rank=r, world_size=world_size, drop_uneven=drop_uneven) for r in range(world_size)]
+@given(st.integers(1, 5), st.integers(1, 6), st.sampled_from([None, 0.2]), st.integers(0, 9),
+       st.integers(1, 30), st.booleans())
+def test_ranks_are_disjoint_and_together_complete(dataset, world_size, batch_size, max_padding,
+                                                  seed, buffer, drop_uneven):
+    options = {
+        "batch_size": batch_size, "max_padding": max_padding, "shuffle_seed": seed,
+        "shuffle_buffer": buffer
+    }
+    ranks = [
+        Loader(dataset, **options, rank=r, world_size=world_size, drop_uneven=drop_uneven)
+        for r in range(world_size)
+    ]
     found = [indices(loader) for loader in ranks]
     every = indices(Loader(dataset, **options))
     if drop_uneven:
         assert {len(own) for own in found} == {len(every) // world_size}
-        every = every[: len(every) // world_size * world_size]
+        every = every[:len(every) // world_size * world_size]
     else:
         assert sorted(i for own in found for batch in own for i in batch) == list(range(23))
     assert all(own == every[r::world_size] for r, own in enumerate(found))
@@ -149,9 +172,13 @@ def test_ranks_are_disjoint_and_together_complete(dataset, world_size, batch_siz
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.integers(0, 25), st.integers(1, 4), st.integers(0, 2), st.integers(0, 9), st.integers(1, 3), st.integers(1, 3))
-def test_a_restored_stream_gives_exactly_what_was_left(dataset, taken, batch_size, epoch, seed, old_world, new_world):
-    options = {"batch_size": batch_size, "max_padding": 0.3, "shuffle_seed": seed, "shuffle_buffer": 7}
+@given(st.integers(0, 25), st.integers(1, 4), st.integers(0, 2), st.integers(0, 9),
+       st.integers(1, 3), st.integers(1, 3))
+def test_a_restored_stream_gives_exactly_what_was_left(dataset, taken, batch_size, epoch, seed,
+                                                       old_world, new_world):
+    options = {
+        "batch_size": batch_size, "max_padding": 0.3, "shuffle_seed": seed, "shuffle_buffer": 7
+    }
     whole = Loader(dataset, **options)
     whole.set_epoch(epoch)
     every = list(whole)
@@ -169,9 +196,11 @@ def test_a_restored_stream_gives_exactly_what_was_left(dataset, taken, batch_siz
         left.append(list(again))
         assert again.state()["epoch"] == epoch + 1 and again.state()["batch"] == 0
     for rank, own in enumerate(left):
-        wanted = every[taken * old_world :][rank::new_world]
-        assert len(own) == len(wanted) and all(equal(a, b) for a, b in zip(own, wanted, strict=True))
-    assert indices(first) == indices(every)[taken * old_world :: old_world]  # broken off, the next iteration continues
+        wanted = every[taken * old_world:][rank::new_world]
+        assert len(own) == len(wanted) and all(
+            equal(a, b) for a, b in zip(own, wanted, strict=True))
+    assert indices(first) == indices(every)[taken * old_world::
+                                            old_world]  # broken off, the next iteration continues
 
 
 def test_epochs_differ_and_repeat_with_the_seed(dataset):
@@ -180,7 +209,8 @@ def test_epochs_differ_and_repeat_with_the_seed(dataset):
     assert first != second and loader.epoch == 2
     again = Loader(dataset, batch_size=3, shuffle_seed=1)
     assert [indices(again), indices(again)] == [first, second]
-    assert indices(Loader(dataset, batch_size=3)) == [list(range(i, min(i + 3, 23))) for i in range(0, 23, 3)]
+    assert indices(Loader(
+        dataset, batch_size=3)) == [list(range(i, min(i + 3, 23))) for i in range(0, 23, 3)]
 
 
 @pytest.mark.parametrize("n_workers", [1, 2])
@@ -192,7 +222,8 @@ def test_dataloader_workers_share_a_ranks_batches_in_order(dataset, n_workers):
     state = loader.state(taken=2)
     resumed = Loader(dataset, **options)
     resumed.restore(state)
-    assert indices(DataLoader(resumed, batch_size=None, num_workers=n_workers)) == indices(alone)[2:]
+    assert indices(DataLoader(resumed, batch_size=None,
+                              num_workers=n_workers)) == indices(alone)[2:]
 
 
 def test_subsets_and_indices_read_their_samples_only(dataset):
@@ -200,13 +231,17 @@ def test_subsets_and_indices_read_their_samples_only(dataset):
     found = list(Loader(part, batch_size=3, shuffle_seed=0))
     assert {name for batch in found for name in batch.sequence} == {"seq1"}
     assert sorted(i for batch in found for i in batch.index) == list(range(len(part)))
-    assert all(equal(batch, stream.collate([part[i] for i in batch.index], batch.index)) for batch in found)
+    assert all(
+        equal(batch, stream.collate([part[i] for i in batch.index], batch.index))
+        for batch in found)
     assert indices(Loader(dataset, batch_size=9, indices=[20, 1, 7])) == [[1, 7, 20]]
 
 
 def test_a_position_of_another_stream_is_refused(dataset, tmp_path):
     state = Loader(dataset, batch_size=3, shuffle_seed=1).state()
-    with pytest.raises(ShardError, match="batch_size is 3 in the state but 4 now; build the loader with the settings and data"):
+    with pytest.raises(
+            ShardError, match=
+            "batch_size is 3 in the state but 4 now; build the loader with the settings and data"):
         Loader(dataset, batch_size=4, shuffle_seed=1).restore(state)
     with pytest.raises(ShardError, match="another stream: data is"):
         Loader(write(tmp_path, 5), batch_size=3, shuffle_seed=1).restore(state)
@@ -214,14 +249,16 @@ def test_a_position_of_another_stream_is_refused(dataset, tmp_path):
         Loader(dataset, batch_size=3, shuffle_seed=1, indices=[0, 1]).restore(state)
 
 
-@pytest.mark.parametrize("options, message", [({"rank": 2, "world_size": 2}, "rank=2 of world_size=2; expected 0 … 1"),
-                                              ({"prefetch": 0}, "prefetch=0; expected at least 1")])  # fmt: skip
+@pytest.mark.parametrize("options, message",
+                         [({"rank": 2, "world_size": 2}, "rank=2 of world_size=2; expected 0 … 1"),
+                          ({"prefetch": 0}, "prefetch=0; expected at least 1")])  # fmt: skip
 def test_impossible_settings_are_refused(dataset, options, message):
     with pytest.raises(ShardError, match=message):
         Loader(dataset, batch_size=2, **options)
 
 
-# --- background, memory, damage --------------------------------------------------------------------------------------------
+# --- background, memory, damage
+# --------------------------------------------------------------------------------------------
 
 
 def test_no_more_batches_are_alive_than_the_bound_counts(dataset, monkeypatch):
@@ -285,7 +322,9 @@ def test_memory_is_lent_again_only_when_no_tensor_stands_on_it():
 
 def test_batches_that_are_kept_stay_as_they_were(dataset):
     kept = list(Loader(dataset, batch_size=2, shuffle_seed=0))
-    assert all(equal(batch, stream.collate([dataset[i] for i in batch.index], batch.index)) for batch in kept)
+    assert all(
+        equal(batch, stream.collate([dataset[i] for i in batch.index], batch.index))
+        for batch in kept)
 
 
 def test_a_shard_truncated_under_the_reader_is_named_in_the_consumer(tmp_path):
@@ -293,7 +332,10 @@ def test_a_shard_truncated_under_the_reader_is_named_in_the_consumer(tmp_path):
     path = tmp_path / "shard-000002.safetensors"
     path.write_bytes(path.read_bytes()[:-40])
     found = []
-    with pytest.raises(ShardError, match=r"shard-000002\.safetensors ends after \d+ bytes, inside .*; run verify and repair"):
+    with pytest.raises(
+            ShardError,
+            match=r"shard-000002\.safetensors ends after \d+ bytes, inside .*; run verify and repair"
+    ):
         for batch in Loader(stored, batch_size=2, prefetch=4):
             found += batch.index
     assert found == list(range(10))  # the cut took the last samples' bytes
@@ -301,9 +343,11 @@ def test_a_shard_truncated_under_the_reader_is_named_in_the_consumer(tmp_path):
 
 def test_a_shard_that_is_none_is_named(tmp_path):
     stored = write(tmp_path, 5)
-    for data, what in ((b"\x09" + b"\0" * 90, "cannot be read"), (b"\x02" + b"\0" * 7 + b"{}", "holds no offsets_drafter")):
+    for data, what in ((b"\x09" + b"\0" * 90, "cannot be read"), (b"\x02" + b"\0" * 7 + b"{}",
+                                                                  "holds no offsets_drafter")):
         (tmp_path / "shard-000000.safetensors").write_bytes(data)
-        with pytest.raises(ShardError, match=rf"shard-000000\.safetensors {what} .*; run verify and repair"):
+        with pytest.raises(ShardError,
+                           match=rf"shard-000000\.safetensors {what} .*; run verify and repair"):
             list(Loader(stored, batch_size=2))
 
 
@@ -311,11 +355,13 @@ def test_offsets_that_do_not_fit_are_refused(tmp_path):
     stored = write(tmp_path, 4)
     path = tmp_path / "shard-000000.safetensors"
     data = bytearray(path.read_bytes())
-    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
     place = 8 + int.from_bytes(data[:8], "little") + header["offsets_verifier"]["data_offsets"][0]
     data[place + 8] ^= 0x40
     path.write_bytes(data)
-    with pytest.raises(ShardError, match="states of the verifier that fit neither its offsets nor the manifest"):
+    with pytest.raises(
+            ShardError,
+            match="states of the verifier that fit neither its offsets nor the manifest"):
         list(Loader(stored, batch_size=2))
 
 

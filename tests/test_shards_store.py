@@ -49,12 +49,15 @@ def test_every_field_of_every_sample_comes_back(tmp_path, mode):
 
 
 @settings(max_examples=30)
-@given(st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1, max_size=5))
+@given(
+    st.lists(st.lists(st.floats(-1e4, 1e4, width=32), min_size=3, max_size=3), min_size=1,
+             max_size=5))
 def test_int8_is_within_half_a_step_of_each_row(rows):
     states = torch.tensor(rows)
     stored, scale = layout.encode_states(states, "int8")
     step = states.abs().amax(-1, keepdim=True) / 127
-    assert bool(((layout.decode_states(stored, scale) - states).abs() <= 0.5001 * step + 1e-30).all())
+    assert bool(((layout.decode_states(stored, scale) - states).abs()
+                 <= 0.5001 * step + 1e-30).all())
 
 
 @pytest.mark.parametrize("dtype, relative", [("fp32", 0.0), ("fp16", 2**-11), ("bf16", 2**-8)])
@@ -63,7 +66,8 @@ def test_float_dtypes_keep_their_precision(tmp_path, dtype, relative):
     found, wanted = dataset[1].hidden_by_verifier, example(1).hidden_by_verifier
     assert found.dtype == torch.float32
     # fp16 loses more below its smallest normal number, 6e-5
-    assert bool(((found - wanted).abs() <= relative * wanted.abs() + (1e-7 if relative else 0)).all())
+    assert bool(((found - wanted).abs()
+                 <= relative * wanted.abs() + (1e-7 if relative else 0)).all())
 
 
 def test_torchs_dtype_names_are_understood(tmp_path):
@@ -78,24 +82,30 @@ def test_states_are_copies_that_may_be_changed(folder):
 
 def test_the_head_and_the_draft_vocabulary_are_read_back(folder):
     dataset = store.ShardDataset(folder)
-    assert torch.equal(dataset.head("verifier"), torch.arange(80.0).reshape(10, 8)) and dataset.draft_vocab_size() == 9
-    with pytest.raises(ShardError, match=r"holds no LM head of the 'drafter' \(it holds: verifier\)"):
+    assert torch.equal(dataset.head("verifier"),
+                       torch.arange(80.0).reshape(10, 8)) and dataset.draft_vocab_size() == 9
+    with pytest.raises(ShardError,
+                       match=r"holds no LM head of the 'drafter' \(it holds: verifier\)"):
         dataset.head("drafter")
 
 
 def test_states_before_the_norm_are_not_given_a_head(tmp_path):
     dataset = store.ShardDataset(write(tmp_path, tap="pre_norm"))
-    with pytest.raises(ShardError, match="re-extract with tap='post_norm' or load the head together with its norm"):
+    with pytest.raises(
+            ShardError,
+            match="re-extract with tap='post_norm' or load the head together with its norm"):
         dataset.head("verifier")
 
 
 def test_a_dataset_travels_to_another_process(folder):
     dataset = store.ShardDataset(folder)
     assert dataset[3].question == "Question 3?"
-    assert torch.equal(pickle.loads(pickle.dumps(dataset))[3].hidden_by_drafter, dataset[3].hidden_by_drafter)
+    assert torch.equal(
+        pickle.loads(pickle.dumps(dataset))[3].hidden_by_drafter, dataset[3].hidden_by_drafter)
 
 
-# --- subsets, splits, batches ----------------------------------------------------------------------------------------------
+# --- subsets, splits, batches
+# ----------------------------------------------------------------------------------------------
 
 
 def test_a_subset_holds_its_sequences_only(folder):
@@ -109,7 +119,8 @@ def test_a_subset_holds_its_sequences_only(folder):
 
 @given(seed=st.integers(0, 50), fraction=st.floats(0.01, 0.9))
 @settings(max_examples=20)
-def test_a_split_never_shares_a_sequence_and_repeats_with_its_seed(tmp_path_factory, seed, fraction):
+def test_a_split_never_shares_a_sequence_and_repeats_with_its_seed(tmp_path_factory, seed,
+                                                                   fraction):
     dataset = _shared(tmp_path_factory)
     train, validation = dataset.split(fraction, seed)
     names = dataset.table()["sequence"]
@@ -140,7 +151,8 @@ def test_batches_pad_on_the_right_and_cover_every_sample_once(folder):
         assert batch.mask.any(0).all(), "no column without a position"
         for row, i in enumerate(batch.index):
             n = int(batch.mask[row].sum())
-            assert batch.mask[row, :n].all() and not batch.drafter[row, n:].any() and not batch.ids_by_verifier[row, n:].any()
+            assert batch.mask[row, :n].all(
+            ) and not batch.drafter[row, n:].any() and not batch.ids_by_verifier[row, n:].any()
             assert torch.equal(batch.drafter[row, :n], dataset[i].hidden_by_drafter)
             assert torch.equal(batch.ids_by_verifier[row, :n], dataset[i].ids_by_verifier)
             assert batch.sequence[row] == dataset[i].sequence
@@ -156,17 +168,24 @@ def test_free_running_batches_keep_positions_both_models_have(tmp_path):
 
 def test_the_order_depends_on_the_seed_alone(folder):
     dataset = store.ShardDataset(folder)
-    orders = [[i for b in stream.batches(dataset, batch_size=3, shuffle_seed=seed) for i in b.index] for seed in (1, 1, 2)]
+    orders = [[
+        i for b in stream.batches(dataset, batch_size=3, shuffle_seed=seed) for i in b.index
+    ] for seed in (1, 1, 2)]
     assert orders[0] == orders[1] != orders[2]
-    assert orders[0] == [i for b in stream.batches(dataset, batch_size=7, shuffle_seed=1) for i in b.index]
-    assert [b.index for b in stream.batches(dataset, batch_size=2, indices=[7, 1, 3])] == [[7, 1], [3]]
+    assert orders[0] == [
+        i for b in stream.batches(dataset, batch_size=7, shuffle_seed=1) for i in b.index
+    ]
+    assert [b.index for b in stream.batches(dataset, batch_size=2, indices=[7, 1, 3])] == [[7, 1],
+                                                                                           [3]]
 
 
-# --- refusals ----------------------------------------------------------------------------------------------------------------
+# --- refusals
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_other_mode_or_tap_is_refused(folder):
-    with pytest.raises(ShardError, match="holds teacher_forced pairs but free_running ones are needed here"):
+    with pytest.raises(ShardError,
+                       match="holds teacher_forced pairs but free_running ones are needed here"):
         store.ShardDataset(folder, expected_mode="free_running")
     with pytest.raises(ShardError, match="taken with tap='post_norm' but 'pre_norm' is needed"):
         store.ShardDataset(folder, expected_tap="pre_norm")
@@ -177,7 +196,10 @@ def test_an_unfinished_run_is_read_only_on_request(tmp_path):
     for i in range(6):
         out.write(example(i))
     out.close(finished=False)
-    with pytest.raises(ShardError, match=r"is not finished \(4 samples in complete shards\); run the same extraction again"):
+    with pytest.raises(
+            ShardError,
+            match=r"is not finished \(4 samples in complete shards\); run the same extraction again"
+    ):
         store.ShardDataset(tmp_path)
     assert len(store.ShardDataset(tmp_path, unfinished=True)) == 4
 
@@ -221,7 +243,9 @@ def test_a_folder_of_two_modes_points_to_its_sub_folders(tmp_path):
 def test_a_truncated_shard_is_named(own):
     shard = own / "shard-000001.safetensors"
     shard.write_bytes(shard.read_bytes()[:-10])
-    with pytest.raises(ShardError, match=r"shard-000001\.safetensors has \d+ bytes instead of \d+; repair the run"):
+    with pytest.raises(
+            ShardError,
+            match=r"shard-000001\.safetensors has \d+ bytes instead of \d+; repair the run"):
         store.ShardDataset(own)
 
 
@@ -247,7 +271,8 @@ def test_every_flip_of_a_single_bit_is_detected(tmp_path_factory, data):
             with pytest.raises(ShardError, match=r"manifest\.json"):
                 store.verify(folder)
         else:
-            assert [(p.file, p.what) for p in store.verify(folder)] == [(path, "does not match its checksum")]
+            assert [(p.file, p.what)
+                    for p in store.verify(folder)] == [(path, "does not match its checksum")]
     finally:
         path.write_bytes(before)
     assert store.verify(folder) == []

@@ -34,7 +34,8 @@ def whole(tmp_path_factory):
 
 @settings(max_examples=15)
 @given(stops=st.lists(st.integers(0, 10), max_size=4), flushes=st.sets(st.integers(0, 10)))
-def test_stopped_and_resumed_anywhere_gives_the_bytes_of_one_go(tmp_path_factory, whole, stops, flushes):
+def test_stopped_and_resumed_anywhere_gives_the_bytes_of_one_go(tmp_path_factory, whole, stops,
+                                                                flushes):
     folder = tmp_path_factory.mktemp("resumed")
     for stop in [*sorted(stops), 10]:
         with_pieces = writer.ShardWriter(folder, **OPTIONS)
@@ -97,17 +98,16 @@ def test_a_half_written_file_is_ignored_and_removed(tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [
-        ({"dtype": "bf16"}, "dtype is 'fp32' in the folder but 'bf16' now"),
-        ({"mode": "free_running"}, "mode is 'teacher_forced' in the folder but 'free_running' now"),
-        ({"tap": "pre_norm"}, "tap is 'post_norm' in the folder but 'pre_norm' now"),
-        ({"config": {"seed": 4}}, "config.seed is 3 in the folder but 4 now"),
-        ({"samples_per_shard": 5}, "samples_per_shard is 4 in the folder but 5 now"),
-    ],
+    [({"dtype": "bf16"}, "dtype is 'fp32' in the folder but 'bf16' now"),
+     ({"mode": "free_running"}, "mode is 'teacher_forced' in the folder but 'free_running' now"),
+     ({"tap": "pre_norm"}, "tap is 'post_norm' in the folder but 'pre_norm' now"),
+     ({"config": {"seed": 4}}, "config.seed is 3 in the folder but 4 now"),
+     ({"samples_per_shard": 5}, "samples_per_shard is 4 in the folder but 5 now"),],
 )
 def test_other_settings_are_refused_naming_the_field(tmp_path, change, message):
     written(tmp_path, 2)
-    with pytest.raises(ShardError, match=re.escape(message) + "; use the same ones or another folder"):
+    with pytest.raises(ShardError,
+                       match=re.escape(message) + "; use the same ones or another folder"):
         writer.ShardWriter(tmp_path, **{**OPTIONS, **change})
     assert writer.lock_holder(tmp_path) is None
 
@@ -115,15 +115,18 @@ def test_other_settings_are_refused_naming_the_field(tmp_path, change, message):
 def test_a_second_writer_is_refused_with_the_first_ones_pid(tmp_path):
     first = writer.ShardWriter(tmp_path, **OPTIONS)
     assert writer.lock_holder(tmp_path) == os.getpid()
-    with pytest.raises(StorageError, match=f"being written by process {os.getpid()}; wait for it to finish"):
+    with pytest.raises(StorageError,
+                       match=f"being written by process {os.getpid()}; wait for it to finish"):
         writer.ShardWriter(tmp_path, **OPTIONS)
     first.close(finished=False)
     writer.ShardWriter(tmp_path, **OPTIONS).close(finished=False)
 
 
 def test_a_killed_writer_leaves_no_lock(tmp_path):
-    code = f"import os, sys\nfrom xsd.shards.writer import ShardWriter\nShardWriter(sys.argv[1], **{OPTIONS!r})\nos.kill(os.getpid(), 9)"
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False, cwd=Path(writer.__file__).parents[2])
+    code = ("import os, sys\nfrom xsd.shards.writer import ShardWriter\nShardWriter(sys.argv[1], "
+            f"**{OPTIONS!r})\nos.kill(os.getpid(), 9)")
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False,
+                          cwd=Path(writer.__file__).parents[2])
     assert done.returncode == -9
     assert writer.lock_holder(tmp_path) is None
     writer.ShardWriter(tmp_path, **OPTIONS).close(finished=False)
@@ -169,14 +172,15 @@ def test_a_finished_run_takes_no_more(tmp_path):
 
 @pytest.mark.parametrize(
     "change, message",
-    [
-        ({"mode": "free_running"}, "is of mode='free_running' but"),
-        ({"tap": "pre_norm"}, "is of tap='pre_norm' but"),
-        ({"ids_by_drafter": torch.arange(2)}, "the drafter has states [3, 6] and ids [2]; expected [S, D] and [S] of one length"),
-        ({"hidden_by_verifier": torch.full((3, 8), torch.nan)}, "the verifier's states hold NaN or infinity"),
-        ({"hidden_by_drafter": torch.zeros(3, 5)}, "the drafter's states are 5 wide but"),
-        ({"hidden_by_drafter": torch.zeros(2, 6), "ids_by_drafter": torch.arange(2)}, "teacher-forced pairs share their positions"),
-    ],
+    [({"mode": "free_running"}, "is of mode='free_running' but"),
+     ({"tap": "pre_norm"}, "is of tap='pre_norm' but"),
+     ({"ids_by_drafter": torch.arange(2)
+       }, "the drafter has states [3, 6] and ids [2]; expected [S, D] and [S] of one length"),
+     ({"hidden_by_verifier": torch.full(
+         (3, 8), torch.nan)}, "the verifier's states hold NaN or infinity"),
+     ({"hidden_by_drafter": torch.zeros(3, 5)}, "the drafter's states are 5 wide but"),
+     ({"hidden_by_drafter": torch.zeros(2, 6), "ids_by_drafter": torch.arange(2)
+       }, "teacher-forced pairs share their positions"),],
 )
 def test_what_does_not_belong_is_refused(tmp_path, change, message):
     with writer.ShardWriter(tmp_path, **OPTIONS) as out:
@@ -193,9 +197,12 @@ def test_values_beyond_fp16_are_refused_with_the_way_out(tmp_path):
 
 
 def test_an_unknown_mode_or_dtype_is_named(tmp_path):
-    with pytest.raises(ShardError, match="mode='forced' is unknown; expected one of free_running, teacher_forced"):
+    with pytest.raises(
+            ShardError,
+            match="mode='forced' is unknown; expected one of free_running, teacher_forced"):
         writer.ShardWriter(tmp_path, mode="forced")
-    with pytest.raises(ShardError, match="dtype='fp8' is unknown; expected one of fp32, bf16, fp16, int8"):
+    with pytest.raises(ShardError,
+                       match="dtype='fp8' is unknown; expected one of fp32, bf16, fp16, int8"):
         writer.ShardWriter(tmp_path, mode="free_running", dtype="fp8")
 
 
@@ -220,4 +227,6 @@ def test_times_of_samples_come_back_in_the_table(tmp_path):
             if i % 3 == 2:
                 out.flush(seconds=3.0 * i)
     assert store.ShardDataset(tmp_path).table()["seconds"].tolist() == [2.0] * 3 + [5.0] * 3
-    assert json.loads((tmp_path / "times.jsonl").read_text().splitlines()[0]) == {"first": 0, "n": 3, "seconds": 6.0}
+    assert json.loads(
+        (tmp_path /
+         "times.jsonl").read_text().splitlines()[0]) == {"first": 0, "n": 3, "seconds": 6.0}

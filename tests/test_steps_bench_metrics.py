@@ -6,21 +6,23 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from xsd.metrics.tokens import TokenMetrics, head_tokens
-from xsd.steps import bench_metrics
+from benchmarks import metrics as bench_metrics
+from xsd.evaluate.tokens import TokenMetrics, head_tokens
 
-SMALL = bench_metrics.Sizes(
-    n_samples=8, full=20, positions=4, width=32, batch=4, vocabulary=50, head_samples=2, vocabularies=(64, 128), memory_rows=8,
-    loop_positions=6, resamples=50, repeats=1,
-)  # fmt: skip
+SMALL = bench_metrics.Sizes(n_samples=8, full=20, positions=4, width=32, batch=4, vocabulary=50,
+                            head_samples=2, vocabularies=(64, 128), memory_rows=8, loop_positions=6,
+                            resamples=50, repeats=1,
+                            )  # fmt: skip
 
 
 def test_the_table_names_every_comparison_and_the_file_holds_the_facts(tmp_path):
     text = bench_metrics.run(tmp_path, SMALL)
-    assert all(name in text for name in ("read and sum as float32", "plain loop", "bare matrix product", "Bootstrap, 50 resamples"))
+    assert all(name in text for name in ("read and sum as float32", "plain loop",
+                                         "bare matrix product", "Bootstrap, 50 resamples"))
     saved = json.loads((tmp_path / "ratios.json").read_text())
     assert [row["target"] for row in saved["ratios"]] == [0.5, None, 100, None, 0.7]
-    assert saved["facts"]["full_pass_samples"] == 20 and set(saved["facts"]["peak_memory_of_the_head_mb"]) == {"64", "128"}
+    assert saved["facts"]["full_pass_samples"] == 20 and set(
+        saved["facts"]["peak_memory_of_the_head_mb"]) == {"64", "128"}
 
 
 def test_the_streamed_pass_measures_what_the_plain_loop_defines(tmp_path):
@@ -28,11 +30,17 @@ def test_the_streamed_pass_measures_what_the_plain_loop_defines(tmp_path):
     assert file.n_samples == 8 and file.n_bytes == file.path.stat().st_size
     values = bench_metrics.hidden_pass(file).values()
     batches = [torch.from_numpy(buffer.copy()).view(torch.bfloat16) for buffer in file.batches()]
-    plain = [value for batch in batches for value in bench_metrics.plain_loop(*batch.reshape(2, -1, 32).tolist())]
+    plain = [
+        value for batch in batches
+        for value in bench_metrics.plain_loop(*batch.reshape(2, -1, 32).tolist())
+    ]
     assert values.tolist() == pytest.approx(plain, abs=1e-6)
-    assert bench_metrics.loop_of_tensors(*batches[0].reshape(2, -1, 32)) == pytest.approx(plain[:16], abs=1e-5)
-    assert bench_metrics.read_and_sum(file) == pytest.approx(sum(float(batch.double().sum()) for batch in batches), abs=1e-2)
-    assert bench_metrics.read_and_sum_words(file) == sum(int(batch.view(torch.int64).sum()) for batch in batches)
+    assert bench_metrics.loop_of_tensors(*batches[0].reshape(2, -1, 32)) == pytest.approx(
+        plain[:16], abs=1e-5)
+    assert bench_metrics.read_and_sum(file) == pytest.approx(
+        sum(float(batch.double().sum()) for batch in batches), abs=1e-2)
+    assert bench_metrics.read_and_sum_words(file) == sum(
+        int(batch.view(torch.int64).sum()) for batch in batches)
     assert len(bench_metrics.hidden_pass(file, 5).table()) == 20  # the file again from its start
 
 
@@ -40,12 +48,12 @@ def test_the_file_is_sized_to_the_machine():
     sizes = bench_metrics.Sizes()
     one = 4 * 50 * 4096
     assert bench_metrics.n_samples_for(8 * 100 * one, sizes) == 96  # whole batches of 16
-    assert bench_metrics.n_samples_for(0, sizes) == 64 and bench_metrics.n_samples_for(None, sizes) == 640
+    assert bench_metrics.n_samples_for(0, sizes) == 64 and bench_metrics.n_samples_for(None,
+                                                                                       sizes) == 640
 
 
 class LargestTensor(TorchDispatchMode):
     """Bytes of the largest tensor that an operation made anew."""
-
     def __init__(self):
         super().__init__()
         self.bytes = 0
@@ -62,13 +70,16 @@ class LargestTensor(TorchDispatchMode):
 def largest(vocabulary, dtype=torch.float32):
     weight, states = torch.randn(vocabulary, 16).to(dtype), torch.randn(40, 16)
     with LargestTensor() as count:
-        head_tokens(states, weight, top_k=5, targets=torch.zeros(40, dtype=torch.int64), chunk=64, rows=32)
+        head_tokens(states, weight, top_k=5, targets=torch.zeros(40, dtype=torch.int64), chunk=64,
+                    rows=32)
     return count.bytes
 
 
 def test_memory_of_the_head_pass_does_not_grow_with_the_vocabulary():
     assert largest(128) == largest(1_000) == largest(20_000) <= 32 * (64 + 5) * 8
-    assert largest(1_000, torch.bfloat16) == largest(20_000, torch.bfloat16)  # converted chunk by chunk, too
+    assert largest(1_000,
+                   torch.bfloat16) == largest(20_000,
+                                              torch.bfloat16)  # converted chunk by chunk, too
 
 
 def test_token_metrics_of_states_do_not_grow_with_the_vocabulary_either():
@@ -76,7 +87,9 @@ def test_token_metrics_of_states_do_not_grow_with_the_vocabulary_either():
         states, mask = torch.randn(4, 10, 16), torch.ones(4, 10, dtype=torch.bool)
         with LargestTensor() as count:
             ids = torch.zeros(4, 10, dtype=torch.int64)
-            TokenMetrics((1, 5)).update_states(states, ids, mask, list("abcd"), torch.ones(vocabulary, 16), chunk=64)
-        return count.bytes - 4 * 16 * vocabulary  # the head itself was made inside, and is the largest
+            TokenMetrics((1, 5)).update_states(states, ids, mask, list("abcd"),
+                                               torch.ones(vocabulary, 16), chunk=64)
+        # the head itself was made inside, and is the largest
+        return count.bytes - 4 * 16 * vocabulary
 
     assert growth(5_000) == growth(20_000) == 0

@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from studies.embedded_pair import recipe as pair
 from xsd.core import MetricError, ParameterError
 from xsd.sensors import folder
-from xsd.steps import data, pair
+from xsd.steps import data
 
 SIZES = st.lists(st.integers(1, 5), min_size=2, max_size=6)
 
@@ -20,7 +21,8 @@ def clips_of(sizes):
 
 @settings(max_examples=40, deadline=None)
 @given(sizes=SIZES, n_questions=st.integers(1, 12), per_sequence=st.integers(1, 12))
-def test_a_sequence_is_asked_each_question_at_most_once_and_its_clips_in_turn(sizes, n_questions, per_sequence):
+def test_a_sequence_is_asked_each_question_at_most_once_and_its_clips_in_turn(
+        sizes, n_questions, per_sequence):
     clips = clips_of(sizes)
     chosen = data.asked(clips, n_questions, per_sequence)
     assert chosen == sorted(chosen)
@@ -40,7 +42,8 @@ def test_no_question_and_no_place_in_a_drive_is_preferred():
 
 
 def test_every_clip_of_a_single_sequence_is_asked_everything():
-    assert data.asked([("road", "0"), ("road", "1")], 10, 3) == [(0, 0), (0, 1), (0, 2), (1, 0), (1, 1), (1, 2)]
+    assert data.asked([("road", "0"), ("road", "1")], 10, 3) == [(0, 0), (0, 1), (0, 2), (1, 0),
+                                                                 (1, 1), (1, 2)]
 
 
 def test_clusters_are_sequences_unless_there_is_but_one():
@@ -59,27 +62,32 @@ def test_simulated_drives_are_made_once_and_other_ones_are_refused(tmp_path):
     samples = data.samples(root, "test", questions_per_sequence=5)
     assert len(samples) == 4 * 5 and {sample.sequence for sample in samples} == {"test_1003_00000"}
     first = samples[0]()
-    assert first.video.shape[0] == 8 and len(first.event_frames) == 5 and first.question == samples[0].question
+    assert first.video.shape[0] == 8 and len(
+        first.event_frames) == 5 and first.question == samples[0].question
 
 
 def test_a_run_never_draws_the_drives_that_the_pair_was_trained_on():
     trained_on = {f"train_0_{index:05d}" for index in range(pair.PROFILES["full"].n_sequences)}
     for seed in (0, 7):
-        data.guard(trained_on, data.simulated_sequences("train", 3, seed) + data.simulated_sequences("test", 3, seed))
+        data.guard(
+            trained_on,
+            data.simulated_sequences("train", 3, seed) + data.simulated_sequences("test", 3, seed))
     with pytest.raises(MetricError, match="1 sequences are in training and in test"):
         data.guard(["a", "b"], ["b"])
 
 
 def test_the_recording_is_for_testing_and_its_clips_are_the_clusters():
-    samples = data.samples(data.root_of("unused", "davis_road", "test"), "test", questions_per_sequence=2)
+    samples = data.samples(data.root_of("unused", "davis_road", "test"), "test",
+                           questions_per_sequence=2)
     assert len(samples) == 6 and {sample.sequence for sample in samples} == {"davis_road"}
-    assert len(set(data.clusters([one.sequence for one in samples], [one.clip for one in samples]))) == 3
+    assert len(set(data.clusters([one.sequence for one in samples],
+                                 [one.clip for one in samples]))) == 3
 
 
-@pytest.mark.parametrize(
-    ("name", "split", "words"),
-    [("davis_road", "train", "only for testing"), ("no/such/place", "test", "there is no data set 'no/such/place'")],
-)
+@pytest.mark.parametrize(("name", "split", "words"),
+                         [("davis_road", "train", "only for testing"),
+                          ("no/such/place", "test", "there is no data set 'no/such/place'")],
+                         )
 def test_a_data_set_that_cannot_be_had_is_named(name, split, words):
     with pytest.raises(ParameterError, match=words):
         data.root_of("runs/any", name, split)
@@ -90,12 +98,16 @@ def test_a_clip_without_stored_images_is_painted_on_the_canvas_of_the_pair(tmp_p
     shutil.copytree(data.root_of(tmp_path, data.RECORDED, "test"), root)
     stored = data.samples(root, "test", canvas="sensor")[0]
     clips = {(stored.sequence, stored.clip)}
-    assert data.event_frames_of(root, "test", clips, 5, "sensor") == {"stored": 1, "painted": 0, "canvas": "sensor"}
+    assert data.event_frames_of(root, "test", clips, 5,
+                                "sensor") == {"stored": 1, "painted": 0, "canvas": "sensor"}
     for images in list(root.rglob("event_image*")):
         shutil.rmtree(images)
-    assert data.event_frames_of(root, "test", clips, 5, "sensor") == {"stored": 0, "painted": 1, "canvas": "sensor"}
-    sensor, sliced = (data.samples(root, "test", canvas=canvas)[0]() for canvas in ("sensor", "slice"))
+    assert data.event_frames_of(root, "test", clips, 5,
+                                "sensor") == {"stored": 0, "painted": 1, "canvas": "sensor"}
+    sensor, sliced = (data.samples(root, "test", canvas=canvas)[0]()
+                      for canvas in ("sensor", "slice"))
     assert all(one.shape == sensor.event_frames[0].shape for one in sensor.event_frames)
-    assert [one.shape for one in sliced.event_frames] != [one.shape for one in sensor.event_frames] or any(
-        (a != b).any() for a, b in zip(sensor.event_frames, sliced.event_frames, strict=True)
-    )
+    assert [one.shape
+            for one in sliced.event_frames] != [one.shape for one in sensor.event_frames] or any(
+                (a != b).any()
+                for a, b in zip(sensor.event_frames, sliced.event_frames, strict=True))

@@ -1,4 +1,5 @@
-"""Live decoding, the check of every held-out answer, comparison and explorer, on a run of a random-weight pair of the real classes."""
+"""Live decoding, the check of every held-out answer, comparison and explorer, on a run of a
+random-weight pair of the real classes."""
 
 import json
 
@@ -8,12 +9,26 @@ from tiny_pair import make_tiny_pair
 
 from xsd.core import LosslessError, ParameterError
 from xsd.runs import demo_page, folder, parameters
-from xsd.steps import acceptance, compare, costs, explore, extraction, held_out, live, lossless, training
+from xsd.steps import (
+    acceptance,
+    compare,
+    costs,
+    explore,
+    extraction,
+    held_out,
+    live,
+    lossless,
+    training,
+)
 from xsd.views import cost_figures, figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
-# Random weights may say <video> in an answer, which transformers' prompt lookup cannot: it is tested in test_bench_live.
-ARMS = ["ar", "ar_all_cores", "hf_generate", "drafter", "ngram", "L4", "L4@2", "L4~0.9", "L1+L5F", "L1+ngram", "B1"]
+# Random weights may say <video> in an answer, which transformers' prompt lookup cannot: it is
+# tested in test_bench_live.
+ARMS = [
+    "ar", "ar_all_cores", "hf_generate", "drafter", "ngram", "L4", "L4@2", "L4~0.9", "L1+L5F",
+    "L1+ngram", "B1"
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,16 +36,25 @@ def place(tmp_path_factory):
     place = tmp_path_factory.mktemp("live")
     pair = make_tiny_pair(place / "pair", seed=4)
     run = str(place / "run")
-    sizes = {"n_train_sequences": 3, "n_test_sequences": 2, "questions_per_sequence": 6, "max_new_tokens": 12, "workers": 1}
-    extraction.run(parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), **sizes}))
-    training.run(parameters.TrainParameters.checked({"run_dir": run, "levels": LEVELS, "epochs": 1}))
-    acceptance.tokens(parameters.TokenParameters.checked({"run_dir": run, "levels": LEVELS, "resamples": 50}))
+    sizes = {
+        "n_train_sequences": 3, "n_test_sequences": 2, "questions_per_sequence": 6,
+        "max_new_tokens": 12, "workers": 1
+    }
+    extraction.run(
+        parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), **sizes}))
+    training.run(parameters.TrainParameters.checked({"run_dir": run, "levels": LEVELS,
+                                                     "epochs": 1}))
+    acceptance.tokens(
+        parameters.TokenParameters.checked({"run_dir": run, "levels": LEVELS, "resamples": 50}))
     return place
 
 
 def given(place, **values):
-    sizes = {"arms": ARMS, "check_arms": ["L4", "B1"], "max_new_tokens": 12, "gamma": 3, "resamples": 50}
-    return parameters.LiveParameters.checked({"run_dir": str(place / "run"), "pair": str(place / "pair"), **sizes, **values})
+    sizes = {
+        "arms": ARMS, "check_arms": ["L4", "B1"], "max_new_tokens": 12, "gamma": 3, "resamples": 50
+    }
+    return parameters.LiveParameters.checked(
+        {"run_dir": str(place / "run"), "pair": str(place / "pair"), **sizes, **values})
 
 
 @pytest.fixture(scope="module")
@@ -51,27 +75,36 @@ def test_every_arm_answers_the_same_samples_with_the_verifiers_ids(bench, record
     for one in found.values():
         base = one["arms"][one["baseline"]]
         assert base["baseline"] and base["speedup"]["value"] == 1
-        assert all(row["speedup"]["value"] <= 1 for row in one["arms"].values() if row["baseline"])  # the fastest of them
+        assert all(row["speedup"]["value"] <= 1 for row in one["arms"].values()
+                   if row["baseline"])  # the fastest of them
         assert not one["arms"][one["best_arm"]]["baseline"] and len(live.table(one)) == len(ARMS)
     assert found["simulated"]["arms"]["L4@2"]["label"] == "L4, 2 drafts a round"
     assert found["simulated"]["arms"]["L4@2"]["accepted_length_drafted"] <= 2
 
 
 def test_a_near_tie_is_no_excuse_in_float32(records):
-    tie = {"identical_to_ar": False, "verdict": {"outcome": "near-tie", "position": 2, "reason": "close"}}
+    tie = {
+        "identical_to_ar": False,
+        "verdict": {"outcome": "near-tie", "position": 2, "reason": "close"}
+    }
     with pytest.raises(LosslessError, match="near-tie: close"):
         live.summary([{**one, **tie} if one["arm"] == "L4" else one for one in records], 50, 0)
 
 
 def test_unlikely_drafts_end_a_round_and_cost_no_loss(records):
-    drafted = {arm: sum(len(r["drafted"]) for one in records if one["arm"] == arm for r in one["rounds"][1:]) for arm in ("L4", "L4~0.9")}
+    drafted = {
+        arm: sum(
+            len(r["drafted"]) for one in records if one["arm"] == arm
+            for r in one["rounds"][1:]) for arm in ("L4", "L4~0.9")
+    }
     assert drafted["L4~0.9"] < drafted["L4"]
 
 
-@pytest.mark.parametrize(
-    ("name", "meaning"),
-    [("L4", ("L4", 0, 0.0)), ("L1+ngram@3", ("L1+ngram", 3, 0.0)), ("B1~0.6", ("B1", 0, 0.6)), ("L4@2~.5", ("L4", 2, 0.5))],
-)
+@pytest.mark.parametrize(("name", "meaning"), [("L4", ("L4", 0, 0.0)),
+                                               ("L1+ngram@3", ("L1+ngram", 3, 0.0)),
+                                               ("B1~0.6", ("B1", 0, 0.6)),
+                                               ("L4@2~.5", ("L4", 2, 0.5))],
+                         )
 def test_an_arms_name_says_its_settings(name, meaning):
     assert live.parts_of(name) == meaning
 
@@ -84,7 +117,8 @@ def test_a_name_of_another_form_is_refused(name):
 
 def test_the_recordings_clips_are_its_clusters(bench):
     assert {one.cluster.count("/") for one in bench.samples["davis_road"]} == {1}
-    assert {one.cluster for one in bench.samples["simulated"]} == {one.sequence for one in bench.samples["simulated"]}
+    assert {one.cluster for one in bench.samples["simulated"]
+            } == {one.sequence for one in bench.samples["simulated"]}
 
 
 def test_samples_on_the_clock_come_from_as_many_clusters_as_there_are(bench):
@@ -99,7 +133,8 @@ def test_samples_on_the_clock_come_from_as_many_clusters_as_there_are(bench):
 def test_a_sample_is_the_one_that_was_extracted(bench):
     one = bench.samples["davis_road"][0]
     sample = one.load()
-    assert (sample.key, sample.question) == (one.key, one.question) and len(sample.event_frames) == 5 and sample.video.shape[0] == 8
+    assert (sample.key, sample.question) == (one.key, one.question) and len(
+        sample.event_frames) == 5 and sample.video.shape[0] == 8
     whole = [one for some in bench.samples.values() for one in some if one.reference is not None]
     assert all(len(one.reference) == 12 or one.reference[-1] == 2 for one in whole)
 
@@ -110,7 +145,8 @@ def test_every_held_out_answer_is_checked_at_every_limit(bench):
     n = sum(map(len, bench.samples.values()))
     assert counted["n_answers"] == 2 * (n + 4 * len(lossless.LIMITS)) == counted["n_identical"]
     hidden = rows[(rows["arm"] == "L4") & (rows["limit"] == 12)]["n_hidden"]
-    assert (hidden > 0).all() and counted["n_hidden_drafts"] >= hidden.sum() and (rows[rows["arm"] == "B1"]["n_hidden"] == 0).all()
+    assert (hidden > 0).all() and counted["n_hidden_drafts"] >= hidden.sum() and (
+        rows[rows["arm"] == "B1"]["n_hidden"] == 0).all()
     assert counted["n_references"] == counted["n_references_identical"] > 0
     assert counted["n_divergences"] == 0 and set(rows["limit"]) == {1, 2, 7, 12}
     assert (rows.loc[rows["limit"] == 1, "n_tokens"] == 1).all()
@@ -134,12 +170,16 @@ def test_two_processes_check_what_one_does(place, bench):
 def test_a_wrong_answer_is_counted_as_one(bench, monkeypatch):
     def broken(bench_, names, **options):
         made = build(bench_, names, **options)
-        return [type(arm)(arm.name, lambda s, n, arm=arm: changed(arm.run(s, n)), arm.verifier) for arm in made]
+        return [
+            type(arm)(arm.name, lambda s, n, arm=arm: changed(arm.run(s, n)), arm.verifier)
+            for arm in made
+        ]
 
     def changed(generation):
         import dataclasses
 
-        return dataclasses.replace(generation, ids=(*generation.ids[:-1], (generation.ids[-1] + 7) % 300))
+        return dataclasses.replace(generation,
+                                   ids=(*generation.ids[:-1], (generation.ids[-1] + 7) % 300))
 
     build = live.build
     monkeypatch.setattr(live, "build", broken)
@@ -150,9 +190,12 @@ def test_a_wrong_answer_is_counted_as_one(bench, monkeypatch):
 def test_costs_predictions_and_pictures(bench, records):
     parts = costs.measure(bench, repeats=1)
     table = costs.table(parts)
-    assert {"verify 1", "drafter_step", "adapter L4"} <= set(table["what"]) and (table["ms"] > 0).all()
+    assert {"verify 1", "drafter_step", "adapter L4"} <= set(table["what"]) and (table["ms"]
+                                                                                 > 0).all()
     predicted = costs.predictions(bench, [r for r in records if r["data"] == "simulated"], parts)
-    assert set(predicted["arm"]) == {"drafter tokens", "4-gram table", "L4", "L4, 2 drafts a round", "L4, only above 90%", "B1"}
+    assert set(predicted["arm"]) == {
+        "drafter tokens", "4-gram table", "L4", "L4, 2 drafts a round", "L4, only above 90%", "B1"
+    }
     shares = predicted[["prefill", "draft", "verify"]].sum(axis=1)
     assert ((shares - 1).abs() < 1e-9).all()
     curve = cost_figures.verification_curve(costs.curve_table(parts))
@@ -163,37 +206,42 @@ def test_costs_predictions_and_pictures(bench, records):
 def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, place):
     found = live.summary(records, 50, 0)
     generations, said, one = live.show_one(bench, found["simulated"]["best_arm"])
-    assert len({g.ids for g in generations.values()}) == 1 and list(generations)[-1] == "own greedy loop"
+    assert len({g.ids
+                for g in generations.values()}) == 1 and list(generations)[-1] == "own greedy loop"
     timeline.scrubber(generations, lambda ids: "".join(map(said, ids)))
     tokens.rounds(next(iter(generations.values())), said)
     counted = {"arms": ["L4", "B1", "L1+L5F"], "n_answers": 30, "n_identical": 30, "data": {}}
     parts = costs.measure(bench, repeats=1)
-    live.save(bench, found, counted, costs.table(parts), costs.predictions(bench, [], parts), hidden_share=0.5)
+    live.save(bench, found, counted, costs.table(parts), costs.predictions(bench, [], parts),
+              hidden_share=0.5)
     results = folder.load_results(place / "run")
-    assert "{live/n_answers} answers of {live/check/labels} on all" in demo_page.lead(results) and results["live"]["sentence"].startswith(
-        "the fastest arm that drafts"
-    )
+    assert "{live/n_answers} answers of {live/check/labels} on all" in demo_page.lead(
+        results) and results["live"]["sentence"].startswith("the fastest arm that drafts")
     assert results["live"]["check"]["labels"] == "L4, B1 and L1 + L5F"
     page = demo_page._live(results)
     assert page is not None and len(page.parts) >= 4
-    hashes = [value[:16] for name, value in results["extract"]["data_hashes"].items() if name.startswith("test")]
+    hashes = [
+        value[:16] for name, value in results["extract"]["data_hashes"].items()
+        if name.startswith("test")
+    ]
     assert results["live"]["provenance"]["data_hash"] == "+".join(hashes) and hashes
-    assert results["live"]["provenance"]["parameters"]["gamma"] == 3 and "git_revision" in results["live"]["checked_with"]
+    assert results["live"]["provenance"]["parameters"]["gamma"] == 3 and "git_revision" in results[
+        "live"]["checked_with"]
     assert folder.load_live(place / "run")[2]["question"] == one.question
     figures.speedup_bars(live.bars(found["simulated"]))
 
 
-@pytest.mark.parametrize(
-    ("low", "high", "words"),
-    [(1.1, 1.3, "faster, and its interval lies above 1"), (0.7, 0.9, "slower"), (0.9, 1.2, "not told apart"), (None, None, "no interval")],
-)
+@pytest.mark.parametrize(("low", "high", "words"),
+                         [(1.1, 1.3, "faster, and its interval lies above 1"), (0.7, 0.9, "slower"),
+                          (0.9, 1.2, "not told apart"), (None, None, "no interval")],
+                         )
 def test_the_sentence_says_which_way_it_went(low, high, words):
-    arm = {"label": "L4", "speedup": {"value": 1.0, "low": low, "high": high}, "slower_share": {"value": 0.5}}
+    arm = {
+        "label": "L4", "speedup": {"value": 1.0, "low": low, "high": high},
+        "slower_share": {"value": 0.5}
+    }
     one = {
-        "best_arm": "L4",
-        "baseline": "ar",
-        "n_timed": 3,
-        "n_drafting": 4,
+        "best_arm": "L4", "baseline": "ar", "n_timed": 3, "n_drafting": 4,
         "arms": {"L4": arm, "ar": {**arm, "label": "own greedy loop"}},
     }
     assert "best of 4 on these 3 samples" in live.sentence(one)
@@ -213,11 +261,13 @@ def test_wrong_arms_levels_and_pairs_are_named(place, tmp_path):
     with pytest.raises(ParameterError, match="holds no adapter L2"):
         live.open_bench(given(place, arms=["ar", "L2"]))
     other = make_tiny_pair(tmp_path / "other", seed=5)
-    with pytest.raises(ParameterError, match=r"extracted with other weights \(verifier and drafter\)"):
+    with pytest.raises(ParameterError,
+                       match=r"extracted with other weights \(verifier and drafter\)"):
         live.open_bench(given(place, pair=str(other)))
 
 
-# --- 06 and 07 ---------------------------------------------------------------------------------------------------------------
+# --- 06 and 07
+# ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("metric", compare.METRICS)
@@ -226,7 +276,8 @@ def test_one_run_compares_its_levels(place, records, metric):
     table = compare.values(runs, metric, resamples=50, seed=0)
     assert set(table["data"]) == {"simulated", "davis_road"}
     best = table[table["best"]]
-    assert set(best["data"]) == {"simulated", "davis_road"} and "B1" not in (() if metric == "speedup" else set(best["level"]))
+    assert set(best["data"]) == {"simulated", "davis_road"} and "B1" not in (
+        () if metric == "speedup" else set(best["level"]))
     differing = compare.differences(runs, metric, resamples=50, seed=0)
     assert set(differing["against"]) == {"ar" if metric == "speedup" else "drafter_tokens"}
     values = table.set_index(["data", "level"])["value"]
@@ -243,10 +294,14 @@ def test_two_runs_are_compared_level_by_level(place, tmp_path):
     shutil.copytree(place / "run", other)
     runs = [str(place / "run"), str(other)]
     differing = compare.differences(runs, "accepted_length", resamples=50, seed=0)
-    assert set(differing["run"]) == {"again"} and (differing["value"] == 0).all() and not differing["clear"].any()
-    assert set(differing["against"]) == {f"run {level}" for level in [*LEVELS, "drafter_tokens"]} and len(differing) == 10
+    assert set(differing["run"]) == {"again"} and (differing["value"]
+                                                   == 0).all() and not differing["clear"].any()
+    assert set(differing["against"]) == {f"run {level}" for level in [*LEVELS, "drafter_tokens"]
+                                         } and len(differing) == 10
     assert list(compare.overview(runs)["run"]) == ["run", "again"]
-    assert set(compare.curves(runs)["level"]) == {f"{level} · {name}" for level in LEVELS for name in ("run", "again")}
+    assert set(compare.curves(runs)["level"]) == {
+        f"{level} · {name}" for level in LEVELS for name in ("run", "again")
+    }
     with pytest.raises(ParameterError, match="given twice"):
         compare.names([runs[0], runs[0]])
     with pytest.raises(ParameterError, match="is not among the runs"):
@@ -254,15 +309,18 @@ def test_two_runs_are_compared_level_by_level(place, tmp_path):
 
 
 def test_comparison_is_written_as_plain_numbers(place):
-    checked = parameters.CompareParameters.checked({"run_dir": str(place / "run"), "runs": [str(place / "run")], "resamples": 50})
+    checked = parameters.CompareParameters.checked(
+        {"run_dir": str(place / "run"), "runs": [str(place / "run")], "resamples": 50})
     table = compare.values(checked.runs, checked.metric, resamples=50, seed=0)
-    compare.save(checked, table, compare.differences(checked.runs, checked.metric, resamples=50, seed=0))
+    compare.save(checked, table,
+                 compare.differences(checked.runs, checked.metric, resamples=50, seed=0))
     text = (place / "run" / "results" / "compare.json").read_text()
     assert "NaN" not in text and len(json.loads(text)["values"]) == len(table)
 
 
 def test_the_explorer_shows_tokens_and_pictures_of_a_run(place):
-    checked = parameters.ExploreParameters.checked({"run_dir": str(place / "run"), "runs": [str(place / "run")]})
+    checked = parameters.ExploreParameters.checked(
+        {"run_dir": str(place / "run"), "runs": [str(place / "run")]})
     found = explore.data(checked)
     assert found.runs == ["run · simulated", "run · davis_road"]
     explorer = explore.explorer(checked, found)

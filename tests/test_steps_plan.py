@@ -1,4 +1,5 @@
-"""The plan: counted sizes of the 7B models, arithmetic held against real files and real models, and what it says to do."""
+"""The plan: counted sizes of the 7B models, arithmetic held against real files and real models, and
+what it says to do."""
 
 import dataclasses
 
@@ -24,7 +25,8 @@ def test_the_full_size_models_have_the_published_parameter_counts():
     assert verifier.total == 7_366_279_168
     assert (drafter.visual_tokens, verifier.visual_tokens) == (582, 2056)
     assert plan.prompt_positions(drafter) == 641
-    assert (drafter.parameters["linear"], drafter.layers, drafter.kv_width) == (verifier.parameters["linear"], 32, 4096)
+    assert (drafter.parameters["linear"], drafter.layers,
+            drafter.kv_width) == (verifier.parameters["linear"], 32, 4096)
 
 
 def test_sizes_of_a_folder_come_from_its_configurations_alone(pair_folder):
@@ -33,7 +35,8 @@ def test_sizes_of_a_folder_come_from_its_configurations_alone(pair_folder):
         handle = getattr(loaded, size.role)
         assert size.total == sum(p.numel() for p in handle.model.parameters())
         assert (size.hidden, size.vocab) == (handle.hidden_size, handle.vocab_size)
-        sample = core.Sample("s", "c", "What?", [_picture()] * size.n_frames, torch.zeros(8, 28, 28, 3, dtype=torch.uint8).numpy())
+        sample = core.Sample("s", "c", "What?", [_picture()] * size.n_frames,
+                             torch.zeros(8, 28, 28, 3, dtype=torch.uint8).numpy())
         if size.role == "drafter":
             assert handle.visual_tokens(sample).shape[0] == size.visual_tokens
     with pytest.raises(CheckpointError, match="give 'full', 'embedded' or a folder"):
@@ -44,7 +47,8 @@ def _picture():
     return torch.zeros(28, 28, 3, dtype=torch.uint8).numpy()
 
 
-@pytest.mark.parametrize("form", [("float32", None), ("bfloat16", None), ("float32", "4bit"), ("float32", "8bit")])
+@pytest.mark.parametrize("form", [("float32", None), ("bfloat16", None), ("float32", "4bit"),
+                                  ("float32", "8bit")])
 def test_predicted_weights_are_the_bytes_of_the_loaded_model(pair_folder, form):
     dtype, quant = form
     loaded = loading.load_pair(pair_folder, dtype=dtype, quant=quant)
@@ -52,16 +56,19 @@ def test_predicted_weights_are_the_bytes_of_the_loaded_model(pair_folder, form):
         model = getattr(loaded, size.role).model
         stored = quantization.weight_bytes(model)
         predicted = plan.weight_bytes(size, dtype, quant)
-        # Quantised layers keep their constants outside the parameters, and every model has a few small buffers.
+        # Quantised layers keep their constants outside the parameters, and every model has a few
+        # small buffers.
         assert abs(stored - predicted) < 0.05 * predicted
 
 
 def test_the_cache_takes_what_is_predicted(pair_folder):
     handle = loading.load_drafter(pair_folder / "drafter")
-    sample = core.Sample("s", "c", "What?", [_picture()] * 5, torch.zeros(8, 28, 28, 3, dtype=torch.uint8).numpy())
+    sample = core.Sample("s", "c", "What?", [_picture()] * 5,
+                         torch.zeros(8, 28, 28, 3, dtype=torch.uint8).numpy())
     embeds = handle.prompt_embeddings(sample)
     cache = handle.decoder(inputs_embeds=embeds[None], use_cache=True).past_key_values
-    held = sum(t.numel() * t.element_size() for layer in cache.layers for t in (layer.keys, layer.values))
+    held = sum(t.numel() * t.element_size() for layer in cache.layers
+               for t in (layer.keys, layer.values))
     assert held == plan.kv_bytes(full_size.sizes(pair_folder)[0], len(embeds), 1, "float32")
 
 
@@ -70,56 +77,76 @@ def test_predicted_shards_are_the_bytes_on_disk(tmp_path, pair_folder, stored):
     sizes = full_size.sizes(pair_folder)
     sizes = tuple(dataclasses.replace(size, hidden=256, vocab=1000) for size in sizes)
     n, tokens = 40, 30
-    with ShardWriter(tmp_path / "run", mode="teacher_forced", dtype=stored, config={}, samples_per_shard=64) as writer:
+    with ShardWriter(tmp_path / "run", mode="teacher_forced", dtype=stored, config={},
+                     samples_per_shard=64) as writer:
         for role in ("drafter", "verifier"):
             writer.save_head(role, torch.zeros(1000, 256), 1000)
         for i in range(n):
             hidden = torch.full((tokens, 256), float(i))
             ids = torch.arange(tokens)
-            writer.write(core.PairedStates("s", f"{i:06d}", "What?", hidden, hidden, ids, ids, "teacher_forced"))
+            writer.write(
+                core.PairedStates("s", f"{i:06d}", "What?", hidden, hidden, ids, ids,
+                                  "teacher_forced"))
         writer.close()
     on_disk = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
-    predicted = plan.shard_bytes(sizes, samples=n, tokens=tokens, modes=1, stored=stored, dtype="float32")
+    predicted = plan.shard_bytes(sizes, samples=n, tokens=tokens, modes=1, stored=stored,
+                                 dtype="float32")
     assert abs(on_disk - predicted) < 0.03 * predicted
 
 
 def test_hours_follow_the_stated_speed():
     pair = full_size.sizes("full")
-    options = {"dtype": "bfloat16", "quant": None, "clips": 100, "questions": 10, "new_tokens": 50, "batch": 10}
+    options = {
+        "dtype": "bfloat16", "quant": None, "clips": 100, "questions": 10, "new_tokens": 50,
+        "batch": 10
+    }
     machine = plan.MACHINES["a100-80"]
     once = plan.extraction(pair, machine, **options)
-    twice = plan.extraction(pair, dataclasses.replace(machine, tflops=2 * machine.tflops, gb_s=2 * machine.gb_s), **options)
+    twice = plan.extraction(
+        pair, dataclasses.replace(machine, tflops=2 * machine.tflops, gb_s=2 * machine.gb_s),
+        **options)
     assert twice.total == pytest.approx(once.total / 2)
-    assert plan.extraction(pair, machine, **{**options, "clips": 300}).total == pytest.approx(3 * once.total)
+    assert plan.extraction(pair, machine,
+                           **{**options, "clips": 300}).total == pytest.approx(3 * once.total)
     forced = plan.extraction(pair, machine, **options, modes=("teacher_forced",))
     assert "drafter answers" not in forced.parts and forced.total < once.total
-    # One decode step of one row reads the weights once: 13.2 GB of linear layers and head at 35 % of 2039 GB/s.
+    # One decode step of one row reads the weights once: 13.2 GB of linear layers and head at 35 %
+    # of 2039 GB/s.
     step = plan.step_seconds(pair[1], machine, "bfloat16", None, batch=1, positions=0)
     assert step == pytest.approx((6_476_005_376 + 131_334_144) * 2 / (0.35 * 2039e9), rel=1e-6)
 
 
 def test_a_level_is_counted_without_being_allocated():
-    each = plan.training(full_size.sizes("full"), "L4", plan.MACHINES["a100-80"], samples=10, tokens=50, epochs=2, batch=4)
+    each = plan.training(full_size.sizes("full"), "L4", plan.MACHINES["a100-80"], samples=10,
+                         tokens=50, epochs=2, batch=4)
     assert each.parameters > 100_000_000 and each.peak > 16 * each.parameters
     with pytest.raises(ParameterError, match="L9"):
-        plan.training(full_size.sizes("full"), "L9", plan.MACHINES["a100-80"], samples=1, tokens=1, epochs=1, batch=1)
+        plan.training(full_size.sizes("full"), "L9", plan.MACHINES["a100-80"], samples=1, tokens=1,
+                      epochs=1, batch=1)
 
 
 def test_what_does_not_fit_comes_with_a_way_out():
     small = plan_table.make(plan_table.Request(), plan.MACHINES["rtx4090"], disk_free=1e9)
-    assert "do not fit into the 24 GB" in small.verdicts[0] and "--quant 4bit with --batch 1 needs" in small.verdicts[0]
+    assert "do not fit into the 24 GB" in small.verdicts[
+        0] and "--quant 4bit with --batch 1 needs" in small.verdicts[0]
     assert "do not fit onto the 1.0 GB" in small.verdicts[1] and "--stored" in small.verdicts[1]
-    large = plan_table.make(plan_table.Request(quant="4bit", batch=1), plan.MACHINES["rtx4090"], disk_free=1e12)
+    large = plan_table.make(plan_table.Request(quant="4bit", batch=1), plan.MACHINES["rtx4090"],
+                            disk_free=1e12)
     assert "fit into the 24 GB" in large.verdicts[0] and "fit onto" in large.verdicts[1]
-    assert large.value("Memory", "verifier: weights") < small.value("Memory", "verifier: weights") / 2
+    assert large.value("Memory",
+                       "verifier: weights") < small.value("Memory", "verifier: weights") / 2
     with pytest.raises(ParameterError, match="batch must be at least 1"):
         plan_table.Request(batch=0)
 
 
 def test_the_command_prints_every_figure_with_its_kind_and_every_assumption(capsys):
-    assert cli.main(["plan", "--quant", "4bit", "--clips", "100", "--tflops", "100", "--gb-s", "500", "--memory-gb", "40"]) == 0
+    assert cli.main([
+        "plan", "--quant", "4bit", "--clips", "100", "--tflops", "100", "--gb-s", "500",
+        "--memory-gb", "40"
+    ]) == 0
     said = capsys.readouterr().out
-    for words in ("7 366 279 168   counted", "GB   predicted", "h   predicted", "100 TFLOP/s", "500 GB/s", "(given)", "Assumptions"):
+    for words in ("7 366 279 168   counted", "GB   predicted", "h   predicted", "100 TFLOP/s",
+                  "500 GB/s", "(given)", "Assumptions"):
         assert words in said
     assert cli.main(["plan", "--machine", "abacus"]) == 2
     assert "there is no machine 'abacus'; choose one of t4" in capsys.readouterr().err
@@ -132,13 +159,15 @@ def test_this_machine_can_be_measured_in_a_moment():
         dataclasses.replace(machine, gb_s=0)
 
 
-# --- doctor ------------------------------------------------------------------------------------------------------------------
+# --- doctor
+# ------------------------------------------------------------------------------------------------
 
 
 def test_doctor_loads_a_pair_and_prints_its_number_formats(pair_folder):
     said = [str(finding) for finding in checkup.examine(str(pair_folder), quant="4bit")]
     assert all(line.startswith("[ok  ]") for line in said)
-    assert "predicted memory" in said[0] and "may be drafted" in said[1] and "measured peak memory" in said[-1]
+    assert "predicted memory" in said[0] and "may be drafted" in said[
+        1] and "measured peak memory" in said[-1]
     assert "uint8" in said[2] and "model.visual_tower float32" in said[2]
 
 

@@ -5,9 +5,9 @@ import pytest
 
 from xsd import cli
 from xsd.core import DatasetError, ParameterError
+from xsd.embedded import raw_sequence
 from xsd.sensors import dsec, folder
 from xsd.steps import raw_dsec
-from xsd.world import raw_sequence
 
 SMALL = {"duration_s": 0.6, "image_size": (24, 18), "rendered": (40, 30)}
 
@@ -22,11 +22,14 @@ def raw(tmp_path_factory):
 
 def test_the_simulated_sequence_is_one_for_the_reader(raw):
     sequence = dsec.open_sequence(raw / "drive_0")
-    assert len(sequence.image_paths) == 13 and np.diff(sequence.image_times_us).tolist() == [50_000] * 12
+    assert len(sequence.image_paths) == 13 and np.diff(
+        sequence.image_times_us).tolist() == [50_000] * 12
     first = int(sequence.image_times_us[0])
     events = dsec.read_window(sequence, first, first + 600_000)
     assert len(events) > 100 and events.t_us[0] > first and int(events.x.max()) < 640
-    parts = [dsec.read_window(sequence, first + k * 100_000, first + (k + 1) * 100_000) for k in range(6)]
+    parts = [
+        dsec.read_window(sequence, first + k * 100_000, first + (k + 1) * 100_000) for k in range(6)
+    ]
     assert sum(map(len, parts)) == len(events)
     moved = dsec.read_window(sequence, first, first + 600_000, rectify=True)
     assert np.array_equal(moved.x, events.x)
@@ -38,7 +41,8 @@ def test_the_same_seed_gives_the_same_sequence(raw, tmp_path):
     raw_sequence.write(tmp_path / "again", seed=0, **SMALL)
     one, other = dsec.open_sequence(raw / "drive_0"), dsec.open_sequence(tmp_path / "again")
     start = int(one.image_times_us[0])
-    a, b = dsec.read_window(one, start, start + 600_000), dsec.read_window(other, start, start + 600_000)
+    a, b = dsec.read_window(one, start,
+                            start + 600_000), dsec.read_window(other, start, start + 600_000)
     assert np.array_equal(a.t_us, b.t_us) and np.array_equal(a.x, b.x)
     assert one.image_paths[3].read_bytes() == other.image_paths[3].read_bytes()
 
@@ -68,6 +72,7 @@ def test_mistakes_are_named(raw, tmp_path):
 
 def test_one_folder_is_cut_in_one_way(raw, tmp_path):
     raw_dsec.prepare(raw / "drive_0", tmp_path / "made", clip_ms=300)
-    with pytest.raises(ParameterError, match="was begun with clip_ms=300, not 200; choose another folder"):
+    with pytest.raises(ParameterError,
+                       match="was begun with clip_ms=300, not 200; choose another folder"):
         raw_dsec.prepare(raw, tmp_path / "made", clip_ms=200)
     assert raw_dsec.prepare(raw, tmp_path / "made", clip_ms=300)["resumed"] == 1

@@ -1,4 +1,5 @@
-"""Any recording or video before a pair: what is made where a sensor is missing, what is warned of, and whose tokens are compared."""
+"""Any recording or video before a pair: what is made where a sensor is missing, what is warned of,
+and whose tokens are compared."""
 
 import av
 import numpy as np
@@ -23,7 +24,7 @@ def write_video(path, n=30, size=(64, 48), rate=20, grey=False):
         stream.width, stream.height, stream.pix_fmt = *size, "yuv420p"
         for i in range(n):
             picture = np.full((size[1], size[0], 3), 30, np.uint8)
-            picture[10:30, i : i + 20] = 220 if grey else (220, 180, 40)
+            picture[10:30, i:i + 20] = 220 if grey else (220, 180, 40)
             for packet in stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")):
                 container.mux(packet)
         for packet in stream.encode():
@@ -33,8 +34,12 @@ def write_video(path, n=30, size=(64, 48), rate=20, grey=False):
 
 def write_events(path, n=3000, span_us=49_000, seed=0):
     draw = np.random.default_rng(seed)
-    columns = {"x": draw.integers(0, 640, n), "y": draw.integers(0, 480, n), "t": np.sort(draw.integers(0, span_us, n))}
-    stream = event_streams.from_columns({**columns, "p": draw.integers(0, 2, n)}, width=640, height=480)
+    columns = {
+        "x": draw.integers(0, 640, n), "y": draw.integers(0, 480, n),
+        "t": np.sort(draw.integers(0, span_us, n))
+    }
+    stream = event_streams.from_columns({**columns, "p": draw.integers(0, 2, n)}, width=640,
+                                        height=480)
     event_streams.write_events(path, stream)
     return path
 
@@ -49,7 +54,8 @@ def test_a_video_gets_events_where_it_moves(tmp_path):
     assert source.kind == "events from the video" and source.pictures.shape == (30, 24, 32, 3)
     assert source.times_us.tolist()[:3] == [0, 50_000, 100_000] and source.span_us == (0, 1_500_000)
     rows = np.bincount(source.events.y, minlength=24)
-    assert rows[6:14].sum() > 20 * max(1, rows[18:].sum())  # the square's rows, not the still ground's
+    assert rows[6:14].sum() > 20 * max(1,
+                                       rows[18:].sum())  # the square's rows, not the still ground's
     clips = recordings.cut(source)
     assert [clip.t_us for clip in clips] == [(0, 1_000_000), (500_000, 1_500_000)]
     assert clips[0].video.shape == (8, 24, 32, 3) and len(clips[0].event_frames) == 5
@@ -71,9 +77,11 @@ def test_times_are_those_of_the_file_and_reading_stops_in_time(tmp_path):
 def test_a_short_event_file_is_one_clip_whose_video_is_painted(tmp_path):
     source = recordings.open_source(write_events(tmp_path / "short.npy"))
     clips = recordings.cut(source)
-    assert len(clips) == 1 and clips[0].video.shape == (8, 480, 640, 3) and source.kind == "pictures from the events"
+    assert len(clips) == 1 and clips[0].video.shape == (
+        8, 480, 640, 3) and source.kind == "pictures from the events"
     said = " | ".join(recordings.warnings(source, clips, WORLD))
-    for words in ("there is no video", "640x480 pixels, the pair knows up to 128x96", "lasts 49 ms, the pair knows 1000", "their truth"):
+    for words in ("there is no video", "640x480 pixels, the pair knows up to 128x96",
+                  "lasts 49 ms, the pair knows 1000", "their truth"):
         assert words in said
     assert "official EventGPT" not in said  # 49 ms is what the official code was tuned for
     with pytest.raises(EventError, match="holds five events; choose longer clips"):
@@ -91,7 +99,8 @@ def test_the_shipped_recording_is_known_to_be_grey_and_long():
     source = recordings.open_source("davis_road")
     clips = recordings.cut(source, max_clips=2)
     said = " | ".join(recordings.warnings(source, clips, WORLD))
-    assert source.kind == "both recorded" and len(clips) == 2 and clips[0].video.shape == (8, 260, 346, 3)
+    assert source.kind == "both recorded" and len(clips) == 2 and clips[0].video.shape == (8, 260,
+                                                                                           346, 3)
     assert "the pictures are grey" in said and "refuses 100 ms and more" in said and "there is no video" not in said
 
 
@@ -105,16 +114,22 @@ def test_answers_states_and_acceptance_come_from_the_same_answers(tmp_path, pair
     clips = recordings.cut(source)
     told = recordings.ask(pair, clips, QUESTIONS[:2], max_new_tokens=6)
     assert len(told.samples) == len(recordings.answers(told)) == 4
-    assert all(a.ids_by_verifier.tolist() == b.ids_by_verifier.tolist() for a, b in zip(told.forced, told.free, strict=True))
-    saved = registry.save_adapter(registry.create_adapter("L1", 32, drafter_size=32), tmp_path / "l1")
-    shifted = registry.save_adapter(registry.create_adapter("L5F", 32, drafter_size=32), tmp_path / "l5f")
+    assert all(a.ids_by_verifier.tolist() == b.ids_by_verifier.tolist()
+               for a, b in zip(told.forced, told.free, strict=True))
+    saved = registry.save_adapter(registry.create_adapter("L1", 32, drafter_size=32),
+                                  tmp_path / "l1")
+    shifted = registry.save_adapter(registry.create_adapter("L5F", 32, drafter_size=32),
+                                    tmp_path / "l5f")
     tokens = frames.check(recordings.token_table(pair, told, {"L1": saved, "L5F": shifted}))
     own = tokens[tokens["level"] == "drafter"]
     forced = told.forced[0]
-    assert own[own["sample"] == "00000"]["match"].tolist() == (forced.ids_by_drafter == forced.ids_by_verifier).tolist()
-    assert tokens[tokens["level"] == "L5F"]["position"].min() == 1 and tokens["cosine"].between(-1.001, 1.001).all()
+    assert own[own["sample"] == "00000"]["match"].tolist() == (
+        forced.ids_by_drafter == forced.ids_by_verifier).tolist()
+    assert tokens[tokens["level"] == "L5F"]["position"].min() == 1 and tokens["cosine"].between(
+        -1.001, 1.001).all()
     table = recordings.summary(tokens, gamma=3, resamples=50)
-    assert list(table["level"]) == ["drafter", "L1", "L5F"] and table["mean_accepted"].between(0, 3).all()
+    assert list(table["level"]) == ["drafter", "L1", "L5F"] and table["mean_accepted"].between(
+        0, 3).all()
     assert table["token_acceptance"].iloc[0] == own["match"].mean()
     handed = recordings.as_traces(told)
     traces.write(tmp_path / "t.json", handed)

@@ -6,17 +6,17 @@ import pytest
 import torch
 import train_examples
 
+from studies import storage, storage_figures
 from xsd.core import ParameterError, ShardError
 from xsd.runs import parameters
 from xsd.shards.store import ShardDataset
 from xsd.shards.writer import ShardWriter
-from xsd.steps import storage
-from xsd.views import storage_figures
 
 
 def write(folder, split, n, seed):
     config = {"split": split, "data_hash": "made"}
-    with ShardWriter(folder, mode="teacher_forced", dtype="fp32", config=config, samples_per_shard=8) as out:
+    with ShardWriter(folder, mode="teacher_forced", dtype="fp32", config=config,
+                     samples_per_shard=8) as out:
         out.save_head("verifier", train_examples.head(), train_examples.VOCABULARY)
         for one in train_examples.answers(n, split=split, seed=seed):
             out.write(dataclasses.replace(one, sequence=f"{split}_{one.sequence}"))
@@ -26,16 +26,19 @@ def write(folder, split, n, seed):
 @pytest.fixture(scope="module")
 def exact(tmp_path_factory):
     root = tmp_path_factory.mktemp("exact")
-    return {"train": write(root / "train", "train", 30, 0), "test": write(root / "test", "test", 15, 1)}
+    return {
+        "train": write(root / "train", "train", 30, 0), "test": write(root / "test", "test", 15, 1)
+    }
 
 
 @pytest.fixture(scope="module")
 def study(exact, tmp_path_factory):
     """A whole study on small made-up pairs in place of the models' answers; and its run folder."""
     run_dir = tmp_path_factory.mktemp("run")
-    given = parameters.StorageParameters.checked(
-        {"run_dir": str(run_dir), "levels": ["L1", "L5F"], "dtypes": ["fp32", "bf16", "int8"], "epochs": 2, "resamples": 50, "gamma": 3}
-    )
+    given = parameters.StorageParameters.checked({
+        "run_dir": str(run_dir), "levels": ["L1", "L5F"], "dtypes": ["fp32", "bf16", "int8"],
+        "epochs": 2, "resamples": 50, "gamma": 3
+    })
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(storage.extraction, "ensure", lambda *_, **__: None)
         patch.setattr(storage, "_extracted", lambda _: exact)
@@ -48,9 +51,12 @@ def study(exact, tmp_path_factory):
 @pytest.mark.parametrize("dtype, largest", [("fp16", 2**-11), ("bf16", 2**-8), ("int8", 0.02)])
 def test_rewritten_pairs_differ_by_their_rounding_alone(exact, tmp_path, dtype, largest):
     stored = storage.recode(exact["test"], tmp_path, dtype)
-    assert stored.manifest["dtype"] == dtype and len(stored) == 15 and 0 < storage.rounding(exact["test"], stored) <= largest
+    assert stored.manifest["dtype"] == dtype and len(stored) == 15 and 0 < storage.rounding(
+        exact["test"], stored) <= largest
     for a, b in zip(exact["test"], stored, strict=True):
-        assert torch.equal(a.ids_by_verifier, b.ids_by_verifier) and (a.sequence, a.clip, a.split) == (b.sequence, b.clip, b.split)
+        assert torch.equal(
+            a.ids_by_verifier,
+            b.ids_by_verifier) and (a.sequence, a.clip, a.split) == (b.sequence, b.clip, b.split)
     assert torch.equal(stored.head("verifier"), exact["test"].head("verifier"))
     assert storage.recode(exact["test"], tmp_path, dtype).manifest == stored.manifest
 
@@ -78,24 +84,23 @@ def test_bytes_a_token_are_those_of_a_shard(exact, tmp_path, dtype):
 
 def test_every_dtype_is_compared_with_the_exact_states(study):
     frame = study[0].frame()
-    assert list(zip(frame["level"], frame["dtype"], strict=True)) == [(a, b) for a in ("L1", "L5F") for b in ("fp32", "bf16", "int8")]
-    assert (
-        frame["value"].between(0, 1).all()
-        and (frame["value low"] <= frame["value"]).all()
-        and (frame["value"] <= frame["value high"]).all()
-    )
+    assert list(zip(frame["level"], frame["dtype"],
+                    strict=True)) == [(a, b) for a in ("L1", "L5F")
+                                      for b in ("fp32", "bf16", "int8")]
+    assert (frame["value"].between(0, 1).all() and (frame["value low"] <= frame["value"]).all()
+            and (frame["value"] <= frame["value high"]).all())
     exact = frame[frame["dtype"] == "fp32"]
-    assert (exact[["difference", "difference low", "difference high"]] == 0).all(axis=None) and (
-        exact["value"] == exact["self_measured"]
-    ).all()
+    assert (exact[["difference", "difference low", "difference high"]]
+            == 0).all(axis=None) and (exact["value"] == exact["self_measured"]).all()
     values = frame.set_index(["level", "dtype"])
     for level, dtype in values.index:
-        assert values.loc[(level, dtype), "difference"] == pytest.approx(
-            values.loc[(level, dtype), "value"] - values.loc[(level, "fp32"), "value"]
-        )
+        assert values.loc[(level, dtype),
+                          "difference"] == pytest.approx(values.loc[(level, dtype), "value"] -
+                                                         values.loc[(level, "fp32"), "value"])
     assert study[0].frame("accepted_length")["value"].between(0, 3).all()
     assert (study[1] / "results" / "storage.json").is_file()
-    assert storage.summary(study[0].results)["levels whose interval excludes zero"].iloc[0] == "0 of 2"
+    assert storage.summary(
+        study[0].results)["levels whose interval excludes zero"].iloc[0] == "0 of 2"
 
 
 def test_sizes_tell_bytes_at_full_width_and_the_rounding(study):
@@ -106,7 +111,8 @@ def test_sizes_tell_bytes_at_full_width_and_the_rounding(study):
 
 def test_a_study_without_exact_states_is_refused():
     given = parameters.StorageParameters.checked({"dtypes": ["bf16", "int8"]})
-    with pytest.raises(ParameterError, match="holds no 'fp32', which the others are compared with; add it"):
+    with pytest.raises(ParameterError,
+                       match="holds no 'fp32', which the others are compared with; add it"):
         storage.run(given)
 
 
@@ -114,9 +120,12 @@ def test_the_picture_holds_both_figures_of_every_level(study):
     frame = study[0].frame()
     figure = storage_figures.acceptance_by_bytes(frame)
     drawn = [trace for trace in figure.data if trace.name in ("L1", "L5F")]
-    assert [trace.name for trace in drawn] == ["L1", "L1", "L5F", "L5F"] and [trace.showlegend for trace in drawn] == [True, False] * 2
+    assert [trace.name for trace in drawn] == ["L1", "L1", "L5F", "L5F"
+                                               ] and [trace.showlegend
+                                                      for trace in drawn] == [True, False] * 2
     part = frame[frame["level"] == "L5F"]
-    assert list(drawn[2].y) == part["value"].tolist() and list(drawn[3].y) == part["difference"].tolist()
+    assert list(drawn[2].y) == part["value"].tolist() and list(
+        drawn[3].y) == part["difference"].tolist()
     places = [x for trace in drawn[::2] for x in trace.x]
     assert len(set(places)) == len(places), "no point hides another"
     assert "bf16" in "".join(figure.layout.xaxis.ticktext) and figure.layout.xaxis.type == "log"

@@ -1,4 +1,5 @@
-"""The study on a random-weight pair of the real classes: it resumes, judges all rows on the same positions, its intervals are paired."""
+"""The study on a random-weight pair of the real classes: it resumes, judges all rows on the same
+positions, its intervals are paired."""
 
 import dataclasses
 import itertools
@@ -11,14 +12,17 @@ import torch
 import train_examples
 from tiny_pair import make_tiny_pair
 
+from studies.recipes import figures as study_figures
+from studies.recipes import grid as study_recipes
+from studies.recipes import measure as study_measure
+from studies.recipes import study
+from studies.recipes.grid import Job
 from xsd.adapters import linear
 from xsd.core import Batch, MetricError, ParameterError
-from xsd.metrics import acceptance
+from xsd.evaluate import acceptance
 from xsd.runs import folder, parameters
-from xsd.steps import extraction, study, study_measure, study_recipes, training
-from xsd.steps.study_recipes import Job
+from xsd.steps import extraction, training
 from xsd.train import rollout, source
-from xsd.views import study_figures
 
 LONGER = {"profile": "converged", "epochs": 300, "patience": 50}
 OPTIONS = {"n_resamples": 100, "seed": 0}
@@ -29,10 +33,15 @@ def given(tmp_path_factory):
     place = tmp_path_factory.mktemp("study")
     pair = make_tiny_pair(place / "pair", seed=4)
     run = str(place / "run")
-    sizes = {"n_train_sequences": 4, "n_test_sequences": 2, "questions_per_sequence": 4, "max_new_tokens": 8, "workers": 1}
+    sizes = {
+        "n_train_sequences": 4, "n_test_sequences": 2, "questions_per_sequence": 4,
+        "max_new_tokens": 8, "workers": 1
+    }
     modes = {"test_data": ["simulated"], "test_modes": ["teacher_forced"]}
-    extraction.run(parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), **sizes, **modes}))
-    return parameters.StudyParameters.checked({"run_dir": run, "levels": ["L1", "B1"], "max_epochs": 1, "resamples": 50})
+    extraction.run(
+        parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), **sizes, **modes}))
+    return parameters.StudyParameters.checked(
+        {"run_dir": run, "levels": ["L1", "B1"], "max_epochs": 1, "resamples": 50})
 
 
 @pytest.fixture(scope="module")
@@ -44,15 +53,20 @@ def counts(sequences, accepted, rounds):
     return pd.DataFrame({"sequence": sequences, "accepted": accepted, "rounds": rounds})
 
 
-# --- the whole study -----------------------------------------------------------------------------------------------------------------
+# --- the whole study
+# ------------------------------------------------------------------------------------------------
 
 
 def test_every_level_recipe_and_floor_has_a_row_judged_on_the_same_positions(given, found):
     rows = {(one["level"], one["recipe"]): one for one in found.results["rows"]}
-    assert {("L1", "reference"), ("L1", "best"), ("B1", "best"), ("ridge", "closed form"), ("4-gram", "no adapter")} <= set(rows)
+    assert {("L1", "reference"), ("L1", "best"), ("B1", "best"), ("ridge", "closed form"),
+            ("4-gram", "no adapter")} <= set(rows)
     assert len(rows) == 4 + len(study_recipes.FLOORS) + 2
-    assert {one["token_acceptance"]["n"] for one in rows.values()} == {rows["L1", "best"]["cosine"]["n"]}
-    assert all(len(one["accepted_length"]["seeds"]) == (2 if one["recipe"] in study_recipes.RECIPES else 1) for one in rows.values())
+    assert {one["token_acceptance"]["n"]
+            for one in rows.values()} == {rows["L1", "best"]["cosine"]["n"]}
+    assert all(
+        len(one["accepted_length"]["seeds"]) == (2 if one["recipe"] in study_recipes.RECIPES else 1)
+        for one in rows.values())
     assert rows["B1", "reference"]["steps"] == 1 and rows["B1", "reference"]["epochs"] == 1
     assert [one["sequences"] for one in found.results["curve"]] == [2, 2, 4, 4]
 
@@ -60,11 +74,15 @@ def test_every_level_recipe_and_floor_has_a_row_judged_on_the_same_positions(giv
 def test_tables_are_written_and_hold_the_same_figures(given, found):
     tables = folder.resolve(given.run_dir) / "tables"
     stored = pd.read_csv(tables / "study.csv")
-    assert stored["accepted_length"].tolist() == pytest.approx(found.table()["accepted_length"].tolist())
-    assert (tables / "study.md").read_text().startswith("| level | recipe |") and "toprule" in (tables / "study.tex").read_text()
-    assert list(found.times()["level"]) == ["L1", "B1"] and set(found.times()["best against"]) == {"reference"}
+    assert stored["accepted_length"].tolist() == pytest.approx(
+        found.table()["accepted_length"].tolist())
+    assert (tables / "study.md").read_text().startswith("| level | recipe |") and "toprule" in (
+        tables / "study.tex").read_text()
+    assert list(found.times()["level"]) == ["L1", "B1"] and set(
+        found.times()["best against"]) == {"reference"}
     shown = found.reading()
-    assert "[" in shown["accepted_length"].iloc[0] and set(shown[shown["recipe"] == "no adapter"]["parameters"]) == {"–"}
+    assert "[" in shown["accepted_length"].iloc[0] and set(
+        shown[shown["recipe"] == "no adapter"]["parameters"]) == {"–"}
     assert all(value.isdigit() for value in shown[shown["recipe"] == "best"]["parameters"])
 
 
@@ -77,16 +95,24 @@ def test_a_second_call_does_only_what_is_missing(given, found):
     done = []
     again = study.run(given, progress=lambda job, record: done.append(job))
     assert json.loads(gone.read_text())["counts"] == wanted
-    after = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file() and path.parent != gone.parent}
+    after = {
+        path: path.stat().st_mtime_ns for path in place.rglob("*")
+        if path.is_file() and path.parent != gone.parent
+    }
     assert after == {path: time for path, time in before.items() if path.parent != gone.parent}
-    assert again.table().drop(columns="seconds").equals(found.table().drop(columns="seconds")) and len(set(done)) == len(done)
+    assert again.table().drop(columns="seconds").equals(
+        found.table().drop(columns="seconds")) and len(set(done)) == len(done)
 
 
 def test_two_workers_find_what_one_finds(given, found, tmp_path):
     for name in ("shards", "results"):
         (tmp_path / "run").mkdir(exist_ok=True)
         (tmp_path / "run" / name).symlink_to(folder.resolve(given.run_dir) / name)
-    own = given.model_copy(update={"run_dir": str(tmp_path / "run"), "workers": 2, "levels": ["L1"], "recipes": ["best"], "shares": []})
+    own = given.model_copy(
+        update={
+            "run_dir": str(tmp_path / "run"), "workers": 2, "levels": ["L1"], "recipes": ["best"],
+            "shares": []
+        })
     two = study.run(own).table().set_index(["level", "recipe"])["accepted_length"]
     one = found.table().set_index(["level", "recipe"])["accepted_length"]
     assert two.tolist() == pytest.approx(one[two.index].tolist(), abs=1e-6)
@@ -95,12 +121,17 @@ def test_two_workers_find_what_one_finds(given, found, tmp_path):
 def test_a_study_of_other_data_is_not_mixed_in(given, found):
     stored = folder.resolve(given.run_dir) / "study" / Job("L1", "best", 0).place / "results.json"
     wanted = json.loads(stored.read_text())
-    stored.write_text(json.dumps({**wanted, "identity": {**wanted["identity"], "data": {"train": "other"}}, "counts": {}}))
+    stored.write_text(
+        json.dumps({
+            **wanted, "identity": {**wanted["identity"], "data": {"train": "other"}}, "counts": {}
+        }))
     table = study.run(given).table()
-    assert json.loads(stored.read_text())["counts"] == wanted["counts"] and len(table) == len(found.table())
+    assert json.loads(stored.read_text())["counts"] == wanted["counts"] and len(table) == len(
+        found.table())
 
 
-# --- measuring -----------------------------------------------------------------------------------------------------------------------
+# --- measuring
+# ------------------------------------------------------------------------------------------------
 
 
 def batches(n=20):
@@ -120,9 +151,10 @@ def test_counts_are_those_of_the_metrics_of_one_step_and_of_the_rollout(reads):
     for one in some:
         aligned, _, ids, mask = adapter.align(one)
         right = (aligned @ head.T).argmax(-1) == ids
-        hits += int((right & mask)[:, 1 - adapter.shift :].sum())
+        hits += int((right & mask)[:, 1 - adapter.shift:].sum())
     assert table["matched"].sum() == hits
-    assert ((table["cosine"] <= table["positions"] + 1e-6) & (table["above"] <= table["positions"])).all()
+    assert ((table["cosine"] <= table["positions"] + 1e-6) &
+            (table["above"] <= table["positions"])).all()
 
 
 def test_with_one_drafted_token_a_round_the_rollout_is_the_one_step_acceptance():
@@ -131,15 +163,15 @@ def test_with_one_drafted_token_a_round_the_rollout_is_the_one_step_acceptance()
     table = study_measure.measure(adapter, some, train_examples.head(), gamma=1, threshold=0.9)
     rounds = acceptance.rounds_from_lists([[True, True, False]], 1)
     assert rounds.accepted.tolist() == [1, 0]  # a round at gamma 1: a draft, then the bonus token
-    assert (table["rounds"] <= table["positions"]).all() and (table["accepted"] <= table["matched"]).all()
+    assert (table["rounds"] <= table["positions"]).all() and (table["accepted"]
+                                                              <= table["matched"]).all()
 
 
 def test_answers_of_one_token_alone_are_refused():
     one = batches()[0]
-    short = Batch(
-        one.drafter[:, :1], one.verifier[:, :1], one.ids_by_drafter[:, :1], one.ids_by_verifier[:, :1], one.mask[:, :1], one.sequence,
-        one.index, one.mode,
-    )  # fmt: skip
+    short = Batch(one.drafter[:, :1], one.verifier[:, :1], one.ids_by_drafter[:, :1],
+                  one.ids_by_verifier[:, :1], one.mask[:, :1], one.sequence, one.index, one.mode,
+                  )  # fmt: skip
     adapter = linear.fit_linear("ridge", [one])
     with pytest.raises(MetricError, match="no held-out answer has a second token"):
         study_measure.measure(adapter, [short], train_examples.head(), gamma=3, threshold=0.9)
@@ -147,7 +179,8 @@ def test_answers_of_one_token_alone_are_refused():
 
 def test_seeds_are_averaged_sample_by_sample_and_their_range_is_kept():
     sequences = ["a", "a", "b", "c"]
-    first, second = counts(sequences, [1, 2, 3, 4], [2, 2, 2, 2]), counts(sequences, [3, 4, 5, 6], [2, 2, 2, 2])
+    first, second = counts(sequences, [1, 2, 3, 4],
+                           [2, 2, 2, 2]), counts(sequences, [3, 4, 5, 6], [2, 2, 2, 2])
     found = study_measure.figures([first, second], **OPTIONS)["accepted_length"]
     assert found["value"] == pytest.approx(28 / 16) and found["seeds"] == [10 / 8, 18 / 8]
     assert found["n_clusters"] == 3 and found["low"] <= found["value"] <= found["high"]
@@ -156,8 +189,10 @@ def test_seeds_are_averaged_sample_by_sample_and_their_range_is_kept():
 def test_the_same_recipe_is_once_itself_and_a_multiple_is_found_without_width():
     sequences = [f"s{i % 5}" for i in range(20)]
     accepted = np.arange(1, 21)
-    one, twice = counts(sequences, accepted, np.full(20, 4)), counts(sequences, 2 * accepted, np.full(20, 4))
-    same, double = study_measure.times([one], [one], **OPTIONS), study_measure.times([twice], [one], **OPTIONS)
+    one, twice = counts(sequences, accepted, np.full(20, 4)), counts(sequences, 2 * accepted,
+                                                                     np.full(20, 4))
+    same, double = study_measure.times([one], [one], **OPTIONS), study_measure.times([twice], [one],
+                                                                                     **OPTIONS)
     assert (same.value, same.low, same.high) == (1, 1, 1)
     assert (double.value, double.low, double.high) == (2, 2, 2)
 
@@ -169,21 +204,29 @@ def test_a_recipe_that_accepts_nothing_gives_no_finite_ratio():
 
 def test_rows_of_other_samples_are_refused():
     one, other = counts(["a", "b"], [1, 1], [1, 1]), counts(["a", "c"], [1, 1], [1, 1])
-    with pytest.raises(MetricError, match="the seeds of one row were measured on other samples; delete the study's folder"):
+    with pytest.raises(
+            MetricError,
+            match="the seeds of one row were measured on other samples; delete the study's folder"):
         study_measure.averaged([one, other])
     with pytest.raises(MetricError, match="two rows of the study were measured on other samples"):
         study_measure.times([one], [other], **OPTIONS)
 
 
-# --- recipes -------------------------------------------------------------------------------------------------------------------------
+# --- recipes
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_reference_recipe_is_the_references():
-    documented, fair, longer = (study_recipes.config_of(name, "L4") for name in ("documented", "reference", "converged"))
-    assert (documented.objective, documented.epochs, documented.batch_size, documented.learning_rate) == ("mse_cosine", 50, 64, 1e-3)
-    assert (documented.patience, documented.clip, documented.weight_decay, documented.select_by) == (10, 1.0, 0.01, "loss")
-    assert documented.warm_start == "none" and documented == dataclasses.replace(fair, batch_size=64)
-    assert (longer.epochs, longer.patience) == (300, 50) and longer == dataclasses.replace(documented, **LONGER)
+    documented, fair, longer = (study_recipes.config_of(name, "L4")
+                                for name in ("documented", "reference", "converged"))
+    assert (documented.objective, documented.epochs, documented.batch_size,
+            documented.learning_rate) == ("mse_cosine", 50, 64, 1e-3)
+    assert (documented.patience, documented.clip, documented.weight_decay,
+            documented.select_by) == (10, 1.0, 0.01, "loss")
+    assert documented.warm_start == "none" and documented == dataclasses.replace(
+        fair, batch_size=64)
+    assert (longer.epochs, longer.patience) == (300, 50) and longer == dataclasses.replace(
+        documented, **LONGER)
 
 
 def test_the_best_recipe_never_has_more_epochs_or_steps_than_the_references():
@@ -199,7 +242,9 @@ def test_less_data_gets_more_epochs_and_the_limit_holds():
 
 
 def test_an_unknown_recipe_is_named():
-    with pytest.raises(ParameterError, match="unknown recipe 'better'; choose one of documented, reference, converged, best"):
+    with pytest.raises(
+            ParameterError,
+            match="unknown recipe 'better'; choose one of documented, reference, converged, best"):
         study_recipes.config_of("better", "L1")
 
 
@@ -222,19 +267,22 @@ def test_a_larger_share_holds_the_smaller_one():
 
 
 def test_a_point_that_table_and_curve_share_is_trained_once():
-    jobs = study_recipes.jobs(["L1", "L4"], ["best"], [0, 1], budget_levels=["L1"], shares=[0.5, 1.0], curve=["ridge", "L1"])
+    jobs = study_recipes.jobs(["L1", "L4"], ["best"], [0, 1], budget_levels=["L1"],
+                              shares=[0.5, 1.0], curve=["ridge", "L1"])
     assert len(jobs) == len(set(jobs)) == 2 * 2 + 2 * 2 + len(study_recipes.FLOORS) + 2 + 1
     assert {job.recipe for job in jobs if job.level == "L4"} == {"best"}
     assert len({job.place for job in jobs}) == len(jobs) and jobs[0].recipe == "converged"
 
 
-# --- pictures ------------------------------------------------------------------------------------------------------------------------
+# --- pictures
+# ------------------------------------------------------------------------------------------------
 
 
 def test_the_picture_holds_every_row_at_its_level(found):
     table = found.table()
     figure = study_figures.accepted_by_recipe(table, gamma=5)
-    drawn = {(data[0], trace.name): x for trace in figure.data for x, data in zip(trace.x, trace.customdata, strict=True)}
+    drawn = {(data[0], trace.name): x for trace in figure.data
+             for x, data in zip(trace.x, trace.customdata, strict=True)}
     assert drawn == {(one.level, one.recipe): one.accepted_length for one in table.itertuples()}
     for trace in figure.data:
         levels = [figure.layout.yaxis.ticktext[round(y)] for y in trace.y]
@@ -243,5 +291,6 @@ def test_the_picture_holds_every_row_at_its_level(found):
 
 def test_the_learning_curve_runs_from_few_drives_to_many(found):
     figure = study_figures.learning_curve(found.curve())
-    assert {trace.name for trace in figure.data} == {"ridge", "L1"} and figure.layout.xaxis.type == "log"
+    assert {trace.name
+            for trace in figure.data} == {"ridge", "L1"} and figure.layout.xaxis.type == "log"
     assert all(list(trace.x) == [2, 4] for trace in figure.data)

@@ -1,4 +1,5 @@
-"""Token traces of models that ran elsewhere: figures known by hand from a small own file, and what a bad file says."""
+"""Token traces of models that ran elsewhere: figures known by hand from a small own file, and what
+a bad file says."""
 
 import json
 import os
@@ -13,12 +14,10 @@ from xsd.steps import traces
 from xsd.views import frames
 
 A, B = [5, 6, 7, 8, 2], [5, 6, 9, 8, 2]
-ROWS = [
-    {"clip": 0, "sequence": "s0", "drafter_ids": [5, 6, 7], "verifier_ids": A},
-    {"clip": 1, "sequence": "s0", "drafter_ids": [4, 6, 7, 8, 2], "verifier_ids": A},
-    {"clip": 0, "sequence": "s1", "drafter_ids": [4, 6, 7, 8, 2], "verifier_ids": A},
-    {"clip": 0, "sequence": "s2", "drafter_ids": [], "verifier_ids": B},
-]
+ROWS = [{"clip": 0, "sequence": "s0", "drafter_ids": [5, 6, 7], "verifier_ids": A},
+        {"clip": 1, "sequence": "s0", "drafter_ids": [4, 6, 7, 8, 2], "verifier_ids": A},
+        {"clip": 0, "sequence": "s1", "drafter_ids": [4, 6, 7, 8, 2],
+         "verifier_ids": A}, {"clip": 0, "sequence": "s2", "drafter_ids": [], "verifier_ids": B},]
 REFERENCE = os.environ.get("XSD_REFERENCE_TRACES", "")
 
 
@@ -34,15 +33,21 @@ def test_agreement_floors_and_duplicates_are_those_counted_by_hand(trace_file, t
     own = found["arms"]["drafter tokens"]
     assert own["token_acceptance"]["value"] == pytest.approx((3 + 4 + 4 + 0) / 20)
     assert [each["share"] for each in own["by_position"]] == [0.25, 0.75, 0.75, 0.5, 0.5]
-    # Trained on the other sequences: s0 sees A and B (7 before 9 on a tie), s1 sees A A B, s2 sees A only, so B's third token is missed.
+    # Trained on the other sequences: s0 sees A and B (7 before 9 on a tie), s1 sees A A B, s2 sees
+    # A only, so B's third token is missed.
     assert found["arms"]["position mode"]["token_acceptance"]["value"] == pytest.approx(19 / 20)
-    assert found["duplicates"]["verifier"]["shared"] == 0.75 and found["duplicates"]["verifier"]["repeated"] == 0.5
-    assert found["duplicates"]["drafter"] == {"shared": pytest.approx(2 / 3), "repeated": pytest.approx(1 / 3), "n": 3}
-    assert found["n_sequences"] == 3 and found["arms"]["4-gram"]["token_acceptance"]["n_clusters"] == 3
+    assert found["duplicates"]["verifier"]["shared"] == 0.75 and found["duplicates"]["verifier"][
+        "repeated"] == 0.5
+    assert found["duplicates"]["drafter"] == {
+        "shared": pytest.approx(2 / 3), "repeated": pytest.approx(1 / 3), "n": 3
+    }
+    assert found["n_sequences"] == 3 and found["arms"]["4-gram"]["token_acceptance"][
+        "n_clusters"] == 3
 
 
 def test_a_floor_never_sees_the_sequence_it_is_tried_on(tmp_path):
-    rows = [{**row, "sequence": f"s{i}", "verifier_ids": [10 + i, 20 + i]} for i, row in enumerate(ROWS)]
+    rows = [{**row, "sequence": f"s{i}", "verifier_ids": [10 + i, 20 + i]}
+            for i, row in enumerate(ROWS)]
     path = tmp_path / "t.json"
     path.write_text(json.dumps({"question": "q", "rows": rows}))
     found = traces.run(path, tmp_path / "run", resamples=50)
@@ -53,20 +58,28 @@ def test_a_floor_never_sees_the_sequence_it_is_tried_on(tmp_path):
 def test_the_run_holds_the_projects_token_table(trace_file, tmp_path):
     traces.run(trace_file, tmp_path / "run", resamples=50)
     tokens = frames.check(folder.load_tokens(tmp_path / "run"))
-    assert set(tokens["level"]) == {"drafter tokens", "position mode", "4-gram"} and len(tokens) == 3 * 20
+    assert set(tokens["level"]) == {"drafter tokens", "position mode", "4-gram"
+                                    } and len(tokens) == 3 * 20
     assert frames.by_position(tokens)["marginal"].between(0, 1).all()
     assert folder.load_results(tmp_path / "run")["traces"]["n"] == 4
 
 
 def test_replayed_schedules_count_passes_and_price_them(trace_file, tmp_path):
     prices = tmp_path / "prices.json"
-    prices.write_text(json.dumps({"verifier_prefill_s": 1, "drafter_prefill_s": 0.5, "draft_s": 0, "verify": {"1": 1, "6": 1}}))
+    prices.write_text(
+        json.dumps({
+            "verifier_prefill_s": 1, "drafter_prefill_s": 0.5, "draft_s": 0,
+            "verify": {"1": 1, "6": 1}
+        }))
     found = traces.run(trace_file, tmp_path / "run", gamma=5, prices=prices, resamples=50)
     mode = found["arms"]["position mode"]["schedule"]
-    # An answer of five tokens: the prefill gives the first, one pass accepts three and adds the last; B needs a second pass.
+    # An answer of five tokens: the prefill gives the first, one pass accepts three and adds the
+    # last; B needs a second pass.
     assert (mode["passes"], mode["passes_alone"]) == (5, 16)
     assert mode["predicted_alone_s"] == 20 and mode["predicted_s"] == 4 + 5
-    walked = replay.replay(A, traces.arms(traces.read(trace_file))[1].draft(0), gamma=5, eos_token_ids=frozenset({2}))
+    walked = replay.replay(A,
+                           traces.arms(traces.read(trace_file))[1].draft(0), gamma=5,
+                           eos_token_ids=frozenset({2}))
     assert [(r.n_drafted, r.n_accepted, r.bonus) for r in walked] == [(0, 0, True), (3, 3, True)]
     with pytest.raises(ParameterError, match="holds no prices"):
         traces.read_prices(trace_file)
@@ -74,8 +87,13 @@ def test_replayed_schedules_count_passes_and_price_them(trace_file, tmp_path):
 
 def test_rows_without_sequences_are_cut_into_blocks_of_neighbours(tmp_path):
     path = tmp_path / "t.json"
-    path.write_text(json.dumps({"question": "q", "rows": [{"clip": i, "drafter_ids": [1], "verifier_ids": [1, 2]} for i in range(7)]}))
-    assert [t.sequence[-2:] for t in traces.read(path, blocks=3)] == ["00", "00", "00", "01", "01", "02", "02"]
+    path.write_text(
+        json.dumps({
+            "question": "q",
+            "rows": [{"clip": i, "drafter_ids": [1], "verifier_ids": [1, 2]} for i in range(7)]
+        }))
+    assert [t.sequence[-2:]
+            for t in traces.read(path, blocks=3)] == ["00", "00", "00", "01", "01", "02", "02"]
     traces.write(tmp_path / "again.json", traces.read(path, blocks=3))
     assert traces.read(tmp_path / "again.json") == traces.read(path, blocks=3)
 
@@ -90,15 +108,12 @@ def test_one_sequence_alone_has_no_tables_and_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [
-        ("{", "is no trace file"),
-        ("[]", "is no trace file"),
-        ('{"rows": 3}', "rows must be a list"),
-        ('{"rows": [{"clip": 1}]}', "row 0 lacks clip, drafter_ids or verifier_ids"),
-        ('{"rows": [{"clip": 1, "drafter_ids": ["a"], "verifier_ids": [1]}]}', "drafter_ids of row 0 must be a list of token ids"),
-        ('{"rows": [{"clip": 1, "drafter_ids": [], "verifier_ids": []}]}', "row 0 has no verifier token"),
-        ('{"rows": []}', "holds no row"),
-    ],
+    [("{", "is no trace file"), ("[]", "is no trace file"), ('{"rows": 3}', "rows must be a list"),
+     ('{"rows": [{"clip": 1}]}', "row 0 lacks clip, drafter_ids or verifier_ids"),
+     ('{"rows": [{"clip": 1, "drafter_ids": ["a"], "verifier_ids": [1]}]}',
+      "drafter_ids of row 0 must be a list of token ids"),
+     ('{"rows": [{"clip": 1, "drafter_ids": [], "verifier_ids": []}]}',
+      "row 0 has no verifier token"), ('{"rows": []}', "holds no row"),],
 )
 def test_a_bad_file_is_named(tmp_path, content, words):
     path = tmp_path / "bad.json"
@@ -108,14 +123,18 @@ def test_a_bad_file_is_named(tmp_path, content, words):
 
 
 def test_the_command_prints_the_table(trace_file, tmp_path, capsys):
-    assert cli.main(["import-traces", str(trace_file), "-o", str(tmp_path / "run"), "--gamma", "3"]) == 0
+    assert cli.main(["import-traces",
+                     str(trace_file), "-o",
+                     str(tmp_path / "run"), "--gamma", "3"]) == 0
     said = capsys.readouterr().out
     assert "4 pairs of answers in 3 sequences" in said and "4-gram" in said and "γ=3" in said
     assert cli.main(["import-traces", str(tmp_path / "none.json")]) == 2
     assert "there is no trace file" in capsys.readouterr().err
 
 
-@pytest.mark.skipif(not REFERENCE, reason="set XSD_REFERENCE_TRACES to the published token traces (not redistributable)")
+@pytest.mark.skipif(
+    not REFERENCE,
+    reason="set XSD_REFERENCE_TRACES to the published token traces (not redistributable)")
 def test_traces_of_the_real_pair_show_their_template(tmp_path):
     found = traces.run(REFERENCE, tmp_path / "run", resamples=50)
     assert found["n"] == 700 and found["arms"]["drafter tokens"]["by_position"][0]["share"] < 0.02

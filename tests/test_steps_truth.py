@@ -1,4 +1,5 @@
-"""Step 13 on a random-weight pair of the real classes: what is asked, of whom, and what is refused."""
+"""Step 13 on a random-weight pair of the real classes: what is asked, of whom, and what is
+refused."""
 
 import json
 import shutil
@@ -13,7 +14,15 @@ from tiny_pair import make_samples, make_tiny_pair
 from xsd.core import MetricError, ParameterError
 from xsd.models import loading
 from xsd.runs import doctor, folder, parameters
-from xsd.steps import acceptance, counterfactual, evaluation, extraction, full_report, training, truth
+from xsd.steps import (
+    acceptance,
+    counterfactual,
+    evaluation,
+    extraction,
+    full_report,
+    training,
+    truth,
+)
 from xsd.views import truth_figures
 
 LEVELS = ["L1", "L5F", "B1"]
@@ -23,14 +32,21 @@ LEVELS = ["L1", "L5F", "B1"]
 def run_dir(tmp_path_factory):
     place = tmp_path_factory.mktemp("truth")
     pair, run = make_tiny_pair(place / "pair", seed=4), str(place / "run")
-    sizes = {"n_train_sequences": 2, "n_test_sequences": 3, "questions_per_sequence": 3, "max_new_tokens": 10, "workers": 1}
-    extraction.run(parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), "test_data": ["simulated"], **sizes}))
-    training.run(parameters.TrainParameters.checked({"run_dir": run, "levels": LEVELS, "epochs": 1}))
+    sizes = {
+        "n_train_sequences": 2, "n_test_sequences": 3, "questions_per_sequence": 3,
+        "max_new_tokens": 10, "workers": 1
+    }
+    extraction.run(
+        parameters.ExtractParameters.checked(
+            {"run_dir": run, "pair": str(pair), "test_data": ["simulated"], **sizes}))
+    training.run(parameters.TrainParameters.checked({"run_dir": run, "levels": LEVELS,
+                                                     "epochs": 1}))
     return run
 
 
 def given(run_dir, **values):
-    return parameters.TruthParameters.checked({"run_dir": run_dir, "levels": LEVELS, "waterfall": "L1", "resamples": 50, **values})
+    return parameters.TruthParameters.checked(
+        {"run_dir": run_dir, "levels": LEVELS, "waterfall": "L1", "resamples": 50, **values})
 
 
 @pytest.fixture(scope="module")
@@ -50,22 +66,29 @@ def test_every_arm_is_asked_about_the_same_tokens(found, tables, run_dir):
     assert set(gap[gap["unit"] == "token_acceptance"]["n"]) == {n}
     arms = tables["arms"]
     assert set(arms[arms["unit"] == "token_acceptance"]["n"]) == {n}
-    assert set(arms[arms["level"] == "L1"]["arm"]) == {"real events", "real events again", "blank events", "other scene", "text only"}
+    assert set(arms[arms["level"] == "L1"]["arm"]) == {
+        "real events", "real events again", "blank events", "other scene", "text only"
+    }
     assert set(arms[arms["level"] == "B1"]["arm"]) == {"real events"}  # it reads no drafter
     assert tables["kinds"].groupby("loss")["n"].sum().eq(n).all()
 
 
 def test_the_losses_lead_from_the_verifier_to_what_is_left(tables):
     gap = tables["gap"]
-    own = gap[(gap["level"] == "L1") & (gap["unit"] == "token_acceptance")].set_index("name")["value"]
-    names = gap[(gap["level"] == "L1") & (gap["unit"] == "token_acceptance") & (gap["metric"] == "loss")]["name"].tolist()
+    own = gap[(gap["level"] == "L1")
+              & (gap["unit"] == "token_acceptance")].set_index("name")["value"]
+    names = gap[(gap["level"] == "L1") & (gap["unit"] == "token_acceptance") &
+                (gap["metric"] == "loss")]["name"].tolist()
     assert names == ["capacity and objective", "modality", "rollout", "drift"]
     left = 1 - own["capacity and objective"] - own["modality"] - own["rollout"]
     assert left == pytest.approx(own["self-rollout"])
-    assert own["rollout"] == pytest.approx(0, abs=0.02)  # L1 conditions on tokens alone; only a tie may round the other way
+    assert own["rollout"] == pytest.approx(
+        0, abs=0.02)  # L1 conditions on tokens alone; only a tie may round the other way
     branch = gap[(gap["level"] == "L5F") & (gap["metric"] == "loss")]["name"].tolist()
-    assert "drift" not in branch  # it reads verifier states, which a free-running pair does not give it
-    lengths = gap[(gap["level"] == "L1") & (gap["unit"] == "accepted_length") & (gap["name"] == "verifier")]["value"].iloc[0]
+    # it reads verifier states, which a free-running pair does not give it
+    assert "drift" not in branch
+    lengths = gap[(gap["level"] == "L1") & (gap["unit"] == "accepted_length") &
+                  (gap["name"] == "verifier")]["value"].iloc[0]
     assert 1 < lengths <= 5
 
 
@@ -73,26 +96,32 @@ def test_the_same_arm_again_agrees_with_the_stored_states(tables):
     again = tables["arms"][tables["arms"]["arm"] == "real events again"]
     assert again["difference"].abs().max() < 0.05  # stored in half precision
     checks = tables["checks"].set_index("check")
-    assert bool(checks["passed"].iloc[0]) and bool(checks["passed"].iloc[-1]) and checks.index[-1].startswith("A/A: L1")
+    assert bool(checks["passed"].iloc[0]) and bool(
+        checks["passed"].iloc[-1]) and checks.index[-1].startswith("A/A: L1")
 
 
 def test_the_drafter_alone_is_the_loop_of_its_own_tokens_in_every_arm(found, run_dir):
     own = evaluation.held_out(run_dir, "simulated", "teacher_forced")
     shown = counterfactual.shown(given(run_dir), "simulated", own)
     blank, real = next(iter(shown["blank events"].batches(99))), next(iter(own.batches(99)))
-    assert torch.equal(blank.ids_by_verifier, real.ids_by_verifier) and torch.equal(blank.mask, real.mask)
-    assert not torch.equal(blank.drafter, real.drafter) and float(blank.drafter[~blank.mask].abs().sum()) == 0
+    assert torch.equal(blank.ids_by_verifier, real.ids_by_verifier) and torch.equal(
+        blank.mask, real.mask)
+    assert not torch.equal(blank.drafter, real.drafter) and float(
+        blank.drafter[~blank.mask].abs().sum()) == 0
     counts = found.sets["simulated"].tables["arms"]
-    row = counts[(counts["level"] == acceptance.DRAFTER) & (counts["arm"] == "blank events") & (counts["unit"] == "token_acceptance")]
+    row = counts[(counts["level"] == acceptance.DRAFTER) & (counts["arm"] == "blank events") &
+                 (counts["unit"] == "token_acceptance")]
     later = blank.mask.clone()
     later[:, 0] = False
-    assert row["value"].iloc[0] == pytest.approx(float((blank.ids_by_drafter == blank.ids_by_verifier)[later].float().mean()))
+    assert row["value"].iloc[0] == pytest.approx(
+        float((blank.ids_by_drafter == blank.ids_by_verifier)[later].float().mean()))
 
 
 def test_text_only_leaves_the_visual_tokens_out_and_the_model_as_it_was(tmp_path):
     pair = loading.load_pair(make_tiny_pair(tmp_path / "pair"))
     sample = make_samples(1)[0]
-    blind, whole = counterfactual.without_pictures(pair.drafter), pair.drafter.prompt_embeddings(sample)
+    blind, whole = counterfactual.without_pictures(
+        pair.drafter), pair.drafter.prompt_embeddings(sample)
     before, after = pair.drafter.prompt_ids(sample.question)
     assert len(blind.prompt_embeddings(sample)) == len(before) + len(after) < len(whole)
     assert torch.equal(pair.drafter.prompt_embeddings(sample), whole)
@@ -101,14 +130,16 @@ def test_text_only_leaves_the_visual_tokens_out_and_the_model_as_it_was(tmp_path
 def test_another_scene_is_never_the_own_one():
     clusters = ["a", "a", "b", "c", "c", "c"]
     chosen = counterfactual.donors(clusters)
-    assert chosen == [2, 2, 3, 0, 1, 0] and all(clusters[i] != clusters[j] for i, j in enumerate(chosen))
+    assert chosen == [2, 2, 3, 0, 1, 0] and all(clusters[i] != clusters[j]
+                                                for i, j in enumerate(chosen))
     with pytest.raises(ParameterError, match="is of 'a' alone"):
         counterfactual.donors(["a", "a"])
 
 
 def test_every_combination_of_phases_is_there_in_self_rollout(tables):
     grid = tables["two_phase"]
-    assert set(grid["phase1"]) == {"L1", "drafter tokens", "4-gram", "prompt lookup"}  # L5F and B1 need states that are not there yet
+    assert set(grid["phase1"]) == {"L1", "drafter tokens", "4-gram",
+                                   "prompt lookup"}  # L5F and B1 need states that are not there yet
     assert set(grid["phase2"]) == {*LEVELS, "drafter tokens", "4-gram", "prompt lookup"}
     assert len(grid) == 2 * 4 * 6 and grid["value"].ge(0).all()
 
@@ -123,13 +154,17 @@ def test_the_headline_stands_beside_what_could_have_been_detected(tables):
 def test_a_sequence_in_training_and_in_the_test_is_refused_from_the_manifests(run_dir, tmp_path):
     copied = tmp_path / "leaking"
     shutil.copytree(run_dir, copied)
-    shutil.copytree(copied / "shards" / "test_simulated" / "teacher_forced", copied / "shards" / "train_mixed" / "teacher_forced")
+    shutil.copytree(copied / "shards" / "test_simulated" / "teacher_forced",
+                    copied / "shards" / "train_mixed" / "teacher_forced")
     with pytest.raises(MetricError, match="3 sequences are in training and in test"):
-        evaluation.hidden(parameters.HiddenParameters.checked({"run_dir": str(copied), "levels": LEVELS, "test_data": ["simulated"]}))
+        evaluation.hidden(
+            parameters.HiddenParameters.checked(
+                {"run_dir": str(copied), "levels": LEVELS, "test_data": ["simulated"]}))
     for place in (copied / "shards").glob("train_*"):
         shutil.rmtree(place)
     with pytest.raises(MetricError, match="one side is empty"):
-        evaluation.check_leakage(copied, [evaluation.held_out(copied, "simulated", "teacher_forced")])
+        evaluation.check_leakage(copied,
+                                 [evaluation.held_out(copied, "simulated", "teacher_forced")])
 
 
 def test_another_drafter_than_the_runs_own_is_refused(run_dir, tmp_path):
@@ -153,17 +188,22 @@ def test_the_report_holds_sections_tables_and_figures(found, run_dir):
     text = (place / "report.txt").read_text()
     assert text.count("[8] Tokens") == len(LEVELS) and text.count("[1] Cosine") == len(LEVELS)
     numbers = json.loads((place / "metrics.json").read_text())["test"]["simulated"]
-    assert set(numbers["levels"]) == set(LEVELS) and numbers["gap"] and numbers["above_floor"]["L1"]["n"] > 0
+    assert set(numbers["levels"]) == set(
+        LEVELS) and numbers["gap"] and numbers["above_floor"]["L1"]["n"] > 0
     stems = {path.stem for path in (place / "tables").glob("*.csv")}
     assert {"gap_simulated", "arms_simulated", "metrics_simulated", "two_phase_simulated"} <= stems
     assert written["tables"] == 3 * len(stems) == len(list((place / "tables").iterdir()))
     gap = pd.read_csv(place / "tables" / "gap_simulated.csv")
     assert len(gap) == len(found.sets["simulated"].tables["gap"])
     pages = {path.stem for path in (place / "figures").glob("*.html")}
-    kinds = {"histogram", "by_position", "survival", "reliability", "waterfall", "summary", "training_loss", "arms", "two_phase"}
+    kinds = {
+        "histogram", "by_position", "survival", "reliability", "waterfall", "summary",
+        "training_loss", "arms", "two_phase"
+    }
     assert {f"{kind}_simulated" for kind in kinds} <= pages and written["figures"] == len(pages)
     page = (place / "figures" / "waterfall_simulated.html").read_text()
-    assert 'src="plotly.min.js"' in page and "https://cdn" not in page and written["pictures"].startswith("not asked for")
+    assert 'src="plotly.min.js"' in page and "https://cdn" not in page and written[
+        "pictures"].startswith("not asked for")
 
 
 def test_the_measured_block_of_a_page_is_written_between_its_marks(found, tmp_path):
@@ -180,7 +220,8 @@ def test_the_measured_block_of_a_page_is_written_between_its_marks(found, tmp_pa
         full_report.update_page(page, found)
 
 
-def test_pictures_are_drawn_where_there_is_a_browser_and_named_where_there_is_none(tmp_path, monkeypatch):
+def test_pictures_are_drawn_where_there_is_a_browser_and_named_where_there_is_none(
+        tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "browser_path", lambda: None)
     assert full_report.save_pictures({"a": go.Figure()}, tmp_path).startswith("none: no Chromium")
     monkeypatch.setattr(doctor, "browser_path", lambda: "chromium")
@@ -193,13 +234,16 @@ def test_pictures_are_drawn_where_there_is_a_browser_and_named_where_there_is_no
 
 
 def gap_rows(*values):
-    names = [("level", "verifier"), ("loss", "modality"), ("level", "teacher-forced drafter"), ("level", "teacher-forced drafter"),
-             ("loss", "drift"), ("level", "free-running")]  # fmt: skip
+    names = [("level", "verifier"), ("loss", "modality"), ("level", "teacher-forced drafter"),
+             ("level", "teacher-forced drafter"), ("loss", "drift"),
+             ("level", "free-running")]  # fmt: skip
     rows = [{"metric": kind, "name": name, "value": v, "low": v - 0.02, "high": v + 0.02}
             for (kind, name), v in zip(names, values, strict=True)]  # fmt: skip
     ends = {0: 1.0, 1: 0.8, 2: 0.8, 3: 0.8, 4: 0.3, 5: 0.3}
     starts = {1: 1.0, 4: 0.8}
-    return pd.DataFrame([{**row, "start": starts.get(i, 0.0), "end": ends[i], "unit": "token_acceptance"} for i, row in enumerate(rows)])
+    return pd.DataFrame(
+        [{**row, "start": starts.get(i, 0.0), "end": ends[i], "unit": "token_acceptance"}
+         for i, row in enumerate(rows)])
 
 
 def test_the_waterfalls_bars_float_between_levels_and_carry_intervals():
@@ -207,7 +251,8 @@ def test_the_waterfalls_bars_float_between_levels_and_carry_intervals():
     levels, losses = figure.data
     assert list(levels.y) == [1.0, 0.8, 0.8, 0.3] and list(levels.base) == [0.0] * 4
     np.testing.assert_allclose(losses.y, [-0.2, -0.5])
-    assert list(losses.base) == [1.0, 0.8] and list(losses.error_y.array) == pytest.approx([0.02, 0.02])
+    assert list(losses.base) == [1.0, 0.8] and list(losses.error_y.array) == pytest.approx(
+        [0.02, 0.02])
     assert levels.x[2] - levels.x[1] == pytest.approx(1.7)  # the branch stands apart
     assert [note.text for note in figure.layout.annotations][-1] == "<b>−50.0%</b>"
     with pytest.raises(MetricError, match="no step to draw"):
@@ -217,14 +262,17 @@ def test_the_waterfalls_bars_float_between_levels_and_carry_intervals():
 def test_arms_kinds_and_phases_are_drawn_from_their_tables(tables):
     arms = tables["arms"]
     figure = truth_figures.arms(arms[arms["unit"] == "token_acceptance"], floor=0.5)
-    assert [trace.name for trace in figure.data] == ["real events", "blank events", "other scene", "text only"]
+    assert [trace.name for trace in figure.data
+            ] == ["real events", "blank events", "other scene", "text only"]
     grid = truth_figures.two_phase(tables["two_phase"])
-    assert np.array(grid.data[0].z).max() == pytest.approx(tables["two_phase"].query("metric == 'tokens_per_verification'")["value"].max())
+    assert np.array(grid.data[0].z).max() == pytest.approx(
+        tables["two_phase"].query("metric == 'tokens_per_verification'")["value"].max())
     kinds = pd.DataFrame(
         [{"loss": loss, "group": group, "value": 0.1, "low": low, "high": 0.2, "n": 9}
-         for loss, low in (("modality", 0.05), ("drift", -0.1)) for group in ("colour", "motion")]
-    )  # fmt: skip
+         for loss, low in (("modality", 0.05), ("drift", -0.1))
+         for group in ("colour", "motion")])  # fmt: skip
     cells = truth_figures.losses_by_kind(kinds).data[0].text
-    assert [list(line) for line in cells] == [["<b>10.0</b>", "10.0"]] * 2  # bold: the interval excludes zero
+    assert [list(line)
+            for line in cells] == [["<b>10.0</b>", "10.0"]] * 2  # bold: the interval excludes zero
     with pytest.raises(MetricError, match="no kind of word has 10 tokens"):
         truth_figures.losses_by_kind(kinds, least=10)

@@ -1,4 +1,5 @@
-"""The trainer: it learns, it is deterministic, it resumes to the same weights, it refuses the test split, it stops on NaN."""
+"""The trainer: it learns, it is deterministic, it resumes to the same weights, it refuses the test
+split, it stops on NaN."""
 
 import dataclasses
 import json
@@ -28,10 +29,13 @@ def same(a, b):
 @pytest.mark.parametrize("level", registry.LEVELS)
 def test_every_level_trains_with_both_recipes_and_writes_its_run_folder(level, profile, tmp_path):
     config = fit.FitConfig(profile=profile, **SHORT)
-    result = fit.fit_adapter(level, examples.answers(drafter_size=12), folder=tmp_path, config=config, head=examples.head())
+    result = fit.fit_adapter(level, examples.answers(drafter_size=12), folder=tmp_path,
+                             config=config, head=examples.head())
     assert result.history[-1]["train_total"] < result.history[0]["train_total"]
-    assert {"cosine_similarity", "accept_0.90", "token_acceptance", "validation_total", "seconds"} <= result.history[0].keys()
-    for name in ("best.safetensors", "final.safetensors", "config.json", "history.json", "provenance.json"):
+    assert {"cosine_similarity", "accept_0.90", "token_acceptance", "validation_total",
+            "seconds"} <= result.history[0].keys()
+    for name in ("best.safetensors", "final.safetensors", "config.json", "history.json",
+                 "provenance.json"):
         assert (tmp_path / name).exists()
     assert json.loads((tmp_path / "config.json").read_text())["config"]["profile"] == profile
     adapter = registry.load_any_adapter(result.best_path)
@@ -42,14 +46,16 @@ def test_every_level_trains_with_both_recipes_and_writes_its_run_folder(level, p
 def test_tokens_are_learned_on_held_out_sequences(tmp_path):
     config = fit.FitConfig(profile="tokens", epochs=12, batch_size=8, rollout_steps=2)
     for level, n in (("L1", 40), ("L5F", 80), ("B1", 400)):
-        result = fit.fit_adapter(level, examples.answers(n), folder=tmp_path / level, config=config, head=examples.head())
+        result = fit.fit_adapter(level, examples.answers(n), folder=tmp_path / level, config=config,
+                                 head=examples.head())
         assert max(row["token_acceptance"] for row in result.history) > 0.9
 
 
 def test_same_seed_same_bytes_and_another_seed_others(tmp_path):
     states = source.PackedStates(examples.answers())
     paths = [
-        fit.fit_adapter("L4", states, folder=tmp_path / name, config=fit.FitConfig(**SHORT), seed=seed).folder / "final.safetensors"
+        fit.fit_adapter("L4", states, folder=tmp_path / name, config=fit.FitConfig(**SHORT),
+                        seed=seed).folder / "final.safetensors"
         for name, seed in (("a", 3), ("b", 3), ("c", 4))
     ]
     assert paths[0].read_bytes() == paths[1].read_bytes() != paths[2].read_bytes()
@@ -69,7 +75,8 @@ class Interrupted(Exception):
 
 @pytest.mark.parametrize(("level", "profile"), [("L2", "reference"), ("L5F", "rollout")])
 def test_resume_reaches_the_same_weights_bit_for_bit(level, profile, tmp_path):
-    config = fit.FitConfig(profile=profile, epochs=4, batch_size=16, validation_share=0.2, noise=0.1)
+    config = fit.FitConfig(profile=profile, epochs=4, batch_size=16, validation_share=0.2,
+                           noise=0.1)
     arguments = {"config": config, "head": examples.head(), "seed": 1}
     whole = fit.fit_adapter(level, examples.answers(), folder=tmp_path / "whole", **arguments)
 
@@ -78,21 +85,26 @@ def test_resume_reaches_the_same_weights_bit_for_bit(level, profile, tmp_path):
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        fit.fit_adapter(level, examples.answers(), folder=tmp_path / "cut", progress=stop, **arguments)
+        fit.fit_adapter(level, examples.answers(), folder=tmp_path / "cut", progress=stop,
+                        **arguments)
     again = fit.fit_adapter(level, examples.answers(), folder=tmp_path / "cut", **arguments)
     for name in ("best.safetensors", "final.safetensors"):
         assert same(weights(tmp_path / "whole" / name), weights(tmp_path / "cut" / name))
-    plain = [[{k: v for k, v in row.items() if not k.endswith("seconds")} for row in result.history] for result in (whole, again)]
+    plain = [[{k: v for k, v in row.items() if not k.endswith("seconds")} for row in result.history]
+             for result in (whole, again)]
     assert plain[0] == plain[1]
 
 
 def test_finished_run_is_returned_at_once_and_another_training_is_refused(tmp_path):
-    first = fit.fit_adapter("L1", examples.answers(), folder=tmp_path, config=fit.FitConfig(**SHORT))
+    first = fit.fit_adapter("L1", examples.answers(), folder=tmp_path,
+                            config=fit.FitConfig(**SHORT))
     rows = []
-    again = fit.fit_adapter("L1", examples.answers(), folder=tmp_path, config=fit.FitConfig(**SHORT), progress=rows.append)
+    again = fit.fit_adapter("L1", examples.answers(), folder=tmp_path,
+                            config=fit.FitConfig(**SHORT), progress=rows.append)
     assert rows == [] and again == first
     with pytest.raises(TrainingError, match="holds another training"):
-        fit.fit_adapter("L1", examples.answers(seed=1), folder=tmp_path, config=fit.FitConfig(**SHORT))
+        fit.fit_adapter("L1", examples.answers(seed=1), folder=tmp_path,
+                        config=fit.FitConfig(**SHORT))
 
 
 def test_test_split_is_refused(tmp_path):
@@ -100,7 +112,8 @@ def test_test_split_is_refused(tmp_path):
     with pytest.raises(TrainingError, match="3 of 9 samples are of the test split"):
         fit.fit_adapter("L1", mixed, folder=tmp_path)
     with pytest.raises(TrainingError, match="of the test split"):
-        fit.fit_adapter("L1", examples.answers(6), folder=tmp_path, validation=examples.answers(3, split="test"))
+        fit.fit_adapter("L1", examples.answers(6), folder=tmp_path,
+                        validation=examples.answers(3, split="test"))
 
 
 def test_validation_holds_out_whole_sequences():
@@ -119,16 +132,22 @@ def test_validation_data_may_not_share_a_sequence(tmp_path):
 
 def test_nan_stops_with_a_sentence_and_keeps_the_last_good_checkpoint(tmp_path):
     answers = examples.answers()
-    broken = dataclasses.replace(answers[0], hidden_by_drafter=answers[0].hidden_by_drafter * float("nan"))
-    with pytest.raises(TrainingError, match=r"stopped at epoch 1, step .*not a number; no epoch was finished; lower learning_rate"):
-        fit.fit_adapter("L1", [broken, *answers[1:]], folder=tmp_path / "a", config=fit.FitConfig(**SHORT), validation=_others(answers))
+    broken = dataclasses.replace(answers[0],
+                                 hidden_by_drafter=answers[0].hidden_by_drafter * float("nan"))
+    with pytest.raises(
+            TrainingError, match=
+            r"stopped at epoch 1, step .*not a number; no epoch was finished; lower learning_rate"):
+        fit.fit_adapter("L1", [broken, *answers[1:]], folder=tmp_path / "a",
+                        config=fit.FitConfig(**SHORT), validation=_others(answers))
     states = source.PackedStates(answers)
 
     def poison(row):
         states.drafter[:] = float("nan")
 
     config = fit.FitConfig(**{**SHORT, "epochs": 3})
-    with pytest.raises(TrainingError, match=r"stopped at epoch 2, step 1.*last good checkpoint is .*best.safetensors \(epoch 1\)"):
+    with pytest.raises(
+            TrainingError, match=
+            r"stopped at epoch 2, step 1.*last good checkpoint is .*best.safetensors \(epoch 1\)"):
         fit.fit_adapter("L1", states, folder=tmp_path / "b", config=config, progress=poison)
     assert not any(tensor.isnan().any() for tensor in weights(tmp_path / "b").values())
 
@@ -147,39 +166,48 @@ def test_out_of_memory_says_what_to_lower(tmp_path):
 
 def test_shards_packed_states_and_batches_train_alike(tmp_path):
     answers = examples.answers()
-    with ShardWriter(tmp_path / "shards", mode="teacher_forced", tap="post_norm", dtype="fp32", config={}, samples_per_shard=16) as writer:
+    with ShardWriter(tmp_path / "shards", mode="teacher_forced", tap="post_norm", dtype="fp32",
+                     config={}, samples_per_shard=16) as writer:
         for answer in answers:
             writer.write(answer)
     dataset = ShardDataset(tmp_path / "shards")
     packed = source.open_states(dataset)
     batches = list(packed.batches(torch.arange(len(packed)), 16))
     runs = [
-        fit.fit_adapter("L3", data, folder=tmp_path / str(i), config=fit.FitConfig(**SHORT)).folder / "final.safetensors"
-        for i, data in enumerate((dataset, answers, packed, batches))
+        fit.fit_adapter("L3", data, folder=tmp_path / str(i), config=fit.FitConfig(**SHORT)).folder
+        / "final.safetensors" for i, data in enumerate((dataset, answers, packed, batches))
     ]
     assert all(same(weights(runs[0]), weights(path)) for path in runs[1:])
     streamed = source.open_states(dataset, memory_limit_gb=0)
     assert isinstance(streamed, source.StreamedStates)
-    result = fit.fit_adapter("L3", streamed, folder=tmp_path / "streamed", config=fit.FitConfig(**SHORT))
+    result = fit.fit_adapter("L3", streamed, folder=tmp_path / "streamed",
+                             config=fit.FitConfig(**SHORT))
     assert result.history[-1]["train_total"] < result.history[0]["train_total"]
 
 
 def test_accumulation_and_bfloat16_train(tmp_path):
-    config = fit.FitConfig(epochs=2, batch_size=4, accumulation=4, dtype="bfloat16", validation_share=0.2)
+    config = fit.FitConfig(epochs=2, batch_size=4, accumulation=4, dtype="bfloat16",
+                           validation_share=0.2)
     result = fit.fit_adapter("L5", examples.answers(), folder=tmp_path, config=config)
     assert result.history[-1]["train_total"] < result.history[0]["train_total"]
 
 
 def test_fused_tokens_train_with_the_heads_table(tmp_path):
-    config = fit.FitConfig(profile="tokens", **SHORT, adapter_options={"vocab_size": examples.VOCABULARY})
-    result = fit.fit_adapter("B1", examples.answers(), folder=tmp_path, config=config, head=examples.head())
+    config = fit.FitConfig(profile="tokens", **SHORT,
+                           adapter_options={"vocab_size": examples.VOCABULARY})
+    result = fit.fit_adapter("B1", examples.answers(), folder=tmp_path, config=config,
+                             head=examples.head())
     table = registry.load_any_adapter(result.best_path).token_embedding
-    torch.testing.assert_close(torch.nn.functional.normalize(table), torch.nn.functional.normalize(examples.head()))
+    torch.testing.assert_close(torch.nn.functional.normalize(table),
+                               torch.nn.functional.normalize(examples.head()))
 
 
 def test_early_stopping_waits_for_patience(tmp_path):
     answers = examples.answers()
-    opposite = [dataclasses.replace(a, hidden_by_verifier=-a.hidden_by_verifier, sequence="other") for a in answers[:8]]
+    opposite = [
+        dataclasses.replace(a, hidden_by_verifier=-a.hidden_by_verifier, sequence="other")
+        for a in answers[:8]
+    ]
     config = fit.FitConfig(epochs=50, patience=2, batch_size=16)
     result = fit.fit_adapter("L3", answers, folder=tmp_path, config=config, validation=opposite)
     assert (result.best_epoch, len(result.history)) == (1, 3)
@@ -192,10 +220,14 @@ def test_what_cannot_be_trained_is_explained(tmp_path):
         fit.FitConfig(epochs=0)
     with pytest.raises(ParameterError, match="level 'P0' is not trained here"):
         fit.fit_adapter("P0", examples.answers(), folder=tmp_path)
-    with pytest.raises(TrainingError, match="selects by token acceptance and needs the verifier's LM head"):
+    with pytest.raises(TrainingError,
+                       match="selects by token acceptance and needs the verifier's LM head"):
         fit.fit_adapter("L1", examples.answers(), folder=tmp_path, profile="tokens")
     with pytest.raises(TrainingError, match="the dataset is empty"):
         fit.fit_adapter("L1", [], folder=tmp_path)
-    without = [dataclasses.replace(a, ids_by_verifier=torch.full_like(a.ids_by_verifier, -1)) for a in examples.answers()]
+    without = [
+        dataclasses.replace(a, ids_by_verifier=torch.full_like(a.ids_by_verifier, -1))
+        for a in examples.answers()
+    ]
     with pytest.raises(TrainingError, match="needs token ids and this dataset has none"):
         fit.fit_adapter("L1", without, folder=tmp_path, profile="tokens", head=examples.head())

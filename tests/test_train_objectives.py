@@ -12,7 +12,7 @@ from xsd.train import objectives
 def by_hand(name, a, v, token, head):
     """One position, plain arithmetic."""
     if name == "mse":
-        return sum((x - y) ** 2 for x, y in zip(a.tolist(), v.tolist(), strict=True)) / len(a)
+        return sum((x - y)**2 for x, y in zip(a.tolist(), v.tolist(), strict=True)) / len(a)
     if name == "cosine":
         return 1 - float(a @ v / (a.norm() * v.norm()))
     if name == "smooth_l1":
@@ -28,7 +28,8 @@ def by_hand(name, a, v, token, head):
 
 @pytest.mark.parametrize("name", objectives.TERMS)
 @settings(max_examples=8)
-@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3), weighted=st.booleans())
+@given(seed=st.integers(0, 10_000), lengths=st.lists(st.integers(1, 5), min_size=1, max_size=3),
+       weighted=st.booleans())
 def test_every_term_equals_a_plain_loop(name, seed, lengths, weighted):
     g = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths) + 1)
@@ -41,7 +42,8 @@ def test_every_term_equals_a_plain_loop(name, seed, lengths, weighted):
     total = norm = 0.0
     for b, t in mask.nonzero().tolist():
         w = float(weights[b, t]) if weighted else 1.0
-        total, norm = total + w * by_hand(name, aligned[b, t], target[b, t], int(ids[b, t]), head), norm + w
+        total, norm = total + w * by_hand(name, aligned[b, t], target[b, t], int(ids[b, t]),
+                                          head), norm + w
     assert float(got) == pytest.approx(total / norm, rel=1e-4, abs=1e-5)
 
 
@@ -50,15 +52,18 @@ def test_every_term_equals_a_plain_loop(name, seed, lengths, weighted):
 def test_chunked_gradient_equals_autograd_over_everything(name, chunk):
     torch.manual_seed(0)
     rows = {
-        "cross_entropy": objectives._cross_entropy_rows,
-        "kl": objectives._kl_rows,
+        "cross_entropy": objectives._cross_entropy_rows, "kl": objectives._kl_rows,
         "total_variation": objectives._total_variation_rows,
         "likelihood_of_acceptance": objectives._likelihood_of_acceptance_rows,
     }[name]
-    aligned, target, head, ids = torch.randn(7, 5, requires_grad=True), torch.randn(7, 5), torch.randn(11, 5), torch.randint(11, (7,))
+    aligned, target, head, ids = torch.randn(7, 5,
+                                             requires_grad=True), torch.randn(7, 5), torch.randn(
+                                                 11, 5), torch.randint(11, (7,))
     weights = torch.rand(7)
-    (want,) = torch.autograd.grad(3 * (rows(head, aligned, target, ids) * weights).sum() / weights.sum(), aligned)
-    (got,) = torch.autograd.grad(3 * objectives.TERMS[name](aligned, target, ids, head, weights, chunk=chunk), aligned)
+    (want,) = torch.autograd.grad(
+        3 * (rows(head, aligned, target, ids) * weights).sum() / weights.sum(), aligned)
+    (got,) = torch.autograd.grad(
+        3 * objectives.TERMS[name](aligned, target, ids, head, weights, chunk=chunk), aligned)
     torch.testing.assert_close(got, want)
 
 
@@ -69,20 +74,25 @@ def test_no_more_rows_than_a_chunk_pass_the_head():
         seen.append(len(hidden))
         return hidden @ torch.ones(4, 9)
 
-    objectives.cross_entropy(torch.randn(10, 4), torch.randn(10, 4), torch.zeros(10, dtype=torch.long), head, chunk=4)
+    objectives.cross_entropy(torch.randn(10, 4), torch.randn(10, 4),
+                             torch.zeros(10, dtype=torch.long), head, chunk=4)
     objectives.top_tokens(head, torch.randn(2, 5, 4), chunk=4)
     assert max(seen) == 4 and sum(seen) == 20
 
 
 def test_objectives_are_composed_by_name():
     objective = objectives.parse("mse_cosine")
-    assert objective.weights == {"mse": 1.0, "cosine": 0.5} and str(objective) == "mse + 0.5*cosine" and not objective.needs_head
+    assert objective.weights == {
+        "mse": 1.0, "cosine": 0.5
+    } and str(objective) == "mse + 0.5*cosine" and not objective.needs_head
     assert objectives.parse("0.1*smooth_l1 + 2 * kl").weights == {"smooth_l1": 0.1, "kl": 2.0}
     assert objectives.parse("tokens").needs_head
 
 
 def test_unknown_terms_missing_heads_and_empty_batches_are_explained():
-    with pytest.raises(ParameterError, match=r"'huber' is no term; write e.g. 'mse \+ 0.5\*cosine' with mse, cosine"):
+    with pytest.raises(
+            ParameterError,
+            match=r"'huber' is no term; write e.g. 'mse \+ 0.5\*cosine' with mse, cosine"):
         objectives.parse("mse + huber")
     states, ids = torch.ones(1, 2, 3), torch.zeros(1, 2, dtype=torch.long)
     with pytest.raises(TrainingError, match="'kl' needs the verifier's LM head"):

@@ -13,21 +13,35 @@ import train_examples as examples
 from xsd.adapters import registry
 from xsd.train import fit, processes, source
 
-OPTIONS = {"epochs": 2, "batch_size": 8, "validation_share": 0.2, "adapter_options": {"dropout": 0.0}}
-LEVELS = {"L4": {"profile": "reference", "accumulation": 2}, "L5F": {"profile": "rollout", "rollout_steps": 2}}
+OPTIONS = {
+    "epochs": 2, "batch_size": 8, "validation_share": 0.2, "adapter_options": {"dropout": 0.0}
+}
+LEVELS = {
+    "L4": {"profile": "reference", "accumulation": 2},
+    "L5F": {"profile": "rollout", "rollout_steps": 2}
+}
 
 
 def train(level, folder):
     # 33 answers: the last batch holds one, so that one of two processes has nothing in it
     config = fit.FitConfig(**OPTIONS, **LEVELS[level])
-    return fit.fit_adapter(level, examples.answers(33, n_sequences=4), folder=folder, config=config, head=examples.head())
+    return fit.fit_adapter(level, examples.answers(33, n_sequences=4), folder=folder, config=config,
+                           head=examples.head())
 
 
 def test_two_gloo_processes_train_as_one(tmp_path):
     here = Path(__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(here), str(tmp_path)]
-    settings = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[1]}"}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings, check=False)
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+        str(here),
+        str(tmp_path)
+    ]
+    settings = {
+        **os.environ, "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": f"{here.parent}{os.pathsep}{here.parents[1]}"
+    }
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=settings,
+                          check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert sorted(path.name for path in tmp_path.glob("rank_*")) == ["rank_0", "rank_1"]
     for level in LEVELS:
@@ -38,7 +52,8 @@ def test_two_gloo_processes_train_as_one(tmp_path):
             assert one.keys() == other.keys()
             for name in (name for name in one if not name.endswith("seconds")):
                 assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), (level, name)
-        ours, theirs = (registry.load_any_adapter(place / "final.safetensors").state_dict() for place in (alone.folder, tmp_path / level))
+        ours, theirs = (registry.load_any_adapter(place / "final.safetensors").state_dict()
+                        for place in (alone.folder, tmp_path / level))
         for name in ours:
             torch.testing.assert_close(theirs[name], ours[name], atol=2e-4, rtol=2e-3)
     assert not list(tmp_path.rglob("*.part"))

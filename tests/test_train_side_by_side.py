@@ -1,4 +1,5 @@
-"""Trainings side by side: each leaves its result, reports progress, and a failure of one is told in its own words."""
+"""Trainings side by side: each leaves its result, reports progress, and a failure of one is told in
+its own words."""
 
 import os
 import time
@@ -7,8 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from studies.embedded_pair import side_by_side
 from xsd.core import TrainingError
-from xsd.train import side_by_side
 
 
 def _task(name, folder, progress):
@@ -28,7 +29,8 @@ def _is_killed(name, folder, progress):
 
 def test_each_task_runs_in_a_process_of_its_own_and_reports(tmp_path):
     told = []
-    side_by_side.run(_task, [("a", str(tmp_path)), ("b", str(tmp_path))], threads=1, progress=lambda *r: told.append(r))
+    side_by_side.run(_task, [("a", str(tmp_path)), ("b", str(tmp_path))], threads=1,
+                     progress=lambda *r: told.append(r))
     assert sorted(told) == [("a", 1), ("b", 1)]
     assert len({(tmp_path / name).read_text() for name in "ab"} | {str(os.getpid())}) == 3
 

@@ -1,4 +1,5 @@
-"""Step 02 with L6 and the further options, and step 11, on a random-weight pair of the real classes."""
+"""Step 02 with L6 and the further options, and step 11, on a random-weight pair of the real
+classes."""
 
 import json
 
@@ -6,56 +7,76 @@ import pytest
 import torch
 from tiny_pair import make_tiny_pair
 
+from benchmarks import train as bench_train
+from studies import pixel_baseline
+from studies import pixel_training as pixels
 from xsd.adapters import registry
 from xsd.core import ParameterError, TrainingError
 from xsd.models import loading
 from xsd.runs import folder, parameters
-from xsd.steps import bench_train, drafter_tuning, extraction, pixel_baseline, training
-from xsd.train import fit, pixels
+from xsd.steps import drafter_tuning, extraction, training
+from xsd.train import fit
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory):
     place = tmp_path_factory.mktemp("train_steps")
     pair = make_tiny_pair(place / "pair", seed=4)
-    sizes = {"n_train_sequences": 3, "n_test_sequences": 2, "questions_per_sequence": 3, "max_new_tokens": 7, "workers": 1}
+    sizes = {
+        "n_train_sequences": 3, "n_test_sequences": 2, "questions_per_sequence": 3,
+        "max_new_tokens": 7, "workers": 1
+    }
     run = str(place / "run")
-    extraction.run(parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), "test_data": ["simulated"], **sizes}))
+    extraction.run(
+        parameters.ExtractParameters.checked(
+            {"run_dir": run, "pair": str(pair), "test_data": ["simulated"], **sizes}))
     return run
 
 
 def given(run_dir, **values):
-    return parameters.TrainParameters.checked({"run_dir": run_dir, "epochs": 2, "batch_size": 4, "lora_learning_rate": 1e-2, **values})
+    return parameters.TrainParameters.checked(
+        {"run_dir": run_dir, "epochs": 2, "batch_size": 4, "lora_learning_rate": 1e-2, **values})
 
 
 def test_l6_trains_merges_is_judged_on_held_out_tokens_and_is_found_again(run_dir):
     rows = []
-    results = training.run(given(run_dir, levels=["L1", "L6"]), progress=lambda level, row: rows.append((level, row["epoch"])))
+    results = training.run(given(run_dir, levels=["L1", "L6"]),
+                           progress=lambda level, row: rows.append((level, row["epoch"])))
     assert rows == [("L1", 1), ("L1", 2), ("L6", 1), ("L6", 2)]
     line = results["levels"]["L6"]
-    assert line["parameters"] == 2 * 4 * 16 * (32 + 32) and line["reads"] == "drafter" and 1 <= line["best_epoch"] <= 2
+    assert line["parameters"] == 2 * 4 * 16 * (
+        32 + 32) and line["reads"] == "drafter" and 1 <= line["best_epoch"] <= 2
     judged = line["held_out"]["simulated"]
     for arm in ("before", "after"):
-        assert 0 <= judged[arm]["token_acceptance"] <= 1 and 0 <= judged[arm]["mean_accepted"] <= drafter_tuning.GAMMA
+        assert 0 <= judged[arm]["token_acceptance"] <= 1 and 0 <= judged[arm][
+            "mean_accepted"] <= drafter_tuning.GAMMA
     place = training.adapter_folder(run_dir, "L6")
-    merged, plain = (loading.load_drafter(path).model.state_dict() for path in (place / "drafter", place.parents[2] / "pair" / "drafter"))
+    merged, plain = (loading.load_drafter(path).model.state_dict()
+                     for path in (place / "drafter", place.parents[2] / "pair" / "drafter"))
     changed = {name for name in merged if not torch.equal(merged[name], plain[name])}
     assert changed and all(".self_attn." in name for name in changed)
     assert registry.load_any_adapter(place / "map").level == "ridge"
-    again = training.run(given(run_dir, levels=["L6"]), progress=lambda level, row: rows.append(level))
+    again = training.run(given(run_dir, levels=["L6"]),
+                         progress=lambda level, row: rows.append(level))
     assert again["levels"]["L6"] == line and len(rows) == 4
     table = training.table(results).set_index("level")
-    assert table.loc["L6", "parameters at 4096"] == 16_777_216 and table.loc["L1", "parameters at 4096"] == 2_113_537
-    assert json.loads((folder.resolve(run_dir) / "results" / "train.json").read_text())["levels"].keys() == {"L6"}
+    assert table.loc["L6", "parameters at 4096"] == 16_777_216 and table.loc[
+        "L1", "parameters at 4096"] == 2_113_537
+    assert json.loads((folder.resolve(run_dir) / "results" /
+                       "train.json").read_text())["levels"].keys() == {"L6"}
 
 
 def test_curves_hold_every_term(run_dir):
     training.run(given(run_dir, levels=["L1", "L4", "L6"]))
     epochs = training.history(run_dir, ["L1", "L4", "L6"])
-    assert {"loss", "mse loss", "cosine loss", "cross_entropy loss", "token_acceptance", "accept_0.90"} <= set(epochs.columns)
-    assert training.most_terms(epochs) == "L4" and set(training.terms(epochs, "L1")["level"]) == {"cross_entropy"}
+    assert {
+        "loss", "mse loss", "cosine loss", "cross_entropy loss", "token_acceptance", "accept_0.90"
+    } <= set(epochs.columns)
+    assert training.most_terms(epochs) == "L4" and set(training.terms(
+        epochs, "L1")["level"]) == {"cross_entropy"}
     terms = training.terms(epochs, "L4")
-    assert set(terms["level"]) == {"mse", "cosine", "cross_entropy"} and set(terms["split"]) == {"train", "validation"}
+    assert set(terms["level"]) == {"mse", "cosine", "cross_entropy"} and set(
+        terms["split"]) == {"train", "validation"}
     assert (terms[terms["epoch"] == 1]["loss against the first epoch"] == 1).all()
 
 
@@ -67,29 +88,43 @@ def test_the_runs_own_held_out_sets_are_guarded(run_dir, monkeypatch):
 
 
 def test_options_of_the_notebook_reach_the_recipe(run_dir):
-    options = {"objective": "mse + kl", "position_decay": 0.9, "noise": 0.1, "token_fusion": True, "draft_vocabulary": 12}
+    options = {
+        "objective": "mse + kl", "position_decay": 0.9, "noise": 0.1, "token_fusion": True,
+        "draft_vocabulary": 12
+    }
     made = training.config_of(given(run_dir, **options), "L5F")
-    assert (made.objective, made.position_decay, made.noise, made.token_fusion, made.draft_vocabulary) == ("mse + kl", 0.9, 0.1, True, 12)
+    assert (made.objective, made.position_decay, made.noise, made.token_fusion,
+            made.draft_vocabulary) == ("mse + kl", 0.9, 0.1, True, 12)
     plain = training.config_of(given(run_dir), "L5F")
-    assert (plain.objective, plain.draft_vocabulary) == (fit.FitConfig(profile="tokens").objective, None)
+    assert (plain.objective, plain.draft_vocabulary) == (fit.FitConfig(profile="tokens").objective,
+                                                         None)
     assert not training.config_of(given(run_dir, token_fusion=True), "L1").token_fusion
 
 
 def test_pixels_before_floor_and_after(run_dir):
-    values = {"run_dir": run_dir, "image_size": 16, "width": 8, "epochs": 4, "workers": 1, "resamples": 50}
+    values = {
+        "run_dir": run_dir, "image_size": 16, "width": 8, "epochs": 4, "workers": 1, "resamples": 50
+    }
     found = pixel_baseline.run(parameters.PixelParameters.checked(values))
     n = found.results["pairs"]["test"]
-    assert found.results["sequences"] == {"train": 3, "test": 2} and found.aligned.shape == (n, 3, 16, 16)
+    assert found.results["sequences"] == {"train": 3, "test": 2
+                                          } and found.aligned.shape == (n, 3, 16, 16)
     assert found.results["parameters_full_size"] == 154_556_416 and all(found.orderly().values())
     table = found.table().set_index("arm")
-    assert list(table.index) == list(pixel_baseline.ARMS) and {"cosine low", "cosine high", "> 0.5", "> 0.95"} <= set(table.columns)
-    assert list(found.percentiles().columns) == ["arm", *(f"P{p}" for p in pixel_baseline.PERCENTILES)]
-    before = torch.nn.functional.cosine_similarity(found.held_out.events.flatten(1), found.held_out.video.flatten(1), dim=1)
-    assert found.results["arms"][pixel_baseline.ARMS[0]]["cosine"]["value"] == pytest.approx(float(before.mean()), abs=1e-6)
+    assert list(table.index) == list(pixel_baseline.ARMS) and {
+        "cosine low", "cosine high", "> 0.5", "> 0.95"
+    } <= set(table.columns)
+    assert list(
+        found.percentiles().columns) == ["arm", *(f"P{p}" for p in pixel_baseline.PERCENTILES)]
+    before = torch.nn.functional.cosine_similarity(found.held_out.events.flatten(1),
+                                                   found.held_out.video.flatten(1), dim=1)
+    assert found.results["arms"][pixel_baseline.ARMS[0]]["cosine"]["value"] == pytest.approx(
+        float(before.mean()), abs=1e-6)
     assert found.histogram(bins=7).groupby("level")["n"].sum().tolist() == [n] * 3
     assert [len(stack) for stack in found.pictures(4).values()] == [4, 4, 4]
     again = pixel_baseline.run(parameters.PixelParameters.checked(values))
-    assert torch.equal(again.aligned, found.aligned) and again.results["arms"] == found.results["arms"]
+    assert torch.equal(again.aligned,
+                       found.aligned) and again.results["arms"] == found.results["arms"]
     with pytest.raises(ParameterError, match="holds a P0 of other data or parameters"):
         pixel_baseline.run(parameters.PixelParameters.checked({**values, "width": 9}))
 
@@ -101,26 +136,31 @@ def test_p0_learns_a_picture_and_refuses_the_test_split():
     names = [f"s{i % 4}" for i in range(24)]
     settings = {"width": 32, "epochs": 20, "batch_size": 8, "learning_rate": 3e-3}
     done = pixels.fit(pixels.PixelPairs(events, video, names, ["train"] * 24), **settings)
-    assert done.history[-1]["train_total"] < done.history[0]["train_total"] and 1 <= done.best_epoch <= 20
+    assert done.history[-1]["train_total"] < done.history[0][
+        "train_total"] and 1 <= done.best_epoch <= 20
     with pytest.raises(TrainingError, match="24 of 24 samples are of the test split"):
         pixels.fit(pixels.PixelPairs(events, video, names, ["test"] * 24), **settings)
     with pytest.raises(ParameterError, match="square pictures in pairs"):
         pixels.fit(pixels.PixelPairs(events[..., :6], video, names, ["train"] * 24), **settings)
-    with pytest.raises(TrainingError, match="training P0 stopped in epoch 1: the loss is not a number"):
-        pixels.fit(pixels.PixelPairs(events * float("nan"), video, names, ["train"] * 24), **settings)
+    with pytest.raises(TrainingError,
+                       match="training P0 stopped in epoch 1: the loss is not a number"):
+        pixels.fit(pixels.PixelPairs(events * float("nan"), video, names, ["train"] * 24),
+                   **settings)
 
 
 def test_event_frames_stand_beside_the_video_of_their_stretch():
     assert pixel_baseline.middles(5, 8) == [0, 2, 4, 5, 7] and pixel_baseline.middles(1, 8) == [4]
     wide = torch.arange(4 * 8 * 3, dtype=torch.uint8).view(4, 8, 3).numpy()
     assert pixel_baseline.square(wide, 4).shape == (3, 4, 4)
-    assert torch.equal(pixel_baseline.square(wide, 4), torch.from_numpy(wide[:, 2:6].copy()).permute(2, 0, 1).float() / 255)
+    assert torch.equal(pixel_baseline.square(wide, 4),
+                       torch.from_numpy(wide[:, 2:6].copy()).permute(2, 0, 1).float() / 255)
 
 
 def test_bench_train_counts_the_same_tokens_in_both_arms(tmp_path):
     tiny = bench_train.Size("tiny", 8, 12, 12, 6, 4)
     text = bench_train.run(tmp_path, sizes=(tiny,), levels=("L1", "L5F"), repeats=1)
-    assert [line.split("|")[1].split(",")[0].strip() for line in text.splitlines()[2:]] == ["L1", "L5F"]
+    assert [line.split("|")[1].split(",")[0].strip()
+            for line in text.splitlines()[2:]] == ["L1", "L5F"]
     stored = json.loads((tmp_path / "ratios.json").read_text())
     assert [one["target"] for one in stored["ratios"]] == [0.9, 0.9]
     fact = stored["facts"]["L5F, tiny"]

@@ -1,4 +1,5 @@
-"""A reduced draft vocabulary: which tokens, what the head then says, what it costs, and that it is drafted live as offline."""
+"""A reduced draft vocabulary: which tokens, what the head then says, what it costs, and that it is
+drafted live as offline."""
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ def test_the_most_frequent_tokens_are_taken_and_doubts_go_to_the_smaller_id():
     assert vocabulary.most_frequent(answers, 3).tolist() == [1, 3, 5]
     assert vocabulary.most_frequent(answers, 3, always=[9]).tolist() == [1, 3, 9]
     assert vocabulary.most_frequent(answers, 99).tolist() == [1, 3, 5, 7]
-    with pytest.raises(ParameterError, match="needs at least one id and answers to count, not k = 0 of 7 tokens"):
+    with pytest.raises(ParameterError,
+                       match="needs at least one id and answers to count, not k = 0 of 7 tokens"):
         vocabulary.most_frequent(answers, 0)
     with pytest.raises(ParameterError, match="distinct ids below 4"):
         vocabulary.draft_head(torch.randn(4, 2), torch.tensor([1, 4]))
@@ -33,7 +35,9 @@ def test_rows_of_the_head_say_what_the_whole_head_says_among_them():
     targets = torch.tensor([4, 10, 3, 8, 0])  # 3 and 0 cannot be drafted and ask for nothing
     aligned = rows.clone().requires_grad_()
     loss = objectives.cross_entropy(aligned, rows, targets, reduced)
-    by_hand = -sum(float(want[0, i].log_softmax(0)[ids.tolist().index(int(targets[i]))]) for i in (0, 1, 3)) / 5
+    by_hand = -sum(
+        float(want[0, i].log_softmax(0)[ids.tolist().index(int(targets[i]))])
+        for i in (0, 1, 3)) / 5
     assert float(loss.detach()) == pytest.approx(by_hand, rel=1e-5)
     loss.backward()
     assert aligned.grad[2].abs().sum() == 0 and aligned.grad[0].abs().sum() > 0
@@ -44,29 +48,31 @@ def test_training_with_one_drafts_only_its_tokens_and_says_what_that_costs(tmp_p
     states = source.PackedStates(answers)
     batches = list(states.batches(torch.arange(60), 16))
     config = fit.FitConfig(profile="tokens", epochs=3, validation_share=0.2, draft_vocabulary=8)
-    result = fit.fit_adapter("L1", states, folder=tmp_path / "k8", config=config, head=examples.head())
+    result = fit.fit_adapter("L1", states, folder=tmp_path / "k8", config=config,
+                             head=examples.head())
     adapter = registry.load_any_adapter(result.best_path)
     assert len(adapter.draft_ids) == 8
     drafts = rollout.drafted_tokens(adapter, batches[0], examples.head(), 3)
     assert set(drafts[drafts >= 0].flatten().tolist()) <= set(adapter.draft_ids.tolist())
-    whole = fit.fit_adapter(
-        "L1", states, folder=tmp_path / "all", config=fit.FitConfig(profile="tokens", epochs=3, validation_share=0.2), head=examples.head()
-    )
+    whole = fit.fit_adapter("L1", states, folder=tmp_path / "all",
+                            config=fit.FitConfig(profile="tokens", epochs=3,
+                                                 validation_share=0.2), head=examples.head())
     plain = registry.load_any_adapter(whole.best_path)
     cost = rollout.vocabulary_cost(plain, batches, examples.head(), adapter.draft_ids, gamma=3)
     assert cost.size == 8 and cost.head_share == 8 / examples.VOCABULARY and 0 < cost.coverage < 1
     assert cost.reduced < cost.full and cost.kept == cost.reduced / cost.full
-    everything = rollout.vocabulary_cost(plain, batches, examples.head(), torch.arange(examples.VOCABULARY), gamma=3)
+    everything = rollout.vocabulary_cost(plain, batches, examples.head(),
+                                         torch.arange(examples.VOCABULARY), gamma=3)
     assert everything.coverage == 1 and everything.kept == 1
     with pytest.raises(ParameterError, match="this L1 drafts 8 tokens only"):
         rollout.vocabulary_cost(adapter, batches, examples.head(), adapter.draft_ids)
     with pytest.raises(TrainingError, match="needs the rows of the LM head"):
-        fit.fit_adapter("L1", states, folder=tmp_path / "x", config=config, head=lambda hidden: hidden @ examples.head().T)
+        fit.fit_adapter("L1", states, folder=tmp_path / "x", config=config,
+                        head=lambda hidden: hidden @ examples.head().T)
 
 
 class Recorded:
     """A drafter's track that reads stored states: position t is there once t tokens are known."""
-
     def __init__(self, states):
         self._stored, self._n = states, 1
 
@@ -77,13 +83,14 @@ class Recorded:
         self._n = len(known) + 1
 
     def states(self):
-        return self._stored[: self._n]
+        return self._stored[:self._n]
 
 
 @pytest.mark.parametrize("name", ["L1", "L5 tokens", "L5F tokens", "B1 tokens"])
 @pytest.mark.parametrize("reduced", ["none", "whole head", "rows alone"])
 def test_live_drafts_are_the_rolled_out_ones(name, reduced):
-    adapter, head, batch, gamma = make(name), torch.randn(VOCABULARY, WIDTH), make_batch([7], seed=2), 3
+    adapter, head, batch, gamma = make(name), torch.randn(VOCABULARY, WIDTH), make_batch([7],
+                                                                                         seed=2), 3
     lm_head = lambda hidden: hidden @ head.T  # noqa: E731
     if reduced != "none":
         adapter.set_draft_vocabulary(torch.tensor([0, 2, 3, 7, 9]))
@@ -94,10 +101,11 @@ def test_live_drafts_are_the_rolled_out_ones(name, reduced):
     live = proposers.AdapterProposer(Recorded(batch.drafter[0]), adapter, lm_head, VOCABULARY)
     live.begin(None)
     for start in range(3):
-        live.observe([ids[start]], batch.verifier[0, start : start + 1])
+        live.observe([ids[start]], batch.verifier[0, start:start + 1])
         drafts = live.propose(gamma)
-        # offline rolls on as if every draft before were right: the first one, and all while they are
+        # offline rolls on as if every draft before were right: the first one, and all while they
+        # are
         right = 0
         while right < gamma - 1 and drafts[right] == ids[start + 1 + right]:
             right += 1
-        assert drafts[: right + 1] == offline[start, : right + 1].tolist()
+        assert drafts[:right + 1] == offline[start, :right + 1].tolist()

@@ -19,7 +19,8 @@ def test_a_selection_shows_the_curve_of_its_rows(data):
     frame = explorers.curve(data, chosen)
     assert list(dict.fromkeys(frame["level"])) == ["L4", "L1"]
     own = data.tokens[(data.tokens["run"] == "demo") & (data.tokens["level"] == "L1")]
-    assert frame[frame["level"] == "L1"]["marginal"].tolist() == frames.by_position(own, 0.9)["marginal"].tolist()
+    assert frame[frame["level"] == "L1"]["marginal"].tolist() == frames.by_position(
+        own, 0.9)["marginal"].tolist()
 
 
 def test_samples_at_a_position_list_the_rejected_first(data):
@@ -45,7 +46,8 @@ def test_moving_the_threshold_changes_the_picture_and_the_headline(data):
     assert list(explorer.figure.data[1].y) != before
     assert "cosine &gt; 0.80" in explorer.title.value and explorer.title.value != words
     expected = explorers.curve(data, explorer.selection)
-    assert list(explorer.figure.data[1].y) == expected[expected["level"] == "L1"]["marginal"].tolist()
+    assert list(
+        explorer.figure.data[1].y) == expected[expected["level"] == "L1"]["marginal"].tolist()
     explorer.rule.value = "token"
     assert list(explorer.figure.data[1].y) == before
 
@@ -56,7 +58,8 @@ def test_a_click_on_a_position_lists_its_samples_and_shows_their_strips(data):
     assert explorer.selection.position == 5 == explorer.position.value
     assert explorer.figure.layout.shapes[0].x0 == 5
     names = [name for _, name in explorer.samples.options]
-    assert explorer.selection.sample == names[0] and f"3px solid {theme.INK}" in explorer.strips.value
+    assert explorer.selection.sample == names[
+        0] and f"3px solid {theme.INK}" in explorer.strips.value
     assert names == explorers.samples_at(data, explorer.selection)["sample"].tolist()
     explorer.samples.value = names[-1]
     assert explorer.selection.sample == names[-1]
@@ -87,4 +90,5 @@ def test_survival_is_drawn_on_request(data):
     explorer.curve.value = "survival"
     assert "survival" in explorer.figure.layout.title.text
     drawn = list(explorer.figure.data[1].y)
-    assert drawn == explorers.curve(data, explorer.selection).query("level == 'L1'")["survival"].tolist()
+    assert drawn == explorers.curve(data,
+                                    explorer.selection).query("level == 'L1'")["survival"].tolist()

@@ -31,7 +31,10 @@ def test_an_unknown_curve_is_refused(table):
 def test_dots_are_coloured_by_kind_and_the_line_stands_at_the_best_floor():
     figure = figures.accepted_length_dots(lengths_table())
     colours = {trace.name: trace.marker.color for trace in figure.data}
-    assert colours == {"ceiling": theme.VERIFIER, "adapter": theme.ADAPTER, "drafter": theme.DRAFTER, "floor": theme.KINDS["floor"]}
+    assert colours == {
+        "ceiling": theme.VERIFIER, "adapter": theme.ADAPTER, "drafter": theme.DRAFTER,
+        "floor": theme.KINDS["floor"]
+    }
     assert figure.layout.shapes[0].x0 == 1.5  # the 4-gram table
     assert figure.layout.yaxis.categoryarray[-1].startswith("B1")
 
@@ -51,12 +54,11 @@ def test_the_star_stands_at_the_best_validation_epoch():
 
 def test_four_panels_share_one_legend(table):
     adapters = table[table["level"] != "drafter_tokens"]
-    figure = figures.four_panels(
-        cosines=frames.cosine_histogram(adapters),
-        positions=frames.by_position(table),
-        lengths=frames.accepted_length_histogram(table),
-        speedups=speedups(),
-    )
+    figure = figures.four_panels(cosines=frames.cosine_histogram(adapters),
+                                 positions=frames.by_position(table),
+                                 lengths=frames.accepted_length_histogram(table),
+                                 speedups=speedups(),
+                                 )
     shown = [trace.name for trace in figure.data if trace.showlegend is not False]
     assert shown == list(dict.fromkeys(table["level"]))
 
@@ -78,7 +80,8 @@ def test_timeline_bars_are_the_spans_in_milliseconds():
     figure, frame = timeline.timeline(runs), timeline.spans(runs)
     verifier = next(trace for trace in figure.data if trace.name == "verifier")
     assert verifier.marker.color == theme.VERIFIER
-    assert sum(verifier.x) == pytest.approx(frame[frame["lane"] == "verifier"].eval("end_ms - start_ms").sum())
+    assert sum(verifier.x) == pytest.approx(
+        frame[frame["lane"] == "verifier"].eval("end_ms - start_ms").sum())
     assert list(figure.layout.yaxis.categoryarray)[-1] == "speculative · drafter"
 
 

@@ -17,7 +17,8 @@ def _table(matches, cosines=None, level="L1"):
         for position, match in enumerate(answer):
             cosine = cosines[sample][position] if cosines else (0.95 if match else 0.5)
             rows.append((level, f"c{sample}", f"s{sample % 2}", position, cosine, bool(match)))
-    return pd.DataFrame(rows, columns=["level", "sample", "sequence", "position", "cosine", "match"])
+    return pd.DataFrame(rows,
+                        columns=["level", "sample", "sequence", "position", "cosine", "match"])
 
 
 def test_marginal_counts_each_position_and_survival_needs_all_before():
@@ -54,9 +55,11 @@ def test_survival_never_exceeds_marginal_and_sums_to_the_accepted_length(matches
 
 def test_row_order_and_repeated_indices_change_nothing():
     table = token_table(levels=("L1", "L4"))
-    shuffled = table.sample(frac=1, random_state=3).assign(level=lambda t: pd.Categorical(t["level"], ["L1", "L4"]))
+    shuffled = table.sample(
+        frac=1, random_state=3).assign(level=lambda t: pd.Categorical(t["level"], ["L1", "L4"]))
     shuffled.index = [0] * len(shuffled)
-    first, second = (frames.by_position(one).sort_values(["level", "position"]) for one in (table, shuffled))
+    first, second = (frames.by_position(one).sort_values(["level", "position"])
+                     for one in (table, shuffled))
     np.testing.assert_allclose(first["survival"], second["survival"])
     np.testing.assert_allclose(first["survival_low"], second["survival_low"])
 

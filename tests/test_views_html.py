@@ -23,12 +23,15 @@ def _rows(states):
 
 def test_tokens_after_a_rejection_are_marked_as_lost():
     page = tokens.pairs(_rows([True, False, True]))
-    assert re.findall(r'class="token (\w+)"', page) == ["accepted", "verifier", "rejected", "verifier", "unused", "verifier"]
+    assert re.findall(r'class="token (\w+)"', page) == [
+        "accepted", "verifier", "rejected", "verifier", "unused", "verifier"
+    ]
 
 
 def test_a_threshold_colours_by_cosine_instead_of_by_token():
     rows = _rows([False, False]).assign(cosine=[0.95, 0.5])
-    assert re.findall(r'class="token (\w+)"', tokens.pairs(rows, 0.9))[::2] == ["accepted", "rejected"]
+    assert re.findall(r'class="token (\w+)"', tokens.pairs(rows,
+                                                           0.9))[::2] == ["accepted", "rejected"]
 
 
 def test_text_and_hover_are_escaped():
@@ -37,7 +40,8 @@ def test_text_and_hover_are_escaped():
 
 
 def test_white_space_tokens_are_visible():
-    assert [tokens.visible(text) for text in ("▁the", "\n", "▁", "", "a\tb")] == ["the", "⏎", "␣", "∅", "a⇥b"]
+    assert [tokens.visible(text)
+            for text in ("▁the", "\n", "▁", "", "a\tb")] == ["the", "⏎", "␣", "∅", "a⇥b"]
 
 
 def test_hover_tells_position_probability_and_cosine():

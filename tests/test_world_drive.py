@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from xsd.core import DatasetError
+from xsd.embedded import drive, dvs, facts, render, scenes
 from xsd.sensors import folder
-from xsd.world import drive, dvs, facts, render, scenes
 
 
 @pytest.fixture(scope="module")
@@ -16,13 +16,15 @@ def drives():
 def test_the_same_seed_gives_the_same_bytes(drives):
     again = drive.simulate_sequence(5, "test", 0)
     for one, two in zip(drives[0].clips, again.clips, strict=True):
-        assert one.video.tobytes() == two.video.tobytes() and one.events.t_us.tobytes() == two.events.t_us.tobytes()
+        assert one.video.tobytes() == two.video.tobytes() and one.events.t_us.tobytes(
+        ) == two.events.t_us.tobytes()
         assert one.facts == two.facts
 
 
 def test_splits_are_disjoint_by_sequence_and_content(drives):
     other = drive.simulate_sequence(5, "train", 0)
-    assert other.sequence != drives[0].sequence and other.clips[0].video.tobytes() != drives[0].clips[0].video.tobytes()
+    assert other.sequence != drives[0].sequence and other.clips[0].video.tobytes(
+    ) != drives[0].clips[0].video.tobytes()
 
 
 def test_clips_overlap_by_half(drives):
@@ -36,7 +38,8 @@ def test_a_clip_has_eight_frames_and_five_event_frames_of_one_size(drives):
     for simulated in drives:
         for clip in simulated.clips:
             assert clip.video.dtype == np.uint8 and clip.video.shape[0] == 8
-            assert len(clip.event_frames) == 5 and {frame.shape for frame in clip.event_frames} == {clip.video.shape[1:]}
+            assert len(clip.event_frames) == 5 and {frame.shape for frame in clip.event_frames
+                                                    } == {clip.video.shape[1:]}
 
 
 SHARES = ("grey_fraction", "other_resolution_fraction", "noisy_fraction")
@@ -45,8 +48,11 @@ SHARES = ("grey_fraction", "other_resolution_fraction", "noisy_fraction")
 @pytest.mark.parametrize("share", SHARES)
 def test_every_part_of_the_randomisation_can_be_had_and_left_out(share, monkeypatch):
     sensors, simulate = [], dvs.simulate_events
-    monkeypatch.setattr(dvs, "simulate_events", lambda *given: sensors.append(given[2]) or simulate(*given))
-    configs = [drive.DriveConfig(**dict.fromkeys(SHARES, 0.0) | {share: value}) for value in (1.0, 0.0)]
+    monkeypatch.setattr(dvs, "simulate_events",
+                        lambda *given: sensors.append(given[2]) or simulate(*given))
+    configs = [
+        drive.DriveConfig(**dict.fromkeys(SHARES, 0.0) | {share: value}) for value in (1.0, 0.0)
+    ]
     always, never = (drive.simulate_sequence(5, "test", 1, config).clips[0] for config in configs)
     grey, size, noisy = ([], [], [])
     for clip, sensor in zip((always, never), sensors, strict=True):
@@ -64,7 +70,10 @@ def test_an_unknown_split_is_refused():
 
 def _scene(**changes):
     actor = scenes.Actor("van", "red", "parked", "right", 3.4, 10.0, 0.0, 0.0)
-    values = {"time": "day", "sky": "clear", "ego": "stopped", "left": "fields", "right": "fields", "light": None, "light_z_m": 16.0}
+    values = {
+        "time": "day", "sky": "clear", "ego": "stopped", "left": "fields", "right": "fields",
+        "light": None, "light_z_m": 16.0
+    }
     return scenes.Scene(**{**values, "actors": (actor,), "texture_seed": 1, **changes})
 
 
@@ -72,13 +81,15 @@ def _facts(scene, counts=None, grey=False):
     renderer = render.Renderer(scene, render.Camera())
     times = np.arange(20) / 20
     ids = np.stack([renderer.frame(t, with_ids=True)[1] for t in times])
-    return facts.clip_facts(scene, np.where(ids >= render.SCENERY_ID, 0, ids), times, counts or {}, grey=grey)
+    return facts.clip_facts(scene, np.where(ids >= render.SCENERY_ID, 0, ids), times, counts or {},
+                            grey=grey)
 
 
 def test_a_visible_van_is_a_fact_and_an_occluded_one_is_not():
     assert [v["colour"] for v in _facts(_scene())["vehicles"]] == ["red"]
     bus = scenes.Actor("bus", "blue", "waiting", "ahead", 1.9, 9.0, 0.0, 0.0)
-    hidden = _scene(actors=(scenes.Actor("car", "red", "parked", "right", 3.4, 18.0, 0.0, 0.0), bus))
+    hidden = _scene(actors=(scenes.Actor("car", "red", "parked", "right", 3.4, 18.0, 0.0, 0.0),
+                            bus))
     assert [v["kind"] for v in _facts(hidden)["vehicles"]] == ["bus"]
 
 
@@ -104,8 +115,10 @@ def test_a_static_scene_leaves_almost_no_events_and_a_moving_camera_many():
 
 def test_a_written_dataset_reads_back(tmp_path):
     summary = drive.write_dataset(tmp_path, split="test", n_sequences=1, seed=3)
-    records = folder.open_folder(tmp_path, "test") if (tmp_path / "test").exists() else folder.open_folder(tmp_path)
+    records = folder.open_folder(
+        tmp_path, "test") if (tmp_path / "test").exists() else folder.open_folder(tmp_path)
     assert summary["clips"] == len(records) == 4 and summary["sequences"] == 1
     sample = folder.load_sample(records[0], "What is happening in this scene?")
-    assert sample.video.shape[0] == 8 and len(sample.event_frames) == 5 and sample.source == "simulated"
+    assert sample.video.shape[0] == 8 and len(
+        sample.event_frames) == 5 and sample.source == "simulated"
     assert len(folder.read_questions(tmp_path / "questions.json")) == 10

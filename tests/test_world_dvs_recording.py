@@ -1,14 +1,15 @@
-"""The event-camera model against a real sensor that saw events and frames at once, and the clips cut from that recording."""
+"""The event-camera model against a real sensor that saw events and frames at once, and the clips
+cut from that recording."""
 
 import numpy as np
 import pytest
 
 from xsd.core import ROOT, DatasetError, EventError, VideoError, sha256_of
+from xsd.embedded import recording
+from xsd.embedded.dvs import DvsConfig, simulate_events
 from xsd.sensors import events as event_streams
 from xsd.sensors import folder, frames
 from xsd.sensors.events import Events
-from xsd.world import recording
-from xsd.world.dvs import DvsConfig, simulate_events
 
 PLACE = ROOT / "data" / "davis_road"
 FILE = PLACE / "davis346_road.aedat4"
@@ -42,30 +43,41 @@ def test_the_comparison_notices_a_sensor_of_another_kind(real):
     noisy = recording.compare_with_simulation(real, DvsConfig.noisy(), np.random.default_rng(0))
     shuffled = recording.Recording(real.events, real.frames[:, :, ::-1], real.times_us)
     assert noisy["ratio"] > 5
-    assert recording.compare_with_simulation(shuffled, DvsConfig(), np.random.default_rng(0))["spatial_correlation"] < 0.7
+    assert recording.compare_with_simulation(shuffled, DvsConfig(),
+                                             np.random.default_rng(0))["spatial_correlation"] < 0.7
 
 
 def test_the_shipped_clips_are_cut_from_the_shipped_recording(real, tmp_path):
     assert recording.write_clips(real, tmp_path, "davis_road") == 3
-    for shipped, cut in zip(folder.open_folder(PLACE, "test"), folder.open_folder(tmp_path), strict=True):
-        first, second = folder.load_sample(shipped, "What moves?"), folder.load_sample(cut, "What moves?")
-        assert (first.sequence, first.clip, first.t_us, first.source) == (second.sequence, second.clip, second.t_us, "recorded")
+    for shipped, cut in zip(folder.open_folder(PLACE, "test"), folder.open_folder(tmp_path),
+                            strict=True):
+        first, second = folder.load_sample(shipped,
+                                           "What moves?"), folder.load_sample(cut, "What moves?")
+        assert (first.sequence, first.clip, first.t_us,
+                first.source) == (second.sequence, second.clip, second.t_us, "recorded")
         assert np.array_equal(first.video, second.video)
-        assert all(np.array_equal(a, b) for a, b in zip(first.event_frames, second.event_frames, strict=True))
+        assert all(
+            np.array_equal(a, b)
+            for a, b in zip(first.event_frames, second.event_frames, strict=True))
         events = folder.load_events(shipped)
         assert np.array_equal(events.t_us, real.events.between(*first.t_us).t_us)
-        assert all(np.array_equal(a, b) for a, b in zip(first.event_frames, frames.event_frames(events, 5, canvas="sensor"), strict=True))
+        assert all(
+            np.array_equal(a, b) for a, b in zip(
+                first.event_frames, frames.event_frames(events, 5, canvas="sensor"), strict=True))
 
 
 def synthetic(seconds=2.0, fps=20):
     times = np.arange(int(seconds * fps)) * (1_000_000 // fps) + 7_000_000
     x = np.arange(24)
-    video = np.stack([np.tile(127 + 100 * np.sin((x + k) / 3), (10, 1)) for k in range(len(times))]).astype(np.uint8)
-    return recording.Recording(simulate_events(video, times, DvsConfig.clean(), np.random.default_rng(0)), video, times)
+    video = np.stack([np.tile(127 + 100 * np.sin((x + k) / 3), (10, 1))
+                      for k in range(len(times))]).astype(np.uint8)
+    return recording.Recording(
+        simulate_events(video, times, DvsConfig.clean(), np.random.default_rng(0)), video, times)
 
 
 def test_a_simulation_from_the_same_frames_is_its_own_perfect_match():
-    result = recording.compare_with_simulation(synthetic(), DvsConfig.clean(), np.random.default_rng(0))
+    result = recording.compare_with_simulation(synthetic(), DvsConfig.clean(),
+                                               np.random.default_rng(0))
     assert result["ratio"] == 1
     assert result["spatial_correlation"] == pytest.approx(1)
 
@@ -78,13 +90,16 @@ def test_clips_overlap_by_half_and_the_last_frame_counts_its_interval():
 def test_what_cannot_be_cut_or_compared_is_named(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=r"lasts 0\.50 s, less than one clip of 1\.00 s"):
         recording.windows(synthetic(0.5))
-    still = recording.Recording(event_streams.empty(24, 10), synthetic().frames, synthetic().times_us)
+    still = recording.Recording(event_streams.empty(24, 10),
+                                synthetic().frames,
+                                synthetic().times_us)
     with pytest.raises(EventError, match="0 real and"):
         recording.compare_with_simulation(still, DvsConfig.clean(), np.random.default_rng(0))
     (tmp_path / "cut.aedat4").write_bytes(FILE.read_bytes()[:100_000])
     with pytest.raises(EventError, match=r"cut\.aedat4 could not be read as events"):
         recording.read_aedat4(tmp_path / "cut.aedat4")
-    one = Events(np.zeros(1, np.uint16), np.zeros(1, np.uint16), np.array([1]), np.zeros(1, np.uint8), 2, 2)
+    one = Events(np.zeros(1, np.uint16), np.zeros(1, np.uint16), np.array([1]),
+                 np.zeros(1, np.uint8), 2, 2)
     monkeypatch.setattr(event_streams, "read_events", lambda _: one)
     (tmp_path / "frameless.aedat4").write_bytes(b"")
     with pytest.raises(VideoError, match="its frames do not decode"):

@@ -6,9 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from studies.embedded_pair import corpus
 from xsd.core import DatasetError, StorageError
-from xsd.world import corpus, drive, language
-from xsd.world.facts import seen_by_events
+from xsd.embedded import drive, language
+from xsd.embedded.facts import seen_by_events
 
 KINDS = [question.kind for question in language.questions()]
 COLOURS = ("red", "blue", "white", "black", "yellow", "green")
@@ -26,9 +27,8 @@ FACTS = _facts(range(6))
 
 @given(st.sampled_from(FACTS), st.sampled_from(KINDS), st.sampled_from(["verifier", "drafter"]))
 def test_the_right_answer_scores_fully(facts, kind, dialect):
-    assert all(
-        right == expected for right, expected in language.score(language.answer(facts, kind, dialect), facts, kind, dialect).values()
-    )
+    assert all(right == expected for right, expected in language.score(
+        language.answer(facts, kind, dialect), facts, kind, dialect).values())
 
 
 @given(st.sampled_from(FACTS), st.sampled_from(KINDS))
@@ -54,12 +54,15 @@ def test_an_invented_thing_counts_against_the_answer():
 
 
 def test_the_dialects_differ_from_the_first_word():
-    assert language.answer(FACTS[0], "people").split()[0] != language.answer(FACTS[0], "people", "drafter").split()[0]
+    assert language.answer(FACTS[0],
+                           "people").split()[0] != language.answer(FACTS[0], "people",
+                                                                   "drafter").split()[0]
 
 
 def test_word_kinds_cover_every_word():
     text = language.answer(FACTS[0], "key_elements")
-    assert "".join(word for word, _ in language.word_kinds(text)).lower() == text.lower().replace(" ", "")
+    assert "".join(word for word, _ in language.word_kinds(text)).lower() == text.lower().replace(
+        " ", "")
 
 
 def test_an_unknown_kind_of_question_is_refused():
@@ -80,21 +83,26 @@ def test_labels_hide_from_the_drafter_what_events_cannot_show():
         assert known["time"] == -1 and seen["time"] >= 0
         if not facts["moving"]:
             assert known["left"] == -1
-        assert known["ahead_kind"] == corpus.labels(seen_by_events(facts) | {"moving": facts["moving"]}, "drafter")["ahead_kind"]
+        assert known["ahead_kind"] == corpus.labels(
+            seen_by_events(facts) | {"moving": facts["moving"]}, "drafter")["ahead_kind"]
 
 
 def test_a_corpus_reopens_and_refuses_another_configuration(tmp_path):
     built = corpus.build(tmp_path / "c", split="train", n_sequences=1, seed=4, size=48)
     again = corpus.build(tmp_path / "c", split="train", n_sequences=1, seed=4, size=48)
-    assert built.video.tobytes() == again.video.tobytes() and built.layout.shape == (4, 13, 24, 24) and len(again) == 4
+    assert built.video.tobytes() == again.video.tobytes() and built.layout.shape == (
+        4, 13, 24, 24) and len(again) == 4
     assert len(built.dialogues("verifier")[0]) == 10
     with pytest.raises(DatasetError, match="holds the corpus"):
         corpus.build(tmp_path / "c", split="train", n_sequences=2, seed=4, size=48)
 
 
-def test_a_corpus_that_does_not_fit_on_the_disk_is_refused_before_it_is_simulated(tmp_path, monkeypatch):
+def test_a_corpus_that_does_not_fit_on_the_disk_is_refused_before_it_is_simulated(
+        tmp_path, monkeypatch):
     monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: SimpleNamespace(free=10**6))
-    with pytest.raises(StorageError, match=r"100 simulated drives take 0\.1 GB.*choose another folder or fewer drives"):
+    with pytest.raises(
+            StorageError,
+            match=r"100 simulated drives take 0\.1 GB.*choose another folder or fewer drives"):
         corpus.build(tmp_path / "c", split="train", n_sequences=100, seed=4, size=96)
     assert not list((tmp_path / "c").iterdir())
 
@@ -102,7 +110,8 @@ def test_a_corpus_that_does_not_fit_on_the_disk_is_refused_before_it_is_simulate
 def test_what_an_interrupted_simulation_left_does_not_count_against_the_disk(tmp_path, monkeypatch):
     (tmp_path / "video.npy").write_bytes(bytes(10**6))
     seen = []
-    monkeypatch.setattr(corpus.shutil, "disk_usage", lambda path: seen.append(list(path.iterdir())) or SimpleNamespace(free=0))
+    monkeypatch.setattr(corpus.shutil, "disk_usage",
+                        lambda path: seen.append(list(path.iterdir())) or SimpleNamespace(free=0))
     with pytest.raises(StorageError):
         corpus.build(tmp_path, split="train", n_sequences=1, seed=4)
     assert seen == [[]]

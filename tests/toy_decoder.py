@@ -1,4 +1,5 @@
-"""A decoder in a few lines: its next token is a function of the whole prefix, its state is that prefix, its LM head the identity."""
+"""A decoder in a few lines: its next token is a function of the whole prefix, its state is that
+prefix, its LM head the identity."""
 
 from __future__ import annotations
 
@@ -24,9 +25,11 @@ class ToyState:
 
 
 class ToyDecoder:
-    """Says ``sample`` (a tuple of ids) as long as the prefix follows it, something that depends on the whole prefix otherwise.
+    """Says ``sample`` (a tuple of ids) as long as the prefix follows it, something that depends on
+    the whole prefix otherwise.
 
-    ``slips``: positions at which this one says another token (never EOS), as a drafter that sees less would.
+    ``slips``: positions at which this one says another token (never EOS), as a drafter that sees
+    less would.
     """
 
     hidden_size = vocab_size = draft_vocab_size = WIDTH
@@ -37,7 +40,8 @@ class ToyDecoder:
 
     def next(self, prefix):
         n = len(prefix)
-        right = self.script[n] if n < len(self.script) and tuple(prefix) == self.script[:n] else 1 + (7 * sum(prefix) + n) % (WIDTH - 1)
+        right = self.script[n] if n < len(self.script) and tuple(
+            prefix) == self.script[:n] else 1 + (7 * sum(prefix) + n) % (WIDTH - 1)
         return 1 + right % (WIDTH - 1) if n in self.slips else right
 
     def prefill(self, sample):
@@ -58,16 +62,17 @@ class ToyDecoder:
 
     def rollback(self, state, length):
         assert PROMPT <= length < state.length
-        del state.ids[length - PROMPT :]
-        state.hidden = state.logits = torch.full((WIDTH,), float("nan"))  # stale until the next extend
+        del state.ids[length - PROMPT:]
+        state.hidden = state.logits = torch.full((WIDTH,),
+                                                 float("nan"))  # stale until the next extend
 
     def lm_head(self, hidden):
         return hidden
 
 
 class CopyAdapter:
-    """The identity, checking that exactly the positions that exist are offered. Reads "verifier"/"both" from the verifier's last state."""
-
+    """The identity, checking that exactly the positions that exist are offered. Reads
+    "verifier"/"both" from the verifier's last state."""
     def __init__(self, reads="drafter"):
         self.reads, self.seen = reads, []
 

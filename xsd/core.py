@@ -1,8 +1,11 @@
-"""The words every room shares: records, the decoder-handle protocol, the error tree, safe writing, provenance, seeds.
+"""The words every room shares: records, the decoder-handle protocol, the error tree, safe writing,
+provenance, seeds.
 
-Only the standard library is imported here; torch and numpy appear in annotations alone. Rooms and layers: docs/architecture.md.
+Only the standard library is imported here; torch and numpy appear in annotations alone. Rooms and
+layers: docs/architecture.md.
 
-Letters in shapes: B batch, S positions of the answer, D hidden width (D_d drafter, D_v verifier), V vocabulary, F event frames,
+Letters in shapes: B batch, S positions of the answer, D hidden width (D_d drafter, D_v verifier), V
+vocabulary, F event frames,
 H and W pixels. ``gamma`` is the number of draft tokens a round, ``tau`` a cosine threshold.
 """
 
@@ -31,15 +34,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout: notebooks, data and reports are resolved from here, never from the working directory."""
+"""The checkout: notebooks, data and reports are resolved from here, never from the working
+directory."""
 
 Mode = Literal["free_running", "teacher_forced"]
 """Whose tokens stood before each state: each model's own, or the verifier's for both."""
 Tap = Literal["post_norm", "pre_norm"]
-"""Which side of the decoder's final norm the states were taken; ``lm_head(state)`` is the logits only for post_norm."""
+"""Which side of the decoder's final norm the states were taken; ``lm_head(state)`` is the logits
+only for post_norm."""
 
-
-# --- errors: each message names the thing, what was expected and the way out ---------------------------------------------
+# --- errors: each message names the thing, what was expected and the way out
+# ---------------------------------------------
 
 
 class XsdError(Exception):
@@ -90,15 +95,18 @@ class TrainingError(XsdError):
     """Training stopped: NaN, divergence, a refused split, out of memory."""
 
 
-# --- records -----------------------------------------------------------------------------------------------------------
+# --- records
+# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sample:
     """One clip with one question, as both sensors saw it.
 
-    event_frames: F images uint8 [H, W, 3]; sizes may differ where the official slice canvas is used.
-    video: uint8 [8, H, W, 3], the frames the verifier sees. t_us: start and end of the clip on the sensor clock, in µs.
+    event_frames: F images uint8 [H, W, 3]; sizes may differ where the official slice canvas is
+    used.
+    video: uint8 [8, H, W, 3], the frames the verifier sees. t_us: start and end of the clip on the
+    sensor clock, in µs.
     """
 
     sequence: str
@@ -110,7 +118,6 @@ class Sample:
     split: str | None = None
     source: str | None = None
     """Where it came from: ``simulated`` | ``recorded`` | a folder's name."""
-
     @property
     def key(self) -> str:
         """Stable name of the sample inside its dataset: sequence/clip/question-hash."""
@@ -121,10 +128,12 @@ class Sample:
 class PairedStates:
     """Hidden states of both decoders at the positions of one answer.
 
-    hidden_by_drafter: [S_d, D_d]. hidden_by_verifier: [S_v, D_v]. ids_by_drafter: int64 [S_d]. ids_by_verifier: int64 [S_v].
-    ``hidden[t]`` is the state that *predicts* token t (read one position before it), so argmax(lm_head(hidden[t])) == ids[t] for
-    a model's own greedy tokens. In teacher_forced mode S_d == S_v, position t of both follows the verifier's tokens 0…t-1, and
-    ids_by_drafter[t] is what the drafter's own head would have said there.
+    hidden_by_drafter: [S_d, D_d]. hidden_by_verifier: [S_v, D_v]. ids_by_drafter: int64 [S_d].
+    ids_by_verifier: int64 [S_v].
+    ``hidden[t]`` is the state that *predicts* token t (read one position before it), so
+    argmax(lm_head(hidden[t])) == ids[t] for a model's own greedy tokens. In teacher_forced mode S_d
+    == S_v, position t of both follows the verifier's tokens 0…t-1, and ids_by_drafter[t] is what
+    the drafter's own head would have said there.
     """
 
     sequence: str
@@ -144,7 +153,8 @@ class PairedStates:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded on the right. drafter: [B, S, D_d], verifier: [B, S, D_v], ids_by_*: int64 [B, S], mask: bool [B, S] True on real positions.
+    """Padded on the right. drafter: [B, S, D_d], verifier: [B, S, D_v], ids_by_*: int64 [B, S],
+    mask: bool [B, S] True on real positions.
 
     sequence: B names, the cluster of every statistic. index: B positions in the dataset.
     """
@@ -161,9 +171,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Round:
-    """One draft-verify round. drafted: the draft tokens; n_accepted: how many the verifier agreed with; bonus: its own next token.
+    """One draft-verify round. drafted: the draft tokens; n_accepted: how many the verifier agreed
+    with; bonus: its own next token.
 
-    Times are seconds since the request began, on one clock. ``bonus`` is None when the request ended inside the accepted draft.
+    Times are seconds since the request began, on one clock. ``bonus`` is None when the request
+    ended inside the accepted draft.
     """
 
     drafted: tuple[int, ...]
@@ -188,7 +200,8 @@ class Span:
 
 @dataclass(frozen=True)
 class Generation:
-    """What one request produced. ids: without the prompt, cut after the first EOS (EOS kept) or at the maximum length."""
+    """What one request produced. ids: without the prompt, cut after the first EOS (EOS kept) or at
+    the maximum length."""
 
     ids: tuple[int, ...]
     finish: Literal["eos", "length"]
@@ -198,11 +211,13 @@ class Generation:
     total_s: float = 0.0
 
 
-# --- the decoder handle --------------------------------------------------------------------------------------------------
+# --- the decoder handle
+# ------------------------------------------------------------------------------------------------
 
 
 class State(Protocol):
-    """A decoder's KV cache with what the last position said. length: cached positions. hidden: [D], logits: [V] at the last position."""
+    """A decoder's KV cache with what the last position said. length: cached positions. hidden: [D],
+    logits: [V] at the last position."""
 
     length: int
     hidden: Tensor
@@ -213,7 +228,8 @@ class State(Protocol):
 class DecoderHandle(Protocol):
     """What the decoding engine needs of a model, and nothing more (no tokenizer, no file, no plot).
 
-    ``[prompt | a b c] -> rollback(state, len(prompt) + 2) -> [prompt | a b] -> extend(state, [x]) -> [prompt | a b x]``
+    ``[prompt | a b c] -> rollback(state, len(prompt) + 2) -> [prompt | a b] -> extend(state, [x])
+    -> [prompt | a b x]``
     """
 
     hidden_size: int
@@ -224,28 +240,33 @@ class DecoderHandle(Protocol):
         """Run the prompt; ``state.hidden``/``state.logits`` predict the first answer token."""
 
     def extend(self, state: State, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ids int64 [n] to the cache (in place). Returns hidden [n, D] and logits [n, V]; row i predicts the token after ids[i]."""
+        """Append ids int64 [n] to the cache (in place). Returns hidden [n, D] and logits [n, V];
+        row i predicts the token after ids[i]."""
 
     def rollback(self, state: State, length: int) -> None:
-        """Forget every cached position >= length (in place); state.hidden/logits are stale until the next extend."""
+        """Forget every cached position >= length (in place); state.hidden/logits are stale until
+        the next extend."""
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """[..., D] post-norm states to [..., V] logits."""
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------
+# --- files
+# ------------------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``target``; on success sync and rename, on failure remove it and leave the target as it was.
+    """Yield a temporary name beside ``target``; on success sync and rename, on failure remove it
+    and leave the target as it was.
 
     Raises: StorageError when the disk is full or the folder cannot be written.
     """
     target = Path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.",
+                                        suffix=".part")
         os.close(handle)
     except OSError as error:
         raise _storage_error(target, error) from error
@@ -267,9 +288,13 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
 def _storage_error(target: Path, error: OSError) -> StorageError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(
-            f"cannot write {target}: the disk is full; free space or choose another output folder and run again (nothing was lost)"
+            f"cannot write {target}: the disk is full; free space or choose another output folder "
+            "and run again (nothing was lost)"
         )
-    return StorageError(f"cannot write {target}: {error.strerror or error}; check the folder's permissions or choose another one")
+    return StorageError(
+        f"cannot write {target}: {error.strerror or error}; check the folder's permissions or "
+        "choose another one"
+    )
 
 
 def atomic_write(target: str | os.PathLike[str], data: bytes | str) -> None:
@@ -305,16 +330,21 @@ def sha256_of(*paths: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-# --- provenance and seeds ---------------------------------------------------------------------------------------------------
+# --- provenance and seeds
+# ------------------------------------------------------------------------------------------------
 
-_PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bitsandbytes", "papermill", "safetensors")
+_PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bitsandbytes",
+             "papermill", "safetensors")
 
 
-def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu", **extra: Any) -> dict[str, Any]:
-    """Where a number came from: git revision (and whether the tree was dirty), versions, seed, data hash, device, command.
+def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu",
+               **extra: Any) -> dict[str, Any]:
+    """Where a number came from: git revision (and whether the tree was dirty), versions, seed, data
+    hash, device, command.
 
-    Paths are :func:`portable`, since reports with these records are published. command: the verb and its arguments, or
-    ``["notebook", <its file>]`` inside a kernel, whose own arguments say nothing.
+    Paths are :func:`portable`, since reports with these records are published. command: the verb
+    and its arguments, or ``["notebook", <its file>]`` inside a kernel, whose own arguments say
+    nothing.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
@@ -322,20 +352,19 @@ def provenance(*, seed: int | None = None, data_hash: str | None = None, device:
             versions[package] = metadata.version(package)
     return {
         "git_revision": _git("rev-parse", "HEAD") or "unknown",
-        "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
-        "versions": versions,
-        "machine": {"system": platform.system(), "processor": platform.machine(), "cores": os.cpu_count()},
-        "seed": seed,
-        "data_hash": data_hash,
-        "device": device,
-        "command": _command(),
-        **portable(extra),
+        "git_dirty": bool(_git("status", "--porcelain",
+                               "--untracked-files=no")), "versions": versions, "machine": {
+                                   "system": platform.system(), "processor": platform.machine(),
+                                   "cores": os.cpu_count()
+                               }, "seed": seed, "data_hash": data_hash, "device": device,
+        "command": _command(), **portable(extra),
     }
 
 
 def portable(value: Any) -> Any:
-    """Texts of nested records without this machine's folders: a path under the checkout becomes relative to it, another absolute one
-    its last name. Looks at whole texts and at the parts between ``=`` and ``,`` (``run_dir=…``, ``a,b``)."""
+    """Texts of nested records without this machine's folders: a path under the checkout becomes
+    relative to it, another absolute one its last name. Looks at whole texts and at the parts
+    between ``=`` and ``,`` (``run_dir=…``, ``a,b``)."""
     if isinstance(value, Mapping):
         return {key: portable(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -349,7 +378,8 @@ def portable(value: Any) -> Any:
         return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     if not re.search("[=,]", value):
         return value
-    return "".join(piece if piece in "=," else portable(piece) for piece in re.split("([=,])", value))
+    return "".join(piece if piece in "=," else portable(piece)
+                   for piece in re.split("([=,])", value))
 
 
 def _command() -> list[str]:
@@ -361,14 +391,16 @@ def _command() -> list[str]:
 
 def _git(*arguments: str) -> str:
     try:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=10, check=False)
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
+                              timeout=10, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch where they are already imported; call after importing what draws."""
+    """Seed Python, numpy and torch where they are already imported; call after importing what
+    draws."""
     random.seed(seed)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(seed % 2**32)

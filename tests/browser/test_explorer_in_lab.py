@@ -1,4 +1,5 @@
-"""The explorer in a real browser: JupyterLab runs it, the slider and a click change what is seen, nothing leaves the machine."""
+"""The explorer in a real browser: JupyterLab runs it, the slider and a click change what is seen,
+nothing leaves the machine."""
 
 import os
 from pathlib import Path
@@ -15,19 +16,23 @@ from xsd.runs import doctor
 CHROMIUM = doctor.browser_path()
 NOTEBOOK = ROOT / "notebooks" / "07_explore.ipynb"
 
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed (set BROWSER_PATH to one)")
+pytestmark = pytest.mark.skipif(CHROMIUM is None,
+                                reason="no Chromium is installed (set BROWSER_PATH to one)")
 
 
 def made_notebook(folder: Path) -> Path:
     """The explorer over made-up tokens: what it does must not hang on a trained pair."""
     code = [
         "import pandas as pd, views_examples\nfrom xsd.views import explorers",
-        "table = pd.concat([views_examples.token_table(), views_examples.token_table(3, run='other', levels=('L1', 'L4'))])\n"
-        "explorer = explorers.AcceptanceExplorer(explorers.ExplorerData(table, lambda key: views_examples.sample()))\nexplorer.widget",
+        "table = pd.concat([views_examples.token_table(), views_examples.token_table(3, "
+        "run='other', levels=('L1', 'L4'))])\n"
+        "explorer = explorers.AcceptanceExplorer(explorers.ExplorerData(table, lambda key: "
+        "views_examples.sample()))\nexplorer.widget",
     ]
     path = folder / "made.ipynb"
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
-    nbformat.write(new_notebook(cells=[new_code_cell(text) for text in code], metadata=metadata), path)
+    nbformat.write(new_notebook(cells=[new_code_cell(text) for text in code], metadata=metadata),
+                   path)
     return path
 
 
@@ -51,7 +56,8 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
         assert view.failures() == []
         page = view.page
         page.locator(".widget-slider").first.wait_for(timeout=60_000)
-        page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length > 0", timeout=60_000)
+        page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length > 0",
+                               timeout=60_000)
         page.locator(".js-plotly-plot").last.scroll_into_view_if_needed()
         page.wait_for_timeout(1500)
         page.screenshot(path=str(shots / f"{which}_1_start.png"))
@@ -65,18 +71,22 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
             page.keyboard.press("ArrowLeft")
         moved = view.changed(by_cosine)
         assert [one["title"] for one in moved] == [one["title"] for one in by_cosine]
-        assert sum(map(sum, moved[-1]["y"])) > sum(map(sum, by_cosine[-1]["y"]))  # a lower threshold accepts more
+        assert sum(map(sum, moved[-1]["y"])) > sum(map(
+            sum, by_cosine[-1]["y"]))  # a lower threshold accepts more
         page.screenshot(path=str(shots / f"{which}_2_threshold.png"))
 
         strips = page.locator(".token-pairs").first.inner_text()
-        point = page.locator(".js-plotly-plot").last.locator(".scatterlayer .trace .points path").nth(2)
+        point = page.locator(".js-plotly-plot").last.locator(
+            ".scatterlayer .trace .points path").nth(2)
         box = point.bounding_box()
         page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
         page.wait_for_function(
-            "() => [...document.querySelectorAll('.widget-readout')].some(e => e.textContent.trim() === '2')", timeout=20_000
-        )
+            "() => [...document.querySelectorAll('.widget-readout')].some(e => "
+            "e.textContent.trim() === '2')",
+            timeout=20_000)
         page.wait_for_timeout(1000)
-        assert page.locator(".token-pairs").count() >= 1 and page.locator(".filmstrip img").count() >= 2
+        assert page.locator(".token-pairs").count() >= 1 and page.locator(
+            ".filmstrip img").count() >= 2
         assert page.locator(".token-pairs").first.inner_text() != strips
         page.locator(".token-legend").last.scroll_into_view_if_needed()
         page.screenshot(path=str(shots / f"{which}_3_position.png"))

@@ -1,4 +1,5 @@
-"""The transformer layer of L4, L5, L5F and B1, and L4 itself (docs/adapters.md; 100 714 497 parameters at 4096)."""
+"""The transformer layer of L4, L5, L5F and B1, and L4 itself (docs/adapters.md; 100 714 497
+parameters at 4096)."""
 
 from __future__ import annotations
 
@@ -13,17 +14,18 @@ from xsd.core import ParameterError
 
 
 class TransformerLayer(nn.Module):
-    """Pre-norm layer: x + attention(LayerNorm(x)), then x + down(dropout(GELU(up(LayerNorm(x))))), dropout 0.1, biases everywhere.
+    """Pre-norm layer: x + attention(LayerNorm(x)), then x + down(dropout(GELU(up(LayerNorm(x))))),
+    dropout 0.1, biases everywhere.
 
-    The same function as ``torch.nn.TransformerEncoderLayer(norm_first=True)`` (held together by a test), written out because the rollout of
-    eagle.py needs keys and values one by one.
+    The same function as ``torch.nn.TransformerEncoderLayer(norm_first=True)`` (held together by a
+    test), written out because the rollout of eagle.py needs keys and values one by one.
     """
-
     def __init__(self, hidden_size: int, *, n_heads: int, ffn: int, dropout: float) -> None:
         super().__init__()
         if hidden_size % n_heads:
             raise ParameterError(
-                f"{n_heads} attention heads do not divide the hidden size {hidden_size}; choose n_heads among its divisors"
+                f"{n_heads} attention heads do not divide the hidden size {hidden_size}; choose "
+                "n_heads among its divisors"
             )
         self.n_heads, self.dropout = n_heads, dropout
         self.attention_norm = nn.LayerNorm(hidden_size)
@@ -39,7 +41,8 @@ class TransformerLayer(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, D] → queries, keys, values, each [B, heads, S, D / heads]."""
         batch, size, width = x.shape
-        packed = self.query_key_value(self.attention_norm(x)).view(batch, size, 3, self.n_heads, width // self.n_heads)
+        packed = self.query_key_value(self.attention_norm(x)).view(batch, size, 3, self.n_heads,
+                                                                   width // self.n_heads)
         queries, keys, values = packed.permute(2, 0, 3, 1, 4)
         return queries, keys, values
 
@@ -50,44 +53,58 @@ class TransformerLayer(nn.Module):
         return x + self._drop(self.ffn_down(self._drop(F.gelu(self.ffn_up(self.ffn_norm(x))))))
 
     def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
-        """x: [B, S, D]. allowed: bool, broadcastable to [B, heads, S, S], True where a query may look at a key."""
+        """x: [B, S, D]. allowed: bool, broadcastable to [B, heads, S, S], True where a query may
+        look at a key."""
         queries, keys, values = self.project(x)
         dropout = self.dropout if self.training else 0.0
-        return self.finish(x, F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed, dropout_p=dropout))
+        return self.finish(
+            x,
+            F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed,
+                                           dropout_p=dropout))
 
     def last(self, x: Tensor) -> Tensor:
-        """x: [S, D] → [D], what :meth:`forward` says at the last position when it may look at all: one query, and one row from there on."""
+        """x: [S, D] → [D], what :meth:`forward` says at the last position when it may look at all:
+        one query, and one row from there on."""
         width = x.shape[1]
         normed = self.attention_norm(x)
         weight, bias = self.query_key_value.weight, self.query_key_value.bias
-        query = F.linear(normed[-1:], weight[:width], bias[:width]).view(1, self.n_heads, -1).transpose(0, 1)
-        keys, values = F.linear(normed, weight[width:], bias[width:]).view(len(x), 2, self.n_heads, -1).permute(1, 2, 0, 3)
+        query = F.linear(normed[-1:], weight[:width], bias[:width]).view(1, self.n_heads,
+                                                                         -1).transpose(0, 1)
+        keys, values = F.linear(normed, weight[width:],
+                                bias[width:]).view(len(x), 2, self.n_heads, -1).permute(1, 2, 0, 3)
         attended = F.scaled_dot_product_attention(query[None], keys[None], values[None])
         return self.finish(x[None, -1:], attended)[0, 0]
 
-    def attend_with(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor, own: list[tuple[Tensor, Tensor]]) -> Tensor:
-        """Attention over shared keys, and for each query over further keys of its own (eagle.py's rollout).
+    def attend_with(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor,
+                    own: list[tuple[Tensor, Tensor]]) -> Tensor:
+        """Attention over shared keys, and for each query over further keys of its own (eagle.py's
+        rollout).
 
-        queries, keys, values: [B, H, S, d]; allowed: bool [S, S]; own: (key, value) pairs, each [B, H, S, d]: row s is for query s alone.
+        queries, keys, values: [B, H, S, d]; allowed: bool [S, S]; own: (key, value) pairs, each [B,
+        H, S, d]: row s is for query s alone.
         Returns: [B, H, S, d].
         """
         scale = 1 / math.sqrt(queries.shape[-1])
         shared = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
         further = [(queries * key).sum(-1, keepdim=True) * scale for key, _ in own]
-        weights = F.dropout(torch.cat([shared, *further], dim=-1).softmax(-1), self.dropout, self.training)
-        result = weights[..., : keys.shape[2]] @ values
+        weights = F.dropout(
+            torch.cat([shared, *further], dim=-1).softmax(-1), self.dropout, self.training)
+        result = weights[..., :keys.shape[2]] @ values
         for column, (_, value) in enumerate(own, start=keys.shape[2]):
-            result = result + weights[..., column : column + 1] * value
+            result = result + weights[..., column:column + 1] * value
         return result
 
     def _drop(self, x: Tensor) -> Tensor:
         return F.dropout(x, self.dropout, self.training)
 
 
-def allowed_keys(size: int, mask: Tensor | None, *, causal: bool, device: torch.device) -> Tensor | None:
-    """Which keys each query may see, bool broadcastable to [B, 1, S, S]. mask: bool [B, S], True on real positions.
+def allowed_keys(size: int, mask: Tensor | None, *, causal: bool,
+                 device: torch.device) -> Tensor | None:
+    """Which keys each query may see, bool broadcastable to [B, 1, S, S]. mask: bool [B, S], True on
+    real positions.
 
-    A padded query still sees itself, so that no row is empty (an empty row would be NaN and spread through the gradient).
+    A padded query still sees itself, so that no row is empty (an empty row would be NaN and spread
+    through the gradient).
     """
     if mask is None:
         return causal_mask(size, device) if causal else None
@@ -98,31 +115,26 @@ def allowed_keys(size: int, mask: Tensor | None, *, causal: bool, device: torch.
 
 
 class AttentionAdapter(Adapter):
-    """L4: one transformer layer, LayerNorm, eye-initialised projection, out = x + α (projection - x).
+    """L4: one transformer layer, LayerNorm, eye-initialised projection, out = x + α (projection -
+    x).
 
-    ``causal=True`` is this project's default: position t uses drafter states 0…t, all that exist while drafting. ``causal=False`` is the
-    reference's: trained on whole answers; evaluated here on prefixes all the same (with one layer a prefix's last position is exactly
-    what the causal mask gives, because keys and values come from the inputs alone).
+    ``causal=True`` is this project's default: position t uses drafter states 0…t, all that exist
+    while drafting. ``causal=False`` is the reference's: trained on whole answers; evaluated here on
+    prefixes all the same (with one layer a prefix's last position is exactly what the causal mask
+    gives, because keys and values come from the inputs alone).
     """
-
-    def __init__(
-        self,
-        hidden_size: int = 4096,
-        *,
-        level: str = "L4",
-        drafter_size: int | None = None,
-        input_map: bool = False,
-        causal: bool = True,
-        n_heads: int | None = None,
-        ffn: int | None = None,
-        dropout: float = 0.1,
-        alpha: float = 0.1,
-    ) -> None:
+    def __init__(self, hidden_size: int = 4096, *, level: str = "L4",
+                 drafter_size: int | None = None, input_map: bool = False, causal: bool = True,
+                 n_heads: int | None = None, ffn: int | None = None, dropout: float = 0.1,
+                 alpha: float = 0.1,
+                 ) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level, self.causal = level, causal
         n_heads = n_heads or math.gcd(8, hidden_size)
         ffn = ffn or default_sizes(hidden_size)["ffn"]
-        self.options |= {"causal": causal, "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha}
+        self.options |= {
+            "causal": causal, "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha
+        }
         self.layer = TransformerLayer(hidden_size, n_heads=n_heads, ffn=ffn, dropout=dropout)
         self.final_norm = nn.LayerNorm(hidden_size)
         self.projection = nn.Linear(hidden_size, hidden_size)
@@ -131,14 +143,19 @@ class AttentionAdapter(Adapter):
         nn.init.zeros_(self.projection.bias)
 
     @torch.no_grad()
-    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None, tokens: Tensor | None = None) -> Tensor:
-        """As Adapter.step; with one layer only the last row is carried beyond the keys and values."""
+    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
+             tokens: Tensor | None = None) -> Tensor:
+        """As Adapter.step; with one layer only the last row is carried beyond the keys and
+        values."""
         x = self.input_map(self._need(drafter_states, "drafter", 1))
         return x[-1] + self.alpha * (self.projection(self.final_norm(self.layer.last(x))) - x[-1])
 
-    def forward(self, x: Tensor, mask: Tensor | None = None, *, causal: bool | None = None) -> Tensor:
-        """x: [B, S, D_d] → [B, S, D_v]. mask: bool [B, S], True on real positions. causal: overrides the adapter's own."""
+    def forward(self, x: Tensor, mask: Tensor | None = None, *,
+                causal: bool | None = None) -> Tensor:
+        """x: [B, S, D_d] → [B, S, D_v]. mask: bool [B, S], True on real positions. causal:
+        overrides the adapter's own."""
         x = self.input_map(x)
-        allowed = allowed_keys(x.shape[1], mask, causal=self.causal if causal is None else causal, device=x.device)
+        allowed = allowed_keys(x.shape[1], mask, causal=self.causal if causal is None else causal,
+                               device=x.device)
         projected = self.projection(self.final_norm(self.layer(x, allowed)))
         return x + self.alpha * (projected - x)

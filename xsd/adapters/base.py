@@ -1,16 +1,18 @@
-"""What every adapter is: a module from hidden states to the verifier's hidden states, with its shift and its mask applied in one place.
+"""What every adapter is: a module from hidden states to the verifier's hidden states, with its
+shift and its mask applied in one place.
 
-Which states an adapter reads and what it predicts (t is a position of the answer; ``hidden[t]`` is the state that predicts token t)::
+Which states an adapter reads and what it predicts (t is a position of the answer; ``hidden[t]`` is
+the state that predicts token t)::
 
     reads      shift  input at t                              output at t          levels
     drafter    0      drafter[0…t]                            verifier[t]          L1 L2 L3 L4 L5
     verifier   1      verifier[0…t]                           verifier[t+1]        B1
     both       1      verifier[0…t], drafter[0…t+lead]        verifier[t+1]        L5F
 
-With shift 1 the target is one position later than the last input, so no adapter ever sees the state it is to predict. L5F's
-``drafter_lead``
-is 1 by default: once verifier[t] is known, token t is known, so the drafter can have read it, and drafter[t+1] exists while drafting; 0
-is the reference's alignment. See docs/adapters.md.
+With shift 1 the target is one position later than the last input, so no adapter ever sees the state
+it is to predict. L5F's ``drafter_lead``
+is 1 by default: once verifier[t] is known, token t is known, so the drafter can have read it, and
+drafter[t+1] exists while drafting; 0 is the reference's alignment. See docs/adapters.md.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Reads = Literal["drafter", "verifier", "both"]
 
 
 class Aligned(NamedTuple):
-    """Predicted beside true. aligned, target: [B, S', D_v]; ids: int64 [B, S'] the verifier's tokens there; mask: bool [B, S'].
+    """Predicted beside true. aligned, target: [B, S', D_v]; ids: int64 [B, S'] the verifier's
+    tokens there; mask: bool [B, S'].
 
     S' = S for shift 0 and S - 1 for shift 1, where index i stands for position i + 1 of the answer.
     """
@@ -39,14 +42,15 @@ class Aligned(NamedTuple):
 
 
 def default_sizes(hidden_size: int) -> dict[str, int]:
-    """Inner widths for a hidden width: the reference's 256 / 1024 / 2048 at 4096; below 1024 ratios of 1/2, 1 and 2, since 12 of 192 is
-    no width."""
+    """Inner widths for a hidden width: the reference's 256 / 1024 / 2048 at 4096; below 1024 ratios
+    of 1/2, 1 and 2, since 12 of 192 is no width."""
     if hidden_size >= 1024:
         return {"bottleneck": 256, "wide": hidden_size // 4, "ffn": hidden_size // 2}
     return {"bottleneck": max(1, hidden_size // 2), "wide": hidden_size, "ffn": 2 * hidden_size}
 
 
-def alignment_loss(aligned: Tensor, target: Tensor, mask: Tensor | None = None, *, cosine_weight: float = 0.5) -> dict[str, Tensor]:
+def alignment_loss(aligned: Tensor, target: Tensor, mask: Tensor | None = None, *,
+                   cosine_weight: float = 0.5) -> dict[str, Tensor]:
     """The reference's loss, MSE + 0.5 (1 - cos), each a mean over the real positions.
 
     Args: aligned, target: [B, S, D]. mask: bool [B, S], True on real positions; None means all.
@@ -54,24 +58,31 @@ def alignment_loss(aligned: Tensor, target: Tensor, mask: Tensor | None = None, 
     """
     if aligned.shape != target.shape:
         raise MetricError(
-            f"aligned states {tuple(aligned.shape)} and targets {tuple(target.shape)} must have one shape; check the adapter's shift "
-            "and width"
-        )
+            f"aligned states {tuple(aligned.shape)} and targets {tuple(target.shape)} must have "
+            "one shape; check the adapter's shift "
+            "and width")
     if mask is not None:
         aligned, target = aligned[mask.bool()], target[mask.bool()]
     if aligned.numel() == 0:
-        raise MetricError("the alignment loss has no position left: the mask leaves none; drop empty answers before training")
+        raise MetricError(
+            "the alignment loss has no position left: the mask leaves none; drop empty answers "
+            "before training"
+        )
     mse = F.mse_loss(aligned, target)
     cosine = F.cosine_similarity(aligned, target, dim=-1).mean()
-    return {"total_loss": mse + cosine_weight * (1 - cosine), "mse_loss": mse, "cos_loss": 1 - cosine, "cos_sim": cosine}
+    return {
+        "total_loss": mse + cosine_weight * (1 - cosine), "mse_loss": mse, "cos_loss": 1 - cosine,
+        "cos_sim": cosine
+    }
 
 
 class Adapter(nn.Module):
     """Base of all adapters.
 
-    hidden_size: D_v, the verifier's width. drafter_size: D_d; where it differs (or ``input_map=True``) a linear map D_d → D_v comes
-    first, the identity at initialisation as far as the widths allow. ``options`` holds the constructor's arguments as saved beside the
-    weights.
+    hidden_size: D_v, the verifier's width. drafter_size: D_d; where it differs (or
+    ``input_map=True``) a linear map D_d → D_v comes
+    first, the identity at initialisation as far as the widths allow. ``options`` holds the
+    constructor's arguments as saved beside the weights.
     """
 
     level: str = ""
@@ -83,12 +94,16 @@ class Adapter(nn.Module):
     drafter_lead: int = 0
     fuses_tokens: bool = False
     draft_ids: Tensor | None
-    """int64 [k], ascending: the only tokens it drafts; None: all (a reduced draft vocabulary, docs/adapters.md, section 4)."""
-
-    def __init__(self, hidden_size: int, *, drafter_size: int | None = None, input_map: bool = False) -> None:
+    """int64 [k], ascending: the only tokens it drafts; None: all (a reduced draft vocabulary,
+    docs/adapters.md, section 4)."""
+    def __init__(self, hidden_size: int, *, drafter_size: int | None = None,
+                 input_map: bool = False) -> None:
         super().__init__()
         if hidden_size < 1 or (drafter_size is not None and drafter_size < 1):
-            raise ParameterError(f"hidden sizes must be positive, not verifier {hidden_size} and drafter {drafter_size}")
+            raise ParameterError(
+                f"hidden sizes must be positive, not verifier {hidden_size} and drafter "
+                f"{drafter_size}"
+            )
         self.hidden_size = hidden_size
         self.drafter_size = drafter_size or hidden_size
         self.options: dict[str, Any] = {"input_map": input_map}
@@ -101,40 +116,54 @@ class Adapter(nn.Module):
 
     def config(self) -> dict[str, Any]:
         """Level, widths and options: what create_adapter needs to build this adapter again."""
-        return {"level": self.level, "hidden_size": self.hidden_size, "drafter_size": self.drafter_size, "options": dict(self.options)}
+        return {
+            "level": self.level, "hidden_size": self.hidden_size, "drafter_size": self.drafter_size,
+            "options": dict(self.options)
+        }
 
     def set_draft_vocabulary(self, ids: Tensor) -> None:
-        """Draft only the tokens ``ids``, int64 [k]; saved with the weights. Raises: ParameterError for none, or one twice."""
+        """Draft only the tokens ``ids``, int64 [k]; saved with the weights. Raises: ParameterError
+        for none, or one twice."""
         if ids.numel() == 0 or len(ids.unique()) != ids.numel():
-            raise ParameterError(f"a draft vocabulary is at least one id and none twice, not {ids.numel()}, {len(ids.unique())} different")
+            raise ParameterError(
+                f"a draft vocabulary is at least one id and none twice, not {ids.numel()}, "
+                f"{len(ids.unique())} different"
+            )
         self.options["draft_vocabulary"] = ids.numel()
         self.register_buffer("draft_ids", ids.detach().to(torch.int64).flatten())
 
     def forward(self, *inputs: Tensor, mask: Tensor | None = None) -> Tensor:
-        """[B, S, D] (or drafter [B, S, D_d] and verifier [B, S, D_v] for reads == "both") → [B, S, D_v]."""
+        """[B, S, D] (or drafter [B, S, D_d] and verifier [B, S, D_v] for reads == "both") → [B, S,
+        D_v]."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
     def _extra_loss(self, aligned: Tensor, target: Tensor, mask: Tensor | None) -> Tensor | None:
         return None
 
-    def compute_loss(self, x: Tensor | tuple[Tensor, Tensor], target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """The reference's loss of ``forward(x)`` against ``target`` at the same index (shift the two before calling; :meth:`align` does).
+    def compute_loss(self, x: Tensor | tuple[Tensor, Tensor], target: Tensor,
+                     mask: Tensor | None = None) -> dict[str, Tensor]:
+        """The reference's loss of ``forward(x)`` against ``target`` at the same index (shift the
+        two before calling; :meth:`align` does).
 
         Args: x: [B, S, D], or the pair (drafter, verifier). target: [B, S, D_v]. mask: bool [B, S].
-        Returns: total_loss, mse_loss, cos_loss, cos_sim (scalars). L5 adds its weighted next-state term to total_loss.
+        Returns: total_loss, mse_loss, cos_loss, cos_sim (scalars). L5 adds its weighted next-state
+        term to total_loss.
         """
         aligned = self(*x, mask=mask) if isinstance(x, tuple) else self(x, mask=mask)
         losses = alignment_loss(aligned, target, mask)
         extra = self._extra_loss(aligned, target, mask)
         return losses if extra is None else {**losses, "total_loss": losses["total_loss"] + extra}
 
-    # --- the shift, once ------------------------------------------------------------------------------------------------------------
+    # --- the shift, once
+    # --------------------------------------------------------------------------------------------
 
     def inputs_of(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor]:
-        """What :meth:`forward` reads of a batch and what it is to predict: (inputs, input mask, target, ids, target mask)."""
+        """What :meth:`forward` reads of a batch and what it is to predict: (inputs, input mask,
+        target, ids, target mask)."""
         if self.shift == 0:
             return (batch.drafter,), batch.mask, batch.verifier, batch.ids_by_verifier, batch.mask
-        past, target, ids = batch.verifier[:, :-1], batch.verifier[:, 1:], batch.ids_by_verifier[:, 1:]
+        past, target, ids = batch.verifier[:, :-1], batch.verifier[:, 1:], batch.ids_by_verifier[:,
+                                                                                                 1:]
         both = batch.mask[:, :-1] & batch.mask[:, 1:]
         if self.reads == "verifier":
             return (past,), batch.mask[:, :-1], target, ids, both
@@ -142,8 +171,8 @@ class Adapter(nn.Module):
         return (drafter, past), batch.mask[:, :-1], target, ids, both
 
     def tokens_of(self, batch: Batch) -> Tensor | None:
-        """The token that stands before each predicted position, int64 [B, S'] (-1 where there is none); None unless the adapter fuses
-        tokens."""
+        """The token that stands before each predicted position, int64 [B, S'] (-1 where there is
+        none); None unless the adapter fuses tokens."""
         if not self.fuses_tokens:
             return None
         if self.shift == 1:
@@ -151,10 +180,12 @@ class Adapter(nn.Module):
         return F.pad(batch.ids_by_verifier[:, :-1], (1, 0), value=-1)
 
     def align(self, batch: Batch) -> Aligned:
-        """Predictions beside their targets, shifted once for training and evaluation alike, from what exists while drafting.
+        """Predictions beside their targets, shifted once for training and evaluation alike, from
+        what exists while drafting.
 
-        A bidirectional adapter (L4 with causal=False) sees the whole answer in training mode only; in eval mode position t is computed
-        from the prefix 0…t, since later drafter states do not exist yet when position t is drafted.
+        A bidirectional adapter (L4 with causal=False) sees the whole answer in training mode only;
+        in eval mode position t is computed from the prefix 0…t, since later drafter states do not
+        exist yet when position t is drafted.
         """
         inputs, input_mask, target, ids, mask = self.inputs_of(batch)
         keywords: dict[str, Any] = {}
@@ -164,49 +195,65 @@ class Adapter(nn.Module):
             keywords["causal"] = True
         return Aligned(self(*inputs, mask=input_mask, **keywords), target, ids, mask)
 
-    # --- position by position --------------------------------------------------------------------------------------------------------
+    # --- position by position
+    # --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None, tokens: Tensor | None = None) -> Tensor:
+    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
+             tokens: Tensor | None = None) -> Tensor:
         """The next verifier state while drafting, from everything known of this answer so far.
 
-        Args: drafter_states: [n, D_d], positions 0…n-1; unused (may be None) when reads == "verifier".
-            verifier_states: [m, D_v], positions 0…m-1, known or predicted (the caller appends what this returns); unused when reads ==
+        Args: drafter_states: [n, D_d], positions 0…n-1; unused (may be None) when reads ==
+        "verifier".
+            verifier_states: [m, D_v], positions 0…m-1, known or predicted (the caller appends what
+            this returns); unused when reads ==
             "drafter".
-            tokens: int64, the answer's tokens so far; only for adapters that fuse tokens (n - 1 of them for shift 0, m for shift 1).
+            tokens: int64, the answer's tokens so far; only for adapters that fuse tokens (n - 1 of
+            them for shift 0, m for shift 1).
         Returns: [D_v]: verifier state n - 1 when shift == 0, m when shift == 1.
-        Raises: ParameterError when a needed sequence is missing, empty or too short. Call in eval mode.
+        Raises: ParameterError when a needed sequence is missing, empty or too short. Call in eval
+        mode.
         """
         keywords: dict[str, Any] = {} if self.causal else {"causal": True}
         if self.shift == 0:
             states = self._need(drafter_states, "drafter", 1)
             if self.fuses_tokens:
-                known = self._need(tokens, "token", len(states) - 1)[: len(states) - 1]
+                known = self._need(tokens, "token", len(states) - 1)[:len(states) - 1]
                 keywords["tokens"] = F.pad(known, (1, 0), value=-1)[None]
             if self.pointwise:
                 states = states[-1:]
             return self(states[None], **keywords)[0, -1]
         known = self._need(verifier_states, "verifier", 1)
         if self.fuses_tokens:
-            tokens = self.tokens_said(known) if tokens is None else self._need(tokens, "token", len(known))
-            keywords["tokens"] = tokens[None, : len(known)]
+            tokens = self.tokens_said(known) if tokens is None else self._need(
+                tokens, "token", len(known))
+            keywords["tokens"] = tokens[None, :len(known)]
         if self.reads == "verifier":
             return self(known[None], **keywords)[0, -1]
-        drafter = self._need(drafter_states, "drafter", len(known) + self.drafter_lead)[self.drafter_lead :][: len(known)]
+        drafter = self._need(drafter_states, "drafter",
+                             len(known) + self.drafter_lead)[self.drafter_lead:][:len(known)]
         return self(drafter[None], known[None], **keywords)[0, -1]
 
     def tokens_said(self, states: Tensor) -> Tensor:
-        """Token after each verifier state, for adapters that fuse tokens: [..., D_v] → int64 [...]."""
-        raise ParameterError(f"{self.level} holds no token table; create it with vocab_size and fill it from the LM head")
+        """Token after each verifier state, for adapters that fuse tokens: [..., D_v] → int64
+        [...]."""
+        raise ParameterError(
+            f"{self.level} holds no token table; create it with vocab_size and fill it from the LM "
+            "head"
+        )
 
     @torch.no_grad()
     def translate(self, drafter_states: Tensor) -> Tensor:
-        """All positions of a finished draft at once (prefill hiding): [n, D_d] → [n, D_v], row t from rows 0…t. Only for reads ==
-        "drafter"."""
+        """All positions of a finished draft at once (prefill hiding): [n, D_d] → [n, D_v], row t
+        from rows 0…t. Only for reads == "drafter"."""
         if self.reads != "drafter":
-            raise ParameterError(f"{self.level} needs verifier states too; a draft of drafter states alone can be translated by L1–L5 only")
+            raise ParameterError(
+                f"{self.level} needs verifier states too; a draft of drafter states alone can be "
+                "translated by L1–L5 only"
+            )
         if self.fuses_tokens:
-            raise ParameterError(f"{self.level} with fused tokens drafts position by position; use step()")
+            raise ParameterError(
+                f"{self.level} with fused tokens drafts position by position; use step()")
         keywords = {} if self.causal else {"causal": True}
         return self(drafter_states[None], **keywords)[0]
 
@@ -214,7 +261,8 @@ class Adapter(nn.Module):
         have = 0 if states is None else len(states)
         if states is None or have < at_least:
             raise ParameterError(
-                f"{self.level} needs at least {at_least} {whose} states or tokens for this step and got {have}; extend the {whose} first"
+                f"{self.level} needs at least {at_least} {whose} states or tokens for this step "
+                f"and got {have}; extend the {whose} first"
             )
         return states
 

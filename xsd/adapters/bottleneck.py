@@ -1,4 +1,5 @@
-"""L1, L2, L3: adapters without a view of other positions (docs/adapters.md; parameter counts at 4096: 2 113 537, 6 324 227, 16 797 698)."""
+"""L1, L2, L3: adapters without a view of other positions (docs/adapters.md; parameter counts at
+4096: 2 113 537, 6 324 227, 16 797 698)."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ from xsd.adapters.base import Adapter, default_sizes
 
 
 class BottleneckBlock(nn.Module):
-    """x + α · up(dropout(GELU(down(LayerNorm(x))))): the identity at initialisation, since ``up`` starts at zero. [..., D] → [..., D]."""
-
+    """x + α · up(dropout(GELU(down(LayerNorm(x))))): the identity at initialisation, since ``up``
+    starts at zero. [..., D] → [..., D]."""
     def __init__(self, hidden_size: int, bottleneck: int, *, dropout: float, alpha: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
@@ -28,28 +29,26 @@ class BottleneckBlock(nn.Module):
 
 
 class BottleneckAdapter(Adapter):
-    """L1 (one block) and L2 (three): blocks, then a LayerNorm. At initialisation the output is LayerNorm(x)."""
+    """L1 (one block) and L2 (three): blocks, then a LayerNorm. At initialisation the output is
+    LayerNorm(x)."""
 
     pointwise = True
 
-    def __init__(
-        self,
-        hidden_size: int = 4096,
-        *,
-        level: str = "L1",
-        drafter_size: int | None = None,
-        input_map: bool = False,
-        bottleneck: int | None = None,
-        n_blocks: int | None = None,
-        dropout: float = 0.1,
-        alpha: float = 0.1,
-    ) -> None:
+    def __init__(self, hidden_size: int = 4096, *, level: str = "L1",
+                 drafter_size: int | None = None, input_map: bool = False,
+                 bottleneck: int | None = None, n_blocks: int | None = None, dropout: float = 0.1,
+                 alpha: float = 0.1,
+                 ) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level = level
         bottleneck = bottleneck or default_sizes(hidden_size)["bottleneck"]
         n_blocks = n_blocks or (3 if level == "L2" else 1)
-        self.options |= {"bottleneck": bottleneck, "n_blocks": n_blocks, "dropout": dropout, "alpha": alpha}
-        self.blocks = nn.ModuleList(BottleneckBlock(hidden_size, bottleneck, dropout=dropout, alpha=alpha) for _ in range(n_blocks))
+        self.options |= {
+            "bottleneck": bottleneck, "n_blocks": n_blocks, "dropout": dropout, "alpha": alpha
+        }
+        self.blocks = nn.ModuleList(
+            BottleneckBlock(hidden_size, bottleneck, dropout=dropout, alpha=alpha)
+            for _ in range(n_blocks))
         self.final_norm = nn.LayerNorm(hidden_size)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -61,22 +60,15 @@ class BottleneckAdapter(Adapter):
 
 
 class WideBottleneckAdapter(Adapter):
-    """L3: LayerNorm, then blocks x + α · dropout(up(dropout(GELU(LayerNorm(down(x)))))) of a wide middle, then a LayerNorm."""
+    """L3: LayerNorm, then blocks x + α · dropout(up(dropout(GELU(LayerNorm(down(x)))))) of a wide
+    middle, then a LayerNorm."""
 
     pointwise = True
 
-    def __init__(
-        self,
-        hidden_size: int = 4096,
-        *,
-        level: str = "L3",
-        drafter_size: int | None = None,
-        input_map: bool = False,
-        wide: int | None = None,
-        n_blocks: int = 2,
-        dropout: float = 0.1,
-        alpha: float = 0.1,
-    ) -> None:
+    def __init__(self, hidden_size: int = 4096, *, level: str = "L3",
+                 drafter_size: int | None = None, input_map: bool = False, wide: int | None = None,
+                 n_blocks: int = 2, dropout: float = 0.1, alpha: float = 0.1,
+                 ) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level = level
         wide = wide or default_sizes(hidden_size)["wide"]
@@ -85,7 +77,8 @@ class WideBottleneckAdapter(Adapter):
         self.down = nn.ModuleList(nn.Linear(hidden_size, wide, bias=False) for _ in range(n_blocks))
         self.norms = nn.ModuleList(nn.LayerNorm(wide) for _ in range(n_blocks))
         self.up = nn.ModuleList(nn.Linear(wide, hidden_size, bias=False) for _ in range(n_blocks))
-        self.alphas = nn.ParameterList(nn.Parameter(torch.tensor(float(alpha))) for _ in range(n_blocks))
+        self.alphas = nn.ParameterList(
+            nn.Parameter(torch.tensor(float(alpha))) for _ in range(n_blocks))
         self.dropout = nn.Dropout(dropout)
         self.final_norm = nn.LayerNorm(hidden_size)
         for down, up in zip(self.down, self.up, strict=True):

@@ -1,7 +1,9 @@
-"""L5, B1 and L5F: EAGLE-style causal adapters (docs/adapters.md; 102 819 841 and 169 936 897 parameters at 4096).
+"""L5, B1 and L5F: EAGLE-style causal adapters (docs/adapters.md; 102 819 841 and 169 936 897
+parameters at 4096).
 
-L5 reads the drafter. B1 is the same module fed with verifier states and asked for the next one: the upper bound without the modality gap.
-L5F fuses both sensors' states. B1 and L5F draft several tokens by feeding on their own predictions: :meth:`EagleAdapter.unroll`.
+L5 reads the drafter. B1 is the same module fed with verifier states and asked for the next one: the
+upper bound without the modality gap. L5F fuses both sensors' states. B1 and L5F draft several
+tokens by feeding on their own predictions: :meth:`EagleAdapter.unroll`.
 """
 
 from __future__ import annotations
@@ -18,43 +20,39 @@ from xsd.core import ParameterError
 
 
 class EagleAdapter(Adapter):
-    """LayerNorm, + learned position, causal layer, LayerNorm, projection, out = x + α (projection - x).
+    """LayerNorm, + learned position, causal layer, LayerNorm, projection, out = x + α (projection -
+    x).
 
-    vocab_size: fuses the embedding of the token before each predicted position, Linear₂D→D([state; embedding]) in front (EAGLE's remedy
-    for feature uncertainty; off by default). The embedding is a frozen table, normally the LM head's rows (:meth:`set_token_embedding`).
-    residual_map: a linear map of everything that is read stands where the residual is (B1: from verifier[t], L5F: from both), so that a
+    vocab_size: fuses the embedding of the token before each predicted position, Linear₂D→D([state;
+    embedding]) in front (EAGLE's remedy
+    for feature uncertainty; off by default). The embedding is a frozen table, normally the LM
+    head's rows (:meth:`set_token_embedding`).
+    residual_map: a linear map of everything that is read stands where the residual is (B1: from
+    verifier[t], L5F: from both), so that a
         closed form
     of the next state can be the start; begins as the plain residual.
     prediction_weight: L5's next-state term in :meth:`compute_loss`.
     """
-
-    def __init__(
-        self,
-        hidden_size: int = 4096,
-        *,
-        level: str = "L5",
-        drafter_size: int | None = None,
-        input_map: bool = False,
-        n_heads: int | None = None,
-        ffn: int | None = None,
-        dropout: float = 0.1,
-        alpha: float = 0.1,
-        max_positions: int = 512,
-        prediction_weight: float | None = None,
-        vocab_size: int | None = None,
-        residual_map: bool = False,
-    ) -> None:
+    def __init__(self, hidden_size: int = 4096, *, level: str = "L5",
+                 drafter_size: int | None = None, input_map: bool = False,
+                 n_heads: int | None = None, ffn: int | None = None, dropout: float = 0.1,
+                 alpha: float = 0.1, max_positions: int = 512,
+                 prediction_weight: float | None = None, vocab_size: int | None = None,
+                 residual_map: bool = False,
+                 ) -> None:
         if level == "B1":
             self.reads, self.shift = "verifier", 1
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level = level
         n_heads = n_heads or math.gcd(8, hidden_size)
         ffn = ffn or default_sizes(hidden_size)["ffn"]
-        self.prediction_weight = (0.5 if level == "L5" else 0.0) if prediction_weight is None else prediction_weight
+        self.prediction_weight = (
+            0.5 if level == "L5" else 0.0) if prediction_weight is None else prediction_weight
         self.max_positions = max_positions
         self.options |= {
-            "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha, "max_positions": max_positions,
-            "prediction_weight": self.prediction_weight, "vocab_size": vocab_size, "residual_map": residual_map,
+            "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha,
+            "max_positions": max_positions, "prediction_weight": self.prediction_weight,
+            "vocab_size": vocab_size, "residual_map": residual_map,
         }  # fmt: skip
         self.input_norm = nn.LayerNorm(hidden_size)
         self.positions = nn.Parameter(torch.empty(1, max_positions, hidden_size))
@@ -68,12 +66,18 @@ class EagleAdapter(Adapter):
         self.residual_map: nn.Linear | None = None
         if residual_map:
             if self.shift == 0:
-                raise ParameterError(f"{level} has its linear map in front (input_map=True); residual_map is for B1 and L5F")
+                raise ParameterError(
+                    f"{level} has its linear map in front (input_map=True); residual_map is for B1 "
+                    "and L5F"
+                )
             width = hidden_size + (self.drafter_size if self.reads == "both" else 0)
             self.residual_map = nn.Linear(width, hidden_size)
             nn.init.zeros_(self.residual_map.bias)
             with torch.no_grad():  # starts as the verifier's state, which comes last
-                self.residual_map.weight.copy_(torch.cat([torch.zeros(hidden_size, width - hidden_size), torch.eye(hidden_size)], dim=1))
+                self.residual_map.weight.copy_(
+                    torch.cat(
+                        [torch.zeros(hidden_size, width - hidden_size),
+                         torch.eye(hidden_size)], dim=1))
         self.fuses_tokens = vocab_size is not None
         if vocab_size is not None:
             self.register_buffer("token_embedding", torch.zeros(vocab_size, hidden_size))
@@ -83,51 +87,60 @@ class EagleAdapter(Adapter):
                 self.token_map.bias.zero_()
 
     def set_token_embedding(self, table: Tensor) -> None:
-        """Fill the frozen embedding from ``table`` [V, D_v] (the LM head's rows), scaled to unit mean square so that it meets the
-        LayerNormed state."""
+        """Fill the frozen embedding from ``table`` [V, D_v] (the LM head's rows), scaled to unit
+        mean square so that it meets the LayerNormed state."""
         if not self.fuses_tokens or self.token_embedding.shape != table.shape:
             want = tuple(self.token_embedding.shape) if self.fuses_tokens else None
             raise ParameterError(
-                f"a token table of shape {tuple(table.shape)} does not fit this {self.level} (expects {want}); create it with vocab_size"
+                f"a token table of shape {tuple(table.shape)} does not fit this {self.level} "
+                f"(expects {want}); create it with vocab_size"
             )
         table = table.detach().float()
         self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
 
     def tokens_said(self, states: Tensor) -> Tensor:
-        """argmax of the LM head, [..., D_v] → int64 [...]; the table is the head's rows up to a positive factor, which no argmax sees."""
+        """argmax of the LM head, [..., D_v] → int64 [...]; the table is the head's rows up to a
+        positive factor, which no argmax sees."""
         if not self.fuses_tokens:
             return super().tokens_said(states)
         return (states.to(self.token_embedding.dtype) @ self.token_embedding.T).argmax(-1)
 
-    # --- pieces shared by forward and unroll ------------------------------------------------------------------------------------------
+    # --- pieces shared by forward and unroll
+    # ------------------------------------------------------------------------------------------
 
     def _base(self, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        """(normalised layer input, residual source), each [B, S, D_v], from the states that forward takes."""
+        """(normalised layer input, residual source), each [B, S, D_v], from the states that forward
+        takes."""
         x = self.input_map(states[0])
         return self.input_norm(x), x if self.residual_map is None else self.residual_map(x)
 
-    def _embed(self, states: tuple[Tensor, ...], first: int, tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+    def _embed(self, states: tuple[Tensor, ...], first: int,
+               tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         base, residual = self._base(states)
         size = base.shape[1]
         if size + first > self.max_positions:
             raise ParameterError(
-                f"{self.level} knows {self.max_positions} positions and was asked for {size + first}; create it with "
-                f"max_positions={size + first} or more"
-            )
+                f"{self.level} knows {self.max_positions} positions and was asked for "
+                f"{size + first}; create it with "
+                f"max_positions={size + first} or more")
         if self.fuses_tokens:
             if tokens is None:
-                raise ParameterError(f"{self.level} fuses tokens: pass the int64 tokens [B, S] that stand before the predicted positions")
+                raise ParameterError(
+                    f"{self.level} fuses tokens: pass the int64 tokens [B, S] that stand before "
+                    "the predicted positions"
+                )
             embedded = self.token_embedding[tokens.clamp_min(0)] * (tokens >= 0).unsqueeze(-1)
             base = self.token_map(torch.cat([base, embedded.to(base.dtype)], dim=-1))
-        return base + self.positions[:, first : first + size], residual
+        return base + self.positions[:, first:first + size], residual
 
     def _leave(self, x: Tensor, residual: Tensor) -> Tensor:
         projected = self.projection(self.final_norm(x))
         return residual + self.alpha * (projected - residual)
 
-    def forward(self, *states: Tensor, mask: Tensor | None = None, tokens: Tensor | None = None) -> Tensor:
-        """states: [B, S, D] (L5, B1), or drafter [B, S, D_d] and verifier [B, S, D_v] (L5F) → [B, S, D_v]. mask: bool [B, S]. tokens:
-        int64 [B, S]."""
+    def forward(self, *states: Tensor, mask: Tensor | None = None,
+                tokens: Tensor | None = None) -> Tensor:
+        """states: [B, S, D] (L5, B1), or drafter [B, S, D_d] and verifier [B, S, D_v] (L5F) → [B,
+        S, D_v]. mask: bool [B, S]. tokens: int64 [B, S]."""
         if len(states) == (2 if self.reads != "both" else 3):  # mask given by position
             *states, mask = states
         embedded, residual = self._embed(tuple(states), 0, tokens)
@@ -140,29 +153,36 @@ class EagleAdapter(Adapter):
         later = None if mask is None else mask[:, 1:].bool() & mask[:, :-1].bool()
         if later is not None and not later.any():
             return None
-        return self.prediction_weight * alignment_loss(aligned[:, :-1], target[:, 1:], later)["total_loss"]
+        return self.prediction_weight * alignment_loss(aligned[:, :-1], target[:, 1:],
+                                                       later)["total_loss"]
 
-    # --- several steps on own predictions --------------------------------------------------------------------------------------------
+    # --- several steps on own predictions
+    # --------------------------------------------------------------------------------------------
 
-    def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int, tokens: Tensor | None = None) -> list[Tensor]:
-        """Draft ``steps`` states from every position at once, each step feeding on the last one's prediction (EAGLE-3's training-time
-        test).
+    def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
+               tokens: Tensor | None = None) -> list[Tensor]:
+        """Draft ``steps`` states from every position at once, each step feeding on the last one's
+        prediction (EAGLE-3's training-time test).
 
-        Row s of result k (k = 1…steps) predicts verifier[s + k] from the true verifier[0…s], the own predictions of s+1…s+k-1, and for
-        L5F the drafter's states up to s + k - 1 + drafter_lead (true as long as every draft before was accepted). One layer, so true keys
+        Row s of result k (k = 1…steps) predicts verifier[s + k] from the true verifier[0…s], the
+        own predictions of s+1…s+k-1, and for L5F the drafter's states up to s + k - 1 +
+        drafter_lead (true as long as every draft before was accepted). One layer, so true keys
         and values are computed once::
 
             step 1  true[0…s]                      → p₁[s] ≈ true[s+1]
             step 2  true[0…s] p₁[s]                → p₂[s] ≈ true[s+2]
             step 3  true[0…s] p₁[s] p₂[s]          → p₃[s] ≈ true[s+3]
 
-        Args: drafter: [B, S, D_d] (None for B1). verifier: [B, S, D_v]. tokens: int64 [B, S] the verifier's tokens, for adapters that
+        Args: drafter: [B, S, D_d] (None for B1). verifier: [B, S, D_v]. tokens: int64 [B, S] the
+        verifier's tokens, for adapters that
             fuse them.
-        Returns: ``steps`` tensors [B, S, D_v]; row s of result k means something only where s + k is a real position.
+        Returns: ``steps`` tensors [B, S, D_v]; row s of result k means something only where s + k
+        is a real position.
         """
         if self.shift != 1:
             raise ParameterError(
-                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft is forward() over the drafter's states"
+                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft "
+                "is forward() over the drafter's states"
             )
         size = verifier.shape[1]
         rows = torch.arange(size, device=verifier.device)
@@ -176,9 +196,11 @@ class EagleAdapter(Adapter):
             states: tuple[Tensor, ...] = (state,)
             if self.reads == "both":
                 if drafter is None:
-                    raise ParameterError(f"{self.level} reads both models' states; pass the drafter's too")
+                    raise ParameterError(
+                        f"{self.level} reads both models' states; pass the drafter's too")
                 states = (drafter[:, (rows + k + self.drafter_lead).clamp_max(size - 1)], state)
-            embedded, residual = self._embed(states, min(k, self.max_positions - size), None if tokens is None else tokens[:, at])
+            embedded, residual = self._embed(states, min(k, self.max_positions - size),
+                                             None if tokens is None else tokens[:, at])
             queries, new_keys, new_values = self.layer.project(embedded)
             if keys is None:
                 keys, values = new_keys, new_values
@@ -191,19 +213,23 @@ class EagleAdapter(Adapter):
 
 
 class FusedEagleAdapter(EagleAdapter):
-    """L5F: gate = σ(Linear([h_d; h_v])), x = LayerNorm(gate·h_d + (1-gate)·h_v + Linear([h_d; h_v])), then as L5; residual from h_v.
+    """L5F: gate = σ(Linear([h_d; h_v])), x = LayerNorm(gate·h_d + (1-gate)·h_v + Linear([h_d;
+    h_v])), then as L5; residual from h_v.
 
-    drafter_lead=1 (default): beside verifier[t] stands drafter[t+1], which follows the verifier's token t and exists while drafting.
-    drafter_lead=0: the reference's alignment, drafter[t] beside verifier[t].
+    drafter_lead=1 (default): beside verifier[t] stands drafter[t+1], which follows the verifier's
+    token t and exists while drafting. drafter_lead=0: the reference's alignment, drafter[t] beside
+    verifier[t].
     """
 
     reads = "both"
     shift = 1
 
-    def __init__(self, hidden_size: int = 4096, *, level: str = "L5F", drafter_lead: int = 1, **options: Any) -> None:
+    def __init__(self, hidden_size: int = 4096, *, level: str = "L5F", drafter_lead: int = 1,
+                 **options: Any) -> None:
         if drafter_lead not in (0, 1):
             raise ParameterError(
-                f"drafter_lead must be 0 (the reference's) or 1, not {drafter_lead!r}: further drafter states do not exist while drafting"
+                f"drafter_lead must be 0 (the reference's) or 1, not {drafter_lead!r}: further "
+                "drafter states do not exist while drafting"
             )
         super().__init__(hidden_size, level=level, **options)
         self.drafter_lead = drafter_lead
@@ -215,5 +241,7 @@ class FusedEagleAdapter(EagleAdapter):
         drafter, verifier = self.input_map(states[0]), states[1]
         together = torch.cat([drafter, verifier], dim=-1)
         gate = torch.sigmoid(self.gate(together))
-        residual = verifier if self.residual_map is None else self.residual_map(torch.cat(states, dim=-1))
-        return self.input_norm(gate * drafter + (1 - gate) * verifier + self.fusion(together)), residual
+        residual = verifier if self.residual_map is None else self.residual_map(
+            torch.cat(states, dim=-1))
+        return self.input_norm(gate * drafter + (1 - gate) * verifier +
+                               self.fusion(together)), residual

@@ -1,6 +1,8 @@
-"""Closed-form adapters, the cheap floors under every trained one: identity, ridge regression and orthogonal Procrustes.
+"""Closed-form adapters, the cheap floors under every trained one: identity, ridge regression and
+orthogonal Procrustes.
 
-Fitted from streamed batches in float64: only sums of the size of the widths are kept, never the states. Ridge: Hoerl and Kennard 1970;
+Fitted from streamed batches in float64: only sums of the size of the widths are kept, never the
+states. Ridge: Hoerl and Kennard 1970;
 orthogonal Procrustes: Schönemann 1966 (R = U Vᵀ of the centred cross-covariance).
 """
 
@@ -18,24 +20,29 @@ KINDS = ("identity", "ridge", "procrustes")
 
 
 class LinearAdapter(Adapter):
-    """x W + b with frozen weights. reads "verifier" (next state from this one) and "both" (drafter[t+1], verifier[t]) have shift 1, as B1
-    and L5F."""
+    """x W + b with frozen weights. reads "verifier" (next state from this one) and "both"
+    (drafter[t+1], verifier[t]) have shift 1, as B1 and L5F."""
 
     pointwise = True
 
-    def __init__(self, hidden_size: int = 4096, *, level: str = "ridge", drafter_size: int | None = None, reads: Reads = "drafter") -> None:
+    def __init__(self, hidden_size: int = 4096, *, level: str = "ridge",
+                 drafter_size: int | None = None, reads: Reads = "drafter") -> None:
         self.reads = reads
         self.shift = 0 if reads == "drafter" else 1
         self.drafter_lead = 1 if reads == "both" else 0
         if level == "identity" and drafter_size not in (None, hidden_size):
             raise ParameterError(
-                f"the identity needs one width, not drafter {drafter_size} and verifier {hidden_size}; use ridge or procrustes"
+                f"the identity needs one width, not drafter {drafter_size} and verifier "
+                f"{hidden_size}; use ridge or procrustes"
             )
         super().__init__(hidden_size, drafter_size=drafter_size)
         self.level = level
         self.options = {"reads": reads}
         self.input_map = nn.Identity()
-        width = {"drafter": self.drafter_size, "verifier": hidden_size, "both": self.drafter_size + hidden_size}[reads]
+        width = {
+            "drafter": self.drafter_size, "verifier": hidden_size,
+            "both": self.drafter_size + hidden_size
+        }[reads]
         self.map = nn.Linear(width, hidden_size)
         nn.init.eye_(self.map.weight)
         nn.init.zeros_(self.map.bias)
@@ -43,36 +50,44 @@ class LinearAdapter(Adapter):
 
     def forward(self, *states: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, S, D] (or drafter and verifier) → [B, S, D_v]."""
-        states = states[: 2 if self.reads == "both" else 1]
+        states = states[:2 if self.reads == "both" else 1]
         return self.map(torch.cat(states, dim=-1) if len(states) > 1 else states[0])
 
-    def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int, tokens: Tensor | None = None) -> list[Tensor]:
-        """As eagle.EagleAdapter.unroll: row s of result k predicts verifier[s + k]. Needs shift 1."""
+    def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
+               tokens: Tensor | None = None) -> list[Tensor]:
+        """As eagle.EagleAdapter.unroll: row s of result k predicts verifier[s + k]. Needs shift
+        1."""
         if self.shift != 1:
             raise ParameterError(
-                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft is forward() over the drafter's states"
+                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft "
+                "is forward() over the drafter's states"
             )
         rows, state, results = torch.arange(verifier.shape[1], device=verifier.device), verifier, []
         for k in range(steps):
-            inputs = (state,) if self.reads == "verifier" else (drafter[:, (rows + k + 1).clamp_max(len(rows) - 1)], state)
+            inputs = (state,) if self.reads == "verifier" else (drafter[:, (
+                rows + k + 1).clamp_max(len(rows) - 1)], state)
             state = self(*inputs)
             results.append(state)
         return results
 
 
-def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter", ridge: float = 1e-3, scale: bool = True) -> LinearAdapter:
+def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
+               ridge: float = 1e-3, scale: bool = True) -> LinearAdapter:
     """Fit one closed form over a stream of batches (one pass, float64 sums).
 
-    Args: kind: "identity" | "ridge" | "procrustes". ridge: penalty as a share of the inputs' mean variance. scale: let Procrustes also
+    Args: kind: "identity" | "ridge" | "procrustes". ridge: penalty as a share of the inputs' mean
+    variance. scale: let Procrustes also
         scale.
-    Raises: ParameterError for an unknown kind; TrainingError when the stream holds no real position.
+    Raises: ParameterError for an unknown kind; TrainingError when the stream holds no real
+    position.
     """
     if kind not in KINDS:
         raise ParameterError(f"unknown closed form {kind!r}; choose one of {', '.join(KINDS)}")
     count, adapter, sums = 0, None, {}
     for batch in batches:
         if adapter is None:
-            adapter = LinearAdapter(batch.verifier.shape[-1], level=kind, drafter_size=batch.drafter.shape[-1], reads=reads)
+            adapter = LinearAdapter(batch.verifier.shape[-1], level=kind,
+                                    drafter_size=batch.drafter.shape[-1], reads=reads)
         inputs, _, target, _, mask = adapter.inputs_of(batch)
         x = torch.cat(inputs, dim=-1)[mask].double()
         y = target[mask].double()
@@ -80,7 +95,10 @@ def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
         for name, term in {"x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}.items():
             sums[name] = sums[name] + term if name in sums else term
     if adapter is None or count == 0:
-        raise TrainingError(f"no position to fit {kind!r} on: the stream of batches is empty; check the dataset and its split")
+        raise TrainingError(
+            f"no position to fit {kind!r} on: the stream of batches is empty; check the dataset "
+            "and its split"
+        )
     if kind == "identity":
         return adapter.eval()
     mean_x, mean_y = sums["x"] / count, sums["y"] / count
@@ -88,7 +106,8 @@ def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
     cross = sums["xy"] / count - torch.outer(mean_x, mean_y)
     if kind == "ridge":
         penalty = max(ridge * covariance.diagonal().mean().item(), 1e-12)
-        weight = torch.linalg.solve(covariance + penalty * torch.eye(len(covariance), dtype=torch.float64), cross)
+        weight = torch.linalg.solve(
+            covariance + penalty * torch.eye(len(covariance), dtype=torch.float64), cross)
     else:
         left, singular, right = torch.linalg.svd(cross, full_matrices=False)
         weight = left @ right

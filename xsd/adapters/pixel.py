@@ -1,4 +1,5 @@
-"""P0: the pixel-level baseline, an MLP from event images to RGB images (docs/adapters.md; 154 556 416 parameters at 224×224×3)."""
+"""P0: the pixel-level baseline, an MLP from event images to RGB images (docs/adapters.md; 154 556
+416 parameters at 224×224×3)."""
 
 from __future__ import annotations
 
@@ -12,16 +13,20 @@ from xsd.core import ParameterError
 
 
 class PixelAlignment(nn.Module):
-    """Linear N→h, LayerNorm, ReLU, dropout, Linear h→h, LayerNorm, ReLU, Linear h→N, + residual; N = image_size² · channels."""
+    """Linear N→h, LayerNorm, ReLU, dropout, Linear h→h, LayerNorm, ReLU, Linear h→N, + residual; N
+    = image_size² · channels."""
 
     level = "P0"
     reads = "pixels"
     shift = 0
     causal = True
 
-    def __init__(self, image_size: int = 224, *, channels: int = 3, width: int = 512, dropout: float = 0.1) -> None:
+    def __init__(self, image_size: int = 224, *, channels: int = 3, width: int = 512,
+                 dropout: float = 0.1) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {"image_size": image_size, "channels": channels, "width": width, "dropout": dropout}
+        self.options: dict[str, Any] = {
+            "image_size": image_size, "channels": channels, "width": width, "dropout": dropout
+        }
         self.n_pixels = image_size * image_size * channels
         self.enter = nn.Linear(self.n_pixels, width)
         self.enter_norm = nn.LayerNorm(width)
@@ -39,13 +44,17 @@ class PixelAlignment(nn.Module):
         flat = images.flatten(1)
         if flat.shape[1] != self.n_pixels:
             raise ParameterError(
-                f"P0 was made for {self.n_pixels} values an image and got {flat.shape[1]}; resize to {self.options['image_size']} pixels"
+                f"P0 was made for {self.n_pixels} values an image and got {flat.shape[1]}; resize "
+                f"to {self.options['image_size']} pixels"
             )
         x = self.dropout(F.relu(self.enter_norm(self.enter(flat))))
         x = self.leave(F.relu(self.middle_norm(self.middle(x))))
         return (flat + x).view_as(images)
 
-    def compute_loss(self, images: Tensor, target: Tensor, mask: Tensor | None = None) -> dict[str, Tensor]:
-        """MSE + 0.5 (1 - cos) over whole images; mask: bool [B]. Returns total_loss, mse_loss, cos_loss, cos_sim."""
+    def compute_loss(self, images: Tensor, target: Tensor,
+                     mask: Tensor | None = None) -> dict[str, Tensor]:
+        """MSE + 0.5 (1 - cos) over whole images; mask: bool [B]. Returns total_loss, mse_loss,
+        cos_loss, cos_sim."""
         aligned = self(images).flatten(1)[:, None]
-        return alignment_loss(aligned, target.flatten(1)[:, None], None if mask is None else mask[:, None])
+        return alignment_loss(aligned,
+                              target.flatten(1)[:, None], None if mask is None else mask[:, None])

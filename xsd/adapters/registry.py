@@ -1,7 +1,8 @@
 """Every adapter by name: create, save, load, count. A dict one can read (docs/adapters.md).
 
-An adapter file is a safetensors file that carries its configuration in its own header; the same configuration lies beside it as JSON.
-Files of the published reference code (.pt) are read too (:mod:`xsd.adapters.reference_files`): no code in a file is ever run.
+An adapter file is a safetensors file that carries its configuration in its own header; the same
+configuration lies beside it as JSON. Files of the published reference code (.pt) are read too
+(:mod:`xsd.adapters.reference_files`): no code in a file is ever run.
 """
 
 from __future__ import annotations
@@ -28,33 +29,38 @@ from xsd.adapters.pixel import PixelAlignment
 from xsd.core import CheckpointError, ParameterError
 
 LEVELS: dict[str, type[Adapter]] = {
-    "L1": BottleneckAdapter,
-    "L2": BottleneckAdapter,
-    "L3": WideBottleneckAdapter,
-    "L4": AttentionAdapter,
-    "L5": EagleAdapter,
-    "B1": EagleAdapter,
-    "L5F": FusedEagleAdapter,
+    "L1": BottleneckAdapter, "L2": BottleneckAdapter, "L3": WideBottleneckAdapter,
+    "L4": AttentionAdapter, "L5": EagleAdapter, "B1": EagleAdapter, "L5F": FusedEagleAdapter,
 }
 """The levels that fit_adapter trains."""
-CLOSED_FORMS: dict[str, type[Adapter]] = {"identity": LinearAdapter, "ridge": LinearAdapter, "procrustes": LinearAdapter}
+CLOSED_FORMS: dict[str, type[Adapter]] = {
+    "identity": LinearAdapter, "ridge": LinearAdapter, "procrustes": LinearAdapter
+}
 FORMAT = "xsd-adapter-1"
 
 
-def create_adapter(level: str, hidden_size: int = 4096, *, drafter_size: int | None = None, **options: Any) -> Adapter:
+def create_adapter(level: str, hidden_size: int = 4096, *, drafter_size: int | None = None,
+                   **options: Any) -> Adapter:
     """A new adapter of a level, weights from torch's current seed.
 
-    Args: level: a key of LEVELS or CLOSED_FORMS, or "P0" (whose options are image_size, channels, width, dropout). hidden_size: D_v.
-        drafter_size: D_d where it differs. options: see the class (docs/adapters.md); they are saved with the weights.
+    Args: level: a key of LEVELS or CLOSED_FORMS, or "P0" (whose options are image_size, channels,
+    width, dropout). hidden_size: D_v.
+        drafter_size: D_d where it differs. options: see the class (docs/adapters.md); they are
+        saved with the weights.
     Raises: ParameterError naming the known levels, or the option that the level does not have.
     """
     if level == "P0":
         build, keywords = PixelAlignment, dict(options)
     elif level in LEVELS or level in CLOSED_FORMS:
         build = {**LEVELS, **CLOSED_FORMS}[level]
-        keywords = {"hidden_size": hidden_size, "level": level, "drafter_size": drafter_size, **options}
+        keywords = {
+            "hidden_size": hidden_size, "level": level, "drafter_size": drafter_size, **options
+        }
     else:
-        raise ParameterError(f"unknown adapter level {level!r}; choose one of {', '.join([*LEVELS, 'P0', *CLOSED_FORMS])}")
+        raise ParameterError(
+            f"unknown adapter level {level!r}; choose one of "
+            f"{', '.join([*LEVELS, 'P0', *CLOSED_FORMS])}"
+        )
     reduced = keywords.pop("draft_vocabulary", None) if level != "P0" else None
     try:
         adapter = build(**keywords)
@@ -64,7 +70,8 @@ def create_adapter(level: str, hidden_size: int = 4096, *, drafter_size: int | N
     except TypeError as error:
         unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         raise ParameterError(
-            f"adapter {level} has no option {unknown.group(1) if unknown else error!s}; see docs/adapters.md for its options"
+            f"adapter {level} has no option {unknown.group(1) if unknown else error!s}; see "
+            "docs/adapters.md for its options"
         ) from error
 
 
@@ -73,61 +80,81 @@ def count_parameters(adapter: nn.Module) -> int:
     return sum(parameter.numel() for parameter in adapter.parameters())
 
 
-# --- files ---------------------------------------------------------------------------------------------------------------------------
+# --- files
+# ------------------------------------------------------------------------------------------------
 
 
 def save_adapter(adapter: nn.Module, path: str | Path, **info: Any) -> Path:
     """Write weights and configuration; returns the safetensors path.
 
-    path: a name ending in .safetensors, or a folder (then adapter.safetensors in it). info: JSON values kept in the configuration under
+    path: a name ending in .safetensors, or a folder (then adapter.safetensors in it). info: JSON
+    values kept in the configuration under
     "info".
     Written atomically: weights first, then ``<name>.json`` beside them.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / "adapter.safetensors"
-    config = {"format": FORMAT, **adapter.config(), "parameters": count_parameters(adapter), "info": info}
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in adapter.state_dict().items()}
+    config = {
+        "format": FORMAT, **adapter.config(), "parameters": count_parameters(adapter), "info": info
+    }
+    tensors = {
+        name: tensor.detach().contiguous().cpu() for name, tensor in adapter.state_dict().items()
+    }
     with core.atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata={"config": json.dumps(config, sort_keys=True, default=str)})
+        save_file(tensors, temporary,
+                  metadata={"config": json.dumps(config, sort_keys=True, default=str)})
     core.write_json(path.with_suffix(".json"), config)
     return path
 
 
-def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu", level: str | None = None) -> Adapter:
+def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
+                     level: str | None = None) -> Adapter:
     """The adapter in a file or run folder, whatever its level, in eval mode.
 
-    path: a .safetensors file; a folder holding best.safetensors, adapter.safetensors or final.safetensors; or a reference .pt.
+    path: a .safetensors file; a folder holding best.safetensors, adapter.safetensors or
+    final.safetensors; or a reference .pt.
     level: "B1" or "L5" of a .pt whose own words do not tell the two apart (reference_files.read).
-    Raises: CheckpointError when it is missing, damaged, no adapter, or does not fit its own configuration.
+    Raises: CheckpointError when it is missing, damaged, no adapter, or does not fit its own
+    configuration.
     """
     path = _resolve(Path(path))
-    config, tensors = reference_files.read(path, level=level) if _is_reference(path) else _read_safetensors(path)
+    config, tensors = reference_files.read(
+        path, level=level) if _is_reference(path) else _read_safetensors(path)
     try:
-        keywords = {key: config[key] for key in ("hidden_size", "drafter_size") if config.get(key) is not None}
-        with torch.random.fork_rng(devices=[]):  # initial values are drawn and thrown away; the caller's random stream stays as it was
+        keywords = {
+            key: config[key] for key in ("hidden_size", "drafter_size")
+            if config.get(key) is not None
+        }
+        with torch.random.fork_rng(
+                devices=[]
+        ):  # initial values are drawn and thrown away; the caller's random stream stays as it was
             adapter = create_adapter(config["level"], **keywords, **config.get("options", {}))
     except (KeyError, TypeError, ParameterError) as error:
-        raise CheckpointError(f"{path} does not say which adapter it is ({error}); save it with save_adapter") from error
+        raise CheckpointError(
+            f"{path} does not say which adapter it is ({error}); save it with save_adapter"
+        ) from error
     wanted = adapter.state_dict()
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() -
+                                                                         wanted.keys())
     if missing or unexpected:
         raise CheckpointError(
-            f"{path} is no whole {config['level']}: missing {missing[:3] or 'nothing'}, unexpected {unexpected[:3] or 'nothing'}; "
-            "save it again"
-        )
+            f"{path} is no whole {config['level']}: missing {missing[:3] or 'nothing'}, unexpected "
+            f"{unexpected[:3] or 'nothing'}; "
+            "save it again")
     for name, tensor in tensors.items():
         if tensor.shape != wanted[name].shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, {config['level']} expects {tuple(wanted[name].shape)}; was it saved at "
-                "another width?"
-            )
+                f"{path}: {name} has shape {tuple(tensor.shape)}, {config['level']} expects "
+                f"{tuple(wanted[name].shape)}; was it saved at "
+                "another width?")
     adapter.load_state_dict(tensors)
     return adapter.to(device).eval()
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Level, widths, options, parameters and info of an adapter file, without loading its weights."""
+    """Level, widths, options, parameters and info of an adapter file, without loading its
+    weights."""
     path = _resolve(Path(path))
     return reference_files.read(path)[0] if _is_reference(path) else _header(path)
 
@@ -142,10 +169,12 @@ def _resolve(path: Path) -> Path:
             if (path / name).exists():
                 return path / name
         raise CheckpointError(
-            f"{path} holds no adapter (best.safetensors, adapter.safetensors or final.safetensors); train one or give the file itself"
+            f"{path} holds no adapter (best.safetensors, adapter.safetensors or "
+            "final.safetensors); train one or give the file itself"
         )
     if not path.exists():
-        raise CheckpointError(f"{path} does not exist; give an adapter's .safetensors file or its run folder")
+        raise CheckpointError(
+            f"{path} does not exist; give an adapter's .safetensors file or its run folder")
     return path
 
 
@@ -154,23 +183,26 @@ def _header(path: Path) -> dict[str, Any]:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); copy it again or retrain") from error
+        raise CheckpointError(
+            f"{path} is damaged or no safetensors file ({error}); copy it again or retrain"
+        ) from error
     if "config" not in metadata:
-        raise CheckpointError(f"{path} holds tensors but no adapter configuration; save it with save_adapter")
+        raise CheckpointError(
+            f"{path} holds tensors but no adapter configuration; save it with save_adapter")
     return json.loads(metadata["config"])
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     config = _header(path)
     with safe_open(path, framework="pt") as file:
-        return config, {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
+        return config, {name: file.get_tensor(name)
+                        for name in file.keys()}  # noqa: SIM118 - not a mapping
 
 
-def self_test(
-    hidden_size: int = 192, *, levels: tuple[str, ...] = tuple(LEVELS), positions: int = 50, seed: int = 0
-) -> list[dict[str, Any]]:
-    """One row a level: level, parameters, megabytes (float32) and median latency of one forward over ``positions`` positions, ms, on this
-    machine."""
+def self_test(hidden_size: int = 192, *, levels: tuple[str, ...] = tuple(LEVELS),
+              positions: int = 50, seed: int = 0) -> list[dict[str, Any]]:
+    """One row a level: level, parameters, megabytes (float32) and median latency of one forward
+    over ``positions`` positions, ms, on this machine."""
     rows = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
@@ -184,12 +216,19 @@ def self_test(
                 adapter(*inputs)
                 times.append(time.perf_counter() - start)
             n = count_parameters(adapter)
-            rows.append({"level": level, "parameters": n, "megabytes": 4 * n / 1e6, "latency_ms": 1e3 * sorted(times[2:])[5]})
+            rows.append({
+                "level": level, "parameters": n, "megabytes": 4 * n / 1e6,
+                "latency_ms": 1e3 * sorted(times[2:])[5]
+            })
     return rows
 
 
 def self_test_table(rows: list[dict[str, Any]]) -> str:
     """The rows of :func:`self_test` as a Markdown table."""
     lines = ["| level | parameters | MB (float32) | ms a forward |", "|---|---|---|---|"]
-    lines += [f"| {row['level']} | {row['parameters']:,} | {row['megabytes']:.1f} | {row['latency_ms']:.2f} |" for row in rows]
+    lines += [
+        f"| {row['level']} | {row['parameters']:,} | {row['megabytes']:.1f} | "
+        f"{row['latency_ms']:.2f} |"
+        for row in rows
+    ]
     return "\n".join(lines)

@@ -1,10 +1,14 @@
-"""Is this output the verifier's own? Identical ids; or a tie that is proven by its margin; or a divergence.
+"""Is this output the verifier's own? Identical ids; or a tie that is proven by its margin; or a
+divergence.
 
-A pass over many rows and a pass over one row add the same numbers in another order, so their logits differ in the last bits, and where the
-two best tokens are closer than that, both are "the argmax" (docs/decoding.md, "Losslessness"). A real bug looks the same from outside. So a
-tie is never assumed: the difference between the two kinds of pass is measured on this machine (the noise floor), and a token other than the
-reference's counts as a near-tie only if the verifier puts it within twice that floor of its best one, and everything the candidate says
-afterwards is again the verifier's own choice after the candidate's prefix.
+A pass over many rows and a pass over one row add the same numbers in another order, so their logits
+differ in the last bits, and where the two best tokens are closer than that, both are "the argmax"
+(docs/decoding.md, "Losslessness"). A real bug looks the same from outside. So a
+tie is never assumed: the difference between the two kinds of pass is measured on this machine (the
+noise floor), and a token other than the
+reference's counts as a near-tie only if the verifier puts it within twice that floor of its best
+one, and everything the candidate says afterwards is again the verifier's own choice after the
+candidate's prefix.
 """
 
 from __future__ import annotations
@@ -22,12 +26,14 @@ from xsd.decode import autoregressive
 Outcome = Literal["identical", "near-tie", "divergence"]
 
 _ROUNDING = 0.25
-"""A floor above this share of the logits' standard deviation is a defect of the cache, not rounding (bf16 stays below a tenth of it)."""
+"""A floor above this share of the logits' standard deviation is a defect of the cache, not rounding
+(bf16 stays below a tenth of it)."""
 
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Largest |logit of a one-row pass − logit of a many-row pass| over n positions (all vocabulary entries), and its mean."""
+    """Largest |logit of a one-row pass − logit of a many-row pass| over n positions (all vocabulary
+    entries), and its mean."""
 
     largest: float
     mean: float
@@ -35,15 +41,19 @@ class NoiseFloor:
 
     def __or__(self, other: NoiseFloor) -> NoiseFloor:
         n = self.n + other.n
-        return NoiseFloor(max(self.largest, other.largest), (self.mean * self.n + other.mean * other.n) / n, n)
+        return NoiseFloor(max(self.largest, other.largest),
+                          (self.mean * self.n + other.mean * other.n) / n, n)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """position: index of the first token that differs (None when identical). margin: top-1 minus top-2 logit there, one-row pass.
+    """position: index of the first token that differs (None when identical). margin: top-1 minus
+    top-2 logit there, one-row pass.
 
-    gap: best logit minus the candidate's token's there. worst_gap: the largest such gap over the candidate's whole answer, each after
-    the candidate's own prefix. floor: the noise floor it was held against. reason: one clause for a person.
+    gap: best logit minus the candidate's token's there. worst_gap: the largest such gap over the
+    candidate's whole answer, each after
+    the candidate's own prefix. floor: the noise floor it was held against. reason: one clause for a
+    person.
     """
 
     outcome: Outcome
@@ -58,8 +68,10 @@ class Verdict:
 
 
 @torch.inference_mode()
-def noise_floor(verifier: DecoderHandle, samples: Iterable[Any], answers: Iterable[Sequence[int]]) -> NoiseFloor:
-    """Calibrate on this machine: the same answer one row at a time and in one pass, compared logit by logit.
+def noise_floor(verifier: DecoderHandle, samples: Iterable[Any],
+                answers: Iterable[Sequence[int]]) -> NoiseFloor:
+    """Calibrate on this machine: the same answer one row at a time and in one pass, compared logit
+    by logit.
 
     Raises: ParameterError when no answer has a second token (nothing was compared).
     """
@@ -68,17 +80,21 @@ def noise_floor(verifier: DecoderHandle, samples: Iterable[Any], answers: Iterab
         floor = _floor(_one_row(verifier, sample, ids), _many_rows(verifier, sample, ids))
         total = floor if total is None else total if floor is None else total | floor
     if total is None:
-        raise ParameterError("no answer has a second token, so one-row and many-row passes cannot be compared; calibrate on longer answers")
+        raise ParameterError(
+            "no answer has a second token, so one-row and many-row passes cannot be compared; "
+            "calibrate on longer answers"
+        )
     return total
 
 
 @torch.inference_mode()
-def certify(
-    verifier: DecoderHandle, sample: Any, reference: Sequence[int], candidate: Sequence[int], *, floor: NoiseFloor | None = None
-) -> Verdict:
-    """Compare ``candidate`` with ``reference`` (both answers' ids; the reference is the verifier's greedy one).
+def certify(verifier: DecoderHandle, sample: Any, reference: Sequence[int],
+            candidate: Sequence[int], *, floor: NoiseFloor | None = None) -> Verdict:
+    """Compare ``candidate`` with ``reference`` (both answers' ids; the reference is the verifier's
+    greedy one).
 
-    floor: a calibrated noise floor; by default it is measured on this very sample. Costs nothing when the ids are identical.
+    floor: a calibrated noise floor; by default it is measured on this very sample. Costs nothing
+    when the ids are identical.
     """
     reference, candidate = [int(i) for i in reference], [int(i) for i in candidate]
     if reference == candidate:
@@ -86,64 +102,78 @@ def certify(
     both = min(len(reference), len(candidate))
     position = next((i for i in range(both) if reference[i] != candidate[i]), both)
     if position == both:
-        longer, shorter = ("reference", "candidate") if len(reference) > both else ("candidate", "reference")
-        return Verdict("divergence", position, reason=f"the {longer} goes on where the {shorter} ends, after {both} equal tokens")
+        longer, shorter = ("reference", "candidate") if len(reference) > both else ("candidate",
+                                                                                    "reference")
+        return Verdict(
+            "divergence", position,
+            reason=f"the {longer} goes on where the {shorter} ends, after {both} equal tokens")
     one_row = _one_row(verifier, sample, candidate)
     many_rows = _many_rows(verifier, sample, candidate)
     floor = floor or _floor(one_row, many_rows) or NoiseFloor(0.0, 0.0, 0)
     top = one_row[position].topk(2).values
-    gaps = (one_row.amax(-1) - one_row.gather(-1, torch.tensor(candidate, device=one_row.device)[:, None])[:, 0]).tolist()
+    gaps = (one_row.amax(-1) -
+            one_row.gather(-1,
+                           torch.tensor(candidate, device=one_row.device)[:, None])[:, 0]).tolist()
     reference_gap = float(top[0] - one_row[position, reference[position]])
     bound = 2 * floor.largest  # each of the two logits may move by the floor, towards the other
     scale = float(one_row.std())
     late = next((i for i in range(position + 1, len(candidate)) if gaps[i] > bound), None)
     if floor.largest > _ROUNDING * scale:
         outcome = "divergence"
-        reason = f"one-row and many-row passes differ by {floor.largest:.3g} where logits spread by {scale:.3g}: that is no rounding"
+        reason = (f"one-row and many-row passes differ by {floor.largest:.3g} where logits spread "
+                  f"by {scale:.3g}: that is no rounding")
     elif gaps[position] > bound or reference_gap > bound:
         outcome, reason = (
             "divergence",
-            f"token {position} is {max(gaps[position], reference_gap):.3g} below the best, the noise allows {bound:.3g}",
+            f"token {position} is {max(gaps[position], reference_gap):.3g} below the best, the "
+            f"noise allows {bound:.3g}",
         )
     elif late is not None:
         outcome, reason = (
             "divergence",
-            f"a tie at {position}, but token {late} is {gaps[late]:.3g} below the best after the candidate's own prefix",
+            f"a tie at {position}, but token {late} is {gaps[late]:.3g} below the best after the "
+            "candidate's own prefix",
         )
-    elif not _ends_where_it_should(candidate, len(reference), reference[-1] in verifier.eos_token_ids, verifier.eos_token_ids):
+    elif not _ends_where_it_should(candidate, len(reference), reference[-1]
+                                   in verifier.eos_token_ids, verifier.eos_token_ids):
         outcome, reason = (
             "divergence",
-            f"a tie at {position}, but the candidate stops after {len(candidate)} tokens without EOS or goes on after it",
+            f"a tie at {position}, but the candidate stops after {len(candidate)} tokens without "
+            "EOS or goes on after it",
         )
     else:
         outcome, reason = (
             "near-tie",
-            f"the two tokens at {position} are {gaps[position] + reference_gap:.3g} apart, the noise allows {bound:.3g}",
+            f"the two tokens at {position} are {gaps[position] + reference_gap:.3g} apart, the "
+            f"noise allows {bound:.3g}",
         )
-    return Verdict(
-        outcome, position, reference[position], candidate[position], float(top[0] - top[1]), gaps[position], max(gaps), floor, reason
-    )
+    return Verdict(outcome, position, reference[position], candidate[position],
+                   float(top[0] - top[1]), gaps[position], max(gaps), floor, reason)
 
 
 def control(verifier: DecoderHandle, samples: Iterable[Any], max_new_tokens: int) -> list[Verdict]:
-    """The AR-against-AR arm: the verifier's greedy output twice. Anything but "identical" means the machine itself is not repeatable."""
+    """The AR-against-AR arm: the verifier's greedy output twice. Anything but "identical" means the
+    machine itself is not repeatable."""
     verdicts = []
     for sample in samples:
-        first, second = (autoregressive.generate(verifier, sample, max_new_tokens).ids for _ in range(2))
+        first, second = (autoregressive.generate(verifier, sample, max_new_tokens).ids
+                         for _ in range(2))
         verdicts.append(certify(verifier, sample, first, second))
     return verdicts
 
 
-def require_lossless(verdicts: Iterable[tuple[str, Verdict]], *, allow_near_ties: bool = False) -> None:
-    """verdicts: (sample key, verdict) pairs. Raises: LosslessError naming the first sample that is not the verifier's own."""
+def require_lossless(verdicts: Iterable[tuple[str, Verdict]], *,
+                     allow_near_ties: bool = False) -> None:
+    """verdicts: (sample key, verdict) pairs. Raises: LosslessError naming the first sample that is
+    not the verifier's own."""
     allowed = {"identical", "near-tie"} if allow_near_ties else {"identical"}
     bad = [(key, verdict) for key, verdict in verdicts if verdict.outcome not in allowed]
     if bad:
         key, verdict = bad[0]
         raise LosslessError(
-            f"{len(bad)} outputs differ from the verifier's own, first {key} at token {verdict.position} "
-            f"({verdict.outcome}: {verdict.reason}); no speed-up may be claimed for them"
-        )
+            f"{len(bad)} outputs differ from the verifier's own, first {key} at token "
+            f"{verdict.position} "
+            f"({verdict.outcome}: {verdict.reason}); no speed-up may be claimed for them")
 
 
 def _one_row(verifier: DecoderHandle, sample: Any, ids: Sequence[int]) -> Tensor:
@@ -160,7 +190,8 @@ def _many_rows(verifier: DecoderHandle, sample: Any, ids: Sequence[int]) -> Tens
     state = verifier.prefill(sample)
     rows = state.logits[None]
     if len(ids) > 1:
-        rows = torch.cat([rows, verifier.extend(state, torch.tensor(ids[:-1], device=rows.device))[1]])
+        rows = torch.cat(
+            [rows, verifier.extend(state, torch.tensor(ids[:-1], device=rows.device))[1]])
     return rows.float()
 
 
@@ -171,10 +202,13 @@ def _floor(one_row: Tensor, many_rows: Tensor) -> NoiseFloor | None:
     return NoiseFloor(float(difference.max()), float(difference.mean()), len(difference))
 
 
-def _ends_where_it_should(candidate: Sequence[int], reference_length: int, reference_ended: bool, eos: frozenset[int]) -> bool:
-    """After a tie the answers may have other lengths; each must still end at its first EOS or at the common maximum."""
+def _ends_where_it_should(candidate: Sequence[int], reference_length: int, reference_ended: bool,
+                          eos: frozenset[int]) -> bool:
+    """After a tie the answers may have other lengths; each must still end at its first EOS or at
+    the common maximum."""
     if any(token in eos for token in candidate[:-1]):
         return False
     if candidate[-1] in eos:
         return reference_ended or len(candidate) <= reference_length
-    return len(candidate) >= reference_length if reference_ended else len(candidate) == reference_length
+    return len(candidate) >= reference_length if reference_ended else len(
+        candidate) == reference_length

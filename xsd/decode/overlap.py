@@ -1,7 +1,10 @@
-"""Two lanes at once: the verifier prefills here while the drafter works in a second thread, and every bar is measured.
+"""Two lanes at once: the verifier prefills here while the drafter works in a second thread, and
+every bar is measured.
 
-Nothing is modelled: the time saved by hiding the drafter behind the verifier's prefill is what the clock says, contention included
-(docs/decoding.md, "Prefill hiding"). torch releases the interpreter lock inside its operators, which is what makes two threads worth it.
+Nothing is modelled: the time saved by hiding the drafter behind the verifier's prefill is what the
+clock says, contention included
+(docs/decoding.md, "Prefill hiding"). torch releases the interpreter lock inside its operators,
+which is what makes two threads worth it.
 """
 
 from __future__ import annotations
@@ -28,10 +31,9 @@ Overlap = Literal["threads", "serial"]
 class Timeline:
     """Spans of one request on one clock; lanes in two threads may write to it at the same time.
 
-    On a GPU a span ends when its Python call returns; spans that read a token back (prefill, verify, each draft) are therefore
-    complete, an adapter span alone may only cover the launch.
+    On a GPU a span ends when its Python call returns; spans that read a token back (prefill,
+    verify, each draft) are therefore complete, an adapter span alone may only cover the launch.
     """
-
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._origin = clock()
@@ -55,15 +57,16 @@ class Timeline:
         return tuple(sorted(self._spans, key=lambda span: (span.start_s, span.end_s)))
 
 
-def run_lanes(
-    prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted], overlap: Overlap = "threads"
-) -> tuple[Prefilled, Drafted]:
+def run_lanes(prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted],
+              overlap: Overlap = "threads") -> tuple[Prefilled, Drafted]:
     """Run the verifier's ``prefill`` and the drafter's ``draft(stop)`` and return both results.
 
-    "threads": at the same time; ``stop()`` turns True the moment the prefill is done (or has failed).
-    "serial": one after the other, ``draft`` first and ``stop()`` always False, so that both modes compute the same thing.
+    "threads": at the same time; ``stop()`` turns True the moment the prefill is done (or has
+    failed). "serial": one after the other, ``draft`` first and ``stop()`` always False, so that
+    both modes compute the same thing.
 
-    Raises: whatever either lane raised (the prefill's error first), after both lanes have come to rest; ParameterError for another mode.
+    Raises: whatever either lane raised (the prefill's error first), after both lanes have come to
+    rest; ParameterError for another mode.
     """
     if overlap == "serial":
         drafted = draft(lambda: False)
@@ -87,7 +90,8 @@ def _draft_lane(draft: Callable[[Stop], Drafted], stop: Stop) -> Drafted:
 
 @contextlib.contextmanager
 def _own_stream() -> Iterator[None]:
-    """On CUDA the lane needs a stream of its own, or it would queue behind the prefill; its results are complete on exit."""
+    """On CUDA the lane needs a stream of its own, or it would queue behind the prefill; its results
+    are complete on exit."""
     if not torch.cuda.is_initialized():
         yield
         return
@@ -100,5 +104,6 @@ def _own_stream() -> Iterator[None]:
 
 @functools.lru_cache(maxsize=1)
 def _worker(process: int) -> ThreadPoolExecutor:
-    """One lasting thread a process (a new one for each request would build a new OpenMP team); keyed by process, as threads do not fork."""
+    """One lasting thread a process (a new one for each request would build a new OpenMP team);
+    keyed by process, as threads do not fork."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="xsd-drafter")

@@ -1,4 +1,5 @@
-"""Lossless cross-modal speculative decoding: draft during the verifier's prefill, verify in one pass, then rounds to the end.
+"""Lossless cross-modal speculative decoding: draft during the verifier's prefill, verify in one
+pass, then rounds to the end.
 
 The verifier's cache, with P prompt positions and drafts x y z (docs/decoding.md draws it in full):
 
@@ -10,8 +11,9 @@ The verifier's cache, with P prompt positions and drafts x y z (docs/decoding.md
       u accepted, v refused for c:
                  [P | x y b u]     c
 
-Whatever is drafted, every token that leaves is the argmax of a verifier row after exactly the tokens before it; that is the whole proof
-of losslessness. What remains is rounding between one-row and many-row passes, which :mod:`xsd.decode.certificate` measures.
+Whatever is drafted, every token that leaves is the argmax of a verifier row after exactly the
+tokens before it; that is the whole proof of losslessness. What remains is rounding between one-row
+and many-row passes, which :mod:`xsd.decode.certificate` measures.
 """
 
 from __future__ import annotations
@@ -30,33 +32,32 @@ from xsd.decode.proposers import Proposer, TwoPhase
 
 
 @torch.inference_mode()
-def generate(
-    verifier: DecoderHandle,
-    proposer: Proposer,
-    sample: Any,
-    *,
-    gamma: int,
-    max_new_tokens: int,
-    hide_prefill: bool = True,
-    gamma_prefill: int | None = None,
-    first_proposer: Proposer | None = None,
-    overlap: lanes.Overlap = "threads",
-    clock: Callable[[], float] = time.perf_counter,
-) -> Generation:
-    """Greedy continuation of ``sample``, token for token the verifier's own, drafted by ``proposer``.
+def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma: int,
+             max_new_tokens: int, hide_prefill: bool = True, gamma_prefill: int | None = None,
+             first_proposer: Proposer | None = None, overlap: lanes.Overlap = "threads",
+             clock: Callable[[], float] = time.perf_counter,
+             ) -> Generation:
+    """Greedy continuation of ``sample``, token for token the verifier's own, drafted by
+    ``proposer``.
 
-    gamma: drafts a round. hide_prefill: draft while the verifier prefills, as many tokens as fit until it is done, at most
-    ``gamma_prefill`` (default: the whole answer; with overlap="serial", where nothing ends the drafting, gamma). first_proposer drafts
-    that phase in place of ``proposer`` (an L4 before an L5F, which needs verifier states). overlap: "threads" (really concurrent) or
-    "serial".
+    gamma: drafts a round. hide_prefill: draft while the verifier prefills, as many tokens as fit
+    until it is done, at most
+    ``gamma_prefill`` (default: the whole answer; with overlap="serial", where nothing ends the
+    drafting, gamma). first_proposer drafts that phase in place of ``proposer`` (an L4 before an
+    L5F, which needs verifier states). overlap: "threads" (really concurrent) or "serial".
 
-    Returns: Generation. Its rounds account for every token: ``sum(n_accepted + (bonus is not None)) == len(ids)``; the first has phase
-    "prefill_hiding" (with no drafts where none were ready). ``first_token_s`` is the end of the verifier's prefill, when token 0 is known.
+    Returns: Generation. Its rounds account for every token: ``sum(n_accepted + (bonus is not None))
+    == len(ids)``; the first has phase
+    "prefill_hiding" (with no drafts where none were ready). ``first_token_s`` is the end of the
+    verifier's prefill, when token 0 is known.
     Raises: ParameterError if gamma, gamma_prefill or max_new_tokens < 1.
     """
     check_length(max_new_tokens)
     if gamma < 1 or (gamma_prefill is not None and gamma_prefill < 1):
-        raise ParameterError(f"gamma is {gamma} and gamma_prefill {gamma_prefill}; draft at least 1 token, or use autoregressive.generate")
+        raise ParameterError(
+            f"gamma is {gamma} and gamma_prefill {gamma_prefill}; draft at least 1 token, or use "
+            "autoregressive.generate"
+        )
     if first_proposer is not None:
         proposer = TwoPhase(first_proposer, proposer)
     timeline = lanes.Timeline(clock)
@@ -77,7 +78,8 @@ def generate(
         drafts = proposer.propose(hidden_drafts, stop) if hidden_drafts else []
         return drafts, start, timeline.now()
 
-    (state, first, first_token_s), (drafts, draft_start, draft_end) = lanes.run_lanes(prefill, draft, overlap)
+    (state, first, first_token_s), (drafts, draft_start,
+                                    draft_end) = lanes.run_lanes(prefill, draft, overlap)
 
     ids: list[int] = []
     rounds: list[Round] = []
@@ -88,14 +90,16 @@ def generate(
         if phase == "prefill_hiding":
             base = state.length
             predicted, hidden = [first], state.hidden[None]
-            rows = _without_eos(drafts, verifier.eos_token_ids) if drafts[:1] == [first] else []  # a wrong first draft costs no pass at all
+            rows = _without_eos(drafts, verifier.eos_token_ids) if drafts[:1] == [first] else [
+            ]  # a wrong first draft costs no pass at all
         else:
             base = state.length + 1
             predicted, hidden = [], None
             rows = [ids[-1], *_without_eos(drafts, verifier.eos_token_ids)]
         if rows:
             with timeline.span("verifier", "verify" if drafts else "step"):
-                more, logits = verifier.extend(state, torch.tensor(rows, device=state.logits.device))
+                more, logits = verifier.extend(state, torch.tensor(rows,
+                                                                   device=state.logits.device))
                 predicted += logits.argmax(-1).tolist()
             hidden = more if hidden is None else torch.cat([hidden, more])
         n_accepted, bonus = judge(drafts, predicted)
@@ -104,7 +108,9 @@ def generate(
         finished = ids[-1] in verifier.eos_token_ids or len(ids) >= max_new_tokens
         if not finished and state.length > base + n_accepted:
             verifier.rollback(state, base + n_accepted)
-        rounds.append(Round(tuple(drafts), n_accepted, bonus, draft_start, draft_end, verify_start, timeline.now(), phase))
+        rounds.append(
+            Round(tuple(drafts), n_accepted, bonus, draft_start, draft_end, verify_start,
+                  timeline.now(), phase))
         if finished:
             break
         _tell(proposer, tokens, hidden)
@@ -114,14 +120,16 @@ def generate(
         drafts = proposer.propose(wanted) if wanted else []
         draft_end = timeline.now()
     finish = "eos" if ids[-1] in verifier.eos_token_ids else "length"
-    return Generation(tuple(ids), finish, tuple(rounds), timeline.spans(), first_token_s, timeline.now())
+    return Generation(tuple(ids), finish, tuple(rounds), timeline.spans(), first_token_s,
+                      timeline.now())
 
 
 def judge(drafts: Sequence[int], predicted: Sequence[int]) -> tuple[int, int | None]:
     """Length of the correct prefix of ``drafts``, and the verifier's own token after it.
 
-    ``predicted[i]`` is the verifier's token where ``drafts[i]`` stands; one prediction more than drafts gives the bonus after full
-    acceptance, none more (the last draft was EOS and never fed) gives None.
+    ``predicted[i]`` is the verifier's token where ``drafts[i]`` stands; one prediction more than
+    drafts gives the bonus after full acceptance, none more (the last draft was EOS and never fed)
+    gives None.
 
     >>> judge([5, 6, 7], [5, 6, 9, 1])
     (2, 9)
@@ -139,7 +147,7 @@ def judge(drafts: Sequence[int], predicted: Sequence[int]) -> tuple[int, int | N
 def _cut(drafts: Sequence[int], room: int, eos: frozenset[int]) -> list[int]:
     """At most ``room`` drafts, none after the first EOS."""
     kept: list[int] = []
-    for token in drafts[: max(room, 0)]:
+    for token in drafts[:max(room, 0)]:
         kept.append(token)
         if token in eos:
             break
@@ -153,4 +161,4 @@ def _without_eos(drafts: Sequence[int], eos: frozenset[int]) -> Sequence[int]:
 
 def _tell(proposer: Proposer, tokens: Sequence[int], hidden: Tensor) -> None:
     """hidden [rows, D_v] begins at the first new token; row i predicted ``tokens[i]``."""
-    proposer.observe(tokens, hidden[: len(tokens)])
+    proposer.observe(tokens, hidden[:len(tokens)])

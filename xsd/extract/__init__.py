@@ -1,1 +1,2 @@
-"""From samples and a loaded pair to shards of paired hidden states: free-running and teacher-forced, resumable."""
+"""From samples and a loaded pair to shards of paired hidden states: free-running and
+teacher-forced, resumable."""

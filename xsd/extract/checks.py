@@ -1,4 +1,5 @@
-"""What can be wrong with the runs of a folder: files, checksums, states that are no numbers, kinds of pairs of different runs."""
+"""What can be wrong with the runs of a folder: files, checksums, states that are no numbers, kinds
+of pairs of different runs."""
 
 from __future__ import annotations
 
@@ -22,7 +23,8 @@ _BLOCK = 4096
 def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
     """Problems of every run in a folder, by run; an empty list where all is well.
 
-    Raises: ShardError if there is no run. A damaged manifest is a problem of its run, with the sentence of its error.
+    Raises: ShardError if there is no run. A damaged manifest is a problem of its run, with the
+    sentence of its error.
     """
     found: dict[Path, list[store.Problem]] = {}
     for place in monitor.runs(folder):
@@ -31,7 +33,8 @@ def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
             damaged = {problem.file.name for problem in problems}
             found[place] = problems + list(_not_finite(place, damaged))
         except ShardError as error:
-            what, _, way_out = str(error).removeprefix(str(place / layout.MANIFEST)).strip().rpartition("; ")
+            what, _, way_out = str(error).removeprefix(str(
+                place / layout.MANIFEST)).strip().rpartition("; ")
             found[place] = [store.Problem(place / layout.MANIFEST, what, way_out)]
     for place, problem in _mixed(found):
         found[place].append(problem)
@@ -39,9 +42,12 @@ def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
 
 
 def _not_finite(folder: Path, damaged: set[str]) -> Iterator[store.Problem]:
-    """Shards whose checksum is right but whose states hold NaN or infinity: the writer refuses them, so somebody else wrote the file."""
+    """Shards whose checksum is right but whose states hold NaN or infinity: the writer refuses
+    them, so somebody else wrote the file."""
     manifest = layout.read_manifest(folder)
-    names = [f"{'scale' if manifest['dtype'] == 'int8' else 'hidden'}_by_{role}" for role in layout.ROLES]
+    names = [
+        f"{'scale' if manifest['dtype'] == 'int8' else 'hidden'}_by_{role}" for role in layout.ROLES
+    ]
     for number, shard in enumerate(manifest["shards"]):
         if shard["file"] in damaged:
             continue
@@ -49,14 +55,18 @@ def _not_finite(folder: Path, damaged: set[str]) -> Iterator[store.Problem]:
             for name in names:
                 rows = file.get_slice(name)
                 n = rows.get_shape()[0]
-                if not all(bool(torch.isfinite(rows[start : start + _BLOCK]).all()) for start in range(0, n, _BLOCK)):
+                if not all(
+                        bool(torch.isfinite(rows[start:start + _BLOCK]).all())
+                        for start in range(0, n, _BLOCK)):
                     way_out = "repair the run (only this shard is extracted again)"
-                    yield store.Problem(folder / shard["file"], f"holds NaN or infinity in {name}", way_out, number)
+                    yield store.Problem(folder / shard["file"], f"holds NaN or infinity in {name}",
+                                        way_out, number)
                     break
 
 
 def _mixed(found: dict[Path, list[store.Problem]]) -> Iterator[tuple[Path, store.Problem]]:
-    """Kinds of pairs, or parts, that stand in one run folder but come from other models, samples or settings than the first."""
+    """Kinds of pairs, or parts, that stand in one run folder but come from other models, samples or
+    settings than the first."""
     first: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for place, problems in found.items():
         if any(problem.file.name == layout.MANIFEST for problem in problems):
@@ -70,4 +80,5 @@ def _mixed(found: dict[Path, list[store.Problem]]) -> Iterator[tuple[Path, store
         difference = layout.first_difference(wanted, config)
         if difference:
             way_out = "they are of two runs: move one of them into a folder of its own"
-            yield place, store.Problem(place / layout.MANIFEST, f"is not of the run of {other.name}: {difference}", way_out)
+            yield place, store.Problem(place / layout.MANIFEST,
+                                       f"is not of the run of {other.name}: {difference}", way_out)

@@ -1,8 +1,11 @@
-"""What became of an extraction, from its files alone: how far it is, how fast, whether it lives, and what went wrong.
+"""What became of an extraction, from its files alone: how far it is, how fast, whether it lives,
+and what went wrong.
 
-Nothing here waits for a writer or disturbs it. Errors and restarts of a run are lines of ``errors.jsonl`` in its folder::
+Nothing here waits for a writer or disturbs it. Errors and restarts of a run are lines of
+``errors.jsonl`` in its folder::
 
-    {"kind": "error" | "restart", "what": "StorageError: cannot write …", "pid": 4242, "part": "0 of 2", "time_s": 1763741234.5}
+    {"kind": "error" | "restart", "what": "StorageError: cannot write …", "pid": 4242, "part": "0 of
+    2", "time_s": 1763741234.5}
 """
 
 from __future__ import annotations
@@ -28,9 +31,11 @@ ERRORS = "errors.jsonl"
 
 @dataclass(frozen=True)
 class Status:
-    """One run folder now. state: "finished", "running" (by process pid) or "stopped". total: planned samples, None if unknown.
+    """One run folder now. state: "finished", "running" (by process pid) or "stopped". total:
+    planned samples, None if unknown.
 
-    rate: samples a second over its last batches, eta_s: seconds left; None where nothing was timed. idle_s: since the last write.
+    rate: samples a second over its last batches, eta_s: seconds left; None where nothing was timed.
+    idle_s: since the last write.
     """
 
     folder: Path
@@ -49,15 +54,14 @@ class Status:
         pace = f", {self.rate:.1f} samples/s" if self.rate else ""
         left = f", {duration(self.eta_s)} left" if self.state == "running" and self.eta_s is not None else ""
         who = f" (process {self.pid})" if self.pid else ""
-        return (
-            f"{self.folder}: {self.state}{who}, {self.done}{share} samples{pace}{left}, "
-            f"{self.gb:.3f} GB, last write {duration(self.idle_s)} ago"
-        )
+        return (f"{self.folder}: {self.state}{who}, {self.done}{share} samples{pace}{left}, "
+                f"{self.gb:.3f} GB, last write {duration(self.idle_s)} ago")
 
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a run's errors. kind: "error" (what a process said before it ended) or "restart" (what the supervisor saw and did)."""
+    """One line of a run's errors. kind: "error" (what a process said before it ended) or "restart"
+    (what the supervisor saw and did)."""
 
     kind: str
     what: str
@@ -67,7 +71,8 @@ class Event:
 
     def __str__(self) -> str:
         who = f"process {self.pid}" + (f", part {self.part}" if self.part else "")
-        return f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time_s))}  {self.kind} ({who}): {self.what}"
+        return (f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time_s))}  {self.kind} "
+                f"({who}): {self.what}")
 
 
 def duration(seconds: float) -> str:
@@ -79,14 +84,21 @@ def duration(seconds: float) -> str:
 
 
 def runs(folder: str | Path) -> list[Path]:
-    """Every folder with a manifest of states: ``folder`` itself, its kinds of pairs, the parts of several processes, or a notebook run's
-    ``shards/*/*``. Raises: ShardError if there is none."""
+    """Every folder with a manifest of states: ``folder`` itself, its kinds of pairs, the parts of
+    several processes, or a notebook run's ``shards/*/*``. Raises: ShardError if there is none."""
     folder = Path(folder)
-    kinds = [folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/")), *sorted(folder.glob("shards/*/*/"))]
-    places = [place for kind in dict.fromkeys(kinds) for place in (kind, *sorted(kind.glob(f"{ranks.PARTS}/")))]
+    kinds = [
+        folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/")),
+        *sorted(folder.glob("shards/*/*/"))
+    ]
+    places = [
+        place for kind in dict.fromkeys(kinds)
+        for place in (kind, *sorted(kind.glob(f"{ranks.PARTS}/")))
+    ]
     found = [place for place in dict.fromkeys(places) if (place / layout.MANIFEST).is_file()]
     if not found:
-        raise ShardError(f"no run of an extraction in {folder}; give the folder that `extract` wrote")
+        raise ShardError(
+            f"no run of an extraction in {folder}; give the folder that `extract` wrote")
     return found
 
 
@@ -116,23 +128,21 @@ def _status(folder: Path) -> Status:
     for piece in sorted(folder.glob("pending-*.safetensors")):
         try:
             with safe_open(piece, "pt") as file:
-                done = max(done, int(piece.stem.split("-")[1]) + file.get_slice("offsets_drafter").get_shape()[0] - 1)
-        except (FileNotFoundError, SafetensorError):  # the writer removed it just now, or it is damaged and will be extracted again
+                done = max(
+                    done,
+                    int(piece.stem.split("-")[1]) +
+                    file.get_slice("offsets_drafter").get_shape()[0] - 1)
+        except (FileNotFoundError, SafetensorError
+                ):  # the writer removed it just now, or it is damaged and will be extracted again
             continue
     total = (manifest["config"].get("part") or manifest["config"]).get("n_samples")
     rate = _rate(folder)
     pid = None if manifest["finished"] else shard_writer.lock_holder(folder)
     return Status(
-        folder,
-        manifest["mode"],
-        "finished" if manifest["finished"] else "running" if pid is not None else "stopped",
-        done,
-        total,
-        rate,
-        (total - done) / rate if rate and total is not None else None,
-        sum(sizes) / 1e9,
-        max(time.time() - max(times), 0.0),
-        pid,
+        folder, manifest["mode"],
+        "finished" if manifest["finished"] else "running" if pid is not None else "stopped", done,
+        total, rate, (total - done) / rate if rate and total is not None else None,
+        sum(sizes) / 1e9, max(time.time() - max(times), 0.0), pid,
     )
 
 
@@ -156,12 +166,18 @@ def _lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-# --- errors --------------------------------------------------------------------------------------------------------------------
+# --- errors
+# ------------------------------------------------------------------------------------------------
 
 
-def note(folder: str | Path, kind: str, what: str, *, pid: int | None = None, part: str = "") -> None:
-    """Add one line to the errors of a run; where even that cannot be written (a full disk), only this line is lost."""
-    line = {"kind": kind, "what": " ".join(what.split()), "pid": pid or os.getpid(), "part": part, "time_s": round(time.time(), 3)}
+def note(folder: str | Path, kind: str, what: str, *, pid: int | None = None,
+         part: str = "") -> None:
+    """Add one line to the errors of a run; where even that cannot be written (a full disk), only
+    this line is lost."""
+    line = {
+        "kind": kind, "what": " ".join(what.split()), "pid": pid or os.getpid(), "part": part,
+        "time_s": round(time.time(), 3)
+    }
     with contextlib.suppress(OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
         handle = os.open(Path(folder) / ERRORS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -182,10 +198,17 @@ def recording(folder: str | Path, part: str = "") -> Iterator[None]:
 
 
 def events(folder: str | Path) -> list[Event]:
-    """Errors and restarts of the runs in a folder (or of the run that the folder is one kind of pairs of), oldest first."""
+    """Errors and restarts of the runs in a folder (or of the run that the folder is one kind of
+    pairs of), oldest first."""
     kinds = [place.parent if place.match(ranks.PARTS) else place for place in runs(folder)]
-    lines = [line for path in dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds) for line in _lines(path)]
-    found = [Event(line["kind"], line["what"], line["pid"], line["part"], line["time_s"]) for line in lines if "what" in line]
+    lines = [
+        line for path in dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
+        for line in _lines(path)
+    ]
+    found = [
+        Event(line["kind"], line["what"], line["pid"], line["part"], line["time_s"])
+        for line in lines if "what" in line
+    ]
     return sorted(found, key=lambda event: event.time_s)
 
 
@@ -196,7 +219,10 @@ def report(folder: str | Path, *, last: int = 10) -> str:
     found = events(folder)
     if found:
         shown = f", the last {last}" if len(found) > last else ""
-        lines += [f"errors and restarts ({len(found)}{shown}):", *(f"  {event}" for event in found[-last:])]
+        lines += [
+            f"errors and restarts ({len(found)}{shown}):",
+            *(f"  {event}" for event in found[-last:])
+        ]
     if any(one.state == "stopped" for one in states):
         lines.append("stopped runs are continued by the command that began them")
     return "\n".join(lines)

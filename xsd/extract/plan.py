@@ -29,32 +29,28 @@ class LazySample:
 Item = Sample | LazySample | Callable[[], Sample]
 
 
-def folder_samples(
-    records: Sequence[dataset_folder.ClipRecord],
-    questions: Sequence[str],
-    *,
-    n_event_frames: int = 5,
-    canvas: Any = None,
-    unstored: Any = None,
-) -> list[LazySample]:
+def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequence[str], *,
+                   n_event_frames: int = 5, canvas: Any = None, unstored: Any = None,
+                   ) -> list[LazySample]:
     """Every clip with every question, clip by clip; images are read when needed, once a clip.
 
-    canvas: as in sensors.folder.load_sample. unstored: the canvas of clips without stored event images (``slice`` by default).
+    canvas: as in sensors.folder.load_sample. unstored: the canvas of clips without stored event
+    images (``slice`` by default).
     """
-
     @lru_cache(maxsize=1)
     def clip(number: int) -> Sample:
         record = records[number]
-        painted = canvas or (None if dataset_folder.stored_frames(record, n_event_frames) else unstored)
-        return dataset_folder.load_sample(record, questions[0], n_event_frames=n_event_frames, canvas=painted)
+        painted = canvas or (None
+                             if dataset_folder.stored_frames(record, n_event_frames) else unstored)
+        return dataset_folder.load_sample(record, questions[0], n_event_frames=n_event_frames,
+                                          canvas=painted)
 
     def reader(number: int, question: str) -> Callable[[], Sample]:
         return lambda: replace(clip(number), question=question)
 
     return [
         LazySample(record.sequence, record.clip, question, reader(number, question))
-        for number, record in enumerate(records)
-        for question in questions
+        for number, record in enumerate(records) for question in questions
     ]
 
 
@@ -64,13 +60,16 @@ def clip_of(item: Item) -> tuple[str, str] | None:
 
 
 def order(samples: Sequence[Item], *, max_samples: int | None = None, seed: int = 0) -> list[Item]:
-    """The samples clip by clip (questions on one clip stand together, so that its images pass the vision tower once).
+    """The samples clip by clip (questions on one clip stand together, so that its images pass the
+    vision tower once).
 
-    Clips keep the order of their first sample; plain callables keep their place. max_samples: that many, from clips drawn by ``seed``
-    (None or -1: all); the drawn ones keep their order. Raises: ParameterError for no samples or max_samples 0 or below -1.
+    Clips keep the order of their first sample; plain callables keep their place. max_samples: that
+    many, from clips drawn by ``seed`` (None or -1: all); the drawn ones keep their order. Raises:
+    ParameterError for no samples or max_samples 0 or below -1.
     """
     if not samples:
-        raise ParameterError("there are no samples to extract; give at least one clip and one question")
+        raise ParameterError(
+            "there are no samples to extract; give at least one clip and one question")
     if max_samples is not None and (max_samples == 0 or max_samples < -1):
         raise ParameterError(f"max_samples={max_samples}; give a positive number, or -1 for all")
     clips: dict[Any, list[Item]] = {}
@@ -97,7 +96,10 @@ def plan_hash(items: Sequence[Item]) -> str:
     digest = sha256()
     seen: dict[int, bytes] = {}
     for item in items:
-        digest.update(repr((*clip_of(item), item.question) if isinstance(item, (Sample, LazySample)) else "callable").encode())
+        digest.update(
+            repr((*clip_of(item),
+                  item.question) if isinstance(item, (Sample,
+                                                      LazySample)) else "callable").encode())
         if isinstance(item, Sample):
             for image in (*item.event_frames, item.video):
                 if id(image) not in seen:

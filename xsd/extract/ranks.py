@@ -1,11 +1,14 @@
-"""One extraction by several processes: which samples are whose, and how their parts become the run that one process would have written.
+"""One extraction by several processes: which samples are whose, and how their parts become the run
+that one process would have written.
 
     n = 10 samples, 3 a shard, 2 processes          run/teacher_forced/
     shards   0 1 2 | 3 4 5 | 6 7 8 | 9                part-0000-of-0002/   shards 0 1
     rank     0       0       1       1                part-0001-of-0002/   shards 2 3
 
-A rank takes whole shards and computes whole batches of the common plan, so no file depends on the number of processes. Ranks never wait
-for each other: any of them may die and be started again alone. The one that finds all parts finished joins them, by renaming files.
+A rank takes whole shards and computes whole batches of the common plan, so no file depends on the
+number of processes. Ranks never wait
+for each other: any of them may die and be started again alone. The one that finds all parts
+finished joins them, by renaming files.
 """
 
 from __future__ import annotations
@@ -27,7 +30,8 @@ from xsd.shards import format as layout
 from xsd.shards import writer as shard_writer
 
 PARTS = "part-*-of-*"
-_SETTINGS = ("mode", "tap", "dtype", "samples_per_shard", "hidden_size_drafter", "hidden_size_verifier", "token_ids", "heads")
+_SETTINGS = ("mode", "tap", "dtype", "samples_per_shard", "hidden_size_drafter",
+             "hidden_size_verifier", "token_ids", "heads")
 
 
 @dataclass(frozen=True)
@@ -39,26 +43,36 @@ class Rank:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise ParameterError(f"RANK={self.rank} of WORLD_SIZE={self.world_size}; expected a rank from 0 to {self.world_size - 1}")
+            raise ParameterError(
+                f"RANK={self.rank} of WORLD_SIZE={self.world_size}; expected a rank from 0 to "
+                f"{self.world_size - 1}"
+            )
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] | None = None) -> Rank:
-        """The rank in torch.distributed where a process group was made, else RANK and WORLD_SIZE as torchrun and accelerate set them.
+        """The rank in torch.distributed where a process group was made, else RANK and WORLD_SIZE as
+        torchrun and accelerate set them.
 
         Raises: ParameterError if they are no numbers.
         """
-        if environment is None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if environment is None and torch.distributed.is_available(
+        ) and torch.distributed.is_initialized():
             return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
         given = os.environ if environment is None else environment
         rank, size = given.get("RANK", "0"), given.get("WORLD_SIZE", "1")
         if not (rank.isdigit() and size.isdigit()):
-            raise ParameterError(f"RANK={rank!r} and WORLD_SIZE={size!r} are set but are no numbers; unset them, or start with torchrun")
+            raise ParameterError(
+                f"RANK={rank!r} and WORLD_SIZE={size!r} are set but are no numbers; unset them, or "
+                "start with torchrun"
+            )
         return cls(int(rank), int(size))
 
     def share(self, n_samples: int, samples_per_shard: int) -> range:
-        """The samples of this rank: whole shards, in one stretch; empty where there are fewer shards than ranks."""
+        """The samples of this rank: whole shards, in one stretch; empty where there are fewer
+        shards than ranks."""
         n_shards = -(-n_samples // samples_per_shard)
-        begin, end = (n_shards * rank // self.world_size * samples_per_shard for rank in (self.rank, self.rank + 1))
+        begin, end = (n_shards * rank // self.world_size * samples_per_shard
+                      for rank in (self.rank, self.rank + 1))
         return range(min(begin, n_samples), min(end, n_samples))
 
     def part(self, folder: Path) -> Path:
@@ -73,35 +87,47 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def check_begun(folder: Path, rank: Rank, settings: Mapping[str, Any]) -> bool:
-    """True if ``folder`` holds the finished run already. settings: mode, tap, dtype, samples_per_shard, config.
+    """True if ``folder`` holds the finished run already. settings: mode, tap, dtype,
+    samples_per_shard, config.
 
-    Raises: ShardError if it was begun by another number of processes, or holds a finished run of other settings.
+    Raises: ShardError if it was begun by another number of processes, or holds a finished run of
+    other settings.
     """
     done = finished(folder)
     if done:
         wanted = json.loads(json.dumps(dict(settings)))
         difference = layout.first_difference({key: done[key] for key in wanted}, wanted)
         if difference:
-            raise ShardError(f"{folder} was begun with other settings: {difference}; use the same ones or another folder")
+            raise ShardError(
+                f"{folder} was begun with other settings: {difference}; use the same ones or "
+                "another folder"
+            )
         return True
     sizes = {int(path.name.rsplit("-", 1)[1]) for path in folder.glob(PARTS)}
     if (folder / layout.MANIFEST).is_file():
         sizes.add(1)
     if sizes - {rank.world_size}:
         raise ShardError(
-            f"{folder} was begun by {min(sizes - {rank.world_size})} process(es) but {rank.world_size} would continue it now; start as "
-            "many again (RANK and WORLD_SIZE may be set by hand for one of them), or extract into another folder"
+            f"{folder} was begun by {min(sizes - {rank.world_size})} process(es) but "
+            f"{rank.world_size} would continue it now; start as "
+            "many again (RANK and WORLD_SIZE may be set by hand for one of them), or extract into "
+            "another folder"
         )
     return False
 
 
-def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int, *, wait_s: float = 120.0) -> bool:
-    """Make one run of the parts once all of them are finished; True when the folder holds that run. Killed half-way, it is continued.
+def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int, *,
+         wait_s: float = 120.0) -> bool:
+    """Make one run of the parts once all of them are finished; True when the folder holds that run.
+    Killed half-way, it is continued.
 
-    wait_s: how long to wait for another process that joins just now. Raises: ShardError if parts differ in their settings or a file is
+    wait_s: how long to wait for another process that joins just now. Raises: ShardError if parts
+    differ in their settings or a file is
     missing; StorageError.
     """
-    shares = [(Rank(number, world_size), Rank(number, world_size).share(n_samples, samples_per_shard)) for number in range(world_size)]
+    shares = [(Rank(number, world_size), Rank(number,
+                                              world_size).share(n_samples, samples_per_shard))
+              for number in range(world_size)]
     parts = [rank.part(folder) for rank, share in shares if len(share)]
     end = time.monotonic() + wait_s
     while True:
@@ -133,7 +159,10 @@ def _join(folder: Path, parts: list[Path]) -> None:
     for part, manifest in zip(parts, manifests, strict=True):
         difference = layout.first_difference(_common(first), _common(manifest))
         if difference:
-            raise ShardError(f"{part} does not belong to {parts[0].name}: {difference}; delete the part that is wrong and extract it again")
+            raise ShardError(
+                f"{part} does not belong to {parts[0].name}: {difference}; delete the part that is "
+                "wrong and extract it again"
+            )
     shards, moves, lines = [], {}, []
     for part, manifest in zip(parts, manifests, strict=True):
         begin = sum(shard["n_samples"] for shard in shards)
@@ -141,29 +170,43 @@ def _join(folder: Path, parts: list[Path]) -> None:
         for entry in manifest["shards"]:
             name = layout.shard_name(len(shards))
             names = {"file": name, "metadata_file": str(Path(name).with_suffix(".parquet"))}
-            moves |= {folder / new: (part / entry[key], entry[key.replace("file", "bytes")]) for key, new in names.items()}
+            moves |= {
+                folder / new: (part / entry[key], entry[key.replace("file", "bytes")])
+                for key, new in names.items()
+            }
             shards.append({**entry, **names, "first": begin + entry["first"]})
     for entry in first["heads"].values():
         moves[folder / entry["file"]] = (parts[0] / entry["file"], entry["bytes"])
     for target, (source, size) in moves.items():
         there = source if source.is_file() else target
         if not there.is_file() or there.stat().st_size != size:
-            raise ShardError(f"{source} is missing or truncated; repair {source.parent}, then start any rank again")
+            raise ShardError(
+                f"{source} is missing or truncated; repair {source.parent}, then start any rank "
+                "again"
+            )
     try:
         for target, (source, _) in moves.items():
             if source.is_file():
                 os.replace(source, target)
     except OSError as error:
-        raise StorageError(f"cannot join the parts in {folder}: {error.strerror or error}; check permissions and run again") from error
+        raise StorageError(
+            f"cannot join the parts in {folder}: {error.strerror or error}; check permissions and "
+            "run again"
+        ) from error
     files = {}
     if lines:
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         atomic_write(folder / layout.TIMES, data)
-        files["times"] = {"file": layout.TIMES, "bytes": len(data), "sha256": sha256(data).hexdigest()}
+        files["times"] = {
+            "file": layout.TIMES, "bytes": len(data), "sha256": sha256(data).hexdigest()
+        }
     config = {key: value for key, value in first["config"].items() if key != "part"}
     n_samples = sum(shard["n_samples"] for shard in shards)
     provenance = {**first["provenance"], "processes": len(parts)}
-    joined = {"config": config, "shards": shards, "n_samples": n_samples, "files": files, "provenance": provenance}
+    joined = {
+        "config": config, "shards": shards, "n_samples": n_samples, "files": files,
+        "provenance": provenance
+    }
     layout.write_manifest(folder, {**first, **joined})
 
 

@@ -1,4 +1,5 @@
-"""Starting a crashed extraction again, a bounded number of times, with the reason of each crash on record."""
+"""Starting a crashed extraction again, a bounded number of times, with the reason of each crash on
+record."""
 
 from __future__ import annotations
 
@@ -15,14 +16,17 @@ from xsd.extract import monitor
 INTERRUPTED = 130
 """Exit status of an extraction that was told to stop (SIGINT, SIGTERM) and can be continued."""
 _FINAL = (0, 2, INTERRUPTED)
-"""Exit statuses that a restart would not change: finished, a mistake that the user must mend, told to stop."""
+"""Exit statuses that a restart would not change: finished, a mistake that the user must mend, told
+to stop."""
 
 
 def supervise(command: Sequence[str], folder: str | Path, restarts: int, *, part: str = "") -> int:
-    """Run ``command`` until it ends well, at most ``restarts`` times more after a crash; returns its exit status.
+    """Run ``command`` until it ends well, at most ``restarts`` times more after a crash; returns
+    its exit status.
 
-    Crashes (a signal, or an exit status other than 0, 2 and 130) are noted in the errors of the run ``folder``, where ``xsd status`` shows
-    them. SIGINT and SIGTERM are handed on, and nothing is started after them.
+    Crashes (a signal, or an exit status other than 0, 2 and 130) are noted in the errors of the run
+    ``folder``, where ``xsd status`` shows them. SIGINT and SIGTERM are handed on, and nothing is
+    started after them.
     """
     for attempt in range(restarts + 1):
         status, pid, last = _once(command)
@@ -48,9 +52,11 @@ def reason_of(status: int, last_line: str) -> str:
 
 
 def _once(command: Sequence[str]) -> tuple[int, int, str]:
-    """(exit status, process id, last line on stderr) of one run of the command; its stderr is passed through."""
+    """(exit status, process id, last line on stderr) of one run of the command; its stderr is
+    passed through."""
     # In a session of its own: a Ctrl-C reaches it once, through us.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace", start_new_session=True) as child:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace",
+                          start_new_session=True) as child:
         assert child.stderr is not None
         last = ""
         with _handing_on(child) as told:

@@ -1,12 +1,14 @@
 """Hidden states of several layers of a decoder, read where they enter a layer.
 
-Layers are numbered as in transformers' ``hidden_states``, from either end of each model's own stack of L decoder layers::
+Layers are numbered as in transformers' ``hidden_states``, from either end of each model's own stack
+of L decoder layers::
 
     embeddings -> [layer 0] -> [layer 1] -> … -> [layer L-1] -> final norm -> LM head
              0            1            2            (no index)           -1
         -(L+1)           -L       -(L-1) …  -2 enters layer L-1
 
--1 is after the final norm; every other index is the residual stream before any norm, so the LM head does not apply to it.
+-1 is after the final norm; every other index is the residual stream before any norm, so the LM head
+does not apply to it.
 """
 
 from __future__ import annotations
@@ -23,21 +25,24 @@ LAST = -1
 
 
 def place(decoder: nn.Module, layer: int) -> int:
-    """The decoder layer that ``layer`` enters. Raises: ParameterError for the last state (-1, which enters none) and outside the stack."""
+    """The decoder layer that ``layer`` enters. Raises: ParameterError for the last state (-1, which
+    enters none) and outside the stack."""
     depth = len(decoder.layers)
     if layer == LAST or not -depth - 1 <= layer < depth:
         raise ParameterError(
-            f"there is no hidden layer {layer} in a decoder of {depth} layers: give -1 (after the final norm), or -{depth + 1} … -2 or "
-            f"0 … {depth - 1} (the state that enters a layer)"
-        )
+            f"there is no hidden layer {layer} in a decoder of {depth} layers: give -1 (after the "
+            f"final norm), or -{depth + 1} … -2 or "
+            f"0 … {depth - 1} (the state that enters a layer)")
     return layer % (depth + 1)
 
 
 @contextlib.contextmanager
 def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-    """While open, the list holds the states [B, S, D] of the decoder's latest call, one a layer, in the order given.
+    """While open, the list holds the states [B, S, D] of the decoder's latest call, one a layer, in
+    the order given.
 
-    layers: none of them -1, which the decoder returns itself. Raises: ParameterError as :func:`place`.
+    layers: none of them -1, which the decoder returns itself. Raises: ParameterError as
+    :func:`place`.
     """
     states: list[Any] = [None] * len(layers)
 
@@ -49,6 +54,7 @@ def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]
 
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
-            hook = decoder.layers[place(decoder, layer)].register_forward_pre_hook(keeper(index), with_kwargs=True)
+            hook = decoder.layers[place(decoder, layer)].register_forward_pre_hook(
+                keeper(index), with_kwargs=True)
             stack.callback(hook.remove)
         yield states

@@ -1,4 +1,5 @@
-"""The two prompts as token ids, split at the place of the visual tokens (docs/models.md, "Prompts")."""
+"""The two prompts as token ids, split at the place of the visual tokens (docs/models.md,
+"Prompts")."""
 
 from __future__ import annotations
 
@@ -8,27 +9,27 @@ from xsd.core import CheckpointError, DatasetError
 
 DRAFTER_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
-    "The assistant gives helpful, detailed, and polite answers to the human's questions."
-)
+    "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 VIDEO_TOKEN = "<video>"
 
 
 def drafter_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     """Ids before the event tokens (BOS first) and after them.
 
-    Each side is tokenised by itself, as the official code does, and keeps one BOS. Raises: DatasetError for an empty question.
+    Each side is tokenised by itself, as the official code does, and keeps one BOS. Raises:
+    DatasetError for an empty question.
     """
     _check(question)
-    return (
-        _bos(tokenizer) + _plain(tokenizer, f"{DRAFTER_SYSTEM} USER: <ev_start>"),
-        _plain(tokenizer, f"<ev_end>\n{question} ASSISTANT:"),
-    )
+    return (_bos(tokenizer) + _plain(tokenizer, f"{DRAFTER_SYSTEM} USER: <ev_start>"),
+            _plain(tokenizer, f"<ev_end>\n{question} ASSISTANT:"),
+            )
 
 
 def verifier_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     """Ids before the video tokens (BOS first) and after them.
 
-    The prompt is tokenised whole with ``<video>`` as one special token, as the model's processor does, then split there.
+    The prompt is tokenised whole with ``<video>`` as one special token, as the model's processor
+    does, then split there.
     Raises: DatasetError for an empty question; CheckpointError if the tokenizer has no ``<video>``.
     """
     _check(question)
@@ -36,15 +37,17 @@ def verifier_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[
     ids = _plain(tokenizer, f"USER: {VIDEO_TOKEN}\n{question} ASSISTANT:")
     if place is None or ids.count(place) != 1:
         raise CheckpointError(
-            f"the verifier's tokenizer does not know {VIDEO_TOKEN} as one token; use the tokenizer saved with the video checkpoint"
+            f"the verifier's tokenizer does not know {VIDEO_TOKEN} as one token; use the tokenizer "
+            "saved with the video checkpoint"
         )
     at = ids.index(place)
-    return _bos(tokenizer) + ids[:at], ids[at + 1 :]
+    return _bos(tokenizer) + ids[:at], ids[at + 1:]
 
 
 def _check(question: str) -> None:
     if not question.strip():
-        raise DatasetError("a question has zero length; give each sample a question with at least one word")
+        raise DatasetError(
+            "a question has zero length; give each sample a question with at least one word")
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:

@@ -1,7 +1,8 @@
-"""Number formats of the weights: dtype names, bitsandbytes configurations, and what a loaded model weighs.
+"""Number formats of the weights: dtype names, bitsandbytes configurations, and what a loaded model
+weighs.
 
-Only the decoder's linear layers are quantised: bitsandbytes by itself leaves ``lm_head`` alone and nothing else, so vision towers
-and projectors are named here (docs/models.md, "Number formats").
+Only the decoder's linear layers are quantised: bitsandbytes by itself leaves ``lm_head`` alone and
+nothing else, so vision towers and projectors are named here (docs/models.md, "Number formats").
 """
 
 from __future__ import annotations
@@ -18,17 +19,20 @@ from transformers import BitsAndBytesConfig
 from xsd.core import ParameterError
 
 DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
-    "float16": torch.float16, "fp16": torch.float16,
+    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
 }  # fmt: skip
-_VISION = ("visual_tower", "visual_projector", "feature_adaptor", "video_tower", "image_tower", "vision_tower", "multi_modal_projector")
+_VISION = ("visual_tower", "visual_projector", "feature_adaptor", "video_tower", "image_tower",
+           "vision_tower", "multi_modal_projector")
 KEPT_WHOLE = ("lm_head", *(f"model.{name}" for name in _VISION))
-"""Modules never quantised, by full name: transformers matches from the start of the path, so a bare "video_tower" would
-match nothing below ``model.`` and the tower would be quantised without a word."""
+"""Modules never quantised, by full name: transformers matches from the start of the path, so a bare
+"video_tower" would match nothing below ``model.`` and the tower would be quantised without a
+word."""
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
-    """``"float32" | "bfloat16" | "float16"`` (or fp32, bf16, fp16) to a torch dtype. Raises: ParameterError for another name."""
+    """``"float32" | "bfloat16" | "float16"`` (or fp32, bf16, fp16) to a torch dtype. Raises:
+    ParameterError for another name."""
     if isinstance(name, torch.dtype):
         return name
     if name not in DTYPES:
@@ -37,35 +41,40 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
 
 
 def quantization_config(quant: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """``None``, ``"4bit"`` (NF4, double quantisation) or ``"8bit"`` (LLM.int8). dtype: the compute dtype of 4-bit layers.
+    """``None``, ``"4bit"`` (NF4, double quantisation) or ``"8bit"`` (LLM.int8). dtype: the compute
+    dtype of 4-bit layers.
 
     Raises: ParameterError for another name.
     """
     if quant is None:
         return None
     if quant == "4bit":
-        return BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-            llm_int8_skip_modules=list(KEPT_WHOLE),
-        )  # fmt: skip
+        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                                  bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+                                  llm_int8_skip_modules=list(KEPT_WHOLE),
+                                  )  # fmt: skip
     if quant == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_WHOLE))
     raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
 
 
 def dtype_map(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Per top module (two levels of names) the number of stored values by dtype: what was quantised and what was not."""
+    """Per top module (two levels of names) the number of stored values by dtype: what was quantised
+    and what was not."""
     found: dict[str, Counter[str]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         top = ".".join(parts[:2]) if parts[0] == "model" else parts[0]
-        found.setdefault(top, Counter())[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        found.setdefault(top, Counter())[str(
+            parameter.dtype).removeprefix("torch.")] += parameter.numel()
     return {top: dict(counts) for top, counts in found.items()}
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes the parameters and buffers take in memory."""
-    tensors: dict[int, Any] = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    tensors: dict[int, Any] = {
+        tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())
+    }
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 

@@ -1,9 +1,12 @@
-"""The decoder stack for a few rows a call: what transformers' LlamaModel computes, without the costs that dominate small models on a CPU.
+"""The decoder stack for a few rows a call: what transformers' LlamaModel computes, without the
+costs that dominate small models on a CPU.
 
-A decode step of a small model is memory traffic and bookkeeping, not arithmetic. Here the projections that read one input are one matrix
-(q, k, v; gate, up), stored input-major (faster for few rows); the rotary table is made once; keys and values stand in one buffer that grows
-in place, so that a step copies its own rows alone and a rollback is an assignment. Only where that is the same computation (:func:`fits`);
-otherwise the handle calls transformers. Both models of a pair go through it, the autoregressive baseline included.
+A decode step of a small model is memory traffic and bookkeeping, not arithmetic. Here the
+projections that read one input are one matrix (q, k, v; gate, up), stored input-major (faster for
+few rows); the rotary table is made once; keys and values stand in one buffer that grows in place,
+so that a step copies its own rows alone and a rollback is an assignment. Only where that is the
+same computation (:func:`fits`); otherwise the handle calls transformers. Both models of a pair go
+through it, the autoregressive baseline included.
 """
 
 from __future__ import annotations
@@ -15,29 +18,32 @@ from transformers import DynamicCache, LlamaModel
 
 _ROOM = 64
 _WIDEST = 1024
-"""Above this width a step is bound by its weights, and copies of them would cost memory for nothing."""
+"""Above this width a step is bound by its weights, and copies of them would cost memory for
+nothing."""
 
 
 def fits(decoder: nn.Module) -> bool:
-    """True for an unquantised float32 Llama on the CPU, at most 1024 wide, with plain attention (no grouping, bias, or scaled rotary)."""
+    """True for an unquantised float32 Llama on the CPU, at most 1024 wide, with plain attention (no
+    grouping, bias, or scaled rotary)."""
     if not isinstance(decoder, LlamaModel):
         return False
     config = decoder.config
-    plain = config.num_key_value_heads == config.num_attention_heads and config.rope_parameters.get("rope_type") == "default"
-    linears = [module for layer in decoder.layers for module in layer.modules() if isinstance(module, nn.Linear)]
-    return (
-        plain
-        and config.hidden_act == "silu"
-        and config.hidden_size <= _WIDEST
-        and decoder.layers[0].self_attn.head_dim * config.num_attention_heads == config.hidden_size
-        and all(type(one) is nn.Linear and one.bias is None for one in linears)
-        and all(p.dtype == torch.float32 and p.device.type == "cpu" for p in (*decoder.layers.parameters(), decoder.norm.weight))
-    )
+    plain = config.num_key_value_heads == config.num_attention_heads and config.rope_parameters.get(
+        "rope_type") == "default"
+    linears = [
+        module for layer in decoder.layers for module in layer.modules()
+        if isinstance(module, nn.Linear)
+    ]
+    return (plain and config.hidden_act == "silu" and config.hidden_size <= _WIDEST and
+            decoder.layers[0].self_attn.head_dim * config.num_attention_heads == config.hidden_size
+            and all(type(one) is nn.Linear and one.bias is None for one in linears)
+            and all(p.dtype == torch.float32 and p.device.type == "cpu"
+                    for p in (*decoder.layers.parameters(), decoder.norm.weight)))
 
 
 class GrowingCache:
-    """Keys and values of one sequence, a buffer [heads, room, head_dim] a layer; positions from ``length`` on are free."""
-
+    """Keys and values of one sequence, a buffer [heads, room, head_dim] a layer; positions from
+    ``length`` on are free."""
     def __init__(self, prompt: DynamicCache) -> None:
         """prompt: a cache of one row, as a prefill leaves it."""
         self.length = prompt.get_seq_length()
@@ -46,7 +52,7 @@ class GrowingCache:
 
     def _roomy(self, rows: Tensor, wanted: int = 0) -> Tensor:
         buffer = rows.new_empty(rows.shape[0], max(self.length + _ROOM, wanted), rows.shape[2])
-        buffer[:, : self.length] = rows[:, : self.length]
+        buffer[:, :self.length] = rows[:, :self.length]
         return buffer
 
     def reserve(self, length: int) -> None:
@@ -65,8 +71,8 @@ class GrowingCache:
 
 
 class Steps:
-    """Weights of a decoder that :func:`fits`, arranged for small calls. They are copies; :meth:`current` says whether they still agree."""
-
+    """Weights of a decoder that :func:`fits`, arranged for small calls. They are copies;
+    :meth:`current` says whether they still agree."""
     def __init__(self, decoder: LlamaModel) -> None:
         config = decoder.config
         self._decoder = decoder
@@ -78,19 +84,21 @@ class Steps:
             attention, mlp = layer.self_attn, layer.mlp
             three = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
             two = [mlp.gate_proj.weight, mlp.up_proj.weight]
-            weights = (
-                layer.input_layernorm.weight, torch.cat(three).t(), attention.o_proj.weight.t(),
-                layer.post_attention_layernorm.weight, torch.cat(two).t(), mlp.down_proj.weight.t(),
-            )  # fmt: skip
+            weights = (layer.input_layernorm.weight, torch.cat(three).t(),
+                       attention.o_proj.weight.t(), layer.post_attention_layernorm.weight,
+                       torch.cat(two).t(), mlp.down_proj.weight.t(),
+                       )  # fmt: skip
             self.layers.append(tuple(weight.detach().contiguous() for weight in weights))
         positions = torch.arange(config.max_position_embeddings)[None]
         cos, sin = decoder.rotary_emb(self.norm, positions)
         half = cos.shape[-1] // 2
         self._cos = cos[0, :, None]
-        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]  # the sign of rotate_half, so that a roll suffices
+        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]],
+                              -1)[:, None]  # the sign of rotate_half, so that a roll suffices
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), parameter._version) for parameter in self._decoder.parameters()]
+        return [(parameter.data_ptr(), parameter._version)
+                for parameter in self._decoder.parameters()]
 
     def current(self) -> bool:
         """False once a weight of the model was changed in place (training, loading)."""
@@ -105,14 +113,16 @@ class Steps:
         half = cos.shape[-1] // 2
         mask = torch.ones(n, end, dtype=torch.bool).tril_(start) if n > 1 else None
         x = embeds
-        for (before, to_qkv, out, after, to_gate_up, down), keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        for (before, to_qkv, out, after, to_gate_up,
+             down), keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             qkv = (F.rms_norm(x, (width,), before, self.eps) @ to_qkv).view(n, 3 * heads, -1)
-            query_key = qkv[:, : 2 * heads]
+            query_key = qkv[:, :2 * heads]
             query_key = torch.addcmul(query_key * cos, query_key.roll(half, -1), sin)
             keys[:, start:end] = query_key[:, heads:].transpose(0, 1)
-            values[:, start:end] = qkv[:, 2 * heads :].transpose(0, 1)
+            values[:, start:end] = qkv[:, 2 * heads:].transpose(0, 1)
             query = query_key[:, :heads].transpose(0, 1)
-            mixed = F.scaled_dot_product_attention(query[None], keys[None, :, :end], values[None, :, :end], attn_mask=mask)[0]
+            mixed = F.scaled_dot_product_attention(query[None], keys[None, :, :end],
+                                                   values[None, :, :end], attn_mask=mask)[0]
             x = x + mixed.transpose(0, 1).reshape(n, width) @ out
             gate, up = (F.rms_norm(x, (width,), after, self.eps) @ to_gate_up).chunk(2, -1)
             x = x + (F.silu(gate) * up) @ down

@@ -1,1 +1,2 @@
-"""Typed parameters, running and sweeping notebooks, their committed form, and the offline report."""
+"""Typed parameters, running and sweeping notebooks, their committed form, and the offline
+report."""

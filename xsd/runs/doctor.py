@@ -1,4 +1,5 @@
-"""``xsd doctor``: what of this machine and installation is in order, what is not, and what to do about it.
+"""``xsd doctor``: what of this machine and installation is in order, what is not, and what to do
+about it.
 
 A pair of models is looked at by :mod:`xsd.steps.checkup`; this room knows no model.
 """
@@ -16,21 +17,13 @@ from typing import Literal
 
 from xsd.core import ROOT
 
-NEEDED = (
-    "torch",
-    "transformers",
-    "safetensors",
-    "numpy",
-    "pandas",
-    "pyarrow",
-    "plotly",
-    "ipywidgets",
-    "anywidget",
-    "papermill",
-    "nbconvert",
-    "pydantic",
-)
-HELPFUL = {"bitsandbytes": "4-bit and 8-bit models", "peft": "level L6", "nbval": "make test", "playwright": "the browser test"}
+NEEDED = ("torch", "transformers", "safetensors", "numpy", "pandas", "pyarrow", "plotly",
+          "ipywidgets", "anywidget", "papermill", "nbconvert", "pydantic",
+          )
+HELPFUL = {
+    "bitsandbytes": "4-bit and 8-bit models", "peft": "level L6", "nbval": "make test",
+    "playwright": "the browser test"
+}
 LEAST_GB = 5
 
 
@@ -49,15 +42,17 @@ class Finding:
 def examine(*, pair: str = "") -> list[Finding]:
     """Python, packages, disk, processors, GPU, browser. ``pair`` only changes the closing hint."""
     found = [
-        python(),
-        *packages(),
+        python(), *packages(),
         disk(ROOT),
-        Finding("ok", f"{os.cpu_count()} processor cores, {platform.system()} {platform.machine()}"),
+        Finding("ok",
+                f"{os.cpu_count()} processor cores, {platform.system()} {platform.machine()}"),
         gpu(),
         browser(),
     ]
     if not pair:
-        found.append(Finding("note", "models not looked at", "xsd doctor --pair embedded loads the shipped pair"))
+        found.append(
+            Finding("note", "models not looked at",
+                    "xsd doctor --pair embedded loads the shipped pair"))
     return found
 
 
@@ -68,7 +63,6 @@ def python() -> Finding:
 
 def packages() -> list[Finding]:
     """Versions of what is installed; what is missing, with what it is for."""
-
     def version(name: str) -> str | None:
         try:
             return metadata.version(name)
@@ -76,9 +70,19 @@ def packages() -> list[Finding]:
             return None
 
     here = {name: version(name) for name in (*NEEDED, *HELPFUL)}
-    found = [Finding("ok", "packages " + ", ".join(f"{name} {number}" for name, number in here.items() if number))]
-    found += [Finding("bad", f"package {name} is missing", "run make demo or pip install -e .") for name in NEEDED if not here[name]]
-    found += [Finding("note", f"package {name} is missing", f"only needed for {use}") for name, use in HELPFUL.items() if not here[name]]
+    found = [
+        Finding(
+            "ok",
+            "packages " + ", ".join(f"{name} {number}" for name, number in here.items() if number))
+    ]
+    found += [
+        Finding("bad", f"package {name} is missing", "run make demo or pip install -e .")
+        for name in NEEDED if not here[name]
+    ]
+    found += [
+        Finding("note", f"package {name} is missing", f"only needed for {use}")
+        for name, use in HELPFUL.items() if not here[name]
+    ]
     return found
 
 
@@ -87,8 +91,8 @@ def disk(folder: Path) -> Finding:
     free = shutil.disk_usage(folder).free / 1e9
     if free < LEAST_GB:
         return Finding(
-            "bad", f"{free:.1f} GB free at {folder}", f"{LEAST_GB} GB are needed for the installation and a demo run; free some space"
-        )
+            "bad", f"{free:.1f} GB free at {folder}",
+            f"{LEAST_GB} GB are needed for the installation and a demo run; free some space")
     return Finding("ok", f"{free:.0f} GB free at {folder}")
 
 
@@ -101,7 +105,8 @@ def gpu() -> Finding:
     if not torch.cuda.is_available():
         return Finding("note", "no GPU", "the embedded pair needs none; 7B checkpoints do")
     names = [
-        f"{torch.cuda.get_device_name(i)} ({torch.cuda.get_device_properties(i).total_memory / 1e9:.0f} GB)"
+        f"{torch.cuda.get_device_name(i)} "
+        f"({torch.cuda.get_device_properties(i).total_memory / 1e9:.0f} GB)"
         for i in range(torch.cuda.device_count())
     ]
     return Finding("ok", f"GPU {', '.join(names)}, CUDA {torch.version.cuda}")
@@ -112,14 +117,12 @@ def browser_path() -> str | None:
     named = os.environ.get("BROWSER_PATH")
     if named and Path(named).is_file():
         return named
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    return next((path for name in ("chromium", "chromium-browser", "google-chrome")
+                 if (path := shutil.which(name))), None)
 
 
 def browser() -> Finding:
     """Whether a Chromium is installed."""
     path = browser_path()
-    return (
-        Finding("ok", f"browser {path}")
-        if path
-        else Finding("note", "no Chromium", "only PNG export and the browser test need one (BROWSER_PATH)")
-    )
+    return (Finding("ok", f"browser {path}") if path else Finding(
+        "note", "no Chromium", "only PNG export and the browser test need one (BROWSER_PATH)"))

@@ -33,13 +33,15 @@ if TYPE_CHECKING:
 
 
 def resolve(run_dir: str | os.PathLike[str]) -> Path:
-    """An absolute folder; relative names are taken from the checkout, never from the working directory."""
+    """An absolute folder; relative names are taken from the checkout, never from the working
+    directory."""
     path = Path(run_dir)
     return path if path.is_absolute() else ROOT / path
 
 
 def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str, Any]) -> Path:
-    """Write ``results/<name>.json``. values: nested dict of plain numbers and texts (``value``, ``low``, ``high``, ``n``, ``kind``)."""
+    """Write ``results/<name>.json``. values: nested dict of plain numbers and texts (``value``,
+    ``low``, ``high``, ``n``, ``kind``)."""
     target = resolve(run_dir) / "results" / f"{name}.json"
     write_json(target, numbers.plain(values))
     return target
@@ -49,12 +51,16 @@ def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """All results of a run by name. Raises: ParameterError when the run has none."""
     files = sorted((resolve(run_dir) / "results").glob("*.json"))
     if not files:
-        raise ParameterError(f"the run {run_dir} holds no results; run notebooks 01 to 05 with run_dir={run_dir} first")
+        raise ParameterError(
+            f"the run {run_dir} holds no results; run notebooks 01 to 05 with run_dir={run_dir} "
+            "first"
+        )
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
 def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | None:
-    """The hashes of the data sets that a run extracted from, first 16 digits each, joined by "+"; None where it holds no extraction."""
+    """The hashes of the data sets that a run extracted from, first 16 digits each, joined by "+";
+    None where it holds no extraction."""
     path = resolve(run_dir) / "results" / "extract.json"
     if not path.is_file():
         return None
@@ -71,36 +77,48 @@ def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
 
 
 def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """The token table of a run, with ``run`` set to the folder's name where it is absent. Raises: ParameterError when there is none."""
+    """The token table of a run, with ``run`` set to the folder's name where it is absent. Raises:
+    ParameterError when there is none."""
     import pandas as pd
 
     path = resolve(run_dir) / "tokens.parquet"
     if not path.is_file():
-        raise ParameterError(f"the run {run_dir} has no token table; run notebook 04 with run_dir={run_dir} first")
+        raise ParameterError(
+            f"the run {run_dir} has no token table; run notebook 04 with run_dir={run_dir} first")
     tokens = pd.read_parquet(path)
     return tokens if "run" in tokens.columns else tokens.assign(run=path.parent.name)
 
 
-def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generation], texts: Mapping[int, str], **about: Any) -> Path:
-    """Write one sample's live generations. texts: token id → its text. about: question, sequence, clip, data."""
+def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generation],
+              texts: Mapping[int, str], **about: Any) -> Path:
+    """Write one sample's live generations. texts: token id → its text. about: question, sequence,
+    clip, data."""
     target = resolve(run_dir) / "live.json"
     runs = {arm: dataclasses.asdict(generation) for arm, generation in generations.items()}
     write_json(
-        target, {"generations": runs, "order": list(generations), "texts": {str(key): text for key, text in texts.items()}, "about": about}
-    )
+        target, {
+            "generations": runs, "order": list(generations),
+            "texts": {str(key): text for key, text in texts.items()}, "about": about
+        })
     return target
 
 
-def load_live(run_dir: str | os.PathLike[str]) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
-    """generations by arm, texts by token id, and about. Raises: ParameterError when notebook 05 has not run."""
+def load_live(
+    run_dir: str | os.PathLike[str]
+) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
+    """generations by arm, texts by token id, and about. Raises: ParameterError when notebook 05 has
+    not run."""
     path = resolve(run_dir) / "live.json"
     if not path.is_file():
-        raise ParameterError(f"the run {run_dir} has no live run; run notebook 05 with run_dir={run_dir} first")
+        raise ParameterError(
+            f"the run {run_dir} has no live run; run notebook 05 with run_dir={run_dir} first")
     return live_of(json.loads(path.read_text(encoding="utf-8")))
 
 
-def live_of(stored: Mapping[str, Any]) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
-    """generations, texts and about of what :func:`save_live` wrote; results hold the same record as ``live/timeline`` (seconds)."""
+def live_of(
+        stored: Mapping[str, Any]) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
+    """generations, texts and about of what :func:`save_live` wrote; results hold the same record as
+    ``live/timeline`` (seconds)."""
     generations = {arm: _generation(stored["generations"][arm]) for arm in stored["order"]}
     return generations, {int(key): text for key, text in stored["texts"].items()}, stored["about"]
 

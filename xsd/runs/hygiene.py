@@ -1,7 +1,8 @@
-"""The one form in which a notebook is committed, and what nbval can compare: refresh executes and normalises, problems says what is wrong.
+"""The one form in which a notebook is committed, and what nbval can compare: refresh executes and
+normalises, problems says what is wrong.
 
-Cells are tagged ``nbval-ignore-output`` where a picture, a widget or a time is shown; every other cell with an output is *golden*:
-nbval compares it.
+Cells are tagged ``nbval-ignore-output`` where a picture, a widget or a time is shown; every other
+cell with an output is *golden*: nbval compares it.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ METADATA = {
 
 
 def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A copy with plain metadata, only tags on cells, execution counts in order, no outputs in ignored cells (a null count: run,
-    not compared)."""
+    """A copy with plain metadata, only tags on cells, execution counts in order, no outputs in
+    ignored cells (a null count: run, not compared)."""
     clean = nbformat.from_dict(notebook)
     clean.metadata = nbformat.from_dict(METADATA)
     clean.nbformat, clean.nbformat_minor = 4, 5
@@ -59,7 +60,8 @@ def text_of(notebook: nbformat.NotebookNode) -> str:
 
 
 def refresh(path: str | os.PathLike[str], *, timeout_s: int = 900) -> None:
-    """Execute in the notebook's folder, with default parameters and a quiet environment, and store the normalised result.
+    """Execute in the notebook's folder, with default parameters and a quiet environment, and store
+    the normalised result.
 
     Raises: notebooks.NotebookError when a cell fails; the file is then left as it was.
     """
@@ -68,19 +70,16 @@ def refresh(path: str | os.PathLike[str], *, timeout_s: int = 900) -> None:
 
     path = Path(path)
     notebook = nbformat.read(path, 4)
-    client = NotebookClient(
-        notebook,
-        timeout=timeout_s,
-        kernel_name="python3",
-        record_timing=False,
-        resources={"metadata": {"path": str(path.parent.resolve())}},
-    )
+    client = NotebookClient(notebook, timeout=timeout_s, kernel_name="python3", record_timing=False,
+                            resources={"metadata": {"path": str(path.parent.resolve())}},
+                            )
     environment = {**os.environ, **notebooks.QUIET}
     try:
         client.execute(env=environment)
     except CellExecutionError as error:
         raise notebooks.NotebookError(
-            f"notebook {path.name} does not run: {error.ename}: {error.evalue}; {path} was left as it was"
+            f"notebook {path.name} does not run: {error.ename}: {error.evalue}; {path} was left as "
+            "it was"
         ) from error
     atomic_write(path, text_of(notebook))
 
@@ -93,20 +92,27 @@ def normalise(path: str | os.PathLike[str]) -> None:
 def parameters_cell(notebook: nbformat.NotebookNode) -> dict[str, Any]:
     """Names and literal values of the one cell tagged ``parameters``.
 
-    Raises: ParameterError when there is not exactly one such cell or it holds more than ``name: type = literal`` lines.
+    Raises: ParameterError when there is not exactly one such cell or it holds more than ``name:
+    type = literal`` lines.
     """
     cells = [cell for cell in notebook.cells if "parameters" in cell.metadata.get("tags", [])]
     if len(cells) != 1:
-        raise ParameterError(f"a notebook has exactly one cell tagged 'parameters', this one has {len(cells)}")
+        raise ParameterError(
+            f"a notebook has exactly one cell tagged 'parameters', this one has {len(cells)}")
     values = {}
     for line in ast.parse(cells[0].source).body:
-        target = line.target if isinstance(line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
+        target = line.target if isinstance(
+            line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
         if not isinstance(target, ast.Name) or line.value is None:
-            raise ParameterError(f"the parameters cell holds only lines such as seed: int = 0, not {ast.unparse(line)!r}")
+            raise ParameterError(
+                "the parameters cell holds only lines such as seed: int = 0, not "
+                f"{ast.unparse(line)!r}"
+            )
         try:
             values[target.id] = ast.literal_eval(line.value)
         except ValueError:
-            raise ParameterError(f"the parameters cell holds plain literals, not {ast.unparse(line)!r}") from None
+            raise ParameterError(
+                f"the parameters cell holds plain literals, not {ast.unparse(line)!r}") from None
     return values
 
 
@@ -116,20 +122,29 @@ def problems(path: str | os.PathLike[str]) -> list[str]:
     notebook = nbformat.read(path, 4)
     found = []
     if path.stat().st_size > MAX_BYTES:
-        found.append(f"is {path.stat().st_size / 1000:.0f} kB, at most {MAX_BYTES / 1000:.0f} kB are allowed")
+        found.append(
+            f"is {path.stat().st_size / 1000:.0f} kB, at most {MAX_BYTES / 1000:.0f} kB are allowed"
+        )
     try:
         cell_values = parameters_cell(notebook)
         model = parameters.model_of(path.stem)
         defaults = model.checked({}).model_dump()
         for name in sorted(set(cell_values) ^ set(defaults)):
-            found.append(f"parameter {name!r} is in only one of the parameters cell and {model.__name__}")
+            found.append(
+                f"parameter {name!r} is in only one of the parameters cell and {model.__name__}")
         for name in sorted(set(cell_values) & set(defaults)):
             if cell_values[name] != defaults[name]:
-                found.append(f"parameter {name!r} is {cell_values[name]!r} in the cell but {defaults[name]!r} in {model.__name__}")
+                found.append(
+                    f"parameter {name!r} is {cell_values[name]!r} in the cell but "
+                    f"{defaults[name]!r} in {model.__name__}"
+                )
     except (ParameterError, SyntaxError) as error:
         found.append(str(error))
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    golden = [cell for cell in code if cell.get("outputs") and not IGNORED & set(cell.metadata.get("tags", []))]
+    golden = [
+        cell for cell in code
+        if cell.get("outputs") and not IGNORED & set(cell.metadata.get("tags", []))
+    ]
     if not any(cell.execution_count for cell in golden):
         found.append("has no compared cell, so nbval would check nothing")
     for cell in golden:
@@ -152,7 +167,10 @@ def committed() -> list[Path]:
 def check(paths: Iterable[str | os.PathLike[str]] | None = None) -> None:
     """Raises: HygieneError listing every problem of every notebook."""
     listed = [Path(path) for path in paths] if paths else committed()
-    lines = [f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path} {problem}" for path in listed for problem in problems(path)]
+    lines = [
+        f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path} {problem}"
+        for path in listed for problem in problems(path)
+    ]
     if lines:
         raise HygieneError("; ".join(lines))
 

@@ -1,8 +1,9 @@
-"""Numbers on a page come from ``results.json`` and from nowhere else: lookup by path, formatting, marking, and the check of a
-finished page.
+"""Numbers on a page come from ``results.json`` and from nowhere else: lookup by path, formatting,
+marking, and the check of a finished page.
 
-A path walks the nested results with slashes, ``levels/L4/accept@0.90/value``; list items are numbered from 0. A number is drawn as
-``<span data-key="path" data-format=".2f">1.23</span>``, so that a test (or a reader) can hold each one against the file.
+A path walks the nested results with slashes, ``levels/L4/accept@0.90/value``; list items are
+numbered from 0. A number is drawn as ``<span data-key="path" data-format=".2f">1.23</span>``, so
+that a test (or a reader) can hold each one against the file.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class ReportError(XsdError):
 
 
 def plain(values: Any) -> Any:
-    """Nested results as JSON can hold them: arrays as lists, numpy scalars as numbers, NaN and infinities as null, keys as texts."""
+    """Nested results as JSON can hold them: arrays as lists, numpy scalars as numbers, NaN and
+    infinities as null, keys as texts."""
     if isinstance(values, Mapping):
         return {str(key): plain(value) for key, value in values.items()}
     if isinstance(values, (list, tuple)):
@@ -36,7 +38,8 @@ def plain(values: Any) -> Any:
 
 
 def lookup(results: Mapping[str, Any], path: str) -> Any:
-    """The value at a path. Raises: ReportError naming the step that is missing and what stands there instead."""
+    """The value at a path. Raises: ReportError naming the step that is missing and what stands
+    there instead."""
     here: Any = results
     walked: list[str] = []
     for step in path.split("/"):
@@ -45,15 +48,16 @@ def lookup(results: Mapping[str, Any], path: str) -> Any:
         except (KeyError, IndexError, ValueError, TypeError):
             there = ", ".join(map(str, here)) if isinstance(here, Mapping) else type(here).__name__
             raise ReportError(
-                f"the results hold nothing at {path!r}: no {step!r} under {'/'.join(walked) or 'the top'} (there: {there})"
+                f"the results hold nothing at {path!r}: no {step!r} under "
+                f"{'/'.join(walked) or 'the top'} (there: {there})"
             ) from None
         walked.append(step)
     return here
 
 
 def written(value: Any, spec: str = "") -> str:
-    """A value as it stands on the page. spec: Python's format, ``x`` after it for a ratio (``.2fx`` → 1.07×); None and NaN become
-    an en dash."""
+    """A value as it stands on the page. spec: Python's format, ``x`` after it for a ratio (``.2fx``
+    → 1.07×); None and NaN become an en dash."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
     if spec.endswith("x"):
@@ -72,10 +76,14 @@ def kind_of(results: Mapping[str, Any], path: str) -> str:
 
 
 def number(results: Mapping[str, Any], path: str, spec: str = "") -> str:
-    """HTML of one number, marked with its path, format and kind. Raises: ReportError if it is not in the results."""
+    """HTML of one number, marked with its path, format and kind. Raises: ReportError if it is not
+    in the results."""
     value = lookup(results, path)
     if isinstance(value, (Mapping, list)):
-        raise ReportError(f"{path!r} of the results is not one number but a {type(value).__name__}; name one inside it")
+        raise ReportError(
+            f"{path!r} of the results is not one number but a {type(value).__name__}; name one "
+            "inside it"
+        )
     kind = kind_of(results, path)
     shown = html.escape(written(value, spec))
     key, form = html.escape(path, quote=True), html.escape(spec, quote=True)
@@ -86,10 +94,11 @@ _FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
 
 
 def prose(results: Mapping[str, Any], text: str) -> str:
-    """Escaped text in which ``{path:format}`` becomes a marked number; ``**bold**`` and `` `code` `` are honoured."""
+    """Escaped text in which ``{path:format}`` becomes a marked number; ``**bold**`` and `` `code`
+    `` are honoured."""
     parts, end = [], 0
     for found in _FIELD.finditer(text):
-        parts.append(html.escape(text[end : found.start()], quote=False))
+        parts.append(html.escape(text[end:found.start()], quote=False))
         parts.append(number(results, found.group(1).strip(), found.group(2) or ""))
         end = found.end()
     parts.append(html.escape(text[end:], quote=False))
@@ -102,8 +111,8 @@ _VOID = {"img", "br", "hr", "meta", "link", "input", "source", "col", "wbr"}
 
 
 class _Page(HTMLParser):
-    """Marked numbers with their text, and the text that stands outside marked numbers, scripts, code and plain regions."""
-
+    """Marked numbers with their text, and the text that stands outside marked numbers, scripts,
+    code and plain regions."""
     def __init__(self) -> None:
         super().__init__()
         self.open: list[tuple[str, bool]] = []
@@ -114,12 +123,8 @@ class _Page(HTMLParser):
         if tag in _VOID:
             return
         given = dict(attrs)
-        hidden = (
-            tag in ("script", "style", "code", "title")
-            or "data-plain" in given
-            or "data-key" in given
-            or bool(self.open and self.open[-1][1])
-        )
+        hidden = (tag in ("script", "style", "code", "title") or "data-plain" in given
+                  or "data-key" in given or bool(self.open and self.open[-1][1]))
         self.open.append((tag, hidden))
         if "data-key" in given:
             self.marked.append((given["data-key"] or "", given.get("data-format") or "", ""))
@@ -139,10 +144,11 @@ class _Page(HTMLParser):
 
 
 def disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
-    """Every number of a page that is not what ``results`` say, and every number in running text that is not marked; empty when the
-    page is true.
+    """Every number of a page that is not what ``results`` say, and every number in running text
+    that is not marked; empty when the page is true.
 
-    Scripts (see :func:`picture_disagreements`), code, and regions marked ``data-plain`` (token texts, provenance) are left out.
+    Scripts (see :func:`picture_disagreements`), code, and regions marked ``data-plain`` (token
+    texts, provenance) are left out.
     """
     parser = _Page()
     parser.feed(page)
@@ -153,7 +159,10 @@ def disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
         if shown != expected:
             found.append(f"{key} is shown as {shown!r} but the results say {expected!r}")
     for text in parser.loose:
-        found += [f"{stray.group(0)!r} in {text.strip()[:80]!r} is not taken from the results" for stray in _STRAY.finditer(text)]
+        found += [
+            f"{stray.group(0)!r} in {text.strip()[:80]!r} is not taken from the results"
+            for stray in _STRAY.finditer(text)
+        ]
     return found
 
 
@@ -172,36 +181,41 @@ def _values(node: Any) -> Iterator[float]:
 
 
 def picture_disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
-    """Every number drawn in a picture of a page that ``results`` do not hold; empty when the pictures are true.
+    """Every number drawn in a picture of a page that ``results`` do not hold; empty when the
+    pictures are true.
 
-    Looked at: x and y, a bar's start and end, the ends of error bars. Results in seconds may be drawn in milliseconds.
+    Looked at: x and y, a bar's start and end, the ends of error bars. Results in seconds may be
+    drawn in milliseconds.
     """
     held = {f"{value * scale:.6g}" for value in _values(results) for scale in (1, 1e3)} | {"0"}
     found = []
     for plot in _PLOT.finditer(page):
-        traces, _ = json.JSONDecoder().raw_decode(page[plot.end() :].replace("<\\/", "</"))
+        traces, _ = json.JSONDecoder().raw_decode(page[plot.end():].replace("<\\/", "</"))
         for trace in traces:
             along = "x" if trace.get("orientation") == "h" else "y"
             starts = trace.get("base") or []
             for axis in ("x", "y"):
                 drawn = list(_values(trace.get(axis)))
                 if starts and axis == along:
-                    drawn = [*starts, *(start + length for start, length in zip(starts, drawn, strict=True))]
+                    drawn = [
+                        *starts,
+                        *(start + length for start, length in zip(starts, drawn, strict=True))
+                    ]
                 errors = trace.get(f"error_{axis}", {})
                 for name, sign in (("array", 1), ("arrayminus", -1)):
                     pairs = zip(trace[axis], errors.get(name) or [], strict=False)
                     drawn += [value + sign * error for value, error in pairs if error is not None]
                 found += [
-                    f"{plot.group(1)} draws {value:.6g} in {trace.get('name')!r}, which is not in the results"
-                    for value in drawn
-                    if f"{value:.6g}" not in held
+                    f"{plot.group(1)} draws {value:.6g} in {trace.get('name')!r}, which is not in "
+                    "the results"
+                    for value in drawn if f"{value:.6g}" not in held
                 ]
     return found
 
 
 _REQUEST = re.compile(
-    r"""(?:src|href|action|poster|data)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?\s*(?:https?:)?//|@import""", re.IGNORECASE
-)
+    r"""(?:src|href|action|poster|data)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?\s*(?:https?:)?//|@import""",
+    re.IGNORECASE)
 
 
 class _Requests(HTMLParser):
@@ -214,8 +228,10 @@ class _Requests(HTMLParser):
         self._style = tag == "style"
         for name, value in attrs:
             value = (value or "").strip()
-            loads = name in ("src", "srcset", "poster", "data", "action") or (name == "href" and tag in ("link", "use", "image"))
-            if (loads and re.match(r"(?:https?:)?//", value)) or (name == "style" and _REQUEST.search(value)):
+            loads = name in ("src", "srcset", "poster", "data",
+                             "action") or (name == "href" and tag in ("link", "use", "image"))
+            if (loads and re.match(r"(?:https?:)?//", value)) or (name == "style"
+                                                                  and _REQUEST.search(value)):
                 self.found.append(f"<{tag} {name}={value[:100]!r}>")
 
     def handle_endtag(self, tag: str) -> None:
@@ -228,7 +244,8 @@ class _Requests(HTMLParser):
 
 
 def external_requests(page: str) -> list[str]:
-    """What an HTML page would load from elsewhere when opened (links that a reader may click do not count); empty for an offline page."""
+    """What an HTML page would load from elsewhere when opened (links that a reader may click do not
+    count); empty for an offline page."""
     parser = _Requests()
     parser.feed(page)
     parser.close()

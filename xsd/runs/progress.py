@@ -1,4 +1,5 @@
-"""tqdm that obeys TQDM_DISABLE in notebooks too (the notebook bar of tqdm 4.70 looks at its argument first and never at the variable)."""
+"""tqdm that obeys TQDM_DISABLE in notebooks too (the notebook bar of tqdm 4.70 looks at its
+argument first and never at the variable)."""
 
 from __future__ import annotations
 
@@ -8,7 +9,8 @@ from typing import Any
 
 
 def tqdm(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
-    """``tqdm.auto.tqdm`` with ``disable`` taken from TQDM_DISABLE unless given. Accepts what tqdm accepts."""
+    """``tqdm.auto.tqdm`` with ``disable`` taken from TQDM_DISABLE unless given. Accepts what tqdm
+    accepts."""
     from tqdm.auto import tqdm as bar
 
     options.setdefault("disable", os.environ.get("TQDM_DISABLE", "0") not in ("", "0"))

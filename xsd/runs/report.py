@@ -1,7 +1,9 @@
-"""The report: one offline HTML page that reads from top to bottom, ``results.json`` beside it, and the executed notebooks as pages.
+"""The report: one offline HTML page that reads from top to bottom, ``results.json`` beside it, and
+the executed notebooks as pages.
 
-Sections are data. Numbers are written only through xsd/runs/numbers.py, pictures are plotly figures inlined with one copy of
-plotly.js, and the same results give the same bytes (no date, no random id).
+Sections are data. Numbers are written only through xsd/runs/numbers.py, pictures are plotly figures
+inlined with one copy of plotly.js, and the same results give the same bytes (no date, no random
+id).
 """
 
 from __future__ import annotations
@@ -19,12 +21,16 @@ from xsd.runs import numbers
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
-PLOT_CONFIG = {"responsive": True, "displaylogo": False, "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]}
+PLOT_CONFIG = {
+    "responsive": True, "displaylogo": False,
+    "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]
+}
 
 
 @dataclass(frozen=True)
 class Text:
-    """Paragraphs (split at empty lines) with ``{path:format}`` numbers, ``**bold**``, `` `code` ``. note: drawn as a boxed remark."""
+    """Paragraphs (split at empty lines) with ``{path:format}`` numbers, ``**bold**``, `` `code` ``.
+    note: drawn as a boxed remark."""
 
     text: str
     note: bool = False
@@ -40,8 +46,8 @@ class Figure:
 
 @dataclass(frozen=True)
 class Column:
-    """One column of a Table. path: below the row's path, e.g. ``accept@0.90/value``; a path without ``/value`` may hold value,
-    low, high (interval)."""
+    """One column of a Table. path: below the row's path, e.g. ``accept@0.90/value``; a path without
+    ``/value`` may hold value, low, high (interval)."""
 
     title: str
     path: str
@@ -53,8 +59,8 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """rows: (label, path below which the row's numbers stand) or a string alone, which becomes a group heading. A missing cell
-    shows an en dash."""
+    """rows: (label, path below which the row's numbers stand) or a string alone, which becomes a
+    group heading. A missing cell shows an en dash."""
 
     rows: Sequence[tuple[str, str] | str]
     columns: Sequence[Column]
@@ -76,20 +82,17 @@ class Section:
     parts: Sequence[Text | Figure | Table | Html]
 
 
-def build_report(
-    results: Mapping[str, Any],
-    sections: Sequence[Section],
-    out_dir: str | Path,
-    *,
-    title: str,
-    lead: str = "",
-    notebooks: Sequence[str | Path] = (),
-) -> Path:
-    """Write ``index.html``, ``results.json`` and ``notebooks/*.html`` to ``out_dir``; returns the path of the page.
+def build_report(results: Mapping[str, Any], sections: Sequence[Section], out_dir: str | Path, *,
+                 title: str, lead: str = "", notebooks: Sequence[str | Path] = (),
+                 ) -> Path:
+    """Write ``index.html``, ``results.json`` and ``notebooks/*.html`` to ``out_dir``; returns the
+    path of the page.
 
-    results: nested dict of numbers; under ``provenance`` the record of :func:`xsd.core.provenance`, printed at the end. lead: the
+    results: nested dict of numbers; under ``provenance`` the record of :func:`xsd.core.provenance`,
+    printed at the end. lead: the
     summary under the title.
-    Raises: ReportError if a part asks for a number that is not there or the finished page shows one that is not from the results.
+    Raises: ReportError if a part asks for a number that is not there or the finished page shows one
+    that is not from the results.
     """
     out_dir = Path(out_dir)
     results = numbers.plain(results)
@@ -103,11 +106,15 @@ def build_report(
                 index += 1
             else:
                 parts.append(_part(results, part))
-        body.append(f'<section id="part-{position}"><h2>{numbers.prose(results, section.title)}</h2>{"".join(parts)}</section>')
+        body.append(
+            '<section '
+            f'id="part-{position}"><h2>{numbers.prose(results, section.title)}</h2>{"".join(parts)}</section>'
+        )
     page = _page(results, title, lead, sections, body, pages, with_figures=index > 0)
     wrong = numbers.disagreements(page, results)
     if wrong:
-        raise numbers.ReportError(f"the report shows numbers that are not from the results: {'; '.join(wrong[:5])}")
+        raise numbers.ReportError(
+            f"the report shows numbers that are not from the results: {'; '.join(wrong[:5])}")
     write_json(out_dir / "results.json", results)
     atomic_write(out_dir / "index.html", page)
     return out_dir / "index.html"
@@ -118,16 +125,19 @@ def _part(results: Mapping[str, Any], part: Text | Table | Html) -> str:
         return f'<div class="raw">{part.html}</div>'
     if isinstance(part, Table):
         return _table(results, part)
-    text = "".join(f"<p>{numbers.prose(results, one)}</p>" for one in re.split(r"\n\s*\n", part.text.strip()))
+    text = "".join(f"<p>{numbers.prose(results, one)}</p>"
+                   for one in re.split(r"\n\s*\n", part.text.strip()))
     return f'<div class="note">{text}</div>' if part.note else text
 
 
 def _figure(results: Mapping[str, Any], part: Figure, name: str) -> str:
     drawn = json.loads(part.figure.to_json())
-    title = (drawn["layout"].pop("title", None) or {}).get("text", "")  # as HTML it wraps on a narrow screen
+    title = (drawn["layout"].pop("title", None)
+             or {}).get("text", "")  # as HTML it wraps on a narrow screen
     drawn["layout"].setdefault("margin", {}).setdefault("t", 40)
     frames = json.dumps(drawn.get("frames", []), sort_keys=True)
-    data, layout, config = (json.dumps(one, sort_keys=True) for one in (drawn["data"], drawn["layout"], PLOT_CONFIG))
+    data, layout, config = (json.dumps(one, sort_keys=True)
+                            for one in (drawn["data"], drawn["layout"], PLOT_CONFIG))
     script = f'Plotly.newPlot("{name}",{data},{layout},{config})'
     if drawn.get("frames"):
         script += f'.then(function(){{Plotly.addFrames("{name}",{frames})}})'
@@ -135,27 +145,35 @@ def _figure(results: Mapping[str, Any], part: Figure, name: str) -> str:
     height = drawn["layout"].get("height", 450)
     caption = f"<figcaption>{numbers.prose(results, part.caption)}</figcaption>" if part.caption else ""
     heading = f'<div class="figure-title" data-plain="1">{html.escape(title)}</div>' if title else ""
-    plot = f'<div class="wide"><div id="{name}" class="plot" style="min-height:{height}px"></div></div>'
+    plot = (f'<div class="wide"><div id="{name}" class="plot" '
+            f'style="min-height:{height}px"></div></div>')
     return f"<figure>{heading}{plot}<script>{script}</script>{caption}</figure>"
 
 
 def _table(results: Mapping[str, Any], table: Table) -> str:
     def cell_value(row: tuple[str, str], column: Column) -> Any:
         try:
-            return numbers.lookup(results, f"{row[1]}/{column.path}" + ("/value" if column.interval else ""))
+            return numbers.lookup(results,
+                                  f"{row[1]}/{column.path}" + ("/value" if column.interval else ""))
         except numbers.ReportError:
             return None
 
     best: dict[int, Any] = {}
     for place, column in enumerate(table.columns):
-        values = [value for row in table.rows if not isinstance(row, str) and (value := cell_value(row, column)) is not None]
+        values = [
+            value for row in table.rows
+            if not isinstance(row, str) and (value := cell_value(row, column)) is not None
+        ]
         if column.best and values:
             best[place] = max(values) if column.best == "max" else min(values)
     head = "".join(f"<th>{numbers.prose(results, column.title)}</th>" for column in table.columns)
     lines = []
     for row in table.rows:
         if isinstance(row, str):
-            lines.append(f'<tr class="group"><th colspan="{len(table.columns) + 1}">{numbers.prose(results, row)}</th></tr>')
+            lines.append(
+                '<tr class="group"><th '
+                f'colspan="{len(table.columns) + 1}">{numbers.prose(results, row)}</th></tr>'
+            )
             continue
         cells = []
         for place, column in enumerate(table.columns):
@@ -163,9 +181,11 @@ def _table(results: Mapping[str, Any], table: Table) -> str:
             cells.append(
                 f"<td>{_cell(results, f'{row[1]}/{column.path}', column, value is not None and value == best.get(place), value)}</td>"
             )
-        lines.append(f'<tr><th data-plain="1">{numbers.prose(results, row[0])}</th>{"".join(cells)}</tr>')
+        lines.append(
+            f'<tr><th data-plain="1">{numbers.prose(results, row[0])}</th>{"".join(cells)}</tr>')
     caption = f"<caption>{numbers.prose(results, table.caption)}</caption>" if table.caption else ""
-    return f'<div class="wide"><table>{caption}<thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>'
+    return ('<div '
+            f'class="wide"><table>{caption}<thead><tr><th></th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table></div>')
 
 
 def _cell(results: Mapping[str, Any], path: str, column: Column, is_best: bool, value: Any) -> str:
@@ -176,7 +196,8 @@ def _cell(results: Mapping[str, Any], path: str, column: Column, is_best: bool, 
     if column.interval:
         node = numbers.lookup(results, path)
         if node.get("low") is not None and node.get("high") is not None:
-            low, high = (numbers.number(results, f"{path}/{end}", column.spec) for end in ("low", "high"))
+            low, high = (numbers.number(results, f"{path}/{end}", column.spec)
+                         for end in ("low", "high"))
             shown += f" <small>[{low}, {high}]</small>"
     return shown
 
@@ -216,44 +237,46 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere;background:#f6f8fa;padding:1em;b
 """
 
 
-def _page(
-    results: Mapping[str, Any],
-    title: str,
-    lead: str,
-    sections: Sequence[Section],
-    body: Sequence[str],
-    pages: Sequence[Path],
-    *,
-    with_figures: bool,
-) -> str:
-    contents = " ".join(f'<a href="#part-{place}">{numbers.prose(results, one.title)}</a>' for place, one in enumerate(sections))
+def _page(results: Mapping[str, Any], title: str, lead: str, sections: Sequence[Section],
+          body: Sequence[str], pages: Sequence[Path], *, with_figures: bool,
+          ) -> str:
+    contents = " ".join(f'<a href="#part-{place}">{numbers.prose(results, one.title)}</a>'
+                        for place, one in enumerate(sections))
     script = ""
     if with_figures:
         from plotly.offline import get_plotlyjs
 
         script = f"<script>{get_plotlyjs()}</script>"
-    links = "".join(f'<li><a href="notebooks/{html.escape(page.name)}">{html.escape(page.stem)}</a></li>' for page in pages)
+    links = "".join(
+        f'<li><a href="notebooks/{html.escape(page.name)}">{html.escape(page.stem)}</a></li>'
+        for page in pages)
     links = f'<section id="notebooks" data-plain="1"><h2>The executed notebooks</h2><ul>{links}</ul></section>' if links else ""
-    record = html.escape(json.dumps(results.get("provenance", {}), indent=1, sort_keys=True), quote=False)
+    record = html.escape(json.dumps(results.get("provenance", {}), indent=1, sort_keys=True),
+                         quote=False)
     origin = (
         '<section id="provenance"><h2>Where the numbers come from</h2>'
-        '<p>Every number on this page stands in <a href="results.json">results.json</a>; pointing at one shows its path there. '
-        '<span class="number predicted">Predicted</span> and <span class="number quoted">quoted</span> numbers look different '
-        'from measured ones.</p><details data-plain="1"><summary>Revision, versions, seed, data, device</summary>'
-        f"<pre>{record}</pre></details></section>"
-    )
-    paragraphs = "".join(f"<p>{numbers.prose(results, one)}</p>" for one in lead.split("\n\n") if one.strip())
+        '<p>Every number on this page stands in <a href="results.json">results.json</a>; pointing '
+        'at one shows its path there. '
+        '<span class="number predicted">Predicted</span> and <span class="number '
+        'quoted">quoted</span> numbers look different '
+        'from measured ones.</p><details data-plain="1"><summary>Revision, versions, seed, data, '
+        'device</summary>'
+        f"<pre>{record}</pre></details></section>")
+    paragraphs = "".join(f"<p>{numbers.prose(results, one)}</p>" for one in lead.split("\n\n")
+                         if one.strip())
     titles = "<script>document.querySelectorAll('[data-key]').forEach(function(e){e.title=e.dataset.key})</script>"
     return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<title>{html.escape(title)}</title><link rel="icon" href="data:,"><style>{STYLE}</style>{script}</head><body><main>'
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" '
+        'content="width=device-width, initial-scale=1">'
+        f'<title>{html.escape(title)}</title><link rel="icon" '
+        f'href="data:,"><style>{STYLE}</style>{script}</head><body><main>'
         f'<h1>{html.escape(title)}</h1><div class="lead">{paragraphs}</div>'
-        f"<nav>{contents}</nav>{''.join(body)}{links}{origin}</main>{titles}</body></html>\n"
-    )
+        f"<nav>{contents}</nav>{''.join(body)}{links}{origin}</main>{titles}</body></html>\n")
 
 
 def notebook_page(source: str | Path, folder: str | Path) -> Path:
-    """An executed notebook as an offline page whose figures stay interactive; plotly.js is written once, beside the pages.
+    """An executed notebook as an offline page whose figures stay interactive; plotly.js is written
+    once, beside the pages.
 
     Raises: ReportError if the page would load anything from elsewhere.
     """
@@ -288,8 +311,7 @@ def notebook_page(source: str | Path, folder: str | Path) -> Path:
     if loads:
         raise numbers.ReportError(
             f"the page of notebook {source.name} would load {loads[0]} when opened; "
-            "let the notebook show pictures as figures or inline images"
-        )
+            "let the notebook show pictures as figures or inline images")
     if "Plotly.newPlot" in page:
         from plotly.offline import get_plotlyjs
 
@@ -299,10 +321,10 @@ def notebook_page(source: str | Path, folder: str | Path) -> Path:
 
 
 def _notebook_figure(drawn: dict[str, Any], name: str, first: bool) -> str:
-    data, layout, frames, config = (
-        json.dumps(one, sort_keys=True).replace("</", "<\\/")
-        for one in (drawn["data"], drawn["layout"], drawn.get("frames", []), PLOT_CONFIG)
-    )
+    data, layout, frames, config = (json.dumps(one, sort_keys=True).replace("</", "<\\/")
+                                    for one in (drawn["data"], drawn["layout"],
+                                                drawn.get("frames", []), PLOT_CONFIG))
     library = '<script src="plotly.min.js"></script>' if first else ""
     add = f'.then(function(){{Plotly.addFrames("{name}",{frames})}})' if drawn.get("frames") else ""
-    return f'{library}<div id="{name}"></div><script>Plotly.newPlot("{name}",{data},{layout},{config}){add}</script>'
+    return (f'{library}<div '
+            f'id="{name}"></div><script>Plotly.newPlot("{name}",{data},{layout},{config}){add}</script>')

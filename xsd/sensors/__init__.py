@@ -1,1 +1,2 @@
-"""What the two sensors saw: event streams, event frames, video frames, the dataset folder, raw DSEC."""
+"""What the two sensors saw: event streams, event frames, video frames, the dataset folder, raw
+DSEC."""

@@ -1,4 +1,5 @@
-"""Raw DSEC sequences: events, rectified images and timestamps, cut into clips of the dataset folder (docs/sensors.md, section 6).
+"""Raw DSEC sequences: events, rectified images and timestamps, cut into clips of the dataset folder
+(docs/sensors.md, section 6).
 
 <sequence>/events/left/events.h5, rectify_map.h5      events 640 x 480, t in µs relative to t_offset
 <sequence>/images/left/rectified/000000.png …         1440 x 1080, 20 Hz
@@ -25,7 +26,8 @@ WIDTH, HEIGHT = 640, 480
 
 @dataclass(frozen=True)
 class DsecSequence:
-    """One raw sequence. image_times_us: int64 [T] absolute µs; image_paths: T files in the same order.
+    """One raw sequence. image_times_us: int64 [T] absolute µs; image_paths: T files in the same
+    order.
 
     rectify_path: None where the map is missing.
     """
@@ -38,35 +40,44 @@ class DsecSequence:
 
 
 def open_sequence(folder_path: str | Path) -> DsecSequence:
-    """Look at a raw sequence without reading its events. Raises: DatasetError for missing files or another number of times than images."""
+    """Look at a raw sequence without reading its events. Raises: DatasetError for missing files or
+    another number of times than images."""
     root = Path(folder_path)
     events_path, times_path = root / "events" / "left" / "events.h5", root / "images" / "timestamps.txt"
     images = root / "images" / "left" / "rectified"
     for path in (events_path, times_path, images):
         if not path.exists():
             raise DatasetError(
-                f"{root} is not a raw DSEC sequence: {path.relative_to(root)} is missing; unpack the sequence's archives there"
+                f"{root} is not a raw DSEC sequence: {path.relative_to(root)} is missing; unpack "
+                "the sequence's archives there"
             )
     try:
         times = np.array([int(line) for line in times_path.read_text().split()], np.int64)
     except ValueError as error:
-        raise DatasetError(f"{times_path} must hold one whole number (µs) a line: {error}") from error
+        raise DatasetError(
+            f"{times_path} must hold one whole number (µs) a line: {error}") from error
     paths = tuple(sorted(images.glob("*.png")))
     if len(paths) != len(times) or not len(paths):
-        raise DatasetError(f"{root}: {len(paths)} images but {len(times)} timestamps; unpack the images again")
+        raise DatasetError(
+            f"{root}: {len(paths)} images but {len(times)} timestamps; unpack the images again")
     if (np.diff(times) <= 0).any():
         raise DatasetError(f"{times_path}: the times do not rise; copy the file again")
     rectify = root / "events" / "left" / "rectify_map.h5"
-    return DsecSequence(root.name, events_path, rectify if rectify.is_file() else None, paths, times)
+    return DsecSequence(root.name, events_path, rectify if rectify.is_file() else None, paths,
+                        times)
 
 
-def read_window(sequence: DsecSequence, start_us: int, end_us: int, *, rectify: bool = False) -> Events:
+def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
+                rectify: bool = False) -> Events:
     """Events with start_us <= t < end_us on the image clock, read without loading the whole file.
 
-    ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms, so only the milliseconds around the window are read.
+    ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms, so only the milliseconds around the
+    window are read.
 
-    Args: start_us, end_us: absolute µs. rectify: move each event to its rectified pixel (rounded; those that leave the sensor are dropped).
-    Raises: EventError when the file is unreadable; DatasetError when the rectify map is wanted and missing.
+    Args: start_us, end_us: absolute µs. rectify: move each event to its rectified pixel (rounded;
+    those that leave the sensor are dropped).
+    Raises: EventError when the file is unreadable; DatasetError when the rectify map is wanted and
+    missing.
     """
     h5py = event_streams.h5_module(sequence.events_path)
     try:
@@ -80,62 +91,70 @@ def read_window(sequence: DsecSequence, start_us: int, end_us: int, *, rectify: 
             part = slice(int(index[first_ms]), last)
             columns = {name: group[name][part] for name in ("x", "y", "t", "p")}
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise EventError(f"{sequence.events_path} could not be read as DSEC events ({error}); download it again") from error
+        raise EventError(
+            f"{sequence.events_path} could not be read as DSEC events ({error}); download it again"
+        ) from error
     columns["t"] = columns["t"].astype(np.int64) + offset
-    events = event_streams.from_columns(columns, width=WIDTH, height=HEIGHT, name=str(sequence.events_path))
+    events = event_streams.from_columns(columns, width=WIDTH, height=HEIGHT,
+                                        name=str(sequence.events_path))
     events = events.between(start_us, end_us)
     return _rectified(sequence, events) if rectify else events
 
 
 def _rectified(sequence: DsecSequence, events: Events) -> Events:
     if sequence.rectify_path is None:
-        raise DatasetError(f"sequence {sequence.name} has no events/left/rectify_map.h5; unpack it or leave rectification out")
+        raise DatasetError(
+            f"sequence {sequence.name} has no events/left/rectify_map.h5; unpack it or leave "
+            "rectification out"
+        )
     h5py = event_streams.h5_module(sequence.rectify_path)
     try:
         with h5py.File(sequence.rectify_path, "r") as file:
             table = file["rectify_map"][:]
     except (OSError, KeyError) as error:
-        raise EventError(f"{sequence.rectify_path} could not be read ({error}); download it again") from error
+        raise EventError(
+            f"{sequence.rectify_path} could not be read ({error}); download it again") from error
     moved = np.rint(table[events.y, events.x]).astype(np.int64)
     kept = (moved >= 0).all(axis=1) & (moved[:, 0] < WIDTH) & (moved[:, 1] < HEIGHT)
     x, y = moved[kept].T.astype(np.uint16)
     return Events(x, y, events.t_us[kept], events.p[kept], WIDTH, HEIGHT)
 
 
-def windows(sequence: DsecSequence, clip_us: int = 1_000_000, hop_us: int = 500_000) -> list[tuple[int, int]]:
-    """Start and end (not included) of every whole clip on the image clock; the last image lasts one image interval."""
+def windows(sequence: DsecSequence, clip_us: int = 1_000_000,
+            hop_us: int = 500_000) -> list[tuple[int, int]]:
+    """Start and end (not included) of every whole clip on the image clock; the last image lasts one
+    image interval."""
     times = sequence.image_times_us
     end = int(times[-1]) + (int(np.median(np.diff(times))) if len(times) > 1 else 0)
     return [(start, start + clip_us) for start in range(int(times[0]), end - clip_us + 1, hop_us)]
 
 
-def prepare(
-    source: str | Path,
-    root: str | Path,
-    *,
-    split: str,
-    clip_us: int = 1_000_000,
-    hop_us: int = 500_000,
-    n_video: int = 8,
-    video_size: tuple[int, int] | None = None,
-    canvas: frames.Canvas = "slice",
-    rectify: bool = False,
-    progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, Any]:
+def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 1_000_000,
+            hop_us: int = 500_000, n_video: int = 8, video_size: tuple[int, int] | None = None,
+            canvas: frames.Canvas = "slice", rectify: bool = False,
+            progress: Callable[[str, int, int], None] | None = None,
+            ) -> dict[str, Any]:
     """Cut every raw sequence under ``source`` (or ``source`` itself) into a dataset folder.
 
-    A finished sequence is in the index and is not made again, so a stopped run continues with the next one.
+    A finished sequence is in the index and is not made again, so a stopped run continues with the
+    next one.
 
-    Args: video_size: width and height to resize the images to (as they are if not given). canvas: of the event frames; the official
+    Args: video_size: width and height to resize the images to (as they are if not given). canvas:
+    of the event frames; the official
         one by default. progress: called with sequence, clips done, clips in all.
-    Returns: {sequences, clips, skipped (too few events), resumed (sequences that were there), notes}.
-    Raises: DatasetError when there is no raw sequence; what :func:`read_window` raises; StorageError when the disk is full.
+    Returns: {sequences, clips, skipped (too few events), resumed (sequences that were there),
+    notes}.
+    Raises: DatasetError when there is no raw sequence; what :func:`read_window` raises;
+    StorageError when the disk is full.
     """
     source, root = Path(source), Path(root)
-    places = [source] if (source / "events").is_dir() else sorted(path.parent for path in source.glob("*/events") if path.is_dir())
+    places = [source] if (source / "events").is_dir() else sorted(
+        path.parent for path in source.glob("*/events") if path.is_dir())
     if not places:
-        raise DatasetError(f"there is no raw DSEC sequence in {source}; expected <sequence>/events/left/events.h5")
-    done = {record.sequence for record in folder.open_folder(root)} if (root / folder.INDEX).is_file() else set()
+        raise DatasetError(
+            f"there is no raw DSEC sequence in {source}; expected <sequence>/events/left/events.h5")
+    done = {record.sequence
+            for record in folder.open_folder(root)} if (root / folder.INDEX).is_file() else set()
     summary: dict[str, Any] = {"sequences": 0, "clips": 0, "skipped": 0, "resumed": 0, "notes": []}
     for place in places:
         if place.name in done:
@@ -146,18 +165,21 @@ def prepare(
         with folder.FolderWriter(root, split, source="recorded") as writer:
             for k, (start_us, end_us) in enumerate(cuts):
                 events = read_window(sequence, start_us, end_us, rectify=rectify)
-                inside = np.flatnonzero((sequence.image_times_us >= start_us) & (sequence.image_times_us < end_us))
+                inside = np.flatnonzero((sequence.image_times_us >= start_us)
+                                        & (sequence.image_times_us < end_us))
                 if len(events) < 5 or len(inside) == 0:
                     summary["skipped"] += 1
                     continue
                 note = event_streams.official_limit_note(events)
                 if note and not summary["notes"]:
                     summary["notes"].append(f"{place.name}/{k:06d}: {note}")
-                video = np.stack(
-                    [_image(sequence.image_paths[inside[i]], video_size) for i in frames.uniform_indices(len(inside), n_video)]
-                )
+                video = np.stack([
+                    _image(sequence.image_paths[inside[i]], video_size)
+                    for i in frames.uniform_indices(len(inside), n_video)
+                ])
                 pictures = frames.event_frames(events, 5, canvas=canvas)
-                writer.add(place.name, f"{k:06d}", events=events, video=video, event_frames=pictures, t_us=(start_us, end_us))
+                writer.add(place.name, f"{k:06d}", events=events, video=video,
+                           event_frames=pictures, t_us=(start_us, end_us))
                 summary["clips"] += 1
                 if progress:
                     progress(place.name, k + 1, len(cuts))
@@ -167,4 +189,5 @@ def prepare(
 
 def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     picture = frames.read_image(path)
-    return picture if size is None else np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+    return picture if size is None else np.asarray(
+        Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))

@@ -1,11 +1,12 @@
-"""The dataset folder: clips of events and video with an index, read as users have it, written the same way (docs/sensors.md, section 5).
+"""The dataset folder: clips of events and video with an index, read as users have it, written the
+same way (docs/sensors.md, section 5).
 
     <root>[/<split>]/EventGPT_Instruction_Subset.json   list of {id, split, event_data, video_data, mp4_data, event_image, event_image_1f}
         event_npy/<seq>/<clip>.npy   event_image/<seq>/<clip>_0.png … _4.png   event_image_1f/<seq>/<clip>_0.png
         video/<seq>/<clip>/*.png     mp4/<seq>/<clip>.mp4 (optional)           questions.json, facts.json (optional)
 
-Our own folders add ``t_us`` and ``source`` to an index entry; a folder without them reads unchanged. Clips of one sequence overlap, so
-everything statistical goes by sequence.
+Our own folders add ``t_us`` and ``source`` to an index entry; a folder without them reads
+unchanged. Clips of one sequence overlap, so everything statistical goes by sequence.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ _CONTENT = ("event_npy", "event_image", "event_image_1f", "video", "mp4")
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """Where one clip's files are. Only ``root`` and the index have been looked at: a file may be missing until it is asked for."""
+    """Where one clip's files are. Only ``root`` and the index have been looked at: a file may be
+    missing until it is asked for."""
 
     root: Path
     split: str | None
@@ -51,14 +53,16 @@ class ClipRecord:
     source: str | None = None
 
 
-# --- reading -------------------------------------------------------------------------------------------------------------
+# --- reading
+# ------------------------------------------------------------------------------------------------
 
 
 def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
     """The clips of a dataset folder, in the order of its index.
 
-    With a split, ``root/<split>`` is taken where it has an index, else the entries of ``root`` with that split. Without one and without an
-    index in ``root``, all subfolders that have an index, in order of name.
+    With a split, ``root/<split>`` is taken where it has an index, else the entries of ``root`` with
+    that split. Without one and without an index in ``root``, all subfolders that have an index, in
+    order of name.
 
     Raises: DatasetError for a missing folder or index, a malformed entry, or a split with no clip.
     """
@@ -73,7 +77,10 @@ def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
             splits = sorted({str(record.split) for record in records})
             records = [record for record in records if record.split == split]
             if not records:
-                raise DatasetError(f"{root / INDEX} has no clip of split {split!r}; it has: {', '.join(splits) or 'no clip at all'}")
+                raise DatasetError(
+                    f"{root / INDEX} has no clip of split {split!r}; it has: "
+                    f"{', '.join(splits) or 'no clip at all'}"
+                )
         return records
     found = sorted(path.parent for path in root.glob(f"*/{INDEX}"))
     if split is not None or not found:
@@ -86,7 +93,8 @@ def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
 def _records(root: Path) -> list[ClipRecord]:
     entries = _read_json(root / INDEX)
     if not isinstance(entries, list):
-        raise DatasetError(f"{root / INDEX} holds a {type(entries).__name__}; expected a list of clips")
+        raise DatasetError(
+            f"{root / INDEX} holds a {type(entries).__name__}; expected a list of clips")
     records = []
     for number, entry in enumerate(entries):
         try:
@@ -94,7 +102,8 @@ def _records(root: Path) -> list[ClipRecord]:
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
             raise DatasetError(
-                f"{root / INDEX}: entry {number} is malformed ({reason}); a clip needs id, event_data and video_data"
+                f"{root / INDEX}: entry {number} is malformed ({reason}); a clip needs id, "
+                "event_data and video_data"
             ) from error
     return records
 
@@ -105,18 +114,14 @@ def _record(root: Path, entry: Mapping[str, Any]) -> ClipRecord:
     mp4 = _inside(entry.get("mp4_data") or f"{video}.mp4")
     t_us = entry.get("t_us")
     return ClipRecord(
-        root=root,
-        split=entry.get("split"),
-        id=str(entry["id"]),
-        sequence=events.parent.as_posix(),
-        clip=events.stem,
-        events_path=root / "event_npy" / events,
-        event_images=tuple(root / "event_image" / _inside(name) for name in entry.get("event_image") or ()),
-        event_images_1f=tuple(root / "event_image_1f" / _inside(name) for name in entry.get("event_image_1f") or ()),
-        video_dir=root / "video" / video,
-        mp4_path=root / "mp4" / mp4,
-        t_us=None if t_us is None else (int(t_us[0]), int(t_us[1])),
-        source=entry.get("source"),
+        root=root, split=entry.get("split"), id=str(entry["id"]), sequence=events.parent.as_posix(),
+        clip=events.stem, events_path=root / "event_npy" / events,
+        event_images=tuple(root / "event_image" / _inside(name)
+                           for name in entry.get("event_image") or ()),
+        event_images_1f=tuple(root / "event_image_1f" / _inside(name)
+                              for name in entry.get("event_image_1f") or ()),
+        video_dir=root / "video" / video, mp4_path=root / "mp4" / mp4,
+        t_us=None if t_us is None else (int(t_us[0]), int(t_us[1])), source=entry.get("source"),
     )
 
 
@@ -137,25 +142,31 @@ def _read_json(path: Path) -> Any:
 
 
 def load_events(record: ClipRecord) -> Events:
-    """The clip's events, checked. Raises: DatasetError when the file is missing, EventError when it is bad."""
+    """The clip's events, checked. Raises: DatasetError when the file is missing, EventError when it
+    is bad."""
     if not record.events_path.is_file():
         raise DatasetError(f"clip {record.id}: there is no event file {record.events_path}")
     return event_streams.read_events(record.events_path)
 
 
 def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
-    """The clip's stored event images where there are ``n_event_frames`` of them and all files are there, else none."""
-    stored = {len(paths): paths for paths in (record.event_images, record.event_images_1f)}.get(n_event_frames, ())
+    """The clip's stored event images where there are ``n_event_frames`` of them and all files are
+    there, else none."""
+    stored = {len(paths): paths
+              for paths in (record.event_images, record.event_images_1f)}.get(n_event_frames, ())
     return stored if all(path.is_file() for path in stored) else ()
 
 
-def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5, canvas: frames.Canvas | None = None) -> Sample:
+def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
+                canvas: frames.Canvas | None = None) -> Sample:
     """One clip with one question, as both models see it.
 
-    Event frames are the stored images where there are ``n_event_frames`` of them and no canvas is asked for, else painted from the events
-    on ``canvas`` (``slice`` by default). Video is 8 frames, uniformly sampled from the folder of images, else from the mp4.
+    Event frames are the stored images where there are ``n_event_frames`` of them and no canvas is
+    asked for, else painted from the events on ``canvas`` (``slice`` by default). Video is 8 frames,
+    uniformly sampled from the folder of images, else from the mp4.
 
-    Raises: DatasetError for a question of zero length or missing files; EventError and VideoError for bad ones.
+    Raises: DatasetError for a question of zero length or missing files; EventError and VideoError
+    for bad ones.
     """
     if not question.strip():
         raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
@@ -163,64 +174,76 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5, c
     if canvas is None and stored:
         pictures = [frames.read_image(path) for path in stored]
     else:
-        pictures = frames.event_frames(load_events(record), n_event_frames, canvas=canvas or "slice")
-    return Sample(
-        sequence=record.sequence,
-        clip=record.clip,
-        question=question,
-        event_frames=pictures,
-        video=load_video(record),
-        t_us=record.t_us,
-        split=record.split,
-        source=record.source or record.root.name,
-    )
+        pictures = frames.event_frames(load_events(record), n_event_frames, canvas=canvas
+                                       or "slice")
+    return Sample(sequence=record.sequence, clip=record.clip, question=question,
+                  event_frames=pictures, video=load_video(record), t_us=record.t_us,
+                  split=record.split, source=record.source or record.root.name,
+                  )
 
 
 def load_video(record: ClipRecord, n_frames: int = 8) -> np.ndarray:
-    """uint8 [n_frames, H, W, 3] from the folder of images, else from the mp4. Raises: DatasetError when the clip has neither."""
+    """uint8 [n_frames, H, W, 3] from the folder of images, else from the mp4. Raises: DatasetError
+    when the clip has neither."""
     if record.video_dir.is_dir():
         return frames.read_video(record.video_dir, n_frames)
     if record.mp4_path.is_file():
         return frames.read_video(record.mp4_path, n_frames)
-    raise DatasetError(f"clip {record.id} has no video: neither the folder {record.video_dir} nor the file {record.mp4_path} is there")
+    raise DatasetError(
+        f"clip {record.id} has no video: neither the folder {record.video_dir} nor the file "
+        f"{record.mp4_path} is there"
+    )
 
 
 def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> None:
     """Write ``[{question, count}, …]``, the most frequent first (ties keep their order)."""
-    write_json(path, [{"question": text, "count": int(count)} for text, count in sorted(questions, key=lambda item: -item[1])])
+    write_json(path, [{"question": text, "count": int(count)}
+                      for text, count in sorted(questions, key=lambda item: -item[1])])
 
 
 def read_questions(path: str | Path, n: int = 10) -> list[str]:
-    """The n most frequent questions of a file (or of a folder's questions.json). Raises: DatasetError for a malformed or empty list."""
+    """The n most frequent questions of a file (or of a folder's questions.json). Raises:
+    DatasetError for a malformed or empty list."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
     entries = _read_json(path)
     try:
         ordered = sorted(entries, key=lambda entry: -entry.get("count", 0))
         questions = [str(entry["question"]) for entry in ordered][:n]
     except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(f"{path} is malformed; expected a list of {{question, count}}") from error
+        raise DatasetError(
+            f"{path} is malformed; expected a list of {{question, count}}") from error
     if not questions or not all(question.strip() for question in questions):
-        raise DatasetError(f"{path} holds no question, or one of zero length; expected a list of {{question, count}}")
+        raise DatasetError(
+            f"{path} holds no question, or one of zero length; expected a list of {{question, "
+            "count}"
+        )
     return questions
 
 
 def read_facts(root: str | Path) -> dict[str, Any]:
-    """What is true of each clip, by its id; empty where the folder does not say (real recordings)."""
+    """What is true of each clip, by its id; empty where the folder does not say (real
+    recordings)."""
     path = Path(root) / FACTS
     return _read_json(path) if path.is_file() else {}
 
 
 def data_hash(root: str | Path) -> str:
-    """sha256 over names and bytes of the index, questions, facts and every file of the layout, in order of name."""
+    """sha256 over names and bytes of the index, questions, facts and every file of the layout, in
+    order of name."""
     root = Path(root)
-    roots = [root] if (root / INDEX).is_file() else sorted(path.parent for path in root.glob(f"*/{INDEX}"))
+    roots = [root] if (root / INDEX).is_file() else sorted(path.parent
+                                                           for path in root.glob(f"*/{INDEX}"))
     if not roots:
-        raise DatasetError(f"there is no {INDEX} in {root} nor in its subfolders; give the folder that holds it")
+        raise DatasetError(
+            f"there is no {INDEX} in {root} nor in its subfolders; give the folder that holds it")
     files = []
     for place in roots:
         files += [place / name for name in (INDEX, QUESTIONS, FACTS) if (place / name).is_file()]
         for name in _CONTENT:
-            files += [path for path in (place / name).rglob("*") if path.is_file() and not path.name.startswith(".")]
+            files += [
+                path for path in (place / name).rglob("*")
+                if path.is_file() and not path.name.startswith(".")
+            ]
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         content = path.read_bytes()
@@ -228,66 +251,62 @@ def data_hash(root: str | Path) -> str:
     return digest.hexdigest()
 
 
-# --- writing -------------------------------------------------------------------------------------------------------------
+# --- writing
+# ------------------------------------------------------------------------------------------------
 
 
 class FolderWriter:
-    """Write clips into ``root`` (the folder that holds the index). The index comes last, so a broken run leaves no half clip in it.
+    """Write clips into ``root`` (the folder that holds the index). The index comes last, so a
+    broken run leaves no half clip in it.
 
-    A folder that already has an index is added to; a clip of the same name is replaced. Use as a context manager, or call :meth:`close`.
+    A folder that already has an index is added to; a clip of the same name is replaced. Use as a
+    context manager, or call :meth:`close`.
     """
-
     def __init__(self, root: str | Path, split: str, *, source: str | None = None) -> None:
         self.root, self.split, self.source = Path(root), split, source
         self._entries: dict[str, dict[str, Any]] = {}
         self._facts: dict[str, Any] = {}
         self._splits: dict[str, str] = {}
         if (self.root / INDEX).is_file():
-            for record, entry in zip(_records(self.root), _read_json(self.root / INDEX), strict=True):
+            for record, entry in zip(_records(self.root), _read_json(self.root / INDEX),
+                                     strict=True):
                 self._entries[record.id] = entry
                 self._splits[record.sequence] = str(record.split)
             self._facts = read_facts(self.root)
 
-    def add(
-        self,
-        sequence: str,
-        clip: str,
-        *,
-        events: Events,
-        video: np.ndarray,
-        event_frames: Sequence[np.ndarray] | None = None,
-        t_us: tuple[int, int] | None = None,
-        facts: Any = None,
-    ) -> str:
+    def add(self, sequence: str, clip: str, *, events: Events, video: np.ndarray,
+            event_frames: Sequence[np.ndarray] | None = None, t_us: tuple[int, int] | None = None,
+            facts: Any = None,
+            ) -> str:
         """Write one clip's files and remember its entry.
 
-        Args: video: uint8 [n, H, W, 3], written frame by frame. event_frames: the five pictures; painted on the sensor canvas if not given.
+        Args: video: uint8 [n, H, W, 3], written frame by frame. event_frames: the five pictures;
+        painted on the sensor canvas if not given.
             t_us: start and end on the sensor clock. facts: anything JSON can hold.
-        Returns: the clip's id. Raises: DatasetError when the sequence is already in another split; StorageError when the disk is full.
+        Returns: the clip's id. Raises: DatasetError when the sequence is already in another split;
+        StorageError when the disk is full.
         """
         other = self._splits.setdefault(sequence, self.split)
         if other != self.split:
             raise DatasetError(
-                f"sequence {sequence} is already in split {other!r}; clips of a sequence overlap, so it cannot also be in {self.split!r}"
+                f"sequence {sequence} is already in split {other!r}; clips of a sequence overlap, "
+                f"so it cannot also be in {self.split!r}"
             )
-        pictures = frames.event_frames(events, 5, canvas="sensor") if event_frames is None else list(event_frames)
+        pictures = frames.event_frames(
+            events, 5, canvas="sensor") if event_frames is None else list(event_frames)
         place, identity = f"{sequence}/{clip}", f"{sequence}/{clip}"
         event_streams.write_events(self.root / "event_npy" / f"{place}.npy", events)
         names = [f"{place}_{i}.png" for i in range(len(pictures))]
         for name, picture in zip(names, pictures, strict=True):
             _write_png(self.root / "event_image" / name, picture)
-        single = frames.event_frames(events, 1, canvas="sensor")[0] if len(events) else np.full_like(pictures[0], 255)
+        single = frames.event_frames(
+            events, 1, canvas="sensor")[0] if len(events) else np.full_like(pictures[0], 255)
         _write_png(self.root / "event_image_1f" / f"{place}_0.png", single)
         for i, picture in enumerate(video):
             _write_png(self.root / "video" / place / f"{i:06d}.png", picture)
         self._entries[identity] = {
-            "id": identity,
-            "split": self.split,
-            "event_data": f"{place}.npy",
-            "video_data": place,
-            "mp4_data": f"{place}.mp4",
-            "event_image": names,
-            "event_image_1f": [f"{place}_0.png"],
+            "id": identity, "split": self.split, "event_data": f"{place}.npy", "video_data": place,
+            "mp4_data": f"{place}.mp4", "event_image": names, "event_image_1f": [f"{place}_0.png"],
             "conversations": [],
             **({"t_us": [int(t_us[0]), int(t_us[1])]} if t_us is not None else {}),
             **({"source": self.source} if self.source is not None else {}),
@@ -311,7 +330,8 @@ class FolderWriter:
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:
-    """Plain writing, without a temporary name: nothing reads the file before the index lists it, and a clip has fourteen of them."""
+    """Plain writing, without a temporary name: nothing reads the file before the index lists it,
+    and a clip has fourteen of them."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
     try:

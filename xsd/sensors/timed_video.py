@@ -1,4 +1,5 @@
-"""A video with the time of each frame, small enough to keep: what the event-camera model needs of a real video."""
+"""A video with the time of each frame, small enough to keep: what the event-camera model needs of a
+real video."""
 
 from __future__ import annotations
 
@@ -13,17 +14,20 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, as cameras and PIL's "L" have it."""
 
 
-def read(path: str | Path, *, max_seconds: float = 10.0, max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+def read(path: str | Path, *, max_seconds: float = 10.0,
+         max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The first ``max_seconds`` of a video file. max_side: longer sides are scaled down to it.
 
-    Returns: frames uint8 [T, H, W, 3]; times_us int64 [T], rising, 0 at the first frame. A frame without a time gets the next one by
+    Returns: frames uint8 [T, H, W, 3]; times_us int64 [T], rising, 0 at the first frame. A frame
+    without a time gets the next one by
     the average rate. Raises: VideoError when it is missing, holds no frame or does not decode.
     """
     path = Path(path)
     try:
         import av
     except ImportError as error:
-        raise VideoError(f"{path}: reading video files needs the package av (pip install av)") from error
+        raise VideoError(
+            f"{path}: reading video files needs the package av (pip install av)") from error
     if not path.is_file():
         raise VideoError(f"{path}: there is no such video file")
     pictures: list[np.ndarray] = []
@@ -45,7 +49,9 @@ def read(path: str | Path, *, max_seconds: float = 10.0, max_side: int | None = 
                 pictures.append(_small(frame.to_ndarray(format="rgb24"), max_side))
                 times.append(time_us)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it again") from error
+        raise VideoError(
+            f"{path} does not decode as a video ({error}); it may be cut off: make it again"
+        ) from error
     if not pictures:
         raise VideoError(f"{path} holds no video frame")
     return np.stack(pictures), np.array(times, np.int64) - times[0]

@@ -1,11 +1,12 @@
-"""Which answers are read in what order, and which of them share a batch: numbers only, no state is touched.
+"""Which answers are read in what order, and which of them share a batch: numbers only, no state is
+touched.
 
     shards, in an order drawn by the seed       3 │ 0 │ 2 │ 1
     a buffer of shuffle_buffer answers          [ . . . . ]  one is drawn, the next of the shards takes its place
     a bucket a range of lengths                 1 │ 2 │ 3–4 │ 5–6 │ …       a batch is of one bucket
 
-An epoch is a function of (seed, epoch, lengths) alone. That is what makes it the same for any number of ranks and workers, and what lets a
-stream be taken up again at any batch.
+An epoch is a function of (seed, epoch, lengths) alone. That is what makes it the same for any
+number of ranks and workers, and what lets a stream be taken up again at any batch.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ Item = tuple[int, int]
 class BatchRule:
     """What a batch may hold.
 
-    batch_size: answers at most. tokens_per_batch: positions at most, padding included (answers × the longest of them).
-    max_padding: share of a batch's positions that padding stays below, in [0, 1); None does not look at lengths.
+    batch_size: answers at most. tokens_per_batch: positions at most, padding included (answers ×
+    the longest of them).
+    max_padding: share of a batch's positions that padding stays below, in [0, 1); None does not
+    look at lengths.
     Raises: ShardError for values that allow no batch.
     """
 
@@ -36,27 +39,34 @@ class BatchRule:
 
     def __post_init__(self) -> None:
         if self.batch_size is None and self.tokens_per_batch is None:
-            raise ShardError("a batch needs a bound; give batch_size (answers), tokens_per_batch (positions with padding), or both")
+            raise ShardError(
+                "a batch needs a bound; give batch_size (answers), tokens_per_batch (positions "
+                "with padding), or both"
+            )
         for name in ("batch_size", "tokens_per_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ShardError(f"{name}={value}; expected at least 1")
         if self.max_padding is not None and not 0 <= self.max_padding < 1:
-            raise ShardError(f"max_padding={self.max_padding}; expected a share in [0, 1), or None for batches of any lengths")
+            raise ShardError(
+                f"max_padding={self.max_padding}; expected a share in [0, 1), or None for batches "
+                "of any lengths"
+            )
 
     def full(self, n: int, longest: int) -> bool:
         """Whether n answers, the longest of that many positions, are more than a batch may hold."""
-        return (self.batch_size is not None and n > self.batch_size) or (
-            self.tokens_per_batch is not None and n * longest > self.tokens_per_batch
-        )
+        return (self.batch_size is not None
+                and n > self.batch_size) or (self.tokens_per_batch is not None
+                                             and n * longest > self.tokens_per_batch)
 
 
 class Buckets:
-    """Ranges of lengths, each at most 1 / (1 - max_padding) wide: in a batch of one range less than max_padding is padding.
+    """Ranges of lengths, each at most 1 / (1 - max_padding) wide: in a batch of one range less than
+    max_padding is padding.
 
-    Range k holds the lengths in (edge k-1, edge k]; with edge k ≤ edge k-1 / (1 - max_padding), shortest / longest > 1 - max_padding.
+    Range k holds the lengths in (edge k-1, edge k]; with edge k ≤ edge k-1 / (1 - max_padding),
+    shortest / longest > 1 - max_padding.
     """
-
     def __init__(self, max_padding: float | None) -> None:
         self.growth = None if max_padding is None else 1 / (1 - max_padding)
         self._edges = [1]
@@ -71,10 +81,10 @@ class Buckets:
         return bisect.bisect_left(self._edges, length)
 
 
-def shuffled(
-    shards: Sequence[int], items_of: Callable[[int], Iterable[Item]], *, seed: int | None, epoch: int, buffer: int
-) -> Iterator[Item]:
-    """Every item of the shards once; ``items_of`` is called when a shard's turn comes. seed None: as they stand."""
+def shuffled(shards: Sequence[int], items_of: Callable[[int], Iterable[Item]], *, seed: int | None,
+             epoch: int, buffer: int) -> Iterator[Item]:
+    """Every item of the shards once; ``items_of`` is called when a shard's turn comes. seed None:
+    as they stand."""
     if seed is None:
         for shard in shards:
             yield from items_of(shard)
@@ -95,9 +105,11 @@ def shuffled(
 
 
 def batched(items: Iterable[Item], rule: BatchRule) -> Iterator[list[int]]:
-    """Indices of one batch after another; each is given out when it is full, what is left of the buckets at the end, shortest first.
+    """Indices of one batch after another; each is given out when it is full, what is left of the
+    buckets at the end, shortest first.
 
-    Answers without a position are left out. Raises: ShardError for an answer longer than tokens_per_batch.
+    Answers without a position are left out. Raises: ShardError for an answer longer than
+    tokens_per_batch.
     """
     buckets = Buckets(rule.max_padding)
     open_batches: dict[int, tuple[list[int], int]] = {}
@@ -106,9 +118,9 @@ def batched(items: Iterable[Item], rule: BatchRule) -> Iterator[list[int]]:
             continue
         if rule.full(1, length):
             raise ShardError(
-                f"sample {index} has {length} positions but tokens_per_batch={rule.tokens_per_batch}; allow at least as many as the "
-                "longest answer has"
-            )
+                f"sample {index} has {length} positions but "
+                f"tokens_per_batch={rule.tokens_per_batch}; allow at least as many as the "
+                "longest answer has")
         bucket = buckets.of(length)
         chosen, longest = open_batches.get(bucket, ([], 0))
         longest = max(longest, length)

@@ -1,11 +1,13 @@
-"""Hidden states as the first scripts for this task left them (padded .pt files), read safely and converted to a run folder.
+"""Hidden states as the first scripts for this task left them (padded .pt files), read safely and
+converted to a run folder.
 
     chunked_train_1s_4bit/index.json          {"total_samples", "chunk_size", "chunks": [{"path", "start_idx", "n_samples"}], "config"}
     chunked_train_1s_4bit/chunks/chunk_000000.pt  {"egpt_hidden", "vl_hidden": [n, S, D] float32, "seq_lens": [n], "metadata": n dicts}
     hidden_states_train_1s_4bit_20260131_top10q.pt   one such dict with "config"
 
-Both models ran freely and each answer was cut to the shorter of the two, so the mode is free_running; the states are those that predict
-their token, after the final norm. Token ids were not kept: they read as -1 and the run is marked as having none.
+Both models ran freely and each answer was cut to the shorter of the two, so the mode is
+free_running; the states are those that predict their token, after the final norm. Token ids were
+not kept: they read as -1 and the run is marked as having none.
 """
 
 from __future__ import annotations
@@ -26,13 +28,18 @@ _NEEDED = ("egpt_hidden", "vl_hidden", "seq_lens")
 
 
 def _load(path: Path) -> Any:
-    """Tensors, numbers and texts only; nothing in the file is executed. Mapped, so that a chunk of 1.6 GB is not held at once."""
+    """Tensors, numbers and texts only; nothing in the file is executed. Mapped, so that a chunk of
+    1.6 GB is not held at once."""
     if not path.is_file():
-        raise ShardError(f"{path} is missing; copy it beside the others, or extract those samples again")
+        raise ShardError(
+            f"{path} is missing; copy it beside the others, or extract those samples again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise ShardError(f"{path} cannot be read ({str(error).strip().splitlines()[0]}); it is truncated or not such a file") from error
+        raise ShardError(
+            f"{path} cannot be read ({str(error).strip().splitlines()[0]}); it is truncated or not "
+            "such a file"
+        ) from error
 
 
 def _index(path: Path) -> dict[str, Any]:
@@ -40,12 +47,19 @@ def _index(path: Path) -> dict[str, Any]:
     if path.is_dir():
         try:
             index = json.loads((path / "index.json").read_text())
-            chunks = [(path / "chunks" / Path(chunk["path"]).name, int(chunk["n_samples"])) for chunk in index["chunks"]]
+            chunks = [(path / "chunks" / Path(chunk["path"]).name, int(chunk["n_samples"]))
+                      for chunk in index["chunks"]]
             return {"chunks": chunks, "config": dict(index.get("config") or {})}
         except FileNotFoundError as error:
-            raise ShardError(f"{path} has no index.json; give the folder that holds it and chunks/, or one .pt file") from error
+            raise ShardError(
+                f"{path} has no index.json; give the folder that holds it and chunks/, or one .pt "
+                "file"
+            ) from error
         except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(f"{path / 'index.json'} is not an index of chunks ({error!r}); restore it from a copy") from error
+            raise ShardError(
+                f"{path / 'index.json'} is not an index of chunks ({error!r}); restore it from a "
+                "copy"
+            ) from error
     data = _checked(path, None)
     return {"chunks": [(path, len(data["seq_lens"]))], "config": dict(data.get("config") or {})}
 
@@ -54,26 +68,33 @@ def _checked(path: Path, n_samples: int | None) -> dict[str, Any]:
     data = _load(path)
     absent = [key for key in _NEEDED if not isinstance(data, dict) or key not in data]
     if absent:
-        raise ShardError(f"{path} holds no {', '.join(absent)}; it is not a file of paired hidden states")
+        raise ShardError(
+            f"{path} holds no {', '.join(absent)}; it is not a file of paired hidden states")
     drafter, verifier, lengths = (data[key] for key in _NEEDED)
     n, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
-    if n_samples not in (None, n) or any(t.dim() != 3 or len(t) != n or t.shape[1] < longest for t in (drafter, verifier)):
+    if n_samples not in (None, n) or any(t.dim() != 3 or len(t) != n or t.shape[1] < longest
+                                         for t in (drafter, verifier)):
         raise ShardError(
-            f"{path} disagrees with itself or the index: {n_samples} samples announced, {n} lengths up to {longest}, "
-            f"states {list(drafter.shape)} and {list(verifier.shape)}; restore it from a copy"
-        )
+            f"{path} disagrees with itself or the index: {n_samples} samples announced, {n} "
+            f"lengths up to {longest}, "
+            f"states {list(drafter.shape)} and {list(verifier.shape)}; restore it from a copy")
     if len(data.get("metadata") or [None] * n) != n:
-        raise ShardError(f"{path} holds {len(data['metadata'])} lines of metadata for {n} samples; restore it from a copy")
+        raise ShardError(
+            f"{path} holds {len(data['metadata'])} lines of metadata for {n} samples; restore it "
+            "from a copy"
+        )
     return data
 
 
-def read_chunks(
-    path: str | Path, *, clips: Sequence[tuple[str, str]] | None = None, first: int = 0, progress: Callable[[int], None] | None = None
-) -> Iterator[PairedStates]:
-    """The samples from number ``first`` on, one chunk mapped at a time. path: a chunked folder or a single .pt file.
+def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = None, first: int = 0,
+                progress: Callable[[int], None] | None = None) -> Iterator[PairedStates]:
+    """The samples from number ``first`` on, one chunk mapped at a time. path: a chunked folder or a
+    single .pt file.
 
-    clips: (sequence, clip) of every scene of the dataset folder, by which ``sample_idx`` is named; without it the sequence is "unknown"
-    (neighbouring scenes overlap, so they may not pass as independent). progress(n): after n more samples.
+    clips: (sequence, clip) of every scene of the dataset folder, by which ``sample_idx`` is named;
+    without it the sequence is "unknown"
+    (neighbouring scenes overlap, so they may not pass as independent). progress(n): after n more
+    samples.
     Raises: ShardError for missing, truncated, foreign or inconsistent files.
     """
     index = _index(Path(path))
@@ -88,53 +109,47 @@ def read_chunks(
         done += n_samples
 
 
-def _sample(
-    data: Mapping[str, Any], row: int, number: int, config: Mapping[str, Any], clips: Sequence[tuple[str, str]] | None
-) -> PairedStates:
+def _sample(data: Mapping[str, Any], row: int, number: int, config: Mapping[str, Any],
+            clips: Sequence[tuple[str, str]] | None) -> PairedStates:
     line = dict((data.get("metadata") or {row: {}})[row])
     scene = int(line.get("sample_idx", number))
     if clips is not None and scene >= len(clips):
-        raise ShardError(f"sample {number} is of scene {scene} but the dataset folder has {len(clips)}; give the one it was extracted from")
+        raise ShardError(
+            f"sample {number} is of scene {scene} but the dataset folder has {len(clips)}; give "
+            "the one it was extracted from"
+        )
     sequence, clip = clips[scene] if clips is not None else ("unknown", f"{scene:06d}")
     n = int(data["seq_lens"][row])
     absent = torch.full((n,), -1, dtype=torch.int64)
     return PairedStates(
-        sequence,
-        clip,
-        str(line.get("question", "")),
-        data["egpt_hidden"][row, :n].clone(),
-        data["vl_hidden"][row, :n].clone(),
-        absent,
-        absent.clone(),
-        "free_running",
-        "post_norm",
-        str(line.get("egpt_text", "")),
-        str(line.get("vl_text", "")),
-        str(config.get("split", "")),
+        sequence, clip, str(line.get("question", "")), data["egpt_hidden"][row, :n].clone(),
+        data["vl_hidden"][row, :n].clone(), absent, absent.clone(), "free_running", "post_norm",
+        str(line.get("egpt_text", "")), str(line.get("vl_text", "")), str(config.get("split", "")),
         {key: line[key] for key in ("sample_idx", "question_idx", "event_image_key") if key in line},
     )
 
 
-def import_chunks(
-    path: str | Path,
-    folder: str | Path,
-    *,
-    dtype: str = "fp32",
-    clips: Sequence[tuple[str, str]] | None = None,
-    head: str | Path | Tensor | None = None,
-    samples_per_shard: int = 256,
-    progress: Callable[[int], None] | None = None,
-) -> int:
+def import_chunks(path: str | Path, folder: str | Path, *, dtype: str = "fp32",
+                  clips: Sequence[tuple[str, str]] | None = None,
+                  head: str | Path | Tensor | None = None, samples_per_shard: int = 256,
+                  progress: Callable[[int], None] | None = None,
+                  ) -> int:
     """Convert to a run folder; a second call continues. Returns the number of samples.
 
-    dtype: fp32 keeps every bit; so does fp16 for models that ran in float16, at half the size. head: the verifier's LM head, a tensor
-    [V, D] or a .pt file holding one. Raises: ShardError as read_chunks and ShardWriter, StorageError.
+    dtype: fp32 keeps every bit; so does fp16 for models that ran in float16, at half the size.
+    head: the verifier's LM head, a tensor
+    [V, D] or a .pt file holding one. Raises: ShardError as read_chunks and ShardWriter,
+    StorageError.
     """
     path = Path(path)
     index = _index(path)
     source = path / "index.json" if path.is_dir() else path
-    config = {"imported_from": path.name, "source_hash": sha256_of(source), "clips": clips is not None, "source_config": index["config"]}
-    writer = ShardWriter(folder, mode="free_running", dtype=dtype, config=config, samples_per_shard=samples_per_shard)
+    config = {
+        "imported_from": path.name, "source_hash": sha256_of(source), "clips": clips is not None,
+        "source_config": index["config"]
+    }
+    writer = ShardWriter(folder, mode="free_running", dtype=dtype, config=config,
+                         samples_per_shard=samples_per_shard)
     finished = writer.finished
     try:
         if not finished:
@@ -151,10 +166,13 @@ def import_chunks(
 
 
 def read_head(path: str | Path) -> Tensor:
-    """The one matrix [V, D] in a .pt file (a tensor, or a dict that holds one). Raises: ShardError otherwise."""
+    """The one matrix [V, D] in a .pt file (a tensor, or a dict that holds one). Raises: ShardError
+    otherwise."""
     data = _load(Path(path))
-    found = [data] if isinstance(data, Tensor) else [value for value in data.values() if isinstance(value, Tensor)]
+    found = [data] if isinstance(
+        data, Tensor) else [value for value in data.values() if isinstance(value, Tensor)]
     matrices = [tensor for tensor in found if tensor.dim() == 2]
     if len(matrices) != 1:
-        raise ShardError(f"{path} holds {len(matrices)} matrices; expected the one LM head of shape [V, D]")
+        raise ShardError(
+            f"{path} holds {len(matrices)} matrices; expected the one LM head of shape [V, D]")
     return matrices[0].clone()

@@ -1,4 +1,5 @@
-"""What a run folder holds, byte by byte: encoded rows, the shard and metadata files, the manifest (docs/shards.md).
+"""What a run folder holds, byte by byte: encoded rows, the shard and metadata files, the manifest
+(docs/shards.md).
 
 A shard is ragged: the states of all its answers one below the other, with offsets, and no padding::
 
@@ -29,18 +30,27 @@ FORMAT, VERSION = "xsd-shards", 1
 MANIFEST, TIMES = "manifest.json", "times.jsonl"
 
 StoredDtype = Literal["fp32", "bf16", "fp16", "int8"]
-"""How states are stored. int8: each row divided by its own scale, max|row| / 127, which is kept in float32."""
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8}
+"""How states are stored. int8: each row divided by its own scale, max|row| / 127, which is kept in
+float32."""
+TORCH_DTYPES = {
+    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8
+}
 _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 ROLES = ("drafter", "verifier")
-TEXT_COLUMNS = ("sequence", "clip", "question", "split", "mode", "text_by_drafter", "text_by_verifier", "extra")
-_SCHEMA = pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS), ("n_tokens_drafter", pa.int64()), ("n_tokens_verifier", pa.int64())])
-_OWN_NAME = re.compile(r"(shard-\d{6}\.(safetensors|parquet)|head-(drafter|verifier)\.safetensors|times\.jsonl)")
+TEXT_COLUMNS = ("sequence", "clip", "question", "split", "mode", "text_by_drafter",
+                "text_by_verifier", "extra")
+_SCHEMA = pa.schema([
+    *((name, pa.string()) for name in TEXT_COLUMNS), ("n_tokens_drafter", pa.int64()),
+    ("n_tokens_verifier", pa.int64())
+])
+_OWN_NAME = re.compile(
+    r"(shard-\d{6}\.(safetensors|parquet)|head-(drafter|verifier)\.safetensors|times\.jsonl)")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as stored. states, ids, scales: by role; scales are empty unless the dtype is int8. text: TEXT_COLUMNS."""
+    """One sample as stored. states, ids, scales: by role; scales are empty unless the dtype is
+    int8. text: TEXT_COLUMNS."""
 
     states: Mapping[str, Tensor]
     ids: Mapping[str, Tensor]
@@ -63,7 +73,8 @@ def head_name(role: str) -> str:
     return f"head-{role}.safetensors"
 
 
-# --- one sample ----------------------------------------------------------------------------------------------------------
+# --- one sample
+# ------------------------------------------------------------------------------------------------
 
 
 def encode_states(states: Tensor, dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
@@ -85,7 +96,8 @@ def decode_states(stored: Tensor, scale: Tensor | None) -> Tensor:
 def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
     """Check one sample and bring it to its stored form.
 
-    Raises: ShardError for other lengths of states and ids, unequal lengths under teacher forcing, NaN or infinity, or values
+    Raises: ShardError for other lengths of states and ids, unequal lengths under teacher forcing,
+    NaN or infinity, or values
     that overflow the dtype.
     """
     name = f"{pair.sequence}/{pair.clip} {pair.question!r}"
@@ -94,33 +106,40 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
         hidden, tokens = getattr(pair, f"hidden_by_{role}"), getattr(pair, f"ids_by_{role}")
         if hidden.dim() != 2 or tokens.dim() != 1 or len(hidden) != len(tokens):
             raise ShardError(
-                f"{name}: the {role} has states {list(hidden.shape)} and ids {list(tokens.shape)}; expected [S, D] and [S] of one length"
+                f"{name}: the {role} has states {list(hidden.shape)} and ids {list(tokens.shape)}; "
+                "expected [S, D] and [S] of one length"
             )
         if not bool(torch.isfinite(hidden).all()):
             raise ShardError(
-                f"{name}: the {role}'s states hold NaN or infinity; load the model in float32 or bfloat16 and extract this sample again"
+                f"{name}: the {role}'s states hold NaN or infinity; load the model in float32 or "
+                "bfloat16 and extract this sample again"
             )
         stored, scale = encode_states(hidden, dtype)
         if dtype != "int8" and not bool(torch.isfinite(stored).all()):
-            raise ShardError(f"{name}: the {role}'s states overflow dtype={dtype!r}; store them as 'bf16' or 'fp32'")
+            raise ShardError(
+                f"{name}: the {role}'s states overflow dtype={dtype!r}; store them as 'bf16' or "
+                "'fp32'"
+            )
         states[role], ids[role] = stored, tokens.detach().cpu().to(torch.int64).contiguous()
         if scale is not None:
             scales[role] = scale
     if pair.mode == "teacher_forced" and len(ids["drafter"]) != len(ids["verifier"]):
         raise ShardError(
-            f"{name}: teacher-forced pairs share their positions, but the drafter has {len(ids['drafter'])} "
-            f"and the verifier {len(ids['verifier'])}; force the drafter with the verifier's ids"
-        )
+            f"{name}: teacher-forced pairs share their positions, but the drafter has "
+            f"{len(ids['drafter'])} "
+            f"and the verifier {len(ids['verifier'])}; force the drafter with the verifier's ids")
     text = {column: getattr(pair, column) for column in TEXT_COLUMNS if column != "extra"}
     text["extra"] = json.dumps(dict(pair.extra), sort_keys=True)
     return Row(states, ids, scales, text)
 
 
-# --- many samples in one file ----------------------------------------------------------------------------------------------
+# --- many samples in one file
+# ----------------------------------------------------------------------------------------------
 
 
 def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
-    """The bytes of a safetensors file: the same rows give the same bytes. with_text: keep the texts inside (pending pieces)."""
+    """The bytes of a safetensors file: the same rows give the same bytes. with_text: keep the texts
+    inside (pending pieces)."""
     tensors: dict[str, Tensor] = {}
     for role in ROLES:
         lengths = torch.tensor([0, *(len(row.ids[role]) for row in rows)], dtype=torch.int64)
@@ -130,28 +149,35 @@ def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
         if rows[0].scales:
             tensors[f"scale_by_{role}"] = torch.cat([row.scales[role] for row in rows])
     # One metadata entry only: the library writes several in no fixed order.
-    return save(tensors, metadata={"text": json.dumps([dict(row.text) for row in rows], sort_keys=True)} if with_text else None)
+    return save(
+        tensors,
+        metadata={"text": json.dumps([dict(row.text)
+                                      for row in rows], sort_keys=True)} if with_text else None)
 
 
 def unpack(data: bytes) -> list[Row]:
-    """The rows of ``pack(rows, with_text=True)``. Raises: ShardError if the bytes are no such file."""
+    """The rows of ``pack(rows, with_text=True)``. Raises: ShardError if the bytes are no such
+    file."""
     try:
         tensors = load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
         text = json.loads(header["__metadata__"]["text"])
     except (SafetensorError, KeyError, ValueError) as error:
-        raise ShardError(f"not a pending piece of a run ({error}); it will be extracted again") from error
+        raise ShardError(
+            f"not a pending piece of a run ({error}); it will be extracted again") from error
     rows = []
     for i, line in enumerate(text):
-        cut = {role: slice(int(tensors[f"offsets_{role}"][i]), int(tensors[f"offsets_{role}"][i + 1])) for role in ROLES}
+        cut = {
+            role: slice(int(tensors[f"offsets_{role}"][i]), int(tensors[f"offsets_{role}"][i + 1]))
+            for role in ROLES
+        }
         rows.append(
-            Row(
-                {role: tensors[f"hidden_by_{role}"][cut[role]] for role in ROLES},
-                {role: tensors[f"ids_by_{role}"][cut[role]] for role in ROLES},
-                {role: tensors[f"scale_by_{role}"][cut[role]] for role in ROLES if f"scale_by_{role}" in tensors},
-                line,
-            )
-        )
+            Row({role: tensors[f"hidden_by_{role}"][cut[role]] for role in ROLES},
+                {role: tensors[f"ids_by_{role}"][cut[role]] for role in ROLES}, {
+                    role: tensors[f"scale_by_{role}"][cut[role]]
+                    for role in ROLES if f"scale_by_{role}" in tensors
+                }, line,
+                ))
     return rows
 
 
@@ -165,7 +191,8 @@ def pack_metadata(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
-# --- the manifest ------------------------------------------------------------------------------------------------------------
+# --- the manifest
+# ------------------------------------------------------------------------------------------------
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
@@ -181,7 +208,8 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Raises: ShardError if there is none, or it is of another format or version, was changed, or names an unknown mode, tap or dtype."""
+    """Raises: ShardError if there is none, or it is of another format or version, was changed, or
+    names an unknown mode, tap or dtype."""
     path = Path(folder) / MANIFEST
     try:
         data = path.read_bytes()
@@ -193,22 +221,38 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         manifest = json.loads(data)
         known, version = manifest["format"] == FORMAT, manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is not a manifest of hidden states; restore it from a copy or extract again into a new folder") from error
+        raise ShardError(
+            f"{path} is not a manifest of hidden states; restore it from a copy or extract again "
+            "into a new folder"
+        ) from error
     if not known or version != VERSION:
-        raise ShardError(f"{path} is of format {manifest['format']!r} version {version!r} but this code reads {FORMAT!r} version {VERSION}")
+        raise ShardError(
+            f"{path} is of format {manifest['format']!r} version {version!r} but this code reads "
+            f"{FORMAT!r} version {VERSION}"
+        )
     if manifest_bytes(manifest) != data:
-        raise ShardError(f"{path} was changed after it was written (its digest differs); restore it or extract again into a new folder")
-    for field, choices in (("mode", get_args(Mode)), ("tap", get_args(Tap)), ("dtype", get_args(StoredDtype))):
+        raise ShardError(
+            f"{path} was changed after it was written (its digest differs); restore it or extract "
+            "again into a new folder"
+        )
+    for field, choices in (("mode", get_args(Mode)), ("tap", get_args(Tap)),
+                           ("dtype", get_args(StoredDtype))):
         if manifest.get(field) not in choices:
-            raise ShardError(f"{path} says {field}={manifest.get(field)!r}; expected one of {', '.join(choices)}")
+            raise ShardError(
+                f"{path} says {field}={manifest.get(field)!r}; expected one of {', '.join(choices)}"
+            )
     for name, _, _ in listed_files(manifest):
         if not _OWN_NAME.fullmatch(name):
-            raise ShardError(f"{path} names the file {name!r}, which no writer of this format makes; restore the manifest or extract again")
+            raise ShardError(
+                f"{path} names the file {name!r}, which no writer of this format makes; restore "
+                "the manifest or extract again"
+            )
     return manifest
 
 
 def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, sha256) of every file the manifest answers for: shards, their metadata, the heads, the times."""
+    """(name, bytes, sha256) of every file the manifest answers for: shards, their metadata, the
+    heads, the times."""
     for shard in manifest["shards"]:
         yield shard["file"], shard["bytes"], shard["sha256"]
         yield shard["metadata_file"], shard["metadata_bytes"], shard["metadata_sha256"]
@@ -217,10 +261,12 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
 
 
 def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:
-    """``"config.quant is '4bit' in the folder but None now"`` for the first field (by name) that differs, else None."""
+    """``"config.quant is '4bit' in the folder but None now"`` for the first field (by name) that
+    differs, else None."""
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
         for key in sorted({*stored, *wanted}):
-            found = first_difference(stored.get(key), wanted.get(key), f"{name}.{key}" if name else str(key))
+            found = first_difference(stored.get(key), wanted.get(key),
+                                     f"{name}.{key}" if name else str(key))
             if found:
                 return found
         return None

@@ -1,1 +1,2 @@
-"""The steps of the main job, one call each: what the cells of the notebooks call, and a test can reach."""
+"""The steps of the main job, one call each: what the cells of the notebooks call, and a test can
+reach."""

@@ -1,4 +1,5 @@
-"""Step 07: what the explorer shows of run folders: their token tables, and the pictures of the sample that was clicked."""
+"""Step 07: what the explorer shows of run folders: their token tables, and the pictures of the
+sample that was clicked."""
 
 from __future__ import annotations
 
@@ -13,16 +14,20 @@ from xsd.views import explorers
 
 
 class Pictures:
-    """Sample key → Sample of any of the runs, read from its data set when asked for and remembered; None for an unknown key."""
-
+    """Sample key → Sample of any of the runs, read from its data set when asked for and remembered;
+    None for an unknown key."""
     def __init__(self, runs: Sequence[str]) -> None:
-        self._places = [(run, data) for run in runs for data in dict.fromkeys(folder.load_tokens(run)["data"])]
+        self._places = [(run, data) for run in runs
+                        for data in dict.fromkeys(folder.load_tokens(run)["data"])]
         self._samples: dict[str, held_out.HeldOut] | None = None
         self._read: dict[str, Sample] = {}
 
     def __call__(self, key: str) -> Sample | None:
         if self._samples is None:
-            self._samples = {one.key: one for run, data in self._places for one in held_out.read(run, _given_name(run, data))}
+            self._samples = {
+                one.key: one for run, data in self._places
+                for one in held_out.read(run, _given_name(run, data))
+            }
         if key not in self._samples:
             return None
         if key not in self._read:
@@ -31,14 +36,16 @@ class Pictures:
 
 
 def _given_name(run: str, data: str) -> str:
-    """The data set as notebook 01 was given it: the token table holds its short name, a dataset folder needs its path."""
+    """The data set as notebook 01 was given it: the token table holds its short name, a dataset
+    folder needs its path."""
     about = folder.resolve(run) / extraction.PAIR_FILE
     given = extraction.pair_file(run).get("test_data", []) if about.is_file() else []
     return next((one for one in given if held_out.datasets.name_of(one) == data), data)
 
 
 def tokens(runs: Sequence[str]) -> pd.DataFrame:
-    """The token tables of all runs in one; ``run`` is the run's name and the data set, since one explorer choice is one held-out set."""
+    """The token tables of all runs in one; ``run`` is the run's name and the data set, since one
+    explorer choice is one held-out set."""
     pieces = []
     for name, run in zip(compare.names(runs), runs, strict=True):
         table = folder.load_tokens(run)
@@ -47,12 +54,16 @@ def tokens(runs: Sequence[str]) -> pd.DataFrame:
 
 
 def data(given: parameters.ExploreParameters) -> explorers.ExplorerData:
-    """What there is to explore; this notebook's own run is made with the smoke parameters where it is missing."""
+    """What there is to explore; this notebook's own run is made with the smoke parameters where it
+    is missing."""
     compare.ensure(given)
     return explorers.ExplorerData(tokens(given.runs), Pictures(given.runs))
 
 
-def explorer(given: parameters.ExploreParameters, found: explorers.ExplorerData) -> explorers.AcceptanceExplorer:
+def explorer(given: parameters.ExploreParameters,
+             found: explorers.ExplorerData) -> explorers.AcceptanceExplorer:
     """The widget, opened on the levels asked for as far as the first run holds them."""
     held = found.levels(found.runs[0])
-    return explorers.AcceptanceExplorer(found, levels=[level for level in given.levels if level in held] or held[:2], tau=given.threshold)
+    return explorers.AcceptanceExplorer(
+        found, levels=[level for level in given.levels if level in held] or held[:2],
+        tau=given.threshold)

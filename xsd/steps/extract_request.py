@@ -1,4 +1,5 @@
-"""What an extraction was asked for, kept beside its shards (``extract.json``) so that it can be repaired without being asked again."""
+"""What an extraction was asked for, kept beside its shards (``extract.json``) so that it can be
+repaired without being asked again."""
 
 from __future__ import annotations
 
@@ -26,9 +27,11 @@ FILE = "extract.json"
 class Request:
     """The models and the samples of one extraction.
 
-    data: a dataset folder, or davis_road. max_questions: the first so many of its questions are asked of every clip; with
-    questions_per_sequence the scheme of steps.data.asked instead, over the first n_sequences. duration: only clips of this length
-    (``1s``, ``500ms``; clips that do not tell theirs are taken). event_frames: 5 or 1, 0 as the pair has it. dtype, quant, device: how
+    data: a dataset folder, or davis_road. max_questions: the first so many of its questions are
+    asked of every clip; with
+    questions_per_sequence the scheme of steps.data.asked instead, over the first n_sequences.
+    duration: only clips of this length (``1s``, ``500ms``; clips that do not tell theirs are
+    taken). event_frames: 5 or 1, 0 as the pair has it. dtype, quant, device: how
     the models are loaded. reuse_verifier: a finished run that brings the verifier's answers.
     """
 
@@ -52,29 +55,44 @@ class Request:
         return datasets.root_of("", self.data, self.split)
 
     def load_pair(self) -> loading.Pair:
-        """Both models, with the number of event frames asked for. Raises: as models.loading.load_pair."""
+        """Both models, with the number of event frames asked for. Raises: as
+        models.loading.load_pair."""
         from xsd.models import loading  # see extraction.run
 
         name = self.pair if self.pair == "embedded" else run_folder.resolve(self.pair)
         pair = loading.load_pair(name, dtype=self.dtype, device=self.device, quant=self.quant)
-        return dataclasses.replace(pair, n_event_frames=self.event_frames) if self.event_frames else pair
+        return dataclasses.replace(pair,
+                                   n_event_frames=self.event_frames) if self.event_frames else pair
 
     def samples(self, pair: loading.Pair) -> list[plan.LazySample]:
-        """The samples, read when their turn comes. Raises: DatasetError, ParameterError when no clip has the duration asked for."""
+        """The samples, read when their turn comes. Raises: DatasetError, ParameterError when no
+        clip has the duration asked for."""
         options: dict[str, Any] = {"n_event_frames": pair.n_event_frames}
         if self.questions_per_sequence:
-            options |= {"questions_per_sequence": self.questions_per_sequence, "n_sequences": self.n_sequences}
+            options |= {
+                "questions_per_sequence": self.questions_per_sequence,
+                "n_sequences": self.n_sequences
+            }
             return datasets.samples(self.root(), self.split, canvas=pair.event_canvas, **options)
-        records = _of_duration(dataset_folder.open_folder(self.root(), self.split), self.duration, self.root())
-        return plan.folder_samples(records, datasets.questions_of(self.root(), self.max_questions), unstored=pair.event_canvas, **options)
+        records = _of_duration(dataset_folder.open_folder(self.root(), self.split), self.duration,
+                               self.root())
+        return plan.folder_samples(records, datasets.questions_of(self.root(), self.max_questions),
+                                   unstored=pair.event_canvas, **options)
 
     def config(self) -> dict[str, Any]:
         """What belongs to the run besides models and samples, for extract.run.extract."""
-        about = {"split": self.split, "data": datasets.name_of(self.data), "data_hash": dataset_folder.data_hash(self.root())}
-        return {**about, "duration": self.duration, "quant": self.quant, "max_questions": self.max_questions}
+        about = {
+            "split": self.split, "data": datasets.name_of(self.data),
+            "data_hash": dataset_folder.data_hash(self.root())
+        }
+        return {
+            **about, "duration": self.duration, "quant": self.quant,
+            "max_questions": self.max_questions
+        }
 
     def save(self, folder: str | Path, *, first: bool = False) -> None:
-        """Write extract.json into a run folder. first: only where there is none yet, as before an extraction that may be refused.
+        """Write extract.json into a run folder. first: only where there is none yet, as before an
+        extraction that may be refused.
 
         Raises: StorageError.
         """
@@ -83,15 +101,18 @@ class Request:
 
 
 def here(path: str | Path) -> str:
-    """A path as it is kept: relative to the checkout where it lies inside, else absolute. Given relative to the working directory."""
+    """A path as it is kept: relative to the checkout where it lies inside, else absolute. Given
+    relative to the working directory."""
     path = Path(path).resolve()
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def load(folder: str | Path, **changes: Any) -> Request:
-    """The request of a run, or of one of its kinds of pairs or parts. changes: what is otherwise now (moved folders); None changes nothing.
+    """The request of a run, or of one of its kinds of pairs or parts. changes: what is otherwise
+    now (moved folders); None changes nothing.
 
-    Raises: ShardError when the run does not say what it was extracted from and changes do not name data and pair.
+    Raises: ShardError when the run does not say what it was extracted from and changes do not name
+    data and pair.
     """
     folder = Path(folder)
     folder = folder.parent if folder.match(ranks.PARTS) else folder
@@ -100,15 +121,22 @@ def load(folder: str | Path, **changes: Any) -> Request:
         path = place / FILE
         if path.is_file():
             try:
-                return dataclasses.replace(Request(**json.loads(path.read_text(encoding="utf-8"))), **changes)
+                return dataclasses.replace(Request(**json.loads(path.read_text(encoding="utf-8"))),
+                                           **changes)
             except (ValueError, TypeError) as error:
-                raise ShardError(f"{path} is damaged ({error}); delete it and give --pair, --data and --split") from error
+                raise ShardError(
+                    f"{path} is damaged ({error}); delete it and give --pair, --data and --split"
+                ) from error
     if not {"data", "pair"} <= set(changes):
-        raise ShardError(f"{folder} does not say what it was extracted from (no {FILE}); give --pair, --data and --split")
+        raise ShardError(
+            f"{folder} does not say what it was extracted from (no {FILE}); give --pair, --data "
+            "and --split"
+        )
     return Request(**changes)
 
 
-def _of_duration(records: Sequence[dataset_folder.ClipRecord], duration: str, root: Path) -> list[dataset_folder.ClipRecord]:
+def _of_duration(records: Sequence[dataset_folder.ClipRecord], duration: str,
+                 root: Path) -> list[dataset_folder.ClipRecord]:
     if not duration:
         return list(records)
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", duration)
@@ -116,11 +144,16 @@ def _of_duration(records: Sequence[dataset_folder.ClipRecord], duration: str, ro
         raise ParameterError(f"duration={duration!r}; expected a length such as 1s or 500ms")
     wanted = float(found[1]) * (1e6 if found[2] == "s" else 1e3)
     # A clip ends with a video frame, so its length is that of the nearest frame.
-    kept = [record for record in records if record.t_us is None or abs(record.t_us[1] - record.t_us[0] - wanted) <= 0.05 * wanted]
+    kept = [
+        record for record in records
+        if record.t_us is None or abs(record.t_us[1] - record.t_us[0] - wanted) <= 0.05 * wanted
+    ]
     if records and not kept:
-        there = sorted({round((record.t_us[1] - record.t_us[0]) / 1000) for record in records if record.t_us})
+        there = sorted(
+            {round((record.t_us[1] - record.t_us[0]) / 1000) for record in records if record.t_us})
         lengths = ", ".join(f"{length}ms" for length in there[:6])
         raise ParameterError(
-            f"{root} holds no clip of {duration}: its clips last {lengths}; prepare the folder with that length, or drop it"
+            f"{root} holds no clip of {duration}: its clips last {lengths}; prepare the folder "
+            "with that length, or drop it"
         )
     return kept

@@ -1,4 +1,5 @@
-"""Raw DSEC sequences into a dataset folder, with progress and a summary: ``xsd prepare-dsec`` and notebook 08."""
+"""Raw DSEC sequences into a dataset folder, with progress and a summary: ``xsd prepare-dsec`` and
+notebook 08."""
 
 from __future__ import annotations
 
@@ -10,9 +11,9 @@ from typing import Any
 import pandas as pd
 
 from xsd.core import ParameterError, write_json
+from xsd.embedded import raw_sequence
 from xsd.runs import progress as bars
 from xsd.sensors import dsec, folder
-from xsd.world import raw_sequence
 
 SETTINGS = "preparation.json"
 
@@ -27,27 +28,24 @@ def size_of(text: str) -> tuple[int, int] | None:
     return int(width), int(height)
 
 
-def prepare(
-    source: str | Path,
-    root: str | Path,
-    *,
-    split: str = "train",
-    clip_ms: int = 1000,
-    hop_ms: int = 500,
-    video_size: tuple[int, int] | None = None,
-    canvas: str = "slice",
-    rectify: bool = False,
-) -> dict[str, Any]:
-    """sensors.dsec.prepare under a bar a sequence; a stopped run continues with the next unfinished sequence.
+def prepare(source: str | Path, root: str | Path, *, split: str = "train", clip_ms: int = 1000,
+            hop_ms: int = 500, video_size: tuple[int, int] | None = None, canvas: str = "slice",
+            rectify: bool = False,
+            ) -> dict[str, Any]:
+    """sensors.dsec.prepare under a bar a sequence; a stopped run continues with the next unfinished
+    sequence.
 
     Returns: {sequences, clips, skipped, resumed, notes, gb (of the whole folder)}.
     How the clips were cut is kept in ``preparation.json``, so that one folder never mixes two ways.
-    Raises: ParameterError for a clip or hop that is not positive, or a folder begun with other settings; as sensors.dsec.prepare.
+    Raises: ParameterError for a clip or hop that is not positive, or a folder begun with other
+    settings; as sensors.dsec.prepare.
     """
     if clip_ms < 1 or hop_ms < 1:
-        raise ParameterError(f"a clip of {clip_ms} ms every {hop_ms} ms cannot be cut; both must be at least 1 ms")
+        raise ParameterError(
+            f"a clip of {clip_ms} ms every {hop_ms} ms cannot be cut; both must be at least 1 ms")
     settings = {
-        "split": split, "clip_ms": clip_ms, "hop_ms": hop_ms, "video_size": list(video_size) if video_size else None, "canvas": canvas,
+        "split": split, "clip_ms": clip_ms, "hop_ms": hop_ms,
+        "video_size": list(video_size) if video_size else None, "canvas": canvas,
         "rectify": rectify,
     }  # fmt: skip
     _check_settings(Path(root) / SETTINGS, settings)
@@ -62,13 +60,21 @@ def prepare(
         if (Path(source) / "events").is_dir() or any(Path(source).glob("*/events")):
             write_json(Path(root) / SETTINGS, settings)
         summary = dsec.prepare(
-            source, root, split=split, clip_us=1000 * clip_ms, hop_us=1000 * hop_ms, video_size=video_size,
-            canvas=canvas, rectify=rectify, progress=show,  # type: ignore[arg-type]
+            source,
+            root,
+            split=split,
+            clip_us=1000 * clip_ms,
+            hop_us=1000 * hop_ms,
+            video_size=video_size,
+            canvas=canvas,
+            rectify=rectify,
+            progress=show,  # type: ignore[arg-type]
         )  # fmt: skip
     finally:
         for bar in running.values():
             bar.close()
-    summary["gb"] = sum(path.stat().st_size for path in Path(root).rglob("*") if path.is_file()) / 1e9
+    summary["gb"] = sum(path.stat().st_size
+                        for path in Path(root).rglob("*") if path.is_file()) / 1e9
     return summary
 
 
@@ -80,7 +86,8 @@ def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
     if changed:
         name = changed[0]
         raise ParameterError(
-            f"{path.parent} was begun with {name}={before.get(name)!r}, not {settings[name]!r}; choose another folder, or the same settings"
+            f"{path.parent} was begun with {name}={before.get(name)!r}, not {settings[name]!r}; "
+            "choose another folder, or the same settings"
         )
 
 
@@ -91,11 +98,16 @@ def sentence(summary: Mapping[str, Any], root: str | Path) -> str:
         done += f", {summary['resumed']} sequences were there already"
     if summary["skipped"]:
         done += f", {summary['skipped']} windows skipped (fewer than five events, or no picture)"
-    return "\n".join([f"{done}; the folder holds {summary['gb']:.3f} GB", *(f"note: {note}" for note in summary["notes"])])
+    return "\n".join([
+        f"{done}; the folder holds {summary['gb']:.3f} GB",
+        *(f"note: {note}" for note in summary["notes"])
+    ])
 
 
-def simulated_source(source: str | Path, *, n_sequences: int = 2, seed: int = 0, duration_s: float = 1.5) -> list[str]:
-    """Make sure that ``source`` holds simulated sequences in DSEC's raw format, made once and found again. Returns: their names."""
+def simulated_source(source: str | Path, *, n_sequences: int = 2, seed: int = 0,
+                     duration_s: float = 1.5) -> list[str]:
+    """Make sure that ``source`` holds simulated sequences in DSEC's raw format, made once and found
+    again. Returns: their names."""
     names = [f"simulated_{seed:02d}_{index:02d}" for index in range(n_sequences)]
     for index, name in enumerate(names):
         if not (Path(source) / name / "images" / "timestamps.txt").is_file():  # written last
@@ -104,23 +116,19 @@ def simulated_source(source: str | Path, *, n_sequences: int = 2, seed: int = 0,
 
 
 def table(root: str | Path) -> pd.DataFrame:
-    """What a dataset folder holds, a clip a row: sequence, clip, start_s (from its sequence's first clip), events, events_per_s, width,
-    height."""
+    """What a dataset folder holds, a clip a row: sequence, clip, start_s (from its sequence's first
+    clip), events, events_per_s, width, height."""
     rows = []
     for record in folder.open_folder(root):
         stream = folder.load_events(record)
-        start_us, end_us = record.t_us if record.t_us else (int(stream.t_us[0]), int(stream.t_us[-1]) + 1)
-        rows.append(
-            {
-                "sequence": record.sequence,
-                "clip": record.clip,
-                "start_us": start_us,
-                "events": len(stream),
-                "events_per_s": len(stream) / ((end_us - start_us) / 1e6),
-                "width": stream.width,
-                "height": stream.height,
-            }
-        )
+        start_us, end_us = record.t_us if record.t_us else (int(stream.t_us[0]),
+                                                            int(stream.t_us[-1]) + 1)
+        rows.append({
+            "sequence": record.sequence, "clip": record.clip, "start_us": start_us,
+            "events": len(stream), "events_per_s": len(stream) / ((end_us - start_us) / 1e6),
+            "width": stream.width, "height": stream.height,
+        })
     frame = pd.DataFrame(rows)
-    frame.insert(2, "start_s", (frame["start_us"] - frame.groupby("sequence")["start_us"].transform("min")) / 1e6)
+    frame.insert(2, "start_s",
+                 (frame["start_us"] - frame.groupby("sequence")["start_us"].transform("min")) / 1e6)
     return frame.drop(columns="start_us")

@@ -1,4 +1,5 @@
-"""Step 02: one adapter a level from the training pairs of a run; L6, the drafter's own LoRA, is in :mod:`xsd.steps.drafter_tuning`."""
+"""Step 02: one adapter a level from the training pairs of a run; L6, the drafter's own LoRA, is in
+:mod:`xsd.steps.drafter_tuning`."""
 
 from __future__ import annotations
 
@@ -31,11 +32,15 @@ def adapter_folder(run_dir: str | os.PathLike[str], level: str) -> Path:
     return folder.resolve(run_dir) / "adapters" / level
 
 
-def run(given: parameters.TrainParameters, *, progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Train the levels that are missing and write ``results/train.json``; finished trainings are found again.
+def run(given: parameters.TrainParameters, *,
+        progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Train the levels that are missing and write ``results/train.json``; finished trainings are
+    found again.
 
-    progress: called with the level and each epoch's row. Raises: TrainingError when the run holds another training of a level, or when
-    anything of the run's held-out sets is in the training data; ParameterError for an option that a level does not have.
+    progress: called with the level and each epoch's row. Raises: TrainingError when the run holds
+    another training of a level, or when
+    anything of the run's held-out sets is in the training data; ParameterError for an option that a
+    level does not have.
     """
     extraction.ensure(given.run_dir, given.seed, data=given.data)
     dataset = extraction.open_pairs(given.run_dir, "train", given.data, given.mode)
@@ -46,62 +51,54 @@ def run(given: parameters.TrainParameters, *, progress: Callable[[str, dict[str,
     for level in given.levels:
         report = None if progress is None else lambda row, level=level: progress(level, row)
         if level not in registry.LEVELS:
-            from xsd.steps import drafter_tuning  # peft takes seconds to import and speaks on stderr; only L6 needs it
+            from xsd.steps import (
+                # peft takes seconds to import and speaks on stderr; only L6 needs it
+                drafter_tuning,
+            )
 
             place = adapter_folder(given.run_dir, level)
-            levels[level] = drafter_tuning.run(given, dataset, head, place, held_out, progress=report)
+            levels[level] = drafter_tuning.run(given, dataset, head, place, held_out,
+                                               progress=report)
             continue
-        result = fit.fit_adapter(
-            level,
-            states,
-            folder=adapter_folder(given.run_dir, level),
-            config=config_of(given, level),
-            head=head,
-            seed=given.seed,
-            held_out=held_out,
-            progress=report,
-        )
+        result = fit.fit_adapter(level, states, folder=adapter_folder(given.run_dir, level),
+                                 config=config_of(given, level), head=head, seed=given.seed,
+                                 held_out=held_out, progress=report,
+                                 )
         best = result.history[result.best_epoch - 1]
         levels[level] = {
-            "reads": load(given.run_dir, [level])[level].reads,
-            "parameters": result.parameters,
-            "seconds": result.seconds,
-            "epochs": len(result.history),
-            "best_epoch": result.best_epoch,
-            "validation_loss": best["validation_total"],
+            "reads": load(given.run_dir, [level])[level].reads, "parameters": result.parameters,
+            "seconds": result.seconds, "epochs": len(result.history),
+            "best_epoch": result.best_epoch, "validation_loss": best["validation_total"],
             "validation_token_acceptance": best.get("token_acceptance"),
             "validation_cosine": best["cosine_similarity"],
         }
     results = {
-        "profile": given.profile,
-        "mode": given.mode,
-        "pairs": len(states),
-        "hidden_size": states.hidden_size,
-        "levels": levels,
-        "provenance": provenance(seed=given.seed, data_hash=states.fingerprint(), parameters=given.model_dump()),
+        "profile": given.profile, "mode": given.mode, "pairs": len(states),
+        "hidden_size": states.hidden_size, "levels": levels,
+        "provenance": provenance(seed=given.seed, data_hash=states.fingerprint(),
+                                 parameters=given.model_dump()),
     }
     folder.save_results(given.run_dir, "train", results)
     return results
 
 
 def config_of(given: parameters.TrainParameters, level: str) -> FitConfig:
-    """The recipe of a level: its profile with what the parameters change; token fusion only for the levels that can."""
+    """The recipe of a level: its profile with what the parameters change; token fusion only for the
+    levels that can."""
     own = recipes.settings(given.profile, level)
     return FitConfig(
-        profile=own["profile"],
-        objective=given.objective or own.get("objective"),
-        epochs=given.epochs,
-        batch_size=given.batch_size,
-        learning_rate=given.learning_rate,
-        position_decay=given.position_decay,
-        noise=given.noise,
-        token_fusion=own.get("token_fusion", False) or (given.token_fusion and level in start.FUSING),
-        draft_vocabulary=given.draft_vocabulary or None,
+        profile=own["profile"], objective=given.objective or own.get("objective"),
+        epochs=given.epochs, batch_size=given.batch_size, learning_rate=given.learning_rate,
+        position_decay=given.position_decay, noise=given.noise,
+        token_fusion=own.get("token_fusion", False)
+        or (given.token_fusion and level in start.FUSING), draft_vocabulary=given.draft_vocabulary
+        or None,
     )
 
 
 def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
-    """Every finished extraction of a held-out set in a run; unfinished ones hold nothing that anybody is judged on yet."""
+    """Every finished extraction of a held-out set in a run; unfinished ones hold nothing that
+    anybody is judged on yet."""
     found = sorted((folder.resolve(run_dir) / "shards").glob("test_*/*/manifest.json"))
     sets = [ShardDataset(path.parent, unfinished=True) for path in found]
     return [one for one in sets if one.manifest["finished"]]
@@ -109,35 +106,48 @@ def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
 
 def trained(run_dir: str | os.PathLike[str]) -> list[str]:
     """The levels that a run holds, in the registry's order."""
-    return [level for level in registry.LEVELS if (adapter_folder(run_dir, level) / "best.safetensors").is_file()]
+    return [
+        level for level in registry.LEVELS
+        if (adapter_folder(run_dir, level) / "best.safetensors").is_file()
+    ]
 
 
 def load(run_dir: str | os.PathLike[str], levels: Sequence[str]) -> dict[str, Adapter]:
-    """The best checkpoint of each level, in eval mode. Raises: ParameterError naming the trained levels when one is missing."""
+    """The best checkpoint of each level, in eval mode. Raises: ParameterError naming the trained
+    levels when one is missing."""
     missing = [level for level in levels if level not in trained(run_dir)]
     if missing:
         have = ", ".join(trained(run_dir)) or "none"
         raise ParameterError(
-            f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: {have}); train with notebook 02 and "
-            f"levels={','.join(missing)}"
-        )
-    return {level: registry.load_any_adapter(adapter_folder(run_dir, level) / "best.safetensors").eval() for level in levels}
+            f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: {have}); train "
+            "with notebook 02 and "
+            f"levels={','.join(missing)}")
+    return {
+        level: registry.load_any_adapter(adapter_folder(run_dir, level) / "best.safetensors"
+                                         ).eval() for level in levels
+    }
 
 
 def ensure(run_dir: str, seed: int, levels: Sequence[str], *, data: str = "simulated") -> None:
-    """Train with the smoke parameters when the run holds no adapter at all, so that each notebook runs alone."""
+    """Train with the smoke parameters when the run holds no adapter at all, so that each notebook
+    runs alone."""
     if not trained(run_dir):
-        run(parameters.TrainParameters.checked({"run_dir": run_dir, "seed": seed, "levels": list(levels), "data": data}))
+        run(
+            parameters.TrainParameters.checked(
+                {"run_dir": run_dir, "seed": seed, "levels": list(levels), "data": data}))
 
 
 def history(run_dir: str | os.PathLike[str], levels: Sequence[str]) -> pd.DataFrame:
-    """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, each term as ``<term> loss``, and for
-    validation token_acceptance, cosine and accept_0.90 …"""
+    """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, each
+    term as ``<term> loss``, and for validation token_acceptance, cosine and accept_0.90 …"""
     rows = []
     for level in levels:
-        for row in json.loads((adapter_folder(run_dir, level) / "history.json").read_text(encoding="utf-8")):
+        for row in json.loads(
+            (adapter_folder(run_dir, level) / "history.json").read_text(encoding="utf-8")):
             line = {"level": level, "epoch": row["epoch"]}
-            measured = {"token_acceptance": row.get("token_acceptance"), "cosine": row["cosine_similarity"]}
+            measured = {
+                "token_acceptance": row.get("token_acceptance"), "cosine": row["cosine_similarity"]
+            }
             measured |= {name: value for name, value in row.items() if name.startswith("accept_")}
             rows.append({**line, "split": "train", **_losses(row, "train")})
             rows.append({**line, "split": "validation", **_losses(row, "validation"), **measured})
@@ -151,11 +161,15 @@ def most_terms(epochs: pd.DataFrame) -> str:
 
 
 def _terms_of(rows: pd.DataFrame) -> list[str]:
-    return [column for column in rows.columns if column.endswith(" loss") and rows[column].notna().all()]
+    return [
+        column for column in rows.columns
+        if column.endswith(" loss") and rows[column].notna().all()
+    ]
 
 
 def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
-    """The terms of one level's loss over its epochs, each divided by its first value in that split, as ``training_curves`` reads them."""
+    """The terms of one level's loss over its epochs, each divided by its first value in that split,
+    as ``training_curves`` reads them."""
     rows = epochs[epochs["level"] == level]
     pieces = []
     for name in _terms_of(rows):
@@ -172,7 +186,8 @@ def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
 
 
 def table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """The trained levels: what they read, parameters here and at the full size of 4096, epochs, best epoch, validation figures, seconds."""
+    """The trained levels: what they read, parameters here and at the full size of 4096, epochs,
+    best epoch, validation figures, seconds."""
     rows = []
     for level, found in results["levels"].items():
         if level not in registry.LEVELS:

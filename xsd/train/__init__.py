@@ -1,1 +1,2 @@
-"""Training: objectives, the adapter trainer, self-rollout, and the training of the embedded pair."""
+"""Training: objectives, the adapter trainer, self-rollout, and the training of the embedded
+pair."""

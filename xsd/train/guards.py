@@ -1,8 +1,11 @@
-"""The guard of an honest figure: what an adapter is judged on may neither train it nor stop its training (docs/adapters.md, section 5).
+"""The guard of an honest figure: what an adapter is judged on may neither train it nor stop its
+training (docs/adapters.md, section 5).
 
-By name: samples of split "test" (:func:`source.refuse_test_split`), shards whose manifest says so, sequences of a held-out set. By hash:
-copied shard files, and answers that are in a held-out set under other names. An answer's digest is over the verifier's ids and its states
-rounded to half precision, so that copies stored as fp16 and as fp32 are one; int8 and bf16 copies differ and are caught by their names.
+By name: samples of split "test" (:func:`source.refuse_test_split`), shards whose manifest says so,
+sequences of a held-out set. By hash:
+copied shard files, and answers that are in a held-out set under other names. An answer's digest is
+over the verifier's ids and its states rounded to half precision, so that copies stored as fp16 and
+as fp32 are one; int8 and bf16 copies differ and are caught by their names.
 """
 
 from __future__ import annotations
@@ -21,7 +24,8 @@ from xsd.train import source
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What is known of the held-out sets. sequences: names. shards: hashes of their shard files. answers: digests."""
+    """What is known of the held-out sets. sequences: names. shards: hashes of their shard files.
+    answers: digests."""
 
     sequences: frozenset[str]
     shards: frozenset[str]
@@ -29,18 +33,21 @@ class HeldOut:
 
 
 POSITIONS = 4
-"""An answer's digest is over so many of its first positions: the free-running and the teacher-forced pair of one differ in length."""
+"""An answer's digest is over so many of its first positions: the free-running and the
+teacher-forced pair of one differ in length."""
 
 
 def answer_digest(ids: Tensor, states: Tensor) -> str:
-    """Hex digest of one answer's beginning. ids: int64 [S] the verifier's; states: [S, …] its own."""
+    """Hex digest of one answer's beginning. ids: int64 [S] the verifier's; states: [S, …] its
+    own."""
     digest = hashlib.sha256(ids[:POSITIONS].to(torch.int64).contiguous().numpy().data)
     digest.update(states[:POSITIONS].to(torch.float16).contiguous().numpy().data)
     return digest.hexdigest()
 
 
 def held_out(datasets: Iterable[Any]) -> HeldOut:
-    """Names and hashes of some held-out ShardDatasets (or sequences of PairedStates); read once, handed to many trainings."""
+    """Names and hashes of some held-out ShardDatasets (or sequences of PairedStates); read once,
+    handed to many trainings."""
     sequences, shards, answers = set(), set(), set()
     for dataset in datasets:
         manifest = getattr(dataset, "manifest", None)
@@ -50,38 +57,50 @@ def held_out(datasets: Iterable[Any]) -> HeldOut:
             sequences.add(sample.sequence)
             length = min(len(sample.ids_by_verifier), len(sample.ids_by_drafter))
             if length:
-                answers.add(answer_digest(sample.ids_by_verifier[:length], sample.hidden_by_verifier[:length]))
+                answers.add(
+                    answer_digest(sample.ids_by_verifier[:length],
+                                  sample.hidden_by_verifier[:length]))
     return HeldOut(frozenset(sequences), frozenset(shards), frozenset(answers))
 
 
 def refuse_held_out(states: source.States, sets: Sequence[Any] | HeldOut) -> None:
-    """Raises: TrainingError when anything of the held-out sets is among ``states``, by name or by hash.
+    """Raises: TrainingError when anything of the held-out sets is among ``states``, by name or by
+    hash.
 
-    sets: held-out datasets, or what :func:`held_out` made of them. Of streamed states the shard files are compared, not each answer.
+    sets: held-out datasets, or what :func:`held_out` made of them. Of streamed states the shard
+    files are compared, not each answer.
     """
     manifest = states.manifest
     if manifest is not None and str(manifest["config"].get("split", "")).lower() == "test":
-        raise TrainingError("the shards were extracted from the test split (their manifest says so); train on the train split's shards")
+        raise TrainingError(
+            "the shards were extracted from the test split (their manifest says so); train on the "
+            "train split's shards"
+        )
     known = sets if isinstance(sets, HeldOut) else held_out(sets)
     shared = sorted(set(states.sequence) & known.sequences)
     if shared:
         raise TrainingError(
-            f"sequence {shared[0]} is in the training data and in a held-out set ({len(shared)} such); keep whole sequences apart"
+            f"sequence {shared[0]} is in the training data and in a held-out set ({len(shared)} "
+            "such); keep whole sequences apart"
         )
     if manifest is not None and {shard["sha256"] for shard in manifest["shards"]} & known.shards:
-        raise TrainingError("a training shard file has a held-out shard's hash: it is a copy of it; train on the train split's shards")
+        raise TrainingError(
+            "a training shard file has a held-out shard's hash: it is a copy of it; train on the "
+            "train split's shards"
+        )
     if known.answers and isinstance(states, source.PackedStates):
         copies = [row for row, digest in enumerate(_digests(states)) if digest in known.answers]
         if copies:
             raise TrainingError(
-                f"{len(copies)} of {len(states)} training answers are held-out ones under other names (first: sequence "
-                f"{states.sequence[copies[0]]}, by its hash); remove them from the training data"
-            )
+                f"{len(copies)} of {len(states)} training answers are held-out ones under other "
+                "names (first: sequence "
+                f"{states.sequence[copies[0]]}, by its hash); remove them from the training data")
 
 
 def _digests(states: source.PackedStates) -> Iterable[str]:
     for start, length in zip(states.starts.tolist(), states.lengths.tolist(), strict=True):
         if length:
-            yield answer_digest(states.ids_by_verifier[start : start + length], states.verifier[start : start + length])
+            yield answer_digest(states.ids_by_verifier[start:start + length],
+                                states.verifier[start:start + length])
         else:
             yield ""

@@ -1,8 +1,11 @@
-"""L6: LoRA beside q, k, v, o of the drafter's decoder: put in, run teacher-forced, merged (docs/adapters.md, section 7).
+"""L6: LoRA beside q, k, v, o of the drafter's decoder: put in, run teacher-forced, merged
+(docs/adapters.md, section 7).
 
-Unlike L1–L5 this changes the drafter itself, so it needs the model and its prompts, not stored states alone. Vision tower, projector,
-embeddings, norms and LM head stay as they are. A merged drafter is an ordinary one: it needs neither peft nor an adapter at inference.
-At 7B size there are 16 777 216 trainable weights; the 19.1 M quoted elsewhere also match the names inside the CLIP tower.
+Unlike L1–L5 this changes the drafter itself, so it needs the model and its prompts, not stored
+states alone. Vision tower, projector, embeddings, norms and LM head stay as they are. A merged
+drafter is an ordinary one: it needs neither peft nor an adapter at inference. At 7B size there are
+16 777 216 trainable weights; the 19.1 M quoted elsewhere also match the names inside the CLIP
+tower.
 """
 
 from __future__ import annotations
@@ -28,10 +31,13 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
 @dataclass(frozen=True)
 class LoraFitConfig:
-    """How to train L6; the defaults are the reference's. alpha: LoRA's scale, times 1 / rank. dropout: on LoRA's input.
+    """How to train L6; the defaults are the reference's. alpha: LoRA's scale, times 1 / rank.
+    dropout: on LoRA's input.
 
-    batch_size: answers a forward pass. accumulation: passes a step. gradient_checkpointing: recompute layers in the backward pass, for
-    less memory and a third more time; the weights come out the same. patience: epochs without a better validation loss.
+    batch_size: answers a forward pass. accumulation: passes a step. gradient_checkpointing:
+    recompute layers in the backward pass, for
+    less memory and a third more time; the weights come out the same. patience: epochs without a
+    better validation loss.
     """
 
     rank: int = 16
@@ -51,17 +57,20 @@ class LoraFitConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "epochs", "batch_size", "accumulation", "learning_rate", "patience"):
+        for name in ("rank", "alpha", "epochs", "batch_size", "accumulation", "learning_rate",
+                     "patience"):
             if getattr(self, name) <= 0:
                 raise ParameterError(f"{name} must be positive, not {getattr(self, name)}")
         objectives.parse(self.objective)
 
 
-# --- putting it in, taking it out ----------------------------------------------------------------------------------------------------
+# --- putting it in, taking it out
+# ------------------------------------------------------------------------------------------------
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name inside the model, module) of the language decoder. Raises: TrainingError when the model has none under the known names."""
+    """(name inside the model, module) of the language decoder. Raises: TrainingError when the model
+    has none under the known names."""
     for name in ("model.language_model", "model"):
         try:
             decoder = model.get_submodule(name)
@@ -69,24 +78,34 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
             continue
         if hasattr(decoder, "layers"):
             return name, decoder
-    raise TrainingError(f"{type(model).__name__} has no decoder at model.layers or model.language_model.layers; pass the drafter's model")
+    raise TrainingError(
+        f"{type(model).__name__} has no decoder at model.layers or model.language_model.layers; "
+        "pass the drafter's model"
+    )
 
 
-def attach(
-    model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: float = 0.05, targets: Sequence[str] = TARGETS
-) -> peft.PeftModel:
-    """Put LoRA, zero at first, into the decoder's layers of ``model`` (in place) and freeze everything else.
+def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: float = 0.05,
+           targets: Sequence[str] = TARGETS) -> peft.PeftModel:
+    """Put LoRA, zero at first, into the decoder's layers of ``model`` (in place) and freeze
+    everything else.
 
-    alpha: LoRA's scale, times 1 / rank. dropout: on LoRA's input. Raises: TrainingError when the model already carries LoRA.
+    alpha: LoRA's scale, times 1 / rank. dropout: on LoRA's input. Raises: TrainingError when the
+    model already carries LoRA.
     """
-    # The whole name from the root: the CLIP tower also has q_proj, k_proj and v_proj, under the same last names.
+    # The whole name from the root: the CLIP tower also has q_proj, k_proj and v_proj, under the
+    # same last names.
     names = rf"{re.escape(decoder_of(model)[0])}\.layers\.\d+\.self_attn\.({'|'.join(targets)})"
-    return _attach(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names))
+    return _attach(
+        model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                               target_modules=names))
 
 
 def _attach(model: nn.Module, settings: peft.LoraConfig) -> peft.PeftModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise TrainingError(f"{type(model).__name__} already carries LoRA weights; merge or unload them first, or load the drafter again")
+        raise TrainingError(
+            f"{type(model).__name__} already carries LoRA weights; merge or unload them first, or "
+            "load the drafter again"
+        )
     _undo_inference_packing(model)
     tuned = peft.get_peft_model(model, settings)
     settings.base_model_name_or_path = None  # a path of this machine says nothing on another
@@ -94,15 +113,18 @@ def _attach(model: nn.Module, settings: peft.LoraConfig) -> peft.PeftModel:
 
 
 def _undo_inference_packing(model: nn.Module) -> None:
-    """bitsandbytes reorders 4-bit weights in a CPU's first inference pass: gradients then stop there, without an error."""
+    """bitsandbytes reorders 4-bit weights in a CPU's first inference pass: gradients then stop
+    there, without an error."""
     for layer in model.modules():
         if getattr(layer, "support_avx512bf16_for_cpu", False):
             layer.state_dict()  # puts reordered weights back in place, to save them
             layer.support_avx512bf16_for_cpu = False
 
 
-def size_of(hidden_size: int, layers: int, *, rank: int = 16, targets: Sequence[str] = TARGETS) -> int:
-    """Weights of LoRA beside square projections, none loaded: 16 777 216 for a hidden size of 4096 and 32 layers."""
+def size_of(hidden_size: int, layers: int, *, rank: int = 16,
+            targets: Sequence[str] = TARGETS) -> int:
+    """Weights of LoRA beside square projections, none loaded: 16 777 216 for a hidden size of 4096
+    and 32 layers."""
     return layers * len(targets) * rank * 2 * hidden_size
 
 
@@ -117,27 +139,38 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Add the LoRA weights in ``folder`` to the model's own (in place); the model is an ordinary one again.
+    """Add the LoRA weights in ``folder`` to the model's own (in place); the model is an ordinary
+    one again.
 
-    Raises: CheckpointError when the folder holds none or they are another model's; TrainingError for a quantised model.
+    Raises: CheckpointError when the folder holds none or they are another model's; TrainingError
+    for a quantised model.
     """
     folder = Path(folder)
     if is_quantised(model):
         raise TrainingError(
-            "merging into quantised weights rounds nearly all of the training away: load the drafter in bfloat16 and merge there"
+            "merging into quantised weights rounds nearly all of the training away: load the "
+            "drafter in bfloat16 and merge there"
         )
     try:
-        settings, weights = peft.LoraConfig.from_pretrained(folder), safetensors.torch.load_file(folder / "adapter_model.safetensors")
+        settings, weights = peft.LoraConfig.from_pretrained(folder), safetensors.torch.load_file(
+            folder / "adapter_model.safetensors")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no readable LoRA weights ({type(error).__name__}); give the run's best folder") from error
+        raise CheckpointError(
+            f"{folder} holds no readable LoRA weights ({type(error).__name__}); give the run's "
+            "best folder"
+        ) from error
     settings.inference_mode = False
     tuned = _attach(model, settings)
     expected = {name: weight.shape for name, weight in _weights(tuned).items()}
     found = {name: weight.shape for name, weight in weights.items()}
     if found != expected:
-        different = sorted(name for name in expected | found if found.get(name) != expected.get(name))
+        different = sorted(name for name in expected | found
+                           if found.get(name) != expected.get(name))
         tuned.unload()
-        raise CheckpointError(f"the LoRA weights in {folder} are of another model ({different[0]}); load the drafter they were trained on")
+        raise CheckpointError(
+            f"the LoRA weights in {folder} are of another model ({different[0]}); load the drafter "
+            "they were trained on"
+        )
     peft.set_peft_model_state_dict(tuned, weights)
     return tuned.merge_and_unload(safe_merge=True).requires_grad_(False).eval()
 
@@ -145,7 +178,8 @@ def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
 def save(tuned: peft.PeftModel, folder: str | Path) -> None:
     """Write the LoRA weights as peft does: adapter_model.safetensors and adapter_config.json."""
     with core.atomic_path(Path(folder) / "adapter_model.safetensors") as temporary:
-        safetensors.torch.save_file({name: w.contiguous() for name, w in _weights(tuned).items()}, temporary, metadata={"format": "pt"})
+        safetensors.torch.save_file({name: w.contiguous() for name, w in _weights(tuned).items()},
+                                    temporary, metadata={"format": "pt"})
     core.write_json(Path(folder) / "adapter_config.json", tuned.peft_config["default"].to_dict())
 
 
@@ -153,7 +187,8 @@ def _weights(tuned: peft.PeftModel) -> dict[str, Tensor]:
     return peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
 
 
-# --- the forward pass ----------------------------------------------------------------------------------------------------------------
+# --- the forward pass
+# ------------------------------------------------------------------------------------------------
 
 
 def forced_states(model: nn.Module, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:
@@ -165,7 +200,14 @@ def forced_states(model: nn.Module, prompts: Sequence[Tensor], answers: Sequence
     Args: prompts: B embeddings [L_i, D_d], vision included. answers: B int64 [S_i].   Returns: post-norm [B, S, D_d], zero as padding.
     """
     embed = model.get_input_embeddings()
-    lines = [torch.cat([prompt.to(embed.weight), embed(ids[:-1])]) for prompt, ids in zip(prompts, answers, strict=True)]
-    hidden = decoder_of(model)[1](inputs_embeds=pad_sequence(lines, batch_first=True), use_cache=False).last_hidden_state
-    rows = [hidden[i, len(p) - 1 : len(p) - 1 + len(ids)] for i, (p, ids) in enumerate(zip(prompts, answers, strict=True))]
+    lines = [
+        torch.cat([prompt.to(embed.weight), embed(ids[:-1])])
+        for prompt, ids in zip(prompts, answers, strict=True)
+    ]
+    hidden = decoder_of(model)[1](inputs_embeds=pad_sequence(lines, batch_first=True),
+                                  use_cache=False).last_hidden_state
+    rows = [
+        hidden[i, len(p) - 1:len(p) - 1 + len(ids)]
+        for i, (p, ids) in enumerate(zip(prompts, answers, strict=True))
+    ]
     return pad_sequence(rows, batch_first=True)

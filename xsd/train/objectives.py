@@ -1,8 +1,10 @@
-"""Objectives, named and composable: ``parse("mse + 0.5*cosine + cross_entropy")`` (docs/adapters.md, section 4).
+"""Objectives, named and composable: ``parse("mse + 0.5*cosine + cross_entropy")``
+(docs/adapters.md, section 4).
 
-Every term is a mean over the real positions, handed in flat: aligned, target [N, D], ids int64 [N], optional weights [N]. Terms that need
-logits run through the frozen verifier head in chunks of positions: loss and gradient of one chunk are computed before the next one
-begins, so no [N, V] tensor ever exists (after Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989).
+Every term is a mean over the real positions, handed in flat: aligned, target [N, D], ids int64 [N],
+optional weights [N]. Terms that need logits run through the frozen verifier head in chunks of
+positions: loss and gradient of one chunk are computed before the next one begins, so no [N, V]
+tensor ever exists (after Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989).
 """
 
 from __future__ import annotations
@@ -19,12 +21,15 @@ from xsd.core import ParameterError, TrainingError
 from xsd.train.vocabulary import DraftHead
 
 Head = Tensor | DraftHead | Callable[[Tensor], Tensor]
-"""The verifier's LM head: its weight [V, D], a callable [n, D] → [n, V] (a head behind the final norm), or some of its rows.
+"""The verifier's LM head: its weight [V, D], a callable [n, D] → [n, V] (a head behind the final
+norm), or some of its rows.
 
-Never trained here. With a DraftHead distributions are over its k ids, renormalised; cross-entropy is 0 where the token is not among them.
+Never trained here. With a DraftHead distributions are over its k ids, renormalised; cross-entropy
+is 0 where the token is not among them.
 """
 CHUNK = 1024
-"""Positions whose logits exist at one time: 1024 × 32 000 × 4 bytes = 131 MB at the real pair's vocabulary."""
+"""Positions whose logits exist at one time: 1024 × 32 000 × 4 bytes = 131 MB at the real pair's
+vocabulary."""
 
 Term = Callable[[Tensor, Tensor, Tensor, "Head | None", "Tensor | None"], Tensor]
 
@@ -38,27 +43,32 @@ def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
     return values.mean() if weights is None else (values * weights).sum() / weights.sum()
 
 
-# --- states against states -----------------------------------------------------------------------------------------------------------
+# --- states against states
+# ------------------------------------------------------------------------------------------------
 
 
-def mse(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None, weights: Tensor | None = None) -> Tensor:
+def mse(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
+        weights: Tensor | None = None) -> Tensor:
     """Mean over positions of the mean squared difference over the width."""
     if weights is None:  # the same mean in one pass
         return F.mse_loss(aligned, target)
     return _mean((aligned - target).pow(2).mean(-1), weights)
 
 
-def cosine(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None, weights: Tensor | None = None) -> Tensor:
+def cosine(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
+           weights: Tensor | None = None) -> Tensor:
     """1 - cosine similarity."""
     return _mean(1 - F.cosine_similarity(aligned, target, dim=-1), weights)
 
 
-def smooth_l1(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None, weights: Tensor | None = None) -> Tensor:
+def smooth_l1(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
+              weights: Tensor | None = None) -> Tensor:
     """Huber with beta 1 (EAGLE's regression loss), mean over the width."""
     return _mean(F.smooth_l1_loss(aligned, target, reduction="none").mean(-1), weights)
 
 
-# --- tokens, through the frozen head -------------------------------------------------------------------------------------------------
+# --- tokens, through the frozen head
+# ------------------------------------------------------------------------------------------------
 
 
 def _cross_entropy_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
@@ -67,12 +77,15 @@ def _cross_entropy_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor
 
 
 def _kl_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    drafted, true = logits_of(head, aligned).float().log_softmax(-1), logits_of(head, target).float().log_softmax(-1)
+    drafted, true = logits_of(head, aligned).float().log_softmax(-1), logits_of(
+        head, target).float().log_softmax(-1)
     return (true.exp() * (true - drafted)).sum(-1)
 
 
 def _overlap(head: Head, aligned: Tensor, target: Tensor) -> Tensor:
-    drafted, true = logits_of(head, aligned).float().softmax(-1), logits_of(head, target).float().softmax(-1)
+    drafted, true = logits_of(head,
+                              aligned).float().softmax(-1), logits_of(head,
+                                                                      target).float().softmax(-1)
     return torch.minimum(drafted, true).sum(-1)
 
 
@@ -80,7 +93,8 @@ def _total_variation_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tens
     return 1 - _overlap(head, aligned, target)
 
 
-def _likelihood_of_acceptance_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+def _likelihood_of_acceptance_rows(head: Head, aligned: Tensor, target: Tensor,
+                                   ids: Tensor) -> Tensor:
     return -_overlap(head, aligned, target).clamp_min(1e-12).log()
 
 
@@ -88,11 +102,11 @@ Rows = Callable[[Head, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Chunked(torch.autograd.Function):
-    """Weighted mean of ``rows`` over chunks; the gradient by ``aligned`` is finished in the forward pass and only scaled in the
-    backward."""
-
+    """Weighted mean of ``rows`` over chunks; the gradient by ``aligned`` is finished in the forward
+    pass and only scaled in the backward."""
     @staticmethod
-    def forward(context, aligned: Tensor, target: Tensor, ids: Tensor, weights: Tensor, head: Head, rows: Rows, chunk: int) -> Tensor:
+    def forward(context, aligned: Tensor, target: Tensor, ids: Tensor, weights: Tensor, head: Head,
+                rows: Rows, chunk: int) -> Tensor:
         total, norm = aligned.new_zeros((), dtype=torch.float32), weights.sum()
         gradient = torch.empty_like(aligned) if context.needs_input_grad[0] else None
         for start in range(0, len(aligned), chunk):
@@ -112,12 +126,12 @@ class _Chunked(torch.autograd.Function):
 
 
 def _through_head(name: str, rows: Rows, note: str) -> Term:
-    def term(
-        aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None, weights: Tensor | None = None, chunk: int = CHUNK
-    ) -> Tensor:
+    def term(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
+             weights: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
         if head is None:
             raise TrainingError(
-                f"objective {name!r} needs the verifier's LM head; pass head= (a weight [V, D]), for shards dataset.head('verifier')"
+                f"objective {name!r} needs the verifier's LM head; pass head= (a weight [V, D]), "
+                "for shards dataset.head('verifier')"
             )
         weights = torch.ones(len(aligned), device=aligned.device) if weights is None else weights
         return _Chunked.apply(aligned, target.detach(), ids, weights, head, rows, chunk)
@@ -126,31 +140,25 @@ def _through_head(name: str, rows: Rows, note: str) -> Term:
     return term
 
 
-cross_entropy = _through_head("cross_entropy", _cross_entropy_rows, "-log p(verifier's token) under head(aligned).")
-kl = _through_head("kl", _kl_rows, "KL(p_verifier ‖ p_aligned), nats: zero where both heads say the same.")
+cross_entropy = _through_head("cross_entropy", _cross_entropy_rows,
+                              "-log p(verifier's token) under head(aligned).")
+kl = _through_head("kl", _kl_rows,
+                   "KL(p_verifier ‖ p_aligned), nats: zero where both heads say the same.")
 total_variation = _through_head(
-    "total_variation",
-    _total_variation_rows,
-    "1 - Σ min(p, q): one minus the chance that speculative sampling accepts (Leviathan et al. 2023).",
+    "total_variation", _total_variation_rows,
+    "1 - Σ min(p, q): one minus the chance that speculative sampling accepts (Leviathan et al. "
+    "2023).",
 )
 likelihood_of_acceptance = _through_head(
-    "likelihood_of_acceptance", _likelihood_of_acceptance_rows, "-log Σ min(p, q): the acceptance itself as a likelihood (LK loss)."
-)
+    "likelihood_of_acceptance", _likelihood_of_acceptance_rows,
+    "-log Σ min(p, q): the acceptance itself as a likelihood (LK loss).")
 
 TERMS: dict[str, Term] = {
-    "mse": mse,
-    "cosine": cosine,
-    "smooth_l1": smooth_l1,
-    "cross_entropy": cross_entropy,
-    "kl": kl,
-    "total_variation": total_variation,
-    "likelihood_of_acceptance": likelihood_of_acceptance,
+    "mse": mse, "cosine": cosine, "smooth_l1": smooth_l1, "cross_entropy": cross_entropy, "kl": kl,
+    "total_variation": total_variation, "likelihood_of_acceptance": likelihood_of_acceptance,
 }
 NEED_HEAD = frozenset({"cross_entropy", "kl", "total_variation", "likelihood_of_acceptance"})
-PRESETS = {
-    "mse_cosine": "mse + 0.5*cosine",
-    "tokens": "mse + 0.5*cosine + cross_entropy",
-}
+PRESETS = {"mse_cosine": "mse + 0.5*cosine", "tokens": "mse + 0.5*cosine + cross_entropy",}
 """``mse_cosine`` is the reference's; ``tokens`` adds what decides: the verifier's token."""
 
 
@@ -165,45 +173,55 @@ class Objective:
         return bool(NEED_HEAD & self.weights.keys())
 
     def __str__(self) -> str:
-        return " + ".join(name if weight == 1 else f"{weight:g}*{name}" for name, weight in self.weights.items())
+        return " + ".join(name if weight == 1 else f"{weight:g}*{name}"
+                          for name, weight in self.weights.items())
 
-    def __call__(
-        self, aligned: Tensor, target: Tensor, ids: Tensor, mask: Tensor, head: Head | None = None, weights: Tensor | None = None
-    ) -> dict[str, Tensor]:
+    def __call__(self, aligned: Tensor, target: Tensor, ids: Tensor, mask: Tensor,
+                 head: Head | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
         """All terms and their weighted sum ``total``.
 
-        Args: aligned, target: [B, S, D]. ids: int64 [B, S]. mask: bool [B, S]; padded positions have no effect at all. weights: [B, S] or
+        Args: aligned, target: [B, S, D]. ids: int64 [B, S]. mask: bool [B, S]; padded positions
+        have no effect at all. weights: [B, S] or
             None.
         Raises: TrainingError when nothing is unmasked, or a term needs a head and none is given.
         """
-        return self.flat(aligned[mask], target[mask], ids[mask], head, None if weights is None else weights[mask])
+        return self.flat(aligned[mask], target[mask], ids[mask], head,
+                         None if weights is None else weights[mask])
 
-    def flat(
-        self, aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None, weights: Tensor | None = None
-    ) -> dict[str, Tensor]:
-        """The same over real positions alone: aligned, target [N, D], ids int64 [N], weights [N] or None."""
+    def flat(self, aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
+             weights: Tensor | None = None) -> dict[str, Tensor]:
+        """The same over real positions alone: aligned, target [N, D], ids int64 [N], weights [N] or
+        None."""
         if len(aligned) == 0:
-            raise TrainingError("an objective was asked for a batch without a real position; drop empty answers from the dataset")
+            raise TrainingError(
+                "an objective was asked for a batch without a real position; drop empty answers "
+                "from the dataset"
+            )
         terms = {name: TERMS[name](aligned, target, ids, head, weights) for name in self.weights}
-        return {"total": torch.stack([self.weights[name] * term.float() for name, term in terms.items()]).sum(), **terms}
+        return {
+            "total": torch.stack(
+                [self.weights[name] * term.float() for name, term in terms.items()]).sum(), **terms
+        }
 
 
 def parse(text: str) -> Objective:
-    """``"mse + 0.5*cosine"`` or a name of PRESETS → Objective.   Raises: ParameterError naming the unknown term and the known ones."""
+    """``"mse + 0.5*cosine"`` or a name of PRESETS → Objective.   Raises: ParameterError naming the
+    unknown term and the known ones."""
     weights: dict[str, float] = {}
     for part in PRESETS.get(text, text).split("+"):
         found = re.fullmatch(r"\s*(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?(\w+)\s*", part)
         if not found or found[2] not in TERMS:
             raise ParameterError(
-                f"objective {text!r}: {part.strip()!r} is no term; write e.g. 'mse + 0.5*cosine' with {', '.join(TERMS)}, or "
-                f"{', '.join(PRESETS)}"
-            )
+                f"objective {text!r}: {part.strip()!r} is no term; write e.g. 'mse + 0.5*cosine' "
+                f"with {', '.join(TERMS)}, or "
+                f"{', '.join(PRESETS)}")
         weights[found[2]] = weights.get(found[2], 0.0) + float(found[1] or 1)
     return Objective(weights)
 
 
 def token_chunks(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [n, V]) for chunks of hidden [N, D]: the same memory bound for whoever evaluates."""
+    """(rows, logits [n, V]) for chunks of hidden [N, D]: the same memory bound for whoever
+    evaluates."""
     for start in range(0, len(hidden), chunk):
         part = slice(start, start + chunk)
         yield part, logits_of(head, hidden[part])

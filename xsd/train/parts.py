@@ -1,4 +1,5 @@
-"""What one batch is asked for: the parts of its loss, each against the verifier's states some positions on (docs/adapters.md, section 5).
+"""What one batch is asked for: the parts of its loss, each against the verifier's states some
+positions on (docs/adapters.md, section 5).
 
 | adapter | parts (offset of the target) |
 |---|---|
@@ -7,8 +8,9 @@
 | B1, L5F | the next position (1) |
 | B1, L5F with rollout steps | 1, 2, … K, each from the own prediction before it (EAGLE-3's training-time test) |
 
-Every part is a mean over its positions. A step may be spread over several batches (accumulation) and processes: :func:`norms` says how
-much of the mean each holds, so that the step comes out as if it had been one batch, whatever the answers' lengths.
+Every part is a mean over its positions. A step may be spread over several batches (accumulation)
+and processes: :func:`norms` says how much of the mean each holds, so that the step comes out as if
+it had been one batch, whatever the answers' lengths.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ from xsd.train.recipes import FitConfig
 def plan(adapter: Adapter, config: FitConfig) -> list[tuple[int, float]]:
     """(offset of the target, factor) of each part."""
     if adapter.shift and config.rollout_steps > 1:
-        return [(k, config.rollout_decay ** (k - 1)) for k in range(1, config.rollout_steps + 1)]
+        return [(k, config.rollout_decay**(k - 1)) for k in range(1, config.rollout_steps + 1)]
     if adapter.shift:
         return [(1, 1.0)]
     weight = getattr(adapter, "prediction_weight", 0.0)
@@ -36,7 +38,8 @@ def plan(adapter: Adapter, config: FitConfig) -> list[tuple[int, float]]:
 
 
 def weights_of(mask: Tensor, offset: int, config: FitConfig) -> Tensor | None:
-    """Weight of each position of a part, float [B, S - offset]: ``position_decay`` to the power of its place in the answer; None: all 1."""
+    """Weight of each position of a part, float [B, S - offset]: ``position_decay`` to the power of
+    its place in the answer; None: all 1."""
     if config.position_decay == 1:
         return None
     places = torch.arange(mask.shape[1], device=mask.device)[offset:]
@@ -52,30 +55,36 @@ def norms(adapter: Adapter, mask: Tensor, config: FitConfig) -> Tensor:
     return torch.stack(found).double()
 
 
-def losses(
-    adapter: Adapter, batch: Batch, objective: objectives.Objective, head: objectives.Head | None, config: FitConfig,
-    share: Sequence[float], own: Sequence[float],
-) -> dict[str, Tensor]:  # fmt: skip
-    """The terms of the first part (means over this batch), and ``total``: this batch's share of the whole step's loss.
+def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective,
+           head: objectives.Head | None, config: FitConfig, share: Sequence[float],
+           own: Sequence[float],
+           ) -> dict[str, Tensor]:  # fmt: skip
+    """The terms of the first part (means over this batch), and ``total``: this batch's share of the
+    whole step's loss.
 
-    share: this batch's part of each part's norm over the step, own / norm of the step (1 where it is the whole step); own: this batch's
+    share: this batch's part of each part's norm over the step, own / norm of the step (1 where it
+    is the whole step); own: this batch's
     norms. Gradients of ``total``, added up over the batches of a step, are the step's.
     """
     noisy = _with_noise(batch, config.noise) if config.noise else batch
     pieces = plan(adapter, config)
-    if adapter.pointwise and not adapter.shift:  # positions do not meet, so padding need not be computed at all
+    # positions do not meet, so padding need not be computed at all
+    if adapter.pointwise and not adapter.shift:
         real, weights = batch.mask, weights_of(batch.mask, 0, config)
-        with torch.autocast(real.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+        with torch.autocast(real.device.type, dtype=torch.bfloat16,
+                            enabled=config.dtype == "bfloat16"):
             aligned = adapter(noisy.drafter[real])
         chosen = None if weights is None else weights[real]
-        found = objective.flat(aligned.float(), batch.verifier[real], batch.ids_by_verifier[real], head, chosen)
+        found = objective.flat(aligned.float(), batch.verifier[real], batch.ids_by_verifier[real],
+                               head, chosen)
         return {**found, "total": found["total"] * share[0]}
-    with torch.autocast(batch.mask.device.type, dtype=torch.bfloat16, enabled=config.dtype == "bfloat16"):
+    with torch.autocast(batch.mask.device.type, dtype=torch.bfloat16,
+                        enabled=config.dtype == "bfloat16"):
         if len(pieces) > 1 and adapter.shift:
             steps = min(len(pieces), batch.mask.shape[1] - 1)
             tokens = batch.ids_by_verifier if adapter.fuses_tokens else None
             rolled = adapter.unroll(noisy.drafter, noisy.verifier, steps, tokens)
-            states = [result[:, : result.shape[1] - k] for k, result in enumerate(rolled, start=1)]
+            states = [result[:, :result.shape[1] - k] for k, result in enumerate(rolled, start=1)]
         else:
             aligned = adapter.align(noisy).aligned
             states = [aligned, aligned[:, :-1]] if len(pieces) > 1 else [aligned]
@@ -85,7 +94,8 @@ def losses(
             continue
         mask, weights = batch.mask[:, offset:], weights_of(batch.mask, offset, config)
         # Targets are the clean states: noise is on what is read.
-        found = objective(state.float(), batch.verifier[:, offset:], batch.ids_by_verifier[:, offset:], mask, head, weights)
+        found = objective(state.float(), batch.verifier[:, offset:],
+                          batch.ids_by_verifier[:, offset:], mask, head, weights)
         piece = found["total"] * (factor * share[number])
         total = piece if total is None else total + piece
         first = first or found
@@ -93,7 +103,8 @@ def losses(
 
 
 def factor_sum(pieces: Sequence[tuple[int, float]], whole: Tensor, adapter: Adapter) -> float:
-    """What a step's loss is divided by: rollout steps are averaged (those that any answer is long enough for), the rest is a sum."""
+    """What a step's loss is divided by: rollout steps are averaged (those that any answer is long
+    enough for), the rest is a sum."""
     if len(pieces) == 1 or not adapter.shift:
         return 1.0
     return sum(factor for (_, factor), norm in zip(pieces, whole.tolist(), strict=True) if norm > 0)
@@ -101,7 +112,6 @@ def factor_sum(pieces: Sequence[tuple[int, float]], whole: Tensor, adapter: Adap
 
 def _with_noise(batch: Batch, share: float) -> Batch:
     """The states that are read moved by uniform noise of ± share × their standard deviation."""
-
     def moved(states: Tensor) -> Tensor:
         return states + (2 * torch.rand_like(states) - 1) * share * states[batch.mask].std()
 

@@ -1,7 +1,9 @@
-"""Several processes, one training: what ``accelerate launch`` or ``torchrun`` started (docs/adapters.md, section 5).
+"""Several processes, one training: what ``accelerate launch`` or ``torchrun`` started
+(docs/adapters.md, section 5).
 
-Every process holds the whole adapter, takes every n-th answer of each batch and adds its gradients to the others'. Process 0 writes.
-The group itself is accelerate's (gloo on CPU, NCCL on GPUs); alone, nothing is started and nothing is sent.
+Every process holds the whole adapter, takes every n-th answer of each batch and adds its gradients
+to the others'. Process 0 writes. The group itself is accelerate's (gloo on CPU, NCCL on GPUs);
+alone, nothing is started and nothing is sent.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from xsd.core import Batch
 
 class Processes:
     """rank: this process, from 0. size: how many there are."""
-
     def __init__(self, device: torch.device) -> None:
         self.rank, self.size, self._state = 0, 1, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -52,21 +53,30 @@ class Processes:
         return reduce(values, "sum")
 
     def sums(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Sums of this process → sums over all, as plain numbers; every process holds the same names."""
-        together = self.sum(torch.stack([torch.as_tensor(value, dtype=torch.float64).cpu() for value in values.values()]).to(self._where))
+        """Sums of this process → sums over all, as plain numbers; every process holds the same
+        names."""
+        together = self.sum(
+            torch.stack([
+                torch.as_tensor(value, dtype=torch.float64).cpu() for value in values.values()
+            ]).to(self._where))
         return dict(zip(values, together.tolist(), strict=True))
 
     def rows(self, batch: Batch) -> Batch:
         """This process's answers of a batch: every ``size``-th from ``rank`` on, possibly none."""
         if self.size == 1:
             return batch
-        names = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask", "sequence", "index")
-        return dataclasses.replace(batch, **{name: getattr(batch, name)[self.rank :: self.size] for name in names})
+        names = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask", "sequence",
+                 "index")
+        return dataclasses.replace(
+            batch, **{name: getattr(batch, name)[self.rank::self.size] for name in names})
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Each gradient becomes the sum over all processes, in one message."""
         if self._state is None:
             return
-        flat = self.sum(torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in parameters]))
-        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+        flat = self.sum(
+            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
+                       for p in parameters]))
+        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]),
+                                    strict=True):
             parameter.grad = piece.view_as(parameter)

@@ -1,4 +1,5 @@
-"""How to train an adapter: the settings, and the profiles that fill them (docs/adapters.md, section 5)."""
+"""How to train an adapter: the settings, and the profiles that fill them (docs/adapters.md, section
+5)."""
 
 from __future__ import annotations
 
@@ -9,33 +10,35 @@ from xsd.core import ParameterError
 from xsd.train import objectives
 
 _TOKENS = {
-    "objective": "tokens", "batch_size": 16, "learning_rate": 2e-3, "select_by": "token_acceptance", "warm_start": "ridge",
-    "prediction_weight": 0.0, "alpha": 1.0,
+    "objective": "tokens", "batch_size": 16, "learning_rate": 2e-3, "select_by": "token_acceptance",
+    "warm_start": "ridge", "prediction_weight": 0.0, "alpha": 1.0,
 }  # fmt: skip
 PROFILES: dict[str, dict[str, Any]] = {
-    "reference": {"objective": "mse_cosine", "batch_size": 64, "select_by": "loss"},
-    "converged": {"objective": "mse_cosine", "batch_size": 64, "select_by": "loss", "epochs": 300, "patience": 50},
-    "tokens": _TOKENS,
-    "rollout": {**_TOKENS, "rollout_steps": 3},
+    "reference": {"objective": "mse_cosine", "batch_size": 64, "select_by": "loss"}, "converged": {
+        "objective": "mse_cosine", "batch_size": 64, "select_by": "loss", "epochs": 300,
+        "patience": 50
+    }, "tokens": _TOKENS, "rollout": {**_TOKENS, "rollout_steps": 3},
 }
 BEST_BY_LEVEL: dict[str, dict[str, Any]] = {
-    "L1": {"objective": "cross_entropy"},
-    "L2": {"objective": "cross_entropy"},
-    "L3": {"objective": "cross_entropy"},
-    "B1": {"token_fusion": True},
+    "L1": {"objective": "cross_entropy"}, "L2": {"objective": "cross_entropy"},
+    "L3": {"objective": "cross_entropy"}, "B1": {"token_fusion": True},
 }
-"""Where a level's best known recipe differs from "tokens" (docs/recipes.md). What never reads its own predictions need not stay near the
-verifier's states; B1, which reads nothing else, is told which token its prediction became."""
+"""Where a level's best known recipe differs from "tokens" (docs/recipes.md). What never reads its
+own predictions need not stay near the verifier's states; B1, which reads nothing else, is told
+which token its prediction became."""
 
 
 def settings(profile: str, level: str) -> dict[str, Any]:
-    """FitConfig's arguments for a level: those of a profile, or with "best" what is known to be best for that level."""
-    return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {})} if profile == "best" else {"profile": profile}
+    """FitConfig's arguments for a level: those of a profile, or with "best" what is known to be
+    best for that level."""
+    return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {})
+            } if profile == "best" else {"profile": profile}
 
 
 @dataclass(frozen=True)
 class FitConfig:
-    """How to train. Fields left at None take their profile's value; what was used is saved in config.json."""
+    """How to train. Fields left at None take their profile's value; what was used is saved in
+    config.json."""
 
     profile: Literal["reference", "converged", "tokens", "rollout"] = "reference"
     objective: str | None = None
@@ -44,14 +47,16 @@ class FitConfig:
     batch_size: int | None = None
     """Answers a batch, over all processes together."""
     learning_rate: float | None = None
-    """Of AdamW: 1e-3 in the reference; 2e-3 in "tokens", found at D = 192 (lower it for wide adapters)."""
+    """Of AdamW: 1e-3 in the reference; 2e-3 in "tokens", found at D = 192 (lower it for wide
+    adapters)."""
     minimum_learning_rate: float = 1e-6
     """Where the cosine ends."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
     accumulation: int = 1
-    """Batches a step, when batch_size does not fit into memory; every position of the step weighs the same, as in one large batch."""
+    """Batches a step, when batch_size does not fit into memory; every position of the step weighs
+    the same, as in one large batch."""
     patience: int | None = None
     """Epochs without a better validation before stopping."""
     validation_share: float = 0.1
@@ -59,42 +64,59 @@ class FitConfig:
     select_by: Literal["loss", "token_acceptance"] | None = None
     """What makes a checkpoint the best; token acceptance needs a head."""
     prediction_weight: float | None = None
-    """L5's loss against the next state: 0.5 in the reference, 0 in "tokens" (one output cannot be two states)."""
+    """L5's loss against the next state: 0.5 in the reference, 0 in "tokens" (one output cannot be
+    two states)."""
     rollout_steps: int | None = None
-    """B1 and L5F: steps on own predictions in the loss (EAGLE-3's training-time test); 1 is teacher forcing."""
+    """B1 and L5F: steps on own predictions in the loss (EAGLE-3's training-time test); 1 is teacher
+    forcing."""
     rollout_decay: float = 0.8
     """Weight of each further step."""
     warm_start: Literal["none", "ridge"] | None = None
-    """"ridge": linear maps from the closed form: in front of what reads the drafter, and in B1's and L5F's residual."""
+    """"ridge": linear maps from the closed form: in front of what reads the drafter, and in B1's
+    and L5F's residual."""
     alpha: float | None = None
-    """Initial residual weight of L4, L5, B1, L5F; the reference's 0.1 cannot leave verifier[t] for verifier[t+1] in a short training."""
+    """Initial residual weight of L4, L5, B1, L5F; the reference's 0.1 cannot leave verifier[t] for
+    verifier[t+1] in a short training."""
     noise: float = 0.0
-    """Uniform noise on the states that are read, ± this × their standard deviation (EAGLE: 0.1 in absolute units); targets stay clean."""
+    """Uniform noise on the states that are read, ± this × their standard deviation (EAGLE: 0.1 in
+    absolute units); targets stay clean."""
     position_decay: float = 1.0
-    """Weight of the loss at place t of the answer is this to the power t: an unbroken draft from the start needs the first tokens most."""
+    """Weight of the loss at place t of the answer is this to the power t: an unbroken draft from
+    the start needs the first tokens most."""
     token_fusion: bool = False
-    """L5, B1, L5F: the embedding of the token before joins the state (docs/adapters.md, section 3); needs a head [V, D]."""
+    """L5, B1, L5F: the embedding of the token before joins the state (docs/adapters.md, section 3);
+    needs a head [V, D]."""
     draft_vocabulary: int | None = None
-    """Train and draft with the so many most frequent tokens of the training answers only; None: all."""
+    """Train and draft with the so many most frequent tokens of the training answers only; None:
+    all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the forward pass."""
     adapter_options: dict[str, Any] = field(default_factory=dict)
     """Passed to create_adapter."""
-
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
-            raise ParameterError(f"unknown training profile {self.profile!r}; choose one of {', '.join(PROFILES)}")
-        defaults = {"epochs": 50, "patience": 10, "rollout_steps": 1, "warm_start": "none", "learning_rate": 1e-3, **PROFILES[self.profile]}
+            raise ParameterError(
+                f"unknown training profile {self.profile!r}; choose one of {', '.join(PROFILES)}")
+        defaults = {
+            "epochs": 50, "patience": 10, "rollout_steps": 1, "warm_start": "none",
+            "learning_rate": 1e-3, **PROFILES[self.profile]
+        }
         for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name in ("epochs", "batch_size", "accumulation", "rollout_steps", "learning_rate", "patience"):
+        for name in ("epochs", "batch_size", "accumulation", "rollout_steps", "learning_rate",
+                     "patience"):
             if getattr(self, name) <= 0:
                 raise ParameterError(f"{name} must be positive, not {getattr(self, name)}")
         if not 0 < self.position_decay <= 1:
-            raise ParameterError(f"position_decay must lie in (0, 1], not {self.position_decay}; 1 weighs all positions the same")
+            raise ParameterError(
+                f"position_decay must lie in (0, 1], not {self.position_decay}; 1 weighs all "
+                "positions the same"
+            )
         if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
-            raise ParameterError(f"draft_vocabulary must be at least 1 token or None, not {self.draft_vocabulary}")
+            raise ParameterError(
+                f"draft_vocabulary must be at least 1 token or None, not {self.draft_vocabulary}")
         if not 0 < self.validation_share < 1:
-            raise ParameterError(f"validation_share must lie between 0 and 1, not {self.validation_share}")
+            raise ParameterError(
+                f"validation_share must lie between 0 and 1, not {self.validation_share}")
         objectives.parse(self.objective)

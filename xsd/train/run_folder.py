@@ -1,4 +1,5 @@
-"""A training's folder: best and final adapter, configuration, history, provenance, and the checkpoint that resumes it bit for bit."""
+"""A training's folder: best and final adapter, configuration, history, provenance, and the
+checkpoint that resumes it bit for bit."""
 
 from __future__ import annotations
 
@@ -21,23 +22,30 @@ def fixed(value: Any) -> str:
     return json.dumps(value, sort_keys=True, default=str)
 
 
-def describe(folder: Path, identity: Mapping[str, Any], config: Mapping[str, Any], device: torch.device) -> None:
-    """Write config.json and provenance.json, once a run. identity: level, seed, config and data of the run."""
+def describe(folder: Path, identity: Mapping[str, Any], config: Mapping[str, Any],
+             device: torch.device) -> None:
+    """Write config.json and provenance.json, once a run. identity: level, seed, config and data of
+    the run."""
     core.write_json(folder / "config.json", {**identity, **config})
-    core.write_json(folder / "provenance.json", core.provenance(seed=identity["seed"], data_hash=identity["data"], device=str(device)))
+    core.write_json(
+        folder / "provenance.json",
+        core.provenance(seed=identity["seed"], data_hash=identity["data"], device=str(device)))
 
 
 def save(folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
-    """Write history.json and the checkpoint. state: what :func:`read` gives back, ``history`` among it."""
+    """Write history.json and the checkpoint. state: what :func:`read` gives back, ``history`` among
+    it."""
     core.write_json(folder / "history.json", state["history"])
     with core.atomic_path(folder / CHECKPOINT) as temporary:
         torch.save({"identity": fixed(identity), **state}, temporary)
 
 
-def read(folder: Path, identity: Mapping[str, Any], device: torch.device, what: str) -> dict[str, Any] | None:
+def read(folder: Path, identity: Mapping[str, Any], device: torch.device,
+         what: str) -> dict[str, Any] | None:
     """The state of an earlier session of the same run, None where there is none.
 
-    what: what makes a run another one, for the message. Raises: CheckpointError for a damaged checkpoint, TrainingError for another run's.
+    what: what makes a run another one, for the message. Raises: CheckpointError for a damaged
+    checkpoint, TrainingError for another run's.
     """
     path = folder / CHECKPOINT
     if not path.exists():
@@ -45,7 +53,10 @@ def read(folder: Path, identity: Mapping[str, Any], device: torch.device, what: 
     try:
         stored = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
-        raise CheckpointError(f"{path} is damaged ({type(error).__name__}); delete the folder and train again") from error
+        raise CheckpointError(
+            f"{path} is damaged ({type(error).__name__}); delete the folder and train again"
+        ) from error
     if stored["identity"] != fixed(identity):
-        raise TrainingError(f"{folder} holds another training ({what} differ); choose another folder or delete it")
+        raise TrainingError(
+            f"{folder} holds another training ({what} differ); choose another folder or delete it")
     return stored

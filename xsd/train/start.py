@@ -1,4 +1,5 @@
-"""Where a training starts: the head of its token terms, and the new adapter with its closed-form maps (docs/adapters.md, section 5)."""
+"""Where a training starts: the head of its token terms, and the new adapter with its closed-form
+maps (docs/adapters.md, section 5)."""
 
 from __future__ import annotations
 
@@ -15,27 +16,34 @@ FUSING = ("L5", "B1", "L5F")
 """Levels that can read the token before."""
 
 
-def heads(
-    level: str, config: FitConfig, objective: objectives.Objective, states: source.States, indices: Tensor,
-    head: objectives.Head | None, device: torch.device,
-) -> tuple[objectives.Head | None, Tensor | None]:  # fmt: skip
+def heads(level: str, config: FitConfig, objective: objectives.Objective, states: source.States,
+          indices: Tensor, head: objectives.Head | None, device: torch.device,
+          ) -> tuple[objectives.Head | None, Tensor | None]:  # fmt: skip
     """(what token terms go through, the whole weight [V, D] where one was given), on ``device``.
 
-    indices: of the training answers, whose frequent tokens make a draft vocabulary. Raises: TrainingError when something needs token ids
+    indices: of the training answers, whose frequent tokens make a draft vocabulary. Raises:
+    TrainingError when something needs token ids
     or the head's rows and they are not there.
     """
     fuses = config.token_fusion or "vocab_size" in config.adapter_options
     if not states.has_token_ids:
         if objective.needs_head or config.select_by == "token_acceptance" or config.draft_vocabulary or fuses:
             raise TrainingError(
-                f"objective {config.objective!r} needs token ids and this dataset has none; use profile 'reference' or extract again"
+                f"objective {config.objective!r} needs token ids and this dataset has none; use "
+                "profile 'reference' or extract again"
             )
         return None, None
     whole = head.detach().float().to(device) if isinstance(head, Tensor) else None
     if whole is None and fuses:
-        raise TrainingError(f"{level} with fused tokens takes its token table from the LM head; pass head= as a weight [V, D]")
+        raise TrainingError(
+            f"{level} with fused tokens takes its token table from the LM head; pass head= as a "
+            "weight [V, D]"
+        )
     if whole is None and config.draft_vocabulary:
-        raise TrainingError(f"{level} with a draft vocabulary needs the rows of the LM head; pass head= as a weight [V, D]")
+        raise TrainingError(
+            f"{level} with a draft vocabulary needs the rows of the LM head; pass head= as a "
+            "weight [V, D]"
+        )
     if config.draft_vocabulary is None or whole is None:
         return (head if whole is None else whole), whole
     answers = (batch.ids_by_verifier[batch.mask] for batch in states.batches(indices, 256))
@@ -43,10 +51,10 @@ def heads(
     return vocabulary.draft_head(whole, ids.to(device)), whole
 
 
-def new_adapter(
-    level: str, config: FitConfig, states: source.States, indices: Tensor, head: objectives.Head | None, full_head: Tensor | None
-) -> Adapter:
-    """An adapter of a level as its recipe starts it; draws from torch's global generator. head, full_head: as :func:`heads` gives them.
+def new_adapter(level: str, config: FitConfig, states: source.States, indices: Tensor,
+                head: objectives.Head | None, full_head: Tensor | None) -> Adapter:
+    """An adapter of a level as its recipe starts it; draws from torch's global generator. head,
+    full_head: as :func:`heads` gives them.
 
     Raises: ParameterError for an option that the level does not have.
     """
@@ -57,17 +65,21 @@ def new_adapter(
         options.setdefault("prediction_weight", config.prediction_weight)
     if config.token_fusion:
         if level not in FUSING:
-            raise ParameterError(f"{level} fuses no tokens; token_fusion is for {', '.join(FUSING)}")
+            raise ParameterError(
+                f"{level} fuses no tokens; token_fusion is for {', '.join(FUSING)}")
         options.setdefault("vocab_size", len(full_head))
     ridge = config.warm_start == "ridge"
     if ridge and level != "B1":
         options.setdefault("input_map", True)
     if ridge and level in ("B1", "L5F"):
         options.setdefault("residual_map", True)
-    adapter = registry.create_adapter(level, states.hidden_size, drafter_size=states.drafter_size, **options)
-    for module, reads in ((adapter.input_map, "drafter"), (getattr(adapter, "residual_map", None), adapter.reads)):
+    adapter = registry.create_adapter(level, states.hidden_size, drafter_size=states.drafter_size,
+                                      **options)
+    for module, reads in ((adapter.input_map, "drafter"), (getattr(adapter, "residual_map",
+                                                                   None), adapter.reads)):
         if ridge and isinstance(module, torch.nn.Linear):
-            closed = linear.fit_linear("ridge", states.batches(indices, config.batch_size), reads=reads)
+            closed = linear.fit_linear("ridge", states.batches(indices, config.batch_size),
+                                       reads=reads)
             module.load_state_dict(closed.map.state_dict())
     if adapter.fuses_tokens:
         adapter.set_token_embedding(full_head.cpu())

@@ -1,7 +1,9 @@
-"""The acceptance explorer of notebook 07: what a selection shows (plain functions) and the widgets that choose it.
+"""The acceptance explorer of notebook 07: what a selection shows (plain functions) and the widgets
+that choose it.
 
-``ExplorerData`` and the functions on it know nothing of widgets, so a test or a notebook cell can ask what any selection shows;
-``AcceptanceExplorer`` only wires controls to them. plotly's FigureWidget needs the package anywidget.
+``ExplorerData`` and the functions on it know nothing of widgets, so a test or a notebook cell can
+ask what any selection shows; ``AcceptanceExplorer`` only wires controls to them. plotly's
+FigureWidget needs the package anywidget.
 """
 
 from __future__ import annotations
@@ -20,7 +22,8 @@ from xsd.views import figures, frames, images, theme, tokens
 class ExplorerData:
     """What there is to explore.
 
-    tokens: the token table (xsd/views/frames.py) with ``run``, ``draft_token`` and ``verifier_token``. samples: sample key → Sample, or a
+    tokens: the token table (xsd/views/frames.py) with ``run``, ``draft_token`` and
+    ``verifier_token``. samples: sample key → Sample, or a
     function that loads one; without it no pictures are shown.
     """
 
@@ -29,10 +32,14 @@ class ExplorerData:
 
     def __post_init__(self) -> None:
         frames.check(self.tokens)
-        missing = [name for name in ("run", "draft_token", "verifier_token") if name not in self.tokens.columns]
+        missing = [
+            name for name in ("run", "draft_token", "verifier_token")
+            if name not in self.tokens.columns
+        ]
         if missing:
             raise MetricError(
-                f"the explorer's token table lacks the column(s) {', '.join(missing)}; write them when evaluating (notebook 04 does)"
+                f"the explorer's token table lacks the column(s) {', '.join(missing)}; write them "
+                "when evaluating (notebook 04 does)"
             )
 
     @property
@@ -51,7 +58,8 @@ class ExplorerData:
 
 @dataclass(frozen=True)
 class Selection:
-    """What is being looked at. tau: None for the token truth, else a cosine threshold. sample: key, or None for the first of the list."""
+    """What is being looked at. tau: None for the token truth, else a cosine threshold. sample: key,
+    or None for the first of the list."""
 
     run: str
     levels: tuple[str, ...]
@@ -67,16 +75,22 @@ def rows(data: ExplorerData, selection: Selection) -> pd.DataFrame:
     Raises: MetricError when the run or a level is not in the data.
     """
     if selection.run not in data.runs:
-        raise MetricError(f"there is no run named {selection.run!r} here; choose from {', '.join(data.runs)}")
+        raise MetricError(
+            f"there is no run named {selection.run!r} here; choose from {', '.join(data.runs)}")
     known = data.levels(selection.run)
     unknown = [level for level in selection.levels if level not in known]
     if unknown or not selection.levels:
-        raise MetricError(f"run {selection.run!r} has no level {', '.join(unknown) or '(none chosen)'}; choose from {', '.join(known)}")
-    return data.tokens[(data.tokens["run"] == selection.run) & data.tokens["level"].isin(selection.levels)]
+        raise MetricError(
+            f"run {selection.run!r} has no level {', '.join(unknown) or '(none chosen)'}; choose "
+            f"from {', '.join(known)}"
+        )
+    return data.tokens[(data.tokens["run"] == selection.run)
+                       & data.tokens["level"].isin(selection.levels)]
 
 
 def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """Acceptance by position of the chosen levels (``frames.by_position``), levels in the order chosen."""
+    """Acceptance by position of the chosen levels (``frames.by_position``), levels in the order
+    chosen."""
     chosen = rows(data, selection)
     order = pd.Categorical(chosen["level"], categories=list(selection.levels), ordered=True)
     return frames.by_position(chosen.iloc[order.argsort()], selection.tau)
@@ -84,39 +98,52 @@ def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
 
 def headline(data: ExplorerData, selection: Selection) -> str:
     """One line: rule, and mean accepted length of each level with its interval."""
-    table = frames.accepted_length(rows(data, selection), selection.tau).set_index("level").loc[list(selection.levels)]
+    table = frames.accepted_length(rows(data, selection),
+                                   selection.tau).set_index("level").loc[list(selection.levels)]
     rule = "same token" if selection.tau is None else f"cosine > {selection.tau:.2f}"
-    parts = [f"{level} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]" for level, row in table.iterrows()]
+    parts = [
+        f"{level} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+        for level, row in table.iterrows()
+    ]
     return f"{rule} · mean accepted length: {', '.join(parts)} · n = {int(table['n'].max())}"
 
 
 def samples_at(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """Samples of the first chosen level that have the chosen position, the rejected first, then by cosine.
+    """Samples of the first chosen level that have the chosen position, the rejected first, then by
+    cosine.
 
     Returns columns sample, question (if known), draft_token, verifier_token, cosine, accepted.
     """
     first = rows(data, replace(selection, levels=selection.levels[:1]))
     here = first[first["position"] == selection.position]
     here = here.assign(accepted=frames.accepted(here, selection.tau))
-    keep = [name for name in ("sample", "question", "draft_token", "verifier_token", "cosine", "accepted") if name in here.columns]
-    return here.sort_values(["accepted", "cosine", "sample"], kind="stable")[keep].reset_index(drop=True)
+    keep = [
+        name
+        for name in ("sample", "question", "draft_token", "verifier_token", "cosine", "accepted")
+        if name in here.columns
+    ]
+    return here.sort_values(["accepted", "cosine", "sample"],
+                            kind="stable")[keep].reset_index(drop=True)
 
 
 def strips(data: ExplorerData, selection: Selection) -> str:
-    """HTML: draft over verifier of the chosen sample, a strip for each chosen level, and what the colours mean."""
+    """HTML: draft over verifier of the chosen sample, a strip for each chosen level, and what the
+    colours mean."""
     sample, chosen = selection.sample, rows(data, selection)
     parts = [
-        tokens.pairs(part, selection.tau, label=f"{level}: draft above, verifier below", here=selection.position)
-        for level in selection.levels
+        tokens.pairs(part, selection.tau, label=f"{level}: draft above, verifier below",
+                     here=selection.position) for level in selection.levels
         if len(part := chosen[(chosen["level"] == level) & (chosen["sample"] == sample)])
     ]
     if not parts:
-        return f'<div style="font:13px {theme.FONT}">No sample has position {selection.position} here.</div>'
+        return (f'<div style="font:13px {theme.FONT}">No sample has position {selection.position} '
+                'here.</div>')
     return "".join(parts) + tokens.legend(("accepted", "rejected", "unused", "verifier"))
 
 
 def pictures(data: ExplorerData, selection: Selection) -> str:
-    """HTML: event frames and video frames of the chosen sample, or a line that says they are not at hand."""
+    """HTML: event frames and video frames of the chosen sample, or a line that says they are not at
+    hand."""
     sample = data.sample(selection.sample) if selection.sample else None
     if sample is None:
         text = f"The pictures of {html.escape(str(selection.sample))} are not at hand."
@@ -125,13 +152,15 @@ def pictures(data: ExplorerData, selection: Selection) -> str:
 
 
 class AcceptanceExplorer:
-    """Run, levels, rule and threshold above; curve left; click a position (or move its slider) for its samples; strips and pictures below.
+    """Run, levels, rule and threshold above; curve left; click a position (or move its slider) for
+    its samples; strips and pictures below.
 
-    ``explorer.widget`` is shown in a notebook; ``explorer.selection`` is the current :class:`Selection`.
+    ``explorer.widget`` is shown in a notebook; ``explorer.selection`` is the current
+    :class:`Selection`.
     Raises: MetricError if the data hold nothing to show; ImportError if anywidget is missing.
     """
-
-    def __init__(self, data: ExplorerData, *, levels: Sequence[str] | None = None, tau: float = 0.9):
+    def __init__(self, data: ExplorerData, *, levels: Sequence[str] | None = None,
+                 tau: float = 0.9):
         import ipywidgets as widgets  # here so that reading a selection needs no widget packages
         import plotly.graph_objects as go
 
@@ -141,27 +170,34 @@ class AcceptanceExplorer:
         self.selection = Selection(run, chosen, None)
         wide = widgets.Layout(width="98%")
         self.run = widgets.Dropdown(options=data.runs, value=run, description="run")
-        self.levels = widgets.SelectMultiple(options=data.levels(run), value=chosen, description="levels", rows=6)
+        self.levels = widgets.SelectMultiple(options=data.levels(run), value=chosen,
+                                             description="levels", rows=6)
         self.rule = widgets.ToggleButtons(
-            options=[("same token", "token"), ("cosine > τ", "cosine")], value="token", description="accepted"
-        )
-        self.tau = widgets.FloatSlider(value=tau, min=0.5, max=0.99, step=0.01, description="τ", disabled=True, continuous_update=False)
-        self.curve = widgets.ToggleButtons(options=list(figures.CURVES), value="marginal", description="curve")
-        self.position = widgets.IntSlider(value=0, min=0, max=self._last_position(), description="position", continuous_update=False)
+            options=[("same token", "token"), ("cosine > τ", "cosine")], value="token",
+            description="accepted")
+        self.tau = widgets.FloatSlider(value=tau, min=0.5, max=0.99, step=0.01, description="τ",
+                                       disabled=True, continuous_update=False)
+        self.curve = widgets.ToggleButtons(options=list(figures.CURVES), value="marginal",
+                                           description="curve")
+        self.position = widgets.IntSlider(value=0, min=0, max=self._last_position(),
+                                          description="position", continuous_update=False)
         self.samples = widgets.Select(options=[], rows=9, description="samples", layout=wide)
         self.title, self.strips, self.pictures = widgets.HTML(), widgets.HTML(), widgets.HTML()
         empty = figures.acceptance_by_position(curve(data, self.selection))
         empty.update_layout(autosize=True, height=400)
-        empty.add_vline(x=0, line={"color": theme.REJECTED, "width": 6}, opacity=0.35, layer="below")
+        empty.add_vline(x=0, line={"color": theme.REJECTED, "width": 6}, opacity=0.35,
+                        layer="below")
         self.figure = go.FigureWidget(empty)
         self._quiet = False
-        for control in (self.run, self.levels, self.rule, self.tau, self.curve, self.position, self.samples):
+        for control in (self.run, self.levels, self.rule, self.tau, self.curve, self.position,
+                        self.samples):
             control.observe(self._changed, names="value")
         self._show(redraw=True)
         controls = widgets.VBox(
-            [self.run, self.levels, self.rule, self.tau, self.curve, self.position], layout=widgets.Layout(width="36%", min_width="320px")
-        )
-        top = widgets.HBox([controls, widgets.Box([self.figure], layout=widgets.Layout(width="64%"))])
+            [self.run, self.levels, self.rule, self.tau, self.curve, self.position],
+            layout=widgets.Layout(width="36%", min_width="320px"))
+        top = widgets.HBox(
+            [controls, widgets.Box([self.figure], layout=widgets.Layout(width="64%"))])
         self.widget = widgets.VBox([self.title, top, self.samples, self.strips, self.pictures])
 
     def _last_position(self) -> int:
@@ -183,16 +219,15 @@ class AcceptanceExplorer:
             return
         self.tau.disabled = self.rule.value == "token"
         self.selection = Selection(
-            run=self.run.value,
-            levels=tuple(self.levels.value),
+            run=self.run.value, levels=tuple(self.levels.value),
             tau=None if self.rule.value == "token" else round(self.tau.value, 4),
-            curve=self.curve.value,
-            position=self.position.value,
+            curve=self.curve.value, position=self.position.value,
             sample=self.samples.value if owner is self.samples else self.selection.sample,
         )
         self._set(self.position, max=self._last_position())
         self.selection = replace(self.selection, position=self.position.value)
-        self._show(redraw=owner not in (self.position, self.samples), refill=owner is not self.samples, moved=owner is self.position)
+        self._show(redraw=owner not in (self.position, self.samples), refill=owner
+                   is not self.samples, moved=owner is self.position)
 
     def _set(self, control: object, **values: object) -> None:
         """Change a control without hearing it ourselves."""
@@ -208,14 +243,16 @@ class AcceptanceExplorer:
             listed = samples_at(self.data, self.selection)
             names = listed["sample"].tolist()
             labels = [_line(row) for row in listed.to_dict("records")]
-            kept = self.selection.sample in names and not moved  # another position shows its first, worst sample
+            # another position shows its first, worst sample
+            kept = self.selection.sample in names and not moved
             sample = self.selection.sample if kept else (names[0] if names else None)
             self._set(self.samples, options=list(zip(labels, names, strict=True)), value=sample)
             self.selection = replace(self.selection, sample=sample)
         if redraw:
             self._draw()
         self.figure.update_shapes({"x0": self.selection.position, "x1": self.selection.position})
-        self.title.value = f'<div style="font:15px {theme.FONT}">{html.escape(headline(self.data, self.selection))}</div>'
+        self.title.value = ('<div style="font:15px '
+                            f'{theme.FONT}">{html.escape(headline(self.data, self.selection))}</div>')
         self.strips.value = strips(self.data, self.selection)
         self.pictures.value = pictures(self.data, self.selection)
 
@@ -231,11 +268,13 @@ class AcceptanceExplorer:
             self.figure.layout.title.text = f"Acceptance by position · {self.selection.curve}"
             self.figure.layout.annotations[0].text = figures.CURVES[self.selection.curve]
         for trace in self.figure.data[1::2]:
-            trace.on_click(lambda trace, points, state: self.click(points.xs[0]) if points.xs else None)
+            trace.on_click(lambda trace, points, state: self.click(points.xs[0])
+                           if points.xs else None)
 
 
 def _line(row: dict) -> str:
     sign = "✓" if row["accepted"] else "✗"
     question = f" · {row['question']}" if "question" in row else ""
-    said = f"{tokens.visible(str(row['draft_token']))} → {tokens.visible(str(row['verifier_token']))}"
+    said = (f"{tokens.visible(str(row['draft_token']))} → "
+            f"{tokens.visible(str(row['verifier_token']))}")
     return f"{sign} {row['cosine']:.3f}  {said}  · {row['sample']}{question}"

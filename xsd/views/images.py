@@ -1,4 +1,5 @@
-"""Event frames and video frames as inline pictures (PNG data URIs), so that a page carries them without a file beside it."""
+"""Event frames and video frames as inline pictures (PNG data URIs), so that a page carries them
+without a file beside it."""
 
 from __future__ import annotations
 
@@ -15,39 +16,51 @@ from xsd.views import theme
 
 
 def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
-    """uint8 [H, W, 3] or [H, W] as ``data:image/png;base64,…``; larger pictures are scaled down, small ones up by whole factors.
+    """uint8 [H, W, 3] or [H, W] as ``data:image/png;base64,…``; larger pictures are scaled down,
+    small ones up by whole factors.
 
     Raises: VideoError when the array is not a picture.
     """
     array = np.asarray(image)
-    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape or (array.ndim == 3 and array.shape[2] != 3):
-        raise VideoError(f"a picture is uint8 [H, W, 3] or [H, W] with at least one pixel; this array is {array.dtype} {list(array.shape)}")
+    if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape or (
+            array.ndim == 3 and array.shape[2] != 3):
+        raise VideoError(
+            "a picture is uint8 [H, W, 3] or [H, W] with at least one pixel; this array is "
+            f"{array.dtype} {list(array.shape)}"
+        )
     picture = Image.fromarray(array)
     if max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)
     elif max(picture.size) * 2 <= max_side:
         factor = max_side // max(picture.size)
-        picture = picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.NEAREST)
+        picture = picture.resize((picture.width * factor, picture.height * factor),
+                                 Image.Resampling.NEAREST)
     buffer = io.BytesIO()
     picture.save(buffer, "PNG", optimize=True)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = theme.SOFT_INK, side: int = 128) -> str:
-    """A row of small pictures with a label in the sensor's colour. side: the longer side in pixels."""
+def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = theme.SOFT_INK,
+              side: int = 128) -> str:
+    """A row of small pictures with a label in the sensor's colour. side: the longer side in
+    pixels."""
     cells = "".join(
         f'<img alt="{html.escape(label)} {index}" src="{png_uri(image, max_side=side)}" '
         'style="margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%">'
-        for index, image in enumerate(images)
-    )
+        for index, image in enumerate(images))
     head = f'<div style="font:13px {theme.FONT};color:{colour};font-weight:600">{html.escape(label)}</div>' if label else ""
     return f'<div class="filmstrip" data-plain="1">{head}{cells}</div>'
 
 
 def sensors(sample: Sample, *, side: int = 128, n_video: int = 8) -> str:
-    """What both models saw: event frames (drafter) above video frames (verifier), with the question."""
-    question = f'<div style="font:14px {theme.FONT};margin:4px 0"><b>{html.escape(sample.question)}</b> '
-    question += f'<span style="color:{theme.SOFT_INK}">{html.escape(sample.sequence)} / {html.escape(sample.clip)}</span></div>'
-    events = filmstrip(sample.event_frames, label="event frames: the drafter's eyes", colour=theme.DRAFTER, side=side)
-    video = filmstrip(list(sample.video[:n_video]), label="video frames: the verifier's eyes", colour=theme.VERIFIER, side=side)
+    """What both models saw: event frames (drafter) above video frames (verifier), with the
+    question."""
+    question = (f'<div style="font:14px {theme.FONT};margin:4px '
+                f'0"><b>{html.escape(sample.question)}</b> ')
+    question += (f'<span style="color:{theme.SOFT_INK}">{html.escape(sample.sequence)} / '
+                 f'{html.escape(sample.clip)}</span></div>')
+    events = filmstrip(sample.event_frames, label="event frames: the drafter's eyes",
+                       colour=theme.DRAFTER, side=side)
+    video = filmstrip(list(sample.video[:n_video]), label="video frames: the verifier's eyes",
+                      colour=theme.VERIFIER, side=side)
     return f'<div class="sensors" data-plain="1">{question}{events}{video}</div>'

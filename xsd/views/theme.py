@@ -1,8 +1,9 @@
 """Colours, marks and the one plotly template that every picture of the project shares.
 
-Drafter orange, verifier blue, adapter green, rejected grey, everywhere. The hues are those of Okabe and Ito ("Color universal
-design", 2008),
-which stay apart under the common kinds of colour blindness; levels also differ in dash and marker so that no reading depends on hue alone.
+Drafter orange, verifier blue, adapter green, rejected grey, everywhere. The hues are those of Okabe
+and Ito ("Color universal design", 2008),
+which stay apart under the common kinds of colour blindness; levels also differ in dash and marker
+so that no reading depends on hue alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, s
 
 LANES = {"drafter": DRAFTER, "adapter": ADAPTER, "verifier": VERIFIER}
 KINDS = {"adapter": ADAPTER, "floor": SOFT_INK, "drafter": DRAFTER, "ceiling": VERIFIER}
-"""Colour by what a row of an acceptance table is; a floor is what an adapter must beat, a ceiling what it may not exceed."""
+"""Colour by what a row of an acceptance table is; a floor is what an adapter must beat, a ceiling
+what it may not exceed."""
 
 
 @dataclass(frozen=True)
@@ -37,72 +39,63 @@ class Mark:
 
 
 LEVELS = {
-    "L1": Mark("#8BC34A", "solid", "circle"),
-    "L2": Mark("#4CAF7A", "dash", "square"),
-    "L3": Mark("#009E73", "dot", "diamond"),
-    "L4": Mark("#00796B", "dashdot", "triangle-up"),
-    "L5": Mark("#003D33", "solid", "x"),
-    "L5F": Mark("#9C5FB5", "solid", "star"),
-    "B1": Mark(VERIFIER, "longdash", "hexagon"),
-    "drafter_tokens": Mark(DRAFTER, "dot", "triangle-down"),
+    "L1": Mark("#8BC34A", "solid", "circle"), "L2": Mark("#4CAF7A", "dash", "square"),
+    "L3": Mark("#009E73", "dot", "diamond"), "L4": Mark("#00796B", "dashdot", "triangle-up"),
+    "L5": Mark("#003D33", "solid", "x"), "L5F": Mark("#9C5FB5", "solid", "star"),
+    "B1": Mark(VERIFIER, "longdash",
+               "hexagon"), "drafter_tokens": Mark(DRAFTER, "dot", "triangle-down"),
 }
 """Greens read the drafter, purple reads both, blue reads the verifier (an upper bound)."""
 
-_OTHERS = (
-    Mark("#CC79A7", "dash", "cross"),
-    Mark("#7F6A00", "dot", "pentagon"),
-    Mark("#56B4E9", "dashdot", "bowtie"),
-    Mark("#5F6368", "longdash", "hourglass"),
-)
+_OTHERS = (Mark("#CC79A7", "dash", "cross"), Mark("#7F6A00", "dot", "pentagon"),
+           Mark("#56B4E9", "dashdot", "bowtie"), Mark("#5F6368", "longdash", "hourglass"),
+           )
 
 
 def mark(level: str, index: int = 0) -> Mark:
-    """The mark of a level; names outside the table get one by ``index``, so the same call gives the same picture."""
+    """The mark of a level; names outside the table get one by ``index``, so the same call gives the
+    same picture."""
     base = level.split(" ")[0]
     return LEVELS.get(base, _OTHERS[index % len(_OTHERS)])
 
 
 def rgba(colour: str, alpha: float) -> str:
     """``#RRGGBB`` with an opacity between 0 and 1, as plotly and CSS write it."""
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    red, green, blue = (int(colour[i:i + 2], 16) for i in (1, 3, 5))
     return f"rgba({red},{green},{blue},{alpha:g})"
 
 
 def template() -> go.layout.Template:
-    """The shared look: white ground, readable font, light grid, legend below the plot. Small on purpose (it is stored with each figure)."""
+    """The shared look: white ground, readable font, light grid, legend below the plot. Small on
+    purpose (it is stored with each figure)."""
     axis = {
-        "gridcolor": GRID,
-        "linecolor": SOFT_INK,
-        "zeroline": False,
-        "ticks": "outside",
-        "tickcolor": GRID,
-        "automargin": True,
-        "title": {"standoff": 10, "font": {"size": 13}},
+        "gridcolor": GRID, "linecolor": SOFT_INK, "zeroline": False, "ticks": "outside",
+        "tickcolor": GRID, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}},
     }
     return go.layout.Template(
         layout={
-            "font": {"family": FONT, "size": 14, "color": INK},
-            "title": {"x": 0.01, "xanchor": "left", "font": {"size": 17}},
-            "paper_bgcolor": "white",
-            "plot_bgcolor": "white",
-            "colorway": [ADAPTER, VERIFIER, DRAFTER, "#CC79A7", "#7F6A00", "#56B4E9", SOFT_INK],
-            "xaxis": axis,
-            "yaxis": axis,
-            "legend": {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "xanchor": "left", "font": {"size": 13}},
-            "margin": {"l": 60, "r": 20, "t": 60, "b": 50},
+            "font": {"family": FONT, "size": 14, "color": INK}, "title": {
+                "x": 0.01, "xanchor": "left", "font": {"size": 17}
+            }, "paper_bgcolor": "white", "plot_bgcolor": "white", "colorway": [
+                ADAPTER, VERIFIER, DRAFTER, "#CC79A7", "#7F6A00", "#56B4E9", SOFT_INK
+            ], "xaxis": axis, "yaxis": axis, "legend": {
+                "orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "xanchor": "left",
+                "font": {"size": 13}
+            }, "margin": {"l": 60, "r": 20, "t": 60, "b": 50},
             "hoverlabel": {"font": {"family": FONT, "size": 13}},
-        }
-    )
+        })
 
 
 def register() -> None:
-    """Make the template plotly's ``xsd`` and its default. Called by whoever wants it (a notebook's set-up cell), never at import."""
+    """Make the template plotly's ``xsd`` and its default. Called by whoever wants it (a notebook's
+    set-up cell), never at import."""
     pio.templates["xsd"] = template()
     pio.templates.default = "xsd"
 
 
 def figure(title: str, *, x: str = "", y: str = "", height: int = 400) -> go.Figure:
-    """An empty figure in the shared look. title and axis titles are plain text; height in pixels."""
+    """An empty figure in the shared look. title and axis titles are plain text; height in
+    pixels."""
     drawn = go.Figure(layout={"template": template(), "title": {"text": title}, "height": height})
     drawn.update_xaxes(title_text=x)
     drawn.update_yaxes(title_text=y)

@@ -1,5 +1,5 @@
-"""Token strips: the words of draft and verifier as coloured boxes. Plain HTML with a title on hover: no script, nothing loaded
-from elsewhere."""
+"""Token strips: the words of draft and verifier as coloured boxes. Plain HTML with a title on
+hover: no script, nothing loaded from elsewhere."""
 
 from __future__ import annotations
 
@@ -16,23 +16,18 @@ from xsd.views import theme
 
 State = Literal["accepted", "rejected", "bonus", "verifier", "unused"]
 COLOURS: dict[str, tuple[str, str]] = {
-    "accepted": (theme.rgba(theme.ADAPTER, 0.22), theme.ADAPTER),
-    "rejected": ("#ECEDEF", theme.REJECTED),
-    "bonus": (theme.rgba(theme.VERIFIER, 0.16), theme.VERIFIER),
-    "verifier": ("#FFFFFF", theme.rgba(theme.VERIFIER, 0.55)),
-    "unused": ("#FFFFFF", theme.GRID),
+    "accepted": (theme.rgba(theme.ADAPTER, 0.22), theme.ADAPTER), "rejected":
+        ("#ECEDEF", theme.REJECTED), "bonus": (theme.rgba(theme.VERIFIER, 0.16), theme.VERIFIER),
+    "verifier": ("#FFFFFF", theme.rgba(theme.VERIFIER, 0.55)), "unused": ("#FFFFFF", theme.GRID),
 }
 MEANING = {
     "accepted": "drafted, and the verifier agrees",
     "rejected": "drafted, but the verifier says otherwise",
-    "bonus": "the verifier's own token after a draft",
-    "verifier": "the verifier's token",
+    "bonus": "the verifier's own token after a draft", "verifier": "the verifier's token",
     "unused": "agrees, but stands after a rejection: lost",
 }
-_BOX = (
-    "display:inline-block;padding:1px 5px;border-radius:4px;border:1px solid;white-space:pre;"
-    "font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;"
-)
+_BOX = ("display:inline-block;padding:1px 5px;border-radius:4px;border:1px solid;white-space:pre;"
+        "font:13px/1.5 ui-monospace,Menlo,Consolas,monospace;")
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,8 @@ class Token:
 
 
 def visible(text: str) -> str:
-    """A token's text with its white space shown: a leading word boundary is dropped, newlines, tabs and empty tokens get a sign."""
+    """A token's text with its white space shown: a leading word boundary is dropped, newlines, tabs
+    and empty tokens get a sign."""
     shown = text.replace("\u2581", " ").replace("\n", "⏎").replace("\t", "⇥")
     return shown.strip(" ") or ("␣" if shown else "∅")
 
@@ -57,24 +53,30 @@ def box(token: Token) -> str:
     struck = "text-decoration:line-through;" if token.state == "rejected" else ""
     title = html.escape("\n".join(token.hover), quote=True)
     style = f"{_BOX}background:{ground};border-color:{edge};color:{ink};{struck}"
-    return f'<span class="token {token.state}" style="{style}" title="{title}">{html.escape(visible(token.text))}</span>'
+    return (f'<span class="token {token.state}" style="{style}" '
+            f'title="{title}">{html.escape(visible(token.text))}</span>')
 
 
 def strip(tokens: Iterable[Token], label: str = "") -> str:
     """One row of boxes with an optional label before it."""
     head = f'<span style="font:13px {theme.FONT};color:{theme.SOFT_INK};margin-right:6px">{html.escape(label)}</span>' if label else ""
-    return f'<div class="token-strip" data-plain="1" style="line-height:2">{head}{" ".join(box(token) for token in tokens)}</div>'
+    return ('<div class="token-strip" data-plain="1" '
+            f'style="line-height:2">{head}{" ".join(box(token) for token in tokens)}</div>')
 
 
-def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "", here: int | None = None) -> str:
+def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "",
+          here: int | None = None) -> str:
     """Draft above verifier, a column a position, wrapping as text does.
 
-    tokens: rows of one sample and level of the token table (``position``, ``cosine``, ``match``, ``draft_token``,
-    ``verifier_token``, optional ``draft_probability``). tau: None for the token truth, else the cosine threshold that colours the draft.
+    tokens: rows of one sample and level of the token table (``position``, ``cosine``, ``match``,
+    ``draft_token``,
+    ``verifier_token``, optional ``draft_probability``). tau: None for the token truth, else the
+    cosine threshold that colours the draft.
     here: a position to underline.
     """
     ordered = tokens.sort_values("position", kind="stable")
-    accepted = ordered["match"].to_numpy(bool) if tau is None else ordered["cosine"].to_numpy(float) > tau
+    accepted = ordered["match"].to_numpy(bool) if tau is None else ordered["cosine"].to_numpy(
+        float) > tau
     columns, unbroken = [], True
     for ok, row in zip(accepted, ordered.to_dict("records"), strict=True):
         state: State = "accepted" if ok and unbroken else "unused" if ok else "rejected"
@@ -83,7 +85,8 @@ def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "", he
         draft = box(Token(str(row["draft_token"]), state, facts))
         verifier = box(Token(str(row["verifier_token"]), "verifier", facts))
         line = theme.INK if row["position"] == here else "transparent"
-        style = f"display:inline-block;text-align:left;margin:2px 3px 6px 0;vertical-align:top;border-bottom:3px solid {line}"
+        style = ("display:inline-block;text-align:left;margin:2px 3px 6px "
+                 f"0;vertical-align:top;border-bottom:3px solid {line}")
         columns.append(f'<span style="{style}">{draft}<br>{verifier}</span>')
     head = f'<div style="font:13px {theme.FONT};color:{theme.SOFT_INK}">{html.escape(label)}</div>' if label else ""
     return f'<div class="token-pairs" data-plain="1">{head}<div>{"".join(columns)}</div></div>'
@@ -91,8 +94,7 @@ def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "", he
 
 def _facts(row: dict) -> list[str]:
     facts = [
-        f"position {row['position']}",
-        f"draft: {visible(str(row['draft_token']))}",
+        f"position {row['position']}", f"draft: {visible(str(row['draft_token']))}",
         f"verifier: {visible(str(row['verifier_token']))}",
     ]
     probability = row.get("draft_probability")
@@ -105,23 +107,32 @@ def _facts(row: dict) -> list[str]:
 
 
 def rounds(generation: Generation, token_text: Callable[[int], str]) -> str:
-    """A live run as it happened: one strip a round: accepted and rejected draft tokens, then the verifier's bonus token."""
+    """A live run as it happened: one strip a round: accepted and rejected draft tokens, then the
+    verifier's bonus token."""
     rows = []
     for number, one in enumerate(generation.rounds):
         boxes = []
         for place, token in enumerate(one.drafted):
             state: State = "accepted" if place < one.n_accepted else "rejected"
-            boxes.append(Token(token_text(token), state, [f"round {number} · draft token {place}", f"phase {one.phase}", MEANING[state]]))
+            boxes.append(
+                Token(
+                    token_text(token), state,
+                    [f"round {number} · draft token {place}", f"phase {one.phase}", MEANING[state]
+                     ]))
         if one.bonus is not None:
-            boxes.append(Token(token_text(one.bonus), "bonus", [f"round {number}", MEANING["bonus"]]))
+            boxes.append(
+                Token(token_text(one.bonus), "bonus", [f"round {number}", MEANING["bonus"]]))
         rows.append(strip(boxes, f"{number}"))
     return f'<div class="token-rounds" data-plain="1">{"".join(rows)}</div>'
 
 
-def legend(states: Iterable[State] = ("accepted", "rejected", "unused", "bonus", "verifier")) -> str:
+def legend(states: Iterable[State] = ("accepted", "rejected", "unused", "bonus",
+                                      "verifier")) -> str:
     """What the colours mean."""
     parts = [
-        f'<span style="margin-right:14px;white-space:nowrap">{box(Token(state, state))} {html.escape(MEANING[state])}</span>'
+        f'<span style="margin-right:14px;white-space:nowrap">{box(Token(state, state))} '
+        f'{html.escape(MEANING[state])}</span>'
         for state in states
     ]
-    return f'<div class="token-legend" data-plain="1" style="font:12px/2.1 {theme.FONT};color:{theme.SOFT_INK}">{" ".join(parts)}</div>'
+    return ('<div class="token-legend" data-plain="1" style="font:12px/2.1 '
+            f'{theme.FONT};color:{theme.SOFT_INK}">{" ".join(parts)}</div>')

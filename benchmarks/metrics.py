@@ -1,0 +1,317 @@
+"""The metric kernels against the least that could be done: ``xsd bench metrics`` and ``make
+bench-metrics`` (docs/metrics.md, section 11).
+
+The stand-in for 11 000 answers × 50 positions × 4096 bf16 (9 GB, aligned and target) is a generated
+file as large as the machine's free memory allows; it is streamed in batches through one buffer, by
+the metrics and by the bare read alike, in the same rounds.
+"""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics as plain_statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks import ratios
+from xsd.core import StorageError
+from xsd.evaluate.hidden import HiddenStateMetrics
+from xsd.evaluate.reliability import Reliability
+from xsd.evaluate.statistics import bootstrap_ratio
+from xsd.evaluate.tokens import TokenMetrics, head_tokens
+from xsd.steps import plan
+
+FULL = 11_000
+"""Answers of the set that the file stands for."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured. n_samples: of the generated file; None takes an eighth of the free memory,
+    at most 640 and at least 64.
+
+    vocabularies: the sizes at which the memory of the head pass over memory_rows states is
+    compared. loop_positions: what the plain
+    Python loop gets through.
+    """
+
+    n_samples: int | None = None
+    full: int = FULL
+    positions: int = 50
+    width: int = 4096
+    batch: int = 16
+    vocabulary: int = 32_000
+    head_samples: int = 5
+    vocabularies: tuple[int, ...] = (16_000, 32_000, 128_000)
+    memory_rows: int = 2_000
+    loop_positions: int = 60
+    resamples: int = 10_000
+    repeats: int = 4
+
+
+class StateFile:
+    """Aligned and target states, bf16, batch after batch on disk: ``aligned [batch, S, D] | target
+    [batch, S, D]`` and so on."""
+    def __init__(self, path: Path, sizes: Sizes, n_samples: int, *, seed: int = 0) -> None:
+        """Generate the file. Raises: StorageError when the disk is full."""
+        self.path, self.shape = path, (2, sizes.batch, sizes.positions, sizes.width)
+        self.n_batches = n_samples // sizes.batch
+        generator = torch.Generator().manual_seed(seed)
+        try:
+            with path.open("wb") as file:
+                for _ in range(self.n_batches):
+                    states = torch.randn(self.shape, generator=generator)
+                    states[0].mul_(0.4).add_(states[1])  # cosines around 0.93
+                    file.write(states.bfloat16().view(torch.int16).numpy().tobytes())
+        except OSError as error:
+            raise StorageError(
+                f"the generated set does not fit into {path.parent} ({error.strerror}); free space "
+                "there"
+            ) from error
+
+    @property
+    def n_samples(self) -> int:
+        return self.n_batches * self.shape[1]
+
+    @property
+    def n_bytes(self) -> int:
+        return 2 * self.n_batches * math.prod(self.shape)
+
+    def batches(self, n_batches: int | None = None) -> Iterator[np.ndarray]:
+        """int16 [2, batch, S, D], always the same buffer; from the file's start again where
+        n_batches asks for more than it holds."""
+        buffer = np.empty(self.shape, np.int16)
+        with self.path.open("rb", buffering=0) as file:
+            for at in range(n_batches or self.n_batches):
+                if at % self.n_batches == 0:
+                    file.seek(0)
+                file.readinto(memoryview(buffer).cast("B"))
+                yield buffer
+
+
+def hidden_pass(file: StateFile, n_batches: int | None = None) -> HiddenStateMetrics:
+    """All that the hidden-state metrics keep of the streamed set; every sample its own cluster, the
+    dearest case."""
+    metrics, done = HiddenStateMetrics(), 0
+    mask = torch.ones(file.shape[1:3], dtype=torch.bool)
+    for buffer in file.batches(n_batches):
+        aligned, target = torch.from_numpy(buffer).view(torch.bfloat16)
+        metrics.update(aligned, target, mask, [f"s{done + i:06d}" for i in range(len(mask))])
+        done += len(mask)
+    return metrics
+
+
+def read_and_sum_words(file: StateFile) -> int:
+    """The same bytes read in the same batches and summed as 64-bit integers: no number is looked
+    at, memory sets the pace."""
+    return sum(int(buffer.view(np.int64).sum()) for buffer in file.batches())
+
+
+def read_and_sum(file: StateFile) -> float:
+    """The bare alternative: the same bytes read in the same batches and summed in float32, in
+    pieces that fit a core's cache (a whole tensor's ``sum(dtype=float32)`` takes five times as
+    long)."""
+    total, width = 0.0, file.shape[-1]
+    for buffer in file.batches():
+        for rows in torch.from_numpy(buffer).view(torch.bfloat16).view(-1, width).split(64):
+            total += float(rows.float().sum())
+    return total
+
+
+def plain_loop(aligned: list[list[float]], target: list[list[float]]) -> list[float]:
+    """The definition, number by number: the cosine of every position."""
+    out = []
+    for a, v in zip(aligned, target, strict=True):
+        dot = sum(x * y for x, y in zip(a, v, strict=True))
+        out.append(dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in v)))
+    return out
+
+
+def loop_of_tensors(aligned: Tensor, target: Tensor) -> list[float]:
+    """One position after the other with tensor operations. aligned, target: bf16 [N, D]."""
+    return [
+        float(a @ v / (a.norm() * v.norm()))
+        for a, v in ((a.float(), v.float()) for a, v in zip(aligned, target, strict=True))
+    ]
+
+
+def run(out: Path, sizes: Sizes | None = None) -> str:
+    """Measure on one thread, write ``ratios.json`` into ``out`` and return the Markdown table with
+    the facts below it."""
+    sizes, threads = sizes or Sizes(), torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with tempfile.TemporaryDirectory() as place:
+            measured, facts = _hidden(Path(place) / "states.bin", sizes)
+        measured += _head(sizes)
+        facts |= _statistics(sizes) | {"peak_memory_of_the_head_mb": head_memory(sizes)}
+    finally:
+        torch.set_num_threads(threads)
+    ratios.save(out, measured, facts=facts)
+    return ratios.table(measured) + "\n\n" + "\n".join(sentences(facts, sizes))
+
+
+def n_samples_for(free_bytes: float | None, sizes: Sizes) -> int:
+    """How many answers the file gets: an eighth of the free memory, between 64 and 640, a whole
+    number of batches."""
+    one = 4 * sizes.positions * sizes.width
+    fits = 640 if free_bytes is None else min(640, max(64, int(free_bytes / 8 / one)))
+    return max(1, (sizes.n_samples or fits) // sizes.batch) * sizes.batch
+
+
+def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any]]:
+    file = StateFile(path, sizes, n_samples_for(plan.free_bytes("cpu"), sizes))
+    first = torch.from_numpy(next(file.batches()).copy()).view(torch.bfloat16).reshape(
+        2, -1, sizes.width)[:, :sizes.loop_positions]
+    one_pass = file.n_samples * sizes.positions
+    seconds = ratios.interleave(
+        {
+            "hidden pass": lambda: hidden_pass(file),
+            "read and sum as float32": lambda: read_and_sum(file),
+            "read and sum as words": lambda: read_and_sum_words(file),
+            "plain loop": lambda: plain_loop(*first.tolist()),
+            "loop of tensor operations": lambda: loop_of_tensors(*first),
+        }, repeats=sizes.repeats,
+    )
+
+    def against(name: str, target: float | None, note: str, work: int = one_pass) -> ratios.Ratio:
+        options = {"ours_work": one_pass, "alternative_work": work, "target": target, "note": note}
+        return ratios.ratio("hidden-state pass", seconds, "hidden pass", name, **options)
+
+    measured = [
+        against("read and sum as float32", 0.5, "the same bytes as the numbers they are"),
+        against("read and sum as words", None,
+                "the same bytes as 64-bit integers: the speed of memory"),
+        against("plain loop", 100, f"Python, {len(first[0])} positions", len(first[0])),
+        against("loop of tensor operations", None, "a position at a time", len(first[0])),
+    ]
+    before, start = _peak_mb(), time.perf_counter()
+    whole = hidden_pass(file, -(-sizes.full // sizes.batch))
+    passed = time.perf_counter() - start
+    whole.result()
+    facts = {
+        "file_gb": file.n_bytes / 1e9, "file_samples": file.n_samples,
+        "full_pass_samples": len(whole.table()),
+        "full_pass_gb": file.n_bytes / 1e9 * len(whole.table()) / file.n_samples,
+        "full_pass_s": passed, "full_result_s": time.perf_counter() - start - passed,
+        "full_pass_peak_growth_mb": _peak_mb() - before,
+    }
+    return measured, facts
+
+
+def _head(sizes: Sizes) -> list[ratios.Ratio]:
+    generator = torch.Generator().manual_seed(1)
+    states = torch.randn(sizes.head_samples, sizes.positions, sizes.width, generator=generator)
+    weight = torch.randn(sizes.vocabulary, sizes.width, generator=generator).mul_(0.02)
+    ids = torch.randint(0, sizes.vocabulary, states.shape[:2], generator=generator)
+    mask, names = torch.ones(ids.shape, dtype=torch.bool), [f"s{i}" for i in range(len(ids))]
+    seconds = ratios.interleave(
+        {
+            "token metrics": lambda: TokenMetrics(
+                (1, 5)).update_states(states, ids, mask, names, weight),
+            "bare matrix product": lambda: states.flatten(0, 1) @ weight.T,
+        }, repeats=max(1, sizes.repeats - 2),
+    )
+    note = f"top-5, cross-entropy; {mask.numel()} × {sizes.width} × {sizes.vocabulary}"
+    return [
+        ratios.ratio("token metrics", seconds, "token metrics", "bare matrix product", target=0.7,
+                     note=note)
+    ]
+
+
+def _statistics(sizes: Sizes) -> dict[str, Any]:
+    """Seconds of the bootstrap and of whole results when every sample is its own cluster."""
+    rng = np.random.default_rng(0)
+    n, names = sizes.full, [f"s{i:06d}" for i in range(sizes.full)]
+    length = np.full(n, sizes.positions)
+    matched = rng.binomial(length, 0.7)
+    mask = torch.ones(n, sizes.positions, dtype=torch.bool)
+    ids = torch.zeros(n, sizes.positions, dtype=torch.int64)
+    tokens, reliability = TokenMetrics(), Reliability()
+    match = tokens.update(torch.from_numpy(rng.binomial(1, 0.3, ids.shape)), ids, mask, names)
+    reliability.update(torch.from_numpy(rng.uniform(0.5, 1.0, ids.shape).astype(np.float32)), match,
+                       mask, names)
+    return {
+        "bootstrap_samples": n, "bootstrap_resamples": sizes.resamples, "bootstrap_s":
+            _median_s(lambda: bootstrap_ratio(matched, length, names, n_resamples=sizes.resamples)),
+        "token_result_s": _median_s(tokens.result),
+        "reliability_result_s": _median_s(reliability.result),
+    }
+
+
+def head_memory(sizes: Sizes) -> dict[str, float]:
+    """Growth of a fresh process's peak memory while the head is applied, in MB, by vocabulary; the
+    head's own weight is there before."""
+    found = {}
+    for vocabulary in sizes.vocabularies:
+        code = ("from xsd.steps import bench_metrics; "
+                f"print(bench_metrics.head_growth_mb({sizes.memory_rows}, 128, {vocabulary}))")
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                              check=True)
+        found[str(vocabulary)] = float(done.stdout)
+    return found
+
+
+def head_growth_mb(rows: int, width: int, vocabulary: int) -> float:
+    """Peak memory that ``head_tokens`` adds to this process, in MB; meant for a fresh process,
+    whose peak nothing else has raised."""
+    torch.set_num_threads(1)
+    weight, states = torch.ones(vocabulary, width), torch.ones(rows, width)
+    head_tokens(states[:2], weight[:64], top_k=5,
+                targets=torch.zeros(2, dtype=torch.int64))  # libraries are loaded before the count
+    before = _peak_mb()
+    head_tokens(states, weight, top_k=5, targets=torch.zeros(rows, dtype=torch.int64))
+    return _peak_mb() - before
+
+
+def sentences(facts: dict[str, Any], sizes: Sizes) -> list[str]:
+    """The facts of a run as lines of a list."""
+    memory = ", ".join(f"{mb:.0f} MB at {int(size):,} tokens".replace(",", " ")
+                       for size, mb in facts["peak_memory_of_the_head_mb"].items())
+    return [
+        f"- The file held {facts['file_samples']} answers ({facts['file_gb']:.2f} GB); a pass over "
+        f"{facts['full_pass_samples']} answers "
+        f"({facts['full_pass_gb']:.1f} GB, the file again and again) took "
+        f"{facts['full_pass_s']:.1f} s and raised the peak memory by "
+        f"{facts['full_pass_peak_growth_mb']:.0f} MB; its result with intervals "
+        f"{facts['full_result_s']:.1f} s.",
+        f"- Bootstrap, {facts['bootstrap_resamples']} resamples of {facts['bootstrap_samples']} "
+        "samples, each its own cluster: "
+        f"{facts['bootstrap_s']:.2f} s (aim ≤ 2 s). Token result {facts['token_result_s']:.1f} s, "
+        "reliability "
+        f"{facts['reliability_result_s']:.1f} s.",
+        f"- What the head pass adds to the peak memory: {memory} ({sizes.memory_rows} states; a "
+        "whole matrix of logits takes "
+        f"{4 * sizes.memory_rows * sizes.vocabularies[-1] / 1e6:.0f} MB at the largest).",
+    ]
+
+
+def _median_s(call: Callable[[], object], repeats: int = 3) -> float:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return plain_statistics.median(seconds)
+
+
+def _peak_mb() -> float:
+    """The most memory that this process has held, in MB. getrusage alone would start from the
+    parent's peak in a new process."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        return next(
+            int(line.split()[1])
+            for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6

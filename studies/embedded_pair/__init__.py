@@ -1,0 +1,1 @@
+"""How the shipped pair was trained: corpus, stages, card (`xsd pair`, notebook 00)."""

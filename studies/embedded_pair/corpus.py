@@ -1,0 +1,234 @@
+"""The training corpus of the embedded pair: simulated clips as plain arrays, with facts as labels
+and both dialects as text.
+
+Pictures are kept at the models' size (shortest edge resized, centre square cut, as CLIP's
+preprocessing does) in memory-mapped uint8 files, so a corpus larger than memory costs nothing and a
+second start finds it ready.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from itertools import repeat
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from xsd.core import DatasetError, StorageError, atomic_write
+from xsd.embedded import drive, language, render, scenes
+from xsd.embedded.facts import centre_square, seen_by_events
+from xsd.embedded.scenes import (
+    COLOURS,
+    EGO,
+    LIGHTS,
+    SKIES,
+    SURROUNDINGS,
+    TIMES,
+    VEHICLE_MOTIONS,
+    VEHICLES,
+)
+from xsd.sensors import frames
+
+_PLACES = ("left", "ahead", "right")
+_PEDESTRIAN = ("none", "crossing_right", "crossing_left", "standing_left", "standing_right")
+
+LABELS: dict[str, tuple[str, ...]] = {
+    "time": TIMES, "sky": SKIES, "ego": tuple(EGO), "left": SURROUNDINGS, "right": SURROUNDINGS,
+    "light":
+        ("none", *LIGHTS, "unknown"), **{f"{place}_kind": ("none", *VEHICLES) for place in _PLACES},
+    **{f"{place}_colour": tuple(COLOURS) for place in _PLACES},
+    **{f"{place}_motion": VEHICLE_MOTIONS for place in _PLACES},
+    **{f"{place}_distance": ("near", "far") for place in _PLACES}, "pedestrian": _PEDESTRIAN,
+    "pedestrian_colour": tuple(COLOURS), "cyclist":
+        ("none", "left", "right"), "cyclist_colour": tuple(COLOURS),
+}  # fmt: skip
+"""The facts as classification targets; -1 where a clip (or an event camera) does not decide one."""
+
+LAYOUT_KINDS = ("nothing", *VEHICLES, "pedestrian", "cyclist", "light", *SURROUNDINGS)
+"""What can stand in a cell of the layout."""
+
+LAYOUT_MOTIONS = ("none", *VEHICLE_MOTIONS, "standing")
+"""How it moves: at most eight, as a cell has three bits for it."""
+_CELLS = 24
+
+
+def layout(seed: int, split: str, index: int) -> np.ndarray:
+    """uint16 [4, 13, 24, 24]: the layout codes of a simulated sequence's clips (see Corpus); in the
+    last five, what stands still before a static camera is left out, as it leaves no events."""
+    rng = np.random.default_rng([seed, drive.SPLIT_CODE[split], index])
+    scene = scenes.sample_scene(rng)
+    renderer = render.Renderer(scene, render.Camera(_CELLS * 16 // 3, _CELLS * 4))
+    codes = np.zeros((2, 256), np.uint16)
+    for number, actor in enumerate(scene.actors, start=1):
+        code = LAYOUT_KINDS.index(actor.kind) << 6 | LAYOUT_MOTIONS.index(actor.motion)
+        still = scene.ego == "stopped" and actor.motion in ("parked", "waiting", "standing")
+        codes[:, number] = code | 1 + list(COLOURS).index(actor.colour) << 3, 0 if still else code
+    if scene.light:
+        kind = LAYOUT_KINDS.index("light") << 6
+        codes[:, render.LIGHT_ID] = kind | 1 + list(COLOURS).index(
+            scene.light) << 3, 0 if scene.ego == "stopped" else kind
+    for i, name in enumerate(SURROUNDINGS):
+        kind = LAYOUT_KINDS.index(name) << 6
+        codes[:, render.SCENERY_ID + i] = kind, 0 if scene.ego == "stopped" else kind
+    out = np.empty((4, 13, _CELLS, _CELLS), np.uint16)
+    video = [i / drive.VIDEO_HZ for i in frames.uniform_indices(drive.VIDEO_HZ, 8)]
+    fifths = [0.1 + 0.2 * i for i in range(5)]
+    for clip in range(4):
+        for k, moment in enumerate((*video, *fifths)):
+            _, identity = renderer.frame(clip * drive.HOP_S + moment, with_ids=True)
+            out[clip, k] = codes[int(k >= 8)][centre_square(identity)][2::4, 2::4]
+    return out
+
+
+def labels(facts: dict[str, Any], dialect: language.Dialect) -> dict[str, int]:
+    """Class numbers of every fact, -1 for what that sensor cannot know or what has no value
+    here."""
+    seen = facts if dialect == "verifier" else seen_by_events(facts)
+    values: dict[str,
+                 str | None] = {key: seen[key] for key in ("time", "sky", "ego", "left", "right")}
+    values["light"] = seen["light"] or "none"
+    for place in _PLACES:
+        thing = next((v for v in seen["vehicles"] if v["place"] == place), None)
+        values[f"{place}_kind"] = thing["kind"] if thing else "none"
+        for key in ("colour", "motion", "distance"):
+            values[f"{place}_{key}"] = thing[key] if thing else None
+    walker = next((p for p in seen["people"] if p["kind"] == "pedestrian"), None)
+    rider = next((p for p in seen["people"] if p["kind"] == "cyclist"), None)
+    values["pedestrian"] = "none" if not walker else (
+        f"standing_{walker['place']}" if walker["motion"] == "standing" else walker["motion"])
+    values["cyclist"] = rider["place"] if rider else "none"
+    values["pedestrian_colour"], values[
+        "cyclist_colour"] = walker and walker["colour"], rider and rider["colour"]
+    return {
+        name: allowed.index(values[name]) if values[name] in allowed else -1
+        for name, allowed in LABELS.items()
+    }
+
+
+def square(pictures: list[np.ndarray] | np.ndarray, size: int) -> np.ndarray:
+    """uint8 [N, H, W, 3] → uint8 [N, size, size, 3]: bicubic shortest edge, centre crop (before
+    CLIP's normalisation)."""
+    out = np.empty((len(pictures), size, size, 3), np.uint8)
+    for i, picture in enumerate(pictures):
+        height, width = picture.shape[:2]
+        short = min(height, width)
+        if short != size:
+            new = (int(width * size / short), int(height * size / short))
+            picture = np.asarray(Image.fromarray(picture).resize(new, Image.Resampling.BICUBIC))
+        top, left = (picture.shape[0] - size) // 2, (picture.shape[1] - size) // 2
+        out[i] = picture[top:top + size, left:left + size]
+    return out
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """A question, its answer, and the (start, end) characters of the answer that state a fact.
+    whole: False where the answer goes on."""
+
+    question: str
+    answer: str
+    fact_spans: tuple[tuple[int, int], ...]
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """video: uint8 [N, 8, s, s, 3]. event_frames: uint8 [N, 5, s, s, 3]. layout: uint16 [N, 13, 24,
+    24]. facts and sequence: N entries.
+
+    layout: what stands in each of 24x24 cells at the 8 video times and in the middle of 5 fifths of
+    the clip:
+    ``kind << 6 | colour << 3 | motion`` (kinds as in LAYOUT_KINDS, motions as in LAYOUT_MOTIONS;
+    colour 0 none, else 1 + its place in COLOURS).
+    """
+
+    video: np.ndarray
+    event_frames: np.ndarray
+    layout: np.ndarray
+    facts: list[dict[str, Any]]
+    sequence: list[str]
+
+    def __len__(self) -> int:
+        return len(self.facts)
+
+    def answers(self, dialect: language.Dialect) -> list[list[str]]:
+        """Per clip the ten answers, in the order of language.questions()."""
+        return [[language.answer(facts, q.kind, dialect) for q in language.questions()]
+                for facts in self.facts]
+
+    def dialogues(self, dialect: language.Dialect) -> list[list[Dialogue]]:
+        """Per clip the ten questions with their answers, in the order of language.questions()."""
+        asked = language.questions()
+        return [[
+            Dialogue(q.text, text, language.fact_spans(text))
+            for q, text in zip(asked, answers, strict=True)
+        ] for answers in self.answers(dialect)]
+
+    def label_matrix(self, dialect: language.Dialect) -> np.ndarray:
+        """int64 [N, len(LABELS)]."""
+        return np.array([list(labels(facts, dialect).values()) for facts in self.facts],
+                        dtype=np.int64)
+
+
+def build(folder: str | Path, *, split: str, n_sequences: int, seed: int, size: int = 96,
+          workers: int = 1, progress: Callable[[int], None] | None = None,
+          ) -> Corpus:
+    """Simulate (or reopen, if the folder holds exactly this corpus) and return the memory-mapped
+    corpus.
+
+    Raises: DatasetError when the folder holds another corpus; StorageError, before anything is
+    simulated, when the disk is too full for it.
+    """
+    folder = Path(folder)
+    wanted = {"split": split, "n_sequences": n_sequences, "seed": seed, "size": size, "version": 3}
+    done = folder / "corpus.json"
+    if done.exists():
+        found = json.loads(done.read_text())
+        if found["config"] != wanted:
+            raise DatasetError(
+                f"{folder} holds the corpus {found['config']}, not {wanted}; choose another folder "
+                "or delete it"
+            )
+        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r")
+                  for name in ("video", "events", "layout"))
+        return Corpus(*arrays, found["facts"], found["sequence"])
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in (
+            "video", "events", "layout"
+    ):  # of a simulation that was cut short: they would count against the free space below
+        (folder / f"{name}.npy").unlink(missing_ok=True)
+    n_clips = n_sequences * 4
+    needed, free = n_clips * 13 * (3 * size**2 + 2 * _CELLS**2), shutil.disk_usage(folder).free
+    if free < needed:  # writing to a memory map on a full disk would end the process without a word
+        raise StorageError(
+            f"{n_sequences} simulated drives take {needed / 1e9:.1f} GB in {folder}, where "
+            f"{free / 1e9:.1f} GB are free; free some space, "
+            "choose another folder or fewer drives")
+    video = np.lib.format.open_memmap(folder / "video.npy", mode="w+", dtype=np.uint8,
+                                      shape=(n_clips, 8, size, size, 3))
+    events = np.lib.format.open_memmap(folder / "events.npy", mode="w+", dtype=np.uint8,
+                                       shape=(n_clips, 5, size, size, 3))
+    facts, sequence = [], []
+    for n, simulated in enumerate(drive.simulate(seed, split, n_sequences, workers=workers),
+                                  start=1):
+        for clip in simulated.clips:
+            video[len(facts)], events[len(facts)] = square(clip.video,
+                                                           size), square(clip.event_frames, size)
+            facts.append(clip.facts)
+            sequence.append(simulated.sequence)
+        if progress:
+            progress(n)
+    video.flush()
+    events.flush()
+    with ProcessPoolExecutor(workers) as pool:
+        codes = np.concatenate(
+            list(pool.map(layout, repeat(seed), repeat(split), range(n_sequences), chunksize=8)))
+    np.save(folder / "layout.npy", codes)
+    atomic_write(done, json.dumps({"config": wanted, "facts": facts, "sequence": sequence}))
+    return Corpus(video, events, codes, facts, sequence)

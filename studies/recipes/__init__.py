@@ -1,0 +1,1 @@
+"""Every level by recipe and seed (notebook 12)."""

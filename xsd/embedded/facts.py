@@ -1,0 +1,86 @@
+"""What a viewer of the clip can know, read off the rendered identity images, and which of it left
+events behind.
+
+A fact is kept only when its object is really visible in the square both models see (the centre
+crop): occluded or passed actors are not part of the truth. ``events`` on an actor says whether an
+event camera can know it: it moved against the background often enough to fire.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from xsd.embedded.render import LIGHT_ID
+from xsd.embedded.scenes import Scene
+
+MIN_PIXELS = {"vehicle": 26, "person": 12, "light": 34}
+"""Visible pixels at 128x96 (scaled with the sensor's area) in the middle of the clip."""
+MIN_EVENTS = {"vehicle": 40, "person": 24, "light": 25}
+NEAR_M = 12.5
+
+
+def centre_square(image: np.ndarray) -> np.ndarray:
+    """The largest centred square [..., H, W] → [..., H, H]: what a centre crop leaves."""
+    height, width = image.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return image[..., top:top + side, left:left + side]
+
+
+def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts: dict[int, int], *,
+               grey: bool) -> dict[str, Any]:
+    """Facts of one clip.
+
+    Args:
+        scene: the scene. ids: uint8 [T, H, W] identity images at times_s [T]. event_counts: events
+        inside each
+        identity's mask during the clip.
+        grey: the video is grey, so nobody can know a colour.
+
+    Returns: a JSON-ready dict: time, sky, ego, left, right, light, vehicles, people, grey,
+    ego_known.
+    """
+    seen = centre_square(ids)
+    scale = (seen.shape[-1] / 96)**2
+    middle = seen[len(seen) // 2 - 3:len(seen) // 2 + 4]
+    pixels = {
+        number: float((middle == number).sum(axis=(1, 2)).mean()) / scale
+        for number in (*range(1,
+                              len(scene.actors) + 1), LIGHT_ID)
+    }
+    vehicles, people = [], []
+    for number, actor in enumerate(scene.actors, start=1):
+        sort = "vehicle" if actor.is_vehicle else "person"
+        if pixels[number] < MIN_PIXELS[sort]:
+            continue
+        depth = float(np.mean([scene.position(actor, float(t))[1] for t in times_s]))
+        (vehicles if actor.is_vehicle else people).append({
+            "kind": actor.kind, "colour": None if grey else actor.colour, "place": actor.place,
+            "motion": actor.motion, "distance": "near" if depth < NEAR_M else "far",
+            "events": bool(event_counts.get(number, 0) >= MIN_EVENTS[sort]),
+        })
+    order = ("left", "ahead", "right")
+    vehicles.sort(key=lambda v: order.index(v["place"]))
+    people.sort(key=lambda v: order.index(v["place"]))
+    light_seen = scene.light is not None and pixels[LIGHT_ID] >= MIN_PIXELS["light"]
+    return {
+        "time": scene.time, "sky": scene.sky, "ego": scene.ego, "left": scene.left,
+        "right": scene.right, "light": ("unknown" if grey else scene.light) if light_seen else None,
+        "light_events": bool(light_seen and event_counts.get(LIGHT_ID, 0) >= MIN_EVENTS["light"]),
+        "vehicles": vehicles, "people": people, "grey": grey, "moving": scene.ego != "stopped",
+    }
+
+
+def seen_by_events(facts: dict[str, Any]) -> dict[str, Any]:
+    """The same facts with everything removed that an event camera cannot know: colours, time, sky,
+    lamp colour, and what stands still."""
+    moving = facts["moving"]
+    return {
+        **facts, "time": None, "sky": None, "left": facts["left"] if moving else None,
+        "right": facts["right"] if moving else None,
+        "light": "unknown" if facts["light"] and facts["light_events"] else None,
+        "vehicles": [{**v, "colour": None} for v in facts["vehicles"] if v["events"]],
+        "people": [{**v, "colour": None} for v in facts["people"] if v["events"]],
+    }
