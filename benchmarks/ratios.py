@@ -15,7 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from xsd.core import ParameterError, provenance, write_json
+from xsd.core import ParameterError
+from xsd.files import provenance, write_json
 
 
 @dataclass(frozen=True)

@@ -25,8 +25,9 @@ from torch import Tensor
 
 from studies import pixel_training as pixels
 from xsd.adapters import registry
-from xsd.core import ParameterError, provenance, write_json
+from xsd.core import ParameterError
 from xsd.evaluate import statistics
+from xsd.files import provenance, write_json
 from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
 from xsd.steps import data as datasets

@@ -22,10 +22,11 @@ from torch import Tensor
 
 from xsd.adapters import registry
 from xsd.adapters.base import Adapter
-from xsd.core import ParameterError, provenance
+from xsd.core import ParameterError
 from xsd.evaluate import statistics
 from xsd.evaluate.counterfactual import Counts
 from xsd.extract import run as extract_run
+from xsd.files import provenance
 from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
@@ -66,7 +67,7 @@ class Study:
         """A row a level and dtype: bytes a token, the figure with its interval, its paired
         difference to fp32, the same as self-measured.
 
-        figure: token_acceptance or accepted_length (draft tokens a round, self-rollout).
+        figure: token_acceptance or accepted_per_round (draft tokens a round, self-rollout).
         """
         rows = []
         for level, found in self.results["levels"].items():
@@ -254,7 +255,7 @@ def _figures(given: parameters.StorageParameters, own: list[tuple[Counts, Counts
     fp32, and as self-measured."""
     options = {"n_resamples": given.resamples, "seed": given.seed}
     found: dict[str, Any] = {}
-    for place, figure in enumerate(("token_acceptance", "accepted_length")):
+    for place, figure in enumerate(("token_acceptance", "accepted_per_round")):
         here, there = own[0][place], exact[0][place]
         found[figure] = evaluation.interval(statistics.bootstrap_ratio(*here, clusters, **options))
         found[f"{figure}_difference"] = evaluation.interval(

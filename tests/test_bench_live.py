@@ -213,7 +213,7 @@ def test_summary_is_against_the_fastest_baseline_with_both_aggregations():
     assert row["slower_share"]["value"] == 0.5 and row["total_ms"] == pytest.approx(
         1500) and row["first_token_ms"] == pytest.approx(300)
     assert row["decode_ms_per_token"] == pytest.approx(1e3 * 0.8 * 3 / 8)
-    assert row["decode"]["mean_accepted_length"]["value"] == 3 and row["decode"]["rounds"] == 2
+    assert row["decode"]["mean_accepted_per_round"]["value"] == 3 and row["decode"]["rounds"] == 2
     assert row["decode"]["acceptance_rate"]["value"] == pytest.approx(
         4 / 6) and row["prefill_hiding"]["accepted"] == 0
     assert len(summary["alarms"]) == 1 and "1.50× the time of HF generate" in summary["alarms"][0]

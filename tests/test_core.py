@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xsd import core
+from xsd import core, files
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -28,13 +28,13 @@ def leftovers(folder: Path) -> list[str]:
 @given(data=st.binary(max_size=4096))
 def test_written_bytes_are_the_bytes_given(tmp_path_factory, data):
     target = tmp_path_factory.mktemp("bytes") / "new" / "file.bin"
-    core.atomic_write(target, data)
+    files.atomic_write(target, data)
     assert target.read_bytes() == data
     assert leftovers(target.parent) == []
 
 
 def test_text_is_written_as_utf8_with_the_usual_permissions(tmp_path):
-    core.atomic_write(tmp_path / "text.txt", "γ = 5")
+    files.atomic_write(tmp_path / "text.txt", "γ = 5")
     assert (tmp_path / "text.txt").read_bytes() == "γ = 5".encode()
     umask = os.umask(0)
     os.umask(umask)
@@ -43,8 +43,8 @@ def test_text_is_written_as_utf8_with_the_usual_permissions(tmp_path):
 
 def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
-    core.atomic_write(target, "old")
-    with pytest.raises(RuntimeError, match="half way"), core.atomic_path(target) as temporary:
+    files.atomic_write(target, "old")
+    with pytest.raises(RuntimeError, match="half way"), files.atomic_path(target) as temporary:
         temporary.write_text("half")
         raise RuntimeError("half way")
     assert target.read_text() == "old"
@@ -54,14 +54,14 @@ def test_a_failure_while_writing_leaves_the_old_file(tmp_path):
 @pytest.mark.parametrize("where", ["fsync", "replace"])
 def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, monkeypatch, where):
     target = tmp_path / "file.txt"
-    core.atomic_write(target, "old")
+    files.atomic_write(target, "old")
 
     def full(*_arguments):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, where, full)
     with pytest.raises(core.StorageError) as caught:
-        core.atomic_write(target, "new")
+        files.atomic_write(target, "new")
     assert str(caught.value) == (
         f"cannot write {target}: the disk is full; free space or choose another output folder and "
         "run again (nothing was lost)"
@@ -74,7 +74,7 @@ def test_a_full_disk_is_one_sentence_and_the_old_file_stays(tmp_path, monkeypatc
                     reason="needs /dev/full, the kernel's always full device")
 def test_a_really_full_device_is_a_storage_error(tmp_path):
     with (pytest.raises(core.StorageError, match="the disk is full"),
-          core.atomic_path(tmp_path / "file.txt"), open("/dev/full", "wb") as device,
+          files.atomic_path(tmp_path / "file.txt"), open("/dev/full", "wb") as device,
           ):
         device.write(b"x" * 100_000)
     assert list(tmp_path.iterdir()) == []
@@ -85,14 +85,14 @@ def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
     with pytest.raises(
             core.StorageError,
             match=r"cannot write .*taken.*check the folder's permissions or choose another one"):
-        core.atomic_write(tmp_path / "taken" / "file.txt", "new")
+        files.atomic_write(tmp_path / "taken" / "file.txt", "new")
 
 
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
-    core.atomic_write(target, "old")
+    files.atomic_write(target, "old")
     code = ("import os, signal, sys; from xsd import core\n"
-            "with core.atomic_path(sys.argv[1]) as temporary:\n"
+            "with files.atomic_path(sys.argv[1]) as temporary:\n"
             "    temporary.write_text('half')\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n")
     done = subprocess.run([sys.executable, "-c", code, str(target)], cwd=core.ROOT, check=False)
@@ -106,12 +106,12 @@ def test_json_of_the_same_value_is_the_same_bytes(tmp_path):
         path: Path
         rate: float
 
-    core.write_json(
+    files.write_json(
         tmp_path / "a.json", {
             "b": Record(Path("x"), 0.5), "a": np.float32(0.25), "c": torch.tensor([1, 2]),
             "d": np.arange(2)
         })
-    core.write_json(tmp_path / "b.json",
+    files.write_json(tmp_path / "b.json",
                     {"d": [0, 1], "c": [1, 2], "a": 0.25, "b": {"rate": 0.5, "path": "x"}})
     assert (tmp_path / "a.json").read_bytes() == (tmp_path / "b.json").read_bytes()
     assert json.loads((tmp_path / "a.json").read_text())["b"] == {"path": "x", "rate": 0.5}
@@ -119,7 +119,7 @@ def test_json_of_the_same_value_is_the_same_bytes(tmp_path):
 
 def test_json_refuses_what_has_no_json_form(tmp_path):
     with pytest.raises(TypeError, match="object has no JSON form"):
-        core.write_json(tmp_path / "a.json", {"a": object()})
+        files.write_json(tmp_path / "a.json", {"a": object()})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -127,12 +127,12 @@ def test_the_hash_is_over_the_files_in_the_order_given(tmp_path):
     first, second = tmp_path / "1", tmp_path / "2"
     first.write_bytes(b"ab" * (1 << 19) + b"c")
     second.write_bytes(b"d")
-    assert core.sha256_of(first, second) == hashlib.sha256(first.read_bytes() + b"d").hexdigest()
-    assert core.sha256_of(second, first) != core.sha256_of(first, second)
+    assert files.sha256_of(first, second) == hashlib.sha256(first.read_bytes() + b"d").hexdigest()
+    assert files.sha256_of(second, first) != files.sha256_of(first, second)
 
 
 def test_provenance_says_where_a_number_came_from():
-    origin = core.provenance(seed=7, data_hash="abc", device="cpu", profile="smoke")
+    origin = files.provenance(seed=7, data_hash="abc", device="cpu", profile="smoke")
     assert {
         "git_revision", "git_dirty", "versions", "machine", "seed", "data_hash", "device",
         "command", "profile"
@@ -145,7 +145,7 @@ def test_provenance_says_where_a_number_came_from():
 
 def test_a_seed_repeats_python_numpy_and_torch():
     def draw():
-        core.seed_all(3)
+        files.seed_all(3)
         return random.random(), float(np.random.random()), float(torch.rand(()))
 
     assert draw() == draw()
@@ -175,7 +175,7 @@ def test_provenance_holds_no_folder_of_the_machine(monkeypatch, tmp_path):
         str(tmp_path / "b")
     ])
     monkeypatch.delenv("XSD_NOTEBOOK", raising=False)
-    origin = core.provenance(parameters={
+    origin = files.provenance(parameters={
         "run_dir": str(core.ROOT / "runs" /
                        "a"), "test_data": ["simulated", str(tmp_path / "own")]
     })
@@ -189,4 +189,4 @@ def test_inside_a_kernel_the_command_is_the_notebook(monkeypatch, tmp_path):
         sys, "argv", [str(tmp_path / "ipykernel_launcher.py"), "-f",
                       str(tmp_path / "kernel.json")])
     monkeypatch.setenv("XSD_NOTEBOOK", "04_tokens.ipynb")
-    assert core.provenance()["command"] == ["notebook", "04_tokens.ipynb"]
+    assert files.provenance()["command"] == ["notebook", "04_tokens.ipynb"]

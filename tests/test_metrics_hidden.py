@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError
-from xsd.evaluate.hidden import HiddenStateMetrics, consecutive, cosines
+from xsd.evaluate.hidden import HiddenStateMetrics, cosines, unbroken_prefix
 
 TAUS = (0.0, 0.5, 0.9)
 
@@ -64,9 +64,9 @@ def test_equals_the_plain_loop(seed, gamma):
                                                       pytest.approx(max(tokens), abs=1e-6))
     for tau in TAUS:
         assert result.acceptance[tau].value == pytest.approx(accepted[tau] / len(tokens))
-        assert result.consecutive[tau].mean == pytest.approx(statistics.fmean(runs[tau]))
-        assert result.consecutive[tau].median == statistics.median(runs[tau])
-        assert result.consecutive[tau].max == max(runs[tau])
+        assert result.unbroken_prefix[tau].mean == pytest.approx(statistics.fmean(runs[tau]))
+        assert result.unbroken_prefix[tau].median == statistics.median(runs[tau])
+        assert result.unbroken_prefix[tau].max == max(runs[tau])
         assert result.draft_acceptance[tau].prefill.value == pytest.approx(
             statistics.fmean(prefill[tau]))
         assert result.draft_acceptance[tau].decode.value == pytest.approx(
@@ -108,10 +108,10 @@ def test_padding_may_hold_anything():
     assert torch.equal(cosines(aligned, target, mask)[mask], clean[mask])
 
 
-def test_consecutive_stops_at_the_first_rejection():
+def test_unbroken_prefix_stops_at_the_first_rejection():
     ones = torch.ones(3, 4, dtype=torch.bool)
     accepted = torch.tensor([[1, 1, 0, 1], [0, 1, 1, 1], [1, 1, 1, 1]], dtype=torch.bool)
-    assert consecutive(accepted, ones).tolist() == [2, 0, 4]
+    assert unbroken_prefix(accepted, ones).tolist() == [2, 0, 4]
 
 
 @pytest.mark.parametrize(

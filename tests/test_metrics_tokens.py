@@ -81,11 +81,11 @@ def test_equals_the_plain_loop(seed, gamma):
                 k += 1
             accepted, rounds, at = accepted + k, rounds + 1, at + k + 1
     assert result.acceptance.value == pytest.approx(matched / total)
-    assert result.consecutive.mean == pytest.approx(sum(runs) / len(runs))
+    assert result.unbroken_prefix.mean == pytest.approx(sum(runs) / len(runs))
     assert result.accepted_per_round.value == pytest.approx(accepted / rounds) == pytest.approx(
         result.rounds.mean_accepted)
     assert sum(at.survival.value * at.n for at in result.positions) == pytest.approx(sum(runs))
-    assert metrics.table()["consecutive"].tolist() == runs
+    assert metrics.table()["unbroken_prefix"].tolist() == runs
 
 
 def test_states_through_the_head_equal_ids_given_directly_in_any_split():

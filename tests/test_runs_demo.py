@@ -23,7 +23,7 @@ def results():
     rows = {
         names[row["name"]]: {
             "label": row["name"], "kind": row["kind"], "token_acceptance": interval(0.5),
-            "accepted_length": {key: row[key] for key in ("value", "low", "high", "n")},
+            "accepted_per_round": {key: row[key] for key in ("value", "low", "high", "n")},
             "above_floor": interval(row["value"] - 1.5),
         } for row in lengths_table().to_dict("records") if row["name"] in names
     }
@@ -34,7 +34,7 @@ def results():
     arms = {
         f"arm{index}": {
             "label": row["name"], "kind": row["kind"], "speedup": interval(row["value"]),
-            "total_ms": interval(300.0, 20), "accepted_length": interval(2.0),
+            "total_ms": interval(300.0, 20), "accepted_per_round": interval(2.0),
         } for index, row in enumerate(speedups().to_dict("records"))
     }
     check = {
@@ -94,7 +94,7 @@ def test_the_page_is_true_offline_and_complete(finished):
     assert 'data-key="live/arms/arm1/speedup/value"' in lead
     text = page[page.index("How templated the answers are"):]
     assert 'data-key="extract/test/simulated/duplicate_rate" data-format=".1%">34.0%<' in text[:400]
-    assert 'data-key="tokens/test/simulated/rows/ngram/accepted_length/value"' in text[:600]
+    assert 'data-key="tokens/test/simulated/rows/ngram/accepted_per_round/value"' in text[:600]
     assert all(title in page
                for title in ("What was done", "How many draft tokens", "Position by position",
                              "token by token", "Live", "does not show"))

@@ -79,7 +79,7 @@ def test_every_arm_answers_the_same_samples_with_the_verifiers_ids(bench, record
                    if row["baseline"])  # the fastest of them
         assert not one["arms"][one["best_arm"]]["baseline"] and len(live.table(one)) == len(ARMS)
     assert found["simulated"]["arms"]["L4@2"]["label"] == "L4, 2 drafts a round"
-    assert found["simulated"]["arms"]["L4@2"]["accepted_length_drafted"] <= 2
+    assert found["simulated"]["arms"]["L4@2"]["accepted_per_round_drafted"] <= 2
 
 
 def test_a_near_tie_is_no_excuse_in_float32(records):
@@ -293,7 +293,7 @@ def test_two_runs_are_compared_level_by_level(place, tmp_path):
     other = tmp_path / "again"
     shutil.copytree(place / "run", other)
     runs = [str(place / "run"), str(other)]
-    differing = compare.differences(runs, "accepted_length", resamples=50, seed=0)
+    differing = compare.differences(runs, "accepted_per_round", resamples=50, seed=0)
     assert set(differing["run"]) == {"again"} and (differing["value"]
                                                    == 0).all() and not differing["clear"].any()
     assert set(differing["against"]) == {f"run {level}" for level in [*LEVELS, "drafter_tokens"]

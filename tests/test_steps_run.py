@@ -146,7 +146,7 @@ def test_every_row_of_the_token_results_is_measured_on_the_same_tokens(found):
         best = rows[here["best_floor"]]
         assert best["above_floor"]["value"] == 0 and best["kind"] in ("floor", "drafter")
         for row in rows.values():
-            expected = row["accepted_length"]["value"] - best["accepted_length"]["value"]
+            expected = row["accepted_per_round"]["value"] - best["accepted_per_round"]["value"]
             assert row["above_floor"]["value"] == pytest.approx(expected)
         assert here["best_adapter"] in ("L1", "L4", "L5F")
 

@@ -97,7 +97,7 @@ def test_every_dtype_is_compared_with_the_exact_states(study):
         assert values.loc[(level, dtype),
                           "difference"] == pytest.approx(values.loc[(level, dtype), "value"] -
                                                          values.loc[(level, "fp32"), "value"])
-    assert study[0].frame("accepted_length")["value"].between(0, 3).all()
+    assert study[0].frame("accepted_per_round")["value"].between(0, 3).all()
     assert (study[1] / "results" / "storage.json").is_file()
     assert storage.summary(
         study[0].results)["levels whose interval excludes zero"].iloc[0] == "0 of 2"

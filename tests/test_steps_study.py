@@ -65,7 +65,7 @@ def test_every_level_recipe_and_floor_has_a_row_judged_on_the_same_positions(giv
     assert {one["token_acceptance"]["n"]
             for one in rows.values()} == {rows["L1", "best"]["cosine"]["n"]}
     assert all(
-        len(one["accepted_length"]["seeds"]) == (2 if one["recipe"] in study_recipes.RECIPES else 1)
+        len(one["accepted_per_round"]["seeds"]) == (2 if one["recipe"] in study_recipes.RECIPES else 1)
         for one in rows.values())
     assert rows["B1", "reference"]["steps"] == 1 and rows["B1", "reference"]["epochs"] == 1
     assert [one["sequences"] for one in found.results["curve"]] == [2, 2, 4, 4]
@@ -74,14 +74,14 @@ def test_every_level_recipe_and_floor_has_a_row_judged_on_the_same_positions(giv
 def test_tables_are_written_and_hold_the_same_figures(given, found):
     tables = folder.resolve(given.run_dir) / "tables"
     stored = pd.read_csv(tables / "study.csv")
-    assert stored["accepted_length"].tolist() == pytest.approx(
-        found.table()["accepted_length"].tolist())
+    assert stored["accepted_per_round"].tolist() == pytest.approx(
+        found.table()["accepted_per_round"].tolist())
     assert (tables / "study.md").read_text().startswith("| level | recipe |") and "toprule" in (
         tables / "study.tex").read_text()
     assert list(found.times()["level"]) == ["L1", "B1"] and set(
         found.times()["best against"]) == {"reference"}
     shown = found.reading()
-    assert "[" in shown["accepted_length"].iloc[0] and set(
+    assert "[" in shown["accepted_per_round"].iloc[0] and set(
         shown[shown["recipe"] == "no adapter"]["parameters"]) == {"–"}
     assert all(value.isdigit() for value in shown[shown["recipe"] == "best"]["parameters"])
 
@@ -113,8 +113,8 @@ def test_two_workers_find_what_one_finds(given, found, tmp_path):
             "run_dir": str(tmp_path / "run"), "workers": 2, "levels": ["L1"], "recipes": ["best"],
             "shares": []
         })
-    two = study.run(own).table().set_index(["level", "recipe"])["accepted_length"]
-    one = found.table().set_index(["level", "recipe"])["accepted_length"]
+    two = study.run(own).table().set_index(["level", "recipe"])["accepted_per_round"]
+    one = found.table().set_index(["level", "recipe"])["accepted_per_round"]
     assert two.tolist() == pytest.approx(one[two.index].tolist(), abs=1e-6)
 
 
@@ -181,7 +181,7 @@ def test_seeds_are_averaged_sample_by_sample_and_their_range_is_kept():
     sequences = ["a", "a", "b", "c"]
     first, second = counts(sequences, [1, 2, 3, 4],
                            [2, 2, 2, 2]), counts(sequences, [3, 4, 5, 6], [2, 2, 2, 2])
-    found = study_measure.figures([first, second], **OPTIONS)["accepted_length"]
+    found = study_measure.figures([first, second], **OPTIONS)["accepted_per_round"]
     assert found["value"] == pytest.approx(28 / 16) and found["seeds"] == [10 / 8, 18 / 8]
     assert found["n_clusters"] == 3 and found["low"] <= found["value"] <= found["high"]
 
@@ -283,7 +283,7 @@ def test_the_picture_holds_every_row_at_its_level(found):
     figure = study_figures.accepted_by_recipe(table, gamma=5)
     drawn = {(data[0], trace.name): x for trace in figure.data
              for x, data in zip(trace.x, trace.customdata, strict=True)}
-    assert drawn == {(one.level, one.recipe): one.accepted_length for one in table.itertuples()}
+    assert drawn == {(one.level, one.recipe): one.accepted_per_round for one in table.itertuples()}
     for trace in figure.data:
         levels = [figure.layout.yaxis.ticktext[round(y)] for y in trace.y]
         assert levels == [data[0] for data in trace.customdata]

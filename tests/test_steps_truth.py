@@ -87,7 +87,7 @@ def test_the_losses_lead_from_the_verifier_to_what_is_left(tables):
     branch = gap[(gap["level"] == "L5F") & (gap["metric"] == "loss")]["name"].tolist()
     # it reads verifier states, which a free-running pair does not give it
     assert "drift" not in branch
-    lengths = gap[(gap["level"] == "L1") & (gap["unit"] == "accepted_length") &
+    lengths = gap[(gap["level"] == "L1") & (gap["unit"] == "accepted_per_round") &
                   (gap["name"] == "verifier")]["value"].iloc[0]
     assert 1 < lengths <= 5
 

@@ -29,7 +29,7 @@ def test_an_unknown_curve_is_refused(table):
 
 
 def test_dots_are_coloured_by_kind_and_the_line_stands_at_the_best_floor():
-    figure = figures.accepted_length_dots(lengths_table())
+    figure = figures.accepted_per_round_dots(lengths_table())
     colours = {trace.name: trace.marker.color for trace in figure.data}
     assert colours == {
         "ceiling": theme.VERIFIER, "adapter": theme.ADAPTER, "drafter": theme.DRAFTER,
@@ -56,7 +56,7 @@ def test_four_panels_share_one_legend(table):
     adapters = table[table["level"] != "drafter_tokens"]
     figure = figures.four_panels(cosines=frames.cosine_histogram(adapters),
                                  positions=frames.by_position(table),
-                                 lengths=frames.accepted_length_histogram(table),
+                                 lengths=frames.unbroken_prefix_histogram(table),
                                  speedups=speedups(),
                                  )
     shown = [trace.name for trace in figure.data if trace.showlegend is not False]

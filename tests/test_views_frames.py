@@ -33,8 +33,8 @@ def test_the_threshold_is_strict_as_in_the_reference():
     assert frames.accepted(table, 0.9).tolist() == [False, True]
 
 
-def test_accepted_length_stops_at_the_first_rejection():
-    frame = frames.accepted_length(_table([[1, 0, 1], [1, 1], [0, 1]]))
+def test_unbroken_prefix_stops_at_the_first_rejection():
+    frame = frames.unbroken_prefix(_table([[1, 0, 1], [1, 1], [0, 1]]))
     assert frame.loc[0, "value"] == pytest.approx((1 + 2 + 0) / 3)
     assert frame.loc[0, "low"] <= frame.loc[0, "value"] <= frame.loc[0, "high"]
 
@@ -45,11 +45,11 @@ def test_one_sequence_gives_no_interval():
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=6))
-def test_survival_never_exceeds_marginal_and_sums_to_the_accepted_length(matches):
+def test_survival_never_exceeds_marginal_and_sums_to_the_unbroken_prefix(matches):
     table = _table(matches)
     frame = frames.by_position(table, resamples=50)
     assert (frame["survival"] <= frame["marginal"] + 1e-12).all()
-    length = frames.accepted_length(table, resamples=50).loc[0, "value"]
+    length = frames.unbroken_prefix(table, resamples=50).loc[0, "value"]
     assert (frame["survival"] * frame["n"]).sum() / len(matches) == pytest.approx(length)
 
 
@@ -68,7 +68,7 @@ def test_histograms_and_bands_hold_every_token():
     table = token_table(levels=("L1",))
     assert frames.cosine_histogram(table)["n"].sum() == len(table)
     assert frames.reliability(table)["n"].sum() == len(table)
-    assert frames.accepted_length_histogram(table)["share"].sum() == pytest.approx(1)
+    assert frames.unbroken_prefix_histogram(table)["share"].sum() == pytest.approx(1)
 
 
 def test_a_table_without_the_columns_is_named():

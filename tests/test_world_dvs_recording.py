@@ -4,9 +4,10 @@ cut from that recording."""
 import numpy as np
 import pytest
 
-from xsd.core import ROOT, DatasetError, EventError, VideoError, sha256_of
+from xsd.core import ROOT, DatasetError, EventError, VideoError
 from xsd.embedded import recording
 from xsd.embedded.dvs import DvsConfig, simulate_events
+from xsd.files import sha256_of
 from xsd.sensors import events as event_streams
 from xsd.sensors import folder, frames
 from xsd.sensors.events import Events

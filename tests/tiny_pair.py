@@ -17,7 +17,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from xsd import core
+from xsd import core, files
 from xsd.models import loading
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.pixels import PixelSpec
@@ -83,7 +83,7 @@ def make_tiny_pair(folder: str | Path, seed: int = 0, *, hidden_size: int = 32,
         loading.save_checkpoint(folder / "drafter", drafter, tokenizer, pixels)
         loading.save_checkpoint(folder / "verifier", verifier,
                                 tiny_tokenizer("<image>", "<video>", "<pad>"), pixels)
-    core.write_json(folder / "pair.json",
+    files.write_json(folder / "pair.json",
                     {"name": "tiny", "n_event_frames": 5, "event_canvas": "sensor"})
     return folder
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xsd.core import DatasetError, StorageError, atomic_write
+from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive, language, render, scenes
 from xsd.embedded.facts import centre_square, seen_by_events
 from xsd.embedded.scenes import (
@@ -33,6 +33,7 @@ from xsd.embedded.scenes import (
     VEHICLE_MOTIONS,
     VEHICLES,
 )
+from xsd.files import atomic_write
 from xsd.sensors import frames
 
 _PLACES = ("left", "ahead", "right")

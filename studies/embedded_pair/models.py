@@ -25,7 +25,7 @@ from transformers import (
     VideoLlavaForConditionalGeneration,
 )
 
-from xsd.core import write_json
+from xsd.files import write_json
 from xsd.models import prompts
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.pixels import PixelSpec

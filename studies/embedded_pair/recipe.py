@@ -21,9 +21,10 @@ from studies.embedded_pair import stages as training
 from studies.embedded_pair.grounding import GroundingConfig
 from studies.embedded_pair.language import LanguageConfig
 from studies.embedded_pair.reading import ReadingConfig
-from xsd.core import ROOT, ParameterError, Sample, atomic_write, provenance, write_json
+from xsd.core import ROOT, ParameterError, Sample
 from xsd.embedded import drive, language
 from xsd.evaluate import statistics
+from xsd.files import atomic_write, provenance, write_json
 from xsd.models import loading, pixels
 from xsd.sensors import frames
 

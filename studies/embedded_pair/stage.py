@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from xsd.core import TrainingError, atomic_path
+from xsd.core import TrainingError
+from xsd.files import atomic_path
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ def accepted_by_recipe(
     """A dot and its interval for each level and recipe, the recipes of a level one below the other;
     a line at the best row without an adapter. The hover says the seeds' range.
 
-    frame: level, recipe, accepted_length, ``accepted_length low``, ``accepted_length high``, lowest
+    frame: level, recipe, accepted_per_round, ``accepted_per_round low``, ``accepted_per_round high``, lowest
     seed, highest seed, n (rounds). Levels
     stand from top to bottom in the order in which they come. gamma: where the axis ends, since no
     round accepts more.
@@ -48,29 +48,29 @@ def accepted_by_recipe(
         for level in part["level"]:
             place = present[level].index(recipe) - (len(present[level]) - 1) / 2
             rows.append(levels.index(level) + _APART * place)
-        known = part["accepted_length low"].notna()
+        known = part["accepted_per_round low"].notna()
         figure.add_trace(
             go.Scatter(
-                x=part["accepted_length"].tolist(), y=rows, mode="markers", name=recipe, marker={
+                x=part["accepted_per_round"].tolist(), y=rows, mode="markers", name=recipe, marker={
                     "size": 10, "color": mark.colour, "symbol": mark.symbol,
                     "line": {"width": 2, "color": mark.colour}
                 }, error_x={
                     "type": "data", "symmetric": False, "array":
-                        (part["accepted_length high"] - part["accepted_length"]).where(known,
+                        (part["accepted_per_round high"] - part["accepted_per_round"]).where(known,
                                                                                        0).tolist(),
                     "arrayminus":
-                        (part["accepted_length"] - part["accepted_length low"]).where(known,
+                        (part["accepted_per_round"] - part["accepted_per_round low"]).where(known,
                                                                                       0).tolist(),
                     "thickness": 2, "width": 4, "color": mark.colour,
                 }, customdata=part[[
-                    "level", "accepted_length low", "accepted_length high", "lowest seed",
+                    "level", "accepted_per_round low", "accepted_per_round high", "lowest seed",
                     "highest seed", "n"
                 ]].to_numpy().tolist(), hovertemplate="<b>%{customdata[0]}</b>, " + recipe +
                 "<br>%{x:.2f} [%{customdata[1]:.2f}, %{customdata[2]:.2f}]"
                 "<br>seeds %{customdata[3]:.2f} … %{customdata[4]:.2f}<br>n = %{customdata[5]} "
                 "rounds<extra></extra>",
             ))  # fmt: skip
-    floors = frame.loc[frame["recipe"] == "no adapter", "accepted_length"]
+    floors = frame.loc[frame["recipe"] == "no adapter", "accepted_per_round"]
     if len(floors):
         best, line = float(floors.max()), {"dash": "dash", "color": theme.SOFT_INK, "width": 1.5}
         figure.add_vline(x=best, line=line, layer="below")
@@ -90,7 +90,7 @@ def learning_curve(
 ) -> go.Figure:
     """A line with its intervals for each level over the number of drives, on a logarithmic axis.
 
-    frame: level, sequences, pairs, accepted_length, ``accepted_length low``, ``accepted_length
+    frame: level, sequences, pairs, accepted_per_round, ``accepted_per_round low``, ``accepted_per_round
     high``.
     """
     figure = theme.figure(title, x="training drives (logarithmic)", y="accepted a verification",
@@ -98,21 +98,21 @@ def learning_curve(
     for index, (level, part) in enumerate(frame.groupby("level", sort=False)):
         mark, part = theme.mark(str(level).replace(",", " of"),
                                 index), part.sort_values("sequences")
-        known = part["accepted_length low"].notna()
+        known = part["accepted_per_round low"].notna()
         figure.add_trace(
             go.Scatter(
-                x=part["sequences"].tolist(), y=part["accepted_length"].tolist(),
+                x=part["sequences"].tolist(), y=part["accepted_per_round"].tolist(),
                 mode="lines+markers", name=str(level),
                 line={"color": mark.colour, "dash": mark.dash, "width": 2},
                 marker={"size": 9, "symbol": mark.symbol, "color": mark.colour}, error_y={
                     "type": "data", "symmetric": False, "array":
-                        (part["accepted_length high"] - part["accepted_length"]).where(known,
+                        (part["accepted_per_round high"] - part["accepted_per_round"]).where(known,
                                                                                        0).tolist(),
                     "arrayminus":
-                        (part["accepted_length"] - part["accepted_length low"]).where(known,
+                        (part["accepted_per_round"] - part["accepted_per_round low"]).where(known,
                                                                                       0).tolist(),
                     "thickness": 1.5, "width": 4, "color": mark.colour,
-                }, customdata=part[["accepted_length low", "accepted_length high",
+                }, customdata=part[["accepted_per_round low", "accepted_per_round high",
                                     "pairs"]].to_numpy().tolist(), hovertemplate=
                 f"<b>{level}</b> · %{{x}} drives<br>%{{y:.2f}} [%{{customdata[0]:.2f}}, "
                 f"%{{customdata[1]:.2f}}]"

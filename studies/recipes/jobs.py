@@ -22,7 +22,7 @@ from studies.recipes import grid as study_recipes
 from studies.recipes import measure as study_measure
 from studies.recipes.grid import CLOSED_FORM, FLOORS, Job
 from xsd.adapters import linear, registry
-from xsd.core import write_json
+from xsd.files import write_json
 from xsd.shards import stream
 from xsd.shards.store import ShardDataset
 from xsd.train import fit, guards, source

@@ -30,7 +30,7 @@ from xsd.train import rollout
 
 RATIOS = {
     "cosine": ("cosine", "positions"), "accept": ("above", "positions"),
-    "token_acceptance": ("matched", "positions"), "accepted_length": ("accepted", "rounds"),
+    "token_acceptance": ("matched", "positions"), "accepted_per_round": ("accepted", "rounds"),
 }
 """Figure → (what is counted, what it is divided by), columns of the counts."""
 COLUMNS = ("positions", "cosine", "above", "matched", "accepted", "rounds")

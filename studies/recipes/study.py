@@ -22,8 +22,8 @@ from studies.recipes import grid as study_recipes
 from studies.recipes import jobs as study_jobs
 from studies.recipes import measure as study_measure
 from studies.recipes.grid import CLOSED_FORM, FLOORS, Job
-from xsd.core import provenance
 from xsd.evaluate import tables
+from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.steps import data as datasets
 from xsd.steps import extraction
@@ -184,15 +184,15 @@ class Study:
         lines = []
         for found in self.results["rows"]:
             line = {name: found.get(name) for name in ("level", "recipe", "reads", "parameters")}
-            for name in ("cosine", "accept", "token_acceptance", "accepted_length"):
+            for name in ("cosine", "accept", "token_acceptance", "accepted_per_round"):
                 value = found.get(name, {})
                 line |= {
                     name: value.get("value"), f"{name} low": value.get("low"),
                     f"{name} high": value.get("high")
                 }
-            seeds = found["accepted_length"]["seeds"]
+            seeds = found["accepted_per_round"]["seeds"]
             line |= {
-                "lowest seed": min(seeds), "highest seed": max(seeds), "n": found["accepted_length"]
+                "lowest seed": min(seeds), "highest seed": max(seeds), "n": found["accepted_per_round"]
                                                                             ["n"]
             }
             lines.append(
@@ -208,10 +208,10 @@ class Study:
         return pd.DataFrame(found)
 
     def curve(self) -> pd.DataFrame:
-        """The learning curve: level, share, sequences, pairs, accepted_length and token_acceptance
+        """The learning curve: level, share, sequences, pairs, accepted_per_round and token_acceptance
         with their intervals."""
         names = ("level", "share", "sequences", "pairs", "steps", "n_seeds")
-        figures = ("accepted_length", "token_acceptance")
+        figures = ("accepted_per_round", "token_acceptance")
         lines = []
         for one in self.results["curve"]:
             line = {name: one[name] for name in names}

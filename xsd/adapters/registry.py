@@ -18,7 +18,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from xsd import core
+from xsd import files
 from xsd.adapters import reference_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
@@ -101,10 +101,10 @@ def save_adapter(adapter: nn.Module, path: str | Path, **info: Any) -> Path:
     tensors = {
         name: tensor.detach().contiguous().cpu() for name, tensor in adapter.state_dict().items()
     }
-    with core.atomic_path(path) as temporary:
+    with files.atomic_path(path) as temporary:
         save_file(tensors, temporary,
                   metadata={"config": json.dumps(config, sort_keys=True, default=str)})
-    core.write_json(path.with_suffix(".json"), config)
+    files.write_json(path.with_suffix(".json"), config)
     return path
 
 

@@ -24,17 +24,10 @@ from typing import Any
 import torch
 
 from xsd.bench.arms import Arm, available_cores
-from xsd.core import (
-    Generation,
-    LosslessError,
-    MetricError,
-    ParameterError,
-    Sample,
-    StorageError,
-    provenance,
-)
+from xsd.core import Generation, LosslessError, MetricError, ParameterError, Sample, StorageError
 from xsd.decode import autoregressive, certificate
 from xsd.evaluate import statistics
+from xsd.files import provenance
 
 Record = dict[str, Any]
 SLOW_BASELINE = 1.05
@@ -136,7 +129,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Record]:
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Where the records come from: core.provenance as it was when the file was begun. Raises:
+    """Where the records come from: files.provenance as it was when the file was begun. Raises:
     StorageError as :func:`read_records`."""
     return _lines(Path(path))[0][0].get("provenance", {})
 
@@ -307,7 +300,7 @@ def _acceptance(runs: Sequence[Record], clusters: Sequence[str],
             "rounds": sum(n_rounds), "drafted": sum(drafted), "accepted": sum(accepted),
             "acceptance_rate": _plain(
                 statistics.bootstrap_ratio(accepted, drafted, clusters, **options)),
-            "mean_accepted_length": _plain(
+            "mean_accepted_per_round": _plain(
                 statistics.bootstrap_ratio(tokens, n_rounds, clusters, **options)),
         }
     return out

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xsd.core import DatasetError, atomic_write
+from xsd.core import DatasetError
 from xsd.embedded import dvs, render, scenes
+from xsd.files import atomic_write
 from xsd.sensors import dsec
 from xsd.sensors import events as event_streams
 from xsd.sensors.timed_video import LUMA

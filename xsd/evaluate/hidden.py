@@ -83,8 +83,8 @@ class HiddenStateResult:
     cosine: Summary
     cosine_mean: Interval
     acceptance: Mapping[float, Interval]
-    consecutive: Mapping[float, Summary]
-    consecutive_mean: Mapping[float, Interval]
+    unbroken_prefix: Mapping[float, Summary]
+    unbroken_prefix_mean: Mapping[float, Interval]
     lengths: Summary
     draft_acceptance: Mapping[float, DraftAcceptance]
     positions: tuple[PositionRow, ...]
@@ -104,9 +104,9 @@ class HiddenStateResult:
         ]
         for tau in self.thresholds:
             out.append(row("accept_at", self.acceptance[tau], threshold=tau))
-            out.append(row("consecutive_mean", self.consecutive_mean[tau], threshold=tau))
+            out.append(row("unbroken_prefix_mean", self.unbroken_prefix_mean[tau], threshold=tau))
             out += [
-                row(f"consecutive_{name}", getattr(self.consecutive[tau], name), threshold=tau,
+                row(f"unbroken_prefix_{name}", getattr(self.unbroken_prefix[tau], name), threshold=tau,
                     n=self.n_samples) for name in ("std", "min", "max", "median")
             ]
             out.append(
@@ -211,13 +211,13 @@ def _refuse_bad_states(dots: Tensor, norms: Tensor, real: Tensor, n_positions: i
     )
 
 
-def consecutive(accepted: Tensor, mask: Tensor) -> Tensor:
+def unbroken_prefix(accepted: Tensor, mask: Tensor) -> Tensor:
     """Tokens accepted before the first rejection: Σ_t Π_{i≤t} accepted[i]·mask[i]; 0 when the first
     token is rejected.
 
     Args: accepted: bool [B, S]. mask: bool [B, S]. Returns: int64 [B]. Raises: MetricError if the
     shapes differ.
-    >>> consecutive(torch.tensor([[True, True, False, True]]), torch.ones(1, 4,
+    >>> unbroken_prefix(torch.tensor([[True, True, False, True]]), torch.ones(1, 4,
     dtype=torch.bool)).tolist() [2]
     """
     checks.same_shape(accepted, mask, "accepted", "mask")
@@ -281,7 +281,7 @@ class HiddenStateMetrics:
 
     def table(self) -> pd.DataFrame:
         """One row a sample in the order of the updates: cluster, length, cos_sum, accepted@τ,
-        consecutive@τ (pairs arms sample by sample)."""
+        unbroken_prefix@τ (pairs arms sample by sample)."""
         cosine, mask = self._padded(range(len(self._cosines)))
         return pd.DataFrame({"cluster": self._clusters, **self._per_sample(cosine, mask)})
 
@@ -296,7 +296,7 @@ class HiddenStateMetrics:
         cosine, mask = self._padded(order)
         sample = self._per_sample(cosine, mask)
         length, flat = sample["length"], np.sort(cosine[mask]).astype(np.float64)
-        taken = {tau: sample[f"consecutive@{tau:g}"] for tau in self.thresholds}
+        taken = {tau: sample[f"unbroken_prefix@{tau:g}"] for tau in self.thresholds}
         above, below = [sample["cos_sum"]], [length]
         for tau, run in taken.items():
             above += [
@@ -311,8 +311,8 @@ class HiddenStateMetrics:
             thresholds=self.thresholds, gamma=self.gamma, n_samples=len(order),
             n_clusters=len(set(clusters)), cosine=summary(flat), cosine_mean=drawn[0],
             acceptance={tau: one[0] for tau, one in of.items()
-                        }, consecutive={tau: summary(run) for tau, run in taken.items()},
-            consecutive_mean={tau: one[1] for tau, one in of.items()}, lengths=summary(length),
+                        }, unbroken_prefix={tau: summary(run) for tau, run in taken.items()},
+            unbroken_prefix_mean={tau: one[1] for tau, one in of.items()}, lengths=summary(length),
             draft_acceptance={
                 tau: DraftAcceptance(one[2], one[3], self.gamma) for tau, one in of.items()
             }, positions=self._positions(cosine, mask, clusters,
@@ -337,7 +337,7 @@ class HiddenStateMetrics:
         for tau in self.thresholds:
             accepted = cosine > np.float32(tau)
             out[f"accepted@{tau:g}"] = accepted.sum(axis=1)
-            out[f"consecutive@{tau:g}"] = np.cumprod(accepted, axis=1, dtype=np.int64).sum(axis=1)
+            out[f"unbroken_prefix@{tau:g}"] = np.cumprod(accepted, axis=1, dtype=np.int64).sum(axis=1)
         return out
 
     def _positions(self, cosine: np.ndarray, mask: np.ndarray, clusters: list[str],

@@ -30,7 +30,7 @@ def report(title: str, hidden: HiddenStateResult, *, tokens: TokenResult | None 
         _heading(title, hidden),
         _cosine(hidden),
         _accept(hidden),
-        _consecutive(hidden),
+        _unbroken_prefix(hidden),
         _lengths(hidden),
         _draft(hidden)
     ]
@@ -72,12 +72,12 @@ def _accept(hidden: HiddenStateResult) -> str:
         lines)
 
 
-def _consecutive(hidden: HiddenStateResult) -> str:
+def _unbroken_prefix(hidden: HiddenStateResult) -> str:
     lines = []
     for tau in hidden.thresholds:
-        c = hidden.consecutive[tau]
+        c = hidden.unbroken_prefix[tau]
         spread = f"std {c.std:.2f}   median {c.median:.1f}   min {c.min:.0f}   max {c.max:.0f}"
-        lines.append(f"cos > {tau:.2f}   {_number(hidden.consecutive_mean[tau])}   {spread}")
+        lines.append(f"cos > {tau:.2f}   {_number(hidden.unbroken_prefix_mean[tau])}   {spread}")
     return _section(3, "Consecutive tokens before the first rejection", lines)
 
 
@@ -146,7 +146,7 @@ def _tokens(tokens: TokenResult | None, comparison: FloorComparison | None,
         f"right token among the first {k}: {value.text()}" for k, value in tokens.top_k.items()
         if k > 1
     ]
-    lines.append(f"consecutive from the start {_number(tokens.consecutive_mean)}")
+    lines.append(f"consecutive from the start {_number(tokens.unbroken_prefix_mean)}")
     bonus = tokens.rounds.mean_accepted_with_bonus
     lines.append(
         f"accepted a round, γ = {tokens.gamma}: {_number(tokens.accepted_per_round)} without, "

@@ -98,7 +98,7 @@ def reference_estimates(result: HiddenStateResult, threshold: float = 0.9,
         raise MetricError(
             f"threshold {threshold} was not measured; choose among {list(result.thresholds)}")
     timing = timing or ReferenceTiming()
-    accepted = result.consecutive[threshold].mean
+    accepted = result.unbroken_prefix[threshold].mean
     return {
         "prefill": 1 + accepted * timing.token_ms / timing.prefill_verifier_ms,
         "decode": (result.draft_acceptance[threshold].decode.value * result.gamma + 1) /

@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from xsd.core import MetricError, atomic_write
+from xsd.core import MetricError
 from xsd.evaluate.statistics import Interval
+from xsd.files import atomic_write
 
 COLUMNS = ("metric", "threshold", "position", "value", "low", "high", "n", "n_clusters")
 _LATEX = {

@@ -155,8 +155,8 @@ class TokenResult:
     n_clusters: int
     acceptance: Interval
     top_k: Mapping[int, Interval]
-    consecutive: Summary
-    consecutive_mean: Interval
+    unbroken_prefix: Summary
+    unbroken_prefix_mean: Interval
     accepted_per_round: Interval
     rounds: Acceptance
     positions: tuple[TokenPosition, ...]
@@ -166,9 +166,9 @@ class TokenResult:
         """Long table: metric, threshold, position, value, low, high, n, n_clusters."""
         out = [row("token_acceptance", self.acceptance)]
         out += [row(f"token_top{k}", value) for k, value in self.top_k.items() if k > 1]
-        out.append(row("token_consecutive_mean", self.consecutive_mean))
+        out.append(row("token_unbroken_prefix_mean", self.unbroken_prefix_mean))
         out += [
-            row(f"token_consecutive_{name}", getattr(self.consecutive, name), n=self.n_samples)
+            row(f"token_unbroken_prefix_{name}", getattr(self.unbroken_prefix, name), n=self.n_samples)
             for name in ("std", "min", "max", "median")
         ]
         out.append(row("token_accepted_per_round", self.accepted_per_round))
@@ -290,14 +290,14 @@ class TokenMetrics:
         return torch.from_numpy((ranks == 0) & mask), torch.from_numpy(mask)
 
     def table(self) -> pd.DataFrame:
-        """One row a sample in the order of the updates: cluster, length, matched, consecutive,
+        """One row a sample in the order of the updates: cluster, length, matched, unbroken_prefix,
         rounds, accepted (pairs arms sample by sample)."""
         match, mask = self.matches()
         each = rounds_from_matches(match, mask, self.gamma).per_request()
         hit = match.numpy()
         return pd.DataFrame({
             "cluster": self._clusters, "length": mask.numpy().sum(axis=1),
-            "matched": hit.sum(axis=1), "consecutive": np.cumprod(hit, axis=1,
+            "matched": hit.sum(axis=1), "unbroken_prefix": np.cumprod(hit, axis=1,
                                                                   dtype=np.int64).sum(axis=1),
             "rounds": each["rounds"], "accepted": each["accepted"],
         })
@@ -327,8 +327,8 @@ class TokenMetrics:
                                   n_resamples=n_resamples, seed=seed)
         top_k = dict(zip(self.top_k, drawn[2:], strict=False))
         return TokenResult(gamma=self.gamma, n_samples=len(order), n_clusters=len(set(clusters)),
-                           acceptance=top_k[1], top_k=top_k, consecutive=summary(run),
-                           consecutive_mean=drawn[0], accepted_per_round=drawn[1],
+                           acceptance=top_k[1], top_k=top_k, unbroken_prefix=summary(run),
+                           unbroken_prefix_mean=drawn[0], accepted_per_round=drawn[1],
                            rounds=Acceptance.of(rounds),
                            positions=self._positions(match, mask, clusters, seed),
                            cross_entropy=drawn[-1] if len(drawn) > 2 + len(top_k) else None,

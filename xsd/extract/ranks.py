@@ -25,7 +25,8 @@ from typing import Any
 
 import torch.distributed
 
-from xsd.core import ParameterError, ShardError, StorageError, atomic_write
+from xsd.core import ParameterError, ShardError, StorageError
+from xsd.files import atomic_write
 from xsd.shards import format as layout
 from xsd.shards import writer as shard_writer
 

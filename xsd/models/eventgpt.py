@@ -33,7 +33,7 @@ from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
 
-from xsd.core import atomic_write
+from xsd.files import atomic_write
 
 EVENT_TOKEN_ID = -200
 """Placeholder id in the prompt; never looked up in the embedding table."""

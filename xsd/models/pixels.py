@@ -17,7 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from xsd.core import CheckpointError, DatasetError, write_json
+from xsd.core import CheckpointError, DatasetError
+from xsd.files import write_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xsd.core import ROOT, provenance
+from xsd.core import ROOT
+from xsd.files import provenance
 from xsd.runs import demo_page, folder, notebooks, parameters, report
 
 STEPS = ("01_extract", "02_train", "03_hidden", "04_tokens", "05_live", "06_compare")

@@ -8,10 +8,10 @@ n):
   answers_in_training}
 - train: levels/<level>/{parameters, seconds, epochs, validation_loss}
 - hidden: test/<data>/levels/<level>/{cosine q, accept q} and threshold
-- tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_length q, above_floor
+- tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_per_round q, above_floor
   q}, test/<data>/best_floor, test/<data>/{by_position, reliability} (columns of
   xsd/views/frames.py)
-- live: test/<data>/arms/<arm>/{label, kind, speedup q, slower_share q, accepted_length q, total_ms
+- live: test/<data>/arms/<arm>/{label, kind, speedup q, slower_share q, accepted_per_round q, total_ms
   q}, arms (of the first set), best_arm, n_timed, n_drafting, n_answers and n_identical (answers
   checked), check/{labels, n_answers, n_identical, n_near_ties, n_divergences}, timeline (one
   sample's generations, as live.json holds them)
@@ -63,9 +63,9 @@ def lead(results: Mapping[str, Any]) -> str:
                            for which in ("best_adapter", "best_floor"))
             parts.append(
                 f"On {NAMES.get(data, data)} the best adapter, **{{{best}/label}}**, has "
-                f"{{{best}/accepted_length/value:.2f}} accepted drafts a round{_gamma(results)}; "
+                f"{{{best}/accepted_per_round/value:.2f}} accepted drafts a round{_gamma(results)}; "
                 "the best floor, "
-                f"{{{floor}/label}}, has {{{floor}/accepted_length/value:.2f}}: a distance of "
+                f"{{{floor}/label}}, has {{{floor}/accepted_per_round/value:.2f}}: a distance of "
                 f"{{{best}/above_floor/value:+.2f}} [{{{best}/above_floor/low:+.2f}}, "
                 f"{{{best}/above_floor/high:+.2f}}]."
             )
@@ -140,11 +140,11 @@ def _what_was_done(results: Mapping[str, Any]) -> report.Section | None:
         f"on {NAMES.get(data, data)} {{{at}/duplicate_rate:.1%}} of the verifier's held-out "
         "answers are given more than once, and a 4-gram "
         "table of the training answers has "
-        f"{{tokens/test/{data}/rows/ngram/accepted_length/value:.2f}} accepted drafts a round"
+        f"{{tokens/test/{data}/rows/ngram/accepted_per_round/value:.2f}} accepted drafts a round"
         for data, at in ((data, f"extract/test/{data}")
                          for data in _ordered(results["extract"].get("test", {})))
         if _there(results, f"{at}/duplicate_rate",
-                  f"tokens/test/{data}/rows/ngram/accepted_length/value")
+                  f"tokens/test/{data}/rows/ngram/accepted_per_round/value")
     ]
     if templated:
         text = f"How templated the answers are: {'; '.join(templated)}."
@@ -170,10 +170,10 @@ def _acceptance(run_dir: str | Path, results: Mapping[str, Any]) -> report.Secti
     for data, found in _ordered(results.get("tokens", {}).get("test", {})).items():
         rows = found["rows"]
         table = pd.DataFrame(
-            [{"name": row["label"], "kind": row["kind"], **_q(row["accepted_length"])}
+            [{"name": row["label"], "kind": row["kind"], **_q(row["accepted_per_round"])}
              for row in rows.values()])
         title = f"Mean accepted length on {NAMES.get(data, data)}"
-        dots = figures.accepted_length_dots(table, title=title)
+        dots = figures.accepted_per_round_dots(table, title=title)
         parts.append(
             report.Figure(
                 dots.update_xaxes(title_text="accepted drafts a round, mean and 95 % interval")))
@@ -185,7 +185,7 @@ def _acceptance(run_dir: str | Path, results: Mapping[str, Any]) -> report.Secti
             lines += [heading, *chosen] if chosen else []
         columns = [
             report.Column("same token", "token_acceptance", ".1%", interval=True),
-            report.Column("accepted drafts a round", "accepted_length", ".2f", interval=True),
+            report.Column("accepted drafts a round", "accepted_per_round", ".2f", interval=True),
             report.Column("above the best floor", "above_floor", "+.2f", interval=True),
         ]
         parts.append(
@@ -285,7 +285,7 @@ _LIVE_COLUMNS = [
     report.Column("speed-up", "speedup", ".2fx", interval=True),
     report.Column("slower samples", "slower_share/value", ".0%"),
     report.Column("milliseconds an answer", "total_ms", ".0f", interval=True),
-    report.Column("accepted a round", "accepted_length", ".2f", interval=True),
+    report.Column("accepted a round", "accepted_per_round", ".2f", interval=True),
 ]
 
 

@@ -25,7 +25,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xsd.core import ROOT, Generation, ParameterError, Round, Span, atomic_path, write_json
+from xsd.core import ROOT, Generation, ParameterError, Round, Span
+from xsd.files import atomic_path, write_json
 from xsd.runs import numbers
 
 if TYPE_CHECKING:

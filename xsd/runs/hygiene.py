@@ -15,7 +15,8 @@ from typing import Any
 
 import nbformat
 
-from xsd.core import ROOT, ParameterError, XsdError, atomic_write
+from xsd.core import ROOT, ParameterError, XsdError
+from xsd.files import atomic_write
 from xsd.runs import notebooks, parameters
 
 IGNORED = frozenset({"nbval-ignore-output", "nbval-skip"})

@@ -17,15 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xsd.core import (
-    ROOT,
-    ParameterError,
-    StorageError,
-    XsdError,
-    atomic_write,
-    provenance,
-    write_json,
-)
+from xsd.core import ROOT, ParameterError, StorageError, XsdError
+from xsd.files import atomic_write, provenance, write_json
 from xsd.runs import parameters
 
 NOTEBOOK_FOLDER = ROOT / "notebooks"

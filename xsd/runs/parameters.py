@@ -239,8 +239,8 @@ class CompareParameters(NotebookParameters):
     notebook = "06_compare"
     runs: list[str] = Field(["runs/smoke"], min_length=1,
                             description="run folders to set side by side")
-    metric: Literal["accepted_length", "token_acceptance", "cosine",
-                    "speedup"] = Field("accepted_length",
+    metric: Literal["accepted_per_round", "token_acceptance", "cosine",
+                    "speedup"] = Field("accepted_per_round",
                                        description="what the first picture compares")
     baseline: str = Field(
         "", description="run the differences are taken against; empty means the first")

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xsd.core import atomic_write, write_json
+from xsd.files import atomic_write, write_json
 from xsd.runs import numbers
 
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
@@ -88,7 +88,7 @@ def build_report(results: Mapping[str, Any], sections: Sequence[Section], out_di
     """Write ``index.html``, ``results.json`` and ``notebooks/*.html`` to ``out_dir``; returns the
     path of the page.
 
-    results: nested dict of numbers; under ``provenance`` the record of :func:`xsd.core.provenance`,
+    results: nested dict of numbers; under ``provenance`` the record of :func:`xsd.files.provenance`,
     printed at the end. lead: the
     summary under the title.
     Raises: ReportError if a part asks for a number that is not there or the finished page shows one

@@ -22,7 +22,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from xsd.core import EventError, atomic_write
+from xsd.core import EventError
+from xsd.files import atomic_write
 
 OFFICIAL_LIMIT_US = 100_000
 """The official EventGPT code refuses streams this long (it was tuned for 50 ms)."""

@@ -23,7 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xsd.core import DatasetError, Sample, StorageError, write_json
+from xsd.core import DatasetError, Sample, StorageError
+from xsd.files import write_json
 from xsd.sensors import events as event_streams
 from xsd.sensors import frames
 from xsd.sensors.events import Events

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xsd.core import PairedStates, ShardError, sha256_of
+from xsd.core import PairedStates, ShardError
+from xsd.files import sha256_of
 from xsd.shards.writer import ShardWriter
 
 _NEEDED = ("egpt_hidden", "vl_hidden", "seq_lens")

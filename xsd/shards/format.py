@@ -24,7 +24,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from xsd.core import Mode, PairedStates, ShardError, Tap, atomic_write
+from xsd.core import Mode, PairedStates, ShardError, Tap
+from xsd.files import atomic_write
 
 FORMAT, VERSION = "xsd-shards", 1
 MANIFEST, TIMES = "manifest.json", "times.jsonl"

@@ -19,7 +19,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from xsd.core import Mode, PairedStates, ShardError, Tap, sha256_of
+from xsd.core import Mode, PairedStates, ShardError, Tap
+from xsd.files import sha256_of
 from xsd.shards import format as layout
 
 _OPEN_SHARDS = 16

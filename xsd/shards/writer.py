@@ -22,16 +22,8 @@ from typing import Any, get_args
 from safetensors.torch import save
 from torch import Tensor
 
-from xsd.core import (
-    Mode,
-    PairedStates,
-    ShardError,
-    StorageError,
-    Tap,
-    atomic_write,
-    provenance,
-    sha256_of,
-)
+from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap
+from xsd.files import atomic_write, provenance, sha256_of
 from xsd.shards import format as layout
 
 LOCK = "writer.lock"

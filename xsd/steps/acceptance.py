@@ -17,9 +17,10 @@ import numpy as np
 import pandas as pd
 
 from xsd.adapters.base import Adapter
-from xsd.core import ParameterError, provenance
+from xsd.core import ParameterError
 from xsd.evaluate import evaluate, floors
 from xsd.evaluate.counterfactual import Counts, compare_with_floors
+from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.steps import drafts, evaluation, extraction, words
 from xsd.steps.evaluation import HeldOut, interval
@@ -51,18 +52,18 @@ class Tokens:
         lines = []
         for found in self.results["test"][data]["rows"].values():
             line: dict[str, Any] = {"row": found["label"], "kind": found["kind"]}
-            for name in ("token_acceptance", "accepted_length", "above_floor"):
+            for name in ("token_acceptance", "accepted_per_round", "above_floor"):
                 line |= {
                     name: found[name]["value"], f"{name} low": found[name]["low"],
                     f"{name} high": found[name]["high"]
                 }
-            lines.append({**line, "n": found["accepted_length"]["n"]})
+            lines.append({**line, "n": found["accepted_per_round"]["n"]})
         return pd.DataFrame(lines)
 
     def dots(self, data: str) -> pd.DataFrame:
-        """The accepted lengths as ``views.figures.accepted_length_dots`` reads them."""
+        """The accepted lengths as ``views.figures.accepted_per_round_dots`` reads them."""
         rows = self.results["test"][data]["rows"].values()
-        return pd.DataFrame([{"name": row["label"], "kind": row["kind"], **row["accepted_length"]}
+        return pd.DataFrame([{"name": row["label"], "kind": row["kind"], **row["accepted_per_round"]}
                              for row in rows])
 
 
@@ -105,7 +106,7 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
                 "label": label_of(name, adapters), "kind": kind_of(name, adapters),
                 "token_acceptance": interval(matched.arm),
                 "token_acceptance_above_floor": interval(matched.above_best),
-                "accepted_length": interval(length.arm), "above_floor": interval(length.above_best),
+                "accepted_per_round": interval(length.arm), "above_floor": interval(length.above_best),
             }
             best_floor = length.best
         for level, adapter in adapters.items():
@@ -124,7 +125,7 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
         results["test"][one.name] = {
             "rows": rows, "best_floor": best_floor,
             "best_adapter": max(reading or adapters,
-                                key=lambda level: rows[level]["accepted_length"]["value"]),
+                                key=lambda level: rows[level]["accepted_per_round"]["value"]),
             "n_samples": len(used), "n_clusters": len(set(clusters)), "cluster":
                 "sequence" if set(clusters) <= set(one.dataset.table()["sequence"]) else "clip",
         }

@@ -14,15 +14,16 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from xsd.core import MetricError, ParameterError, provenance
+from xsd.core import MetricError, ParameterError
 from xsd.evaluate import statistics
 from xsd.evaluate.acceptance import rounds_from_lists
+from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.steps import acceptance, data, extraction, training
 from xsd.views import figures
 
 METRICS = {
-    "accepted_length": "accepted draft tokens a round",
+    "accepted_per_round": "accepted draft tokens a round",
     "token_acceptance": "share of draft tokens that are the verifier's",
     "cosine": "cosine of aligned and verifier states",
     "speedup": "times as fast as the fastest baseline",
@@ -254,7 +255,7 @@ def picture(table: pd.DataFrame, which: str, metric: str) -> go.Figure:
     title = f"{METRICS[metric][0].upper()}{METRICS[metric][1:]} · {which}"
     if metric == "speedup":
         return figures.speedup_bars(frame, title=title)
-    figure = figures.accepted_length_dots(frame, title=title)
+    figure = figures.accepted_per_round_dots(frame, title=title)
     figure.update_xaxes(title_text=f"{METRICS[metric]}, with 95 % interval")
     return figure
 

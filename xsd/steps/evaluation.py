@@ -13,10 +13,11 @@ import pandas as pd
 from torch import Tensor
 
 from xsd.adapters.base import Adapter
-from xsd.core import Batch, ParameterError, provenance
+from xsd.core import Batch, ParameterError
 from xsd.evaluate import evaluate, statistics, tables
 from xsd.evaluate.evaluate import Evaluation
 from xsd.evaluate.statistics import Interval
+from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.shards import stream
 from xsd.shards.store import ShardDataset
@@ -145,7 +146,7 @@ class Hidden:
                     f"{name} high": found[name]["high"]
                 }
             rows.append(
-                {**line, "unbroken": found["consecutive"]["value"], "tokens": found["cosine"]["n"]})
+                {**line, "unbroken": found["unbroken_prefix"]["value"], "tokens": found["cosine"]["n"]})
         return pd.DataFrame(rows)
 
     def cosine_histogram(self, data: str, bins: int = 40) -> pd.DataFrame:
@@ -210,7 +211,7 @@ def hidden(given: parameters.HiddenParameters) -> Hidden:
                 "reads": adapter.reads, "cosine": interval(measured.cosine_mean),
                 "accept": interval(measured.acceptance[given.threshold]), "accept_at": {
                     f"{tau:.2f}": interval(measured.acceptance[tau]) for tau in thresholds
-                }, "consecutive": interval(measured.consecutive_mean[given.threshold]),
+                }, "unbroken_prefix": interval(measured.unbroken_prefix_mean[given.threshold]),
             }
             rows += [{"level": level, **row} for row in measured.rows()]
         results["test"][one.name] = {

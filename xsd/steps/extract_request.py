@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xsd.core import ROOT, ParameterError, ShardError, write_json
+from xsd.core import ROOT, ParameterError, ShardError
 from xsd.extract import plan, ranks
+from xsd.files import write_json
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder as dataset_folder
 from xsd.steps import data as datasets

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from xsd.core import ParameterError, provenance, write_json
+from xsd.core import ParameterError
 from xsd.evaluate import floors
 from xsd.extract import monitor
+from xsd.files import provenance, write_json
 from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.store import ShardDataset

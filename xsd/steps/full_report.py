@@ -19,9 +19,10 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from xsd.core import ParameterError, atomic_write, write_json
+from xsd.core import ParameterError
 from xsd.evaluate import hidden, report_text, speedup, tables, tokens
 from xsd.evaluate.reliability import ReliabilityResult
+from xsd.files import atomic_write, write_json
 from xsd.runs import doctor, folder, numbers
 from xsd.steps import acceptance, counterfactual, training
 from xsd.steps.truth import Measured, Truth
@@ -104,7 +105,7 @@ def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str
         "reliability": reliability_figure(found, one), "waterfall": truth_figures.gap_waterfall(
             own, title=f"Where {given.waterfall} loses acceptance, {name}"),
         "summary": figures.four_panels(cosines=histogram, positions=positions,
-                                       lengths=frames.accepted_length_histogram(table),
+                                       lengths=frames.unbroken_prefix_histogram(table),
                                        speedups=speedups(one, live), title=f"Summary, {name}",
                                        ),
         "two_phase": truth_figures.two_phase(one.tables["two_phase"]),

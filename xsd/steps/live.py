@@ -20,8 +20,9 @@ import torch
 from xsd.adapters.base import Adapter
 from xsd.bench import arms
 from xsd.bench import run as bench
-from xsd.core import Generation, ParameterError, Sample, provenance
+from xsd.core import Generation, ParameterError, Sample
 from xsd.evaluate import floors, statistics
+from xsd.files import provenance
 from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.steps import data as datasets
@@ -257,7 +258,7 @@ def _row(name: str, found: Mapping[str, Any], records: Sequence[bench.Record], r
                                       **options)), "first_token_ms": found["first_token_ms"],
         "identical": found["identical"], "tokens": found["n_tokens"],
     }
-    for phase, word in (("decode", "accepted_length"), ("prefill_hiding", "hidden_accepted")):
+    for phase, word in (("decode", "accepted_per_round"), ("prefill_hiding", "hidden_accepted")):
         rounds = [[r for r in record["rounds"] if r["phase"] == phase and r["drafted"]]
                   for record in own]
         if any(rounds):
@@ -287,7 +288,7 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
             "arm": row["label"], "speed-up": row["speedup"]["value"], "low": row["speedup"]["low"],
             "high": row["speedup"]["high"], "slower samples": row["slower_share"]["value"],
             "ms an answer": row["total_ms"]
-                            ["value"], "accepted a round": row.get("accepted_length",
+                            ["value"], "accepted a round": row.get("accepted_per_round",
                                                                    {}).get("value"),
             "accepted behind the prefill": row.get("hidden_accepted", {}).get("value"),
             "identical": f"{row['identical']}/{found['n_timed']}",

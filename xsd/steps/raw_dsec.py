@@ -10,8 +10,9 @@ from typing import Any
 
 import pandas as pd
 
-from xsd.core import ParameterError, write_json
+from xsd.core import ParameterError
 from xsd.embedded import raw_sequence
+from xsd.files import write_json
 from xsd.runs import progress as bars
 from xsd.sensors import dsec, folder
 

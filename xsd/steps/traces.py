@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from xsd.core import DatasetError, ParameterError, provenance, sha256_of, write_json
+from xsd.core import DatasetError, ParameterError
 from xsd.decode import replay
 from xsd.evaluate import floors, statistics
 from xsd.evaluate.acceptance import Acceptance, Rounds
+from xsd.files import provenance, sha256_of, write_json
 from xsd.runs import folder
 
 EOS = 2

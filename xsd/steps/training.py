@@ -14,7 +14,8 @@ import torch
 
 from xsd.adapters import registry
 from xsd.adapters.base import Adapter
-from xsd.core import ParameterError, provenance
+from xsd.core import ParameterError
+from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction

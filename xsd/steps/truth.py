@@ -18,12 +18,13 @@ import pandas as pd
 import torch
 
 from xsd.adapters.base import Adapter
-from xsd.core import ParameterError, provenance
+from xsd.core import ParameterError
 from xsd.evaluate import counterfactual as comparison
 from xsd.evaluate import decomposition, evaluate, floors, statistics, two_phase
 from xsd.evaluate.acceptance import rounds_from_lists
 from xsd.evaluate.counterfactual import Counts, FloorComparison
 from xsd.evaluate.evaluate import Evaluation
+from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.steps import acceptance, counterfactual, drafts, evaluation, extraction, words
 from xsd.steps.evaluation import HeldOut, interval
@@ -31,7 +32,7 @@ from xsd.train import rollout
 
 Matches = list[np.ndarray]
 """bool [n - 1] a sample: is the draft at position 1 … n-1 the verifier's token?"""
-METRICS = ("token_acceptance", "accepted_length")
+METRICS = ("token_acceptance", "accepted_per_round")
 B1 = "B1"
 ONE_STEP = "teacher-forced drafter"
 SHOWN = ("free-running", ONE_STEP, "self-rollout", "drift", "rollout")

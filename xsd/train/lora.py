@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from xsd import core
+from xsd import files
 from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.train import objectives
 
@@ -177,10 +177,10 @@ def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def save(tuned: peft.PeftModel, folder: str | Path) -> None:
     """Write the LoRA weights as peft does: adapter_model.safetensors and adapter_config.json."""
-    with core.atomic_path(Path(folder) / "adapter_model.safetensors") as temporary:
+    with files.atomic_path(Path(folder) / "adapter_model.safetensors") as temporary:
         safetensors.torch.save_file({name: w.contiguous() for name, w in _weights(tuned).items()},
                                     temporary, metadata={"format": "pt"})
-    core.write_json(Path(folder) / "adapter_config.json", tuned.peft_config["default"].to_dict())
+    files.write_json(Path(folder) / "adapter_config.json", tuned.peft_config["default"].to_dict())
 
 
 def _weights(tuned: peft.PeftModel) -> dict[str, Tensor]:

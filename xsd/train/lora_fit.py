@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from xsd import core
+from xsd import files
 from xsd.adapters.base import Adapter
 from xsd.core import CheckpointError, PairedStates, TrainingError
 from xsd.train import guards, lora, objectives, source
@@ -263,14 +263,14 @@ class _Run:
             lora.save(tuned, self.folder / "best")
         self.finished = row[
             "epoch"] >= self.config.epochs or row["epoch"] - self.best_epoch >= self.config.patience
-        core.write_json(self.folder / "history.json", self.history)
+        files.write_json(self.folder / "history.json", self.history)
         if row["epoch"] == 1:
-            core.write_json(self.folder / "config.json",
+            files.write_json(self.folder / "config.json",
                             {"level": "L6", **self.identity, "objective": str(self.objective)})
-            made = core.provenance(seed=self.seed, data_hash=self.identity["data"],
+            made = files.provenance(seed=self.seed, data_hash=self.identity["data"],
                                    device=str(self.device))
-            core.write_json(self.folder / "provenance.json", made)
-        with core.atomic_path(self.folder / "checkpoint.pt") as temporary:
+            files.write_json(self.folder / "provenance.json", made)
+        with files.atomic_path(self.folder / "checkpoint.pt") as temporary:
             torch.save(
                 {
                     "identity": json.dumps(self.identity, sort_keys=True), "weights": [

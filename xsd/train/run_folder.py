@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from xsd import core
+from xsd import files
 from xsd.core import CheckpointError, TrainingError
 
 CHECKPOINT = "checkpoint.pt"
@@ -26,17 +26,17 @@ def describe(folder: Path, identity: Mapping[str, Any], config: Mapping[str, Any
              device: torch.device) -> None:
     """Write config.json and provenance.json, once a run. identity: level, seed, config and data of
     the run."""
-    core.write_json(folder / "config.json", {**identity, **config})
-    core.write_json(
+    files.write_json(folder / "config.json", {**identity, **config})
+    files.write_json(
         folder / "provenance.json",
-        core.provenance(seed=identity["seed"], data_hash=identity["data"], device=str(device)))
+        files.provenance(seed=identity["seed"], data_hash=identity["data"], device=str(device)))
 
 
 def save(folder: Path, identity: Mapping[str, Any], state: Mapping[str, Any]) -> None:
     """Write history.json and the checkpoint. state: what :func:`read` gives back, ``history`` among
     it."""
-    core.write_json(folder / "history.json", state["history"])
-    with core.atomic_path(folder / CHECKPOINT) as temporary:
+    files.write_json(folder / "history.json", state["history"])
+    with files.atomic_path(folder / CHECKPOINT) as temporary:
         torch.save({"identity": fixed(identity), **state}, temporary)
 
 

@@ -98,7 +98,7 @@ def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
 
 def headline(data: ExplorerData, selection: Selection) -> str:
     """One line: rule, and mean accepted length of each level with its interval."""
-    table = frames.accepted_length(rows(data, selection),
+    table = frames.unbroken_prefix(rows(data, selection),
                                    selection.tau).set_index("level").loc[list(selection.levels)]
     rule = "same token" if selection.tau is None else f"cosine > {selection.tau:.2f}"
     parts = [

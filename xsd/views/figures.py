@@ -78,7 +78,7 @@ def acceptance_by_position(frame: pd.DataFrame, *, curve: str = "marginal",
     return figure
 
 
-def accepted_length_dots(
+def accepted_per_round_dots(
     frame: pd.DataFrame, *,
     title: str = "Mean accepted length: what counts is the distance above the best floor"
 ) -> go.Figure:
@@ -256,7 +256,7 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
     """Histogram of cosines, acceptance by position, accepted lengths and speed-up in one picture.
 
     cosines: ``frames.cosine_histogram``. positions: ``frames.by_position``. lengths:
-    ``frames.accepted_length_histogram``.
+    ``frames.unbroken_prefix_histogram``.
     speedups: name, value, low, high, kind as in :func:`speedup_bars`.
     """
     names = ("cosine of the states", "acceptance by position (token truth)",

@@ -118,7 +118,7 @@ def by_position(tokens: pd.DataFrame, tau: float | None = None, *, max_positions
     return pd.concat(pieces, ignore_index=True)
 
 
-def accepted_length(tokens: pd.DataFrame, tau: float | None = None, *, resamples: int = RESAMPLES,
+def unbroken_prefix(tokens: pd.DataFrame, tau: float | None = None, *, resamples: int = RESAMPLES,
                     confidence: float = 0.95, seed: int = 0) -> pd.DataFrame:
     """Mean number of tokens accepted before the first rejection, a level a row: level, value, low,
     high, n (samples)."""
@@ -140,7 +140,7 @@ def accepted_length(tokens: pd.DataFrame, tau: float | None = None, *, resamples
     return pd.DataFrame(rows)
 
 
-def accepted_length_histogram(tokens: pd.DataFrame, tau: float | None = None) -> pd.DataFrame:
+def unbroken_prefix_histogram(tokens: pd.DataFrame, tau: float | None = None) -> pd.DataFrame:
     """How many samples had 0, 1, 2 … tokens accepted before the first rejection: level, length, n,
     share."""
     check(tokens)

@@ -22,7 +22,7 @@ ARM_SYMBOLS = {
 LOSS = "#C0504D"
 UNITS = {
     "token_acceptance": ("share of tokens that are the verifier's", ".0%"),
-    "accepted_length": ("accepted draft tokens a round", ".1f"),
+    "accepted_per_round": ("accepted draft tokens a round", ".1f"),
 }
 """Axis title and number format of a unit."""
 

@@ -1,0 +1,209 @@
+"""Safe writing, hashes, where a number came from, seeds, and objects named by a text.
+
+Only the standard library and xsd.core are imported here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import hashlib
+import importlib
+import json
+import os
+import platform
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Mapping
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from xsd.core import ROOT, ParameterError, StorageError
+
+
+@contextlib.contextmanager
+def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary name beside ``target``; on success sync and rename, on failure remove it
+    and leave the target as it was.
+
+    Raises: StorageError when the disk is full or the folder cannot be written.
+    """
+    target = Path(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.",
+                                        suffix=".part")
+        os.close(handle)
+    except OSError as error:
+        raise _storage_error(target, error) from error
+    temporary = Path(name)
+    try:
+        yield temporary
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, target)
+    except OSError as error:
+        raise _storage_error(target, error) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _storage_error(target: Path, error: OSError) -> StorageError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return StorageError(
+            f"cannot write {target}: the disk is full; free space or choose another output folder "
+            "and run again (nothing was lost)"
+        )
+    return StorageError(
+        f"cannot write {target}: {error.strerror or error}; check the folder's permissions or "
+        "choose another one"
+    )
+
+
+def atomic_write(target: str | os.PathLike[str], data: bytes | str) -> None:
+    """Write bytes or UTF-8 text through :func:`atomic_path`."""
+    with atomic_path(target) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(target: str | os.PathLike[str], value: Any) -> None:
+    """Atomic, sorted, indented JSON: the same value gives the same bytes."""
+    atomic_write(target, json.dumps(value, indent=1, sort_keys=True, default=_plain) + "\n")
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return dataclasses.asdict(value)
+    if isinstance(value, Path):
+        return str(value)
+    if hasattr(value, "item") and getattr(value, "size", 1) == 1:  # numpy and torch scalars
+        return value.item()
+    if hasattr(value, "tolist"):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def sha256_of(*paths: str | os.PathLike[str]) -> str:
+    """Hex digest over the bytes of the files, in the order given."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            while block := file.read(1 << 20):
+                digest.update(block)
+    return digest.hexdigest()
+
+
+# --- provenance and seeds
+# ------------------------------------------------------------------------------------------------
+
+_PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bitsandbytes",
+             "papermill", "safetensors")
+
+
+def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu",
+               **extra: Any) -> dict[str, Any]:
+    """Where a number came from: git revision (and whether the tree was dirty), versions, seed, data
+    hash, device, command.
+
+    Paths are :func:`portable`, since reports with these records are published. command: the verb
+    and its arguments, or ``["notebook", <its file>]`` inside a kernel, whose own arguments say
+    nothing.
+    """
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "git_revision": _git("rev-parse", "HEAD") or "unknown",
+        "git_dirty": bool(_git("status", "--porcelain",
+                               "--untracked-files=no")), "versions": versions, "machine": {
+                                   "system": platform.system(), "processor": platform.machine(),
+                                   "cores": os.cpu_count()
+                               }, "seed": seed, "data_hash": data_hash, "device": device,
+        "command": _command(), **portable(extra),
+    }
+
+
+def portable(value: Any) -> Any:
+    """Texts of nested records without this machine's folders: a path under the checkout becomes
+    relative to it, another absolute one its last name. Looks at whole texts and at the parts
+    between ``=`` and ``,`` (``run_dir=…``, ``a,b``)."""
+    if isinstance(value, Mapping):
+        return {key: portable(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(one) for one in value]
+    if isinstance(value, Path):
+        return portable(str(value))
+    if not isinstance(value, str):
+        return value
+    if "\n" not in value and Path(value).is_absolute():
+        path = Path(value)
+        return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
+    if not re.search("[=,]", value):
+        return value
+    return "".join(piece if piece in "=," else portable(piece)
+                   for piece in re.split("([=,])", value))
+
+
+def _command() -> list[str]:
+    if "ipykernel" in Path(sys.argv[0]).as_posix():
+        name = os.environ.get("XSD_NOTEBOOK") or Path(os.environ.get("JPY_SESSION_NAME", "")).name
+        return ["notebook", name] if name else ["notebook"]
+    return [Path(sys.argv[0]).name, *portable(sys.argv[1:])]
+
+
+def _git(*arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
+                              timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip() if done.returncode == 0 else ""
+
+
+def seed_all(seed: int) -> None:
+    """Seed Python, numpy and torch where they are already imported; call after importing what
+    draws."""
+    random.seed(seed)
+    if "numpy" in sys.modules:
+        sys.modules["numpy"].random.seed(seed % 2**32)
+    if "torch" in sys.modules:
+        sys.modules["torch"].manual_seed(seed)
+
+
+def import_object(text: str) -> Any:
+    """What ``"module:Name"`` names: a researcher's own class or function, from an installed module
+    or one in the working directory or the checkout.
+
+    Naming a module runs it: call this with what the user typed, never with what a file says.
+    Raises: ParameterError when the text has another form, the module cannot be imported or lacks
+    the name.
+    """
+    module, colon, name = text.partition(":")
+    if not (module and colon and name):
+        raise ParameterError(f"{text!r} names no object; write module:Name, such as my_levels:Mine")
+    added = [folder for folder in (os.getcwd(), str(ROOT)) if folder not in sys.path]
+    sys.path.extend(added)
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+    except ImportError as error:
+        raise ParameterError(
+            f"{text!r} cannot be imported ({error}); put {module.partition('.')[0]}.py into the "
+            "working directory or install it") from error
+    except AttributeError as error:
+        raise ParameterError(
+            f"the module {module} holds no {name}; check the name behind the colon") from error
+    finally:
+        for folder in added:
+            sys.path.remove(folder)
+    return found
