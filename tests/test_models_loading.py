@@ -16,9 +16,8 @@ from transformers import (
     LlavaNextVideoForConditionalGeneration,
 )
 
-from studies.embedded_pair import tower
 from xsd.core import CheckpointError, PairError
-from xsd.models import keymap, loading
+from xsd.models import keymap, loading, tower
 from xsd.models.pixels import PixelSpec
 
 WEIGHTS = load_file(REFERENCE / "model.safetensors")

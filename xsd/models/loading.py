@@ -21,9 +21,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from studies.embedded_pair import tower
 from xsd.core import ROOT, CheckpointError, PairError
-from xsd.models import keymap
+from xsd.models import keymap, tower
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import ModelHandle, Role
 from xsd.models.pixels import PixelSpec, read_pixel_spec
