@@ -74,6 +74,36 @@ def test_torchs_dtype_names_are_understood(tmp_path):
     assert store.ShardDataset(write(tmp_path, 2, dtype="bfloat16")).manifest["dtype"] == "bf16"
 
 
+@pytest.mark.parametrize("mode", ["teacher_forced", "free_running"])
+def test_ids_are_read_without_a_state(tmp_path, monkeypatch, mode):
+    dataset = store.ShardDataset(write(tmp_path, dtype="int8", mode=mode))
+    pairs, read = list(dataset), []
+
+    class Watched:
+        def __init__(self, *place):
+            self.file = safe_open(*place)
+
+        def get_tensor(self, name):
+            read.append(name)
+            return self.file.get_tensor(name)
+
+        def get_slice(self, name):
+            read.append(name)
+            return self.file.get_slice(name)
+
+    safe_open = store.safe_open
+    monkeypatch.setattr(store, "safe_open", Watched)
+    for role in ("drafter", "verifier"):
+        wanted = [getattr(pair, f"ids_by_{role}").tolist() for pair in pairs]
+        fresh = store.ShardDataset(tmp_path)
+        found = fresh.ids(role)
+        assert [ids.tolist() for ids in found] == wanted and found[0].dtype == "int64"
+        assert fresh.ids(role) is found
+        part = fresh.subset(indices=[7, 2])
+        assert [ids.tolist() for ids in part.ids(role)] == [wanted[7], wanted[2]]
+    assert set(read) == {"offsets_drafter", "offsets_verifier", "ids_by_drafter", "ids_by_verifier"}
+
+
 def test_states_are_copies_that_may_be_changed(folder):
     dataset = store.ShardDataset(folder)
     dataset[0].hidden_by_drafter.zero_()

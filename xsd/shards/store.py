@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -64,6 +65,7 @@ class ShardDataset:
         self._indices: list[int] | None = None
         self._open: OrderedDict[int, tuple[Any, dict[str, Tensor]]] = OrderedDict()
         self._table: pd.DataFrame | None = None
+        self._ids: dict[str, list[np.ndarray]] = {}
 
     @property
     def drafter_size(self) -> int:
@@ -185,6 +187,22 @@ class ShardDataset:
             self._table = table
         return self._table.copy(deep=False)
 
+    def ids(self, role: str) -> list[np.ndarray]:
+        """The token ids [S] of every sample, int64, by "drafter" or "verifier"; no state is read.
+
+        Kept once asked for: 8 bytes a token. Not to be changed. Raises: ShardError for a shard that
+        cannot be read.
+        """
+        if role not in self._ids:
+            shards = []
+            for number in range(len(self.manifest["shards"])):
+                file, offsets = self._shard(number)
+                ids = file.get_tensor(f"ids_by_{role}").numpy().copy()
+                shards.append(np.split(ids, offsets[role][1:-1].tolist()))
+            places = map(self.locate, range(len(self)))
+            self._ids[role] = [shards[number][row] for number, row in places]
+        return self._ids[role]
+
     def head(self, role: str) -> Tensor:
         """Stage 0: the LM head's weight, float32 [V, D]; ``states @ head.T`` are the logits.
         Raises: ShardError if none was saved."""
@@ -225,7 +243,7 @@ class ShardDataset:
                 )
             chosen = [i for i in chosen if column[i] in set(sequences)]
         view = copy.copy(self)
-        view._open = OrderedDict()
+        view._open, view._ids = OrderedDict(), {}
         view._table = self.table().iloc[chosen].reset_index(drop=True)
         view._indices = chosen if self._indices is None else [self._indices[i] for i in chosen]
         return view

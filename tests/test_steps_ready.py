@@ -1,0 +1,36 @@
+"""What a notebook's set-up cell makes, and on which data."""
+
+import pytest
+
+from xsd.runs import parameters
+from xsd.steps import extraction, ready, training
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """What would be extracted and trained."""
+    asked = []
+    monkeypatch.setattr(extraction, "ensure", lambda run_dir, seed, data, test_data:
+                        asked.append(("pairs", data, list(test_data))))
+    monkeypatch.setattr(training, "ensure", lambda run_dir, seed, levels, data:
+                        asked.append(("adapters", data, list(levels))))
+    monkeypatch.setattr(extraction, "pair_file", lambda run_dir: {"data": "the/runs"})
+    return asked
+
+
+def test_a_missing_training_is_made_on_the_data_of_the_run(made):
+    own = {"run_dir": "runs/none", "levels": ["L1"], "test_data": ["simulated"]}
+    ready.ensure(parameters.TokenParameters.checked({**own, "data": "own/drives"}), adapters=True)
+    ready.ensure(parameters.HiddenParameters.checked(own), adapters=True)
+    assert made == [("pairs", "own/drives", ["simulated"]), ("adapters", "own/drives", ["L1"]),
+                    ("pairs", "simulated", ["simulated"]), ("adapters", "the/runs", ["L1"])]
+
+
+def test_only_what_is_asked_for_is_made(made):
+    train = parameters.TrainParameters.checked({"run_dir": "runs/none"})
+    ready.ensure(train)
+    assert made == [("pairs", "simulated", [])]
+    ready.ensure(train, adapters=["L4"])
+    assert made[1:] == [("pairs", "simulated", []), ("adapters", "simulated", ["L4"])]
+    ready.ensure(train, pairs=False)
+    assert len(made) == 3
