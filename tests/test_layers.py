@@ -168,6 +168,98 @@ def test_modules_import_in_no_circle():
     assert not peel(graph)
 
 
+# --- the order inside a room
+# ------------------------------------------------------------------------------------------------
+
+HOUSE = {
+    room: sorted(name.split(".")[2] for name in MODULES if name.startswith(f"xsd.{room}."))
+    for room in sorted({room_of(name) for name in MODULES})
+}
+"""Room -> its modules, for every room that is a folder."""
+HOUSE = {room: stems for room, stems in HOUSE.items() if stems}
+
+
+def inside(room: str) -> dict[str, set[str]]:
+    """Module -> the modules of its own room that it imports."""
+    graph: dict[str, set[str]] = {stem: set() for stem in HOUSE[room]}
+    for found in IMPORTS:
+        importer, target = found.importer.split("."), found.target.split(".")
+        if importer[1:2] == target[1:2] == [room] and len(importer) == len(target) == 3:
+            graph[importer[2]].add(target[2])
+    return graph
+
+
+def floors() -> dict[str, list[list[str]]]:
+    """The page's second table: room -> floors, bottom first, each a list of modules."""
+    rows = re.findall(r"^\| `(\w+)` \| ([\w, →]+) \|$", PAGE.read_text(encoding="utf-8"), re.MULTILINE)
+    return {room: [re.findall(r"\w+", floor) for floor in text.split("→")] for room, text in rows}
+
+
+def lowest_floors(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Each module as low as its imports let it stand."""
+    graph, found = dict(graph), []
+    while graph:
+        found.append(sorted(node for node, others in graph.items() if not others & graph.keys()))
+        assert found[-1], f"a circle of {sorted(graph)}"
+        graph = {node: others for node, others in graph.items() if node not in found[-1]}
+    return found
+
+
+def line(room: str, storeys: list[list[str]]) -> str:
+    return f"| `{room}` | " + " → ".join(", ".join(floor) for floor in storeys) + " |"
+
+
+def against(storeys: list[list[str]], graph: dict[str, set[str]]) -> list[str]:
+    """What is wrong with a room's floors: modules not listed once, imports of the same floor or a
+    higher one."""
+    listed = [stem for floor in storeys for stem in floor]
+    wrong = [f"{stem} is listed {listed.count(stem)} times and is there {int(stem in graph)} times"
+             for stem in sorted({*listed, *graph}) if listed.count(stem) != (stem in graph)]
+    height = {stem: number for number, floor in enumerate(storeys) for stem in floor}
+    wrong += [f"{stem} imports {other}, which does not stand below it" for stem in graph
+              for other in sorted(graph[stem])
+              if stem in height and other in height and height[other] >= height[stem]]
+    return wrong
+
+
+@pytest.mark.parametrize("room", sorted(HOUSE))
+def test_modules_of_a_room_import_only_lower_floors(room):
+    graph = inside(room)
+    proposed = line(room, lowest_floors(graph))
+    if room not in floors():
+        pytest.skip(f"{PAGE.name} lists no floors of {room}; these hold today:\n{proposed}")
+    wrong = against(floors()[room], graph)
+    assert not wrong, "\n".join([*wrong, "floors that hold today:", proposed])
+
+
+def test_floors_are_checked_both_ways():
+    graph = {"events": set(), "frames": {"events"}, "folder": {"events", "frames"}}
+    assert lowest_floors(graph) == [["events"], ["frames"], ["folder"]]
+    assert against(lowest_floors(graph), graph) == []
+    assert against([["events", "frames"], ["folder"]], graph) == [
+        "frames imports events, which does not stand below it"
+    ]
+    assert against([["events"], ["frames"], ["dsec"]], graph) == [
+        "dsec is listed 1 times and is there 0 times",
+        "folder is listed 0 times and is there 1 times"
+    ]
+    assert line("sensors", [["events"], ["dsec", "frames"]]) == "| `sensors` | events → dsec, frames |"
+
+
+def test_the_package_does_not_know_what_stands_beside_it():
+    """Benchmarks and studies import the package; only a verb reaches for them, when it is called."""
+    wrong = []
+    for path in SOURCES:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        verbs = inner_nodes(tree) if path.name == "cli.py" else set()
+        for node in ast.walk(tree):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
+                node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            wrong += [f"{module_name(path)}:{node.lineno} imports {name}" for name in names
+                      if name.split(".")[0] in ("benchmarks", "studies") and node not in verbs]
+    assert not wrong, "\n".join(wrong)
+
+
 @pytest.mark.parametrize("face", sorted(FACES))
 def test_package_faces_are_a_docstring(face):
     body = ast.parse(MODULES[face].read_text(encoding="utf-8")).body
