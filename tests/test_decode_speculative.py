@@ -8,7 +8,7 @@ import torch
 from toy_decoder import EOS, PROMPT, WIDTH, CopyAdapter, ToyDecoder
 
 from xsd.core import ParameterError
-from xsd.decode import autoregressive, proposers, speculative
+from xsd.decode import autoregressive, proposers, rules, speculative
 
 BODY = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
 
@@ -244,16 +244,16 @@ def test_spans_and_rounds_lie_on_one_clock():
 
 
 def test_ngram_and_prompt_lookup_draft_from_what_they_know():
-    table = proposers.NGramProposer(lambda prefix: BODY[len(prefix)] if len(prefix) < 4 else None)
+    table = proposers.RuleProposer(lambda sample: rules.stored(BODY[:4]))
     got = run(table, BODY, gamma=8, max_new_tokens=10, overlap="serial")
     assert got.ids == BODY[:10] and got.rounds[0].n_accepted == 4
-    lookup = proposers.PromptLookup(lambda sample: [9, 1, 2, 3, 8, 1, 2, 5])
+    lookup = proposers.RuleProposer(lambda sample: rules.prompt_lookup([9, 1, 2, 3, 8, 1, 2, 5]))
     lookup.begin(None)
     lookup.observe([1, 2], torch.zeros(2, WIDTH))
     assert lookup.propose(3) == [
         5, 1, 2
     ]  # the latest place of "1 2" is followed by 5, then the text goes on
-    longer = run(proposers.PromptLookup(lambda sample: BODY), BODY, gamma=5, max_new_tokens=12,
+    longer = run(proposers.RuleProposer(rules.prompt_lookup), BODY, gamma=5, max_new_tokens=12,
                  overlap="serial")
     assert longer.ids == BODY
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError
-from xsd.decode import proposers
+from xsd.decode import proposers, rules
 from xsd.evaluate.acceptance import Acceptance, rounds_from_lists
 from xsd.evaluate.floors import (
     DrafterTokens,
@@ -72,7 +72,7 @@ def test_prompt_lookup_copies_from_prompt_and_answer():
     assert rounds.accepted.tolist() == [0, 2] and rounds.drafted.tolist() == [
         0, 3,
     ]  # no last token of the prompt seen before; after 12: 13 14 12
-    with pytest.raises(MetricError, match="1 prompts but is asked about 2 answers"):
+    with pytest.raises(MetricError, match="'prompt lookup' was made for 1 answers but is asked about 2"):
         floor.match([[1], [2]])
 
 
@@ -81,7 +81,7 @@ def test_drafter_tokens_without_an_adapter():
                                      [torch.tensor([1, 2, 3, 4]), [5, 6]], gamma=2)
     assert [m.tolist() for m in matches] == [[True, True, False, True], [True, False]]
     assert rounds.accepted.tolist() == [2, 1, 1]
-    with pytest.raises(MetricError, match="1 drafter answers but 2 verifier answers"):
+    with pytest.raises(MetricError, match="'drafter tokens' was made for 1 answers but is asked about 2"):
         DrafterTokens([[1]]).match([[1], [2]])
 
 
@@ -127,8 +127,8 @@ def test_floors_on_published_traces_of_the_real_pair():
        gamma=st.integers(1, 6), longest=st.integers(1, 4),
        )
 def test_prompt_lookup_drafts_live_what_its_floor_drafts(prompt, answer, gamma, longest):
-    live = proposers.PromptLookup(lambda sample: prompt, longest)
-    live.begin(None)
+    live = proposers.RuleProposer(lambda sample: rules.prompt_lookup(sample, longest))
+    live.begin(prompt)
     live.observe(answer, torch.zeros(0))
     assert PromptLookup([prompt], longest).draft(answer, gamma, 0) == live.propose(gamma)
 

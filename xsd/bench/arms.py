@@ -25,7 +25,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from xsd.core import Generation, ParameterError, Sample
-from xsd.decode import autoregressive, proposers, speculative
+from xsd.decode import autoregressive, proposers, rules, speculative
 from xsd.decode.overlap import Overlap
 from xsd.models.handle import ModelHandle
 from xsd.models.loading import Pair
@@ -115,12 +115,13 @@ def _proposers(
         raise ParameterError(
             "the arm 'ngram' needs a table: pass ngram=, a function from prefix ids to the next id")
     if name == "ngram":
-        return None, proposers.NGramProposer(ngram, eos)
+        return None, proposers.RuleProposer(lambda sample: ngram, eos)
     if name == "prompt_lookup":
-        return None, proposers.PromptLookup(
-            lambda sample:
-            [token for part in verifier.prompt_ids(sample.question) for token in part],
-            eos_token_ids=eos)
+        def lookup(sample: Sample) -> rules.Rule:
+            before, after = verifier.prompt_ids(sample.question)
+            return rules.prompt_lookup([*before, *after])
+
+        return None, proposers.RuleProposer(lookup, eos)
     missing = [
         level for place, level in enumerate(levels)
         if level not in adapters and not (place and level == "ngram")
@@ -135,7 +136,7 @@ def _proposers(
     made: list[proposers.Proposer] = []
     for level in levels:
         if level == "ngram":
-            made.append(proposers.NGramProposer(ngram, eos))
+            made.append(proposers.RuleProposer(lambda sample: ngram, eos))
             continue
         adapter = adapters[level].eval() if hasattr(adapters[level], "eval") else adapters[level]
         made.append(

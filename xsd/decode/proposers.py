@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from xsd.core import DecoderHandle, ParameterError
+from xsd.decode import rules
 from xsd.decode.overlap import Stop, Timeline
 
 
@@ -306,43 +307,23 @@ class DrafterTokens(_Drafting):
         return self.choose(self.track.logits[:self.draft_vocab_size])
 
 
-class NGramProposer(_Drafting):
-    """A table of other answers: ``table(prefix ids) -> next id or None``. The floor that costs
-    nothing."""
-    def __init__(
-        self, table: Callable[[Sequence[int]],
-                              int | None], eos_token_ids: frozenset[int] = frozenset()
-    ) -> None:
-        super().__init__()
-        self.table, self.eos_token_ids = table, eos_token_ids
+class RuleProposer(_Drafting):
+    """A rule over token ids (:mod:`xsd.decode.rules`), made anew for each request: ``rule_of(sample)``.
 
-    def next_token(self, drafts: Sequence[int]) -> int | None:
-        return self.table([*self.known, *drafts])
-
-
-class PromptLookup(_Drafting):
-    """What followed the last n tokens where they stood before, in the prompt or the answer (longest
-    n first, latest place first).
-
-    prompt_ids: sample → the prompt's text ids. After apoorvumang/prompt-lookup-decoding.
+    An n-gram table, ``RuleProposer(lambda sample: table)``, is the floor that costs nothing; with
+    the sample's prompt in hand the rule may be ``rules.prompt_lookup``.
     """
-    def __init__(self, prompt_ids: Callable[[Any], Sequence[int]], longest: int = 3,
+    def __init__(self, rule_of: Callable[[Any], rules.Rule],
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
         super().__init__()
-        self.prompt_ids, self.longest, self.eos_token_ids = prompt_ids, longest, eos_token_ids
-        self.prompt: list[int] = []
+        self.rule_of, self.eos_token_ids = rule_of, eos_token_ids
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         super().begin(sample, timeline)
-        self.prompt = list(self.prompt_ids(sample))
+        self.rule = self.rule_of(sample)
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
-        text = [*self.prompt, *self.known, *drafts]
-        for n in range(min(self.longest, len(text) - 1), 0, -1):
-            for start in range(len(text) - n - 1, -1, -1):
-                if text[start:start + n] == text[-n:]:
-                    return text[start + n]
-        return None
+        return self.rule([*self.known, *drafts])
 
 
 class OracleProposer(_Drafting):

@@ -21,7 +21,8 @@ from xsd.adapters.base import Adapter
 from xsd.bench import arms
 from xsd.bench import run as bench
 from xsd.core import Generation, ParameterError, Sample
-from xsd.evaluate import floors, statistics
+from xsd.decode import rules
+from xsd.evaluate import statistics
 from xsd.files import provenance
 from xsd.models import loading
 from xsd.runs import folder, parameters
@@ -46,7 +47,7 @@ class Bench:
     given: parameters.LiveParameters
     pair: loading.Pair
     adapters: Mapping[str, Adapter]
-    table: floors.NGram | None
+    table: rules.NGramTable | None
     samples: Mapping[str, list[held_out.HeldOut]]
     timed: Mapping[str, list[held_out.HeldOut]]
     answers_hash: str = ""
@@ -110,9 +111,8 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
         stored = extraction.open_pairs(given.run_dir, "train", given.data,
                                        held_out.mode_of(given.run_dir, "train", given.data))
         answers = extraction.answers(stored)
-        table = floors.NGram(answers)
-        answers_hash = bench.ids_hash(token for ids in answers
-                                      for token in (*floors.as_lists([ids])[0], -1))
+        table = rules.NGramTable(answers)
+        answers_hash = bench.ids_hash(token for ids in answers for token in (*ids, -1))
     return Bench(given, pair, training.load(given.run_dir, wanted), table, samples, timed,
                  answers_hash)
 
@@ -155,7 +155,7 @@ def build(bench_: Bench, names: Sequence[str], *, pair: loading.Pair | None = No
             made.append(
                 arms.build(kind, pair, bench_.adapters, gamma=gamma or given.gamma,
                            gamma_prefill=given.gamma_prefill, overlap=overlap,
-                           min_probability=least, ngram=_next_of(bench_.table),
+                           min_probability=least, ngram=bench_.table,
                            ngram_hash=bench_.answers_hash, label=name,
                            ))
     return made
@@ -171,10 +171,6 @@ def _with_threads(run: Callable[[Sample, int], Generation], n: int,
             torch.set_num_threads(after)
 
     return counted
-
-
-def _next_of(table: floors.NGram | None) -> Callable[[Sequence[int]], int | None] | None:
-    return None if table is None else lambda prefix: next(iter(table.draft(prefix, 1, 0)), None)
 
 
 def measure(bench_: Bench, *, progress: Callable[[int], None] | None = None) -> list[bench.Record]:

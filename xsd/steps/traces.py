@@ -130,8 +130,8 @@ def arms(traces: Sequence[Trace], *, gamma: int = 5, ngram: int = 4) -> list[Arm
                 if trace.sequence != held_out
             ])
         made.append(
-            _whole(name, _PerSequence(name, [tables[trace.sequence] for trace in traces]), answers,
-                   gamma))
+            _whole(name, floors.Floor(name, [tables[trace.sequence].rule(0) for trace in traces]),
+                   answers, gamma))
     return made
 
 
@@ -140,15 +140,6 @@ def _whole(name: str, floor: floors.Floor, answers: list[list[int]], gamma: int)
         return lambda prefix, room: floor.draft(prefix, room, sample)
 
     return Arm(name, floor.match(answers), floor.rounds(answers, gamma), draft)
-
-
-class _PerSequence(floors.Floor):
-    """Each answer has its own table: the one trained without its sequence."""
-    def __init__(self, name: str, tables: Sequence[floors.Floor]) -> None:
-        self.name, self.tables = name, tables
-
-    def draft(self, prefix: Sequence[int], gamma: int, sample: int) -> list[int]:
-        return self.tables[sample].draft(prefix, gamma, sample)
 
 
 def token_table(traces: Sequence[Trace], tried: Sequence[Arm], *, data: str) -> pd.DataFrame:
