@@ -15,8 +15,7 @@ from xsd.models import loading
 from xsd.runs import demo_page, folder, parameters
 from xsd.steps import acceptance, drafts, evaluation, extraction, training, words
 from xsd.train import rollout
-from xsd.views import frames
-from xsd.views import words as words_view
+from xsd.views import figures, frames
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
 
@@ -214,7 +213,7 @@ def test_a_token_has_the_kind_of_the_word_it_belongs_to():
 
 def test_kinds_of_words_are_drawn_with_their_intervals(found):
     by_kind = found[1].by_kind
-    figure = words_view.acceptance_by_kind(by_kind[by_kind["data"] == "simulated"])
+    figure = figures.acceptance_by_kind(by_kind[by_kind["data"] == "simulated"])
     assert [trace.name for trace in figure.data] == sorted([*LEVELS, "drafter_tokens"])
     assert by_kind.groupby(["data", "level"])["n"].sum().groupby("data").nunique().eq(1).all()
 

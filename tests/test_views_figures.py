@@ -41,7 +41,8 @@ def test_dots_are_coloured_by_kind_and_the_line_stands_at_the_best_floor():
 
 def test_measured_predicted_and_quoted_bars_look_different():
     figure = figures.speedup_bars(speedups())
-    looks = {trace.name: (trace.marker.opacity, trace.marker.pattern.shape) for trace in figure.data}
+    looks = {trace.name: (trace.marker.opacity, trace.marker.pattern.shape)
+             for trace in figure.data}
     assert len(set(looks.values())) == 3 and set(looks) == {"measured", "predicted", "quoted"}
     with pytest.raises(MetricError, match="measured, predicted or quoted, not 'guess'"):
         figures.speedup_bars(speedups().assign(kind="guess"))

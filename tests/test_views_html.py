@@ -35,7 +35,7 @@ def test_a_threshold_colours_by_cosine_instead_of_by_token():
 
 
 def test_text_and_hover_are_escaped():
-    page = tokens.strip([tokens.Token('<script>"', "bonus", ['a"b<c'])])
+    page = tokens.box('<script>"', "bonus", ['a"b<c'])
     assert "<script>" not in page and "&lt;script&gt;" in page and 'title="a&quot;b&lt;c"' in page
 
 

@@ -214,7 +214,7 @@ def answer_table(
 
 def spoken(table: pd.DataFrame, *, sequence: str,
            questions: int = 10) -> list[tuple[str, str, str, list[tuple[str, bool]]]]:
-    """Rows for views.answers.transcript: (question, role, note, [(word, right?)]) of one drive's
+    """Rows for views.tokens.transcript: (question, role, note, [(word, right?)]) of one drive's
     first questions."""
     order = [question.kind for question in language.questions()][:questions]
     texts = {question.kind: question.text for question in language.questions()}

@@ -340,7 +340,7 @@ def _live(results: Mapping[str, Any]) -> report.Section | None:
                 report.Html(legend +
                             tokens.rounds(speculative, lambda token: texts.get(token, "?"))))
         if about.get("question"):
-            parts.append(report.Html(tokens.strip((), f"question: {about['question']}")))
+            parts.append(report.Html(tokens.caption(f"question: {about['question']}")))
     return report.Section("Live: the measured timeline and the speed-up", parts)
 
 

@@ -22,9 +22,8 @@ from xsd.views import figures, frames, images, theme, tokens
 class ExplorerData:
     """What there is to explore.
 
-    tokens: the token table (xsd/views/frames.py) with ``run``, ``draft_token`` and
-    ``verifier_token``. samples: sample key → Sample, or a
-    function that loads one; without it no pictures are shown.
+    tokens: the token table with ``run``, ``draft_token`` and ``verifier_token``. samples: sample
+    key → Sample, or a function that loads one; without it no pictures are shown.
     """
 
     tokens: pd.DataFrame
@@ -32,15 +31,11 @@ class ExplorerData:
 
     def __post_init__(self) -> None:
         frames.check(self.tokens)
-        missing = [
-            name for name in ("run", "draft_token", "verifier_token")
-            if name not in self.tokens.columns
-        ]
+        missing = {"run", "draft_token", "verifier_token"} - set(self.tokens.columns)
         if missing:
             raise MetricError(
-                f"the explorer's token table lacks the column(s) {', '.join(missing)}; write them "
-                "when evaluating (notebook 04 does)"
-            )
+                f"the explorer's token table lacks the column(s) {', '.join(sorted(missing))}; "
+                "write them when evaluating (notebook 04 does)")
 
     @property
     def runs(self) -> list[str]:
@@ -97,47 +92,35 @@ def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
 
 
 def headline(data: ExplorerData, selection: Selection) -> str:
-    """One line: rule, and mean accepted length of each level with its interval."""
-    table = frames.unbroken_prefix(rows(data, selection),
-                                   selection.tau).set_index("level").loc[list(selection.levels)]
+    """One line: the rule, and the unbroken prefix of each level with its interval."""
+    table = frames.unbroken_prefix(rows(data, selection), selection.tau).set_index("level")
     rule = "same token" if selection.tau is None else f"cosine > {selection.tau:.2f}"
-    parts = [
-        f"{level} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-        for level, row in table.iterrows()
-    ]
-    return f"{rule} · mean accepted length: {', '.join(parts)} · n = {int(table['n'].max())}"
+    parts = ", ".join(f"{level} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
+                      for level, row in table.loc[list(selection.levels)].iterrows())
+    return f"{rule} · unbroken prefix: {parts} · n = {int(table['n'].max())}"
 
 
 def samples_at(data: ExplorerData, selection: Selection) -> pd.DataFrame:
     """Samples of the first chosen level that have the chosen position, the rejected first, then by
-    cosine.
-
-    Returns columns sample, question (if known), draft_token, verifier_token, cosine, accepted.
-    """
+    cosine: sample, question (if known), draft_token, verifier_token, cosine, accepted."""
     first = rows(data, replace(selection, levels=selection.levels[:1]))
     here = first[first["position"] == selection.position]
     here = here.assign(accepted=frames.accepted(here, selection.tau))
-    keep = [
-        name
-        for name in ("sample", "question", "draft_token", "verifier_token", "cosine", "accepted")
-        if name in here.columns
-    ]
-    return here.sort_values(["accepted", "cosine", "sample"],
-                            kind="stable")[keep].reset_index(drop=True)
+    columns = ("sample", "question", "draft_token", "verifier_token", "cosine", "accepted")
+    ordered = here.sort_values(["accepted", "cosine", "sample"], kind="stable")
+    return ordered[[name for name in columns if name in here]].reset_index(drop=True)
 
 
 def strips(data: ExplorerData, selection: Selection) -> str:
-    """HTML: draft over verifier of the chosen sample, a strip for each chosen level, and what the
+    """HTML: draft over verifier of the chosen sample, one strip per chosen level, and what the
     colours mean."""
-    sample, chosen = selection.sample, rows(data, selection)
-    parts = [
-        tokens.pairs(part, selection.tau, label=f"{level}: draft above, verifier below",
-                     here=selection.position) for level in selection.levels
-        if len(part := chosen[(chosen["level"] == level) & (chosen["sample"] == sample)])
-    ]
+    chosen = rows(data, selection)
+    own = chosen[chosen["sample"] == selection.sample]
+    parts = [tokens.pairs(own[own["level"] == level], selection.tau, here=selection.position,
+                          label=f"{level}: draft above, verifier below")
+             for level in selection.levels if (own["level"] == level).any()]
     if not parts:
-        return (f'<div style="font:13px {theme.FONT}">No sample has position {selection.position} '
-                'here.</div>')
+        return tokens.caption(f"No sample has position {selection.position} here.")
     return "".join(parts) + tokens.legend(("accepted", "rejected", "unused", "verifier"))
 
 
@@ -146,8 +129,7 @@ def pictures(data: ExplorerData, selection: Selection) -> str:
     hand."""
     sample = data.sample(selection.sample) if selection.sample else None
     if sample is None:
-        text = f"The pictures of {html.escape(str(selection.sample))} are not at hand."
-        return f'<div style="font:13px {theme.FONT};color:{theme.SOFT_INK}">{text}</div>'
+        return tokens.caption(f"The pictures of {selection.sample} are not at hand.")
     return images.sensors(sample, side=112)
 
 
@@ -168,20 +150,18 @@ class AcceptanceExplorer:
         run = data.runs[0]
         chosen = tuple(levels or data.levels(run)[:2])
         self.selection = Selection(run, chosen, None)
-        wide = widgets.Layout(width="98%")
         self.run = widgets.Dropdown(options=data.runs, value=run, description="run")
         self.levels = widgets.SelectMultiple(options=data.levels(run), value=chosen,
                                              description="levels", rows=6)
         self.rule = widgets.ToggleButtons(
-            options=[("same token", "token"), ("cosine > τ", "cosine")], value="token",
-            description="accepted")
+            options=[("same token", "token"), ("cosine > τ", "cosine")], description="accepted")
         self.tau = widgets.FloatSlider(value=tau, min=0.5, max=0.99, step=0.01, description="τ",
                                        disabled=True, continuous_update=False)
-        self.curve = widgets.ToggleButtons(options=list(figures.CURVES), value="marginal",
-                                           description="curve")
-        self.position = widgets.IntSlider(value=0, min=0, max=self._last_position(),
-                                          description="position", continuous_update=False)
-        self.samples = widgets.Select(options=[], rows=9, description="samples", layout=wide)
+        self.curve = widgets.ToggleButtons(options=list(figures.CURVES), description="curve")
+        self.position = widgets.IntSlider(min=0, max=self._last_position(), description="position",
+                                          continuous_update=False)
+        self.samples = widgets.Select(options=[], rows=9, description="samples",
+                                      layout=widgets.Layout(width="98%"))
         self.title, self.strips, self.pictures = widgets.HTML(), widgets.HTML(), widgets.HTML()
         empty = figures.acceptance_by_position(curve(data, self.selection))
         empty.update_layout(autosize=True, height=400)
@@ -189,16 +169,14 @@ class AcceptanceExplorer:
                         layer="below")
         self.figure = go.FigureWidget(empty)
         self._quiet = False
-        for control in (self.run, self.levels, self.rule, self.tau, self.curve, self.position,
-                        self.samples):
+        controls = [self.run, self.levels, self.rule, self.tau, self.curve, self.position]
+        for control in (*controls, self.samples):
             control.observe(self._changed, names="value")
         self._show(redraw=True)
-        controls = widgets.VBox(
-            [self.run, self.levels, self.rule, self.tau, self.curve, self.position],
-            layout=widgets.Layout(width="36%", min_width="320px"))
-        top = widgets.HBox(
-            [controls, widgets.Box([self.figure], layout=widgets.Layout(width="64%"))])
-        self.widget = widgets.VBox([self.title, top, self.samples, self.strips, self.pictures])
+        left = widgets.VBox(controls, layout=widgets.Layout(width="36%", min_width="320px"))
+        right = widgets.Box([self.figure], layout=widgets.Layout(width="64%"))
+        self.widget = widgets.VBox([self.title, widgets.HBox([left, right]), self.samples,
+                                    self.strips, self.pictures])
 
     def _last_position(self) -> int:
         return int(rows(self.data, self.selection)["position"].max())
@@ -226,8 +204,8 @@ class AcceptanceExplorer:
         )
         self._set(self.position, max=self._last_position())
         self.selection = replace(self.selection, position=self.position.value)
-        self._show(redraw=owner not in (self.position, self.samples), refill=owner
-                   is not self.samples, moved=owner is self.position)
+        self._show(redraw=owner not in (self.position, self.samples),
+                   refill=owner is not self.samples, moved=owner is self.position)
 
     def _set(self, control: object, **values: object) -> None:
         """Change a control without hearing it ourselves."""
@@ -251,8 +229,8 @@ class AcceptanceExplorer:
         if redraw:
             self._draw()
         self.figure.update_shapes({"x0": self.selection.position, "x1": self.selection.position})
-        self.title.value = ('<div style="font:15px '
-                            f'{theme.FONT}">{html.escape(headline(self.data, self.selection))}</div>')
+        line = html.escape(headline(self.data, self.selection))
+        self.title.value = f'<div style="font:15px {theme.FONT}">{line}</div>'
         self.strips.value = strips(self.data, self.selection)
         self.pictures.value = pictures(self.data, self.selection)
 

@@ -48,7 +48,8 @@ def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = th
         f'<img alt="{html.escape(label)} {index}" src="{png_uri(image, max_side=side)}" '
         'style="margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%">'
         for index, image in enumerate(images))
-    head = f'<div style="font:13px {theme.FONT};color:{colour};font-weight:600">{html.escape(label)}</div>' if label else ""
+    style = f"font:13px {theme.FONT};color:{colour};font-weight:600"
+    head = f'<div style="{style}">{html.escape(label)}</div>' if label else ""
     return f'<div class="filmstrip" data-plain="1">{head}{cells}</div>'
 
 

@@ -1,15 +1,17 @@
 """Colours, marks and the one plotly template that every picture of the project shares.
 
 Drafter orange, verifier blue, adapter green, rejected grey, everywhere. The hues are those of Okabe
-and Ito ("Color universal design", 2008),
-which stay apart under the common kinds of colour blindness; levels also differ in dash and marker
-so that no reading depends on hue alone.
+and Ito ("Color universal design", 2008), which stay apart under the common kinds of colour
+blindness; levels also differ in dash and marker, so that no reading depends on hue alone.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
+import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
@@ -39,17 +41,19 @@ class Mark:
 
 
 LEVELS = {
-    "L1": Mark("#8BC34A", "solid", "circle"), "L2": Mark("#4CAF7A", "dash", "square"),
-    "L3": Mark("#009E73", "dot", "diamond"), "L4": Mark("#00796B", "dashdot", "triangle-up"),
-    "L5": Mark("#003D33", "solid", "x"), "L5F": Mark("#9C5FB5", "solid", "star"),
-    "B1": Mark(VERIFIER, "longdash",
-               "hexagon"), "drafter_tokens": Mark(DRAFTER, "dot", "triangle-down"),
+    "L1": Mark("#8BC34A", "solid", "circle"),
+    "L2": Mark("#4CAF7A", "dash", "square"),
+    "L3": Mark("#009E73", "dot", "diamond"),
+    "L4": Mark("#00796B", "dashdot", "triangle-up"),
+    "L5": Mark("#003D33", "solid", "x"),
+    "L5F": Mark("#9C5FB5", "solid", "star"),
+    "B1": Mark(VERIFIER, "longdash", "hexagon"),
+    "drafter_tokens": Mark(DRAFTER, "dot", "triangle-down"),
 }
 """Greens read the drafter, purple reads both, blue reads the verifier (an upper bound)."""
 
 _OTHERS = (Mark("#CC79A7", "dash", "cross"), Mark("#7F6A00", "dot", "pentagon"),
-           Mark("#56B4E9", "dashdot", "bowtie"), Mark("#5F6368", "longdash", "hourglass"),
-           )
+           Mark("#56B4E9", "dashdot", "bowtie"), Mark("#5F6368", "longdash", "hourglass"))
 
 
 def mark(level: str, index: int = 0) -> Mark:
@@ -57,6 +61,18 @@ def mark(level: str, index: int = 0) -> Mark:
     same picture."""
     base = level.split(" ")[0]
     return LEVELS.get(base, _OTHERS[index % len(_OTHERS)])
+
+
+def by_level(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, Mark]]:
+    """Name, rows and mark of each level, in the order of the table."""
+    for index, (level, part) in enumerate(frame.groupby("level", sort=False, observed=True)):
+        yield str(level), part, mark(str(level), index)
+
+
+def interval(part: pd.DataFrame, value: str = "value", **look: Any) -> dict[str, Any]:
+    """plotly's error bar from the columns ``value``, low, high; look: thickness, color …"""
+    return {"type": "data", "symmetric": False, "array": (part["high"] - part[value]).tolist(),
+            "arrayminus": (part[value] - part["low"]).tolist(), **look}
 
 
 def rgba(colour: str, alpha: float) -> str:
@@ -68,22 +84,19 @@ def rgba(colour: str, alpha: float) -> str:
 def template() -> go.layout.Template:
     """The shared look: white ground, readable font, light grid, legend below the plot. Small on
     purpose (it is stored with each figure)."""
-    axis = {
-        "gridcolor": GRID, "linecolor": SOFT_INK, "zeroline": False, "ticks": "outside",
-        "tickcolor": GRID, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}},
-    }
-    return go.layout.Template(
-        layout={
-            "font": {"family": FONT, "size": 14, "color": INK}, "title": {
-                "x": 0.01, "xanchor": "left", "font": {"size": 17}
-            }, "paper_bgcolor": "white", "plot_bgcolor": "white", "colorway": [
-                ADAPTER, VERIFIER, DRAFTER, "#CC79A7", "#7F6A00", "#56B4E9", SOFT_INK
-            ], "xaxis": axis, "yaxis": axis, "legend": {
-                "orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "xanchor": "left",
-                "font": {"size": 13}
-            }, "margin": {"l": 60, "r": 20, "t": 60, "b": 50},
-            "hoverlabel": {"font": {"family": FONT, "size": 13}},
-        })
+    axis = {"gridcolor": GRID, "linecolor": SOFT_INK, "zeroline": False, "ticks": "outside",
+            "tickcolor": GRID, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}}}
+    legend = {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "xanchor": "left",
+              "font": {"size": 13}}
+    return go.layout.Template(layout={
+        "font": {"family": FONT, "size": 14, "color": INK},
+        "title": {"x": 0.01, "xanchor": "left", "font": {"size": 17}},
+        "paper_bgcolor": "white", "plot_bgcolor": "white",
+        "colorway": [ADAPTER, VERIFIER, DRAFTER, "#CC79A7", "#7F6A00", "#56B4E9", SOFT_INK],
+        "xaxis": axis, "yaxis": axis, "legend": legend,
+        "margin": {"l": 60, "r": 20, "t": 60, "b": 50},
+        "hoverlabel": {"font": {"family": FONT, "size": 13}},
+    })
 
 
 def register() -> None:
