@@ -29,7 +29,7 @@ def test_an_adapter_stands_beside_its_best_floor():
     assert out.best == "4-gram" and out.above_best.excludes(
         0) and out.above_best.value == pytest.approx(0.1, abs=0.02)
     assert "is above the best floor (4-gram" in out.sentence()
-    assert [r["arm"] for r in out.rows()] == ["adapter", "position mode", "4-gram", "adapter"]
+    assert list(out.floors) == ["position mode", "4-gram"]
     below = compare_with_floors(arm(0.24), {"4-gram": arm(0.73)}, CLUSTERS, n_resamples=500)
     assert "is below" in below.sentence()
     same = compare_with_floors(arm(0.7), {"a": arm(0.7), "b": arm(0.5)}, CLUSTERS, n_resamples=500)
@@ -50,55 +50,63 @@ def test_counterfactual_arms_are_paired_with_the_reference():
         compare_arms({"real events": arm(0.7)}, "none", CLUSTERS)
 
 
+def whole(share=1.0):
+    return (LENGTH * share, LENGTH)
+
+
 def test_waterfall_steps_add_up():
-    steps = decomposition.gap_decomposition(CLUSTERS, teacher_forced=arm(0.8),
-                                            verifier_self=arm(0.95), self_rollout=arm(0.6),
-                                            free_running=arm(0.5), n_resamples=200)
-    names = [step.name for step in steps if step.kind == "loss"]
+    arms = {"verifier": whole(), "verifier-self": arm(0.95), "teacher-forced drafter": arm(0.8),
+            "self-rollout": arm(0.6), "free-running": arm(0.5)}  # fmt: skip
+    steps = decomposition.gap(arms, CLUSTERS, n_resamples=200)
+    names = [step["name"] for step in steps if step["metric"] == "loss"]
     assert names == ["capacity and objective", "modality", "rollout", "drift"]
     for before, loss, after in zip(steps, steps[1:], steps[2:], strict=False):
-        if loss.kind == "loss":
-            assert before.interval.value - loss.interval.value == pytest.approx(
-                after.interval.value)
-            assert (loss.start, loss.end) == (before.interval.value, after.interval.value)
-    assert steps[0].interval.value == 1.0
-    assert decomposition.rows(steps)[0]["name"] == "verifier"
-    short = decomposition.gap_decomposition(CLUSTERS, teacher_forced=arm(0.8), n_resamples=50)
-    assert [step.name
-            for step in short] == ["verifier", "capacity and modality", "teacher-forced drafter"]
+        if loss["metric"] == "loss":
+            assert before["value"] - loss["value"] == pytest.approx(after["value"])
+            assert (loss["start"], loss["end"]) == (before["value"], after["value"])
+    assert steps[0]["value"] == 1.0 and steps[-3]["name"] == "teacher-forced drafter"
+    short = decomposition.gap({"verifier": whole(), "teacher-forced drafter": arm(0.8)}, CLUSTERS,
+                              n_resamples=50)
+    assert [step["name"] for step in short
+            ] == ["verifier", "capacity and modality", "teacher-forced drafter"]
+    with pytest.raises(MetricError, match="the gap has no arm 'blank events'"):
+        decomposition.gap({"verifier": whole(), "blank events": arm(0.8)}, CLUSTERS, n_resamples=50)
 
 
 def test_acceptance_by_word_kind():
-    matches = [[True, False, True], [True, True]]
-    groups = [["function", "colour", "function"], ["colour", "function"]]
-    counts = decomposition.counts_by_group(matches, groups)
+    matches, clusters = [True, False, True, True, True], ["a", "a", "a", "b", "b"]
+    groups = ["function", "colour", "function", "colour", "function"]
+    counts = decomposition.counts_by_group(matches, groups, clusters)
     assert {name: (num.sum(), den.sum())
             for name, (num, den) in counts.items()} == {"colour": (1, 2), "function": (3, 3)}
-    out = decomposition.gap_by_group({"adapter": matches}, groups, ["a", "b"], n_resamples=50)
+    out = decomposition.gap_by_group({"adapter": matches}, groups, clusters, n_resamples=50)
     assert {r["group"]: r["value"] for r in out} == {"colour": 0.5, "function": 1.0}
-    with pytest.raises(MetricError, match="sample 1 has 2 tokens but 1 group names"):
-        decomposition.counts_by_group(matches, [groups[0], ["colour"]])
+    with pytest.raises(MetricError, match="5 matches but 4 group"):
+        decomposition.counts_by_group(matches, groups[1:], clusters)
 
 
 def test_losses_within_a_kind_of_word_are_paired_differences():
-    before, after = [[True, True, True], [True, False]], [[True, False, True], [False, False]]
-    groups = [["function", "colour", "colour"], ["colour", "function"]]
-    rows = decomposition.loss_by_group({"modality": (before, after), "all": (None, after)}, groups,
-                                       ["a", "b"], n_resamples=50)
+    arms = {"all": [True] * 5, "before": [True, True, True, True, False],
+            "after": [True, False, True, False, False]}  # fmt: skip
+    groups = ["function", "colour", "colour", "colour", "function"]
+    rows = decomposition.loss_by_group(
+        arms, [("modality", "before", "after"), ("whole", "all", "after")], groups,
+        ["a", "a", "a", "b", "b"], n_resamples=50)
     found = {(row["loss"], row["group"]): (row["value"], row["n"]) for row in rows}
-    assert found["modality", "colour"] == (pytest.approx(
-        2 / 3), 3) and found["modality", "function"] == (0.0, 2)
-    assert found["all", "colour"] == (pytest.approx(2 / 3), 3) and found["all",
-                                                                         "function"] == (0.5, 2)
+    assert found["modality", "colour"] == (pytest.approx(2 / 3), 3)
+    assert found["modality", "function"] == (0.0, 2)
+    assert found["whole", "colour"] == (pytest.approx(2 / 3), 3)
+    assert found["whole", "function"] == (0.5, 2)
 
 
 def test_a_waterfall_in_accepted_tokens_begins_at_what_the_verifier_itself_would_accept():
     rounds = np.full(120, 4)
-    steps = decomposition.gap_decomposition(CLUSTERS, teacher_forced=(rounds * 2, rounds),
-                                            ceiling=(rounds * 5, rounds), n_resamples=50)
-    assert [(step.name, step.interval.value)
-            for step in steps] == [("verifier", 5.0), ("capacity and modality", 3.0),
-                                   ("teacher-forced drafter", 2.0)]  # fmt: skip
+    steps = decomposition.gap(
+        {"verifier": (rounds * 5, rounds), "teacher-forced drafter": (rounds * 2, rounds)},
+        CLUSTERS, n_resamples=50)  # fmt: skip
+    assert [(step["name"], step["value"]) for step in steps] == [
+        ("verifier", 5.0), ("capacity and modality", 3.0), ("teacher-forced drafter", 2.0)
+    ]
 
 
 def test_tables_in_three_forms(tmp_path):
@@ -107,7 +115,7 @@ def test_tables_in_three_forms(tmp_path):
         tables.row("cosine_std", 0.25, n=100)
     ]
     table = tables.frame([{**r, "arm": "L4_a & b"} for r in rows])
-    assert list(table.columns) == [*tables.COLUMNS, "arm"]
+    assert list(table.columns) == [name for name in tables.COLUMNS if name != "position"] + ["arm"]
     assert "| accept_at | 0.9000 |" in tables.markdown(table) and "| – |" in tables.markdown(table)
     assert r"L4\_a \& b" in tables.latex(table) and tables.latex(table).count(r"\\") == 3
     paths = tables.write(table, tmp_path / "acceptance")

@@ -222,8 +222,8 @@ def test_intervals_are_written_beside_their_value():
     frame = pd.DataFrame(
         {"a": [0.5, 0.25], "a low": [0.4, np.nan], "a high": [0.6, np.nan], "n": [3, 4]})
     assert evaluation.with_intervals(
-        frame, percent=("a",))["a"].tolist() == ["50.0 % [40.0, 60.0]", "25.0 %"]
-    assert evaluation.with_intervals(frame)["a"].tolist() == ["0.50 [0.40, 0.60]", "0.25"]
+        frame, percent=("a",))["a"].tolist() == ["50.0 % [40.0, 60.0]", "25.0 % [–]"]
+    assert evaluation.with_intervals(frame)["a"].tolist() == ["0.50 [0.40, 0.60]", "0.25 [–]"]
 
 
 def test_a_late_notebook_makes_what_an_empty_run_lacks(tmp_path, monkeypatch):

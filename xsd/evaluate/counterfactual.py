@@ -42,13 +42,6 @@ class FloorComparison:
     best: str
     above_best: Interval
 
-    def rows(self, metric: str = "token_acceptance", arm: str = "adapter") -> list[dict[str, Any]]:
-        """Long table with a column ``arm``: the adapter, each floor, and the distance above the
-        best floor."""
-        out = [{**row(metric, self.arm), "arm": arm}]
-        out += [{**row(metric, value), "arm": name} for name, value in self.floors.items()]
-        return [*out, {**row(f"{metric}_above_best_floor", self.above_best), "arm": arm}]
-
     def sentence(self, unit: str = "of the tokens") -> str:
         """One honest sentence."""
         verdict = "is above" if self.above_best.value > 0 else "is below"

@@ -1,169 +1,133 @@
 """Where acceptance is lost: capacity, modality, rollout, drift (docs/metrics.md, section 7;
 docs/teacher_forcing.md).
 
-On the same held-out samples, each step is one paired difference between two arms::
+On the same held-out samples, each loss is one paired difference between two arms::
 
-    1.0 ──capacity and objective──▶ verifier-self (B1) ──modality──▶ teacher-forced drafter
-    ──rollout──▶ self-rollout
-                                                                                     └──────drift──────▶ free-running
+    verifier                    1
+       │ capacity and objective        what an adapter loses although it reads the verifier's states
+    verifier-self               B1, one step
+       │ modality                      what the other sensor costs
+    teacher-forced drafter      one step ──drift──▶ free-running
+       │ rollout                       what feeding on one's own predictions costs
+    self-rollout
 
-capacity and objective: what an adapter loses although it is fed the verifier's own states.
-modality: what the other sensor costs. rollout:
-what feeding on one's own predictions costs. drift: what reading two different texts position by
-position costs: an artefact of the pairing, not of drafting.
+drift: what reading two different texts position by position costs, an artefact of the pairing and
+not of drafting. Arms that were not measured are left out; without verifier-self, capacity and
+modality are one loss.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
-import numpy as np
+import pandas as pd
 
 from xsd.core import MetricError
 from xsd.evaluate.counterfactual import Counts
 from xsd.evaluate.statistics import (
     N_RESAMPLES,
-    Interval,
     bootstrap_ratio,
     bootstrap_ratio_difference,
 )
 from xsd.evaluate.tables import row
 
-
-@dataclass(frozen=True)
-class GapStep:
-    """One bar of the waterfall. kind "level": the height of an arm; kind "loss": the fall from the
-    arm before to the arm after (≥ 0 usually)."""
-
-    name: str
-    kind: str
-    interval: Interval
-    start: float
-    end: float
+VERIFIER, SELF, FORCED, ROLLOUT, FREE = CHAIN = (
+    "verifier", "verifier-self", "teacher-forced drafter", "self-rollout", "free-running")
+"""The arms; all but the last lead one to the next, and the last branches off the third."""
+_LOSSES = {
+    SELF: "capacity and objective", FORCED: "modality", ROLLOUT: "rollout", FREE: "drift"
+}  # fmt: skip
 
 
-def waterfall(arms: Sequence[tuple[str, Counts]], losses: Sequence[str], clusters: Sequence[str], *,
-              n_resamples: int = N_RESAMPLES, seed: int = 0,
-              ) -> list[GapStep]:
-    """Levels of the arms with the named losses between neighbours: n arms, n − 1 losses → 2n − 1
-    steps.
+def losses_between(arms: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(loss, arm before, arm after), of the arms that were measured. Raises: MetricError for an arm
+    that the picture does not have.
 
-    Raises: MetricError when the names do not fit, or as the bootstrap does.
+    >>> losses_between(["verifier", "teacher-forced drafter"])
+    [('capacity and modality', 'verifier', 'teacher-forced drafter')]
     """
-    if not arms or len(losses) != len(arms) - 1:
-        raise MetricError(
-            f"a waterfall of {len(arms)} arms needs {max(len(arms) - 1, 0)} names of losses but "
-            f"got {len(losses)}"
-        )
+    arms = list(arms)
+    unknown = [name for name in arms if name not in CHAIN]
+    if unknown:
+        raise MetricError(f"the gap has no arm {unknown[0]!r}; its arms are {', '.join(CHAIN)}")
+    chain = [(before, after) for before, after in pairwise(
+        [name for name in CHAIN[:-1] if name in arms])]
+    branch = [(FORCED, FREE)] if FREE in arms else []
+    whole = "capacity and modality"
+    return [(whole if (before, after) == (VERIFIER, FORCED) else _LOSSES[after], before, after)
+            for before, after in chain + branch]  # fmt: skip
+
+
+def gap(arms: Mapping[str, Counts], clusters: Sequence[str], *, n_resamples: int = N_RESAMPLES,
+        seed: int = 0) -> list[dict[str, Any]]:
+    """The bars of the waterfall, in order: metric ("level": an arm's height, or "loss": the fall
+    from the arm before to the arm after, usually ≥ 0), name, value, low, high, n, n_clusters, start
+    and end. The branch begins again at the level it leaves.
+
+    arms: name → (matched, length) or (accepted, rounds) of every sample, in the same order for
+    every arm, from the verifier's own down. Raises: MetricError as losses_between and the
+    bootstrap do.
+    """
     options = {"n_resamples": n_resamples, "seed": seed}
-    levels = [bootstrap_ratio(*counts, clusters, **options) for _, counts in arms]
-    steps = [GapStep(arms[0][0], "level", levels[0], 0.0, levels[0].value)]
-    for i, loss in enumerate(losses):
-        difference = bootstrap_ratio_difference(arms[i][1], arms[i + 1][1], clusters, **options)
-        steps.append(GapStep(loss, "loss", difference, levels[i].value, levels[i + 1].value))
-        steps.append(GapStep(arms[i + 1][0], "level", levels[i + 1], 0.0, levels[i + 1].value))
-    return steps
+    heights = {name: bootstrap_ratio(*counts, clusters, **options)
+               for name, counts in arms.items()}  # fmt: skip
+    levels = {name: row("level", height, name=name) | {"start": 0.0, "end": height.value}
+              for name, height in heights.items()}  # fmt: skip
+    rows = [levels[VERIFIER]]
+    for loss, before, after in losses_between(arms):
+        if rows[-1] is not levels[before]:
+            rows.append(levels[before])
+        fall = bootstrap_ratio_difference(arms[before], arms[after], clusters, **options)
+        ends = {"start": heights[before].value, "end": heights[after].value}
+        rows += [row("loss", fall, name=loss) | ends, levels[after]]
+    return rows
 
 
-def gap_decomposition(clusters: Sequence[str], *, teacher_forced: Counts,
-                      verifier_self: Counts | None = None, self_rollout: Counts | None = None,
-                      free_running: Counts | None = None, ceiling: Counts | None = None,
-                      n_resamples: int = N_RESAMPLES, seed: int = 0,
-                      ) -> list[GapStep]:
-    """The steps of the module's picture, from (matched, length) a sample in the same order for
-    every arm; arms not measured are left out.
+def counts_by_group(matches: Any, groups: Sequence[str],
+                    clusters: Sequence[str]) -> dict[str, Counts]:
+    """Matches, group names (kinds of words) and cluster names of tokens, [N] each → per group
+    (matched, tokens) of every cluster in sorted order, 0 where a cluster has none.
 
-    Without verifier_self, capacity and modality are one step. The drift branch comes last: level,
-    loss, level. ceiling: the verifier's own counts; by default every token matches (for accepted a
-    round: the counts of an all-true replay).
+    Raises: MetricError for other lengths.
     """
-    total = np.asarray(teacher_forced[1], dtype=np.float64)
-    arms: list[tuple[str, Counts]] = [("verifier", ceiling or (total, total))]
-    losses = []
-    if verifier_self is not None:
-        arms.append(("verifier-self", verifier_self))
-        losses.append("capacity and objective")
-    arms.append(("teacher-forced drafter", teacher_forced))
-    losses.append("modality" if verifier_self is not None else "capacity and modality")
-    if self_rollout is not None:
-        arms.append(("self-rollout", self_rollout))
-        losses.append("rollout")
-    steps = waterfall(arms, losses, clusters, n_resamples=n_resamples, seed=seed)
-    if free_running is not None:
-        branch = [("teacher-forced drafter", teacher_forced), ("free-running", free_running)]
-        steps += waterfall(branch, ["drift"], clusters, n_resamples=n_resamples, seed=seed)
-    return steps
-
-
-def counts_by_group(matches: Sequence[Any], groups: Sequence[Sequence[str]]) -> dict[str, Counts]:
-    """Per-token matches (bool [n] a sample) and group names (n a sample: word kinds) → per group
-    (matched, length) a sample, 0 where absent.
-
-    Raises: MetricError when a sample has another number of tokens than of group names.
-    """
-    names = sorted({name for line in groups for name in line})
-    out = {name: (np.zeros(len(matches)), np.zeros(len(matches))) for name in names}
-    if len(matches) != len(groups):
+    if not len(matches) == len(groups) == len(clusters):
         raise MetricError(
-            f"{len(matches)} samples of matches but {len(groups)} of groups; both must cover the "
-            "same samples"
-        )
-    for i, (hits, line) in enumerate(zip(matches, groups, strict=True)):
-        if len(hits) != len(line):
-            raise MetricError(
-                f"sample {i} has {len(hits)} tokens but {len(line)} group names; name the kind of "
-                "every token"
-            )
-        for hit, name in zip(hits, line, strict=True):
-            out[name][0][i] += bool(hit)
-            out[name][1][i] += 1
-    return out
+            f"{len(matches)} matches but {len(groups)} group and {len(clusters)} cluster names; "
+            "name the kind and the cluster of every token")
+    tokens = pd.DataFrame({"match": matches, "group": groups, "cluster": clusters})
+    sums = tokens.groupby(["cluster", "group"])["match"].agg(["sum", "size"]).unstack(fill_value=0)
+    return {name: (sums["sum"][name].to_numpy(), sums["size"][name].to_numpy())
+            for name in sums["size"]}  # fmt: skip
 
 
-def gap_by_group(arms: Mapping[str, Sequence[Any]], groups: Sequence[Sequence[str]],
-                 clusters: Sequence[str], *, n_resamples: int = 2000,
-                 seed: int = 0) -> list[dict[str, Any]]:
+def gap_by_group(arms: Mapping[str, Any], groups: Sequence[str], clusters: Sequence[str], *,
+                 n_resamples: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
     """Acceptance of each arm within each group of tokens (colour, motion, time of day, function
     words …): what can an event camera not know?
 
-    arms: name → matches (bool [n] a sample). Returns rows with ``arm`` and ``group``.
+    arms: name → matches, bool [N] over tokens. Returns rows with ``arm`` and ``group``.
     """
-    out = []
-    for arm, matches in arms.items():
-        for group, counts in counts_by_group(matches, groups).items():
-            value = bootstrap_ratio(*counts, clusters, n_resamples=n_resamples, seed=seed)
-            out.append({**row("token_acceptance", value), "arm": arm, "group": group})
-    return out
+    names, options = sorted(set(clusters)), {"n_resamples": n_resamples, "seed": seed}
+    return [row("token_acceptance", bootstrap_ratio(*counts, names, **options),
+                arm=arm, group=group)
+            for arm, matches in arms.items()
+            for group, counts in counts_by_group(matches, groups, clusters).items()]  # fmt: skip
 
 
-def loss_by_group(losses: Mapping[str, tuple[Sequence[Any] | None,
-                                             Sequence[Any]]], groups: Sequence[Sequence[str]],
-                  clusters: Sequence[str], *, n_resamples: int = 2000, seed: int = 0,
-                  ) -> list[dict[str, Any]]:
+def loss_by_group(arms: Mapping[str, Any], losses: Iterable[tuple[str, str, str]],
+                  groups: Sequence[str], clusters: Sequence[str], *, n_resamples: int = 2000,
+                  seed: int = 0) -> list[dict[str, Any]]:
     """Each loss within each group of tokens, paired: rows ``token_loss`` with ``loss`` and
     ``group``.
 
-    losses: name → (matches of the arm before, of the arm after), bool [n] a sample; None before:
-    all tokens accepted.
+    arms: name → matches, bool [N] over tokens. losses: (loss, arm before, arm after).
     """
-    out = []
-    for loss, (before, after) in losses.items():
-        below = counts_by_group(after, groups)
-        above = {name: (length, length) for name, (_, length) in below.items()
-                 } if before is None else counts_by_group(before, groups)
-        for group, counts in below.items():
-            difference = bootstrap_ratio_difference(above[group], counts, clusters,
-                                                    n_resamples=n_resamples, seed=seed)
-            out.append({**row("token_loss", difference), "loss": loss, "group": group})
-    return out
-
-
-def rows(steps: Sequence[GapStep]) -> list[dict[str, Any]]:
-    """Steps as rows: metric ("level" | "loss"), name, value, low, high, n, n_clusters, start,
-    end."""
-    return [
-        {**row(step.kind, step.interval), "name": step.name, "start": step.start, "end": step.end}
-        for step in steps
-    ]
+    names, options = sorted(set(clusters)), {"n_resamples": n_resamples, "seed": seed}
+    counts = {arm: counts_by_group(matches, groups, clusters) for arm, matches in arms.items()}
+    return [row("token_loss", bootstrap_ratio_difference(counts[before][group], after_counts,
+                                                         names, **options),
+                loss=loss, group=group)
+            for loss, before, after in losses
+            for group, after_counts in counts[after].items()]  # fmt: skip

@@ -37,12 +37,15 @@ class Interval:
         """True when ``value`` lies outside the interval (False when the interval is unknown)."""
         return self.low > value or self.high < value
 
-    def text(self, percent: bool = True) -> str:
-        """``61.2 % [58.0, 64.1]``; a dash where the interval is unknown."""
-        scale, digits, unit = (100, 1, " %") if percent else (1, 2, "")
-        bounds = "[–]" if math.isnan(
-            self.low) else f"[{self.low * scale:.{digits}f}, {self.high * scale:.{digits}f}]"
-        return f"{self.value * scale:.{digits}f}{unit} {bounds}"
+    def text(self, percent: bool = True, digits: int | None = None) -> str:
+        """``61.2 % [58.0, 64.1]``, or ``0.61 [0.58, 0.64]``; a dash for what is not known."""
+        scale, usual, unit = (100, 1, " %") if percent else (1, 2, "")
+        form = f".{usual if digits is None else digits}f"
+        value, low, high = (
+            "–" if math.isnan(number) else f"{scale * number:{form}}"
+            for number in (self.value, self.low, self.high))
+        bounds = "[–]" if low == "–" else f"[{low}, {high}]"
+        return "–" if value == "–" else f"{value}{unit} {bounds}"
 
 
 def cluster_sums(columns: Any, clusters: Sequence[Any]) -> np.ndarray:

@@ -1,5 +1,5 @@
-"""Rows of figures → DataFrame → CSV, Markdown, LaTeX (docs/metrics.md, section 9). Every row
-carries n and, where known, its interval."""
+"""Figures as rows, and rows as text: DataFrame, CSV, Markdown, LaTeX (docs/metrics.md, section 9).
+Every row carries n and, where known, its interval."""
 
 from __future__ import annotations
 
@@ -15,25 +15,39 @@ from xsd.evaluate.statistics import Interval
 from xsd.files import atomic_write
 
 COLUMNS = ("metric", "threshold", "position", "value", "low", "high", "n", "n_clusters")
-_LATEX = {
-    "\\": r"\textbackslash{}",
-    **{sign: f"\\{sign}" for sign in "&%$#_{}"}, "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}"
-}
 
 
-def row(metric: str, value: Interval | float, *, threshold: float | None = None,
-        position: int | None = None, n: int | None = None) -> dict[str, Any]:
-    """One line of the long table. An Interval brings its own bounds and counts; a bare number has
-    unknown bounds (None)."""
-    if isinstance(value, Interval):
-        low, high = (None, None) if math.isnan(value.low) else (value.low, value.high)
-        return dict(
-            zip(COLUMNS,
-                (metric, threshold, position, value.value, low, high, value.n, value.n_clusters),
-                strict=True))
-    return dict(
-        zip(COLUMNS, (metric, threshold, position, float(value), None, None, n, None), strict=True))
+def row(metric: str, value: Interval | float, *, n: int | None = None,
+        **about: Any) -> dict[str, Any]:
+    """One line of the long table: metric, value, low, high, n, n_clusters, after what ``about``
+    says (threshold, position, level …). An Interval brings its own bounds and counts; a bare number
+    has unknown bounds (None)."""
+    known = isinstance(value, Interval)
+    low, high = (value.low, value.high) if known and not math.isnan(value.low) else (None, None)
+    return {
+        **about, "metric": metric, "value": value.value if known else float(value),
+        "low": low, "high": high, "n": value.n if known else n,
+        "n_clusters": value.n_clusters if known else None,
+    }  # fmt: skip
+
+
+def sides(name: str, value: Interval | Mapping[str, Any]) -> dict[str, Any]:
+    """A figure as three columns of a wide table, ``x``, ``x low``, ``x high``, that
+    :func:`with_intervals` makes one text of."""
+    found = vars(value) if isinstance(value, Interval) else value
+    return {name: found["value"], f"{name} low": found["low"], f"{name} high": found["high"]}
+
+
+def with_intervals(table: pd.DataFrame, percent: Sequence[str] = ()) -> pd.DataFrame:
+    """For reading: columns ``x``, ``x low``, ``x high`` become one text, ``0.61 [0.58, 0.64]``;
+    those in ``percent`` as shares. A figure that is not known is a dash."""
+    out = table.copy()
+    for name in [column for column in table if f"{column} low" in table]:
+        bounds = [f"{name} low", f"{name} high"]
+        lines = table[[name, *bounds]].astype(float).itertuples(index=False, name=None)
+        out[name] = [Interval(*line, n=0, n_clusters=0).text(name in percent) for line in lines]
+        out = out.drop(columns=bounds)
+    return out
 
 
 def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
@@ -46,61 +60,37 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
     return table[known + [name for name in table if name not in known]]
 
 
-def markdown(table: pd.DataFrame, *, digits: int = 4) -> str:
-    """GitHub-flavoured Markdown, numbers right-aligned."""
-    cells = _cells(table, digits)
+def markdown(table: pd.DataFrame) -> str:
+    """GitHub-flavoured Markdown, four digits, numbers right-aligned."""
     rule = ["---:" if pd.api.types.is_numeric_dtype(table[name]) else "---" for name in table]
-    lines = [
-        list(map(str, table.columns)), rule,
-        *[[cell.replace("|", "\\|") for cell in line] for line in cells]
-    ]
+    cells = table.map(_cell).map(lambda cell: cell.replace("|", "\\|"))
+    lines = [map(str, table), rule, *cells.itertuples(index=False, name=None)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
-def latex(table: pd.DataFrame, *, digits: int = 4) -> str:
-    """A booktabs ``tabular`` with every special sign escaped."""
-    kinds = "".join("r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in table)
-    head = " & ".join(_escape(str(name)) for name in table.columns) + r" \\"
-    body = [" & ".join(_escape(cell) for cell in line) + r" \\" for line in _cells(table, digits)]
-    return "\n".join([
-        rf"\begin{{tabular}}{{{kinds}}}", r"\toprule", head, r"\midrule", *body, r"\bottomrule",
-        r"\end{tabular}", ""
-    ])
+def latex(table: pd.DataFrame) -> str:
+    """A booktabs ``tabular``, four digits, with every special sign escaped."""
+    kinds = ["r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in table]
+    return table.map(_cell).to_latex(index=False, escape=True, column_format="".join(kinds))
 
 
-def write(table: pd.DataFrame, stem: str | Path, *, kinds: Sequence[str] = ("csv", "md", "tex"),
-          digits: int = 4) -> list[Path]:
+def write(table: pd.DataFrame, stem: str | Path, *,
+          kinds: Sequence[str] = ("csv", "md", "tex")) -> list[Path]:
     """Write ``stem.csv`` (full precision), ``stem.md``, ``stem.tex``; each file whole or not at
     all. Raises: MetricError for another kind."""
-    makers = {
-        "csv": lambda: table.to_csv(index=False), "md": lambda: markdown(table, digits=digits),
-        "tex": lambda: latex(table, digits=digits),
-    }
+    makers = {"csv": lambda table: table.to_csv(index=False), "md": markdown, "tex": latex}
     unknown = [kind for kind in kinds if kind not in makers]
     if unknown:
         raise MetricError(f"unknown table kind {unknown[0]!r}; choose among {', '.join(makers)}")
-    paths = []
-    for kind in kinds:
-        path = Path(f"{stem}.{kind}")
-        atomic_write(path, makers[kind]())
-        paths.append(path)
+    paths = [Path(f"{stem}.{kind}") for kind in kinds]
+    for kind, path in zip(kinds, paths, strict=True):
+        atomic_write(path, makers[kind](table))
     return paths
 
 
-def _cells(table: pd.DataFrame, digits: int) -> list[list[str]]:
-    return [[_cell(value, digits) for value in line]
-            for line in table.itertuples(index=False, name=None)]
-
-
-def _cell(value: Any, digits: int) -> str:
+def _cell(value: Any) -> str:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return "–"
-    if isinstance(value, Interval):
-        return value.text()
     if isinstance(value, float):
-        return str(int(value)) if value.is_integer() and abs(value) >= 10 else f"{value:.{digits}f}"
+        return str(int(value)) if value.is_integer() and abs(value) >= 10 else f"{value:.4f}"
     return str(value)
-
-
-def _escape(text: str) -> str:
-    return "".join(_LATEX.get(sign, sign) for sign in text)

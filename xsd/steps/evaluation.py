@@ -17,6 +17,7 @@ from xsd.core import Batch, ParameterError
 from xsd.evaluate import evaluate, statistics, tables
 from xsd.evaluate.evaluate import Evaluation
 from xsd.evaluate.statistics import Interval
+from xsd.evaluate.tables import with_intervals  # noqa: F401 - read by the notebooks as evaluation.with_intervals
 from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.shards import stream
@@ -108,23 +109,6 @@ def check_leakage(run_dir: str | os.PathLike[str], sets: Sequence[HeldOut]) -> d
 def interval(value: Interval) -> dict[str, Any]:
     """value, low, high, n and n_clusters, as the results hold a figure."""
     return dataclasses.asdict(value)
-
-
-def with_intervals(frame: pd.DataFrame, percent: Sequence[str] = ()) -> pd.DataFrame:
-    """For reading: columns ``x``, ``x low``, ``x high`` become one text, ``0.61 [0.58, 0.64]``;
-    those in ``percent`` as shares."""
-    out = frame.copy()
-    for name in [column for column in frame.columns if f"{column} low" in frame.columns]:
-        scale, digits, unit = (100, 1, " %") if name in percent else (1, 2, "")
-        lines = frame[[name, f"{name} low",
-                       f"{name} high"]].astype(float).itertuples(index=False, name=None)
-        out[name] = [
-            "–" if np.isnan(value) else f"{value * scale:.{digits}f}{unit}" +
-            ("" if np.isnan(low) else f" [{low * scale:.{digits}f}, {high * scale:.{digits}f}]")
-            for value, low, high in lines
-        ]  # fmt: skip
-        out = out.drop(columns=[f"{name} low", f"{name} high"])
-    return out
 
 
 @dataclasses.dataclass(frozen=True)

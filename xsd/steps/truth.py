@@ -246,25 +246,14 @@ class _Set:
         start and end."""
         rows = []
         for unit in METRICS:
-            everything = self._counts([np.ones_like(hit) for hit in steps[self.given.waterfall]],
-                                      unit)
-            self_step = self._counts(steps[B1], unit) if B1 in steps else None
             for level in steps:
-                own, after = self._counts(steps[level], unit), self._counts(rolled[level], unit)
-                if level == B1:
-                    names = [("verifier", everything), ("verifier-self", own),
-                             ("self-rollout", after)]
-                    found = decomposition.waterfall(names, ["capacity and objective", "rollout"],
-                                                    self.clusters, **self.options)
-                else:
-                    drift = self._counts(free[level], unit) if level in free else None
-                    found = decomposition.gap_decomposition(self.clusters, teacher_forced=own,
-                                                            verifier_self=self_step,
-                                                            self_rollout=after, free_running=drift,
-                                                            ceiling=everything, **self.options,
-                                                            )  # fmt: skip
-                rows += [{"level": level, "unit": unit, **row} for row in decomposition.rows(found)]
-        return pd.DataFrame(rows).drop(columns=["threshold", "position"])
+                arms = {
+                    name: self._counts(matches, unit)
+                    for name, matches in _chain(level, steps, rolled, free).items()
+                }
+                rows += [{"level": level, "unit": unit, **row}
+                         for row in decomposition.gap(arms, self.clusters, **self.options)]
+        return pd.DataFrame(rows)
 
     def _kinds(self, steps: Mapping[str, Matches], rolled: Mapping[str, Matches],
                free: Mapping[str, Matches], drafted: Mapping[str, Mapping[str, drafts.Drafts]],
@@ -272,25 +261,20 @@ class _Set:
         """What the waterfall's level loses within each kind of word: loss, group, value, low, high,
         n."""
         level = self.given.waterfall
-        losses: dict[str, tuple[Matches | None, Matches]] = {}
-        if B1 in steps:
-            losses |= {
-                "capacity and objective": (None, steps[B1]), "modality": (steps[B1], steps[level])
-            }
-        else:
-            losses["capacity and modality"] = (None, steps[level])
-        losses["rollout"] = (steps[level], rolled[level])
-        if level in free:
-            losses["drift"] = (steps[level], free[level])
+        arms = _chain(level, steps, rolled, free)
+        losses = decomposition.losses_between(arms)
         for arm in self.given.drafter_sees:
-            losses[arm] = (rolled[level], self._used(drafted[arm][level].match))
+            arms[arm] = self._used(drafted[arm][level].match)
+            losses.append((arm, decomposition.ROLLOUT, arm))
         groups = [
-            words.token_kinds([self.texts[token] for token in self.answers[i]])[1:]
-            for i in self.used
+            kind for i in self.used
+            for kind in words.token_kinds([self.texts[token] for token in self.answers[i]])[1:]
         ]
-        rows = decomposition.loss_by_group(losses, groups, self.clusters, **self.options)
-        return pd.DataFrame(rows).drop(columns=["threshold", "position"]).sort_values(
-            "n", ascending=False, kind="stable")
+        clusters = np.repeat(self.clusters, [len(hit) for hit in rolled[level]])
+        rows = decomposition.loss_by_group(
+            {name: np.concatenate(matches) for name, matches in arms.items()}, losses, groups,
+            clusters, **self.options)
+        return pd.DataFrame(rows).sort_values("n", ascending=False, kind="stable")
 
     def _arms(self, drafted: Mapping[str, Mapping[str, drafts.Drafts]]) -> pd.DataFrame:
         """level, unit, arm, value, low, high, n, and for all but the real events the paired
@@ -305,7 +289,7 @@ class _Set:
                 compared = comparison.compare_arms(found, counterfactual.REAL, self.clusters,
                                                    **self.options)
                 rows += [{"level": level, "unit": unit, **row} for row in compared]
-        return pd.DataFrame(rows).drop(columns=["metric", "threshold", "position"])
+        return pd.DataFrame(rows).drop(columns=["metric"])
 
     def _floors(self, own: Mapping[str, drafts.Drafts], unit: str) -> dict[str, Counts]:
         answers, prompts = [self.answers[i]
@@ -416,7 +400,7 @@ class _Set:
         lengths = [len(ids) for ids in answers]
         rows = two_phase.every_pair(first, second, lengths, self.clusters,
                                     n_first=given.gamma_prefill, gamma=given.gamma, **self.options)
-        return pd.DataFrame(rows).drop(columns=["threshold", "position"])
+        return pd.DataFrame(rows)
 
     def _checks(self, drafted: Mapping[str, Mapping[str, drafts.Drafts]],
                 sequences: Mapping[str, int]) -> pd.DataFrame:
@@ -447,6 +431,20 @@ class _Set:
                 "value": found.difference.value, **about
             })
         return pd.DataFrame(rows, columns=["check", "value", "low", "high", "passed", "n"])
+
+
+def _chain(level: str, steps: Mapping[str, Matches], rolled: Mapping[str, Matches],
+           free: Mapping[str, Matches]) -> dict[str, Matches]:
+    """The arms of a level's waterfall that were measured; B1 is its own verifier-self."""
+    arms = {decomposition.VERIFIER: [np.ones_like(hit) for hit in steps[level]]}
+    if B1 in steps:
+        arms[decomposition.SELF] = steps[B1]
+    if level != B1:
+        arms[decomposition.FORCED] = steps[level]
+    arms[decomposition.ROLLOUT] = rolled[level]
+    if level in free:
+        arms[decomposition.FREE] = free[level]
+    return arms
 
 
 _TWICE = (counterfactual.REAL, counterfactual.AGAIN)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+import numpy as np
 import pandas as pd
 
 from xsd.embedded import language
@@ -44,9 +45,13 @@ def by_word_kind(held_out: HeldOut, arms: Mapping[str, Drafts], texts: Sequence[
     kinds first."""
     answers = extraction.answers(held_out.dataset)
     used = [i for i, ids in enumerate(answers) if len(ids) > 1]
-    groups = [token_kinds([texts[token] for token in answers[i]])[1:] for i in used]
-    matches = {level: [drafts.match[i] for i in used] for level, drafts in arms.items()}
-    clusters = [held_out.clusters[i] for i in used]
+    groups = [
+        kind for i in used for kind in token_kinds([texts[token] for token in answers[i]])[1:]
+    ]
+    clusters = np.repeat([held_out.clusters[i] for i in used], [len(answers[i]) - 1 for i in used])
+    matches = {
+        level: np.concatenate([drafts.match[i] for i in used]) for level, drafts in arms.items()
+    }
     rows = decomposition.gap_by_group(matches, groups, clusters, n_resamples=n_resamples, seed=seed)
     table = pd.DataFrame(rows).rename(columns={"arm": "level", "group": "kind"})
     order = table.groupby("kind")["n"].max().sort_values(ascending=False, kind="stable").index
