@@ -1,0 +1,162 @@
+"""What an adapter drafts on a batch of stored pairs: after the verified prefix (one step), and in a
+greedy loop in which it feeds on its own predictions (self-rollout; docs/adapters.md, section 6).
+
+The verifier's prefill gives the first token of an answer; every later one is drafted as a greedy
+loop at gamma drafts it::
+
+    answer      a   b c d   e   f g h i j            gamma = 5
+    given       a
+    round 1         b c x            two accepted, the verifier's d is the bonus token
+    round 2                 e f y    …
+
+Offline, over teacher-forced pairs, and still exact for greedy decoding: a draft counts only while
+every draft before it was right, and as long as they are right the drafter's next state after the
+drafts *is* its stored state after the verifier's tokens. With position s the last one verified::
+
+    position       0 … s        s+1        s+2        s+3
+    known          verified     draft 1    draft 2    draft 3          gamma = 3
+    drafter reads  drafter[s+1] gives 1, drafter[s+2] gives 2 …        shift 0: L1–L5
+    verifier, both verified[0…s] gives p₁, which stands for verified[s+1] …   shift 1: B1, L5F
+
+On free-running pairs the drafter's states follow its own text: the figures of L1–L5 there describe
+one draft beside a free-running drafter, not a decode loop.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from xsd.core import Batch, ParameterError
+from xsd.evaluate import rounds
+from xsd.evaluate.hidden import cosines
+from xsd.evaluate.tokens import head_tokens
+
+MISSED = 255
+"""Rank of a right token that was not among the candidates."""
+Columns = dict[str, np.ndarray]
+
+
+class Drafts(Protocol):
+    """What is asked of an adapter. shift: 0, or 1 when position t predicts the state after t; with
+    shift 1 also ``unroll`` as in adapters/eagle.py. Optional: draft_ids, fuses_tokens."""
+
+    shift: int
+
+    def align(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """aligned [B, S', D], target [B, S', D], ids int64 [B, S'], mask bool [B, S']."""
+
+
+def one_step(adapter: Drafts, batch: Batch, head: Tensor | None = None,
+             top_k: int = 1) -> Columns:
+    """Every predicted position after its verified prefix, sample by sample: index, position,
+    verifier_id, one_step_cosine and, with the verifier's head [V, D], draft_id, draft_probability,
+    one_step_match, one_step_rank, cross_entropy. Without a token to predict, nothing: {}.
+
+    An adapter with a draft vocabulary drafts among its own tokens; the cross-entropy is the whole
+    head's. Raises: MetricError as kernels do.
+    """
+    aligned, target, ids, mask = adapter.align(batch)
+    if not bool(mask.any()):
+        return {}
+    keep = mask.any(dim=1)
+    cosine = cosines(aligned[keep], target[keep], mask[keep])[mask[keep]]
+    row, at = mask.nonzero(as_tuple=True)
+    columns = {
+        "index": torch.as_tensor(batch.index)[row.cpu()],
+        "position": at + adapter.shift - 1,
+        "verifier_id": ids[mask],
+        "one_step_cosine": cosine,
+    }
+    if head is not None:
+        columns |= _say(aligned[mask], head, ids[mask], top_k, getattr(adapter, "draft_ids", None))
+    return {name: values.cpu().numpy() for name, values in columns.items()}
+
+
+def _say(states: Tensor, head: Tensor, ids: Tensor, top_k: int,
+         draft_ids: Tensor | None) -> dict[str, Tensor]:
+    """What the head says of states [N, D], against the verifier's ids [N]."""
+    head = head.to(states.device)
+    whole = head_tokens(states, head, top_k=min(top_k, len(head)), targets=ids)
+    said, candidates = whole, whole.top_ids
+    if draft_ids is not None:
+        own = draft_ids.to(head.device)
+        said = head_tokens(states, head[own], top_k=min(top_k, len(own)))
+        candidates = own[said.top_ids]
+    hit = candidates == ids[:, None]
+    rank = torch.where(hit.any(dim=1), hit.int().argmax(dim=1), MISSED)
+    return {
+        "draft_id": candidates[:, 0],
+        "draft_probability": (said.top_logits[:, 0] - said.logsumexp).exp(),
+        "one_step_match": rank == 0,
+        "one_step_rank": rank.to(torch.uint8),
+        "cross_entropy": whole.cross_entropy,
+    }
+
+
+def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns:
+    """Positions 1 … n-1 of every answer as a loop drafts them that feeds on its own predictions:
+    draft_id, draft_probability, match, cosine, run; for adapters of shift 1.
+
+    A position holds the draft of the round that reaches it, the rejected one at a bonus position;
+    where a round accepts all gamma drafts, the one it would have made next. run: drafts accepted by
+    a round that begins there. Raises: ParameterError when the adapter cannot be unrolled.
+    """
+    if not hasattr(adapter, "unroll"):
+        raise ParameterError(f"{adapter.level} predicts the next state but cannot be unrolled; "
+                             "give it an unroll() as in adapters/eagle.py")
+    lengths = (batch.mask.sum(dim=-1) - 1).cpu().numpy()
+    known = batch.ids_by_verifier if adapter.fuses_tokens else None
+    steps = adapter.unroll(batch.drafter, batch.verifier, gamma + 1, known)
+    ids, probability = _drafts_from_every_start(steps, batch, head, adapter.draft_ids)
+    truth = np.stack([_later(batch.ids_by_verifier, k, -2) for k in range(1, gamma + 1)], axis=-1)
+    run = (ids[..., :gamma] == truth).cumprod(axis=-1).sum(axis=-1)
+    found = rounds.walk(run, lengths, gamma)
+    # The rounds, bonus included, cover the drafted positions of all answers one after the other.
+    cover = found.accepted + found.bonus
+    step = np.arange(cover.sum()) - np.repeat(cover.cumsum() - cover, cover)
+    row = np.repeat(np.arange(len(lengths)), lengths)
+    at = np.concatenate([np.arange(n) for n in lengths])
+    start = at - step
+    states = batch.verifier.new_empty(len(at), batch.verifier.shape[-1])
+    for k, predicted in enumerate(steps):
+        chosen = np.flatnonzero(step == k)
+        states[chosen] = predicted[row[chosen], start[chosen]].to(states.dtype)
+    target = batch.verifier[row, at + 1]
+    real = torch.ones(1, len(at), dtype=torch.bool)
+    draft = ids[row, start, step]
+    return {
+        "draft_id": draft,
+        "draft_probability": probability[row, start, step],
+        "match": draft == batch.ids_by_verifier.cpu().numpy()[row, at + 1],
+        "cosine": cosines(states[None], target[None], real)[0].cpu().numpy(),
+        "run": run[row, at],
+    }
+
+
+def _drafts_from_every_start(steps: list[Tensor], batch: Batch, head: Tensor,
+                             draft_ids: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
+    """Draft tokens and their probabilities, [B, S, steps]: entry [b, s, k - 1] is draft k when s is
+    the last verified position; -1 beyond the answer."""
+    own = None if draft_ids is None else draft_ids.to(head.device)
+    weight = head if own is None else head[own]
+    ids = torch.full((*batch.mask.shape, len(steps)), -1)
+    probability = torch.full(ids.shape, torch.nan)
+    for k, states in enumerate(steps):
+        there = torch.from_numpy(_later(batch.mask, k + 1, False))
+        said = head_tokens(states[there], weight.to(states.device))
+        best = said.top_ids[:, 0] if own is None else own[said.top_ids[:, 0]]
+        ids[there, k] = best.cpu()
+        probability[there, k] = (said.top_logits[:, 0] - said.logsumexp).exp().cpu()
+    return ids.numpy(), probability.numpy()
+
+
+def _later(values: Tensor, k: int, fill: Any) -> np.ndarray:
+    """[B, S] → what stands k positions later, ``fill`` beyond the end."""
+    values = values.cpu().numpy()
+    out = np.full_like(values, fill)
+    out[:, :max(0, values.shape[1] - k)] = values[:, k:]
+    return out

@@ -1,0 +1,113 @@
+"""One held-out set: its stored pairs, the head they are judged with, and what intervals draw.
+
+Token ids are read without the states and states a batch at a time, so that asking for the answers
+of a large set costs what the ids weigh, and a pass over it never holds more than a batch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from xsd.core import Batch, Sample
+from xsd.shards import stream
+from xsd.shards.store import ShardDataset
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """name: short name of the data set. head: the verifier's LM head, float32 [V, D]. clusters:
+    what intervals draw, a name per sample. keys: core.Sample.key of each sample.
+
+    What is known of the pair, where it is: texts, of every token id; prompt_ids, by question in the
+    verifier's tokenizer; eos. load: gives the sample at an index with its pictures.
+    """
+
+    name: str
+    dataset: ShardDataset
+    head: Tensor
+    clusters: list[str]
+    keys: list[str]
+    texts: Sequence[str] | None = None
+    prompt_ids: Mapping[str, list[int]] | None = None
+    eos: Sequence[int] = ()
+    load: Callable[[int], Sample] | None = None
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @cached_property
+    def answers(self) -> list[list[int]]:
+        """The verifier's token ids of every sample; no state is read."""
+        return [ids.tolist() for ids in self.dataset.ids("verifier")]
+
+    @cached_property
+    def ids_by_drafter(self) -> list[list[int]]:
+        """The drafter's token ids of every sample; no state is read."""
+        return [ids.tolist() for ids in self.dataset.ids("drafter")]
+
+    @property
+    def samples(self) -> pd.DataFrame:
+        """One row per sample: sequence, clip, question, … (the shards' own table)."""
+        return self.dataset.table()
+
+    @property
+    def prompts(self) -> list[list[int]] | None:
+        """The prompt of every sample, token ids; None where the prompts are not known."""
+        if self.prompt_ids is None:
+            return None
+        return [self.prompt_ids[question] for question in self.samples["question"]]
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """The pairs in their order, ``sequence`` replaced by the clusters."""
+        for batch in stream.batches(self.dataset, batch_size=batch_size):
+            yield dataclasses.replace(batch, sequence=[self.clusters[i] for i in batch.index])
+
+    def reference(self, index: int, max_new_tokens: int) -> tuple[int, ...] | None:
+        """The verifier's answer cut at ``max_new_tokens``; None where it ends before that without
+        an end-of-sequence token, so that nobody knows how it goes on."""
+        ids = self.answers[index]
+        whole = bool(ids) and (len(ids) >= max_new_tokens or ids[-1] in self.eos)
+        return tuple(ids[:max_new_tokens]) if whole else None
+
+    def choose(self, n: int, seed: int) -> list[int]:
+        """The indices of ``n`` samples from as many clusters as possible, drawn by ``seed``;
+        ascending."""
+        draw = random.Random(seed)
+        groups: dict[str, list[int]] = {}
+        for index, cluster in enumerate(self.clusters):
+            groups.setdefault(cluster, []).append(index)
+        for members in groups.values():
+            draw.shuffle(members)
+        turns = list(groups.values())
+        draw.shuffle(turns)
+        order = [
+            members[turn] for turn in range(max(map(len, turns))) for members in turns
+            if turn < len(members)
+        ]
+        return sorted(order[:n])
+
+
+def of(name: str, dataset: ShardDataset, head: Tensor | None = None, **known: Any) -> HeldOut:
+    """A held-out set of stored pairs. head: by default the one stored with them. known: what is
+    known of the pair (texts, prompt_ids, eos, load)."""
+    table = dataset.table()
+    names = list(zip(table["sequence"], table["clip"], table["question"], strict=True))
+    nothing = np.zeros(0)
+    keys = [Sample(*one, event_frames=(), video=nothing).key for one in names]
+    return HeldOut(name, dataset, dataset.head("verifier") if head is None else head,
+                   clusters(table["sequence"], table["clip"]), keys, **known)
+
+
+def clusters(sequences: Sequence[str], clips: Sequence[str]) -> list[str]:
+    """What intervals draw: the sequences, or ``sequence/clip`` where there is but one sequence."""
+    if len(set(sequences)) > 1:
+        return list(sequences)
+    return [f"{sequence}/{clip}" for sequence, clip in zip(sequences, clips, strict=True)]

@@ -1,0 +1,290 @@
+"""Draft–verify rounds: the one walk that every figure of accepted drafts goes through, and the one
+form in which they are counted (docs/metrics.md, sections 4 and 5).
+
+A *round* drafts up to gamma tokens; the verifier accepts the longest correct prefix and adds one
+token of its own, the *bonus*::
+
+    answer   a b c d e f g h          round 1 drafts a b x · ·  → accepted 2, bonus c
+             └─┬─┘ ↑bonus             round 2 drafts d e f g h  → accepted 5, no bonus: the answer
+                                                                  ended inside the draft
+
+What a round accepts depends on where it begins, so a drafter is described by its *runs*: run[s] is
+how many drafts a round accepts whose first draft stands at position s::
+
+    match    ✓ ✓ × ✓ ✓ ✓ ✓ ✓          one-step matches of a drafter of tokens
+    run      2 1 0 5 4 3 2 1          gamma = 5; the walk visits s = 0 and s = 3
+
+For a drafter of tokens the runs follow from its one-step matches (:func:`runs_of`): a draft counts
+only while all drafts before it were right, and then its prefix is the verifier's. A head that feeds
+on its own states gives its runs by self-rollout (xsd/evaluate/drafting.py).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from xsd.core import MetricError, Round
+
+_CLOSE = {"rel_tol": 1e-9, "abs_tol": 1e-12}
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Flat record of rounds, answer by answer. accepted, drafted, bonus (0 or 1), request (0 …
+    n_requests - 1): int64 [R] each."""
+
+    accepted: np.ndarray
+    drafted: np.ndarray
+    bonus: np.ndarray
+    request: np.ndarray
+    n_requests: int
+    gamma: int
+
+    def per_request(self) -> dict[str, np.ndarray]:
+        """accepted, drafted, bonus, rounds: int64 [n_requests]; what the paired, clustered
+        bootstrap resamples."""
+        out = {
+            name: np.bincount(self.request, weights=getattr(self, name),
+                              minlength=self.n_requests).astype(np.int64)
+            for name in ("accepted", "drafted", "bonus")
+        }
+        out["rounds"] = np.bincount(self.request, minlength=self.n_requests)
+        return out
+
+
+def walk(runs: Any, lengths: Any, gamma: int, *, first: Any = None,
+         n_first: int | None = None) -> Rounds:
+    """The rounds that a greedy loop visits, each beginning after the bonus of the one before.
+
+    Positions beyond the answer are not drafted; a round that reaches the answer's end has no bonus.
+
+    Args: runs: int [N, S], drafts accepted by a round whose first draft is position s (at most
+        gamma). lengths: int [N], positions to draft of each answer; one without any has no round.
+        first, n_first: an opening round that drafts n_first tokens and accepts first [N] of them,
+        where another drafter makes it (behind the verifier's prefill).
+    Raises: MetricError for shapes that do not fit, no answer, no position at all, runs longer than
+        the draft or the answer, gamma or n_first below 1.
+    """
+    runs, lengths = np.asarray(runs, dtype=np.int64), np.asarray(lengths, dtype=np.int64)
+    opening = gamma if first is None else n_first
+    if gamma < 1 or not opening or opening < 1:
+        raise MetricError(f"a round drafts at least 1 token, but gamma is {gamma}" +
+                          ("" if first is None else f" and the first round's is {n_first}"))
+    if runs.ndim != 2 or runs.shape[0] != len(lengths) or runs.shape[1] < lengths.max(initial=0):
+        raise MetricError(
+            f"runs of shape {list(runs.shape)} do not fit {list(lengths.shape)} answers of up to "
+            f"{lengths.max(initial=0)} tokens; give one row of runs for each answer")
+    if not lengths.any():
+        raise MetricError("no answer has a position to draft, so there is no round; check that "
+                          "the evaluation set is not empty")
+    if runs.max(initial=0) > gamma or (first is not None and
+                                       (np.asarray(first) > np.minimum(opening, lengths)).any()):
+        raise MetricError("a run is longer than its draft, or its answer; a round accepts at most "
+                          "the gamma tokens it drafts")
+    alive = np.flatnonzero(lengths)
+    at, pieces = np.zeros(len(alive), dtype=np.int64), []
+    while alive.size:
+        left = lengths[alive] - at
+        opens = first is not None and not pieces
+        found = np.asarray(first, dtype=np.int64)[alive] if opens else runs[alive, at]
+        accepted = np.minimum(found, left)
+        drafted = np.minimum(opening if opens else gamma, left)
+        bonus = (accepted < left).astype(np.int64)
+        pieces.append(np.stack([accepted, drafted, bonus, alive]))
+        at = at + accepted + bonus
+        alive, at = alive[at < lengths[alive]], at[at < lengths[alive]]
+    accepted, drafted, bonus, request = np.concatenate(pieces, axis=1)
+    order = np.argsort(request, kind="stable")
+    return Rounds(accepted[order], drafted[order], bonus[order], request[order], len(lengths),
+                  max(gamma, opening))
+
+
+def runs_of(match: Any, gamma: int) -> np.ndarray:
+    """Matches in a row from every position on, at most gamma: bool [N, S] → int64 [N, S]. Padding
+    is False.
+
+    >>> runs_of([[True, True, False, True]], 5).tolist()
+    [[2, 1, 0, 1]]
+    """
+    match = np.asarray(match, dtype=bool)
+    run = np.zeros((len(match), match.shape[1] + 1), dtype=np.int64)
+    for t in range(match.shape[1] - 1, -1, -1):
+        run[:, t] = np.where(match[:, t], np.minimum(run[:, t + 1] + 1, gamma), 0)
+    return run[:, :-1]
+
+
+def from_matches(matches: Iterable[Sequence[bool]], gamma: int) -> Rounds:
+    """The rounds of a drafter of tokens, from its one-step matches: bool [n] for each answer.
+
+    Exact for drafters that condition on tokens alone and optimistic for those that feed on their
+    own states (docs/teacher_forcing.md). Raises: MetricError without answers, and as :func:`walk`.
+    """
+    padded, lengths = pad(matches)
+    return walk(runs_of(padded, gamma), lengths, gamma)
+
+
+def pad(lists: Iterable[Sequence[Any]], fill: Any = False) -> tuple[np.ndarray, np.ndarray]:
+    """Answers of different lengths as one array: ([N, S], lengths int64 [N])."""
+    rows = [np.asarray(line) for line in lists]
+    lengths = np.array([len(line) for line in rows], dtype=np.int64)
+    dtype = np.result_type(*rows, type(fill)) if rows else type(fill)
+    out = np.full((len(rows), lengths.max(initial=0)), fill, dtype=dtype)
+    for target, line in zip(out, rows, strict=True):
+        target[:len(line)] = line
+    return out, lengths
+
+
+def from_requests(requests: Iterable[Sequence[Round]], gamma: int | None = None, *,
+                  phase: str | None = None) -> Rounds:
+    """The rounds of live generations (core.Generation.rounds), one sequence for each request.
+
+    phase: "prefill_hiding" or "decode" alone; None takes both. The hidden draft is longer than a
+    decode round's, so gamma defaults to the longest draft. Raises: MetricError when a round drafted
+    over gamma, or none is left.
+    """
+    requests = [[r for r in rounds if phase in (None, r.phase)] for rounds in requests]
+    flat = [(r.n_accepted, len(r.drafted), int(r.bonus is not None), i)
+            for i, rounds in enumerate(requests) for r in rounds]
+    if not flat:
+        raise MetricError(
+            "no round was recorded; acceptance has a meaning only for generations that drafted")
+    accepted, drafted, bonus, request = np.asarray(flat, dtype=np.int64).T
+    gamma = max(1, int(drafted.max())) if gamma is None else gamma
+    if drafted.max() > gamma or gamma < 1:
+        raise MetricError(
+            f"a round drafted {drafted.max()} tokens but gamma is {gamma}; pass the longest draft "
+            "as gamma, or one phase alone")
+    return Rounds(accepted, drafted, bonus, request, len(requests), gamma)
+
+
+@dataclass(frozen=True)
+class Acceptance:
+    """How many draft tokens were accepted, in the one form everything else is converted from; the
+    identities between the figures are checked when it is made.
+
+    histogram[k]: rounds that accepted exactly k tokens, k = 0 … gamma. drafted_at[i]: rounds that
+    accepted their first i tokens and drafted another. marginal[i] = P(accepted > i): share of *all*
+    rounds. conditional[i] = P(token i accepted | tokens before it accepted, drafted); None where no
+    round came that far. mean_accepted weighs every round alike; ``…_per_request`` is the mean over
+    requests of the request's own mean. request_histogram: requests by that mean, rounded down.
+    """
+
+    gamma: int
+    n_rounds: int
+    n_requests: int
+    n_drafted: int
+    n_accepted: int
+    n_bonus: int
+    histogram: tuple[int, ...]
+    drafted_at: tuple[int, ...]
+    marginal: tuple[float, ...]
+    conditional: tuple[float | None, ...]
+    mean_accepted: float
+    mean_accepted_with_bonus: float
+    mean_accepted_per_request: float
+    mean_accepted_with_bonus_per_request: float
+    acceptance_rate: float
+    acceptance_rate_per_request: float
+    request_histogram: tuple[int, ...]
+
+    @classmethod
+    def of(cls, rounds: Rounds) -> Acceptance:
+        """From rounds. Raises: MetricError when there is none, a round accepted more than it
+        drafted, or an identity fails."""
+        gamma, accepted, drafted = rounds.gamma, rounds.accepted, rounds.drafted
+        n = len(accepted)
+        if n == 0:
+            raise MetricError("acceptance needs at least one round")
+        bad = np.flatnonzero((accepted > drafted) | (accepted < 0) | (drafted > gamma))
+        if bad.size:
+            raise MetricError(
+                f"round {bad[0]} accepted {accepted[bad[0]]} of {drafted[bad[0]]} drafted tokens "
+                f"at gamma {gamma}; a round accepts between none and all of its draft")
+        histogram = np.bincount(accepted, minlength=gamma + 1)
+        survived = histogram[::-1].cumsum()[::-1]  # survived[k]: rounds with accepted >= k
+        drafted_at = [int(((accepted >= i) & (drafted > i)).sum()) for i in range(gamma)]
+        each = rounds.per_request()
+        active, drafting = each["rounds"] > 0, each["drafted"] > 0
+        mean = each["accepted"][active] / each["rounds"][active]
+        with_bonus = (each["accepted"] + each["bonus"])[active] / each["rounds"][active]
+        rates = each["accepted"][drafting] / each["drafted"][drafting]
+        n_accepted, n_bonus = int(accepted.sum()), int(rounds.bonus.sum())
+        return cls(
+            gamma=gamma,
+            n_rounds=n,
+            n_requests=int(active.sum()),
+            n_drafted=int(drafted.sum()),
+            n_accepted=n_accepted,
+            n_bonus=n_bonus,
+            histogram=tuple(map(int, histogram)),
+            drafted_at=tuple(drafted_at),
+            marginal=tuple(float(count) / n for count in survived[1:]),
+            conditional=tuple(float(survived[i + 1]) / at if at else None
+                              for i, at in enumerate(drafted_at)),
+            mean_accepted=n_accepted / n,
+            mean_accepted_with_bonus=(n_accepted + n_bonus) / n,
+            mean_accepted_per_request=float(mean.mean()),
+            mean_accepted_with_bonus_per_request=float(with_bonus.mean()),
+            acceptance_rate=_share(n_accepted, int(drafted.sum())),
+            acceptance_rate_per_request=float(rates.mean()) if len(rates) else 0.0,
+            request_histogram=tuple(map(int, np.bincount(np.floor(mean).astype(np.int64),
+                                                         minlength=gamma + 1))),
+        )
+
+    def __post_init__(self) -> None:
+        def close(a: float, b: float) -> bool:
+            return math.isclose(a, b, **_CLOSE)
+
+        n = self.n_rounds
+        reached = zip(self.conditional, self.drafted_at, self.marginal, strict=True)
+        identities = {
+            "Σ histogram = rounds": sum(self.histogram) == n,
+            "Σ k·histogram[k] = accepted":
+                sum(k * count for k, count in enumerate(self.histogram)) == self.n_accepted,
+            "mean accepted = Σ marginal": close(self.mean_accepted, math.fsum(self.marginal)),
+            "mean accepted = accepted / rounds": close(self.mean_accepted, self.n_accepted / n),
+            "mean with bonus = (accepted + bonus) / rounds":
+                close(self.mean_accepted_with_bonus, (self.n_accepted + self.n_bonus) / n),
+            "marginal never rises":
+                all(a >= b for a, b in zip(self.marginal, self.marginal[1:], strict=False)),
+            "conditional·drafted_at = marginal·rounds":
+                all(rate is None or close(rate * at, share * n) for rate, at, share in reached),
+            "acceptance rate = accepted / drafted":
+                close(self.acceptance_rate, _share(self.n_accepted, self.n_drafted)),
+            "at most one bonus per round": 0 <= self.n_bonus <= n,
+            "Σ request histogram = requests": sum(self.request_histogram) == self.n_requests,
+        }
+        broken = [name for name, holds in identities.items() if not holds]
+        if broken:
+            raise MetricError(f"these acceptance figures contradict each other ({broken[0]} does "
+                              "not hold); recompute them from the rounds")
+
+    def convention(self, system: str) -> dict[str, float | tuple[float | None, ...]]:
+        """The same rounds in another system's words: "eagle", "vispec", "vllm", "sglang" (formulas:
+        docs/metrics.md, section 5). Raises: MetricError for an unknown system."""
+        forms: dict[str, dict[str, float | tuple[float | None, ...]]] = {
+            "eagle": {"tau": self.mean_accepted_with_bonus, "n_alpha": self.conditional},
+            "vispec": {"tau": self.mean_accepted},
+            "vllm": {
+                "mean_acceptance_length": 1 + self.n_accepted / self.n_rounds,
+                "draft_acceptance_rate": self.acceptance_rate,
+                "per_position_acceptance_rate": self.marginal,
+            },
+            "sglang": {
+                "accept_length": self.mean_accepted_with_bonus,
+                "accept_rate": self.acceptance_rate,
+            },
+        }
+        if system.lower() not in forms:
+            raise MetricError(f"unknown convention {system!r}; choose among {', '.join(forms)}")
+        return forms[system.lower()]
+
+
+def _share(part: int, whole: int) -> float:
+    """0 when nothing was drafted: a drafter that never proposes accepts nothing."""
+    return part / whole if whole else 0.0

@@ -1,0 +1,255 @@
+"""The token table: one pass of the adapters over a held-out set, from which everything else is
+computed: acceptance by position, rounds, floors, reliability, word kinds, losses.
+
+One row per level and position of an answer, level by level, answer by answer:
+
+======================  ========================================================================
+``level``               the adapter's name, or :data:`DRAFTER`, the drafter's own tokens
+``sample``              core.Sample.key; ``sequence``: the cluster that intervals draw; ``clip``,
+                        ``question``
+``position``            0 is the first drafted token. -1 is the answer's first token, the verifier's
+                        own from its prefill: predicted by levels of shift 0, drafted by none;
+                        :func:`drafted` leaves it out
+``draft_id``,           in the greedy loop at gamma (xsd/evaluate/drafting.py): the draft of the
+``verifier_id``         round that reaches the position, and the verifier's own token
+``match``               bool, the two are the same
+``cosine``              of the state behind the draft to the verifier's; NaN where there is none
+``draft_probability``   of the draft; NaN where there is none
+``run``                 drafts accepted by a round that begins here, at most gamma
+``one_step_match``,     after the verified prefix, whatever the level feeds on in the loop (the same
+``one_step_cosine``     as in the loop for levels of shift 0)
+``one_step_rank``       rank of the verifier's token among the head's best, 255 beyond top_k
+``cross_entropy``       of the verifier's token, in nats; NaN for the drafter's own tokens
+``draft_token``,        texts, and ``kind``, the kind of word that the verifier's token belongs to,
+``verifier_token``      where they are known
+======================  ========================================================================
+
+then a user's own columns. Text columns are categorical, so that a row takes about 100 bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+
+from xsd.core import Batch, MetricError
+from xsd.evaluate import drafting, rounds
+from xsd.evaluate.held_out import HeldOut
+from xsd.evaluate.hidden import cosines
+from xsd.files import import_object
+
+DRAFTER = "drafter_tokens"
+REQUIRED = ("level", "sample", "sequence", "position", "cosine", "match")
+"""What a table of any origin holds."""
+Column = Callable[[pd.DataFrame], pd.Series]
+
+
+def measure(adapters: Mapping[str, Any], pairs: HeldOut, *, gamma: int | None, top_k: int = 5,
+            batch_size: int = 64, drafter: bool = True,
+            kinds: Callable[[Sequence[str]], Sequence[str]] | None = None,
+            columns: Sequence[str | Column] = ()) -> pd.DataFrame:
+    """The token table of a held-out set; every batch is read once and every adapter runs once.
+
+    Args: adapters: level → adapter, left in the mode it was found in. gamma: drafts per round;
+        None: the one-step cosines alone, no head is applied. drafter: the drafter's own tokens as a
+        level, too. kinds: token texts of an answer → the kind of word of each. columns: a user's
+        metric columns, functions of the table (or "module:function") that give one value per row;
+        the column is called like the function.
+    Raises: MetricError when there is no token to predict, or a state is not finite.
+    """
+    models = [one for one in adapters.values() if getattr(one, "training", False)]
+    names = [*adapters, *([DRAFTER] if drafter and gamma else [])]
+    pieces: dict[str, list[drafting.Columns]] = {name: [] for name in names}
+    for model in models:
+        model.eval()
+    try:
+        for batch in pairs.batches(batch_size):
+            for level, adapter in adapters.items():
+                pieces[level].append(rows(adapter, batch, pairs.head, gamma, top_k))
+            if DRAFTER in pieces:
+                pieces[DRAFTER].append(drafter_rows(batch, gamma))
+    finally:
+        for model in models:
+            model.train()
+    table = _joined(pieces, pairs)
+    if pairs.texts is not None and gamma:
+        table = _with_texts(table, pairs, kinds)
+    for one in columns:
+        column = import_object(one) if isinstance(one, str) else one
+        table[column.__name__] = np.asarray(column(table))
+    return table
+
+
+@torch.no_grad()
+def rows(adapter: drafting.Drafts, batch: Batch, head: torch.Tensor, gamma: int | None = None,
+         top_k: int = 1) -> drafting.Columns:
+    """The numbers of the table for one batch: its columns as arrays, and ``index``, the place of
+    the sample in its data set. {} when the batch holds no token to predict."""
+    found = drafting.one_step(adapter, batch, None if gamma is None else head, top_k)
+    if gamma is None or not found:
+        return found
+    if adapter.shift:
+        return found | drafting.greedy_loop(adapter, batch, head, gamma)
+    mask = batch.mask.cpu().numpy()
+    match = np.zeros(mask.shape, dtype=bool)
+    match[mask] = found["one_step_match"]
+    run = rounds.runs_of(match, gamma)[mask]
+    return found | {"match": match[mask], "cosine": found["one_step_cosine"], "run": run}
+
+
+def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
+    """The drafter's own tokens without an adapter; the cosine is the raw states' where both models
+    have one width."""
+    mask = batch.mask.cpu().numpy()
+    row, at = mask.nonzero()
+    match = (batch.ids_by_drafter == batch.ids_by_verifier).cpu().numpy() & mask
+    cosine = np.full(len(row), np.nan, np.float32)
+    if batch.drafter.shape == batch.verifier.shape:
+        cosine = cosines(batch.drafter, batch.verifier, batch.mask).cpu().numpy()[mask]
+    return {
+        "index": np.asarray(batch.index)[row],
+        "position": at - 1,
+        "verifier_id": batch.ids_by_verifier.cpu().numpy()[mask],
+        "draft_id": batch.ids_by_drafter.cpu().numpy()[mask],
+        "match": match[mask],
+        "cosine": cosine,
+        "run": rounds.runs_of(match, gamma)[mask],
+        "one_step_match": match[mask],
+        "one_step_cosine": cosine,
+        "one_step_rank": np.where(match[mask], 0, drafting.MISSED).astype(np.uint8),
+    }
+
+
+_TYPES = {
+    "position": np.int32, "draft_id": np.int32, "verifier_id": np.int32, "match": bool,
+    "cosine": np.float64, "draft_probability": np.float64, "run": np.int32,
+    "one_step_match": bool, "one_step_cosine": np.float64, "one_step_rank": np.uint8,
+    "cross_entropy": np.float32,
+}  # fmt: skip
+
+
+def _joined(pieces: Mapping[str, Sequence[drafting.Columns]], pairs: HeldOut) -> pd.DataFrame:
+    """Columns of all levels and batches as one frame, with what is known of the samples."""
+    parts = [(number, part) for number, some in enumerate(pieces.values()) for part in some if part]
+    if not parts:
+        raise MetricError(
+            "no batch held a token to predict; check that the evaluation set is not empty")
+    index = np.concatenate([part["index"] for _, part in parts])
+    level = np.concatenate([np.full(len(part["index"]), number) for number, part in parts])
+    known = pairs.samples
+    about = {"sample": pairs.keys, "sequence": pairs.clusters, "clip": known["clip"],
+             "question": known["question"]}  # fmt: skip
+    columns: dict[str, Any] = {"level": pd.Categorical.from_codes(level, list(pieces))}
+    for name, values in about.items():
+        codes, categories = pd.factorize(np.asarray(values, dtype=object))
+        columns[name] = pd.Categorical.from_codes(codes[index], list(categories))
+    for name, dtype in _TYPES.items():
+        if any(name in part for _, part in parts):
+            columns[name] = np.concatenate([
+                part.get(name, np.full(len(part["index"]), np.nan, np.float32))
+                for _, part in parts
+            ]).astype(dtype)
+    return pd.DataFrame(columns)
+
+
+def _with_texts(table: pd.DataFrame, pairs: HeldOut,
+                kinds: Callable[[Sequence[str]], Sequence[str]] | None) -> pd.DataFrame:
+    codes, texts = pd.factorize(np.asarray(pairs.texts, dtype=object))
+    for side in ("draft", "verifier"):
+        table[f"{side}_token"] = pd.Categorical.from_codes(codes[table[f"{side}_id"]], list(texts))
+    if kinds is not None:
+        of_answers = [kinds([pairs.texts[token] for token in ids]) for ids in pairs.answers]
+        first = np.cumsum([0, *map(len, of_answers)])
+        numbers, names = pd.factorize(np.concatenate(of_answers))
+        place = pd.Index(pairs.keys).get_indexer(table["sample"].cat.categories)
+        at = first[place[table["sample"].cat.codes]] + table["position"] + 1
+        table["kind"] = pd.Categorical.from_codes(numbers[at], list(names))
+    return table
+
+
+def join(tables: Mapping[str, pd.DataFrame], name: str = "data") -> pd.DataFrame:
+    """Tables of several held-out sets (or runs) as one, with a column that says which."""
+    parts = [part.assign(**{name: key}) for key, part in tables.items()]
+    whole = pd.concat(parts, ignore_index=True)
+    for column in parts[0].select_dtypes("category"):
+        whole[column] = pd.api.types.union_categoricals([part[column] for part in parts])
+    return whole.astype({name: "category"})
+
+
+def drafted(tokens: pd.DataFrame) -> pd.DataFrame:
+    """The rows that a decode loop drafts: all but the answers' first tokens."""
+    return tokens[tokens["position"] >= 0]
+
+
+def check(tokens: pd.DataFrame) -> pd.DataFrame:
+    """The table itself, once it is known to be one.
+
+    Raises: MetricError naming the missing columns, or when there is no row.
+    """
+    missing = [name for name in REQUIRED if name not in tokens.columns]
+    if missing:
+        raise MetricError(f"the token table lacks the column(s) {', '.join(missing)}; it needs "
+                          f"{', '.join(REQUIRED)}, one row per token")
+    if tokens.empty:
+        raise MetricError(
+            "the token table has no row; choose a level and a run that were evaluated")
+    return tokens
+
+
+def answers(tokens: pd.DataFrame, *columns: str) -> tuple[pd.DataFrame, list[np.ndarray],
+                                                          np.ndarray]:
+    """The table answer by answer, as arrays: (about, [column as [N, S] padded with 0, …], lengths).
+
+    about: one row per answer and level in the table's order: run and data where there are such
+    columns, level, sample, sequence. Positions are taken in ascending order.
+    """
+    keys = [name for name in ("run", "data", "level", "sample") if name in tokens]
+    number = tokens.groupby(keys, sort=False, observed=True).ngroup().to_numpy()
+    order = np.lexsort((tokens["position"].to_numpy(), number))
+    lengths = np.bincount(number)
+    ends = lengths.cumsum()
+    inside = np.arange(lengths.max(initial=0)) < lengths[:, None]
+    grids = []
+    for name in columns:
+        values = tokens[name].to_numpy()[order]
+        grid = np.zeros(inside.shape, dtype=values.dtype)
+        grid[inside] = values
+        grids.append(grid)
+    about = tokens.iloc[order[ends - lengths]][[*keys, "sequence"]].reset_index(drop=True)
+    return about, grids, lengths
+
+
+def rounds_of(tokens: pd.DataFrame, gamma: int) -> rounds.Rounds:
+    """The rounds of every answer and level, in the order of :func:`answers`, from the matches of
+    the drafted positions. gamma: as the table was measured with, for levels that feed on
+    themselves."""
+    _, (match,), lengths = answers(drafted(tokens), "match")
+    return rounds.walk(rounds.runs_of(match, gamma), lengths, gamma)
+
+
+def counts(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
+    """What the paired, clustered bootstrap resamples: one row per answer and level with matched,
+    positions, accepted, rounds beside level, sample and sequence."""
+    about, (match,), lengths = answers(drafted(tokens), "match")
+    each = rounds.walk(rounds.runs_of(match, gamma), lengths, gamma).per_request()
+    return about.assign(matched=match.sum(axis=1), positions=lengths, accepted=each["accepted"],
+                        rounds=each["rounds"])
+
+
+def matches_as_rows(level: str, matches: Sequence[Sequence[bool]], pairs: HeldOut,
+                    gamma: int) -> pd.DataFrame:
+    """Rows of a drafter without states, a floor say: match and run, from its one-step matches bool
+    [n] on every answer of the set."""
+    match, lengths = rounds.pad(matches)
+    inside = np.arange(match.shape[1]) < lengths[:, None]
+    index, at = inside.nonzero()
+    part = {
+        "index": index, "position": at - 1, "match": match[inside],
+        "run": rounds.runs_of(match, gamma)[inside], "one_step_match": match[inside],
+        "cosine": np.full(len(at), np.nan)
+    }  # fmt: skip
+    return _joined({level: [part]}, pairs)
