@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_adapters_levels import ALL, WIDTH, make, make_batch
 
-from xsd.adapters import linear, registry
+from xsd.adapters import checks, linear, registry
 from xsd.core import CheckpointError, ParameterError, TrainingError
 
 
@@ -39,9 +39,9 @@ def test_pixel_baseline_is_saved_and_loaded_too(tmp_path):
 
 
 def test_unknown_names_are_explained():
-    with pytest.raises(ParameterError, match="unknown adapter level 'L9'; choose one of L1, L2"):
+    with pytest.raises(ParameterError, match="unknown adapter level 'L9'; choose one of L1, L2, .* module:Class"):
         registry.create_adapter("L9")
-    with pytest.raises(ParameterError, match="adapter L1 has no option heads"):
+    with pytest.raises(ParameterError, match="adapter L1 cannot be made .* unexpected keyword argument 'heads'"):
         registry.create_adapter("L1", 8, heads=2)
 
 
@@ -214,11 +214,7 @@ def test_closed_forms_explain_what_they_cannot_do():
 
 
 def test_self_test_reports_every_level():
-    rows = registry.self_test(WIDTH, positions=4)
+    rows = checks.self_test(WIDTH, positions=4)
     assert [row["level"] for row in rows] == list(registry.LEVELS)
     assert all(row["latency_ms"] > 0 and row["megabytes"] == 4 * row["parameters"] / 1e6
                for row in rows)
-    text = registry.self_test_table(rows)
-    assert text.splitlines()[0] == "| level | parameters | MB (float32) | ms a forward |" and len(
-        text.splitlines()) == 2 + len(rows)
-    assert f"| L1 | {rows[0]['parameters']:,} | " in text

@@ -1,5 +1,7 @@
 """Typed parameters: what is wrong is said before anything runs."""
 
+from types import SimpleNamespace
+
 import pytest
 
 from xsd.core import ParameterError
@@ -55,6 +57,18 @@ def test_values_of_the_command_line_are_typed_by_the_model():
                         ("learning_rate=1e", "must be a number")):
         with pytest.raises(ParameterError, match=words):
             parameters.read_values([text], parameters.TrainParameters)
+
+
+def test_levels_are_open_to_ones_own():
+    mine = SimpleNamespace(reads="drafter", shift=0, forward=len, level="mine")
+    given = parameters.HiddenParameters.checked({"levels": ["L1", "my_levels:Mine", mine]})
+    assert given.levels == ["L1", "my_levels:Mine", mine]
+    assert given.model_dump()["levels"] == ["L1", "my_levels:Mine", "mine"]
+    read = parameters.read_values(["levels=L1,my_levels:Mine"], parameters.TrainParameters)
+    assert read == {"levels": ["L1", "my_levels:Mine"]}
+    parameters.TrainParameters.checked({"levels": ["L6"]})
+    with pytest.raises(ParameterError, match="one of L1, .*, B1, or a class of your own as module"):
+        parameters.HiddenParameters.checked({"levels": ["L6"]})
 
 
 def test_notebooks_are_found_by_number_stem_and_path():

@@ -1,13 +1,16 @@
 """The trainer: it learns, it is deterministic, it resumes to the same weights, it refuses the test
 split, it stops on NaN."""
 
+import copy
 import dataclasses
 import json
 
+import my_levels
 import pytest
 import torch
 import train_examples as examples
 
+from xsd import files
 from xsd.adapters import registry
 from xsd.core import ParameterError, TrainingError
 from xsd.shards.store import ShardDataset
@@ -23,6 +26,28 @@ def weights(path):
 
 def same(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_levels_of_ones_own_train_resume_and_keep_their_name(tmp_path):
+    given = {"config": fit.FitConfig(profile="tokens", **SHORT), "head": examples.head()}
+    for spec in ("my_levels:Mine", my_levels.Next,
+                 my_levels.Mine(hidden_size=examples.WIDTH, drafter_size=examples.WIDTH)):
+        place = tmp_path / str(len(list(tmp_path.iterdir())))
+        before = None if isinstance(spec, (str, type)) else copy.deepcopy(spec.state_dict())
+        result = fit.fit_adapter(spec, examples.answers(), folder=place, **given)
+        assert result.history[1]["train_total"] < result.history[0]["train_total"]
+        again = fit.fit_adapter(spec, examples.answers(), folder=place, **given)
+        assert again.history == result.history
+        assert registry.load_any_adapter(place, level=spec).level == files.name_of(spec)
+        if before is not None:  # a copy was trained
+            assert all(torch.equal(before[name], value)
+                       for name, value in spec.state_dict().items())
+            with torch.no_grad():
+                spec.leave.bias.add_(1)
+            with pytest.raises(TrainingError, match="holds another training"):
+                fit.fit_adapter(spec, examples.answers(), folder=place, **given)
+    with pytest.raises(ParameterError, match="changes with states that come later"):
+        fit.fit_adapter("my_levels:Peeks", examples.answers(), folder=tmp_path / "x", **given)
 
 
 @pytest.mark.parametrize("profile", ["reference", "tokens", "rollout"])

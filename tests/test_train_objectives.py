@@ -99,3 +99,14 @@ def test_unknown_terms_missing_heads_and_empty_batches_are_explained():
         objectives.parse("kl")(states, states, ids, ids == 0)
     with pytest.raises(TrainingError, match="without a real position"):
         objectives.parse("mse")(states, states, ids, ids != 0)
+
+
+def test_a_term_of_ones_own_stands_beside_ours():
+    objective = objectives.parse("mse + 0.5*my_terms:apart")
+    assert str(objective) == "mse + 0.5*my_terms:apart" and not objective.needs_head
+    aligned, target, ids = torch.randn(1, 3, 4), torch.randn(1, 3, 4), torch.zeros(1, 3).long()
+    found = objective(aligned, target, ids, torch.tensor([[True, True, False]]))
+    assert found["my_terms:apart"] == (aligned - target)[0, :2].abs().mean()
+    assert found["total"] == found["mse"] + 0.5 * found["my_terms:apart"]
+    with pytest.raises(ParameterError, match="my_terms holds no other"):
+        objectives.parse("my_terms:other")

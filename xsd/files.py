@@ -207,3 +207,12 @@ def import_object(text: str) -> Any:
         for folder in added:
             sys.path.remove(folder)
     return found
+
+
+def name_of(spec: Any) -> str:
+    """What a part given by name, class or object is called in tables and folders: its text, else
+    its own ``level``, else ``module:Class``."""
+    if isinstance(spec, str):
+        return spec
+    built = spec if isinstance(spec, type) else type(spec)
+    return getattr(spec, "level", "") or f"{built.__module__}:{built.__qualname__}"

@@ -93,6 +93,9 @@ class Adapter(nn.Module):
     """True when position t of the output depends on position t of the input alone."""
     drafter_lead: int = 0
     fuses_tokens: bool = False
+    made_from: Any = None
+    """The researcher's own class it was made from (registry.create_adapter); None for our levels
+    and for objects."""
     draft_ids: Tensor | None
     """int64 [k], ascending: the only tokens it drafts; None: all (a reduced draft vocabulary,
     docs/adapters.md, section 4)."""
@@ -233,6 +236,61 @@ class Adapter(nn.Module):
         drafter = self._need(drafter_states, "drafter",
                              len(known) + self.drafter_lead)[self.drafter_lead:][:len(known)]
         return self(drafter[None], known[None], **keywords)[0, -1]
+
+    def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
+               tokens: Tensor | None = None) -> list[Tensor]:
+        """Draft ``steps`` states from every position, each step feeding on the last one's
+        prediction.
+
+        Row s of result k (k = 1…steps) predicts verifier[s + k] from the true verifier[0…s], the
+        own predictions of s+1…s+k-1, and where the drafter is read too, its states up to s + k - 1
+        + drafter_lead (true as long as every draft before was accepted)::
+
+            start s = 1     true[0] true[1]                   → p₁ ≈ true[2]
+                            true[0] true[1] p₁                → p₂ ≈ true[3]
+                            true[0] true[1] p₁      p₂        → p₃ ≈ true[4]
+
+        This is the plain way, one sequence for each start; eagle.py has a faster one.
+        Args: drafter: [B, S, D_d], not needed where only the verifier is read. verifier: [B, S,
+        D_v]. tokens: int64 [B, S] the verifier's tokens, for adapters that fuse them.
+        Returns: ``steps`` tensors [B, S, D_v]; row s of result k means something only where s + k
+        is a real position.   Raises: ParameterError for shift 0.
+        """
+        self._refuse_unroll(drafter)
+        size = verifier.shape[1]
+        rows = torch.arange(size, device=verifier.device)
+        if self.pointwise:
+            state, results = verifier, []
+            for k in range(steps):
+                ahead = (rows + k + self.drafter_lead).clamp_max(size - 1)
+                state = self(state) if self.reads == "verifier" else self(drafter[:, ahead], state)
+                results.append(state)
+            return results
+        places = torch.arange(size + steps, device=verifier.device)
+        found = []
+        for answer in range(len(verifier)):  # one at a time: a line for each start is much already
+            lines = F.pad(verifier[answer], (0, 0, 0, steps)).expand(size, -1, -1)
+            states, keywords = [], {} if self.causal else {"causal": True}
+            for k in range(steps):
+                inputs = [lines[:, :size + k]]
+                if self.reads == "both":
+                    ahead = (places[:size + k] + self.drafter_lead).clamp_max(size - 1)
+                    inputs.insert(0, drafter[answer, ahead].expand(size, -1, -1))
+                if self.fuses_tokens:
+                    said = tokens[answer, places[:size + k].clamp_max(size - 1)]
+                    keywords["tokens"] = said.expand(size, -1)
+                states.append(self(*inputs, **keywords)[rows, rows + k])
+                lines = lines.index_put((rows, rows + k + 1), states[-1])
+            found.append(torch.stack(states))
+        return list(torch.stack(found, dim=1))
+
+    def _refuse_unroll(self, drafter: Tensor | None) -> None:
+        if self.shift != 1:
+            raise ParameterError(
+                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft "
+                "is forward() over the drafter's states")
+        if self.reads == "both" and drafter is None:
+            raise ParameterError(f"{self.level} reads both models' states; pass the drafter's too")
 
     def tokens_said(self, states: Tensor) -> Tensor:
         """Token after each verifier state, for adapters that fuse tokens: [..., D_v] → int64

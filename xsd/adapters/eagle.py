@@ -161,29 +161,10 @@ class EagleAdapter(Adapter):
 
     def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
                tokens: Tensor | None = None) -> list[Tensor]:
-        """Draft ``steps`` states from every position at once, each step feeding on the last one's
-        prediction (EAGLE-3's training-time test).
-
-        Row s of result k (k = 1…steps) predicts verifier[s + k] from the true verifier[0…s], the
-        own predictions of s+1…s+k-1, and for L5F the drafter's states up to s + k - 1 +
-        drafter_lead (true as long as every draft before was accepted). One layer, so true keys
-        and values are computed once::
-
-            step 1  true[0…s]                      → p₁[s] ≈ true[s+1]
-            step 2  true[0…s] p₁[s]                → p₂[s] ≈ true[s+2]
-            step 3  true[0…s] p₁[s] p₂[s]          → p₃[s] ≈ true[s+3]
-
-        Args: drafter: [B, S, D_d] (None for B1). verifier: [B, S, D_v]. tokens: int64 [B, S] the
-        verifier's tokens, for adapters that
-            fuse them.
-        Returns: ``steps`` tensors [B, S, D_v]; row s of result k means something only where s + k
-        is a real position.
-        """
-        if self.shift != 1:
-            raise ParameterError(
-                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft "
-                "is forward() over the drafter's states"
-            )
+        """As Adapter.unroll, from every position at once (EAGLE-3's training-time test): there is
+        one layer, so true keys and values are computed once, and each start carries its own
+        further ones."""
+        self._refuse_unroll(drafter)
         size = verifier.shape[1]
         rows = torch.arange(size, device=verifier.device)
         allowed = causal_mask(size, verifier.device)
@@ -195,9 +176,6 @@ class EagleAdapter(Adapter):
             at = (rows + k).clamp_max(size - 1)
             states: tuple[Tensor, ...] = (state,)
             if self.reads == "both":
-                if drafter is None:
-                    raise ParameterError(
-                        f"{self.level} reads both models' states; pass the drafter's too")
                 states = (drafter[:, (rows + k + self.drafter_lead).clamp_max(size - 1)], state)
             embedded, residual = self._embed(states, min(k, self.max_positions - size),
                                              None if tokens is None else tokens[:, at])

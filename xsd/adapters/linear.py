@@ -53,23 +53,6 @@ class LinearAdapter(Adapter):
         states = states[:2 if self.reads == "both" else 1]
         return self.map(torch.cat(states, dim=-1) if len(states) > 1 else states[0])
 
-    def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
-               tokens: Tensor | None = None) -> list[Tensor]:
-        """As eagle.EagleAdapter.unroll: row s of result k predicts verifier[s + k]. Needs shift
-        1."""
-        if self.shift != 1:
-            raise ParameterError(
-                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft "
-                "is forward() over the drafter's states"
-            )
-        rows, state, results = torch.arange(verifier.shape[1], device=verifier.device), verifier, []
-        for k in range(steps):
-            inputs = (state,) if self.reads == "verifier" else (drafter[:, (
-                rows + k + 1).clamp_max(len(rows) - 1)], state)
-            state = self(*inputs)
-            results.append(state)
-        return results
-
 
 def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
                ridge: float = 1e-3, scale: bool = True) -> LinearAdapter:

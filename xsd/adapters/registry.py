@@ -7,9 +7,8 @@ configuration lies beside it as JSON. Files of the published reference code (.pt
 
 from __future__ import annotations
 
+import copy
 import json
-import re
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xsd import files
-from xsd.adapters import reference_files
+from xsd.adapters import own, reference_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
 from xsd.adapters.bottleneck import BottleneckAdapter, WideBottleneckAdapter
@@ -36,43 +35,73 @@ LEVELS: dict[str, type[Adapter]] = {
 CLOSED_FORMS: dict[str, type[Adapter]] = {
     "identity": LinearAdapter, "ridge": LinearAdapter, "procrustes": LinearAdapter
 }
+NAMES = (*LEVELS, "P0", *CLOSED_FORMS)
 FORMAT = "xsd-adapter-1"
 
 
-def create_adapter(level: str, hidden_size: int = 4096, *, drafter_size: int | None = None,
+def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | None = None,
                    **options: Any) -> Adapter:
-    """A new adapter of a level, weights from torch's current seed.
+    """A new adapter, weights from torch's current seed.
 
-    Args: level: a key of LEVELS or CLOSED_FORMS, or "P0" (whose options are image_size, channels,
-    width, dropout). hidden_size: D_v.
-        drafter_size: D_d where it differs. options: see the class (docs/adapters.md); they are
-        saved with the weights.
+    Args: level: a key of LEVELS or CLOSED_FORMS, "P0" (options image_size, channels, width,
+    dropout), "module:Class" or your own class, which is called with hidden_size, drafter_size and
+    the options by name. hidden_size: D_v. drafter_size: D_d where it differs. options: saved with
+    the weights.
     Raises: ParameterError naming the known levels, or the option that the level does not have.
     """
+    reduced = options.pop("draft_vocabulary", None)
     if level == "P0":
-        build, keywords = PixelAlignment, dict(options)
-    elif level in LEVELS or level in CLOSED_FORMS:
+        build, keywords = PixelAlignment, {}
+    elif level in NAMES:
         build = {**LEVELS, **CLOSED_FORMS}[level]
-        keywords = {
-            "hidden_size": hidden_size, "level": level, "drafter_size": drafter_size, **options
-        }
+        keywords = {"hidden_size": hidden_size, "level": level, "drafter_size": drafter_size}
+    elif isinstance(level, str) and ":" not in level:
+        raise ParameterError(
+            f"unknown adapter level {level!r}; choose one of {', '.join(NAMES)}, or name a class "
+            "of your own as module:Class")
     else:
-        raise ParameterError(
-            f"unknown adapter level {level!r}; choose one of "
-            f"{', '.join([*LEVELS, 'P0', *CLOSED_FORMS])}"
-        )
-    reduced = keywords.pop("draft_vocabulary", None) if level != "P0" else None
+        build = files.import_object(level) if isinstance(level, str) else level
+        keywords = {"hidden_size": hidden_size, "drafter_size": drafter_size or hidden_size}
     try:
-        adapter = build(**keywords)
-        if reduced is not None:  # the ids come from the file, or from set_draft_vocabulary
-            adapter.set_draft_vocabulary(torch.arange(reduced))
-        return adapter
+        adapter = build(**keywords, **options)
     except TypeError as error:
-        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
         raise ParameterError(
-            f"adapter {level} has no option {unknown.group(1) if unknown else error!s}; see "
-            "docs/adapters.md for its options"
-        ) from error
+            f"adapter {files.name_of(level)} cannot be made ({error}); see docs/adapters.md for the "
+            "options of ours, docs/extending.md for what your own class must take") from error
+    if level not in NAMES:
+        adapter = resolve(adapter, **keywords)
+        adapter.level, adapter.options, adapter.made_from = files.name_of(level), options, build
+    if reduced is not None:  # the ids come from the file, or from set_draft_vocabulary
+        adapter.set_draft_vocabulary(torch.arange(reduced))
+    return adapter
+
+
+def resolve(level: Any, hidden_size: int = 4096, *, drafter_size: int | None = None,
+            **options: Any) -> Adapter:
+    """The adapter that a researcher means by ``levels=[…]``.
+
+    Args: level: as :func:`create_adapter` takes it, or an object: an Adapter comes back as it is,
+    another module with reads, shift and forward in an own.OwnAdapter around it.
+    Raises: ParameterError when it is none of these.
+    """
+    if not isinstance(level, nn.Module):
+        return create_adapter(level, hidden_size, drafter_size=drafter_size, **options)
+    if set(options) - {"draft_vocabulary"}:
+        raise ParameterError(
+            f"{files.name_of(level)} is made already; give its class, or make it with "
+            f"{', '.join(options)}")
+    adapter = level
+    if not isinstance(level, Adapter):
+        adapter = own.OwnAdapter(level, hidden_size, drafter_size)
+        adapter.level = files.name_of(level)
+    if "draft_vocabulary" in options:
+        adapter.set_draft_vocabulary(torch.arange(options["draft_vocabulary"]))
+    adapter.level = adapter.level or files.name_of(adapter)
+    if adapter.level in NAMES and isinstance(adapter, own.OwnAdapter):
+        raise ParameterError(
+            f"{type(level).__name__} calls itself {adapter.level}, which is one of our levels; "
+            "give its level another name")
+    return adapter
 
 
 def count_parameters(adapter: nn.Module) -> int:
@@ -109,27 +138,35 @@ def save_adapter(adapter: nn.Module, path: str | Path, **info: Any) -> Path:
 
 
 def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
-                     level: str | None = None) -> Adapter:
+                     level: Any = None) -> Adapter:
     """The adapter in a file or run folder, whatever its level, in eval mode.
 
     path: a .safetensors file; a folder holding best.safetensors, adapter.safetensors or
     final.safetensors; or a reference .pt.
-    level: "B1" or "L5" of a .pt whose own words do not tell the two apart (reference_files.read).
+    level: what it is to be, as :func:`resolve` takes it (of an object a copy is filled). Needed for
+    a class of your own, which no file may name for you, and to tell B1 from L5 in a reference .pt.
     Raises: CheckpointError when it is missing, damaged, no adapter, or does not fit its own
     configuration.
     """
     path = _resolve(Path(path))
     config, tensors = reference_files.read(
         path, level=level) if _is_reference(path) else _read_safetensors(path)
+    held = config.get("level")
+    if level is None and held is not None and held not in NAMES:
+        raise CheckpointError(
+            f"{path} holds {held!r}, a class of your own: name it with level={held!r} (or pass "
+            "the class), since nothing that only a file names is imported")
+    if isinstance(level, str) and level != held and (level in NAMES or held in NAMES):
+        raise CheckpointError(
+            f"{path} holds {held!r}, not the {level} asked for; give another file or level")
     try:
-        keywords = {
-            key: config[key] for key in ("hidden_size", "drafter_size")
-            if config.get(key) is not None
-        }
-        with torch.random.fork_rng(
-                devices=[]
-        ):  # initial values are drawn and thrown away; the caller's random stream stays as it was
-            adapter = create_adapter(config["level"], **keywords, **config.get("options", {}))
+        sizes = {key: config[key] for key in ("hidden_size", "drafter_size") if config.get(key)}
+        options = config.get("options", {})
+        if isinstance(level, nn.Module):
+            options = {key: options[key] for key in ("draft_vocabulary",) if key in options}
+        # initial values are drawn and thrown away; the caller's random stream stays as it was
+        with torch.random.fork_rng(devices=[]):
+            adapter = resolve(copy.deepcopy(level or held), **sizes, **options)
     except (KeyError, TypeError, ParameterError) as error:
         raise CheckpointError(
             f"{path} does not say which adapter it is ({error}); save it with save_adapter"
@@ -197,38 +234,3 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     with safe_open(path, framework="pt") as file:
         return config, {name: file.get_tensor(name)
                         for name in file.keys()}  # noqa: SIM118 - not a mapping
-
-
-def self_test(hidden_size: int = 192, *, levels: tuple[str, ...] = tuple(LEVELS),
-              positions: int = 50, seed: int = 0) -> list[dict[str, Any]]:
-    """One row a level: level, parameters, megabytes (float32) and median latency of one forward
-    over ``positions`` positions, ms, on this machine."""
-    rows = []
-    with torch.random.fork_rng(devices=[]), torch.inference_mode():
-        torch.manual_seed(seed)
-        states = torch.randn(1, positions, hidden_size)
-        for level in levels:
-            adapter = create_adapter(level, hidden_size).eval()
-            inputs = (states, states) if adapter.reads == "both" else (states,)
-            times = []
-            for _ in range(12):
-                start = time.perf_counter()
-                adapter(*inputs)
-                times.append(time.perf_counter() - start)
-            n = count_parameters(adapter)
-            rows.append({
-                "level": level, "parameters": n, "megabytes": 4 * n / 1e6,
-                "latency_ms": 1e3 * sorted(times[2:])[5]
-            })
-    return rows
-
-
-def self_test_table(rows: list[dict[str, Any]]) -> str:
-    """The rows of :func:`self_test` as a Markdown table."""
-    lines = ["| level | parameters | MB (float32) | ms a forward |", "|---|---|---|---|"]
-    lines += [
-        f"| {row['level']} | {row['parameters']:,} | {row['megabytes']:.1f} | "
-        f"{row['latency_ms']:.2f} |"
-        for row in rows
-    ]
-    return "\n".join(lines)

@@ -12,14 +12,28 @@ import difflib
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
 
+from xsd import files
 from xsd.core import ParameterError
 
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1")
-Level = Literal["L1", "L2", "L3", "L4", "L5", "L5F", "B1"]
-TrainedLevel = Literal["L1", "L2", "L3", "L4", "L5", "L5F", "B1", "L6"]
 Mode = Literal["free_running", "teacher_forced"]
+
+
+def _level(value: Any, *more: str) -> Any:
+    """A level of ours by name, "module:Class", or a class or module with reads, shift and
+    forward."""
+    if value in (*LEVELS, *more) or (isinstance(value, str) and ":" in value) or all(
+            hasattr(value, name) for name in ("reads", "shift", "forward")):
+        return value
+    raise ValueError(f"input should be one of {', '.join((*LEVELS, *more))}, or a class of your "
+                     "own as module:Class (docs/extending.md)")
+
+
+Level = Annotated[Any, PlainValidator(_level), PlainSerializer(files.name_of)]
+TrainedLevel = Annotated[Any, PlainValidator(lambda value: _level(value, "L6")),
+                         PlainSerializer(files.name_of)]
 
 
 class NotebookParameters(BaseModel):
@@ -65,10 +79,9 @@ def _sentence(model: type[NotebookParameters], error: ValidationError) -> str:
                 f"{', '.join(known)}")
     field = model.model_fields.get(str(first["loc"][0])) if first["loc"] else None
     about = f" ({field.description})" if field and field.description else ""
-    return (
-        f"parameter {name!r} of notebook {model.notebook} cannot be {first['input']!r}: "
-        f"{first['msg'][0].lower()}{first['msg'][1:]}{about}"
-    )
+    why = first["msg"].removeprefix("Value error, ")
+    return (f"parameter {name!r} of notebook {model.notebook} cannot be {first['input']!r}: "
+            f"{why[0].lower()}{why[1:]}{about}")
 
 
 class PairParameters(NotebookParameters):

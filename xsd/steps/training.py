@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from xsd import files
 from xsd.adapters import registry
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
-from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
@@ -28,9 +29,9 @@ FULL_LAYERS = 32
 """Layers of its drafter's decoder."""
 
 
-def adapter_folder(run_dir: str | os.PathLike[str], level: str) -> Path:
-    """Where a level's training stands in a run."""
-    return folder.resolve(run_dir) / "adapters" / level
+def adapter_folder(run_dir: str | os.PathLike[str], level: Any) -> Path:
+    """Where a level's training stands in a run; my_levels:Mine stands in adapters/my_levels.Mine."""
+    return folder.resolve(run_dir) / "adapters" / re.sub(r"[:/\\]", ".", files.name_of(level))
 
 
 def run(given: parameters.TrainParameters, *,
@@ -49,9 +50,10 @@ def run(given: parameters.TrainParameters, *,
     head = dataset.head("verifier")
     held_out = guards.held_out(held_out_sets(given.run_dir))
     levels: dict[str, Any] = {}
-    for level in given.levels:
+    for spec in given.levels:
+        level = files.name_of(spec)
         report = None if progress is None else lambda row, level=level: progress(level, row)
-        if level not in registry.LEVELS:
+        if level == "L6":
             from xsd.steps import (
                 # peft takes seconds to import and speaks on stderr; only L6 needs it
                 drafter_tuning,
@@ -61,13 +63,13 @@ def run(given: parameters.TrainParameters, *,
             levels[level] = drafter_tuning.run(given, dataset, head, place, held_out,
                                                progress=report)
             continue
-        result = fit.fit_adapter(level, states, folder=adapter_folder(given.run_dir, level),
+        result = fit.fit_adapter(spec, states, folder=adapter_folder(given.run_dir, level),
                                  config=config_of(given, level), head=head, seed=given.seed,
                                  held_out=held_out, progress=report,
                                  )
         best = result.history[result.best_epoch - 1]
         levels[level] = {
-            "reads": load(given.run_dir, [level])[level].reads, "parameters": result.parameters,
+            "reads": load(given.run_dir, [spec])[level].reads, "parameters": result.parameters,
             "seconds": result.seconds, "epochs": len(result.history),
             "best_epoch": result.best_epoch, "validation_loss": best["validation_total"],
             "validation_token_acceptance": best.get("token_acceptance"),
@@ -76,7 +78,7 @@ def run(given: parameters.TrainParameters, *,
     results = {
         "profile": given.profile, "mode": given.mode, "pairs": len(states),
         "hidden_size": states.hidden_size, "levels": levels,
-        "provenance": provenance(seed=given.seed, data_hash=states.fingerprint(),
+        "provenance": files.provenance(seed=given.seed, data_hash=states.fingerprint(),
                                  parameters=given.model_dump()),
     }
     folder.save_results(given.run_dir, "train", results)
@@ -86,12 +88,12 @@ def run(given: parameters.TrainParameters, *,
 def config_of(given: parameters.TrainParameters, level: str) -> FitConfig:
     """The recipe of a level: its profile with what the parameters change; token fusion only for the
     levels that can."""
-    own = recipes.settings(given.profile, level)
+    recipe = recipes.settings(given.profile, level)
     return FitConfig(
-        profile=own["profile"], objective=given.objective or own.get("objective"),
+        profile=recipe["profile"], objective=given.objective or recipe.get("objective"),
         epochs=given.epochs, batch_size=given.batch_size, learning_rate=given.learning_rate,
         position_decay=given.position_decay, noise=given.noise,
-        token_fusion=own.get("token_fusion", False)
+        token_fusion=recipe.get("token_fusion", False)
         or (given.token_fusion and level in start.FUSING), draft_vocabulary=given.draft_vocabulary
         or None,
     )
@@ -106,26 +108,25 @@ def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
 
 
 def trained(run_dir: str | os.PathLike[str]) -> list[str]:
-    """The levels that a run holds, in the registry's order."""
-    return [
-        level for level in registry.LEVELS
-        if (adapter_folder(run_dir, level) / "best.safetensors").is_file()
-    ]
+    """The levels that a run holds: ours in the registry's order, then researchers' own."""
+    found = (folder.resolve(run_dir) / "adapters").glob("*/best.safetensors")
+    names = sorted(registry.read_config(path)["level"] for path in found)
+    return [level for level in registry.LEVELS if level in names] + [
+        name for name in names if name not in registry.LEVELS]
 
 
-def load(run_dir: str | os.PathLike[str], levels: Sequence[str]) -> dict[str, Adapter]:
-    """The best checkpoint of each level, in eval mode. Raises: ParameterError naming the trained
-    levels when one is missing."""
-    missing = [level for level in levels if level not in trained(run_dir)]
+def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Adapter]:
+    """The best checkpoint of each level, in eval mode, by its name. levels: as registry.resolve
+    takes them. Raises: ParameterError naming the trained levels when one is missing."""
+    have = trained(run_dir)
+    missing = [files.name_of(level) for level in levels if files.name_of(level) not in have]
     if missing:
-        have = ", ".join(trained(run_dir)) or "none"
         raise ParameterError(
-            f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: {have}); train "
-            "with notebook 02 and "
-            f"levels={','.join(missing)}")
+            f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: "
+            f"{', '.join(have) or 'none'}); train with notebook 02 and levels={','.join(missing)}")
     return {
-        level: registry.load_any_adapter(adapter_folder(run_dir, level) / "best.safetensors"
-                                         ).eval() for level in levels
+        files.name_of(level): registry.load_any_adapter(adapter_folder(run_dir, level), level=level)
+        for level in levels
     }
 
 
@@ -181,8 +182,8 @@ def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
 
 
 def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
-    own = [name for name in row if name.startswith(f"{split}_") and name != "train_seconds"]
-    terms = {name.removeprefix(f"{split}_"): row[name] for name in own}
+    names = [name for name in row if name.startswith(f"{split}_") and name != "train_seconds"]
+    terms = {name.removeprefix(f"{split}_"): row[name] for name in names}
     return {"loss" if name == "total" else f"{name} loss": value for name, value in terms.items()}
 
 
@@ -191,10 +192,12 @@ def table(results: Mapping[str, Any]) -> pd.DataFrame:
     best epoch, validation figures, seconds."""
     rows = []
     for level, found in results["levels"].items():
-        if level not in registry.LEVELS:
+        if level == "L6":
             from xsd.train import lora
 
             full = lora.size_of(FULL_SIZE, FULL_LAYERS)
+        elif level not in registry.LEVELS and ":" not in level:
+            full = None  # an object has the one size it was made with
         else:
             with torch.device("meta"):  # counted, not filled
                 full = registry.count_parameters(registry.create_adapter(level, FULL_SIZE))

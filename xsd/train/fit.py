@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xsd import files
 from xsd.adapters import registry
 from xsd.core import Batch, ParameterError, TrainingError
 from xsd.train import guards, objectives, parts, run_folder, source, start
@@ -47,7 +48,7 @@ class FitResult:
 
 
 def fit_adapter(
-    level: str, dataset: Any, *, folder: str | Path, config: FitConfig | None = None,
+    level: Any, dataset: Any, *, folder: str | Path, config: FitConfig | None = None,
     profile: str = "reference", head: objectives.Head | None = None, seed: int = 0,
     validation: Any = None, held_out: Sequence[Any] | guards.HeldOut = (),
     device: str | torch.device = "cpu", progress: Callable[[dict[str, Any]], None] | None = None,
@@ -55,6 +56,8 @@ def fit_adapter(
     """Train one adapter of a level on paired states.
 
     Args:
+        level: of ours by name, or your own: "module:Class", a class, or an object, of which a copy
+        is trained from its present weights (registry.resolve; it is checked first).
         dataset: a shards.store.ShardDataset, a sequence of core.PairedStates, a list of core.Batch,
         or source.PackedStates (pack once,
             train many).
@@ -73,9 +76,10 @@ def fit_adapter(
     ParameterError for an unknown level or option.
     """
     config = config or FitConfig(profile=profile)
-    if level not in registry.LEVELS:
+    if isinstance(level, str) and level not in registry.LEVELS and ":" not in level:
         raise ParameterError(
-            f"level {level!r} is not trained here; choose one of {', '.join(registry.LEVELS)}")
+            f"level {level!r} is not trained here; choose one of {', '.join(registry.LEVELS)}, or "
+            "name a class of your own as module:Class")
     if config.select_by == "token_acceptance" and head is None:
         raise TrainingError(
             f"profile {config.profile!r} selects by token acceptance and needs the verifier's LM "
@@ -96,11 +100,12 @@ class Training:
     """One training: its data, adapter, optimiser and folder. :func:`fit_adapter` is the way to run
     one; the parts are for measuring."""
     def __init__(
-        self, level: str, dataset: Any, folder: str | Path, config: FitConfig, *,
+        self, level: Any, dataset: Any, folder: str | Path, config: FitConfig, *,
         head: objectives.Head | None = None, seed: int = 0, validation: Any = None,
         held_out: Sequence[Any] | guards.HeldOut = (), device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
-        self.level, self.folder, self.config, self.seed = level, Path(folder), config, seed
+        self.spec, self.level = level, files.name_of(level)
+        self.folder, self.config, self.seed = Path(folder), config, seed
         self.processes = Processes(torch.device(device))
         self.device = self.processes.device(torch.device(device))
         self.objective = objectives.parse(config.objective)
@@ -121,12 +126,14 @@ class Training:
                 )
             self.train_indices = torch.arange(len(self.states))
             self.validation_indices = torch.arange(len(self.validation_states))
-        self.head, self.full_head = start.heads(level, config, self.objective, self.states,
+        self.head, self.full_head = start.heads(self.level, config, self.objective, self.states,
                                                 self.train_indices, head, self.device)
         self.identity = {
-            "level": level, "seed": seed, "config": asdict(config),
+            "level": self.level, "seed": seed, "config": asdict(config),
             "data": self.states.fingerprint()
         }
+        if isinstance(level, torch.nn.Module):  # another beginning is another training
+            self.identity["start"] = source.digest(level.state_dict().values())
         self.history: list[dict[str, Any]] = []
         self.best: list[float] = []
         self.best_epoch, self.finished = 0, False
@@ -148,7 +155,7 @@ class Training:
     def prepare(self) -> None:
         """The adapter and its optimiser, from the seed (draws from torch's global generator)."""
         torch.manual_seed(self.seed)
-        new = start.new_adapter(self.level, self.config, self.states, self.train_indices, self.head,
+        new = start.new_adapter(self.spec, self.config, self.states, self.train_indices, self.head,
                                 self.full_head)
         self.adapter = new.to(self.device)
         self.parameters = [p for p in self.adapter.parameters() if p.requires_grad]

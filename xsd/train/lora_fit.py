@@ -9,12 +9,11 @@ weights, bit for bit.
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -132,8 +131,8 @@ class _Run:
             states.sequence, config.validation_share, seed)
         first = lora.decoder_of(model)[1].layers[0].self_attn.q_proj.weight.detach()
         # 4-bit weights are reordered by a CPU's first pass, so their bytes name nothing
-        base = "quantised" if lora.is_quantised(model) else _digest([first])
-        through = "" if adapter is None else _digest(adapter.state_dict().values())
+        base = "quantised" if lora.is_quantised(model) else source.digest([first])
+        through = "" if adapter is None else source.digest(adapter.state_dict().values())
         identity = {
             "seed": seed, "config": asdict(config), "data": states.fingerprint(), "base": base,
             "adapter": through
@@ -316,10 +315,3 @@ class _Run:
 def _add(sums: dict[str, float], losses: dict[str, Tensor], n: int, prefix: str = "") -> None:
     for name, value in losses.items():
         sums[prefix + name] = sums.get(prefix + name, 0.0) + float(value.detach()) * n
-
-
-def _digest(tensors: Iterable[Tensor]) -> str:
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xsd import files
 from xsd.core import ParameterError, TrainingError
 from xsd.train.vocabulary import DraftHead
 
@@ -164,9 +165,11 @@ PRESETS = {"mse_cosine": "mse + 0.5*cosine", "tokens": "mse + 0.5*cosine + cross
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of named terms."""
+    """A weighted sum of terms. weights: of each term by its name. own: a user's functions by
+    theirs, "module:function"."""
 
     weights: dict[str, float]
+    own: dict[str, Term] = field(default_factory=dict)
 
     @property
     def needs_head(self) -> bool:
@@ -197,7 +200,9 @@ class Objective:
                 "an objective was asked for a batch without a real position; drop empty answers "
                 "from the dataset"
             )
-        terms = {name: TERMS[name](aligned, target, ids, head, weights) for name in self.weights}
+        functions = TERMS | self.own
+        terms = {name: functions[name](aligned, target, ids, head, weights)
+                 for name in self.weights}
         return {
             "total": torch.stack(
                 [self.weights[name] * term.float() for name, term in terms.items()]).sum(), **terms
@@ -205,18 +210,26 @@ class Objective:
 
 
 def parse(text: str) -> Objective:
-    """``"mse + 0.5*cosine"`` or a name of PRESETS → Objective.   Raises: ParameterError naming the
-    unknown term and the known ones."""
+    """``"mse + 0.5*cosine + 0.1*my_terms:contrast"`` or a name of PRESETS → Objective.
+
+    A term "module:function" is your own, called like ours: (aligned [N, D], target [N, D], ids
+    int64 [N], head or None, weights [N] or None) → scalar, over real positions alone.
+    Raises: ParameterError naming the unknown term and the known ones.
+    """
     weights: dict[str, float] = {}
+    own: dict[str, Term] = {}
     for part in PRESETS.get(text, text).split("+"):
-        found = re.fullmatch(r"\s*(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?(\w+)\s*", part)
-        if not found or found[2] not in TERMS:
+        found = re.fullmatch(r"\s*(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?(\w+|[\w.]+:[\w.]+)\s*", part)
+        if not found or (":" not in found[2] and found[2] not in TERMS):
             raise ParameterError(
                 f"objective {text!r}: {part.strip()!r} is no term; write e.g. 'mse + 0.5*cosine' "
-                f"with {', '.join(TERMS)}, or "
-                f"{', '.join(PRESETS)}")
-        weights[found[2]] = weights.get(found[2], 0.0) + float(found[1] or 1)
-    return Objective(weights)
+                f"with {', '.join(TERMS)}, {', '.join(PRESETS)}, or a function of your own as "
+                "module:function")
+        name = found[2]
+        weights[name] = weights.get(name, 0.0) + float(found[1] or 1)
+        if ":" in name:
+            own[name] = files.import_object(name)
+    return Objective(weights, own)
 
 
 def token_chunks(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:

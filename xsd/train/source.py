@@ -227,3 +227,12 @@ def split_by_sequence(sequence: Sequence[str], share: float, seed: int) -> tuple
             break
     chosen = torch.tensor([name in held for name in sequence])
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """Hex digest over the values of some tensors, in order."""
+    found = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().flatten()
+        found.update(flat.view(torch.uint8).numpy().data)
+    return found.hexdigest()

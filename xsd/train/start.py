@@ -3,10 +3,14 @@ maps (docs/adapters.md, section 5)."""
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from xsd.adapters import linear, registry
+from xsd import files
+from xsd.adapters import checks, linear, registry
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError, TrainingError
 from xsd.train import objectives, source, vocabulary
@@ -51,13 +55,15 @@ def heads(level: str, config: FitConfig, objective: objectives.Objective, states
     return vocabulary.draft_head(whole, ids.to(device)), whole
 
 
-def new_adapter(level: str, config: FitConfig, states: source.States, indices: Tensor,
+def new_adapter(spec: Any, config: FitConfig, states: source.States, indices: Tensor,
                 head: objectives.Head | None, full_head: Tensor | None) -> Adapter:
     """An adapter of a level as its recipe starts it; draws from torch's global generator. head,
-    full_head: as :func:`heads` gives them.
+    full_head: as :func:`heads` gives them. A level of one's own is checked first; an nn.Linear of
+    it that is called input_map (D_d → D_v) starts as the closed form, too.
 
-    Raises: ParameterError for an option that the level does not have.
+    Raises: ParameterError for an option that the level does not have, and as checks.check_adapter.
     """
+    level = files.name_of(spec)
     options = dict(config.adapter_options)
     if config.alpha is not None and level in ("L4", "L5", "B1", "L5F"):
         options.setdefault("alpha", config.alpha)
@@ -68,16 +74,19 @@ def new_adapter(level: str, config: FitConfig, states: source.States, indices: T
             raise ParameterError(
                 f"{level} fuses no tokens; token_fusion is for {', '.join(FUSING)}")
         options.setdefault("vocab_size", len(full_head))
-    ridge = config.warm_start == "ridge"
-    if ridge and level != "B1":
+    ridge, ours = config.warm_start == "ridge", level in registry.LEVELS
+    if ridge and ours and level != "B1":
         options.setdefault("input_map", True)
     if ridge and level in ("B1", "L5F"):
         options.setdefault("residual_map", True)
-    adapter = registry.create_adapter(level, states.hidden_size, drafter_size=states.drafter_size,
-                                      **options)
-    for module, reads in ((adapter.input_map, "drafter"), (getattr(adapter, "residual_map",
-                                                                   None), adapter.reads)):
-        if ridge and isinstance(module, torch.nn.Linear):
+    adapter = registry.resolve(copy.deepcopy(spec), states.hidden_size,
+                               drafter_size=states.drafter_size, **options)
+    if not ours:
+        checks.check_adapter(adapter)
+    module_of = getattr(adapter, "module", adapter)  # one's own stands inside an OwnAdapter
+    for name, reads in (("input_map", "drafter"), ("residual_map", adapter.reads)):
+        module = getattr(module_of, name, None)
+        if ridge and not isinstance(spec, torch.nn.Module) and isinstance(module, torch.nn.Linear):
             closed = linear.fit_linear("ridge", states.batches(indices, config.batch_size),
                                        reads=reads)
             module.load_state_dict(closed.map.state_dict())
