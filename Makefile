@@ -26,7 +26,7 @@ lab: env         ## JupyterLab in notebooks/
 	@.venv/bin/jupyter lab --notebook-dir=notebooks
 
 pair: env        ## train the embedded pair again (resumes where it stopped)
-	@$(XSD) pair
+	@$(XSD) pair train
 
 bench: env       ## live arms against each other, interleaved, as ratios of one run: reports/bench
 	@$(XSD) run 05 -p run_dir=runs/bench -p n_samples=20 -p repeats=3 -p max_new_tokens=64 -o reports/bench

@@ -1,5 +1,6 @@
 """The command line: one clear sentence for the user's mistakes, and a light start."""
 
+import os
 import subprocess
 import sys
 
@@ -8,22 +9,89 @@ import pytest
 from nbformat.v4 import new_notebook
 
 from xsd import cli
+from xsd.cli import app
 from xsd.runs import doctor
+
+VERBS = {
+    (): ("run", "sweep", "runs", "report", "notebooks", "demo", "doctor", "plan", "data", "pair",
+         "bench"),
+    ("data",): ("simulate", "prepare-dsec", "extract", "status", "verify", "repair",
+                "import-chunks", "import-traces"),
+    ("pair",): ("train", "card"),
+}
 
 
 def test_help_and_import_load_nothing_heavy():
-    code = (
-        "import sys, xsd.cli\n"
-        "heavy = {'torch', 'transformers', 'plotly', 'pandas', 'numpy', 'papermill', 'pydantic', "
-        "'nbformat'} & set(sys.modules)\n"
-        "assert not heavy, heavy")
-    subprocess.run([sys.executable, "-c", code], check=True)
+    code = ("import sys, xsd.cli, xsd.cli.app\n"
+            "assert xsd.cli.main(['--help']) == xsd.cli.main(['data', 'extract', '--help']) == 0\n"
+            "heavy = {'torch', 'transformers', 'plotly', 'pandas', 'numpy', 'papermill', "
+            "'nbformat', 'rich'} & set(sys.modules)\n"
+            "assert not heavy, heavy")
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
     done = subprocess.run([sys.executable, "-m", "xsd.cli", "--help"], capture_output=True,
                           text=True, check=True)
-    verbs = ("run", "sweep", "report", "notebooks", "demo", "simulate", "doctor", "plan",
-             "prepare-dsec", "import-traces")
-    verbs += ("extract", "status", "verify", "repair", "import-chunks")
-    assert all(verb in done.stdout for verb in verbs)
+    assert all(f"\n  {verb} " in done.stdout for verb in VERBS[()])
+
+
+@pytest.mark.parametrize("path", [
+    (*group, verb) for group, verbs in VERBS.items() for verb in verbs
+    if (verb,) not in VERBS
+])
+def test_the_help_of_every_verb_ends_in_an_example(path, capsys):
+    assert cli.main([*path, "--help"]) == 0
+    said = capsys.readouterr().out
+    examples = said[said.index("Examples:"):]
+    assert f"xsd {' '.join(path)}" in examples or f"-m xsd.cli {' '.join(path)}" in examples
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    (["simulate", "x", "-n", "2"], ["data", "simulate", "x", "-n", "2"]),
+    (["import-traces", "x.json"], ["data", "import-traces", "x.json"]),
+    (["pair", "--profile", "smoke"], ["pair", "train", "--profile", "smoke"]),
+    (["pair"], ["pair", "train"]),
+    (["pair", "--help"], ["pair", "--help"]),
+    (["pair", "card", "x"], ["pair", "card", "x"]),
+    (["bench", "extract"], ["bench", "extract"]),
+])
+def test_old_spellings_are_read_as_the_new_ones(old, new, monkeypatch):
+    asked = []
+    monkeypatch.setattr(app, "app", lambda given, **_: asked.append(given))
+    assert cli.main(old) == 0 and asked == [new]
+
+
+def test_the_shell_can_complete_verbs_and_notebooks():
+    for words, found in (("xsd da", "data"), ("xsd data ext", "extract"), ("xsd run 0", "05_live")):
+        done = subprocess.run([sys.executable, "-m", "xsd.cli"], capture_output=True, text=True,
+                              env={**os.environ, "_XSD_COMPLETE": "complete_bash",
+                                   "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))},
+                              check=False)
+        assert found in done.stdout.split(), done
+
+
+def test_a_verb_whose_module_was_not_shipped_says_so(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "benchmarks", None)
+    monkeypatch.delitem(sys.modules, "benchmarks.train", raising=False)
+    assert cli.main(["bench", "train"]) == 2
+    assert "needs benchmarks.train, which stands beside the package" in capsys.readouterr().err
+
+
+def test_an_interruption_ends_in_130(monkeypatch):
+    def interrupt(**_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "examine", interrupt)
+    assert cli.main(["doctor"]) == 130
+
+
+def test_runs_lists_what_there_is(tmp_path, capsys):
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    assert "no run yet" in capsys.readouterr().out
+    for name in ("a/results/live.json", "a/tokens.parquet", "b/index.html", "c/notes.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert "results, tokens" in said and "page" in said and str(tmp_path / "c") not in said
 
 
 @pytest.mark.parametrize(
@@ -39,9 +107,9 @@ def test_a_mistake_is_one_sentence_and_exit_status_2(arguments, words, capsys):
 
 
 def test_an_unknown_verb_is_refused_by_name(capsys):
-    with pytest.raises(SystemExit) as stop:
-        cli.main(["rum"])
-    assert stop.value.code == 2 and "rum" in capsys.readouterr().err
+    assert cli.main(["rum"]) == 2
+    said = capsys.readouterr().err
+    assert "No such command 'rum'. Did you mean 'run'" in said
 
 
 def test_report_needs_an_executed_notebook(tmp_path, capsys):

@@ -12,10 +12,11 @@ from models_fixtures import pair_folder
 from xsd import cli
 from xsd.core import ParameterError
 from xsd.extract import ranks, run, supervise
+from xsd.runs import progress
 from xsd.sensors import folder
 from xsd.sensors.events import Events
 from xsd.shards import store
-from xsd.steps import extract_command, extract_request
+from xsd.steps import extract_request
 
 QUESTIONS = [("What is on the road?", 9), ("How does the car move?", 5),
              ("Describe the scene in detail.", 1)]
@@ -40,8 +41,7 @@ def data(tmp_path_factory):
 
 
 def extract(data, out, *more):
-    return cli.main([
-        "extract",
+    return cli.main(["data", "extract",
         str(data), "-o",
         str(out), "--pair",
         str(pair_folder()), "--max-new-tokens", "4", "--batch", "3", "--samples-per-shard", "4",
@@ -72,8 +72,8 @@ def test_every_clip_is_asked_the_first_questions_and_the_run_knows_what_it_is(fi
     assert extract(data, five, "--modes", "teacher_forced,free_running", "--layers=-1,-2") == 0
     assert "finished: 8 samples" in capsys.readouterr().out
     assert extract(data, five, "--modes", "free_running", "--max-questions", "1") == 2
-    assert "was begun with other settings: config.max_questions is 2 in the folder but 1 now" in capsys.readouterr(
-    ).err
+    said = capsys.readouterr().err
+    assert "was begun with other settings: config.max_questions is 2 in the folder but 1 now" in said
 
 
 def test_one_event_frame_takes_the_verifiers_answers_of_the_other_run(five, data, tmp_path, capsys):
@@ -87,7 +87,7 @@ def test_one_event_frame_takes_the_verifiers_answers_of_the_other_run(five, data
     shard = tmp_path / "teacher_forced" / "shard-000000.safetensors"
     before = shard.read_bytes()
     shard.write_bytes(before[:-3])
-    assert cli.main(["repair", str(tmp_path)
+    assert cli.main(["data", "repair", str(tmp_path)
                      ]) == 0 and shard.read_bytes() == before, "the request remembers the other run"
 
 
@@ -119,23 +119,25 @@ def test_status_of_a_stopped_run_and_of_one_that_is_being_written(data, tmp_path
                                                                   monkeypatch):
     seen = []
 
-    def tell(self, progress):
-        seen.append(cli.main(["status", str(tmp_path)]))
-        if progress.done == 6:
+    def tell(done):
+        seen.append(cli.main(["data", "status", str(tmp_path)]))
+        if done.done == 6:
             os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(extract_command.Told, "__call__", tell)
+    monkeypatch.setattr(progress, "lines", lambda prefix: tell)
     assert extract(data, tmp_path) == supervise.INTERRUPTED
     said = capsys.readouterr().out
     assert seen == [0, 0] and f"running (process {os.getpid()}), 3 of 8 (38 %) samples" in said
-    assert "interrupted after 6 samples" in said and "the same command continues" in said
-    assert cli.main(["status", str(tmp_path)]) == 1
+    assert "interrupted after 6 samples" in said
+    assert "the same command continues" in said
+    assert cli.main(["data", "status", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "stopped, 6 of 8 (75 %) samples" in said and "stopped runs are continued by the command that began them" in said
+    assert "stopped, 6 of 8 (75 %) samples" in said
+    assert "stopped runs are continued by the command that began them" in said
     monkeypatch.undo()
     assert extract(data, tmp_path) == 0 and "6 were done before" in capsys.readouterr().out
-    assert cli.main(["status", str(tmp_path)]) == 0
-    assert cli.main(["status", str(tmp_path / "nowhere")]) == 2
+    assert cli.main(["data", "status", str(tmp_path)]) == 0
+    assert cli.main(["data", "status", str(tmp_path / "nowhere")]) == 2
 
 
 def test_an_error_in_the_middle_is_shown_by_status(data, tmp_path, capsys, monkeypatch):
@@ -143,26 +145,28 @@ def test_an_error_in_the_middle_is_shown_by_status(data, tmp_path, capsys, monke
     with pytest.raises(ZeroDivisionError):
         extract(data, tmp_path)
     monkeypatch.undo()
-    assert cli.main(["status", str(tmp_path)]) == 1
+    assert cli.main(["data", "status", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "errors and restarts (1):" in said and f"error (process {os.getpid()}): ZeroDivisionError: division by zero" in said
+    assert "errors and restarts (1):" in said
+    assert f"error (process {os.getpid()}): ZeroDivisionError: division by zero" in said
 
 
 def test_verify_names_what_is_wrong_and_repair_brings_back_the_bytes(data, tmp_path, capsys):
     assert extract(data, tmp_path) == 0
     place = tmp_path / "teacher_forced"
     before = {path.name: path.read_bytes() for path in place.glob("shard-*")}
-    assert cli.main(["verify", str(tmp_path)
+    assert cli.main(["data", "verify", str(tmp_path)
                      ]) == 0 and f"{place}: all well" in capsys.readouterr().out
     shard = place / "shard-000001.safetensors"
     data_now = bytearray(shard.read_bytes())
     data_now[-1] ^= 1
     shard.write_bytes(data_now)
     (place / "shard-000000.parquet").unlink()
-    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert cli.main(["data", "verify", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert f"{place}: 2 problem(s)" in said and "shard-000001.safetensors does not match its checksum; repair the run" in said
-    assert cli.main(["repair", str(tmp_path)]) == 0
+    assert f"{place}: 2 problem(s)" in said
+    assert "shard-000001.safetensors does not match its checksum; repair the run" in said
+    assert cli.main(["data", "repair", str(tmp_path)]) == 0
     assert "2 file(s) mended, 0 problem(s) left" in capsys.readouterr().out
     assert {path.name: path.read_bytes() for path in place.glob("shard-*")} == before
 
@@ -171,17 +175,16 @@ def test_repair_says_what_it_cannot_mend(five, data, tmp_path, capsys):
     assert extract(data, tmp_path) == 0
     (tmp_path / "teacher_forced" / "shard-000001.safetensors").unlink()
     (tmp_path / extract_request.FILE).unlink()
-    assert cli.main(["repair", str(tmp_path)]) == 1
-    assert "does not say what it was extracted from (no extract.json); give --pair, --data and --split" in capsys.readouterr(
-    ).out
-    assert cli.main([
-        "repair",
+    assert cli.main(["data", "repair", str(tmp_path)]) == 1
+    said = capsys.readouterr().out
+    assert "does not say what it was extracted from (no extract.json); give --pair, --data and --split" in said
+    assert cli.main(["data", "repair",
         str(tmp_path), "--pair",
         str(pair_folder()), "--data",
         str(data), "--split", "train"
     ]) == 1
-    assert "cannot be repaired with these models and samples: samples_hash is" in capsys.readouterr(
-    ).out, "it asked two questions"
+    said = capsys.readouterr().out
+    assert "cannot be repaired with these models and samples: samples_hash is" in said, "it asked two questions"
 
 
 def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
@@ -191,14 +194,14 @@ def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
     assert extract(data, other, "--max-questions", "1") == 0
     (tmp_path / "free_running").rename(tmp_path / "set_aside")
     (other / "teacher_forced").rename(tmp_path / "free_running")
-    assert cli.main(["verify", str(tmp_path)]) == 1
+    assert cli.main(["data", "verify", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert "is not of the run of free_running: max_questions is 1 in the folder but 2 now; they are of two runs" in said
     manifest = tmp_path / "set_aside" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
-    assert cli.main(["verify", str(tmp_path / "set_aside")]) == 1
-    assert "was changed after it was written (its digest differs); restore it or extract again" in capsys.readouterr(
-    ).out
+    assert cli.main(["data", "verify", str(tmp_path / "set_aside")]) == 1
+    said = capsys.readouterr().out
+    assert "was changed after it was written (its digest differs); restore it or extract again" in said
 
 
 def test_the_request_is_kept_for_later(five, data):
@@ -207,7 +210,7 @@ def test_the_request_is_kept_for_later(five, data):
     assert extract_request.load(ranks.Rank(0, 2).part(five / "teacher_forced"),
                                 device="cuda").device == "cuda"
     with pytest.raises(ParameterError,
-                       match="give the folder of the drives; `xsd simulate FOLDER` makes one"):
+                       match="give the folder of the drives; `xsd data simulate FOLDER` makes one"):
         extract_request.Request(data="simulated").root()
 
 
@@ -220,9 +223,9 @@ def test_supervised_the_same_command_runs_without_that_option(data, tmp_path, mo
     assert extract(data, tmp_path, "--supervise", "3", "--seed", "4") == 0
     assert extract(data, tmp_path, "--supervise=3") == 0
     (first, rest, named), (second, *_) = asked
-    assert first[1:4] == ["-m", "xsd.cli", "extract"
-                          ] and first[-2:] == ["--seed", "4"] and "--supervise" not in first
-    assert "--supervise=3" not in second and rest == (tmp_path, 3) and named == {"part": "1 of 2"}
+    assert first[1:5] == ["-m", "xsd.cli", "data", "extract"]
+    assert first[-2:] == second[-2:] == ["--supervise", "0"]
+    assert rest == (tmp_path, 3) and named == {"part": "1 of 2"}
 
 
 def test_old_chunks_are_imported(tmp_path, capsys, data):
@@ -234,16 +237,15 @@ def test_old_chunks_are_imported(tmp_path, capsys, data):
             "egpt_hidden": states, "vl_hidden": states + 1, "seq_lens": torch.tensor([5, 3]),
             "metadata": lines
         }, tmp_path / "old.pt")
-    assert cli.main([
-        "import-chunks",
+    assert cli.main(["data", "import-chunks",
         str(tmp_path / "old.pt"),
         str(tmp_path / "run"), "--data",
         str(data), "--split", "train"
     ]) == 0
-    assert "2 free-running samples in fp32; the source has no token ids, which is marked" in capsys.readouterr(
-    ).out
+    said = capsys.readouterr().out
+    assert "2 free-running samples in fp32; the source has no token ids, which is marked" in said
     dataset = store.ShardDataset(tmp_path / "run")
     assert torch.equal(dataset[1].hidden_by_verifier,
                        states[1, :3] + 1) and dataset[1].sequence == "seq0"
-    assert cli.main(["verify", str(tmp_path / "run")]) == 0
-    assert cli.main(["import-chunks", str(tmp_path / "no.pt"), str(tmp_path / "no")]) == 2
+    assert cli.main(["data", "verify", str(tmp_path / "run")]) == 0
+    assert cli.main(["data", "import-chunks", str(tmp_path / "no.pt"), str(tmp_path / "no")]) == 2

@@ -213,7 +213,7 @@ def events(folder: str | Path) -> list[Event]:
 
 
 def report(folder: str | Path, *, last: int = 10) -> str:
-    """The page that ``xsd status`` prints: a line a run, then the latest errors."""
+    """The page that ``xsd data status`` prints: a line a run, then the latest errors."""
     states = status(folder)
     lines = [str(one) for one in states]
     found = events(folder)

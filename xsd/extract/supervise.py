@@ -25,7 +25,7 @@ def supervise(command: Sequence[str], folder: str | Path, restarts: int, *, part
     its exit status.
 
     Crashes (a signal, or an exit status other than 0, 2 and 130) are noted in the errors of the run
-    ``folder``, where ``xsd status`` shows them. SIGINT and SIGTERM are handed on, and nothing is
+    ``folder``, where ``xsd data status`` shows them. SIGINT and SIGTERM are handed on, and nothing is
     started after them.
     """
     for attempt in range(restarts + 1):

@@ -21,7 +21,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,3 +129,30 @@ def _generation(fields: dict[str, Any]) -> Generation:
     rounds = tuple(Round(**{**one, "drafted": tuple(one["drafted"])}) for one in fields["rounds"])
     spans = tuple(Span(**one) for one in fields["spans"])
     return Generation(**{**fields, "ids": tuple(fields["ids"]), "rounds": rounds, "spans": spans})
+
+
+HOLDS = {
+    "results/*.json": "results", "tokens.parquet": "tokens", "live.json": "live",
+    "**/manifest.json": "shards", "adapters/*": "adapters", "sweep.json": "sweep",
+    "index.html": "page", "*.provenance.json": "notebooks",
+}
+"""Files that make a folder a run or a report, and what ``xsd runs`` says of them."""
+
+
+def overview(roots: Iterable[Path]) -> str:
+    """The runs and reports in ``roots`` as a table: what each holds, its size, when it was last
+    written to."""
+    import pandas as pd
+
+    rows = []
+    for place in sorted(one for root in roots for one in root.glob("*") if one.is_dir()):
+        holds = [what for pattern, what in HOLDS.items() if any(place.glob(pattern))]
+        files = [path.stat() for path in place.rglob("*") if path.is_file()] if holds else []
+        if files:
+            last = datetime.fromtimestamp(max(file.st_mtime for file in files))
+            shown = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
+            rows.append({"folder": str(shown), "MB": round(sum(f.st_size for f in files) / 1e6, 1),
+                         "last written": f"{last:%Y-%m-%d %H:%M}", "holds": ", ".join(holds)})
+    if not rows:
+        return "there is no run yet; xsd run NB makes one"
+    return pd.DataFrame(rows).to_string(index=False)

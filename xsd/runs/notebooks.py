@@ -227,16 +227,9 @@ def sweep(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
 
 def table(rows: Sequence[Mapping[str, Any]]) -> str:
     """The rows of a sweep as aligned text for a terminal."""
-    names = list(dict.fromkeys(name for row in rows for name in row["parameters"]))
-    lines = [[*names, "status", "seconds"]]
-    for row in rows:
-        values = [row["parameters"].get(name, "") for name in names]
-        lines.append([
-            *("+".join(map(str, value)) if isinstance(value, list) else str(value)
-              for value in values), row["status"],
-            str(row["seconds"]),
-        ])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(width)
-                               for cell, width in zip(line, widths, strict=True)).rstrip()
-                     for line in lines)
+    import pandas as pd
+
+    lines = [{name: "+".join(map(str, value)) if isinstance(value, list) else value
+              for name, value in row["parameters"].items()} |
+             {"status": row["status"], "seconds": row["seconds"]} for row in rows]
+    return pd.DataFrame(lines).to_string(index=False)

@@ -514,3 +514,19 @@ def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, 
                     f"the value of {name!r} must be a number, not {text!r}") from None
         values[name] = value
     return values
+
+
+def read_grid(axes: list[str], model: type[NotebookParameters]) -> dict[str, list[Any]]:
+    """``["seed=0,1", "level=L1,L4"]`` as typed axes of a grid.
+
+    ``level`` is an axis over single levels: each point gets ``levels`` with that one.
+    Raises: ParameterError as :func:`read_values`.
+    """
+    grid = {}
+    for axis in axes:
+        name, sign, text = axis.partition("=")
+        if not sign:
+            raise ParameterError(f"a grid axis is written name=value,value, not {axis!r}")
+        name = "levels" if name == "level" and "levels" in model.model_fields else name
+        grid[name] = [read_values([f"{name}={one}"], model)[name] for one in text.split(",") if one]
+    return grid

@@ -4,7 +4,9 @@ argument first and never at the variable)."""
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 
@@ -20,3 +22,19 @@ def tqdm(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
 def counted(iterable: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
     """The items of ``iterable`` under a bar named ``what``."""
     yield from tqdm(iterable, desc=what, total=total)
+
+
+def lines(prefix: str = "", every_s: float = 10.0) -> Callable[[Any], None]:
+    """Progress as lines on stderr, at most one every ``every_s`` seconds; the last is always shown.
+
+    What it returns is called with an extract.run.Progress.
+    """
+    shown = float("-inf")
+
+    def show(progress: Any) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= every_s or progress.done == progress.total:
+            shown = time.monotonic()
+            print(f"{prefix}{progress}", file=sys.stderr, flush=True)
+
+    return show

@@ -52,7 +52,7 @@ class Request:
     def root(self) -> Path:
         """The dataset folder. Raises: ParameterError where there is none."""
         if self.data == datasets.SIMULATED:
-            raise ParameterError("give the folder of the drives; `xsd simulate FOLDER` makes one")
+            raise ParameterError("give the folder of the drives; `xsd data simulate FOLDER` makes one")
         return datasets.root_of("", self.data, self.split)
 
     def load_pair(self) -> loading.Pair:

@@ -1,4 +1,4 @@
-"""Raw DSEC sequences into a dataset folder, with progress and a summary: ``xsd prepare-dsec`` and
+"""Raw DSEC sequences into a dataset folder, with progress and a summary: ``xsd data prepare-dsec`` and
 notebook 08."""
 
 from __future__ import annotations

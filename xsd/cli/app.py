@@ -1,0 +1,280 @@
+"""The verbs of ``xsd``, and what becomes of a mistake."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, Literal
+
+from typer import Argument, Exit, Option, Typer
+
+from xsd import __version__
+from xsd.cli import data
+from xsd.cli.data import NUMBERS, OUT, QUANT, QUIET, Quant, Stored, examples, words
+from xsd.core import ROOT, ParameterError, XsdError
+
+
+def _end(status: int | None, **_: Any) -> None:
+    """What a verb returns is the exit status."""
+    raise Exit(status or 0)
+
+
+HELP = ("-h", "--help")
+PAIR_WORDS = ("train", "card", *HELP)
+app = Typer(result_callback=_end, context_settings={"help_option_names": HELP}, **QUIET)
+pair_app = Typer(help="Train the embedded pair, judge it.", **QUIET)
+app.add_typer(data.app, name="data")
+app.add_typer(pair_app, name="pair")
+DATA_VERBS = ("simulate", "prepare-dsec", "extract", "status", "verify", "repair", "import-chunks",
+              "import-traces")
+
+
+def run(argv: list[str] | None = None) -> int:
+    """Run one verb and return its exit status (see :func:`xsd.cli.main`)."""
+    given = list(sys.argv[1:] if argv is None else argv)
+    # As they were written before the verbs stood in groups.
+    if given[:1] == ["pair"] and (len(given) == 1 or given[1] not in PAIR_WORDS):
+        given.insert(1, "train")
+    elif given and given[0] in DATA_VERBS:
+        given.insert(0, "data")
+    try:
+        app(given, prog_name="xsd", obj=given)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    except XsdError as error:
+        print(f"xsd: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"xsd {__version__}")
+        raise Exit()
+
+
+@app.callback()
+def _top(version: bool = Option(False, "--version", callback=_version, is_eager=True,
+                                help="print it and stop")) -> None:
+    """Cross-modal speculative decoding: an event-camera drafter for a video verifier."""
+
+
+def _names() -> list[str]:
+    return sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
+
+
+NOTEBOOK = Argument(help="number (05), stem (05_live) or path", autocompletion=_names)
+PARAMETER = Option([], "-p", "--parameter", metavar="NAME=VALUE",
+                   help="may be repeated; lists are written a,b")
+
+
+@app.command("run", epilog=examples("xsd run 05 -p n_samples=4 -p arms=ar,L1 -o reports/live",
+                                    "xsd run 04 --help-parameters"))
+def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path | None = OUT,
+            help_parameters: bool = Option(False, "--help-parameters",
+                                           help="print what the notebook takes, and stop")) -> None:
+    """Execute a notebook headless, with checked parameters, into reports/<notebook>."""
+    from xsd.runs import notebooks, parameters
+
+    source = notebooks.find(notebook)
+    model = parameters.model_of(source.stem)
+    if help_parameters:
+        for name, field in model.model_fields.items():
+            print(f"{name} = {field.get_default()!r}\n    {field.description}")
+        return
+    values = parameters.read_values(parameter, model)
+    target = notebooks.run_notebook(source, out or ROOT / "reports" / source.stem, values)
+    print(f"finished: {target}")
+
+
+@app.command(epilog=examples("xsd sweep 02 -g level=L1,L4 -g seed=0,1,2 -p epochs=20"))
+def sweep(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path | None = OUT,
+          grid: list[str] = Option(..., "-g", "--grid", metavar="NAME=V1,V2",
+                                   help="an axis, may be repeated")) -> int:
+    """Execute a notebook over a grid, into reports/sweep_<notebook>.
+
+    Resumes, and survives a failing run.
+    """
+    from xsd.runs import notebooks, parameters
+
+    source = notebooks.find(notebook)
+    model = parameters.model_of(source.stem)
+    target = out or ROOT / "reports" / f"sweep_{source.stem}"
+    rows = notebooks.sweep(source, parameters.read_grid(grid, model), target,
+                           fixed=parameters.read_values(parameter, model))
+    print(notebooks.table(rows))
+    failed = [row for row in rows if row["status"] == "failed"]
+    if failed:
+        print(f"{len(failed)} of {len(rows)} runs failed; run the same command again to try only "
+              "those", file=sys.stderr)
+    return 1 if failed else 0
+
+
+@app.command(epilog=examples("xsd runs", "xsd runs /data/runs"))
+def runs(folder: list[Path] = Argument(None, help="default: runs and reports")) -> None:
+    """List the runs there are: what each holds, its size, and when it was last written to."""
+    from xsd.runs import folder as run_folder
+
+    print(run_folder.overview(folder or [ROOT / "runs", ROOT / "reports"]))
+
+
+@app.command(epilog=examples("xsd report reports/05_live"))
+def report(folder: Path = Argument(help="with executed notebooks")) -> None:
+    """Turn the executed notebooks of a folder into offline pages."""
+    from xsd.runs import report as pages
+
+    executed = sorted(folder.glob("*.ipynb"))
+    if not executed:
+        raise ParameterError(f"there is no executed notebook in {folder}; run one with xsd run NB "
+                             f"-o {folder}")
+    for path in executed:
+        print(pages.notebook_page(path, folder / "notebooks"))
+
+
+@app.command("notebooks", epilog=examples("xsd notebooks check", "xsd notebooks refresh 04 05"))
+def keep_notebooks(action: Literal["check", "refresh", "normalise"] = Argument(
+                       help="refresh executes them; check only looks"),
+                   notebook: list[str] = Argument(None, help="default: all", autocompletion=_names),
+                   ) -> None:
+    """Keep the committed notebooks in the form that git and nbval need."""
+    from xsd.runs import hygiene, notebooks
+
+    paths = [notebooks.find(one) for one in notebook or []] or hygiene.committed()
+    for path in paths:
+        if action == "refresh":
+            print(f"refreshing {path.name}", flush=True)
+            hygiene.refresh(path)
+        elif action == "normalise":
+            hygiene.normalise(path)
+    hygiene.check(paths)
+    print(f"{len(paths)} notebooks are in their committed form")
+
+
+@app.command(epilog=examples("xsd demo", "xsd demo --profile smoke -o reports/small"))
+def demo(out: Path | None = OUT,
+         profile: Literal["smoke", "demo"] = Option("demo", help="smoke is the small one")) -> None:
+    """The main job end to end, into reports/demo.
+
+    Extraction, training, acceptance, live decoding, one report.
+    """
+    from xsd.runs import demo as main_job
+
+    print(f"the report: {main_job.run(out or ROOT / 'reports' / 'demo', profile=profile)}")
+
+
+@app.command(epilog=examples("xsd doctor --pair embedded",
+                             "xsd doctor --pair checkpoints/7b --dtype bfloat16 --device cuda"))
+def doctor(pair: str = Option("", help="also load this pair: embedded, or a folder"),
+           dtype: str = Option("float32", help=NUMBERS), quant: Quant = QUANT,
+           device: str = Option("cpu", help="where to load it: cpu, cuda, cuda:1, …")) -> int:
+    """Look at Python, packages, disk, GPU, browser, and optionally a pair."""
+    from xsd.runs import doctor as examiner
+
+    findings = examiner.examine(pair=pair)
+    print(*findings, sep="\n", flush=True)
+    if pair:
+        from xsd.steps import checkup
+
+        found = checkup.examine(pair, dtype=dtype, quant=quant, device=device)
+        print(*found, sep="\n")
+        findings += found
+    return 1 if any(finding.state == "bad" for finding in findings) else 0
+
+
+@app.command(epilog=examples("xsd plan --machine rtx4090 --quant 4bit --batch 2 --clips 2000",
+                             "xsd plan --pair embedded --measure"))
+def plan(
+    pair: str = Option("full", help="full (EventGPT-7B, Video-LLaVA-7B), embedded, or a folder"),
+    dtype: str = Option("bfloat16", help=NUMBERS),
+    quant: Quant = QUANT,
+    clips: int = 5000,
+    questions: int = Option(10, help="asked of every clip"),
+    max_new_tokens: int = 50,
+    batch: int = Option(10, help="answers at a time"),
+    stored: Stored = Option("fp16", help="how states are stored"),
+    modes: str = Option("teacher_forced,free_running", help="kinds of pairs"),
+    levels: str = Option("L1,L4,L5F,B1", help="adapters to train"),
+    epochs: int = 50,
+    machine: str = Option("a100-80", help="with its data-sheet speeds: t4, l4, rtx3090, rtx4090, "
+                          "a100-40, a100-80, h100, h200"),
+    measure: bool = Option(False, "--measure", help="time this machine instead"),
+    device: str = Option("cpu", help="what --measure times: cpu or cuda"),
+    tflops: float | None = Option(None, help="what the device reaches in half precision"),
+    gb_s: float | None = Option(None, help="memory bandwidth it reaches"),
+    memory_gb: float | None = Option(None, help="memory it has"),
+) -> None:
+    """Predict memory, disk and hours of extraction and training, before anything starts."""
+    from xsd.steps import plan as planning
+    from xsd.steps import plan_table
+
+    if not measure and machine not in planning.MACHINES:
+        raise ParameterError(f"there is no machine {machine!r}; choose one of "
+                             f"{', '.join(planning.MACHINES)}, or --measure")
+    found = planning.measure_machine(device) if measure else planning.MACHINES[machine]
+    found = planning.with_speed(found, tflops=tflops, gb_s=gb_s, memory_gb=memory_gb)
+    request = plan_table.Request(pair=pair, dtype=dtype, quant=quant, clips=clips,
+                                 questions=questions, new_tokens=max_new_tokens, batch=batch,
+                                 stored=stored, modes=words(modes), levels=words(levels),
+                                 epochs=epochs)
+    print(plan_table.make(request, found, disk_free=shutil.disk_usage(ROOT).free))
+
+
+@app.command(epilog=examples("xsd bench train -o reports/here"))
+def bench(what: Literal["extract", "train", "metrics"], out: Path | None = OUT) -> None:
+    """Measure one room against its alternatives, as ratios of one run.
+
+    Into reports/bench_<what>.
+    """
+    print(_beside(f"benchmarks.{what}").run(out or ROOT / "reports" / f"bench_{what}"))
+
+
+SEQUENCES = Option(40, help="held-out drives for the card")
+
+
+@pair_app.command(epilog=examples("xsd pair train --profile quick --seed 1"))
+def train(profile: Literal["smoke", "quick", "full"] = Option(
+              "full", help="full takes about two hours on two cores"),
+          seed: int = 0, device: str = "cpu", out: Path | None = OUT,
+          workers: int = Option(2, help="processes that simulate"),
+          sequences: int = SEQUENCES) -> None:
+    """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>.
+
+    Resumes where it stopped.
+    """
+    from xsd.runs.progress import tqdm
+
+    recipe = _beside("studies.embedded_pair.recipe")
+    bars: dict[str, Any] = {}
+
+    def show(stage: str, done: int, total: int, loss: float) -> None:
+        if stage not in bars:
+            bars[stage] = tqdm(total=total, desc=stage, mininterval=5)
+        bars[stage].set_postfix(loss=f"{loss:.3f}", refresh=False)
+        bars[stage].update(done - bars[stage].n)
+
+    written = recipe.train(out or recipe.default_folder(profile, seed), profile, seed=seed,
+                           device=device, workers=workers, progress=show)
+    card = recipe.score(written, n_sequences=sequences,
+                        command=f"`xsd pair train --profile {profile} --seed {seed}`")
+    print(f"the pair: {written}; its card: {card}")
+
+
+@pair_app.command(epilog=examples("xsd pair card runs/pair_full_0/pair"))
+def card(folder: Path = Argument(help="a trained embedded pair"),
+         sequences: int = SEQUENCES) -> None:
+    """Judge a trained pair on held-out drives and write its card."""
+    recipe = _beside("studies.embedded_pair.recipe")
+    print(recipe.score(folder, n_sequences=sequences, command=f"`xsd pair card {folder}`"))
+
+
+def _beside(module: str) -> Any:
+    """A module that stands beside the package. Raises: ParameterError where it was not shipped."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if not module.startswith(error.name or "?"):
+            raise
+        raise ParameterError(f"this verb needs {module}, which stands beside the package: run xsd "
+                             "from a checkout") from error

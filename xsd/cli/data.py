@@ -1,0 +1,271 @@
+"""``xsd data``: dataset folders, extractions, and what ran elsewhere."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from typer import Argument, Context, Option, Typer
+
+from xsd.core import ROOT, ParameterError, XsdError
+
+QUIET: dict[str, Any] = {
+    "rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True
+}
+"""Plain help, plain tracebacks."""
+NUMBERS = "float32, bfloat16 or float16"
+OUT = Option(None, "-o", "--out", metavar="DIR", help="write here instead")
+QUANT = Option(None, help="quantise the decoders' linear layers with bitsandbytes")
+SPLIT = Option("train")
+SAME = Option(None, help="default as extracted")
+RUN = Argument(metavar="RUN", help="run folder")
+Quant = Literal["4bit", "8bit"] | None
+Split = Literal["train", "test"]
+Stored = Literal["fp32", "bf16", "fp16", "int8"]
+
+
+def examples(*lines: str) -> str:
+    """The end of a verb's help; the sign in front keeps the lines apart."""
+    return "\n  ".join(["\b\nExamples:", *lines])
+
+
+def words(text: str) -> tuple[str, ...]:
+    """``"L1, L4"`` as ``("L1", "L4")``."""
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+app = Typer(help="Dataset folders, paired hidden states, answers made elsewhere.", **QUIET)
+
+
+@app.command(epilog=examples("xsd data simulate data/drives -n 50",
+                             "xsd data simulate data/drives --split test -n 20"))
+def simulate(folder: Path, split: Split = SPLIT, seed: int = 0,
+             sequences: int = Option(4, "-n", "--sequences", help="drives"),
+             workers: int = Option(1, help="processes")) -> None:
+    """Write a dataset folder of simulated drives."""
+    from xsd.embedded import drive
+
+    summary = drive.write_dataset(folder, split=split, n_sequences=sequences, seed=seed,
+                                  workers=workers)
+    plain = (f"{name} {value}" for name, value in summary.items()
+             if not isinstance(value, (dict, list)))
+    print(f"{folder}: {', '.join(plain)}")
+
+
+@app.command(epilog=examples("xsd data prepare-dsec raw data/dsec --clip-ms 1000 --hop-ms 500"))
+def prepare_dsec(
+    source: Path = Argument(help="folder of raw sequences, or one of them"),
+    root: Path = Argument(help="dataset folder to write or to continue"),
+    split: Split = SPLIT,
+    clip_ms: int = 1000,
+    hop_ms: int = Option(500, help="from one clip's start to the next one's"),
+    video_size: str = Option("", metavar="WxH", help="resize the pictures; else as they are"),
+    canvas: Literal["slice", "sensor"] = Option("slice", help="of the event frames; slice is the "
+                                                "official one"),
+    rectify: bool = Option(False, "--rectify", help="move events by the sequence's rectify map"),
+) -> None:
+    """Cut raw DSEC sequences into a dataset folder; resumes after the last finished sequence."""
+    from xsd.steps import raw_dsec
+
+    summary = raw_dsec.prepare(source, root, split=split, clip_ms=clip_ms, hop_ms=hop_ms,
+                               video_size=raw_dsec.size_of(video_size), canvas=canvas,
+                               rectify=rectify)
+    print(raw_dsec.sentence(summary, root))
+
+
+@app.command(epilog=examples(
+    "xsd data extract data/drives -o runs/x --modes teacher_forced,free_running",
+    "torchrun --nproc-per-node 4 -m xsd.cli data extract data/dsec -o runs/y --device cuda"))
+def extract(
+    context: Context,
+    data: str = Argument(help="dataset folder (xsd data simulate makes one), or davis_road"),
+    out: Path = Option(..., "-o", "--out", metavar="RUN", help="run folder to write or continue"),
+    pair: str = Option("embedded", help="embedded, or a folder with drafter/ and verifier/"),
+    split: Split = SPLIT,
+    modes: str = Option("teacher_forced", help="kinds of pairs: teacher_forced, free_running, or "
+                        "both with a comma"),
+    layers: str = Option("-1", help="hidden states; --layers=-1,-8 is the last (after the norm) "
+                         "and one before"),
+    max_samples: int = Option(-1, help="that many, whole clips drawn by the seed; -1 is all"),
+    max_questions: int = Option(10, help="asked of every clip: the folder's first so many"),
+    max_new_tokens: int = Option(50, help="longest answer"),
+    duration: str = Option("", help="only clips of this length: 1s, 500ms"),
+    event_frames: Literal["5f", "1f"] | None = Option(None, help="what the drafter sees; default "
+                                                      "as the pair says"),
+    reuse_verifier: Path | None = Option(None, metavar="RUN", help="take the verifier's answers "
+                                         "from this finished run"),
+    stored: Stored = Option("fp16", help="how states are stored"),
+    dtype: str = Option("float32", help=f"of the models: {NUMBERS}"),
+    quant: Quant = QUANT,
+    device: str = Option("cpu", help="cpu or cuda; under torchrun every process has its own GPU"),
+    batch: int = Option(16, help="answers at a time"),
+    samples_per_shard: int = Option(256, help="also what several processes share out"),
+    seed: int = 0,
+    supervise: int = Option(0, metavar="N", help="start again after a crash, at most N times"),
+) -> int:
+    """Extract paired hidden states of a dataset folder.
+
+    Resumes, and shares the work under torchrun or accelerate.
+    """
+    if supervise < 0:
+        raise ParameterError(f"--supervise {supervise}: give the largest number of restarts, 0 or "
+                             "more")
+    from xsd.extract import ranks
+    from xsd.extract import supervise as supervision
+
+    rank = ranks.Rank.of_this_process()
+    part = f"{rank.rank} of {rank.world_size}" if rank.world_size > 1 else ""
+    if supervise:  # the same command; the last word on --supervise counts
+        command = [sys.executable, "-m", "xsd.cli", *context.obj, "--supervise", "0"]
+        return supervision.supervise(command, out, supervise, part=part)
+    from xsd.extract import run
+    from xsd.runs import progress
+    from xsd.steps import extract_request
+
+    places = _places(data=data, pair=pair, reuse_verifier=reuse_verifier)
+    request = extract_request.Request(**places, split=split, max_questions=max_questions,
+                                      duration=duration, dtype=dtype, quant=quant, device=device,
+                                      event_frames=int(event_frames[0]) if event_frames else 0)
+    request.root()
+    if device == "cuda" and "LOCAL_RANK" in os.environ:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    models = replace(request, device=device).load_pair()
+    samples = request.samples(models)
+    request.save(out, first=True)
+    report = run.extract(models, samples, out, modes=words(modes), layers=_integers(layers),
+                         dtype=stored, max_new_tokens=max_new_tokens, batch_size=batch,
+                         samples_per_shard=samples_per_shard, max_samples=max_samples, seed=seed,
+                         config=request.config(), verifier_from=reuse_verifier, rank=rank,
+                         progress=progress.lines(f"part {part}: " if part else ""))
+    request.save(out)
+    what = f"{out}: " + (f"part {part}, " if part else "")
+    counted = (f"{report.n} samples, {report.tokens} tokens, {report.gb:.3f} GB in "
+               f"{report.seconds:.0f} s ({report.resumed} were done before)")
+    if not report.finished:
+        print(f"{what}interrupted after {counted}; the same command continues")
+        return supervision.INTERRUPTED
+    print(f"{what}finished: {counted}" +
+          ("" if report.joined else "; the other parts are still missing, the last one joins them"))
+    return 0
+
+
+@app.command(epilog=examples("xsd data status runs/x"))
+def status(run: Path = RUN) -> int:
+    """Progress, rate, time left and errors of a running or dead extraction."""
+    from xsd.extract import monitor
+
+    print(monitor.report(run))
+    return 1 if any(one.state == "stopped" for one in monitor.status(run)) else 0
+
+
+@app.command(epilog=examples("xsd data verify runs/x"))
+def verify(run: Path = RUN) -> int:
+    """Look for damaged, missing or mixed files, and for states that are no numbers."""
+    from xsd.extract import checks
+
+    found = checks.verify(run)
+    for place, problems in found.items():
+        print(f"{place}: " + (f"{len(problems)} problem(s)" if problems else "all well"))
+        for problem in problems:
+            print(f"  {problem}")
+    return 1 if any(found.values()) else 0
+
+
+@app.command(epilog=examples("xsd data repair runs/x", "xsd data repair runs/x --data moved/dsec"))
+def repair(run: Path = RUN,
+           pair: str | None = Option(None, help="where it is now; default as extracted"),
+           data: str | None = Option(None, help="where the folder is now; default as extracted"),
+           split: Split | None = SAME, device: str | None = SAME,
+           reuse_verifier: Path | None = Option(
+               None, metavar="RUN", help="where the run with the verifier's answers is now"),
+           ) -> int:
+    """Extract again just what verify finds damaged."""
+    from xsd.extract import checks
+    from xsd.extract import repair as mending
+    from xsd.runs import folder as run_folder
+    from xsd.steps import extract_request
+
+    changes = _places(data=data, pair=pair, reuse_verifier=reuse_verifier)
+    mended, opened, models, samples = 0, None, None, None
+    for place, problems in checks.verify(run).items():
+        if not problems:
+            continue
+        try:
+            request = extract_request.load(place, **changes, split=split, device=device)
+            if request != opened:
+                models = samples = None  # one pair in memory at a time
+                models = request.load_pair()
+                samples, opened = request.samples(models), request
+            reused = run_folder.resolve(request.reuse_verifier) if request.reuse_verifier else None
+            for problem in mending.repair(models, samples, place, verifier_from=reused,
+                                          problems=problems):
+                print(f"mended: {problem.file} (it {problem.what.removeprefix('it ')})")
+                mended += 1
+        except XsdError as error:
+            print(f"not mended: {error}")
+    left = [problem for problems in checks.verify(run).values() for problem in problems]
+    for problem in left:
+        print(f"left: {problem}")
+    print(f"{run}: {mended} file(s) mended, {len(left)} problem(s) left")
+    return 1 if left else 0
+
+
+@app.command(epilog=examples("xsd data import-chunks old/chunked_train runs/old --data data/dsec"))
+def import_chunks(
+    source: Path = Argument(help="one .pt file, or a folder with index.json and chunks/"),
+    out: Path = Argument(metavar="OUT", help="run folder to write or to continue"),
+    stored: Stored = Option("fp32", help="fp32 keeps every bit"),
+    data: Path | None = Option(None, help="dataset folder that names their sequences"),
+    split: Split | None = Option(None, help="of that folder"),
+    head: Path | None = Option(None, help=".pt file with the verifier's LM head"),
+) -> None:
+    """Padded .pt files of the first scripts as a run, bit for bit; resumes."""
+    from xsd.sensors import folder
+    from xsd.shards import chunks
+
+    clips = [(record.sequence, record.clip)
+             for record in folder.open_folder(data, split)] if data else None
+    n = chunks.import_chunks(source, out, dtype=stored, clips=clips, head=head)
+    lacks = "token ids" if clips else "token ids and names of sequences (give --data for those)"
+    print(f"{out}: {n} free-running samples in {stored}; the source has no {lacks}, which is "
+          "marked")
+
+
+@app.command(epilog=examples("xsd data import-traces answers.json -o runs/elsewhere --gamma 5"))
+def import_traces(
+    file: Path = Argument(help="JSON {question, rows: [{clip, drafter_ids, verifier_ids}]}"),
+    out: Path | None = OUT,
+    gamma: int = Option(5, help="draft tokens a round"),
+    gamma_prefill: int = Option(0, help="draft tokens made behind the verifier's prefill"),
+    blocks: int = Option(10, help="of clips; floors never see the block they are tried on"),
+    prices: Path | None = Option(None, help="JSON of measured seconds, to price the replay"),
+) -> None:
+    """Token ids of models that ran elsewhere as a run: agreement, floors, replay.
+
+    Into runs/<file>.
+    """
+    from xsd.steps import traces
+
+    found = traces.run(file, out or ROOT / "runs" / file.stem, gamma=gamma,
+                       gamma_prefill=gamma_prefill, blocks=blocks, prices=prices)
+    print(traces.text(found))
+
+
+def _places(**given: str | Path | None) -> dict[str, Any]:
+    """The folders that were given, as a request keeps them; names stay names."""
+    from xsd.steps import extract_request
+
+    names = (None, "embedded", "davis_road", "simulated")
+    return {name: place if place in names else extract_request.here(place)
+            for name, place in given.items()}
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    try:
+        return tuple(map(int, words(text)))
+    except ValueError:
+        raise ParameterError(
+            f"--layers {text}: expected whole numbers with commas, such as -1,-8") from None
