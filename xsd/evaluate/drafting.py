@@ -32,8 +32,7 @@ from torch import Tensor
 
 from xsd.core import Batch, ParameterError
 from xsd.evaluate import rounds
-from xsd.evaluate.hidden import cosines
-from xsd.evaluate.tokens import head_tokens
+from xsd.evaluate.kernels import cosines, head_tokens
 
 MISSED = 255
 """Rank of a right token that was not among the candidates."""
@@ -99,11 +98,11 @@ def _say(states: Tensor, head: Tensor, ids: Tensor, top_k: int,
 
 def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns:
     """Positions 1 … n-1 of every answer as a loop drafts them that feeds on its own predictions:
-    draft_id, draft_probability, match, cosine, run; for adapters of shift 1.
+    draft_id, draft_probability, match, cosine, accepted; for adapters of shift 1.
 
     A position holds the draft of the round that reaches it, the rejected one at a bonus position;
-    where a round accepts all gamma drafts, the one it would have made next. run: drafts accepted by
-    a round that begins there. Raises: ParameterError when the adapter cannot be unrolled.
+    where a round accepts all gamma drafts, the one it would have made next. accepted: by a round
+    that begins there. Raises: ParameterError when the adapter cannot be unrolled.
     """
     if not hasattr(adapter, "unroll"):
         raise ParameterError(f"{adapter.level} predicts the next state but cannot be unrolled; "
@@ -133,7 +132,7 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
         "draft_probability": probability[row, start, step],
         "match": draft == batch.ids_by_verifier.cpu().numpy()[row, at + 1],
         "cosine": cosines(states[None], target[None], real)[0].cpu().numpy(),
-        "run": run[row, at],
+        "accepted": run[row, at],
     }
 
 

@@ -15,7 +15,7 @@ One row per level and position of an answer, level by level, answer by answer:
 ``match``               bool, the two are the same
 ``cosine``              of the state behind the draft to the verifier's; NaN where there is none
 ``draft_probability``   of the draft; NaN where there is none
-``run``                 drafts accepted by a round that begins here, at most gamma
+``accepted``            drafts that a round accepts which begins here, at most gamma
 ``one_step_match``,     after the verified prefix, whatever the level feeds on in the loop (the same
 ``one_step_cosine``     as in the loop for levels of shift 0)
 ``one_step_rank``       rank of the verifier's token among the head's best, 255 beyond top_k
@@ -24,7 +24,8 @@ One row per level and position of an answer, level by level, answer by answer:
 ``verifier_token``      where they are known
 ======================  ========================================================================
 
-then a user's own columns. Text columns are categorical, so that a row takes about 100 bytes.
+then a user's own columns; ``data`` and ``run`` (names) where several sets or run folders stand in
+one table (:func:`join`). Text columns are categorical, so that a row takes about 100 bytes.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ import torch
 from xsd.core import Batch, MetricError
 from xsd.evaluate import drafting, rounds
 from xsd.evaluate.held_out import HeldOut
-from xsd.evaluate.hidden import cosines
+from xsd.evaluate.kernels import cosines
 from xsd.files import import_object
 
 DRAFTER = "drafter_tokens"
@@ -98,7 +99,8 @@ def rows(adapter: drafting.Drafts, batch: Batch, head: torch.Tensor, gamma: int 
     match = np.zeros(mask.shape, dtype=bool)
     match[mask] = found["one_step_match"]
     run = rounds.runs_of(match, gamma)[mask]
-    return found | {"match": match[mask], "cosine": found["one_step_cosine"], "run": run}
+    loop = {"match": match[mask], "cosine": found["one_step_cosine"], "accepted": run}
+    return found | loop
 
 
 def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
@@ -117,7 +119,7 @@ def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
         "draft_id": batch.ids_by_drafter.cpu().numpy()[mask],
         "match": match[mask],
         "cosine": cosine,
-        "run": rounds.runs_of(match, gamma)[mask],
+        "accepted": rounds.runs_of(match, gamma)[mask],
         "one_step_match": match[mask],
         "one_step_cosine": cosine,
         "one_step_rank": np.where(match[mask], 0, drafting.MISSED).astype(np.uint8),
@@ -126,7 +128,7 @@ def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
 
 _TYPES = {
     "position": np.int32, "draft_id": np.int32, "verifier_id": np.int32, "match": bool,
-    "cosine": np.float64, "draft_probability": np.float64, "run": np.int32,
+    "cosine": np.float64, "draft_probability": np.float64, "accepted": np.int32,
     "one_step_match": bool, "one_step_cosine": np.float64, "one_step_rank": np.uint8,
     "cross_entropy": np.float32,
 }  # fmt: skip
@@ -242,14 +244,14 @@ def counts(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
 
 def matches_as_rows(level: str, matches: Sequence[Sequence[bool]], pairs: HeldOut,
                     gamma: int) -> pd.DataFrame:
-    """Rows of a drafter without states, a floor say: match and run, from its one-step matches bool
-    [n] on every answer of the set."""
+    """Rows of a drafter without states, a floor say, from its one-step matches on every answer of
+    the set: bool [n] each, the answer's first token included."""
     match, lengths = rounds.pad(matches)
     inside = np.arange(match.shape[1]) < lengths[:, None]
     index, at = inside.nonzero()
     part = {
         "index": index, "position": at - 1, "match": match[inside],
-        "run": rounds.runs_of(match, gamma)[inside], "one_step_match": match[inside],
+        "accepted": rounds.runs_of(match, gamma)[inside], "one_step_match": match[inside],
         "cosine": np.full(len(at), np.nan)
     }  # fmt: skip
     return _joined({level: [part]}, pairs)
