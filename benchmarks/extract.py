@@ -20,7 +20,8 @@ from benchmarks import streaming as bench_streaming
 from xsd.core import Sample
 from xsd.extract import pairs
 from xsd.models import loading
-from xsd.models.handle import Continuation, ModelHandle
+from xsd.models.batched import Continuation
+from xsd.models.handle import ModelHandle
 from xsd.steps import data
 
 

@@ -91,7 +91,7 @@ def test_a_file_in_the_way_of_the_folder_is_named(tmp_path):
 def test_a_process_killed_while_writing_leaves_the_old_file(tmp_path):
     target = tmp_path / "file.txt"
     files.atomic_write(target, "old")
-    code = ("import os, signal, sys; from xsd import core\n"
+    code = ("import os, signal, sys; from xsd import files\n"
             "with files.atomic_path(sys.argv[1]) as temporary:\n"
             "    temporary.write_text('half')\n"
             "    os.kill(os.getpid(), signal.SIGKILL)\n")

@@ -6,7 +6,7 @@ import pytest
 import torch
 from models_fixtures import CLIP, REFERENCE, reference_drafter
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 from xsd.models import prompts
 from xsd.models.eventgpt import EVENT_TOKEN_ID, EventGPTConfig, EventGPTForCausalLM
@@ -64,7 +64,8 @@ def test_greedy_answer_of_a_handle_equals_the_official_states():
     handle = reference_drafter()
     model = handle.model
     embeds = model.embed_prompt(OFFICIAL["input_ids"][0], model.event_tokens(frames(""))).detach()
-    answer = handle._generate_batch([embeds], 16)[0]
+    cache = DynamicCache(config=handle.decoder.config)
+    answer = handle._generate_batch([embeds], 16, cache)[0]
     assert answer.ids.tolist() == OFFICIAL["greedy_ids"][0, 1:].tolist()
     torch.testing.assert_close(answer.hidden, OFFICIAL["greedy_hidden"], atol=1e-5, rtol=0)
 

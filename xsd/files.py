@@ -23,7 +23,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from xsd.core import ROOT, ParameterError, StorageError
+from xsd.core import ROOT, ParameterError, StorageError, XsdError
 
 
 @contextlib.contextmanager
@@ -89,6 +89,17 @@ def _plain(value: Any) -> Any:
     if hasattr(value, "tolist"):
         return value.tolist()
     raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def read_json(path: str | os.PathLike[str], error: type[XsdError], way_out: str) -> Any:
+    """A JSON file. Raises: ``error``, with its name and the way out, when it is missing or
+    damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as problem:
+        raise error(f"{path} is missing; {way_out}") from problem
+    except (OSError, ValueError) as problem:
+        raise error(f"{path} is not JSON ({problem}); {way_out}") from problem
 
 
 def sha256_of(*paths: str | os.PathLike[str]) -> str:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from xsd.core import Mode, PairedStates, Sample, ShardError, Tap
-from xsd.models.handle import Continuation
+from xsd.models.batched import Continuation
 from xsd.models.layers import LAST
 from xsd.models.loading import Pair
 from xsd.shards.format import first_difference

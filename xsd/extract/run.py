@@ -22,7 +22,8 @@ from xsd import __version__
 from xsd.core import Mode, PairError, ParameterError, Sample, ShardError
 from xsd.extract import monitor, pairs, plan, ranks
 from xsd.models import layers as layer_states
-from xsd.models.handle import Continuation, ModelHandle
+from xsd.models.batched import Continuation
+from xsd.models.handle import ModelHandle
 from xsd.models.layers import LAST
 from xsd.models.loading import Pair
 from xsd.shards import writer as shard_writer

@@ -1,17 +1,14 @@
 """EventGPT as a transformers model: a Llama decoder that reads event frames through CLIP, a
-projector and an adaptor.
+projector and an adaptor (docs/models.md, "The drafter").
 
-Token layout (docs/models.md, "The drafter"): F event frames, each P = (side / patch)² + 1 CLIP
-states, CLS kept.
+F event frames, each P = (side / patch)² + 1 CLIP states, CLS kept:
 
-    frames [F,3,h,w] -> CLIP, last layer, no post_layernorm [F,P,C] -> projector -> adaptor (once)
-    [F,P,D]
-                     -> F temporal tokens (mean over a frame's P) + P spatial tokens (mean over
-                     frames) = [F+P, D]
+    frames [F,3,h,w] -> CLIP, last layer, no post_layernorm [F,P,C] -> projector -> adaptor [F,P,D]
+        -> F temporal tokens (means over a frame's P) and P spatial tokens (means over frames)
 
-The event tokens take the place of id -200 in the prompt. Tensor names on disk are the official ones
-(``model_type`` ``EventChat_llama``), so official checkpoints load here and ours carry the same
-names. Importing this module registers both classes with transformers' Auto classes.
+The F + P event tokens take the place of id -200 in the prompt. Tensor names on disk are the
+official ones (``model_type`` ``EventChat_llama``), so both read each other's checkpoints. Importing
+this module registers both classes with transformers' Auto classes.
 """
 
 from __future__ import annotations
@@ -38,8 +35,7 @@ from xsd.files import atomic_write
 EVENT_TOKEN_ID = -200
 """Placeholder id in the prompt; never looked up in the embedding table."""
 OFFICIAL_ARCHITECTURE = "EventChatModel"
-"""Name the official code writes into ``architectures``; kept so that both read each other's
-config.json."""
+"""What the official code writes into ``architectures``."""
 CLIP_VIT_L_14_336: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
@@ -51,11 +47,10 @@ CLIP_VIT_L_14_336: dict[str, Any] = {
 class EventGPTConfig(LlamaConfig):
     """LlamaConfig plus the vision side.
 
-    mm_visual_tower: path or name of the CLIP directory (in released files a path of somebody else's
-    machine).
-    event_feature_adaptor: its presence counts, the value is ignored. vision_config:
-    CLIPVisionConfig fields, written by us and
-    absent from official files. tokenizer_model_max_length: the spliced prompt is cut there.
+    mm_visual_tower: path or name of the CLIP folder (in released files a path of somebody else's
+    machine). event_feature_adaptor: its presence counts, the value is ignored. vision_config:
+    CLIPVisionConfig fields, written by us, absent from official files.
+    tokenizer_model_max_length: a prompt with its event tokens is cut there.
     """
 
     model_type = "EventChat_llama"
@@ -68,8 +63,7 @@ class EventGPTConfig(LlamaConfig):
     vision_config: dict | None = None
 
     def tower_config(self) -> CLIPVisionConfig:
-        """The CLIP configuration to build: ``vision_config``, or ViT-L/14-336 where the file names
-        none."""
+        """``vision_config``, or ViT-L/14-336 where the file names none."""
         return CLIPVisionConfig(**(self.vision_config or CLIP_VIT_L_14_336))
 
     @property
@@ -87,7 +81,6 @@ class _Tower(nn.Module):
 
     @property
     def clip(self) -> CLIPVisionModel:
-        """The CLIP vision model itself."""
         return self.visual_tower["vision_model"]
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -96,23 +89,21 @@ class _Tower(nn.Module):
 
 
 class EventGPTModel(LlamaModel):
-    """The Llama decoder with tower, projector and adaptor beside it (names as in the official
-    files)."""
+    """The Llama decoder with tower, projector and adaptor beside it."""
 
     config_class = EventGPTConfig
 
     def __init__(self, config: EventGPTConfig) -> None:
         super().__init__(config)
-        tower = config.tower_config()
+        tower, width = config.tower_config(), config.hidden_size
         self.visual_tower = _Tower(tower)
-        self.visual_projector = nn.Sequential(nn.Linear(tower.hidden_size, config.hidden_size),
-                                              nn.GELU(),
-                                              nn.Linear(config.hidden_size, config.hidden_size))
-        self.feature_adaptor = nn.Linear(config.hidden_size, config.hidden_size)
+        self.visual_projector = nn.Sequential(nn.Linear(tower.hidden_size, width), nn.GELU(),
+                                              nn.Linear(width, width))
+        self.feature_adaptor = nn.Linear(width, width)
         self.post_init()
 
     def event_features(self, pixels: Tensor) -> Tensor:
-        """[N,3,h,w] pixels to [N,P,D]: tower, projector, and the adaptor exactly once."""
+        """[N,3,h,w] pixels to [N,P,D]: tower, projector, adaptor."""
         return self.feature_adaptor(self.visual_projector(self.visual_tower(pixels)))
 
     def event_tokens(self, pixels: Tensor) -> Tensor:
@@ -139,105 +130,83 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
 
     def event_tokens(self, pixels: Tensor) -> Tensor:
         """[F,3,h,w] (or [B,F,3,h,w]) pixels to [F+P, D] (or [B,F+P,D]) event tokens."""
-        return self.model.event_tokens(pixels.to(self.device, self.dtype_of_vision))
+        # The adaptor is never quantised: its dtype is the model's own.
+        weight = self.model.feature_adaptor.weight
+        return self.model.event_tokens(pixels.to(weight.device, weight.dtype))
 
-    @property
-    def dtype_of_vision(self) -> torch.dtype:
-        """dtype of the tower's weights: the model's own dtype, also where the decoder is
-        quantised."""
-        return self.model.feature_adaptor.weight.dtype
+    def embed_prompt(self, ids: Tensor, event_tokens: Tensor) -> Tensor:
+        """Embeddings of a prompt with the event tokens in place of id -200.
 
-    def embed_prompt(self, ids: Tensor, event_tokens: Tensor | None) -> Tensor:
-        """Embeddings of a prompt with the event tokens spliced in at id -200.
-
-        Args: ids: int64 [L] or [B,L], exactly one -200 a row (none when event_tokens is None).
-        event_tokens: [E,D] or [B,E,D].
+        Args: ids: int64 [L] or [B,L], exactly one -200 a row. event_tokens: [E,D] or [B,E,D].
         Returns: [L-1+E, D] or [B, L-1+E, D], cut at ``tokenizer_model_max_length``. Raises:
         ValueError for another number of -200.
         """
-        if event_tokens is None:
-            return self.get_input_embeddings()(ids)
-        if ids.dim() == 2:
-            return torch.stack([
-                self.embed_prompt(row, tokens)
-                for row, tokens in zip(ids, event_tokens, strict=True)
-            ])
-        at = self._placeholder(ids)
-        embed = self.get_input_embeddings()
-        spliced = torch.cat(
-            [embed(ids[:at]),
-             event_tokens.to(embed.weight.dtype),
-             embed(ids[at + 1:])])
-        return spliced[:self.config.tokenizer_model_max_length]
+        if ids.dim() == 1:
+            return self.embed_prompt(ids[None], event_tokens[None])[0]
+        words = self.get_input_embeddings()(ids.clamp(min=0))
+        return self._splice(ids, words, event_tokens.to(words.dtype))
 
-    def _placeholder(self, ids: Tensor) -> int:
-        places = (ids == EVENT_TOKEN_ID).nonzero().flatten().tolist()
-        if len(places) != 1:
-            raise ValueError(
-                f"a prompt holds {len(places)} event placeholders (id {EVENT_TOKEN_ID}); exactly "
-                "one is expected"
-            )
-        return places[0]
-
-    def _splice(self, ids: Tensor, beside: Tensor, n_events: int, value: int) -> Tensor:
-        """[B,L] values that run beside the ids (mask, labels) to [B, L-1+E], ``value`` at the event
-        tokens."""
+    def _splice(self, ids: Tensor, beside: Tensor, events: Tensor) -> Tensor:
+        """Values [B,L,...] that run beside the ids, with ``events`` [B,E,...] at the placeholder:
+        [B,L-1+E,...], cut at the maximum."""
         rows = []
-        for row, other in zip(ids, beside, strict=True):
-            at = self._placeholder(row)
-            rows.append(torch.cat([other[:at], other.new_full((n_events,), value), other[at + 1:]]))
+        for row, values, inserted in zip(ids, beside, events, strict=True):
+            places = (row == EVENT_TOKEN_ID).nonzero().flatten().tolist()
+            if len(places) != 1:
+                raise ValueError(
+                    f"a prompt holds {len(places)} event placeholders (id {EVENT_TOKEN_ID}); "
+                    "exactly one is expected")
+            rows.append(torch.cat([values[:places[0]], inserted, values[places[0] + 1:]]))
         return torch.stack(rows)[:, :self.config.tokenizer_model_max_length]
 
     def forward(self, input_ids: Tensor | None = None, event_pixels: Tensor | None = None,
                 attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Any = None, inputs_embeds: Tensor | None = None,
                 labels: Tensor | None = None, use_cache: bool | None = None,
-                logits_to_keep: int | Tensor = 0, **kwargs: Any,
-                ) -> CausalLMOutputWithPast:
+                logits_to_keep: int | Tensor = 0, **kwargs: Any) -> CausalLMOutputWithPast:
         """Logits [B,S,V]; with event_pixels [B,F,3,h,w], S = L-1+F+P and mask and labels [B,L] are
         widened the same way."""
         if event_pixels is not None:
             tokens = self.event_tokens(event_pixels)
+            shape = tokens.shape[:2]
             if attention_mask is not None:
-                attention_mask = self._splice(input_ids, attention_mask, tokens.shape[1], 1)
+                attention_mask = self._splice(input_ids, attention_mask,
+                                              attention_mask.new_ones(shape))
             if labels is not None:
-                labels = self._splice(input_ids, labels, tokens.shape[1], -100)
+                labels = self._splice(input_ids, labels, labels.new_full(shape, -100))
             inputs_embeds, input_ids = self.embed_prompt(input_ids, tokens), None
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask,
                              position_ids=position_ids, past_key_values=past_key_values,
-                             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs,
-                             )  # fmt: skip
+                             inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None if labels is None else self.loss_function(logits=logits, labels=labels,
-                                                              vocab_size=self.config.vocab_size)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels,
+                                      vocab_size=self.config.vocab_size)
         return CausalLMOutputWithPast(loss=loss, logits=logits,
                                       past_key_values=outputs.past_key_values,
                                       hidden_states=outputs.hidden_states,
-                                      attentions=outputs.attentions,
-                                      )  # fmt: skip
+                                      attentions=outputs.attentions)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, event_pixels: Tensor | None = None,
-                 **kwargs: Any) -> Any:
+                 attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; with event_pixels [B,F,3,h,w] the result holds the new ids
         only, without the prompt."""
         if event_pixels is None:
-            return super().generate(input_ids, **kwargs)
-        embeds = self.embed_prompt(input_ids, self.event_tokens(event_pixels))
-        mask = kwargs.pop("attention_mask", None)
-        kwargs["attention_mask"] = (torch.ones(embeds.shape[:2], dtype=torch.long,
-                                               device=embeds.device) if mask is None else
-                                    self._splice(input_ids, mask, embeds.shape[1] -
-                                                 input_ids.shape[1] + 1, 1))
-        return super().generate(inputs_embeds=embeds, **kwargs)
+            return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
+        tokens = self.event_tokens(event_pixels)
+        mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        mask = self._splice(input_ids, mask, mask.new_ones(tokens.shape[:2]))
+        return super().generate(inputs_embeds=self.embed_prompt(input_ids, tokens),
+                                attention_mask=mask, **kwargs)
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """As transformers', with the tower's configuration inside and the official architecture
-        name."""
+        """As transformers', with the tower's configuration and the official architecture name."""
         if self.config.vision_config is None:
             self.config.vision_config = dict(CLIP_VIT_L_14_336)
-        # The names in memory are the official ones; transformers' own renaming for CLIP would add a
+        # Names in memory are the official ones; transformers' own renaming for CLIP would add a
         # second "vision_model.".
         kwargs["save_original_format"] = False
         super().save_pretrained(save_directory, **kwargs)

@@ -31,19 +31,15 @@ def place(decoder: nn.Module, layer: int) -> int:
     if layer == LAST or not -depth - 1 <= layer < depth:
         raise ParameterError(
             f"there is no hidden layer {layer} in a decoder of {depth} layers: give -1 (after the "
-            f"final norm), or -{depth + 1} … -2 or "
-            f"0 … {depth - 1} (the state that enters a layer)")
+            f"final norm), or -{depth + 1} … -2 or 0 … {depth - 1} (the state that enters a layer)")
     return layer % (depth + 1)
 
 
 @contextlib.contextmanager
 def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-    """While open, the list holds the states [B, S, D] of the decoder's latest call, one a layer, in
-    the order given.
-
-    layers: none of them -1, which the decoder returns itself. Raises: ParameterError as
-    :func:`place`.
-    """
+    """While open, the list holds the states [B, S, D] of the decoder's latest call, one for each
+    layer, in the order given. layers: not -1, which the decoder returns itself. Raises:
+    ParameterError as :func:`place`."""
     states: list[Any] = [None] * len(layers)
 
     def keeper(index: int) -> Any:

@@ -1,13 +1,8 @@
-"""Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them, without
-torchvision.
-
-It lives here and not in ``sensors`` because the sizes, means and deviations belong to a checkpoint
-(docs/architecture.md).
-"""
+"""Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them. Here and not in
+``sensors``, because the sizes, means and deviations belong to a checkpoint."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +14,7 @@ from torch import Tensor
 
 from xsd.core import CheckpointError, DatasetError
 from xsd.files import write_json
+from xsd.models import keymap
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -27,8 +23,8 @@ _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "process
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """How a checkpoint wants its images. resize: shortest edge, crop: side of the centre crop, in
-    pixels. mean, std: per RGB channel."""
+    """How a checkpoint wants its images. resize: shortest edge in pixels; crop: side of the centre
+    crop. mean, std: per RGB channel."""
 
     resize: int
     crop: int
@@ -42,10 +38,8 @@ class PixelSpec:
         Raises: DatasetError for no image or one that is not uint8 RGB.
         """
         if len(images) == 0:
-            raise DatasetError(
-                "there is no image to preprocess: a sample needs at least one event frame and one "
-                "video frame"
-            )
+            raise DatasetError("there is no image to preprocess: a sample needs at least one event "
+                               "frame and one video frame")
         rows = []
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
@@ -58,27 +52,25 @@ class PixelSpec:
             else:
                 new_height, new_width = int(self.resize * height / width), self.resize
             if (new_height, new_width) != (height, width):
-                image = np.asarray(
-                    Image.fromarray(image).resize((new_width, new_height),
-                                                  Image.Resampling.BICUBIC))
+                resized = Image.fromarray(image).resize((new_width, new_height),
+                                                        Image.Resampling.BICUBIC)
+                image = np.asarray(resized)
             top, left = (new_height - self.crop) // 2, (new_width - self.crop) // 2
             rows.append(image[top:top + self.crop, left:left + self.crop])
-        pixels = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(torch.float64).mul(
-            1 / 255).to(torch.float32)
-        return ((pixels - torch.tensor(self.mean).view(3, 1, 1)) /
-                torch.tensor(self.std).view(3, 1, 1)).contiguous()
+        whole = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(torch.float64)
+        pixels = whole.mul(1 / 255).to(torch.float32)
+        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
+        return ((pixels - mean) / std).contiguous()
 
     def write(self, folder: str | Path) -> None:
         """Write preprocessor_config.json in transformers' layout."""
-        write_json(
-            Path(folder) / _FILES[0], {
-                "image_processor_type": "CLIPImageProcessor", "do_resize": True,
-                "do_center_crop": True, "do_rescale": True, "do_normalize": True,
-                "do_convert_rgb": True, "resample": 3, "rescale_factor": 1 / 255, "size": {
-                    "shortest_edge": self.resize
-                }, "crop_size": {"height": self.crop, "width": self.crop}, "image_mean": list(
-                    self.mean), "image_std": list(self.std),
-            })  # fmt: skip
+        write_json(Path(folder) / _FILES[0], {
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
+            "do_resize": True, "size": {"shortest_edge": self.resize}, "resample": 3,
+            "do_center_crop": True, "crop_size": {"height": self.crop, "width": self.crop},
+            "do_rescale": True, "rescale_factor": 1 / 255,
+            "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
+        })
 
 
 def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
@@ -86,30 +78,22 @@ def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
 
     Raises: CheckpointError if a file is not JSON or its crop is not the tower's ``image_size``.
     """
-    for folder in folders:
-        for name in _FILES if folder else ():
-            path = folder / name
-            if not path.is_file():
-                continue
-            try:
-                found = json.loads(path.read_text())
-            except ValueError as error:
-                raise CheckpointError(
-                    f"{path} is not JSON ({error}); copy it again from the original checkpoint"
-                ) from error
-            found = found.get("video_processor") or found.get("image_processor") or found
-            if "image_mean" not in found and "size" not in found:
-                continue
-            size = found.get("size", image_size)
-            size = size if isinstance(
-                size, int) else size.get("shortest_edge") or size.get("height") or image_size
-            crop = found.get("crop_size", size) if found.get("do_center_crop", True) else size
-            crop = crop if isinstance(crop, int) else crop["height"]
-            if crop != image_size:
-                raise CheckpointError(
-                    f"{path} crops to {crop} pixels but the vision tower reads {image_size}; use "
-                    "the preprocessor file of this tower"
-                )
-            return PixelSpec(size, crop, tuple(found.get("image_mean", CLIP_MEAN)),
-                             tuple(found.get("image_std", CLIP_STD)))
+    for path in (folder / name for folder in folders if folder for name in _FILES):
+        if not path.is_file():
+            continue
+        found = keymap.read_json(path)
+        found = found.get("video_processor") or found.get("image_processor") or found
+        if "image_mean" not in found and "size" not in found:
+            continue
+        size = found.get("size", image_size)
+        if not isinstance(size, int):
+            size = size.get("shortest_edge") or size.get("height") or image_size
+        crop = found.get("crop_size", size) if found.get("do_center_crop", True) else size
+        crop = crop if isinstance(crop, int) else crop["height"]
+        if crop != image_size:
+            raise CheckpointError(
+                f"{path} crops to {crop} pixels but the vision tower reads {image_size}; use the "
+                "preprocessor file of this tower")
+        return PixelSpec(size, crop, tuple(found.get("image_mean", CLIP_MEAN)),
+                         tuple(found.get("image_std", CLIP_STD)))
     return PixelSpec(image_size, image_size)

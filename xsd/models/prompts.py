@@ -14,40 +14,32 @@ VIDEO_TOKEN = "<video>"
 
 
 def drafter_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
-    """Ids before the event tokens (BOS first) and after them.
-
-    Each side is tokenised by itself, as the official code does, and keeps one BOS. Raises:
-    DatasetError for an empty question.
-    """
-    _check(question)
-    return (_bos(tokenizer) + _plain(tokenizer, f"{DRAFTER_SYSTEM} USER: <ev_start>"),
-            _plain(tokenizer, f"<ev_end>\n{question} ASSISTANT:"),
-            )
+    """Ids before the event tokens (BOS first) and after them, each side tokenised by itself, as
+    the official code does. Raises: DatasetError for an empty question."""
+    return ([*_bos(tokenizer), *_plain(tokenizer, f"{DRAFTER_SYSTEM} USER: <ev_start>")],
+            _plain(tokenizer, f"<ev_end>\n{_checked(question)} ASSISTANT:"))
 
 
 def verifier_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
-    """Ids before the video tokens (BOS first) and after them.
+    """Ids before the video tokens (BOS first) and after them: the prompt is tokenised whole with
+    ``<video>`` as one special token, as the model's processor does, then split there.
 
-    The prompt is tokenised whole with ``<video>`` as one special token, as the model's processor
-    does, then split there.
     Raises: DatasetError for an empty question; CheckpointError if the tokenizer has no ``<video>``.
     """
-    _check(question)
     place = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    ids = _plain(tokenizer, f"USER: {VIDEO_TOKEN}\n{question} ASSISTANT:")
+    ids = _plain(tokenizer, f"USER: {VIDEO_TOKEN}\n{_checked(question)} ASSISTANT:")
     if place is None or ids.count(place) != 1:
-        raise CheckpointError(
-            f"the verifier's tokenizer does not know {VIDEO_TOKEN} as one token; use the tokenizer "
-            "saved with the video checkpoint"
-        )
+        raise CheckpointError(f"the verifier's tokenizer does not know {VIDEO_TOKEN} as one token; "
+                              "use the tokenizer saved with the video checkpoint")
     at = ids.index(place)
-    return _bos(tokenizer) + ids[:at], ids[at + 1:]
+    return [*_bos(tokenizer), *ids[:at]], ids[at + 1:]
 
 
-def _check(question: str) -> None:
+def _checked(question: str) -> str:
     if not question.strip():
         raise DatasetError(
             "a question has zero length; give each sample a question with at least one word")
+    return question
 
 
 def _plain(tokenizer: Any, text: str) -> list[int]:

@@ -1,16 +1,11 @@
 """Number formats of the weights: dtype names, bitsandbytes configurations, and what a loaded model
-weighs.
-
-Only the decoder's linear layers are quantised: bitsandbytes by itself leaves ``lm_head`` alone and
-nothing else, so vision towers and projectors are named here (docs/models.md, "Number formats").
-"""
+weighs (docs/models.md, "Number formats")."""
 
 from __future__ import annotations
 
 import resource
 import sys
 from collections import Counter
-from typing import Any
 
 import torch
 from torch import nn
@@ -21,13 +16,13 @@ from xsd.core import ParameterError
 DTYPES: dict[str, torch.dtype] = {
     "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
-}  # fmt: skip
-_VISION = ("visual_tower", "visual_projector", "feature_adaptor", "video_tower", "image_tower",
-           "vision_tower", "multi_modal_projector")
-KEPT_WHOLE = ("lm_head", *(f"model.{name}" for name in _VISION))
-"""Modules never quantised, by full name: transformers matches from the start of the path, so a bare
-"video_tower" would match nothing below ``model.`` and the tower would be quantised without a
-word."""
+}
+TOWERS = ("visual_tower", "video_tower", "image_tower", "vision_tower")
+PROJECTORS = ("visual_projector", "feature_adaptor", "multi_modal_projector")
+KEPT_WHOLE = ("lm_head", *(f"model.{name}" for name in (*TOWERS, *PROJECTORS)))
+"""Modules never quantised (bitsandbytes leaves only ``lm_head`` alone by itself). By full name:
+transformers matches from the start of the path, so a bare "video_tower" would match nothing below
+``model.`` and the tower would be quantised without a word."""
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
@@ -51,8 +46,7 @@ def quantization_config(quant: str | None, dtype: torch.dtype) -> BitsAndBytesCo
     if quant == "4bit":
         return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                   bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-                                  llm_int8_skip_modules=list(KEPT_WHOLE),
-                                  )  # fmt: skip
+                                  llm_int8_skip_modules=list(KEPT_WHOLE))
     if quant == "8bit":
         return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_WHOLE))
     raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
@@ -65,17 +59,15 @@ def dtype_map(model: nn.Module) -> dict[str, dict[str, int]]:
     for name, parameter in model.named_parameters():
         parts = name.split(".")
         top = ".".join(parts[:2]) if parts[0] == "model" else parts[0]
-        found.setdefault(top, Counter())[str(
-            parameter.dtype).removeprefix("torch.")] += parameter.numel()
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        found.setdefault(top, Counter())[dtype] += parameter.numel()
     return {top: dict(counts) for top, counts in found.items()}
 
 
 def weight_bytes(model: nn.Module) -> int:
     """Bytes the parameters and buffers take in memory."""
-    tensors: dict[int, Any] = {
-        tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())
-    }
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    tensors = {tensor.data_ptr(): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def peak_memory_bytes(device: str | torch.device = "cpu") -> int:

@@ -1,12 +1,11 @@
 """The decoder stack for a few rows a call: what transformers' LlamaModel computes, without the
 costs that dominate small models on a CPU.
 
-A decode step of a small model is memory traffic and bookkeeping, not arithmetic. Here the
-projections that read one input are one matrix (q, k, v; gate, up), stored input-major (faster for
-few rows); the rotary table is made once; keys and values stand in one buffer that grows in place,
-so that a step copies its own rows alone and a rollback is an assignment. Only where that is the
-same computation (:func:`fits`); otherwise the handle calls transformers. Both models of a pair go
-through it, the autoregressive baseline included.
+A decode step of a small model is memory traffic and bookkeeping. Here the projections that read one
+input are one matrix (q, k, v; gate, up), stored input-major (faster for few rows); the rotary table
+is made once; keys and values stand in one buffer that grows in place, so that a step copies its own
+rows alone and a rollback is an assignment. Used only where that is the same computation
+(:func:`fits`), by both models of a pair and the autoregressive baseline alike.
 """
 
 from __future__ import annotations
@@ -28,22 +27,20 @@ def fits(decoder: nn.Module) -> bool:
     if not isinstance(decoder, LlamaModel):
         return False
     config = decoder.config
-    plain = config.num_key_value_heads == config.num_attention_heads and config.rope_parameters.get(
-        "rope_type") == "default"
-    linears = [
-        module for layer in decoder.layers for module in layer.modules()
-        if isinstance(module, nn.Linear)
-    ]
-    return (plain and config.hidden_act == "silu" and config.hidden_size <= _WIDEST and
-            decoder.layers[0].self_attn.head_dim * config.num_attention_heads == config.hidden_size
+    heads, head_dim = config.num_attention_heads, decoder.layers[0].self_attn.head_dim
+    linears = [one for one in decoder.layers.modules() if isinstance(one, nn.Linear)]
+    return (config.num_key_value_heads == heads and heads * head_dim == config.hidden_size
+            and config.rope_parameters.get("rope_type") == "default"
+            and config.hidden_act == "silu" and config.hidden_size <= _WIDEST
             and all(type(one) is nn.Linear and one.bias is None for one in linears)
-            and all(p.dtype == torch.float32 and p.device.type == "cpu"
-                    for p in (*decoder.layers.parameters(), decoder.norm.weight)))
+            and all(weight.dtype == torch.float32 and weight.device.type == "cpu"
+                    for weight in (*decoder.layers.parameters(), decoder.norm.weight)))
 
 
 class GrowingCache:
-    """Keys and values of one sequence, a buffer [heads, room, head_dim] a layer; positions from
-    ``length`` on are free."""
+    """Keys and values of one sequence, one buffer [heads, room, head_dim] for each layer;
+    positions from ``length`` on are free."""
+
     def __init__(self, prompt: DynamicCache) -> None:
         """prompt: a cache of one row, as a prefill leaves it."""
         self.length = prompt.get_seq_length()
@@ -73,11 +70,13 @@ class GrowingCache:
 class Steps:
     """Weights of a decoder that :func:`fits`, arranged for small calls. They are copies;
     :meth:`current` says whether they still agree."""
+
     def __init__(self, decoder: LlamaModel) -> None:
         config = decoder.config
         self._decoder = decoder
         self._version = self._versions()
-        self.heads, self.width, self.eps = config.num_attention_heads, config.hidden_size, config.rms_norm_eps
+        self.heads, self.width = config.num_attention_heads, config.hidden_size
+        self.eps = config.rms_norm_eps
         self.norm = decoder.norm.weight.detach()
         self.layers: list[tuple[Tensor, ...]] = []
         for layer in decoder.layers:
@@ -86,15 +85,14 @@ class Steps:
             two = [mlp.gate_proj.weight, mlp.up_proj.weight]
             weights = (layer.input_layernorm.weight, torch.cat(three).t(),
                        attention.o_proj.weight.t(), layer.post_attention_layernorm.weight,
-                       torch.cat(two).t(), mlp.down_proj.weight.t(),
-                       )  # fmt: skip
+                       torch.cat(two).t(), mlp.down_proj.weight.t())
             self.layers.append(tuple(weight.detach().contiguous() for weight in weights))
         positions = torch.arange(config.max_position_embeddings)[None]
         cos, sin = decoder.rotary_emb(self.norm, positions)
         half = cos.shape[-1] // 2
         self._cos = cos[0, :, None]
-        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]],
-                              -1)[:, None]  # the sign of rotate_half, so that a roll suffices
+        # With the sign of rotate_half, so that a roll suffices.
+        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
 
     def _versions(self) -> list[tuple[int, int]]:
         return [(parameter.data_ptr(), parameter._version)
@@ -113,8 +111,8 @@ class Steps:
         half = cos.shape[-1] // 2
         mask = torch.ones(n, end, dtype=torch.bool).tril_(start) if n > 1 else None
         x = embeds
-        for (before, to_qkv, out, after, to_gate_up,
-             down), keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        for weights, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+            before, to_qkv, out, after, to_gate_up, down = weights
             qkv = (F.rms_norm(x, (width,), before, self.eps) @ to_qkv).view(n, 3 * heads, -1)
             query_key = qkv[:, :2 * heads]
             query_key = torch.addcmul(query_key * cos, query_key.roll(half, -1), sin)

@@ -15,24 +15,20 @@ from xsd.models.eventgpt import EventGPTForCausalLM
 
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps",
-           "attention_dropout", "projection_dim",
-           )  # fmt: skip
+           "attention_dropout", "projection_dim")
 
 
 def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
          needed: bool) -> Path | None:
     """The CLIP folder: ``override``, or what the checkpoint's raw config names, here or beside the
-    checkpoint; None without need.
+    checkpoint.
 
-    Raises: CheckpointError if the override is no folder, or the tower is needed and not on this
-    machine.
+    Raises: CheckpointError if the override is no folder, or a needed tower is not on this machine.
     """
     if override is not None:
         if not Path(override).is_dir():
-            raise CheckpointError(
-                f"vision_tower={override} is no folder; give the folder of the CLIP model "
-                "(config.json and weights)"
-            )
+            raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the "
+                                  "CLIP model (config.json and weights)")
         return Path(override)
     named = raw.get("mm_visual_tower")
     for candidate in (Path(named), folder / named) if named else ():
@@ -41,15 +37,13 @@ def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
     if needed:
         raise CheckpointError(
             f"{folder} holds no vision-tower weights, and the tower its config names, {named!r}, "
-            "is not on this machine (such configs "
-            "carry a path of the machine they were saved on); pass vision_tower=<folder of CLIP "
-            "ViT-L/14-336>"
-        )
+            "is not on this machine (such configs carry a path of the machine they were saved on); "
+            "pass vision_tower=<folder of CLIP ViT-L/14-336>")
     return None
 
 
-def describe(folder: Path, clip_folder: Path | None, shapes: dict[str,
-                                                                  keymap.Shape]) -> dict[str, Any]:
+def describe(folder: Path, clip_folder: Path | None,
+             shapes: dict[str, keymap.Shape]) -> dict[str, Any]:
     """CLIPVisionConfig fields: from the CLIP folder, else read off the tensors (64 channels a head,
     as CLIP ViT-B and -L have).
 
@@ -59,47 +53,44 @@ def describe(folder: Path, clip_folder: Path | None, shapes: dict[str,
         found = keymap.read_json(clip_folder / "config.json")
         found = found.get("vision_config", found)
         return {name: found[name] for name in _FIELDS if name in found}
-    prefix = next((name.split("embeddings.", 1)[0]
-                   for name in shapes if name.startswith(keymap.TOWER) and "embeddings." in name),
-                  "")
+    prefix = next((name.partition("embeddings.")[0] for name in shapes
+                   if name.startswith(keymap.TOWER) and "embeddings." in name), "")
     try:
         width, _, patch, _ = shapes[prefix + "embeddings.patch_embedding.weight"]
         positions = shapes[prefix + "embeddings.position_embedding.weight"][0]
         inner = shapes[prefix + "encoder.layers.0.mlp.fc1.weight"][0]
     except KeyError as error:
-        raise CheckpointError(
-            f"{folder} lacks the vision-tower tensor {error.args[0]}; download it again or pass "
-            "vision_tower"
-        ) from error
+        raise CheckpointError(f"{folder} lacks the vision-tower tensor {error.args[0]}; download "
+                              "it again or pass vision_tower") from error
     if width % 64:
         raise CheckpointError(
             f"{folder} does not say how its vision tower is built (width {width} is no CLIP of 64 "
-            "channels a head); "
-            "pass vision_tower=<its CLIP folder>")
-    layers = 1 + max(
-        int(name.split(".layers.")[1].split(".")[0])
-        for name in shapes if name.startswith(prefix + "encoder.layers."))
+            "channels a head); pass vision_tower=<its CLIP folder>")
+    layers = prefix + "encoder.layers."
+    numbers = [int(name.removeprefix(layers).partition(".")[0])
+               for name in shapes if name.startswith(layers)]
     return {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": width // 64, "patch_size": patch, "image_size": patch * round(
-            (positions - 1)**0.5), "hidden_act": "quick_gelu",
-    }  # fmt: skip
+        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 1 + max(numbers),
+        "num_attention_heads": width // 64, "patch_size": patch,
+        "image_size": patch * round((positions - 1)**0.5), "hidden_act": "quick_gelu",
+    }
 
 
 def load_weights(model: EventGPTForCausalLM, folder: Path) -> None:
-    """Copy a CLIP folder's vision weights into the model. Raises: CheckpointError if they do not
-    fit."""
-    names = keymap.tower_names(folder, keymap.tensor_shapes(folder))
+    """Copy a CLIP folder's vision weights (whole CLIP or vision model alone) into the model.
+    Raises: CheckpointError if there are none or they do not fit."""
+    keymap.tensor_shapes(folder)  # says what is wrong with a damaged file
     weights: dict[str, torch.Tensor] = {}
     for path in keymap.weight_files(folder):
         loaded = load_file(path) if path.suffix == ".safetensors" else keymap.load_bin(path)
-        weights.update({names[name]: tensor for name, tensor in loaded.items() if name in names})
+        weights |= {name.split("vision_model.", 1)[1]: tensor for name, tensor in loaded.items()
+                    if "vision_model." in name and not name.endswith(keymap.IGNORED)}
+    if not weights:
+        raise CheckpointError(f"{folder} holds no CLIP vision tensors (names with "
+                              "'vision_model.'); give the folder of a CLIP model")
     clip = model.model.visual_tower.clip
-    report = keymap.compare({k: tuple(v.shape) for k, v in weights.items()},
-                            keymap.expected_shapes(clip))
-    if report.missing or report.mismatched:
-        raise CheckpointError(
-            f"the CLIP in {folder} does not fit this checkpoint: {report}; give the CLIP the "
-            "checkpoint was trained with"
-        )
+    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    if wrong := keymap.compare(shapes, keymap.expected_shapes(clip), unexpected=False):
+        raise CheckpointError(f"the CLIP in {folder} does not fit this checkpoint: {wrong}; give "
+                              "the CLIP the checkpoint was trained with")
     clip.load_state_dict(weights, strict=False)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from xsd.core import Batch, ParameterError, Sample
 from xsd.models import loading
-from xsd.models.handle import Forced, ModelHandle
+from xsd.models.batched import Forced
+from xsd.models.handle import ModelHandle
 from xsd.runs import folder, parameters
 from xsd.steps import extraction, held_out
 from xsd.steps.evaluation import HeldOut

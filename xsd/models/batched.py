@@ -1,0 +1,208 @@
+"""Greedy answers and teacher-forced states of many samples, a batch at a time.
+
+``hidden`` is always after the final norm and read at the position *before* its token:
+argmax(lm_head(hidden[t])) == ids[t].
+
+    prompt (L positions)            answer
+    [ . . . . . . . . . p ]         [ a    b    c ]
+                        hidden[0] predicts a; the position of a holds hidden[1], which predicts b
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+
+from xsd.core import Sample
+from xsd.models import layers as layer_states
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """A greedy answer. ids: int64 [n], cut after the first EOS (EOS kept). hidden: [n, D],
+    post-norm, hidden[t] predicts ids[t]. layers: the same positions in other layers
+    (models.layers), [n, D] each."""
+
+    ids: Tensor
+    hidden: Tensor
+    finish: Literal["eos", "length"]
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A teacher-forced answer. hidden: [n, D] before each forced token. top_ids: int64 [n], the
+    model's own choice there. layers: as in :class:`Continuation`."""
+
+    hidden: Tensor
+    top_ids: Tensor
+    layers: Mapping[int, Tensor] = field(default_factory=dict)
+
+
+class BatchedAnswers:
+    """What a :class:`~xsd.models.handle.ModelHandle` does with many samples. Results are on the
+    CPU, in the order given."""
+
+    @torch.no_grad()
+    def generate(self, samples: Sequence[Sample], max_new_tokens: int, *, batch_size: int = 16,
+                 progress: Callable[[int], None] | None = None,
+                 layers: Sequence[int] = ()) -> list[Continuation]:
+        """Greedy answers, the same ids as one at a time.
+
+        Prompts are padded on the left; a row leaves the batch at its EOS; questions on one clip
+        share its prefill when they stand in one batch. progress(n): called with the number of
+        samples just finished. layers: other layers to keep as well (models.layers; not -1, which
+        is ``hidden``).
+        """
+        results: list[Continuation] = []
+        for chunk in _chunks(samples, batch_size, progress):
+            cache, tails = self._shared_prefill(chunk)
+            results += self._generate_batch(tails, max_new_tokens, cache, layers)
+        return results
+
+    @torch.no_grad()
+    def force(self, samples: Sequence[Sample], ids: Sequence[Tensor], *, batch_size: int = 16,
+              progress: Callable[[int], None] | None = None,
+              layers: Sequence[int] = ()) -> list[Forced]:
+        """States before each forced token, the whole answer in one forward pass.
+
+        The input is prompt + ids[:-1]. Rows are padded on the right, where a causal decoder's real
+        positions never look. progress, layers: as in :meth:`generate`.
+        Raises: ValueError if the two lists differ in length.
+        """
+        if len(samples) != len(ids):
+            raise ValueError(f"{len(samples)} samples but {len(ids)} answers to force; one answer "
+                             "for each sample is expected")
+        results: list[Forced] = []
+        answers = [torch.as_tensor(answer, dtype=torch.long) for answer in ids]
+        for chunk in _chunks(samples, batch_size, progress):
+            cache, tails = self._shared_prefill(chunk)
+            rows = list(zip(tails, answers[len(results):len(results) + len(chunk)], strict=True))
+            lines = [torch.cat([tail, self._lookup(answer[:-1])]) for tail, answer in rows]
+            embeds = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
+            with layer_states.recorded(self.decoder, layers) as others:
+                states = self.decoder(inputs_embeds=embeds, past_key_values=cache,
+                                      use_cache=True).last_hidden_state
+            for row, (tail, answer) in enumerate(rows):
+                cut = slice(len(tail) - 1, len(tail) - 1 + len(answer))
+                hidden = states[row, cut]
+                kept = {layer: other[row, cut].clone().cpu()
+                        for layer, other in zip(layers, others, strict=True)}
+                top_ids = self.lm_head(hidden).argmax(-1).cpu()
+                results.append(Forced(hidden.clone().cpu(), top_ids, kept))
+        return results
+
+    def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
+        """A cache that holds each row's prompt up to its visual tokens, and what is still to be
+        fed, [L_i, D] a row.
+
+            [ before | visual ] once a clip, then copied to its rows     [ after | answer ] by row
+
+        The cache is empty, and the rows are whole prompts, where no two rows share a clip,
+        prefixes differ in length, or a prompt would be cut.
+        """
+        cache = DynamicCache(config=self.decoder.config)
+        contents = [content(self.images(sample)) for sample in samples]
+        split = [self.prompt_ids(sample.question) for sample in samples]
+        prefixes: dict[str, Tensor] = {}
+        for sample, name, (before, _) in zip(samples, contents, split, strict=True):
+            if name not in prefixes:
+                prefixes[name] = self._join(before, self.visual_tokens(sample), ())
+        lengths = {len(prefix) for prefix in prefixes.values()}
+        longest = max(lengths) + max(len(after) for _, after in split)
+        if (len(prefixes) == len(samples) or len(lengths) > 1
+                or (self.max_prompt is not None and longest > self.max_prompt)):
+            return cache, [self.prompt_embeddings(sample) for sample in samples]
+        self.decoder(inputs_embeds=torch.stack(list(prefixes.values())), past_key_values=cache,
+                     use_cache=True)
+        clips = list(prefixes)
+        cache.batch_select_indices(
+            torch.tensor([clips.index(name) for name in contents], device=self.device))
+        return cache, [self._lookup(after) for _, after in split]
+
+    def _generate_batch(self, tails: list[Tensor], max_new_tokens: int, cache: DynamicCache,
+                        layers: Sequence[int] = ()) -> list[Continuation]:
+        embeds, positions, mask = _left_padded(tails, cache.get_seq_length())
+        batch = len(tails)
+        ids: list[list[int]] = [[] for _ in range(batch)]
+        states: list[list[Tensor]] = [[] for _ in range(batch)]
+        rows = list(range(batch))  # the answer that each row of the batch belongs to
+        for step in range(max_new_tokens):
+            with layer_states.recorded(self.decoder, layers) as others:
+                output = self.decoder(inputs_embeds=embeds, attention_mask=mask,
+                                      position_ids=positions, past_key_values=cache, use_cache=True)
+            hidden = output.last_hidden_state[:, -1]
+            chosen = self.lm_head(hidden).argmax(-1)
+            kept = torch.stack([hidden, *(other[:, -1].to(hidden.device) for other in others)],
+                               dim=1)  # [B, 1 + layers, D]
+            for row, token, state in zip(rows, chosen.tolist(), kept, strict=True):
+                ids[row].append(token)
+                states[row].append(state)
+            going = [i for i, token in enumerate(chosen.tolist())
+                     if token not in self.eos_token_ids]
+            if not going or step + 1 == max_new_tokens:
+                break
+            positions = positions[:, -1:] + 1
+            if mask is not None:
+                mask = torch.cat([mask, mask.new_ones(len(rows), 1)], dim=1)
+            if len(going) < len(rows):
+                index = torch.tensor(going, device=self.device)
+                cache.batch_select_indices(index)
+                chosen, positions = chosen[index], positions[index]
+                mask = None if mask is None else mask[index]
+                rows = [rows[i] for i in going]
+            embeds = self._embed(chosen)[:, None]
+        return [self._continuation(*one, layers) for one in zip(ids, states, strict=True)]
+
+    def _continuation(self, ids: list[int], states: list[Tensor],
+                      layers: Sequence[int]) -> Continuation:
+        """states: [1 + layers, D] for each id."""
+        if states:
+            stacked = torch.stack(states).cpu()
+        else:
+            stacked = torch.zeros(0, 1 + len(layers), self.hidden_size)
+        finish = "eos" if ids and ids[-1] in self.eos_token_ids else "length"
+        return Continuation(torch.tensor(ids, dtype=torch.long), stacked[:, 0].contiguous(), finish,
+                            {layer: stacked[:, 1 + i].contiguous()
+                             for i, layer in enumerate(layers)})
+
+
+def _chunks(samples: Sequence[Sample], size: int,
+            progress: Callable[[int], None] | None) -> Iterator[Sequence[Sample]]:
+    """The samples ``size`` at a time; progress hears of a chunk when the next one is asked for."""
+    for start in range(0, len(samples), size):
+        chunk = samples[start:start + size]
+        yield chunk
+        if progress is not None:
+            progress(len(chunk))
+
+
+def _left_padded(tails: list[Tensor], cached: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Embeddings [B, L, D], positions [B, L] and mask [B, cached + L] of rows [L_i, D] behind
+    ``cached`` positions; no mask for equal lengths: attention without one takes the faster
+    kernel."""
+    lengths = torch.tensor([len(tail) for tail in tails], device=tails[0].device)
+    longest = int(lengths.max())
+    padding = (longest - lengths)[:, None]
+    embeds = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_side="left")
+    columns = torch.arange(longest, device=lengths.device)
+    positions = cached + (columns - padding).clamp(min=0)
+    if not padding.any():
+        return embeds, positions, None
+    real = (columns >= padding).long()
+    return embeds, positions, torch.cat([real.new_ones(len(tails), cached), real], dim=1)
+
+
+def content(images: Sequence[Any]) -> str:
+    """A name for what images (uint8 arrays) show: the same pixels have the same name."""
+    digest = hashlib.blake2b(digest_size=16)
+    for image in images:
+        digest.update(f"{image.shape} {image.dtype}".encode())
+        digest.update(image.tobytes())
+    return digest.hexdigest()
