@@ -27,7 +27,7 @@ from torch import Tensor
 from benchmarks import ratios
 from xsd.core import StorageError
 from xsd.evaluate.hidden import HiddenStateMetrics
-from xsd.evaluate.reliability import Reliability
+from xsd.evaluate.reliability_old import Reliability
 from xsd.evaluate.statistics import bootstrap_ratio
 from xsd.evaluate.tokens import TokenMetrics, head_tokens
 from xsd.steps import plan

@@ -9,7 +9,7 @@ from xsd.core import MetricError
 from xsd.evaluate import decomposition, report_text, tables
 from xsd.evaluate.counterfactual import compare_arms, compare_with_floors
 from xsd.evaluate.hidden import HiddenStateMetrics
-from xsd.evaluate.reliability import Reliability
+from xsd.evaluate.reliability_old import Reliability
 from xsd.evaluate.speedup import Costs, predict
 from xsd.evaluate.statistics import Interval
 from xsd.evaluate.tokens import TokenMetrics

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from xsd.evaluate.counterfactual import FloorComparison
 from xsd.evaluate.hidden import HiddenStateResult
-from xsd.evaluate.reliability import ReliabilityResult
+from xsd.evaluate.reliability_old import ReliabilityResult
 from xsd.evaluate.speedup import Prediction, ReferenceTiming, reference_estimates
 from xsd.evaluate.statistics import Interval
 from xsd.evaluate.tokens import TokenResult

@@ -21,7 +21,7 @@ import plotly.io as pio
 
 from xsd.core import ParameterError
 from xsd.evaluate import hidden, report_text, speedup, tables, tokens
-from xsd.evaluate.reliability import ReliabilityResult
+from xsd.evaluate.reliability_old import ReliabilityResult
 from xsd.files import atomic_write, write_json
 from xsd.runs import doctor, folder, numbers
 from xsd.steps import acceptance, counterfactual, training
