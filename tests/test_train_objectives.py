@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from xsd.adapters import heads
 from xsd.core import ParameterError, TrainingError
 from xsd.train import objectives
 
@@ -76,7 +77,7 @@ def test_no_more_rows_than_a_chunk_pass_the_head():
 
     objectives.cross_entropy(torch.randn(10, 4), torch.randn(10, 4),
                              torch.zeros(10, dtype=torch.long), head, chunk=4)
-    objectives.top_tokens(head, torch.randn(2, 5, 4), chunk=4)
+    heads.top_tokens(head, torch.randn(2, 5, 4), chunk=4)
     assert max(seen) == 4 and sum(seen) == 20
 
 

@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xsd.adapters import heads
 from xsd.adapters.base import Adapter
 from xsd.core import Batch
 from xsd.evaluate.acceptance import rounds_from_lists
@@ -31,7 +32,6 @@ from xsd.evaluate.counterfactual import Counts
 from xsd.evaluate.hidden import cosines
 from xsd.evaluate.tokens import head_tokens
 from xsd.steps.evaluation import HeldOut
-from xsd.train import objectives, vocabulary
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Drafts:
         return matched, (each["accepted"], each["rounds"])
 
 
-def loop_states(adapter: Adapter, batch: Batch, head: objectives.Head, gamma: int) -> Tensor:
+def loop_states(adapter: Adapter, batch: Batch, head: heads.Head, gamma: int) -> Tensor:
     """The state behind the draft at each position in a greedy loop at gamma, [B, S, D_v]; position
     0 is meaningless for shift 1.
 
@@ -78,7 +78,7 @@ def loop_states(adapter: Adapter, batch: Batch, head: objectives.Head, gamma: in
                          dim=2)  # [B, S, gamma + 1, D]: row s, step k-1 predicts position s + k
     right = torch.stack([
         F.pad(
-            objectives.top_tokens(head, rolled[:, :-k, k - 1]) == batch.ids_by_verifier[:, k:],
+            heads.top_tokens(head, rolled[:, :-k, k - 1]) == batch.ids_by_verifier[:, k:],
             (0, k)) for k in range(1, gamma + 1) if k < rolled.shape[1]
     ], dim=2,
                         )  # fmt: skip
@@ -98,7 +98,7 @@ def drafts_of(adapter: Adapter, held_out: HeldOut, *, gamma: int, batch_size: in
     """What an adapter drafts on a held-out set. Samples of a single token have no position and give
     empty arrays."""
     drafts = Drafts([], [], [], [])
-    head = vocabulary.head_of(adapter, held_out.head)
+    head = heads.head_of(adapter, held_out.head)
     for batch in held_out.batches(batch_size):
         _collect(drafts, loop_states(adapter, batch, head, gamma), batch, head)
     return drafts
@@ -121,9 +121,9 @@ def _cosines(states: Tensor, batch: Batch) -> Tensor:
 
 
 def _collect(drafts: Drafts, states: Tensor, batch: Batch,
-             head: Tensor | vocabulary.DraftHead) -> None:
+             head: Tensor | heads.DraftHead) -> None:
     real, cosine = _after_first(batch), _cosines(states, batch)
-    reduced = isinstance(head, vocabulary.DraftHead)
+    reduced = isinstance(head, heads.DraftHead)
     said = head_tokens(states[real], head.weight if reduced else head)
     best = head.ids[said.top_ids[:, 0]] if reduced else said.top_ids[:, 0]
     ids, probability = torch.zeros_like(batch.ids_by_verifier), torch.zeros(real.shape)

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xsd import files
-from xsd.adapters import registry
+from xsd.adapters import heads, registry
 from xsd.core import Batch, ParameterError, TrainingError
 from xsd.train import guards, objectives, parts, run_folder, source, start
 from xsd.train.processes import Processes
@@ -49,7 +49,7 @@ class FitResult:
 
 def fit_adapter(
     level: Any, dataset: Any, *, folder: str | Path, config: FitConfig | None = None,
-    profile: str = "reference", head: objectives.Head | None = None, seed: int = 0,
+    profile: str = "reference", head: heads.Head | None = None, seed: int = 0,
     validation: Any = None, held_out: Sequence[Any] | guards.HeldOut = (),
     device: str | torch.device = "cpu", progress: Callable[[dict[str, Any]], None] | None = None,
 ) -> FitResult:
@@ -101,7 +101,7 @@ class Training:
     one; the parts are for measuring."""
     def __init__(
         self, level: Any, dataset: Any, folder: str | Path, config: FitConfig, *,
-        head: objectives.Head | None = None, seed: int = 0, validation: Any = None,
+        head: heads.Head | None = None, seed: int = 0, validation: Any = None,
         held_out: Sequence[Any] | guards.HeldOut = (), device: str | torch.device = "cpu",
     ) -> None:  # fmt: skip
         self.spec, self.level = level, files.name_of(level)
@@ -126,7 +126,7 @@ class Training:
                 )
             self.train_indices = torch.arange(len(self.states))
             self.validation_indices = torch.arange(len(self.validation_states))
-        self.head, self.full_head = start.heads(self.level, config, self.objective, self.states,
+        self.head, self.full_head = start.choose_heads(self.level, config, self.objective, self.states,
                                                 self.train_indices, head, self.device)
         self.identity = {
             "level": self.level, "seed": seed, "config": asdict(config),
@@ -284,7 +284,7 @@ class Training:
                 for threshold in THRESHOLDS
             }
             if self.head is not None:
-                values["token_acceptance"] = (objectives.top_tokens(
+                values["token_acceptance"] = (heads.top_tokens(
                     self.head, aligned[mask]) == ids[mask]).float().mean()
             for name, value in values.items():
                 sums[name] = sums[name] + value.double() * n

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd import files
+from xsd.adapters import heads
 from xsd.adapters.base import Adapter
 from xsd.core import CheckpointError, PairedStates, TrainingError
 from xsd.train import guards, lora, objectives, source
@@ -231,7 +232,7 @@ class _Run:
         if judge:
             losses["cosine_similarity"] = F.cosine_similarity(aligned[mask], target[mask],
                                                               dim=-1).mean()
-            losses["token_acceptance"] = (objectives.top_tokens(
+            losses["token_acceptance"] = (heads.top_tokens(
                 self.head, aligned[mask]) == ids[mask]).float().mean()
         return losses, int(mask.sum())
 

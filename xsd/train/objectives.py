@@ -4,13 +4,15 @@
 Every term is a mean over the real positions, handed in flat: aligned, target [N, D], ids int64 [N],
 optional weights [N]. Terms that need logits run through the frozen verifier head in chunks of
 positions: loss and gradient of one chunk are computed before the next one begins, so no [N, V]
-tensor ever exists (after Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989).
+tensor ever exists (after Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989). Through a
+DraftHead distributions are over its k ids, renormalised; cross-entropy is 0 where the token is not
+among them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -18,26 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xsd import files
+from xsd.adapters.heads import CHUNK, DraftHead, Head, logits_of
 from xsd.core import ParameterError, TrainingError
-from xsd.train.vocabulary import DraftHead
-
-Head = Tensor | DraftHead | Callable[[Tensor], Tensor]
-"""The verifier's LM head: its weight [V, D], a callable [n, D] → [n, V] (a head behind the final
-norm), or some of its rows.
-
-Never trained here. With a DraftHead distributions are over its k ids, renormalised; cross-entropy
-is 0 where the token is not among them.
-"""
-CHUNK = 1024
-"""Positions whose logits exist at one time: 1024 × 32 000 × 4 bytes = 131 MB at the real pair's
-vocabulary."""
 
 Term = Callable[[Tensor, Tensor, Tensor, "Head | None", "Tensor | None"], Tensor]
-
-
-def logits_of(head: Head, hidden: Tensor) -> Tensor:
-    """[n, D] post-norm states → [n, V]."""
-    return F.linear(hidden, head.to(hidden.dtype)) if isinstance(head, Tensor) else head(hidden)
 
 
 def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
@@ -230,20 +216,3 @@ def parse(text: str) -> Objective:
         if ":" in name:
             own[name] = files.import_object(name)
     return Objective(weights, own)
-
-
-def token_chunks(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [n, V]) for chunks of hidden [N, D]: the same memory bound for whoever
-    evaluates."""
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        yield part, logits_of(head, hidden[part])
-
-
-def top_tokens(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Tensor:
-    """argmax tokens, as full ids whatever the head: [..., D] → int64 [...]."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    result = torch.empty(len(flat), dtype=torch.long, device=flat.device)
-    for part, logits in token_chunks(head, flat, chunk):
-        result[part] = logits.argmax(-1)
-    return (head.ids[result] if isinstance(head, DraftHead) else result).view(hidden.shape[:-1])

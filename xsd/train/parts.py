@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from xsd.adapters.base import Adapter
+from xsd.adapters.heads import Head
 from xsd.core import Batch
 from xsd.train import objectives
 from xsd.train.recipes import FitConfig
@@ -56,7 +57,7 @@ def norms(adapter: Adapter, mask: Tensor, config: FitConfig) -> Tensor:
 
 
 def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective,
-           head: objectives.Head | None, config: FitConfig, share: Sequence[float],
+           head: Head | None, config: FitConfig, share: Sequence[float],
            own: Sequence[float],
            ) -> dict[str, Tensor]:  # fmt: skip
     """The terms of the first part (means over this batch), and ``total``: this batch's share of the

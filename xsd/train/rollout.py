@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from xsd.adapters import heads
 from xsd.adapters.base import Adapter
 from xsd.core import Batch, MetricError, ParameterError
-from xsd.train import objectives, vocabulary
 
 
 @dataclass(frozen=True)
@@ -100,14 +100,14 @@ class Rollout:
 
 
 @torch.no_grad()
-def drafted_tokens(adapter: Adapter, batch: Batch, head: objectives.Head, gamma: int) -> Tensor:
+def drafted_tokens(adapter: Adapter, batch: Batch, head: heads.Head, gamma: int) -> Tensor:
     """Draft tokens from every start: int64 [B, S, gamma]; entry [b, s, k-1] is drafted for position
     s + k. Means something where s + k is real. An adapter with a draft vocabulary of its own drafts
     among those tokens only."""
-    head = vocabulary.head_of(adapter, head)
+    head = heads.head_of(adapter, head)
     batch_size, size = batch.mask.shape
     if adapter.shift == 0:
-        tokens = objectives.top_tokens(head, adapter.align(batch).aligned)
+        tokens = heads.top_tokens(head, adapter.align(batch).aligned)
         padded = F.pad(tokens, (0, gamma), value=-1)
         return torch.stack([padded[:, k:k + size] for k in range(1, gamma + 1)], dim=-1)
     if not hasattr(adapter, "unroll"):
@@ -117,7 +117,7 @@ def drafted_tokens(adapter: Adapter, batch: Batch, head: objectives.Head, gamma:
         )
     known = batch.ids_by_verifier if adapter.fuses_tokens else None
     results = adapter.unroll(batch.drafter, batch.verifier, gamma, known)
-    return torch.stack([objectives.top_tokens(head, states) for states in results],
+    return torch.stack([heads.top_tokens(head, states) for states in results],
                        dim=-1).view(batch_size, size, gamma)
 
 
@@ -135,7 +135,7 @@ def count_accepted(drafts: Tensor, ids: Tensor, mask: Tensor) -> tuple[Tensor, T
     return accepted.masked_fill(drafted == 0, -1), drafted.masked_fill(drafted == 0, -1)
 
 
-def self_rollout(adapter: Adapter, batches: Iterable[Batch], head: objectives.Head, *,
+def self_rollout(adapter: Adapter, batches: Iterable[Batch], head: heads.Head, *,
                  gamma: int = 5) -> Rollout:
     """Roll an adapter out from every position of every answer.
 
@@ -212,7 +212,7 @@ def vocabulary_cost(adapter: Adapter, batches: Sequence[Batch], head: Tensor, id
             f"this {adapter.level} drafts {len(adapter.draft_ids)} tokens only; give one of the "
             "whole vocabulary"
         )
-    reduced = vocabulary.draft_head(head, ids)
+    reduced = heads.draft_head(head, ids)
     answers = torch.cat([batch.ids_by_verifier[batch.mask] for batch in batches])
     full, fewer = (self_rollout(adapter, batches, one, gamma=gamma).mean_accepted()
                    for one in (head, reduced))

@@ -10,22 +10,23 @@ import torch
 from torch import Tensor
 
 from xsd import files
-from xsd.adapters import checks, linear, registry
+from xsd.adapters import checks, heads, linear, registry
 from xsd.adapters.base import Adapter
+from xsd.adapters.heads import Head
 from xsd.core import ParameterError, TrainingError
-from xsd.train import objectives, source, vocabulary
+from xsd.train import objectives, source
 from xsd.train.recipes import FitConfig
 
 FUSING = ("L5", "B1", "L5F")
 """Levels that can read the token before."""
 
 
-def heads(level: str, config: FitConfig, objective: objectives.Objective, states: source.States,
-          indices: Tensor, head: objectives.Head | None, device: torch.device,
-          ) -> tuple[objectives.Head | None, Tensor | None]:  # fmt: skip
+def choose_heads(level: str, config: FitConfig, objective: objectives.Objective, states: source.States,
+          indices: Tensor, head: Head | None, device: torch.device,
+          ) -> tuple[Head | None, Tensor | None]:  # fmt: skip
     """(what token terms go through, the whole weight [V, D] where one was given), on ``device``.
 
-    indices: of the training answers, whose frequent tokens make a draft vocabulary. Raises:
+    indices: of the training answers, whose frequent tokens make a draft heads. Raises:
     TrainingError when something needs token ids
     or the head's rows and they are not there.
     """
@@ -51,14 +52,14 @@ def heads(level: str, config: FitConfig, objective: objectives.Objective, states
     if config.draft_vocabulary is None or whole is None:
         return (head if whole is None else whole), whole
     answers = (batch.ids_by_verifier[batch.mask] for batch in states.batches(indices, 256))
-    ids = vocabulary.most_frequent(answers, config.draft_vocabulary)
-    return vocabulary.draft_head(whole, ids.to(device)), whole
+    ids = heads.most_frequent(answers, config.draft_vocabulary)
+    return heads.draft_head(whole, ids.to(device)), whole
 
 
 def new_adapter(spec: Any, config: FitConfig, states: source.States, indices: Tensor,
-                head: objectives.Head | None, full_head: Tensor | None) -> Adapter:
+                head: Head | None, full_head: Tensor | None) -> Adapter:
     """An adapter of a level as its recipe starts it; draws from torch's global generator. head,
-    full_head: as :func:`heads` gives them. A level of one's own is checked first; an nn.Linear of
+    full_head: as :func:`choose_heads` gives them. A level of one's own is checked first; an nn.Linear of
     it that is called input_map (D_d → D_v) starts as the closed form, too.
 
     Raises: ParameterError for an option that the level does not have, and as checks.check_adapter.
@@ -92,6 +93,6 @@ def new_adapter(spec: Any, config: FitConfig, states: source.States, indices: Te
             module.load_state_dict(closed.map.state_dict())
     if adapter.fuses_tokens:
         adapter.set_token_embedding(full_head.cpu())
-    if isinstance(head, vocabulary.DraftHead):
+    if isinstance(head, heads.DraftHead):
         adapter.set_draft_vocabulary(head.ids.cpu())
     return adapter

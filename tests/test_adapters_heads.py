@@ -6,31 +6,31 @@ import torch
 import train_examples as examples
 from test_adapters_levels import VOCABULARY, WIDTH, make, make_batch
 
-from xsd.adapters import registry
+from xsd.adapters import heads, registry
 from xsd.core import ParameterError, TrainingError
 from xsd.decode import proposers
-from xsd.train import fit, objectives, rollout, source, vocabulary
+from xsd.train import fit, objectives, rollout, source
 
 
 def test_the_most_frequent_tokens_are_taken_and_doubts_go_to_the_smaller_id():
     answers = [[3, 3, 3, 1], torch.tensor([1, 7, 5])]
-    assert vocabulary.most_frequent(answers, 3).tolist() == [1, 3, 5]
-    assert vocabulary.most_frequent(answers, 3, always=[9]).tolist() == [1, 3, 9]
-    assert vocabulary.most_frequent(answers, 99).tolist() == [1, 3, 5, 7]
+    assert heads.most_frequent(answers, 3).tolist() == [1, 3, 5]
+    assert heads.most_frequent(answers, 3, always=[9]).tolist() == [1, 3, 9]
+    assert heads.most_frequent(answers, 99).tolist() == [1, 3, 5, 7]
     with pytest.raises(ParameterError,
                        match="needs at least one id and answers to count, not k = 0 of 7 tokens"):
-        vocabulary.most_frequent(answers, 0)
+        heads.most_frequent(answers, 0)
     with pytest.raises(ParameterError, match="distinct ids below 4"):
-        vocabulary.draft_head(torch.randn(4, 2), torch.tensor([1, 4]))
+        heads.draft_head(torch.randn(4, 2), torch.tensor([1, 4]))
 
 
 def test_rows_of_the_head_say_what_the_whole_head_says_among_them():
     head, hidden = torch.randn(VOCABULARY, WIDTH), torch.randn(2, 5, WIDTH)
     ids = torch.tensor([1, 4, 8, 10])
-    reduced = vocabulary.draft_head(head, ids)
+    reduced = heads.draft_head(head, ids)
     want = (hidden @ head.T)[..., ids]
-    torch.testing.assert_close(objectives.logits_of(reduced, hidden), want)
-    assert torch.equal(objectives.top_tokens(reduced, hidden), ids[want.argmax(-1)])
+    torch.testing.assert_close(heads.logits_of(reduced, hidden), want)
+    assert torch.equal(heads.top_tokens(reduced, hidden), ids[want.argmax(-1)])
     rows = hidden[0]
     targets = torch.tensor([4, 10, 3, 8, 0])  # 3 and 0 cannot be drafted and ask for nothing
     aligned = rows.clone().requires_grad_()

@@ -1,0 +1,106 @@
+"""The verifier's LM head as adapters draft through it: some positions at a time, and where wanted
+some of its rows only.
+
+A reduced draft vocabulary (EAGLE-3, FR-Spec) is the k most frequent tokens: the head is most of a
+draft step's cost where the vocabulary is large, and answers use a small part of it. The verifier
+still says any token: one outside is never drafted, so it ends a round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xsd.core import ParameterError
+
+CHUNK = 1024
+"""Positions whose logits exist at one time: 1024 × 32 000 × 4 bytes = 131 MB at the real pair's
+vocabulary."""
+
+
+@dataclass(frozen=True)
+class DraftHead:
+    """Some rows of a head. weight: [k, D]. ids: int64 [k], each row's full id. rows: int64 [V], the
+    row of each full id, -1 outside."""
+
+    weight: Tensor
+    ids: Tensor
+    rows: Tensor
+
+    def __call__(self, hidden: Tensor) -> Tensor:
+        """[..., D] → [..., k] logits, in the order of ``ids``."""
+        return F.linear(hidden, self.weight.to(hidden.dtype))
+
+
+Head = Tensor | DraftHead | Callable[[Tensor], Tensor]
+"""The verifier's LM head, never trained here: its weight [V, D], a callable [n, D] → [n, V] (a head
+behind the final norm), or some of its rows."""
+
+
+def draft_head(weight: Tensor, ids: Tensor) -> DraftHead:
+    """The rows ``ids`` int64 [k] of a head [V, D]. Raises: ParameterError when an id is not in the
+    head or stands twice."""
+    size = len(weight)
+    if len(ids) == 0 or len(ids.unique()) != len(ids) or not 0 <= ids.min() <= ids.max() < size:
+        raise ParameterError(
+            f"a draft vocabulary is distinct ids below {size}, at least one; take "
+            "heads.most_frequent()")
+    rows = torch.full((size,), -1, dtype=torch.long, device=weight.device)
+    rows[ids] = torch.arange(len(ids), device=weight.device)
+    return DraftHead(weight[ids], ids, rows)
+
+
+def head_of(adapter: Any, head: Head) -> Head:
+    """The head an adapter drafts through: the rows of its own draft vocabulary where it has one,
+    else ``head`` as it is."""
+    ids = getattr(adapter, "draft_ids", None)
+    if ids is None or not isinstance(head, Tensor):
+        return head
+    return draft_head(head, ids.to(head.device))
+
+
+def most_frequent(answers: Iterable[Sequence[int] | Tensor], k: int, *,
+                  always: Sequence[int] = ()) -> Tensor:
+    """The k most frequent ids of some answers, ascending, int64 [≤ k]; of two equally frequent ones
+    the smaller id.
+
+    always: ids that are among them whatever their count (end of sequence). Raises: ParameterError
+    for k < 1 or no token at all.
+    """
+    parts = [torch.as_tensor(answer, dtype=torch.long).flatten() for answer in answers]
+    counts = torch.bincount(torch.cat(parts)) if parts else torch.zeros(0, dtype=torch.long)
+    if k < 1 or not counts.any():
+        raise ParameterError(
+            f"a draft vocabulary needs at least one id and answers to count, not k = {k} of "
+            f"{int(counts.sum())} tokens")
+    if always:
+        counts = F.pad(counts, (0, max(0, max(always) + 1 - len(counts))))
+        counts[list(always)] = int(counts.max()) + 1
+    order = counts.argsort(descending=True, stable=True)[:k]
+    return order[counts[order] > 0].sort().values
+
+
+def logits_of(head: Head, hidden: Tensor) -> Tensor:
+    """[n, D] post-norm states → [n, V], or [n, k] through a DraftHead."""
+    return F.linear(hidden, head.to(hidden.dtype)) if isinstance(head, Tensor) else head(hidden)
+
+
+def token_chunks(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
+    """(rows, logits [n, V]) for chunks of hidden [N, D], so that no [N, V] tensor exists."""
+    for start in range(0, len(hidden), chunk):
+        part = slice(start, start + chunk)
+        yield part, logits_of(head, hidden[part])
+
+
+def top_tokens(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Tensor:
+    """argmax tokens, as full ids whatever the head: [..., D] → int64 [...]."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    result = torch.empty(len(flat), dtype=torch.long, device=flat.device)
+    for part, logits in token_chunks(head, flat, chunk):
+        result[part] = logits.argmax(-1)
+    return (head.ids[result] if isinstance(head, DraftHead) else result).view(hidden.shape[:-1])
