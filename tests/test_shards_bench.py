@@ -8,7 +8,7 @@ from benchmarks import extract as bench_extract
 from benchmarks import streaming as bench
 from xsd.extract import pairs
 from xsd.models import loading
-from xsd.shards import chunks, stream
+from xsd.shards import chunks
 from xsd.shards.loader import Loader
 
 SIZES = bench.Sizes(n_answers=16, width=64, narrow_width=16, samples_per_shard=4, chunk_size=8,
@@ -53,7 +53,7 @@ def test_the_stream_that_is_measured_reads_every_answer(tmp_path):
         i
         for batch in Loader(stored, batch_size=4, max_padding=0.2, shuffle_seed=0, dtype="float16")
         for i in batch.index)
-    assert found == list(range(16)) == sorted(i for batch in stream.batches(stored, batch_size=5)
+    assert found == list(range(16)) == sorted(i for batch in stored.batches(5)
                                               for i in batch.index)
 
 

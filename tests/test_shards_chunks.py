@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from xsd.core import ShardError
-from xsd.shards import chunks, store, stream
+from xsd.shards import chunks, store
 
 LENGTHS = [5, 7, 6, 9, 5, 8, 6]
 
@@ -75,7 +75,7 @@ def test_absent_token_ids_are_marked(chunked, tmp_path):
     dataset = store.ShardDataset(tmp_path / "run")
     assert not dataset.has_token_ids
     assert {
-        int(i) for batch in stream.batches(dataset, batch_size=7)
+        int(i) for batch in dataset.batches(7)
         for i in batch.ids_by_verifier[batch.mask]
     } == {-1}
 

@@ -67,7 +67,8 @@ def test_a_file_that_lost_or_gained_a_byte_or_is_gone_is_named(run):
         for after in (before[:-1], before + b"\0", b""):
             path.write_bytes(after)
             (problem,) = store.verify(run)
-            assert problem.file == path and problem.what == f"has {len(after)} bytes instead of {len(before)}"
+            assert problem.file == path
+            assert problem.what == f"has {len(after)} bytes instead of {len(before)}"
         path.unlink()
         (problem,) = store.verify(run)
         assert problem.file == path and problem.what == "is missing"

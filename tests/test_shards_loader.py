@@ -16,7 +16,7 @@ from shard_examples import example
 from torch.utils.data import DataLoader
 
 from xsd.core import ShardError
-from xsd.shards import batching, reader, store, stream
+from xsd.shards import batching, reader, store
 from xsd.shards.loader import Loader
 from xsd.shards.writer import ShardWriter
 
@@ -77,7 +77,8 @@ def test_a_token_budget_is_kept_and_used(sizes, budget, max_padding):
        st.integers(1, 40))
 def test_a_shuffle_gives_every_item_once_and_looks_no_further_than_its_buffer(
         shards, seed, epoch, buffer):
-    items = {number: [(10 * number + row, 1) for row in range(n)] for number, n in enumerate(shards)}
+    items = {number: [(10 * number + row, 1) for row in range(n)]
+             for number, n in enumerate(shards)}
     opened = []
 
     def items_of(number):
@@ -128,9 +129,9 @@ def test_an_answer_longer_than_the_budget_is_named():
 def test_batches_are_those_of_single_samples_put_together(tmp_path, dtype, mode):
     stored = write(tmp_path, 9, dtype=dtype, mode=mode)
     for batch in Loader(stored, batch_size=4, shuffle_seed=3):
-        assert equal(batch, stream.collate([stored[i] for i in batch.index], batch.index))
-    (plain,) = stream.batches(stored, batch_size=9)
-    assert equal(plain, stream.collate(list(stored), range(9)))
+        assert equal(batch, store.collate([stored[i] for i in batch.index], batch.index))
+    (plain,) = stored.batches(9)
+    assert equal(plain, store.collate(list(stored), range(9)))
 
 
 def test_states_can_be_delivered_as_they_are_stored(tmp_path):
@@ -232,7 +233,7 @@ def test_subsets_and_indices_read_their_samples_only(dataset):
     assert {name for batch in found for name in batch.sequence} == {"seq1"}
     assert sorted(i for batch in found for i in batch.index) == list(range(len(part)))
     assert all(
-        equal(batch, stream.collate([part[i] for i in batch.index], batch.index))
+        equal(batch, store.collate([part[i] for i in batch.index], batch.index))
         for batch in found)
     assert indices(Loader(dataset, batch_size=9, indices=[20, 1, 7])) == [[1, 7, 20]]
 
@@ -267,8 +268,8 @@ def test_no_more_batches_are_alive_than_the_bound_counts(dataset, monkeypatch):
     class Counted:
         """Stands for a batch's states: counted while anything holds it."""
 
-    def counting(self, index):
-        batch = plain(self, index)
+    def counting(self, *what):
+        batch = plain(self, *what)
         token = Counted()
         alive.add(token)
         object.__setattr__(batch, "token", token)
@@ -323,7 +324,7 @@ def test_memory_is_lent_again_only_when_no_tensor_stands_on_it():
 def test_batches_that_are_kept_stay_as_they_were(dataset):
     kept = list(Loader(dataset, batch_size=2, shuffle_seed=0))
     assert all(
-        equal(batch, stream.collate([dataset[i] for i in batch.index], batch.index))
+        equal(batch, store.collate([dataset[i] for i in batch.index], batch.index))
         for batch in kept)
 
 
@@ -332,10 +333,8 @@ def test_a_shard_truncated_under_the_reader_is_named_in_the_consumer(tmp_path):
     path = tmp_path / "shard-000002.safetensors"
     path.write_bytes(path.read_bytes()[:-40])
     found = []
-    with pytest.raises(
-            ShardError,
-            match=r"shard-000002\.safetensors ends after \d+ bytes, inside .*; run verify and repair"
-    ):
+    what = r"shard-000002\.safetensors ends after \d+ bytes, inside .*; run verify and repair"
+    with pytest.raises(ShardError, match=what):
         for batch in Loader(stored, batch_size=2, prefetch=4):
             found += batch.index
     assert found == list(range(10))  # the cut took the last samples' bytes

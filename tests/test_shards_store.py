@@ -12,7 +12,8 @@ from shard_examples import example
 
 from xsd.core import ShardError
 from xsd.shards import format as layout
-from xsd.shards import store, stream
+from xsd.shards import reader, store
+from xsd.shards.loader import Loader
 from xsd.shards.writer import ShardWriter
 
 
@@ -79,20 +80,9 @@ def test_ids_are_read_without_a_state(tmp_path, monkeypatch, mode):
     dataset = store.ShardDataset(write(tmp_path, dtype="int8", mode=mode))
     pairs, read = list(dataset), []
 
-    class Watched:
-        def __init__(self, *place):
-            self.file = safe_open(*place)
-
-        def get_tensor(self, name):
-            read.append(name)
-            return self.file.get_tensor(name)
-
-        def get_slice(self, name):
-            read.append(name)
-            return self.file.get_slice(name)
-
-    safe_open = store.safe_open
-    monkeypatch.setattr(store, "safe_open", Watched)
+    plain = reader.ShardFile.read
+    monkeypatch.setattr(reader.ShardFile, "read", lambda file, target, name, *where:
+                        read.append(name) or plain(file, target, name, *where))
     for role in ("drafter", "verifier"):
         wanted = [getattr(pair, f"ids_by_{role}").tolist() for pair in pairs]
         fresh = store.ShardDataset(tmp_path)
@@ -147,37 +137,12 @@ def test_a_subset_holds_its_sequences_only(folder):
         store.ShardDataset(folder).subset(sequences=["seq9"])
 
 
-@given(seed=st.integers(0, 50), fraction=st.floats(0.01, 0.9))
-@settings(max_examples=20)
-def test_a_split_never_shares_a_sequence_and_repeats_with_its_seed(tmp_path_factory, seed,
-                                                                   fraction):
-    dataset = _shared(tmp_path_factory)
-    train, validation = dataset.split(fraction, seed)
-    names = dataset.table()["sequence"]
-    assert sorted([*train, *validation]) == list(range(10)) and train and validation
-    assert not set(names.iloc[train]) & set(names.iloc[validation])
-    assert dataset.split(fraction, seed) == (train, validation)
-
-
-_SHARED = {}
-
-
-def _shared(tmp_path_factory):
-    if not _SHARED:
-        _SHARED["dataset"] = store.ShardDataset(write(tmp_path_factory.mktemp("shared")))
-    return _SHARED["dataset"]
-
-
-def test_one_sequence_cannot_be_split(folder):
-    with pytest.raises(ShardError, match="a split by sequence needs at least two"):
-        store.ShardDataset(folder).subset(sequences=["seq0"]).split()
-
-
 def test_batches_pad_on_the_right_and_cover_every_sample_once(folder):
     dataset = store.ShardDataset(folder)
     seen = []
-    for batch in stream.batches(dataset, batch_size=4, shuffle_seed=5):
-        assert batch.drafter.dtype == batch.verifier.dtype == torch.float32 and batch.mode == "teacher_forced"
+    for batch in Loader(dataset, batch_size=4, shuffle_seed=5):
+        assert batch.drafter.dtype == batch.verifier.dtype == torch.float32
+        assert batch.mode == "teacher_forced"
         assert batch.mask.any(0).all(), "no column without a position"
         for row, i in enumerate(batch.index):
             n = int(batch.mask[row].sum())
@@ -192,21 +157,19 @@ def test_batches_pad_on_the_right_and_cover_every_sample_once(folder):
 
 def test_free_running_batches_keep_positions_both_models_have(tmp_path):
     dataset = store.ShardDataset(write(tmp_path, mode="free_running"))
-    (batch,) = stream.batches(dataset, batch_size=10)
+    (batch,) = dataset.batches(10)
     assert batch.mask.sum(1).tolist() == [3] * 10 and batch.drafter.shape == (10, 3, 6)
 
 
-def test_the_order_depends_on_the_seed_alone(folder):
+def test_batches_come_in_order_also_of_a_subset(folder):
     dataset = store.ShardDataset(folder)
-    orders = [[
-        i for b in stream.batches(dataset, batch_size=3, shuffle_seed=seed) for i in b.index
-    ] for seed in (1, 1, 2)]
-    assert orders[0] == orders[1] != orders[2]
-    assert orders[0] == [
-        i for b in stream.batches(dataset, batch_size=7, shuffle_seed=1) for i in b.index
-    ]
-    assert [b.index for b in stream.batches(dataset, batch_size=2, indices=[7, 1, 3])] == [[7, 1],
-                                                                                           [3]]
+    assert [batch.index for batch in dataset.batches(4)] == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9]]
+    (batch,) = dataset.subset(indices=[7, 1]).batches(3)
+    assert batch.index == [0, 1]
+    for row, i in enumerate((7, 1)):
+        assert torch.equal(batch.verifier[row][batch.mask[row]], dataset[i].hidden_by_verifier)
+    with pytest.raises(ShardError, match="batch_size=0; expected at least 1"):
+        next(dataset.batches(0))
 
 
 # --- refusals
@@ -288,8 +251,7 @@ def test_a_missing_shard_is_named(own):
 
 @settings(max_examples=60)
 @given(data=st.data())
-def test_every_flip_of_a_single_bit_is_detected(tmp_path_factory, data):
-    folder = _shared(tmp_path_factory).folder
+def test_every_flip_of_a_single_bit_is_detected(folder, data):
     path = data.draw(st.sampled_from(sorted(folder.iterdir())))
     before = path.read_bytes()
     place, bit = data.draw(st.integers(0, len(before) - 1)), data.draw(st.integers(0, 7))

@@ -150,6 +150,17 @@ def test_validation_holds_out_whole_sequences():
         source.split_by_sequence(["s0", "s0"], 0.1, seed=0)
 
 
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
+def test_a_split_covers_every_sample_and_repeats_with_its_seed(seed, share):
+    names = [f"s{i % 3}" for i in range(10)]
+    train, held = source.split_by_sequence(names, share, seed)
+    assert sorted([*train.tolist(), *held.tolist()]) == list(range(10)) and len(train) and len(held)
+    assert not {names[i] for i in train} & {names[i] for i in held}
+    again = source.split_by_sequence(names, share, seed)
+    assert torch.equal(train, again[0]) and torch.equal(held, again[1])
+
+
 def test_validation_data_may_not_share_a_sequence(tmp_path):
     with pytest.raises(TrainingError, match="sequence s0 is in both"):
         fit.fit_adapter("L1", examples.answers(6), folder=tmp_path, validation=examples.answers(3))

@@ -23,7 +23,6 @@ from studies.recipes import measure as study_measure
 from studies.recipes.grid import CLOSED_FORM, FLOORS, Job
 from xsd.adapters import linear, registry
 from xsd.files import write_json
-from xsd.shards import stream
 from xsd.shards.store import ShardDataset
 from xsd.train import fit, guards, source
 from xsd.train.recipes import FitConfig
@@ -101,7 +100,7 @@ def work(job: Job, setting: Setting) -> dict[str, Any]:
         if record["identity"] == json.loads(json.dumps(identity)):
             return record
     adapter, cost = _solve(job, data) if config is None else _train(job, data, config, place)
-    batches = stream.batches(data.test, batch_size=setting.batch_size)
+    batches = data.test.batches(setting.batch_size)
     counts = study_measure.measure(adapter, batches, data.head, gamma=setting.gamma,
                                    threshold=setting.threshold)
     about = {

@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from xsd.core import ShardError
 from xsd.extract import ranks
 from xsd.shards import format as layout
-from xsd.shards import writer as shard_writer
+from xsd.shards import lock
 
 ERRORS = "errors.jsonl"
 
@@ -137,7 +137,7 @@ def _status(folder: Path) -> Status:
             continue
     total = (manifest["config"].get("part") or manifest["config"]).get("n_samples")
     rate = _rate(folder)
-    pid = None if manifest["finished"] else shard_writer.lock_holder(folder)
+    pid = None if manifest["finished"] else lock.lock_holder(folder)
     return Status(
         folder, manifest["mode"],
         "finished" if manifest["finished"] else "running" if pid is not None else "stopped", done,

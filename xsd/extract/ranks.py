@@ -28,7 +28,7 @@ import torch.distributed
 from xsd.core import ParameterError, ShardError, StorageError
 from xsd.files import atomic_write
 from xsd.shards import format as layout
-from xsd.shards import writer as shard_writer
+from xsd.shards import lock
 
 PARTS = "part-*-of-*"
 _SETTINGS = ("mode", "tap", "dtype", "samples_per_shard", "hidden_size_drafter",
@@ -138,9 +138,9 @@ def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int, 
             # The parts may have gone between the two looks, into a run that is finished now.
             return finished(folder) is not None
         try:
-            lock = shard_writer.FolderLock(folder)
+            held = lock.FolderLock(folder)
         except StorageError:
-            if shard_writer.lock_holder(folder) is None or time.monotonic() > end:
+            if lock.lock_holder(folder) is None or time.monotonic() > end:
                 raise
             time.sleep(0.05)
             continue
@@ -151,7 +151,7 @@ def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int, 
                 shutil.rmtree(part, ignore_errors=True)
             return True
         finally:
-            lock.release()
+            held.release()
 
 
 def _join(folder: Path, parts: list[Path]) -> None:
@@ -170,7 +170,7 @@ def _join(folder: Path, parts: list[Path]) -> None:
         lines += _times(part, begin)
         for entry in manifest["shards"]:
             name = layout.shard_name(len(shards))
-            names = {"file": name, "metadata_file": str(Path(name).with_suffix(".parquet"))}
+            names = {"file": name, "metadata_file": layout.shard_name(len(shards), "parquet")}
             moves |= {
                 folder / new: (part / entry[key], entry[key.replace("file", "bytes")])
                 for key, new in names.items()

@@ -2,8 +2,8 @@
 touched.
 
     shards, in an order drawn by the seed       3 │ 0 │ 2 │ 1
-    a buffer of shuffle_buffer answers          [ . . . . ]  one is drawn, the next of the shards takes its place
-    a bucket a range of lengths                 1 │ 2 │ 3–4 │ 5–6 │ …       a batch is of one bucket
+    a buffer of shuffle_buffer answers          [ . . . . ]  one is drawn, the next takes its place
+    a bucket per range of lengths               1 │ 2 │ 3–4 │ 5–6 │ …     a batch is of one bucket
 
 An epoch is a function of (seed, epoch, lengths) alone. That is what makes it the same for any
 number of ranks and workers, and what lets a stream be taken up again at any batch.
@@ -24,13 +24,11 @@ Item = tuple[int, int]
 
 @dataclass(frozen=True)
 class BatchRule:
-    """What a batch may hold.
+    """What a batch may hold. Raises: ShardError for values that allow no batch.
 
     batch_size: answers at most. tokens_per_batch: positions at most, padding included (answers ×
-    the longest of them).
-    max_padding: share of a batch's positions that padding stays below, in [0, 1); None does not
-    look at lengths.
-    Raises: ShardError for values that allow no batch.
+    the longest of them). max_padding: share of a batch's positions that padding stays below, in
+    [0, 1); None does not look at lengths.
     """
 
     batch_size: int | None = None
@@ -39,52 +37,28 @@ class BatchRule:
 
     def __post_init__(self) -> None:
         if self.batch_size is None and self.tokens_per_batch is None:
-            raise ShardError(
-                "a batch needs a bound; give batch_size (answers), tokens_per_batch (positions "
-                "with padding), or both"
-            )
+            raise ShardError("a batch needs a bound; give batch_size (answers), tokens_per_batch "
+                             "(positions with padding), or both")
         for name in ("batch_size", "tokens_per_batch"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ShardError(f"{name}={value}; expected at least 1")
         if self.max_padding is not None and not 0 <= self.max_padding < 1:
-            raise ShardError(
-                f"max_padding={self.max_padding}; expected a share in [0, 1), or None for batches "
-                "of any lengths"
-            )
+            raise ShardError(f"max_padding={self.max_padding}; expected a share in [0, 1), or None "
+                             "for batches of any lengths")
 
-    def full(self, n: int, longest: int) -> bool:
+    def broken(self, n: int, longest: int) -> bool:
         """Whether n answers, the longest of that many positions, are more than a batch may hold."""
-        return (self.batch_size is not None
-                and n > self.batch_size) or (self.tokens_per_batch is not None
-                                             and n * longest > self.tokens_per_batch)
-
-
-class Buckets:
-    """Ranges of lengths, each at most 1 / (1 - max_padding) wide: in a batch of one range less than
-    max_padding is padding.
-
-    Range k holds the lengths in (edge k-1, edge k]; with edge k ≤ edge k-1 / (1 - max_padding),
-    shortest / longest > 1 - max_padding.
-    """
-    def __init__(self, max_padding: float | None) -> None:
-        self.growth = None if max_padding is None else 1 / (1 - max_padding)
-        self._edges = [1]
-
-    def of(self, length: int) -> int:
-        """The number of the range that holds ``length`` ≥ 1."""
-        if self.growth is None:
-            return 0
-        while self._edges[-1] < length:
-            last = self._edges[-1]
-            self._edges.append(max(last + 1, int(last * self.growth)))
-        return bisect.bisect_left(self._edges, length)
+        return ((self.batch_size is not None and n > self.batch_size) or
+                (self.tokens_per_batch is not None and n * longest > self.tokens_per_batch))
 
 
 def shuffled(shards: Sequence[int], items_of: Callable[[int], Iterable[Item]], *, seed: int | None,
              epoch: int, buffer: int) -> Iterator[Item]:
-    """Every item of the shards once; ``items_of`` is called when a shard's turn comes. seed None:
-    as they stand."""
+    """Every item of the shards once; ``items_of`` is called when a shard's turn comes.
+
+    seed: None gives them as they stand.
+    """
     if seed is None:
         for shard in shards:
             yield from items_of(shard)
@@ -111,26 +85,35 @@ def batched(items: Iterable[Item], rule: BatchRule) -> Iterator[list[int]]:
     Answers without a position are left out. Raises: ShardError for an answer longer than
     tokens_per_batch.
     """
-    buckets = Buckets(rule.max_padding)
-    open_batches: dict[int, tuple[list[int], int]] = {}
+    edges = [1]
+    open_batches: dict[int, tuple[list[int], int]] = {}  # by bucket: indices, the longest of them
     for index, length in items:
         if length < 1:
             continue
-        if rule.full(1, length):
+        if rule.broken(1, length):
             raise ShardError(
-                f"sample {index} has {length} positions but "
-                f"tokens_per_batch={rule.tokens_per_batch}; allow at least as many as the "
-                "longest answer has")
-        bucket = buckets.of(length)
-        chosen, longest = open_batches.get(bucket, ([], 0))
+                f"sample {index} has {length} positions but tokens_per_batch="
+                f"{rule.tokens_per_batch}; allow at least as many as the longest answer has")
+        bucket = 0 if rule.max_padding is None else _bucket(length, edges, rule.max_padding)
+        chosen, longest = open_batches.pop(bucket, ([], 0))
         longest = max(longest, length)
-        if rule.full(len(chosen) + 1, longest):
+        if rule.broken(len(chosen) + 1, longest):
             yield chosen
             chosen, longest = [], length
         chosen.append(index)
-        open_batches[bucket] = chosen, longest
-        if rule.full(len(chosen) + 1, longest):
+        if rule.broken(len(chosen) + 1, longest):
             yield chosen
-            del open_batches[bucket]
+        else:
+            open_batches[bucket] = chosen, longest
     for bucket in sorted(open_batches):
         yield open_batches[bucket][0]
+
+
+def _bucket(length: int, edges: list[int], max_padding: float) -> int:
+    """The range of lengths (edge k-1, edge k] that holds ``length``; edges are added as needed.
+
+    Edge k ≤ edge k-1 / (1 - max_padding), so shortest / longest > 1 - max_padding in each range.
+    """
+    while edges[-1] < length:
+        edges.append(max(edges[-1] + 1, int(edges[-1] * (1 / (1 - max_padding)))))
+    return bisect.bisect_left(edges, length)

@@ -1,8 +1,10 @@
 """Hidden states as the first scripts for this task left them (padded .pt files), read safely and
 converted to a run folder.
 
-    chunked_train_1s_4bit/index.json          {"total_samples", "chunk_size", "chunks": [{"path", "start_idx", "n_samples"}], "config"}
-    chunked_train_1s_4bit/chunks/chunk_000000.pt  {"egpt_hidden", "vl_hidden": [n, S, D] float32, "seq_lens": [n], "metadata": n dicts}
+    chunked_train_1s_4bit/index.json          {"total_samples", "chunk_size", "config",
+                                               "chunks": [{"path", "start_idx", "n_samples"}]}
+    chunked_train_1s_4bit/chunks/chunk_000000.pt
+        {"egpt_hidden", "vl_hidden": [n, S, D] float32, "seq_lens": [n], "metadata": n dicts}
     hidden_states_train_1s_4bit_20260131_top10q.pt   one such dict with "config"
 
 Both models ran freely and each answer was cut to the shorter of the two, so the mode is
@@ -37,35 +39,12 @@ def _load(path: Path) -> Any:
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise ShardError(
-            f"{path} cannot be read ({str(error).strip().splitlines()[0]}); it is truncated or not "
-            "such a file"
-        ) from error
+        raise ShardError(f"{path} cannot be read ({str(error).strip().splitlines()[0]}); it is "
+                         "truncated or not such a file") from error
 
 
-def _index(path: Path) -> dict[str, Any]:
-    """index.json of a chunked folder, or the same for a single file."""
-    if path.is_dir():
-        try:
-            index = json.loads((path / "index.json").read_text())
-            chunks = [(path / "chunks" / Path(chunk["path"]).name, int(chunk["n_samples"]))
-                      for chunk in index["chunks"]]
-            return {"chunks": chunks, "config": dict(index.get("config") or {})}
-        except FileNotFoundError as error:
-            raise ShardError(
-                f"{path} has no index.json; give the folder that holds it and chunks/, or one .pt "
-                "file"
-            ) from error
-        except (ValueError, KeyError, TypeError) as error:
-            raise ShardError(
-                f"{path / 'index.json'} is not an index of chunks ({error!r}); restore it from a "
-                "copy"
-            ) from error
-    data = _checked(path, None)
-    return {"chunks": [(path, len(data["seq_lens"]))], "config": dict(data.get("config") or {})}
-
-
-def _checked(path: Path, n_samples: int | None) -> dict[str, Any]:
+def _load_chunk(path: Path, n_samples: int | None = None) -> dict[str, Any]:
+    """One file's samples, checked. n_samples: what the index announces, None without one."""
     data = _load(path)
     absent = [key for key in _NEEDED if not isinstance(data, dict) or key not in data]
     if absent:
@@ -73,18 +52,34 @@ def _checked(path: Path, n_samples: int | None) -> dict[str, Any]:
             f"{path} holds no {', '.join(absent)}; it is not a file of paired hidden states")
     drafter, verifier, lengths = (data[key] for key in _NEEDED)
     n, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
-    if n_samples not in (None, n) or any(t.dim() != 3 or len(t) != n or t.shape[1] < longest
-                                         for t in (drafter, verifier)):
+    fits = all(t.dim() == 3 and len(t) == n and t.shape[1] >= longest for t in (drafter, verifier))
+    if n_samples not in (None, n) or not fits:
         raise ShardError(
             f"{path} disagrees with itself or the index: {n_samples} samples announced, {n} "
-            f"lengths up to {longest}, "
-            f"states {list(drafter.shape)} and {list(verifier.shape)}; restore it from a copy")
+            f"lengths up to {longest}, states {list(drafter.shape)} and {list(verifier.shape)}; "
+            "restore it from a copy")
     if len(data.get("metadata") or [None] * n) != n:
-        raise ShardError(
-            f"{path} holds {len(data['metadata'])} lines of metadata for {n} samples; restore it "
-            "from a copy"
-        )
+        raise ShardError(f"{path} holds {len(data['metadata'])} lines of metadata for {n} samples; "
+                         "restore it from a copy")
     return data
+
+
+def _index(path: Path) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
+    """(file, samples) of every chunk, and the config, of a chunked folder or a single file."""
+    if not path.is_dir():
+        data = _load_chunk(path)
+        return [(path, len(data["seq_lens"]))], dict(data.get("config") or {})
+    try:
+        index = json.loads((path / "index.json").read_text())
+        chunks = [(path / "chunks" / Path(chunk["path"]).name, int(chunk["n_samples"]))
+                  for chunk in index["chunks"]]
+        return chunks, dict(index.get("config") or {})
+    except FileNotFoundError as error:
+        raise ShardError(f"{path} has no index.json; give the folder that holds it and chunks/, or "
+                         "one .pt file") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ShardError(f"{path / 'index.json'} is not an index of chunks ({error!r}); restore it "
+                         "from a copy") from error
 
 
 def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = None, first: int = 0,
@@ -93,18 +88,17 @@ def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = N
     single .pt file.
 
     clips: (sequence, clip) of every scene of the dataset folder, by which ``sample_idx`` is named;
-    without it the sequence is "unknown"
-    (neighbouring scenes overlap, so they may not pass as independent). progress(n): after n more
-    samples.
+    without it the sequence is "unknown" (neighbouring scenes overlap, so they may not pass as
+    independent). progress(n): after n more samples.
     Raises: ShardError for missing, truncated, foreign or inconsistent files.
     """
-    index = _index(Path(path))
+    chunks, config = _index(Path(path))
     done = 0
-    for file, n_samples in index["chunks"]:
+    for file, n_samples in chunks:
         if done + n_samples > first:
-            data = _checked(file, n_samples)
+            data = _load_chunk(file, n_samples)
             for row in range(max(first - done, 0), n_samples):
-                yield _sample(data, row, done + row, index["config"], clips)
+                yield _sample(data, row, done + row, config, clips)
                 if progress is not None:
                     progress(1)
         done += n_samples
@@ -115,39 +109,34 @@ def _sample(data: Mapping[str, Any], row: int, number: int, config: Mapping[str,
     line = dict((data.get("metadata") or {row: {}})[row])
     scene = int(line.get("sample_idx", number))
     if clips is not None and scene >= len(clips):
-        raise ShardError(
-            f"sample {number} is of scene {scene} but the dataset folder has {len(clips)}; give "
-            "the one it was extracted from"
-        )
+        raise ShardError(f"sample {number} is of scene {scene} but the dataset folder has "
+                         f"{len(clips)}; give the one it was extracted from")
     sequence, clip = clips[scene] if clips is not None else ("unknown", f"{scene:06d}")
     n = int(data["seq_lens"][row])
     absent = torch.full((n,), -1, dtype=torch.int64)
-    return PairedStates(
-        sequence, clip, str(line.get("question", "")), data["egpt_hidden"][row, :n].clone(),
-        data["vl_hidden"][row, :n].clone(), absent, absent.clone(), "free_running", "post_norm",
-        str(line.get("egpt_text", "")), str(line.get("vl_text", "")), str(config.get("split", "")),
-        {key: line[key] for key in ("sample_idx", "question_idx", "event_image_key") if key in line},
-    )
+    kept = {key: line[key] for key in ("sample_idx", "question_idx", "event_image_key")
+            if key in line}
+    return PairedStates(sequence, clip, str(line.get("question", "")),
+                        data["egpt_hidden"][row, :n].clone(), data["vl_hidden"][row, :n].clone(),
+                        absent, absent.clone(), "free_running", "post_norm",
+                        str(line.get("egpt_text", "")), str(line.get("vl_text", "")),
+                        str(config.get("split", "")), kept)
 
 
 def import_chunks(path: str | Path, folder: str | Path, *, dtype: str = "fp32",
                   clips: Sequence[tuple[str, str]] | None = None,
                   head: str | Path | Tensor | None = None, samples_per_shard: int = 256,
-                  progress: Callable[[int], None] | None = None,
-                  ) -> int:
+                  progress: Callable[[int], None] | None = None) -> int:
     """Convert to a run folder; a second call continues. Returns the number of samples.
 
     dtype: fp32 keeps every bit; so does fp16 for models that ran in float16, at half the size.
-    head: the verifier's LM head, a tensor
-    [V, D] or a .pt file holding one. Raises: ShardError as read_chunks and ShardWriter,
-    StorageError.
+    head: the verifier's LM head, a tensor [V, D] or a .pt file holding one. Raises: ShardError as
+    read_chunks and ShardWriter, StorageError.
     """
     path = Path(path)
-    index = _index(path)
-    source = path / "index.json" if path.is_dir() else path
     config = {
-        "imported_from": path.name, "source_hash": sha256_of(source), "clips": clips is not None,
-        "source_config": index["config"]
+        "imported_from": path.name, "clips": clips is not None, "source_config": _index(path)[1],
+        "source_hash": sha256_of(path / "index.json" if path.is_dir() else path)
     }
     writer = ShardWriter(folder, mode="free_running", dtype=dtype, config=config,
                          samples_per_shard=samples_per_shard)
@@ -170,9 +159,8 @@ def read_head(path: str | Path) -> Tensor:
     """The one matrix [V, D] in a .pt file (a tensor, or a dict that holds one). Raises: ShardError
     otherwise."""
     data = _load(Path(path))
-    found = [data] if isinstance(
-        data, Tensor) else [value for value in data.values() if isinstance(value, Tensor)]
-    matrices = [tensor for tensor in found if tensor.dim() == 2]
+    values = data.values() if isinstance(data, dict) else [data]
+    matrices = [value for value in values if isinstance(value, Tensor) and value.dim() == 2]
     if len(matrices) != 1:
         raise ShardError(
             f"{path} holds {len(matrices)} matrices; expected the one LM head of shape [V, D]")

@@ -1,9 +1,8 @@
-"""What a run folder holds, byte by byte: encoded rows, the shard and metadata files, the manifest
-(docs/shards.md).
+"""What a run folder holds, byte by byte: stored samples, shard files, manifest (docs/shards.md).
 
-A shard is ragged: the states of all its answers one below the other, with offsets, and no padding::
+A shard is ragged: the states of all its answers one below the other, with offsets, no padding::
 
-    hidden_by_verifier [sum S_v, D_v]   | a a a | b b | c c c c |        offsets_verifier [n + 1] = 0 3 5 9
+    hidden_by_verifier [sum S_v, D_v]  | a a a | b b | c c c c |  offsets_verifier [n + 1] = 0 3 5 9
 """
 
 from __future__ import annotations
@@ -29,21 +28,19 @@ from xsd.files import atomic_write
 
 FORMAT, VERSION = "xsd-shards", 1
 MANIFEST, TIMES = "manifest.json", "times.jsonl"
+ROLES = ("drafter", "verifier")
 
 StoredDtype = Literal["fp32", "bf16", "fp16", "int8"]
-"""How states are stored. int8: each row divided by its own scale, max|row| / 127, which is kept in
-float32."""
+"""How states are stored. int8: each row divided by its own float32 scale, max|row| / 127."""
 TORCH_DTYPES = {
     "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8
 }
 _LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
-ROLES = ("drafter", "verifier")
+
 TEXT_COLUMNS = ("sequence", "clip", "question", "split", "mode", "text_by_drafter",
                 "text_by_verifier", "extra")
-_SCHEMA = pa.schema([
-    *((name, pa.string()) for name in TEXT_COLUMNS), ("n_tokens_drafter", pa.int64()),
-    ("n_tokens_verifier", pa.int64())
-])
+_SCHEMA = pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS),
+                     *((f"n_tokens_{role}", pa.int64()) for role in ROLES)])
 _OWN_NAME = re.compile(
     r"(shard-\d{6}\.(safetensors|parquet)|head-(drafter|verifier)\.safetensors|times\.jsonl)")
 
@@ -64,9 +61,9 @@ def short_dtype(name: str) -> str:
     return _LONG_NAMES.get(name, name)
 
 
-def shard_name(number: int) -> str:
-    """``shard-000007.safetensors``; its metadata has the same stem and ends in .parquet."""
-    return f"shard-{number:06d}.safetensors"
+def shard_name(number: int, kind: str = "safetensors") -> str:
+    """``shard-000007.safetensors``, and ``.parquet`` of its metadata."""
+    return f"shard-{number:06d}.{kind}"
 
 
 def head_name(role: str) -> str:
@@ -75,7 +72,6 @@ def head_name(role: str) -> str:
 
 
 # --- one sample
-# ------------------------------------------------------------------------------------------------
 
 
 def encode_states(states: Tensor, dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
@@ -90,16 +86,15 @@ def encode_states(states: Tensor, dtype: StoredDtype) -> tuple[Tensor, Tensor | 
 
 
 def decode_states(stored: Tensor, scale: Tensor | None) -> Tensor:
-    """Stored [S, D] (with its scale [S] for int8) to float32 [S, D]."""
-    return stored.float() if scale is None else stored.float() * scale[:, None]
+    """Stored [..., D] (with its scale [...] for int8) to float32 [..., D]."""
+    return stored.float() if scale is None else stored.float() * scale[..., None]
 
 
 def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
     """Check one sample and bring it to its stored form.
 
-    Raises: ShardError for other lengths of states and ids, unequal lengths under teacher forcing,
-    NaN or infinity, or values
-    that overflow the dtype.
+    Raises: ShardError for states and ids of other lengths, unequal lengths under teacher forcing,
+    NaN or infinity, or values that overflow the dtype.
     """
     name = f"{pair.sequence}/{pair.clip} {pair.question!r}"
     states, ids, scales = {}, {}, {}
@@ -108,39 +103,35 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
         if hidden.dim() != 2 or tokens.dim() != 1 or len(hidden) != len(tokens):
             raise ShardError(
                 f"{name}: the {role} has states {list(hidden.shape)} and ids {list(tokens.shape)}; "
-                "expected [S, D] and [S] of one length"
-            )
+                "expected [S, D] and [S] of one length")
         if not bool(torch.isfinite(hidden).all()):
             raise ShardError(
                 f"{name}: the {role}'s states hold NaN or infinity; load the model in float32 or "
-                "bfloat16 and extract this sample again"
-            )
-        stored, scale = encode_states(hidden, dtype)
-        if dtype != "int8" and not bool(torch.isfinite(stored).all()):
-            raise ShardError(
-                f"{name}: the {role}'s states overflow dtype={dtype!r}; store them as 'bf16' or "
-                "'fp32'"
-            )
-        states[role], ids[role] = stored, tokens.detach().cpu().to(torch.int64).contiguous()
+                "bfloat16 and extract this sample again")
+        states[role], scale = encode_states(hidden, dtype)
+        if dtype != "int8" and not bool(torch.isfinite(states[role]).all()):
+            raise ShardError(f"{name}: the {role}'s states overflow dtype={dtype!r}; store them as "
+                             "'bf16' or 'fp32'")
+        ids[role] = tokens.detach().cpu().to(torch.int64).contiguous()
         if scale is not None:
             scales[role] = scale
     if pair.mode == "teacher_forced" and len(ids["drafter"]) != len(ids["verifier"]):
         raise ShardError(
             f"{name}: teacher-forced pairs share their positions, but the drafter has "
-            f"{len(ids['drafter'])} "
-            f"and the verifier {len(ids['verifier'])}; force the drafter with the verifier's ids")
-    text = {column: getattr(pair, column) for column in TEXT_COLUMNS if column != "extra"}
-    text["extra"] = json.dumps(dict(pair.extra), sort_keys=True)
-    return Row(states, ids, scales, text)
+            f"{len(ids['drafter'])} and the verifier {len(ids['verifier'])}; force the drafter "
+            "with the verifier's ids")
+    text = {column: getattr(pair, column) for column in TEXT_COLUMNS}
+    return Row(states, ids, scales, {**text, "extra": json.dumps(dict(pair.extra), sort_keys=True)})
 
 
 # --- many samples in one file
-# ----------------------------------------------------------------------------------------------
 
 
 def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
-    """The bytes of a safetensors file: the same rows give the same bytes. with_text: keep the texts
-    inside (pending pieces)."""
+    """The bytes of a safetensors file; the same rows give the same bytes.
+
+    with_text: keep the texts inside, as pending pieces do.
+    """
     tensors: dict[str, Tensor] = {}
     for role in ROLES:
         lengths = torch.tensor([0, *(len(row.ids[role]) for row in rows)], dtype=torch.int64)
@@ -149,16 +140,14 @@ def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
         tensors[f"ids_by_{role}"] = torch.cat([row.ids[role] for row in rows])
         if rows[0].scales:
             tensors[f"scale_by_{role}"] = torch.cat([row.scales[role] for row in rows])
+    if not with_text:
+        return save(tensors)
     # One metadata entry only: the library writes several in no fixed order.
-    return save(
-        tensors,
-        metadata={"text": json.dumps([dict(row.text)
-                                      for row in rows], sort_keys=True)} if with_text else None)
+    return save(tensors, {"text": json.dumps([dict(row.text) for row in rows], sort_keys=True)})
 
 
 def unpack(data: bytes) -> list[Row]:
-    """The rows of ``pack(rows, with_text=True)``. Raises: ShardError if the bytes are no such
-    file."""
+    """The rows of ``pack(rows, with_text=True)``. Raises: ShardError if it is no such file."""
     try:
         tensors = load(data)
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
@@ -166,25 +155,21 @@ def unpack(data: bytes) -> list[Row]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ShardError(
             f"not a pending piece of a run ({error}); it will be extracted again") from error
-    rows = []
-    for i, line in enumerate(text):
-        cut = {
-            role: slice(int(tensors[f"offsets_{role}"][i]), int(tensors[f"offsets_{role}"][i + 1]))
-            for role in ROLES
+
+    def cut(name: str, i: int) -> dict[str, Tensor]:
+        return {
+            role: tensors[f"{name}_{role}"][slice(*tensors[f"offsets_{role}"][i:i + 2].tolist())]
+            for role in ROLES if f"{name}_{role}" in tensors
         }
-        rows.append(
-            Row({role: tensors[f"hidden_by_{role}"][cut[role]] for role in ROLES},
-                {role: tensors[f"ids_by_{role}"][cut[role]] for role in ROLES}, {
-                    role: tensors[f"scale_by_{role}"][cut[role]]
-                    for role in ROLES if f"scale_by_{role}" in tensors
-                }, line,
-                ))
-    return rows
+
+    return [Row(cut("hidden_by", i), cut("ids_by", i), cut("scale_by", i), line)
+            for i, line in enumerate(text)]
 
 
 def pack_metadata(rows: Sequence[Row]) -> bytes:
-    """The bytes of a shard's parquet file: one line a sample."""
-    columns: dict[str, list[Any]] = {name: [row.text[name] for row in rows] for name in TEXT_COLUMNS}
+    """The bytes of a shard's parquet file: one line per sample."""
+    columns: dict[str, list[Any]] = {
+        name: [row.text[name] for row in rows] for name in TEXT_COLUMNS}
     for role in ROLES:
         columns[f"n_tokens_{role}"] = [len(row.ids[role]) for row in rows]
     out = io.BytesIO()
@@ -192,8 +177,33 @@ def pack_metadata(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
+def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
+    """The lines of a JSON-lines file that hold all the keys; none where there is no file.
+
+    Others are left out: a killed writer may have written half of its last line.
+    """
+    found = []
+    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if isinstance(line, dict) and set(keys) <= set(line):
+            found.append(line)
+    return found
+
+
+def read_times(folder: Path) -> list[dict[str, Any]]:
+    """What batches took: lines of ``first`` (sample), ``n`` samples and ``seconds``."""
+    return read_lines(folder / TIMES, "first", "n", "seconds")
+
+
 # --- the manifest
-# ------------------------------------------------------------------------------------------------
+
+
+def entry_of(name: str, data: bytes) -> dict[str, Any]:
+    """What the manifest says of a file."""
+    return {"file": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}
 
 
 def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
@@ -210,50 +220,40 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Raises: ShardError if there is none, or it is of another format or version, was changed, or
-    names an unknown mode, tap or dtype."""
+    names an unknown mode, tap, dtype or file."""
     path = Path(folder) / MANIFEST
     try:
         data = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError) as error:
         inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{MANIFEST}"))
-        hint = f"give one of its sub-folders: {', '.join(inside)}" if inside else "run the extraction, or give the folder it wrote"
+        hint = (f"give one of its sub-folders: {', '.join(inside)}"
+                if inside else "run the extraction, or give the folder it wrote")
         raise ShardError(f"no {MANIFEST} in {folder}; {hint}") from error
     try:
         manifest = json.loads(data)
         known, version = manifest["format"] == FORMAT, manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(
-            f"{path} is not a manifest of hidden states; restore it from a copy or extract again "
-            "into a new folder"
-        ) from error
+        raise ShardError(f"{path} is not a manifest of hidden states; restore it from a copy or "
+                         "extract again into a new folder") from error
     if not known or version != VERSION:
-        raise ShardError(
-            f"{path} is of format {manifest['format']!r} version {version!r} but this code reads "
-            f"{FORMAT!r} version {VERSION}"
-        )
+        raise ShardError(f"{path} is of format {manifest['format']!r} version {version!r} but this "
+                         f"code reads {FORMAT!r} version {VERSION}")
     if manifest_bytes(manifest) != data:
-        raise ShardError(
-            f"{path} was changed after it was written (its digest differs); restore it or extract "
-            "again into a new folder"
-        )
-    for field, choices in (("mode", get_args(Mode)), ("tap", get_args(Tap)),
-                           ("dtype", get_args(StoredDtype))):
-        if manifest.get(field) not in choices:
-            raise ShardError(
-                f"{path} says {field}={manifest.get(field)!r}; expected one of {', '.join(choices)}"
-            )
+        raise ShardError(f"{path} was changed after it was written (its digest differs); restore "
+                         "it or extract again into a new folder")
+    for field, kind in (("mode", Mode), ("tap", Tap), ("dtype", StoredDtype)):
+        if manifest.get(field) not in get_args(kind):
+            raise ShardError(f"{path} says {field}={manifest.get(field)!r}; expected one of "
+                             f"{', '.join(get_args(kind))}")
     for name, _, _ in listed_files(manifest):
         if not _OWN_NAME.fullmatch(name):
-            raise ShardError(
-                f"{path} names the file {name!r}, which no writer of this format makes; restore "
-                "the manifest or extract again"
-            )
+            raise ShardError(f"{path} names the file {name!r}, which no writer of this format "
+                             "makes; restore the manifest or extract again")
     return manifest
 
 
 def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
-    """(name, bytes, sha256) of every file the manifest answers for: shards, their metadata, the
-    heads, the times."""
+    """(name, bytes, sha256) of every file the manifest answers for."""
     for shard in manifest["shards"]:
         yield shard["file"], shard["bytes"], shard["sha256"]
         yield shard["metadata_file"], shard["metadata_bytes"], shard["metadata_sha256"]
@@ -266,9 +266,8 @@ def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:
     differs, else None."""
     if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
         for key in sorted({*stored, *wanted}):
-            found = first_difference(stored.get(key), wanted.get(key),
-                                     f"{name}.{key}" if name else str(key))
-            if found:
+            inner = f"{name}.{key}" if name else str(key)
+            if found := first_difference(stored.get(key), wanted.get(key), inner):
                 return found
         return None
     return None if stored == wanted else f"{name} is {stored!r} in the folder but {wanted!r} now"

@@ -5,7 +5,8 @@ One epoch is one numbered sequence of batches (batching.py), whoever reads it::
 
     batch    0 1 2 3 4 5 6 7 …
     rank     0 1 0 1 0 1 0 1        world_size = 2
-    worker   0 0 1 1 0 0 1 1        two DataLoader workers a rank; DataLoader takes them in turn, so a rank sees 0 2 4 6 in order
+    worker   0 0 1 1 0 0 1 1        two DataLoader workers per rank, taken in turn by DataLoader:
+                                    rank 0 sees 0 2 4 6 in order
 
 So the batches do not depend on the number of ranks or workers, ranks are disjoint and together
 complete, and a position is one number.
@@ -34,26 +35,23 @@ class Loader(IterableDataset[Batch]):
     """Iterate over an epoch's batches; the next iteration is the next epoch, in another order.
 
     batch_size, tokens_per_batch, max_padding: what a batch may hold (batching.BatchRule).
-    shuffle_seed: None reads in the order written.
-    shuffle_buffer: answers from which the next is drawn; shards are drawn too, so a few shards'
-    worth mixes well.
-    rank, world_size: this process of how many. drop_uneven: leave out the last batches where not
-    every rank gets one.
-    indices: these samples only. prefetch: batches read ahead. readers: threads that read. dtype:
-    float32, or bfloat16 or float16 for a
-    device that casts itself.
+    shuffle_seed: None reads in the order written. shuffle_buffer: answers from which the next is
+    drawn; shards are drawn too, so a few shards' worth mixes well. rank, world_size: this process
+    of how many. drop_uneven: leave out the last batches where not every rank gets one. indices:
+    these samples only. prefetch: batches read ahead. readers: threads that read. dtype: float32, or
+    bfloat16 or float16 for a device that casts itself.
 
     In a torch DataLoader (``batch_size=None``) the workers share the rank's batches. One iterator
     at a time; broken off, it is continued by the next. Raises: ShardError for settings that allow
     no batch, and while iterating for a file that cannot be read.
     """
+
     def __init__(self, dataset: ShardDataset, *, batch_size: int | None = None,
                  tokens_per_batch: int | None = None, max_padding: float | None = None,
                  shuffle_seed: int | None = None, shuffle_buffer: int = 1024, rank: int = 0,
                  world_size: int = 1, drop_uneven: bool = False,
                  indices: Sequence[int] | None = None, prefetch: int = 4, readers: int = 1,
-                 dtype: str = "float32",
-                 ) -> None:
+                 dtype: str = "float32") -> None:
         for name, value in (("shuffle_buffer", shuffle_buffer), ("world_size", world_size),
                             ("prefetch", prefetch), ("readers", readers)):
             if value < 1:
@@ -61,8 +59,8 @@ class Loader(IterableDataset[Batch]):
         if not 0 <= rank < world_size:
             raise ShardError(
                 f"rank={rank} of world_size={world_size}; expected 0 … {world_size - 1}")
-        self.dataset, self.rule = dataset, batching.BatchRule(batch_size, tokens_per_batch,
-                                                              max_padding)
+        self.dataset = dataset
+        self.rule = batching.BatchRule(batch_size, tokens_per_batch, max_padding)
         self.shuffle_seed, self.shuffle_buffer = shuffle_seed, shuffle_buffer
         self.rank, self.world_size, self.drop_uneven = rank, world_size, drop_uneven
         self.prefetch, self.readers, self.dtype = prefetch, readers, dtype
@@ -70,11 +68,13 @@ class Loader(IterableDataset[Batch]):
         self._base = 0  # number of the batch, over all ranks, at which this position began
         self._taken = 0  # batches given out since
         self._by_shard = dataset.by_shard(indices)
-        self._part = None if indices is None and dataset.is_whole else _digest(
-            [list(places) for places in self._by_shard.values()])
+        self._part: str | None = None
+        if indices is not None or not dataset.is_whole:
+            part = json.dumps([list(places) for places in self._by_shard.values()])
+            self._part = hashlib.sha256(part.encode()).hexdigest()
         per_shard = max(1, dataset.manifest["samples_per_shard"])
-        self._n_open = min(
-            128, 8 + 4 * -(-(shuffle_buffer if shuffle_seed is not None else 1) // per_shard))
+        ahead = shuffle_buffer if shuffle_seed is not None else 1
+        self._n_open = min(128, 8 + 4 * -(-ahead // per_shard))
         self._memory: dict[str, Memory] | None = None
         self._reader()  # an unknown dtype is refused here
 
@@ -82,7 +82,6 @@ class Loader(IterableDataset[Batch]):
         return {**self.__dict__, "_memory": None}  # worker processes have their own
 
     # --- position
-    # --------------------------------------------------------------------------------------------
 
     def set_epoch(self, epoch: int) -> None:
         """Begin this epoch at its first batch. A DataLoader's workers do not count epochs: call it
@@ -96,11 +95,8 @@ class Loader(IterableDataset[Batch]):
         taken: batches received since the iteration began, counted by the caller, where DataLoader
         workers give them out.
         """
-        return {
-            "epoch": self.epoch,
-            "batch": self._base + (self._taken if taken is None else taken) * self.world_size,
-            **self._order()
-        }
+        taken = self._taken if taken is None else taken
+        return {"epoch": self.epoch, "batch": self._base + taken * self.world_size, **self._order()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on where ``state()`` was taken: exactly the batches that were left. The number of
@@ -108,14 +104,11 @@ class Loader(IterableDataset[Batch]):
 
         Raises: ShardError naming the first setting, or the data, that differs.
         """
-        difference = layout.first_difference({key: state.get(key) for key in self._order()},
-                                             self._order())
-        if difference:
+        now = self._order()
+        if difference := layout.first_difference({key: state.get(key) for key in now}, now):
             what = difference.replace("in the folder", "in the state")
-            raise ShardError(
-                f"this position is of another stream: {what}; build the loader with the settings "
-                "and data of the state"
-            )
+            raise ShardError(f"this position is of another stream: {what}; build the loader with "
+                             "the settings and data of the state")
         self.epoch, self._base, self._taken = int(state["epoch"]), int(state["batch"]), 0
 
     def _order(self) -> dict[str, Any]:
@@ -124,11 +117,10 @@ class Loader(IterableDataset[Batch]):
             "batch_size": self.rule.batch_size, "tokens_per_batch": self.rule.tokens_per_batch,
             "max_padding": self.rule.max_padding, "shuffle_seed": self.shuffle_seed,
             "shuffle_buffer": self.shuffle_buffer, "data": self.dataset.manifest["digest"],
-            "part": self._part,
-        }  # fmt: skip
+            "part": self._part
+        }
 
     # --- reading
-    # --------------------------------------------------------------------------------------------
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -138,14 +130,18 @@ class Loader(IterableDataset[Batch]):
         # A DataLoader's worker sends whole blocks to the main process, so it takes just what a
         # batch needs.
         reader = self._reader(self._memory if info is None else None)
+
+        def read(chosen: list[int]) -> Batch:
+            return reader.batch([self.dataset.locate(i) for i in chosen], chosen)
+
         own = islice(self._own(reader), worker, None, n_workers)
         pool = ThreadPoolExecutor(self.readers, thread_name_prefix="shards")
         try:
             pending: deque[Future[Batch]] = deque(
-                pool.submit(reader.batch, chosen) for chosen in islice(own, self.prefetch))
+                pool.submit(read, chosen) for chosen in islice(own, self.prefetch))
             while pending:
                 batch = pending.popleft().result()
-                pending.extend(pool.submit(reader.batch, chosen) for chosen in islice(own, 1))
+                pending.extend(pool.submit(read, chosen) for chosen in islice(own, 1))
                 self._taken += 1
                 yield batch
                 del batch  # so that it is not held here while the consumer waits for the next
@@ -178,10 +174,10 @@ class Loader(IterableDataset[Batch]):
         return batching.batched(order, self.rule)
 
     def _reader(self, memory: Mapping[str, Memory] | None = None) -> ShardReader:
-        return ShardReader(self.dataset, dtype=self.dtype, n_open=self._n_open, memory=memory)
+        return ShardReader(self.dataset.folder, self.dataset.manifest, dtype=self.dtype,
+                           n_open=self._n_open, memory=memory)
 
     # --- size
-    # --------------------------------------------------------------------------------------------
 
     def n_batches(self) -> int:
         """This rank's batches in the present epoch, from its beginning. Reads all offsets once."""
@@ -193,28 +189,19 @@ class Loader(IterableDataset[Batch]):
         of shards. Reads all offsets once.
 
         Batches: those read ahead, the one being handed over and the one in the consumer's hands.
-        What a reading thread converts at a
-        time. Offsets, ids, scales and names of the open shards (128 at most). Manifest and index
-        lists are the dataset's own.
+        What a reading thread converts at a time. Offsets, ids, scales and names of the open shards
+        (128 at most). Manifest and index lists are the dataset's own.
         """
-        reader = self._reader()
+        reader, shards = self._reader(), self.dataset.manifest["shards"]
         longest = max(max(reader.shard(number).lengths, default=0) for number in self._by_shard)
+        bounds = [self.rule.tokens_per_batch,
+                  self.rule.batch_size and self.rule.batch_size * longest]
+        positions = min(bound for bound in bounds if bound is not None)
         widths = self.dataset.drafter_size + self.dataset.verifier_size
-        rows = self.rule.batch_size
-        if self.rule.tokens_per_batch is not None:
-            positions = self.rule.tokens_per_batch if rows is None else min(
-                self.rule.tokens_per_batch, rows * longest)
-        else:
-            positions = (rows or 1) * longest
         batch = positions * (widths * reader.dtype.itemsize + 2 * 8 + 1)
         line = longest * widths * layout.TORCH_DTYPES[self.dataset.manifest["dtype"]].itemsize
-        scratch = self.readers * 8 * max(line,
-                                         SCRATCH)  # int8 is widened to float32 twice on the way
-        shards = self.dataset.manifest["shards"]
+        scratch = 8 * max(line, SCRATCH)  # int8 is widened to float32 twice on the way
         kept = max(2 * 8 * (shard["n_tokens_drafter"] + shard["n_tokens_verifier"]) +
                    200 * shard["n_samples"] + 4096 for shard in shards)
-        return (self.prefetch + 2) * batch + scratch + min(self._n_open, len(shards)) * kept
-
-
-def _digest(part: list[list[int]]) -> str:
-    return hashlib.sha256(json.dumps(part).encode()).hexdigest()
+        return ((self.prefetch + 2) * batch + self.readers * scratch +
+                min(self._n_open, len(shards)) * kept)

@@ -1,5 +1,5 @@
-"""Reading batches straight from shard files: one positioned read an answer and model, into the
-padded batch itself.
+"""Reading straight from shard files: one positioned read per answer and model, into the padded
+batch itself.
 
 Nothing is mapped and no shard is held: what a reader keeps of a shard are its offsets, ids, scales
 and sequence names (8 to 40 bytes a position, where the states have thousands). Any number of
@@ -17,6 +17,7 @@ import weakref
 from collections import OrderedDict, deque
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -26,94 +27,91 @@ from torch import Tensor
 
 from xsd.core import Batch, ShardError
 from xsd.shards import format as layout
-from xsd.shards.store import ShardDataset
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What states may be delivered in."""
+SCRATCH = 1 << 20
+"""Bytes that are read before they are converted: few enough to be still in the processor's cache
+then."""
 _SAFETENSORS = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
     "I64": torch.int64
 }
 _WAY_OUT = "run verify and repair, or extract again"
 
-SCRATCH = 1 << 20
-"""Bytes that are read before they are converted: few enough to be still in the processor's cache
-then."""
+
+def bytes_of(tensor: Tensor) -> np.ndarray:
+    """The memory of a contiguous tensor, uint8 [bytes], to be filled."""
+    return tensor.view(-1).view(torch.uint8).numpy()
 
 
 class ShardFile:
-    """One open shard: where its tensors lie, and its offsets. Raises: ShardError naming the file
-    when it is no such shard.
+    """One open shard: where its tensors lie, and its offsets by role.
 
-    stored, widths: dtype and width of the states by role, as the manifest has them. lengths:
-    positions that both models have, a sample.
+    stored, widths: dtype and width of the states by role, as the manifest has them. lengths: per
+    sample, positions that both models have. Raises: ShardError naming the file when it is no such
+    shard.
     """
+
     def __init__(self, path: Path, metadata_path: Path, stored: torch.dtype,
                  widths: Mapping[str, int]) -> None:
         self.path, self._metadata_path = path, metadata_path
         self._columns: dict[str, np.ndarray] = {}
         try:
             self._file = os.open(path, os.O_RDONLY)
-            weakref.finalize(self, os.close,
-                             self._file)  # closed once no thread reads from it any more
+            # closed once no thread reads from it any more
+            weakref.finalize(self, os.close, self._file)
             size = int.from_bytes(os.pread(self._file, 8, 0), "little")
-            header = json.loads(os.pread(self._file, size, 8)) if size < os.fstat(
-                self._file).st_size else {}
+            whole = size < os.fstat(self._file).st_size
+            header = json.loads(os.pread(self._file, size, 8)) if whole else {}
+            header.pop("__metadata__", None)
             self._tensors = {
                 name: (_SAFETENSORS[entry["dtype"]], list(entry["shape"]),
                        8 + size + int(entry["data_offsets"][0])) for name, entry in header.items()
-                if name != "__metadata__"
             }
-            self.offsets = {
-                role: self.column(f"offsets_{role}").astype(np.int64).tolist()
-                for role in layout.ROLES
-            }
+            self.offsets: dict[str, list[int]] = {
+                role: self.column(f"offsets_{role}").tolist() for role in layout.ROLES}
             found = {role: self._tensors[f"hidden_by_{role}"] for role in layout.ROLES}
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ShardError(f"{path} cannot be read ({error!r}); {_WAY_OUT}") from error
+        steps = {role: np.diff(self.offsets[role]) for role in layout.ROLES}
         for role, (dtype, shape, _) in found.items():
-            steps = np.diff(self.offsets[role])
-            if (dtype, shape) != (stored, [self.offsets[role][-1], widths[role]
-                                           ]) or self.offsets[role][0] != 0 or bool(
-                                               (steps < 0).any()):
-                raise ShardError(
-                    f"{path} holds states of the {role} that fit neither its offsets nor the "
-                    f"manifest; {_WAY_OUT}"
-                )
-        self.lengths: list[int] = np.minimum(*(np.diff(self.offsets[role])
-                                               for role in layout.ROLES)).tolist()
+            begin, end = self.offsets[role][0], self.offsets[role][-1]
+            fits = (dtype, shape, begin) == (stored, [end, widths[role]], 0)
+            if not fits or bool((steps[role] < 0).any()):
+                raise ShardError(f"{path} holds states of the {role} that fit neither its offsets "
+                                 f"nor the manifest; {_WAY_OUT}")
+        self.lengths: list[int] = np.minimum(*steps.values()).tolist()
 
-    def read(self, view: memoryview, name: str, row: int, row_bytes: int) -> None:
-        """Fill ``view`` from a tensor's ``row`` on."""
+    def read(self, target: np.ndarray, name: str, row: int, row_bytes: int) -> None:
+        """Fill ``target`` (uint8) from a tensor's ``row`` on."""
         place = self._tensors[name][2] + row * row_bytes
-        while len(view):
-            n = os.preadv(self._file, [view], place)
+        while len(target):
+            n = os.preadv(self._file, [target], place)
             if n == 0:
                 raise ShardError(f"{self.path} ends after {place} bytes, inside {name}; {_WAY_OUT}")
-            place, view = place + n, view[n:]
+            place, target = place + n, target[n:]
 
     def column(self, name: str) -> np.ndarray:
-        """A small tensor of one number a position (or sample), read once."""
-        if name in self._columns:
-            return self._columns[name]
-        if name not in self._tensors or len(self._tensors[name][1]) != 1:
-            raise ShardError(f"{self.path} holds no {name} as a list of numbers; {_WAY_OUT}")
-        dtype, (n,), _ = self._tensors[name]
-        out = torch.empty(n, dtype=dtype).numpy()
-        if n:
-            self.read(memoryview(out).cast("B"), name, 0, out.itemsize)
-        self._columns[name] = out
-        return out
+        """A small tensor of one number per position (or sample), read once and kept."""
+        if name not in self._columns:
+            dtype, shape, _ = self._tensors.get(name, (None, [], 0))
+            if len(shape) != 1:
+                raise ShardError(f"{self.path} holds no {name} as a list of numbers; {_WAY_OUT}")
+            out = torch.empty(shape[0], dtype=dtype)
+            self.read(bytes_of(out), name, 0, out.itemsize)
+            self._columns[name] = out.numpy()
+        return self._columns[name]
 
     @functools.cached_property
     def sequence(self) -> list[str]:
         """The sequence of each sample."""
         try:
-            return pq.read_table(self._metadata_path, columns=["sequence"],
-                                 use_threads=False)["sequence"].to_pylist()
+            table = pq.read_table(self._metadata_path, columns=["sequence"], use_threads=False)
         except (pa.ArrowException, OSError) as error:
             raise ShardError(
                 f"{self._metadata_path} cannot be read ({error}); {_WAY_OUT}") from error
+        return table["sequence"].to_pylist()
 
 
 class Memory:
@@ -122,6 +120,7 @@ class Memory:
 
     At most ``n_blocks`` are kept; all are as large as the largest that was asked for.
     """
+
     def __init__(self, n_blocks: int) -> None:
         self._n_blocks, self._size = n_blocks, 0
         self._free: deque[np.ndarray] = deque()
@@ -137,9 +136,8 @@ class Memory:
             except IndexError:
                 block = torch.empty(self._size, dtype=torch.uint8).numpy()
         lent = block[:]
-        weakref.finalize(
-            lent, self._give_back,
-            block).atexit = False  # torch keeps ``lent`` for as long as a tensor uses it
+        # torch keeps ``lent`` for as long as a tensor uses it
+        weakref.finalize(lent, self._give_back, block).atexit = False
         return torch.from_numpy(lent)[:n].view(dtype).view(*shape)
 
     def _give_back(self, block: np.ndarray) -> None:
@@ -148,18 +146,20 @@ class Memory:
 
 
 class ShardReader:
-    """Padded batches of a dataset by index; keeps the ``n_open`` shards used last open. dtype: a
-    key of ``DTYPES``.
+    """Samples and padded batches of a run folder by (number of the shard, row in it).
 
-    memory: where the states' tensors are taken from, by role; None for new ones.
+    dtype: a key of ``DTYPES``. n_open: shards used last that stay open. memory: where the states of
+    batches are put, by role; None for new memory.
     """
-    def __init__(self, dataset: ShardDataset, *, dtype: str = "float32", n_open: int = 16,
-                 memory: Mapping[str, Memory] | None = None) -> None:
+
+    def __init__(self, folder: Path, manifest: Mapping[str, Any], *, dtype: str = "float32",
+                 n_open: int = 16, memory: Mapping[str, Memory] | None = None) -> None:
         if dtype not in DTYPES:
             raise ShardError(f"dtype={dtype!r}; states are delivered as one of {', '.join(DTYPES)}")
-        self.dataset, self.dtype, self.n_open, self.memory = dataset, DTYPES[dtype], n_open, memory
-        self._stored = layout.TORCH_DTYPES[dataset.manifest["dtype"]]
-        self._widths = {"drafter": dataset.drafter_size, "verifier": dataset.verifier_size}
+        self.dtype, self.memory = DTYPES[dtype], memory
+        self._folder, self._manifest, self._n_open = folder, manifest, n_open
+        self._stored = layout.TORCH_DTYPES[manifest["dtype"]]
+        self._widths = {role: manifest[f"hidden_size_{role}"] for role in layout.ROLES}
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -167,69 +167,76 @@ class ShardReader:
         """A shard by its number in the manifest."""
         with self._lock:
             if number not in self._open:
-                paths = (self.dataset.folder / self.dataset.manifest["shards"][number][name]
-                         for name in ("file", "metadata_file"))
+                entry = self._manifest["shards"][number]
+                paths = (self._folder / entry[name] for name in ("file", "metadata_file"))
                 self._open[number] = ShardFile(*paths, self._stored, self._widths)
-                while len(self._open) > self.n_open:
+                while len(self._open) > self._n_open:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
             return self._open[number]
 
-    def batch(self, index: Sequence[int]) -> Batch:
-        """The samples at these indices, as ``stream.collate`` pads them: positions that both models
+    def sample(self, number: int, row: int) -> dict[str, Tensor]:
+        """hidden_by_* float32 [S, D] and ids_by_* int64 [S] of one sample, the caller's own."""
+        file, found = self.shard(number), {}
+        for role in layout.ROLES:
+            start, end = file.offsets[role][row:row + 2]
+            stored = torch.empty(end - start, self._widths[role], dtype=self._stored)
+            row_bytes = self._widths[role] * stored.itemsize
+            file.read(bytes_of(stored), f"hidden_by_{role}", start, row_bytes)
+            scale = None
+            if self._stored == torch.int8:
+                scale = torch.from_numpy(file.column(f"scale_by_{role}")[start:end])
+            found[f"hidden_by_{role}"] = layout.decode_states(stored, scale)
+            found[f"ids_by_{role}"] = torch.tensor(file.column(f"ids_by_{role}")[start:end])
+        return found
+
+    def batch(self, places: Sequence[tuple[int, int]], index: Sequence[int]) -> Batch:
+        """The samples at these places, as ``store.collate`` pads them: positions that both models
         have, 0 and False behind.
 
-        drafter, verifier: [B, S, D] of the chosen dtype. Raises: ShardError naming a file that
-        cannot be read.
+        drafter, verifier: [B, S, D] of the chosen dtype. index: their names in the batch. Raises:
+        ShardError naming a file that cannot be read.
         """
-        places = [self.dataset.locate(i) for i in index]
         rows = [(self.shard(number), row) for number, row in places]
         lengths = [file.lengths[row] for file, row in rows]
-        shape = len(rows), max(lengths)
-        ids = {role: np.zeros(shape, dtype=np.int64) for role in layout.ROLES}
+        ids = {role: np.zeros((len(rows), max(lengths)), dtype=np.int64) for role in layout.ROLES}
         for role, lines in ids.items():
             for line, (file, row), n in zip(lines, rows, lengths, strict=True):
                 start = file.offsets[role][row]
                 line[:n] = file.column(f"ids_by_{role}")[start:start + n]
-        return Batch(self._states("drafter", rows,
-                                  lengths), self._states("verifier", rows, lengths),
-                     torch.from_numpy(ids["drafter"]), torch.from_numpy(ids["verifier"]),
-                     torch.from_numpy(np.arange(shape[1]) < np.array(lengths)[:, None]),
-                     [file.sequence[row] for file, row in rows], list(index), self.dataset.mode,
-                     )
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+        names = [file.sequence[row] for file, row in rows]
+        return Batch(*(self._states(role, rows, lengths) for role in layout.ROLES),
+                     *map(torch.from_numpy, ids.values()), mask, names, list(index),
+                     self._manifest["mode"])
 
     def _states(self, role: str, rows: Sequence[tuple[ShardFile, int]],
                 lengths: Sequence[int]) -> Tensor:
-        """[B, S, D] of one model: read as stored, a group of rows at a time where they must be
-        converted."""
-        longest, width = max(lengths), self._widths[role]
-        shape = (len(rows), longest, width)
-        out = torch.empty(shape,
-                          dtype=self.dtype) if self.memory is None else self.memory[role].take(
-                              shape, self.dtype)
-        row_bytes = width * self._stored.itemsize
-        line_bytes = longest * row_bytes
-        direct = self._stored == self.dtype
-        group = len(rows) if direct else max(1, min(len(rows), SCRATCH // max(1, line_bytes)))
-        target = out if direct else torch.empty(group, longest, width, dtype=self._stored)
-        scales = torch.zeros(group, longest) if self._stored == torch.int8 else None
-        data = target.view(torch.uint8).numpy().reshape(-1)
-        view = memoryview(data)
+        """[B, S, D] of one model: read in place where the dtype is the stored one, else a group of
+        answers at a time through a scratch where they are converted."""
+        shape = len(rows), max(lengths), self._widths[role]
+        out = self.memory[role].take(shape, self.dtype) if self.memory else torch.empty(
+            shape, dtype=self.dtype)
+        row_bytes = shape[2] * self._stored.itemsize
+        line_bytes = shape[1] * row_bytes
+        scratch, group = out, len(rows)
+        if self._stored != self.dtype:
+            group = max(1, min(len(rows), SCRATCH // max(1, line_bytes)))
+            scratch = torch.empty(group, *shape[1:], dtype=self._stored)
+        data = bytes_of(scratch)
         for first in range(0, len(rows), group):
             part = rows[first:first + group]
-            for at, ((file, row),
-                     n) in enumerate(zip(part, lengths[first:first + group], strict=True)):
-                start, line, end = file.offsets[role][
-                    row], at * line_bytes, at * line_bytes + n * row_bytes
-                file.read(view[line:end], f"hidden_by_{role}", start, row_bytes)
-                data[end:line + line_bytes] = 0
+            scales = torch.zeros(len(part), shape[1]) if self._stored == torch.int8 else None
+            for at, (file, row) in enumerate(part):
+                n, start = lengths[first + at], file.offsets[role][row]
+                line = data[at * line_bytes:(at + 1) * line_bytes]
+                file.read(line[:n * row_bytes], f"hidden_by_{role}", start, row_bytes)
+                line[n * row_bytes:] = 0
                 if scales is not None:
                     scales[at, :n] = torch.from_numpy(
                         file.column(f"scale_by_{role}")[start:start + n])
             if scales is not None:
-                decoded = layout.decode_states(target[:len(part)].flatten(0, 1),
-                                               scales[:len(part)].flatten())
-                out[first:first + group] = decoded.view(len(part), longest, width)
-            elif not direct:
-                out[first:first + group] = target[:len(part)]
+                out[first:first + group] = layout.decode_states(scratch[:len(part)], scales)
+            elif scratch is not out:
+                out[first:first + group] = scratch[:len(part)]
         return out

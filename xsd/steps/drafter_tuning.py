@@ -26,7 +26,7 @@ from xsd.extract import plan
 from xsd.models import loading
 from xsd.runs import parameters
 from xsd.sensors import folder as dataset_folder
-from xsd.shards import stream
+from xsd.shards import store
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 from xsd.steps import extraction
@@ -153,7 +153,7 @@ def _batches(samples: Iterator[PairedStates], clusters: Sequence[str],
     for index, sample in enumerate(samples):
         waiting.append(dataclasses.replace(sample, sequence=clusters[index]))
         if len(waiting) == size or index + 1 == len(clusters):
-            yield stream.collate(waiting, range(index + 1 - len(waiting), index + 1))
+            yield store.collate(waiting, range(index + 1 - len(waiting), index + 1))
             waiting = []
 
 

@@ -20,7 +20,6 @@ from xsd.evaluate.statistics import Interval
 from xsd.evaluate.tables import with_intervals  # noqa: F401 - read by the notebooks as evaluation.with_intervals
 from xsd.files import provenance
 from xsd.runs import folder, parameters
-from xsd.shards import stream
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 from xsd.steps import extraction, training
@@ -39,7 +38,7 @@ class HeldOut:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The pairs in their order, ``sequence`` replaced by the clusters."""
-        for batch in stream.batches(self.dataset, batch_size=batch_size):
+        for batch in self.dataset.batches(batch_size):
             yield dataclasses.replace(batch, sequence=[self.clusters[i] for i in batch.index])
 
 

@@ -28,7 +28,7 @@ from xsd.runs import folder
 from xsd.sensors import events as event_streams
 from xsd.sensors import frames, timed_video
 from xsd.sensors.events import Events
-from xsd.shards import stream
+from xsd.shards import store
 from xsd.steps.traces import Trace
 
 EVENT_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".aedat4")
@@ -292,7 +292,7 @@ def token_table(pair: Pair, told: Told,
             if len(forced.ids_by_verifier) <= adapter.shift:
                 continue
             with torch.inference_mode():
-                aligned, target, ids, mask = adapter.align(stream.collate([forced], [place]))
+                aligned, target, ids, mask = adapter.align(store.collate([forced], [place]))
                 said = pair.verifier.lm_head(aligned[0].to(
                     pair.verifier.head.weight))[..., :pair.draft_vocab_size].argmax(-1).cpu()
             cosine = torch.nn.functional.cosine_similarity(aligned[0].float(), target[0].float(),

@@ -139,7 +139,7 @@ def self_rollout(adapter: Adapter, batches: Iterable[Batch], head: heads.Head, *
                  gamma: int = 5) -> Rollout:
     """Roll an adapter out from every position of every answer.
 
-    Args: batches: right-padded (shards.stream.batches, source.PackedStates.batches). head: the
+    Args: batches: right-padded (ShardDataset.batches, source.PackedStates.batches). head: the
     verifier's LM head. gamma: drafts a round.
     Raises: ParameterError for gamma < 1; MetricError for an empty stream or batches of different
     modes.
