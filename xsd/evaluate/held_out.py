@@ -17,7 +17,6 @@ import pandas as pd
 from torch import Tensor
 
 from xsd.core import Batch, Sample
-from xsd.shards import stream
 from xsd.shards.store import ShardDataset
 
 
@@ -67,7 +66,7 @@ class HeldOut:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The pairs in their order, ``sequence`` replaced by the clusters."""
-        for batch in stream.batches(self.dataset, batch_size=batch_size):
+        for batch in self.dataset.batches(batch_size):
             yield dataclasses.replace(batch, sequence=[self.clusters[i] for i in batch.index])
 
     def reference(self, index: int, max_new_tokens: int) -> tuple[int, ...] | None:
