@@ -23,12 +23,13 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from studies import parameters
 from studies import pixel_training as pixels
 from xsd.adapters import registry
 from xsd.core import ParameterError
 from xsd.evaluate import statistics
 from xsd.files import provenance, write_json
-from xsd.runs import folder, parameters
+from xsd.runs import folder
 from xsd.sensors import folder as dataset_folder
 from xsd.steps import data as datasets
 from xsd.train import guards

@@ -20,6 +20,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from studies import parameters
 from xsd.adapters import registry
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
@@ -28,7 +29,7 @@ from xsd.evaluate.counterfactual import Counts
 from xsd.extract import run as extract_run
 from xsd.files import provenance
 from xsd.models import loading
-from xsd.runs import folder, parameters
+from xsd.runs import folder
 from xsd.sensors import folder as dataset_folder
 from xsd.shards import format as layout
 from xsd.shards.store import ShardDataset

@@ -10,10 +10,10 @@ from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pydantic import Field
 
 from xsd.core import ParameterError
-from xsd.runs import hygiene, notebooks, parameters
+from xsd.runs import hygiene, notebooks, typed
 
 
-class Toy(parameters.NotebookParameters):
+class Toy(typed.NotebookParameters):
     notebook: ClassVar[str] = "toy"
     size: int = Field(2, ge=1, description="how many")
 

@@ -1,18 +1,20 @@
 """Typed parameters: what is wrong is said before anything runs."""
 
+import re
 from types import SimpleNamespace
 
+import nbformat
 import pytest
 
 from xsd.core import ParameterError
-from xsd.runs import parameters
+from xsd.runs import hygiene, parameters, typed
 
 
 def test_every_notebook_has_a_model_whose_defaults_are_valid_and_described():
     numbers = [name[:2] for name in parameters.NOTEBOOKS]
     assert numbers == sorted(
         set(numbers)) and numbers[:10] == [f"{number:02d}" for number in range(10)]
-    for model in parameters.NOTEBOOKS.values():
+    for model in map(parameters.model_of, parameters.NOTEBOOKS):
         model.checked({})
         assert all(field.description for field in model.model_fields.values())
 
@@ -49,14 +51,14 @@ def test_from_namespace_takes_its_own_names_and_leaves_the_rest():
 
 
 def test_values_of_the_command_line_are_typed_by_the_model():
-    read = parameters.read_values(["levels=L1,L5F", "seed=007", "learning_rate=1e-4", "run_dir=12"],
+    read = typed.read_values(["levels=L1,L5F", "seed=007", "learning_rate=1e-4", "run_dir=12"],
                                   parameters.TrainParameters)
     assert read == {"levels": ["L1", "L5F"], "seed": 7, "learning_rate": 1e-4, "run_dir": "12"}
     parameters.TrainParameters.checked(read)
     for text, words in (("seed", "written name=value"), ("levels=[L1", "cannot be read"),
                         ("learning_rate=1e", "must be a number")):
         with pytest.raises(ParameterError, match=words):
-            parameters.read_values([text], parameters.TrainParameters)
+            typed.read_values([text], parameters.TrainParameters)
 
 
 def test_levels_are_open_to_ones_own():
@@ -64,7 +66,7 @@ def test_levels_are_open_to_ones_own():
     given = parameters.HiddenParameters.checked({"levels": ["L1", "my_levels:Mine", mine]})
     assert given.levels == ["L1", "my_levels:Mine", mine]
     assert given.model_dump()["levels"] == ["L1", "my_levels:Mine", "mine"]
-    read = parameters.read_values(["levels=L1,my_levels:Mine"], parameters.TrainParameters)
+    read = typed.read_values(["levels=L1,my_levels:Mine"], parameters.TrainParameters)
     assert read == {"levels": ["L1", "my_levels:Mine"]}
     parameters.TrainParameters.checked({"levels": ["L6"]})
     with pytest.raises(ParameterError, match="one of L1, .*, B1, or a class of your own as module"):
@@ -76,3 +78,20 @@ def test_notebooks_are_found_by_number_stem_and_path():
         assert parameters.model_of(name) is parameters.LiveParameters
     with pytest.raises(ParameterError, match="did you mean 05_live"):
         parameters.model_of("05_life")
+
+
+def test_an_arm_is_a_name_of_ours_a_level_or_ones_own():
+    arms = ["ar", "L1+ngram", "my_levels:Mine+L5F", "my_proposers:Echo"]
+    assert parameters.LiveParameters.checked({"arms": arms}).arms == arms
+    for wrong in ("L1+L4+L5F", "L9", 3, "mine:"):
+        with pytest.raises(ParameterError, match="input should be one of ar, .* such as L1.ngram"):
+            parameters.LiveParameters.checked({"arms": [wrong]})
+
+
+def test_the_parameters_cells_say_what_the_models_say():
+    for path in hygiene.committed():
+        cells = nbformat.read(path, 4).cells
+        text = next(one.source for one in cells if "parameters" in one.metadata.get("tags", []))
+        said = re.sub(r"(?m)^(# .*)\n# ", r"\1 ", text)
+        for field in parameters.model_of(path.stem).model_fields.values():
+            assert f"# {field.description}" in said

@@ -6,9 +6,8 @@ import pytest
 import torch
 import train_examples
 
-from studies import storage, storage_figures
+from studies import parameters, storage, storage_figures
 from xsd.core import ParameterError, ShardError
-from xsd.runs import parameters
 from xsd.shards.store import ShardDataset
 from xsd.shards.writer import ShardWriter
 

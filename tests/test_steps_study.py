@@ -12,6 +12,7 @@ import torch
 import train_examples
 from tiny_pair import make_tiny_pair
 
+from studies.parameters import StudyParameters
 from studies.recipes import figures as study_figures
 from studies.recipes import grid as study_recipes
 from studies.recipes import measure as study_measure
@@ -20,7 +21,7 @@ from studies.recipes.grid import Job
 from xsd.adapters import linear
 from xsd.core import Batch, MetricError, ParameterError
 from xsd.evaluate import acceptance
-from xsd.runs import folder, parameters
+from xsd.runs import folder, parameters, typed
 from xsd.steps import extraction, training
 from xsd.train import rollout, source
 
@@ -40,7 +41,7 @@ def given(tmp_path_factory):
     modes = {"test_data": ["simulated"], "test_modes": ["teacher_forced"]}
     extraction.run(
         parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), **sizes, **modes}))
-    return parameters.StudyParameters.checked(
+    return StudyParameters.checked(
         {"run_dir": run, "levels": ["L1", "B1"], "max_epochs": 1, "resamples": 50})
 
 
@@ -230,7 +231,7 @@ def test_the_reference_recipe_is_the_references():
 
 
 def test_the_best_recipe_never_has_more_epochs_or_steps_than_the_references():
-    for level in parameters.LEVELS:
+    for level in typed.LEVELS:
         best, fair = (study_recipes.config_of(name, level) for name in ("best", "reference"))
         assert best.epochs <= fair.epochs and best.epochs / best.batch_size <= fair.epochs / fair.batch_size
 

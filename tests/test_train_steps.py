@@ -10,6 +10,7 @@ from tiny_pair import make_tiny_pair
 from benchmarks import train as bench_train
 from studies import pixel_baseline
 from studies import pixel_training as pixels
+from studies.parameters import PixelParameters
 from xsd.adapters import registry
 from xsd.core import ParameterError, TrainingError
 from xsd.models import loading
@@ -105,7 +106,7 @@ def test_pixels_before_floor_and_after(run_dir):
     values = {
         "run_dir": run_dir, "image_size": 16, "width": 8, "epochs": 4, "workers": 1, "resamples": 50
     }
-    found = pixel_baseline.run(parameters.PixelParameters.checked(values))
+    found = pixel_baseline.run(PixelParameters.checked(values))
     n = found.results["pairs"]["test"]
     assert found.results["sequences"] == {"train": 3, "test": 2
                                           } and found.aligned.shape == (n, 3, 16, 16)
@@ -122,11 +123,11 @@ def test_pixels_before_floor_and_after(run_dir):
         float(before.mean()), abs=1e-6)
     assert found.histogram(bins=7).groupby("level")["n"].sum().tolist() == [n] * 3
     assert [len(stack) for stack in found.pictures(4).values()] == [4, 4, 4]
-    again = pixel_baseline.run(parameters.PixelParameters.checked(values))
+    again = pixel_baseline.run(PixelParameters.checked(values))
     assert torch.equal(again.aligned,
                        found.aligned) and again.results["arms"] == found.results["arms"]
     with pytest.raises(ParameterError, match="holds a P0 of other data or parameters"):
-        pixel_baseline.run(parameters.PixelParameters.checked({**values, "width": 9}))
+        pixel_baseline.run(PixelParameters.checked({**values, "width": 9}))
 
 
 def test_p0_learns_a_picture_and_refuses_the_test_split():

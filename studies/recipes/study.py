@@ -18,6 +18,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from studies.parameters import StudyParameters
 from studies.recipes import grid as study_recipes
 from studies.recipes import jobs as study_jobs
 from studies.recipes import measure as study_measure
@@ -34,7 +35,7 @@ NO_ADAPTER = "no adapter"
 Progress = Callable[[Job, dict[str, Any]], None]
 
 
-def run(given: parameters.StudyParameters, *, progress: Progress | None = None) -> Study:
+def run(given: StudyParameters, *, progress: Progress | None = None) -> Study:
     """Train and judge what is missing, then write ``results/study.json`` and
     ``tables/study*.csv|md|tex``.
 
@@ -88,7 +89,7 @@ def _worked(jobs: Sequence[Job], setting: study_jobs.Setting,
             yield waiting[done], done.result()
 
 
-def ensure(given: parameters.StudyParameters) -> None:
+def ensure(given: StudyParameters) -> None:
     """Extract the pairs when the run folder holds none at all."""
     if (folder.resolve(given.run_dir) / extraction.PAIR_FILE).is_file():
         return
@@ -106,7 +107,7 @@ def ensure(given: parameters.StudyParameters) -> None:
 # ------------------------------------------------------------------------------------------------
 
 
-def _results(given: parameters.StudyParameters, data: study_jobs.Data,
+def _results(given: StudyParameters, data: study_jobs.Data,
              records: Mapping[Job, Mapping[str, Any]], seeds: Sequence[int]) -> dict[str, Any]:
     options = {"n_resamples": given.resamples, "seed": given.seed}
 

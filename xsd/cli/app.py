@@ -76,7 +76,7 @@ def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Pat
             help_parameters: bool = Option(False, "--help-parameters",
                                            help="print what the notebook takes, and stop")) -> None:
     """Execute a notebook headless, with checked parameters, into reports/<notebook>."""
-    from xsd.runs import notebooks, parameters
+    from xsd.runs import notebooks, parameters, typed
 
     source = notebooks.find(notebook)
     model = parameters.model_of(source.stem)
@@ -84,7 +84,7 @@ def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Pat
         for name, field in model.model_fields.items():
             print(f"{name} = {field.get_default()!r}\n    {field.description}")
         return
-    values = parameters.read_values(parameter, model)
+    values = typed.read_values(parameter, model)
     target = notebooks.run_notebook(source, out or ROOT / "reports" / source.stem, values)
     print(f"finished: {target}")
 
@@ -97,13 +97,13 @@ def sweep(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path 
 
     Resumes, and survives a failing run.
     """
-    from xsd.runs import notebooks, parameters
+    from xsd.runs import notebooks, parameters, typed
 
     source = notebooks.find(notebook)
     model = parameters.model_of(source.stem)
     target = out or ROOT / "reports" / f"sweep_{source.stem}"
-    rows = notebooks.sweep(source, parameters.read_grid(grid, model), target,
-                           fixed=parameters.read_values(parameter, model))
+    rows = notebooks.sweep(source, typed.read_grid(grid, model), target,
+                           fixed=typed.read_values(parameter, model))
     print(notebooks.table(rows))
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:

@@ -19,7 +19,7 @@ from typing import Any
 
 from xsd.core import ROOT, ParameterError, StorageError, XsdError
 from xsd.files import atomic_write, provenance, write_json
-from xsd.runs import parameters
+from xsd.runs import parameters, typed
 
 NOTEBOOK_FOLDER = ROOT / "notebooks"
 QUIET = {
@@ -70,7 +70,7 @@ def _environment(values: Mapping[str, str]) -> Iterator[None]:
 
 def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[str],
                  params: Mapping[str, Any] | None = None, *,
-                 model: type[parameters.NotebookParameters] | None = None, name: str | None = None,
+                 model: type[typed.NotebookParameters] | None = None, name: str | None = None,
                  progress: bool = False,
                  ) -> Path:
     """Execute a notebook with ``params`` over its defaults; cwd is the checkout. Returns the
@@ -168,7 +168,7 @@ def _shown(path: Path) -> str:
 
 def sweep(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
           out_dir: str | os.PathLike[str], *, fixed: Mapping[str, Any] | None = None,
-          model: type[parameters.NotebookParameters] | None = None, say: Any = print,
+          model: type[typed.NotebookParameters] | None = None, say: Any = print,
           ) -> list[dict[str, Any]]:
     """Run every combination of ``grid``; finished ones are skipped, a failing one is recorded and
     the rest goes on.

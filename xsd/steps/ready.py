@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from xsd.runs import parameters
+from xsd.runs import typed
 from xsd.steps import data as datasets
 from xsd.steps import extraction, training
 
 
-def ensure(P: parameters.NotebookParameters, *, pairs: bool = True,
+def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
            adapters: bool | Sequence[str] = False) -> None:
     """Extract pairs and train adapters where the run ``P.run_dir`` holds none at all.
 

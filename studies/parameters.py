@@ -1,0 +1,99 @@
+"""Typed parameters of the notebooks 00, 10, 11 and 12 (see xsd/runs/parameters.py)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from xsd.runs import typed
+from xsd.runs.typed import NotebookParameters, whole
+
+DRIVES = whole(2, 100_000, "drives to train on, where the run holds no extraction")
+TEST_DRIVES = whole(1, 100_000, "held-out drives, likewise")
+
+
+class PairParameters(NotebookParameters):
+    """00: the pair and its world."""
+
+    notebook = "00_pair"
+    pair: typed.PairName = "embedded"
+    n_sequences: Annotated[int, whole(1, 10_000, "held-out drives whose answers are scored")] = 4
+    train_profile: Literal["none", "smoke", "quick", "full"] = Field(
+        "none", description="train the embedded pair anew: none keeps the shipped weights")
+    device: str = Field("cpu", min_length=1, description="where to train: cpu, cuda, …")
+
+
+class StorageParameters(NotebookParameters):
+    """10: acceptance against stored bytes."""
+
+    notebook = "10_storage"
+    levels: typed.Levels = Field(["L1", "L5F"], description="levels trained on every dtype")
+    dtypes: list[typed.Dtype] = Field(
+        ["fp32", "bf16", "fp16", "int8"], min_length=1,
+        description="how the states are stored; fp32 is compared with")
+    data: typed.Data = "simulated"
+    n_train_sequences: Annotated[int, whole(
+        2, 100_000, "drives to train on, at most those that the run holds")] = 6
+    n_test_sequences: Annotated[int, TEST_DRIVES] = 4
+    questions_per_sequence: typed.Asked = 4
+    max_new_tokens: typed.NewTokens = 48
+    profile: Literal["reference", "converged", "tokens", "rollout"] = Field(
+        "tokens", description="recipe (docs/adapters.md, section 5)")
+    epochs: typed.Epochs = 6
+    batch_size: typed.AStep = 16
+    learning_rate: typed.Rate = 2e-3
+    gamma: typed.Gamma = 5
+    resamples: typed.Resamples = 400
+
+
+class PixelParameters(NotebookParameters):
+    """11: the pixel-level baseline P0."""
+
+    notebook = "11_pixels"
+    data: typed.Data = "simulated"
+    n_train_sequences: Annotated[int, DRIVES] = 6
+    n_test_sequences: Annotated[int, TEST_DRIVES] = 4
+    image_size: Annotated[int, whole(
+        8, 1024, "pictures are cut square and scaled to it, in pixels; reference: 224")] = 32
+    n_event_frames: Annotated[int, whole(1, 64, "pairs of pictures from each clip")] = 5
+    width: Annotated[int, whole(1, 65_536, "of P0's middle layers; 512 in the reference")] = 64
+    epochs: typed.Epochs = Field(30, description="length of the training, in epochs")
+    batch_size: typed.AStep = Field(16, description="pairs a step")
+    learning_rate: typed.Rate = Field(1e-3, description="AdamW's peak rate")
+    thresholds: typed.Thresholds = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95]
+    resamples: typed.Resamples = 400
+    workers: typed.Simulators = 2
+
+
+class StudyParameters(NotebookParameters):
+    """12: every level, the reference's training against the best one."""
+
+    notebook = "12_study"
+    levels: typed.Levels = Field(["L1", "L5F"], description="levels to train")
+    recipes: list[Literal["reference", "documented", "converged", "best"]] = Field(
+        ["reference", "best"], min_length=1, description="how to train them (docs/recipes.md)")
+    budget_levels: list[typed.Level] = Field(
+        [], description="levels also trained as documented and as long as converged")
+    n_seeds: Annotated[int, whole(
+        1, 100, "trainings of each level and recipe, seeds counted from seed")] = 2
+    max_epochs: Annotated[int, whole(
+        0, 10_000, "no training is longer; 0 leaves each recipe its own length")] = 2
+    shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
+        [0.5, 1.0], description="learning curve: shares of the training drives; empty for none")
+    curve: list[Literal["ridge", "ridge, both"] | typed.Level] = Field(
+        ["ridge", "L1"], description="learning curve: closed forms, and levels (best recipe)")
+    data: typed.TrainData = "simulated"
+    test_data: str = Field("simulated", min_length=1,
+                           description="the held-out set, from notebook 01")
+    gamma: typed.Gamma = 5
+    threshold: typed.Threshold = 0.9
+    resamples: typed.Resamples = 400
+    batch_size: typed.AtATime = 64
+    workers: Annotated[int, whole(
+        1, 256, "trainings at the same time, a process of one thread each")] = 1
+    n_train_sequences: Annotated[int, DRIVES] = 6
+    n_test_sequences: Annotated[int, TEST_DRIVES] = 4
+    questions_per_sequence: typed.Asked = Field(4, description="questions a sequence is asked, "
+                                                "likewise")
+    max_new_tokens: typed.NewTokens = Field(48, description="longest answer, likewise")

@@ -1,0 +1,188 @@
+"""What a notebook's parameters may be: the base of their models, the kinds of values that several
+notebooks take, and how they are read from a command line."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+
+from xsd import files
+from xsd.core import ParameterError
+
+
+class NotebookParameters(BaseModel):
+    """What every notebook takes. Frozen, strict types (an int may stand for a float), unknown names
+    refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    notebook: ClassVar[str] = ""
+
+    run_dir: str = Field("runs/smoke", min_length=1,
+                         description="folder of the run, which its notebooks share")
+    seed: int = Field(0, ge=0, lt=2**31, description="seed of everything that draws")
+
+    @classmethod
+    def from_namespace(cls, namespace: Mapping[str, Any]) -> Self:
+        """The parameters among a notebook's globals. Raises: ParameterError as :func:`checked`."""
+        return cls.checked({name: namespace[name] for name in cls.model_fields if name in namespace})
+
+    @classmethod
+    def checked(cls, values: Mapping[str, Any]) -> Self:
+        """A model of ``values``.
+
+        Raises: ParameterError naming the notebook, the parameter, what was given and what is
+        expected, with a suggestion for a misspelt name.
+        """
+        try:
+            return cls.model_validate(dict(values))
+        except ValidationError as error:
+            raise ParameterError(_sentence(cls, error)) from None
+
+
+def _sentence(model: type[NotebookParameters], error: ValidationError) -> str:
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"]) or "(all)"
+    known = list(model.model_fields)
+    if first["type"] == "extra_forbidden":
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]!r}? " if close else ""
+        return (f"notebook {model.notebook} has no parameter {name!r}: {hint}it takes "
+                f"{', '.join(known)}")
+    field = model.model_fields.get(str(first["loc"][0])) if first["loc"] else None
+    about = f" ({field.description})" if field and field.description else ""
+    why = first["msg"].removeprefix("Value error, ")
+    return (f"parameter {name!r} of notebook {model.notebook} cannot be {first['input']!r}: "
+            f"{why[0].lower()}{why[1:]}{about}")
+
+
+# --- one's own parts, by name: known here by their form alone, imported where they are used
+
+LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1")
+ARMS = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram",
+        "prompt_lookup")
+
+
+def _own(value: Any) -> bool:
+    return isinstance(value, str) and ":" in value.strip(":")
+
+
+def _level(value: Any, *more: str) -> Any:
+    """A level of ours by name, "module:Class", or a class or module with reads, shift and
+    forward."""
+    if value in (*LEVELS, *more) or _own(value) or all(
+            hasattr(value, name) for name in ("reads", "shift", "forward")):
+        return value
+    raise ValueError(f"input should be one of {', '.join((*LEVELS, *more))}, or a class of your "
+                     "own as module:Class (docs/extending.md)")
+
+
+def _arm(value: Any) -> str:
+    """An arm of ours, a level, one of your own as "module:Class", or two of them joined by +."""
+    parts = value.split("+") if isinstance(value, str) else [None]
+    if len(parts) <= 2 and all(part in (*ARMS, *LEVELS) or _own(part) for part in parts):
+        return value
+    raise ValueError(f"input should be one of {', '.join(ARMS)}, a level ({', '.join(LEVELS)}), a "
+                     "proposer of your own as module:Class (docs/extending.md), or two joined by "
+                     "+, such as L1+ngram")
+
+
+def _column(value: Any) -> Any:
+    """A metric column of one's own: "module:function", or the function."""
+    if _own(value) or callable(value):
+        return value
+    raise ValueError("input should be a function of the token table, as module:function "
+                     "(docs/extending.md)")
+
+
+Level = Annotated[Any, PlainValidator(_level), PlainSerializer(files.name_of)]
+TrainedLevel = Annotated[Any, PlainValidator(lambda value: _level(value, "L6")),
+                         PlainSerializer(files.name_of)]
+Arm = Annotated[str, PlainValidator(_arm)]
+Column = Annotated[Any, PlainValidator(_column), PlainSerializer(files.name_of)]
+Mode = Literal["free_running", "teacher_forced"]
+Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+
+# --- what several notebooks take
+
+
+def whole(low: int, high: int, text: str) -> Any:
+    """The Field of a whole number from low to high."""
+    return Field(ge=low, le=high, description=text)
+
+
+Levels = Annotated[list[Level], Field(min_length=1, description="trained levels to evaluate")]
+PairName = Annotated[str, Field(min_length=1, description="embedded (the shipped pair), or a "
+                                "folder with drafter/ and verifier/")]
+Data = Annotated[str, Field(min_length=1, description="simulated, or a dataset folder with both "
+                            "splits")]
+TrainData = Annotated[str, Field(min_length=1, description="training set, from notebook 01")]
+TestData = Annotated[list[str], Field(min_length=1, description="held-out sets, from notebook 01")]
+HeldOutMode = Annotated[Mode, Field(description="which held-out pairs to evaluate on")]
+Threshold = Annotated[float, Field(gt=-1, lt=1, description="cosine threshold τ")]
+Thresholds = Annotated[list[float], Field(min_length=1,
+                                          description="all cosine thresholds that are counted")]
+Rate = Annotated[float, Field(gt=0, lt=1,
+                              description="AdamW's peak rate; lower it for wide models")]
+Gamma = Annotated[int, whole(1, 64, "draft tokens a round")]
+GammaPrefill = Annotated[int, whole(1, 4096, "most draft tokens behind the verifier's prefill")]
+TopK = Annotated[int, whole(1, 254, "how many of the head's best tokens count as top-k")]
+Positions = Annotated[int, whole(1, 4096, "positions shown by the per-position curve")]
+Resamples = Annotated[int, whole(50, 100_000, "bootstrap resamples, drawn by sequence")]
+AtATime = Annotated[int, whole(1, 65_536, "answers at a time")]
+AStep = Annotated[int, whole(1, 65_536, "answers a step")]
+Epochs = Annotated[int, whole(1, 10_000, "longest training, in epochs")]
+NewTokens = Annotated[int, whole(1, 4096, "longest answer, in tokens")]
+Simulators = Annotated[int, whole(1, 256, "processes that simulate drives")]
+Asked = Annotated[int, whole(1, 50, "questions a sequence is asked, each on one of its clips")]
+ClipMs = Annotated[int, whole(1, 3_600_000, "length of a clip")]
+HopMs = Annotated[int, whole(1, 3_600_000, "from one clip's start to the next one's")]
+
+
+# --- from a command line
+
+
+def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, Any]:
+    """``["levels=L1,L4", "seed=3"]`` as typed values: text for text fields, otherwise YAML; a comma
+    makes a list where a list is expected.
+
+    Raises: ParameterError when a pair has no ``=`` or its value is not readable.
+    """
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        name, sign, text = pair.partition("=")
+        if not sign or not name:
+            raise ParameterError(f"a parameter is written name=value, not {pair!r}")
+        kind = model.model_fields[name].annotation if name in model.model_fields else None
+        if str(kind).startswith("list") and not text.lstrip().startswith("["):
+            text = f"[{text}]"
+        try:
+            values[name] = text if kind is str else yaml.safe_load(text)
+            if kind is float and isinstance(values[name], str):
+                values[name] = float(text)  # YAML reads 1e-3 as text
+        except yaml.YAMLError:
+            raise ParameterError(f"the value of {name!r} cannot be read: {text!r}; lists are "
+                                 "written a,b or [a, b]") from None
+        except ValueError:
+            raise ParameterError(
+                f"the value of {name!r} must be a number, not {text!r}") from None
+    return values
+
+
+def read_grid(axes: list[str], model: type[NotebookParameters]) -> dict[str, list[Any]]:
+    """``["seed=0,1", "level=L1,L4"]`` as typed axes of a grid.
+
+    ``level`` is an axis over single levels: each point gets ``levels`` with that one.
+    Raises: ParameterError as :func:`read_values`.
+    """
+    grid = {}
+    for axis in axes:
+        name, sign, text = axis.partition("=")
+        if not sign:
+            raise ParameterError(f"a grid axis is written name=value,value, not {axis!r}")
+        name = "levels" if name == "level" and "levels" in model.model_fields else name
+        grid[name] = [read_values([f"{name}={one}"], model)[name] for one in text.split(",") if one]
+    return grid
