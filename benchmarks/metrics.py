@@ -30,7 +30,7 @@ from xsd.evaluate.hidden import HiddenStateMetrics
 from xsd.evaluate.reliability_old import Reliability
 from xsd.evaluate.statistics import bootstrap_ratio
 from xsd.evaluate.tokens import TokenMetrics, head_tokens
-from xsd.steps import plan
+from xsd.models import planning
 
 FULL = 11_000
 """Answers of the set that the file stands for."""
@@ -171,7 +171,7 @@ def n_samples_for(free_bytes: float | None, sizes: Sizes) -> int:
 
 
 def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any]]:
-    file = StateFile(path, sizes, n_samples_for(plan.free_bytes("cpu"), sizes))
+    file = StateFile(path, sizes, n_samples_for(planning.free_bytes("cpu"), sizes))
     first = torch.from_numpy(next(file.batches()).copy()).view(torch.bfloat16).reshape(
         2, -1, sizes.width)[:, :sizes.loop_positions]
     one_pass = file.n_samples * sizes.positions

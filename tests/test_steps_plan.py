@@ -9,9 +9,9 @@ from tiny_pair import make_tiny_pair
 
 from xsd import cli, core
 from xsd.core import CheckpointError, ParameterError
-from xsd.models import full_size, loading, quantization
+from xsd.models import full_size, loading, planning, quantization
 from xsd.shards.writer import ShardWriter
-from xsd.steps import checkup, plan, plan_table
+from xsd.steps import checkup, plan
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def test_the_full_size_models_have_the_published_parameter_counts():
     assert (drafter.total, drafter.n_tensors) == (7_079_684_096, 688)
     assert verifier.total == 7_366_279_168
     assert (drafter.visual_tokens, verifier.visual_tokens) == (582, 2056)
-    assert plan.prompt_positions(drafter) == 641
+    assert planning.prompt_positions(drafter) == 641
     assert (drafter.parameters["linear"], drafter.layers,
             drafter.kv_width) == (verifier.parameters["linear"], 32, 4096)
 
@@ -55,7 +55,7 @@ def test_predicted_weights_are_the_bytes_of_the_loaded_model(pair_folder, form):
     for size in full_size.sizes(pair_folder):
         model = getattr(loaded, size.role).model
         stored = quantization.weight_bytes(model)
-        predicted = plan.weight_bytes(size, dtype, quant)
+        predicted = planning.weight_bytes(size, dtype, quant)
         # Quantised layers keep their constants outside the parameters, and every model has a few
         # small buffers.
         assert abs(stored - predicted) < 0.05 * predicted
@@ -69,7 +69,7 @@ def test_the_cache_takes_what_is_predicted(pair_folder):
     cache = handle.decoder(inputs_embeds=embeds[None], use_cache=True).past_key_values
     held = sum(t.numel() * t.element_size() for layer in cache.layers
                for t in (layer.keys, layer.values))
-    assert held == plan.kv_bytes(full_size.sizes(pair_folder)[0], len(embeds), 1, "float32")
+    assert held == planning.kv_bytes(full_size.sizes(pair_folder)[0], len(embeds), 1, "float32")
 
 
 @pytest.mark.parametrize("stored", ["fp32", "fp16", "int8"])
@@ -89,7 +89,7 @@ def test_predicted_shards_are_the_bytes_on_disk(tmp_path, pair_folder, stored):
                                   "teacher_forced"))
         writer.close()
     on_disk = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*") if path.is_file())
-    predicted = plan.shard_bytes(sizes, samples=n, tokens=tokens, modes=1, stored=stored,
+    predicted = planning.shard_bytes(sizes, samples=n, tokens=tokens, modes=1, stored=stored,
                                  dtype="float32")
     assert abs(on_disk - predicted) < 0.03 * predicted
 
@@ -98,45 +98,52 @@ def test_hours_follow_the_stated_speed():
     pair = full_size.sizes("full")
     options = {
         "dtype": "bfloat16", "quant": None, "clips": 100, "questions": 10, "new_tokens": 50,
-        "batch": 10
+        "batch": 10, "modes": plan.BOTH_MODES
     }
-    machine = plan.MACHINES["a100-80"]
-    once = plan.extraction(pair, machine, **options)
-    twice = plan.extraction(
-        pair, dataclasses.replace(machine, tflops=2 * machine.tflops, gb_s=2 * machine.gb_s),
-        **options)
-    assert twice.total == pytest.approx(once.total / 2)
-    assert plan.extraction(pair, machine,
-                           **{**options, "clips": 300}).total == pytest.approx(3 * once.total)
-    forced = plan.extraction(pair, machine, **options, modes=("teacher_forced",))
-    assert "drafter answers" not in forced.parts and forced.total < once.total
+    machine = planning.MACHINES["a100-80"]
+
+    def seconds(machine, **changes):
+        return planning.extraction_seconds(pair, machine, **{**options, **changes})
+
+    once = sum(seconds(machine).values())
+    twice = dataclasses.replace(machine, tflops=2 * machine.tflops, gb_s=2 * machine.gb_s)
+    assert sum(seconds(twice).values()) == pytest.approx(once / 2)
+    assert sum(seconds(machine, clips=300).values()) == pytest.approx(3 * once)
+    forced = seconds(machine, modes=("teacher_forced",))
+    assert "drafter answers" not in forced and sum(forced.values()) < once
     # One decode step of one row reads the weights once: 13.2 GB of linear layers and head at 35 %
     # of 2039 GB/s.
-    step = plan.step_seconds(pair[1], machine, "bfloat16", None, batch=1, positions=0)
+    step = planning.step_seconds(pair[1], machine, "bfloat16", None, batch=1, positions=0)
     assert step == pytest.approx((6_476_005_376 + 131_334_144) * 2 / (0.35 * 2039e9), rel=1e-6)
 
 
+def value(made, section, what):
+    """One figure of a plan."""
+    rows = made["table"]
+    return rows[rows["section"].str.startswith(section) & (rows["what"] == what)]["value"].item()
+
+
 def test_a_level_is_counted_without_being_allocated():
-    each = plan.training(full_size.sizes("full"), "L4", plan.MACHINES["a100-80"], samples=10,
-                         tokens=50, epochs=2, batch=4)
-    assert each.parameters > 100_000_000 and each.peak > 16 * each.parameters
+    made = plan.make(planning.MACHINES["a100-80"], clips=10, levels=("L4",), epochs=2)
+    parameters = value(made, "Training", "L4: parameters")
+    assert parameters > 100_000_000
+    assert value(made, "Training", "L4: peak memory") > 16 * parameters / 1e9
     with pytest.raises(ParameterError, match="L9"):
-        plan.training(full_size.sizes("full"), "L9", plan.MACHINES["a100-80"], samples=1, tokens=1,
-                      epochs=1, batch=1)
+        plan.make(planning.MACHINES["a100-80"], levels=("L9",))
 
 
 def test_what_does_not_fit_comes_with_a_way_out():
-    small = plan_table.make(plan_table.Request(), plan.MACHINES["rtx4090"], disk_free=1e9)
-    assert "do not fit into the 24 GB" in small.verdicts[
-        0] and "--quant 4bit with --batch 1 needs" in small.verdicts[0]
-    assert "do not fit onto the 1.0 GB" in small.verdicts[1] and "--stored" in small.verdicts[1]
-    large = plan_table.make(plan_table.Request(quant="4bit", batch=1), plan.MACHINES["rtx4090"],
-                            disk_free=1e12)
-    assert "fit into the 24 GB" in large.verdicts[0] and "fit onto" in large.verdicts[1]
-    assert large.value("Memory",
-                       "verifier: weights") < small.value("Memory", "verifier: weights") / 2
+    machine = planning.MACHINES["rtx4090"]
+    small = plan.make(machine, disk_free=1e9)
+    assert "do not fit into the 24 GB" in small["advice"][0]
+    assert "--quant 4bit with --batch 1 needs" in small["advice"][0]
+    assert "do not fit onto the 1.0 GB" in small["advice"][1] and "--stored" in small["advice"][1]
+    large = plan.make(machine, quant="4bit", batch=1, disk_free=1e12)
+    assert "fit into the 24 GB" in large["advice"][0] and "fit onto" in large["advice"][1]
+    assert value(large, "Memory", "verifier: weights") < value(small, "Memory",
+                                                               "verifier: weights") / 2
     with pytest.raises(ParameterError, match="batch must be at least 1"):
-        plan_table.Request(batch=0)
+        plan.make(machine, batch=0)
 
 
 def test_the_command_prints_every_figure_with_its_kind_and_every_assumption(capsys):
@@ -153,7 +160,7 @@ def test_the_command_prints_every_figure_with_its_kind_and_every_assumption(caps
 
 
 def test_this_machine_can_be_measured_in_a_moment():
-    machine = plan.measure_machine(size=64, repeats=1)
+    machine = planning.measure_machine(size=64, repeats=1)
     assert machine.source == "measured" and machine.tflops > 0 and machine.gb_s > 0
     with pytest.raises(ParameterError, match="gb_s must be above 0"):
         dataclasses.replace(machine, gb_s=0)
@@ -180,5 +187,5 @@ def test_doctor_does_not_load_what_cannot_fit(pair_folder):
 
 def test_doctor_names_a_pair_that_does_not_load(tmp_path, capsys):
     assert cli.main(["doctor", "--pair", str(tmp_path)]) == 1
-    assert "[bad ] the pair does not load: " in capsys.readouterr().out
+    assert "[bad ] the pair does not load or run: " in capsys.readouterr().out
     assert checkup.examine("embedded", device="cuda")[0].state == "bad" or torch.cuda.is_available()

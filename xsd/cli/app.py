@@ -206,19 +206,18 @@ def plan(
     memory_gb: float | None = Option(None, help="memory it has"),
 ) -> None:
     """Predict memory, disk and hours of extraction and training, before anything starts."""
-    from xsd.steps import plan as planning
-    from xsd.steps import plan_table
+    from xsd.models import planning
+    from xsd.steps import plan as planned
 
     if not measure and machine not in planning.MACHINES:
         raise ParameterError(f"there is no machine {machine!r}; choose one of "
                              f"{', '.join(planning.MACHINES)}, or --measure")
     found = planning.measure_machine(device) if measure else planning.MACHINES[machine]
-    found = planning.with_speed(found, tflops=tflops, gb_s=gb_s, memory_gb=memory_gb)
-    request = plan_table.Request(pair=pair, dtype=dtype, quant=quant, clips=clips,
-                                 questions=questions, new_tokens=max_new_tokens, batch=batch,
-                                 stored=stored, modes=words(modes), levels=words(levels),
-                                 epochs=epochs)
-    print(plan_table.make(request, found, disk_free=shutil.disk_usage(ROOT).free))
+    found = found.reaching(tflops=tflops, gb_s=gb_s, memory_gb=memory_gb)
+    print(planned.text(planned.make(found, pair=pair, dtype=dtype, quant=quant, clips=clips,
+                                    questions=questions, new_tokens=max_new_tokens, batch=batch,
+                                    stored=stored, modes=words(modes), levels=words(levels),
+                                    epochs=epochs, disk_free=shutil.disk_usage(ROOT).free)))
 
 
 @app.command(epilog=examples("xsd bench train -o reports/here"))

@@ -1,355 +1,163 @@
-"""What a full-size run will take, before anything starts: memory, disk and hours from the models'
-sizes alone.
-
-Everything here is *predicted*, by the formulas in the docstrings, from counted parameters
-(models.full_size) and a stated machine speed. docs/models.md, "Planning", says how far the
-predictions were checked.
-"""
+"""``xsd plan``: what a run will take, as a table and as text, with every assumption, and what to do
+where it does not fit (the arithmetic: models.planning)."""
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass, replace
+from typing import Any
 
+import pandas as pd
 import torch
 
 from xsd.adapters import registry
 from xsd.core import ParameterError
+from xsd.models import full_size, planning
 from xsd.models.full_size import ModelSize
-from xsd.models.quantization import dtype_of
+from xsd.models.planning import PEAK, Machine, Sizes
 
-STATE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
-"""A stored number; int8 rows carry one float32 scale each."""
-PROMPT_TOKENS = {"drafter": 59, "verifier": 22}
-"""Text positions of a prompt with a question of nine words (EventGPT: 641 positions in all)."""
-TEXT_BYTES_PER_SAMPLE = 700
-"""Question, both answers and names in the parquet file beside a shard, roughly."""
-NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A 4-bit weight with its share of the quantised block constants (blocks of 64, second level of
-256)."""
-
-# --- the machine
-# ------------------------------------------------------------------------------------------------
+GB, HOUR = 1e9, 3600
+BOTH_MODES = ("teacher_forced", "free_running")
+MOST_OF_MEMORY, MOST_OF_DISK = 0.92, 0.95
+"""What may be filled: the rest is the allocator's fragmentation and everything else on the disk."""
 
 
-@dataclass(frozen=True)
-class Machine:
-    """Speed as used in the predictions. tflops: matrix products in half precision; tflops32: in
-    float32; gb_s: memory bandwidth.
+def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16",
+         quant: str | None = None, clips: int = 5000, questions: int = 10, new_tokens: int = 50,
+         batch: int = 10, stored: str = "fp16", modes: tuple[str, ...] = BOTH_MODES,
+         levels: tuple[str, ...] = ("L1", "L4", "L5F", "B1"), epochs: int = 50,
+         train_batch: int = 64, disk_free: float | None = None) -> dict[str, Any]:
+    """Plan extraction and training of a pair on a machine.
 
-    compute_share, bandwidth_share: how much of it plain transformers code reaches. memory_gb: of
-    the device; None if unknown.
-    source: "data sheet" (quoted), "given", or "measured" on this machine.
+    pair: "full", "embedded" or a folder. batch: answers at a time. stored: dtype of the shards.
+    disk_free: bytes free where the shards go.
+    Returns: {table: section, what, value, unit (GB, h or empty), kind (counted | predicted) as a
+    DataFrame; advice: what fits and what to do; assumptions}.
+    Raises: ParameterError for a number below 1, an unknown format or level; CheckpointError for a
+    folder that is no pair.
     """
-
-    name: str
-    tflops: float
-    tflops32: float
-    gb_s: float
-    memory_gb: float | None = None
-    compute_share: float = 0.4
-    bandwidth_share: float = 0.35
-    source: str = "data sheet"
-
-    def __post_init__(self) -> None:
-        for name in ("tflops", "tflops32", "gb_s", "compute_share", "bandwidth_share"):
-            if getattr(self, name) <= 0:
-                raise ParameterError(f"{name} must be above 0, not {getattr(self, name)}")
-
-    def flops(self, dtype: str) -> float:
-        """Floating-point operations a second that are reckoned with."""
-        return 1e12 * self.compute_share * (self.tflops32
-                                            if dtype_of(dtype) == torch.float32 else self.tflops)
-
-    @property
-    def bytes_s(self) -> float:
-        """Bytes a second from device memory that are reckoned with."""
-        return 1e9 * self.bandwidth_share * self.gb_s
-
-
-MACHINES = {
-    machine.name: machine
-    for machine in (Machine("t4", 65, 8.1, 300, 16), Machine("l4", 121, 30.3, 300, 24),
-                    Machine("rtx3090", 71, 35.6, 936, 24), Machine("rtx4090", 165, 82.6, 1008, 24),
-                    Machine("a100-40", 312, 19.5, 1555, 40),
-                    Machine("a100-80", 312, 19.5, 2039, 80), Machine("h100", 989, 67, 3350, 80),
-                    Machine("h200", 989, 67, 4800, 141),
-                    )
-}
-"""Quoted from the makers' data sheets (dense matrix products)."""
-
-MEASURED_SHARES = (0.75, 0.6)
-"""What a plain Llama reached of the measured products and reads (docs/models.md, "Planning")."""
-
-
-def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -> Machine:
-    """Time square matrix products, and a matrix times a vector for the bandwidth, on this machine:
-    a second or two.
-
-    size: side of the products on a CPU (8 times that on a GPU); the bandwidth's matrix has 10 times
-    the side, 240 MB, so that no cache
-    holds it. memory_gb: what is free now.
-    """
-    place = torch.device(device)
-
-    def best(run: object, work: float) -> float:
-        times = []
-        for _ in range(repeats + 1):  # the first is a warm-up
-            _wait(place)
-            start = time.perf_counter()
-            run()  # type: ignore[operator]
-            _wait(place)
-            times.append(time.perf_counter() - start)
-        return work / min(times[1:])
-
-    side = size if place.type == "cpu" else 8 * size
-    found = {}
-    for dtype in (torch.bfloat16, torch.float32):
-        a = torch.ones(side, side, dtype=dtype, device=place)
-        found[dtype] = best(lambda a=a: a @ a, 2 * side**3) / 1e12
-    wide = 10 * size if place.type == "cpu" else 3 * side
-    block, vector = torch.ones(wide, wide, device=place), torch.ones(wide, device=place)
-    gb_s = best(lambda: block @ vector, block.numel() * 4) / 1e9
-    free = free_bytes(device)
-    name = torch.cuda.get_device_name(
-        place) if place.type == "cuda" else f"this CPU, {torch.get_num_threads()} threads"
-    return Machine(name, found[torch.bfloat16], found[torch.float32], gb_s, free and free / 1e9,
-                   *MEASURED_SHARES, "measured")
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def free_bytes(device: str = "cpu") -> int | None:
-    """Bytes that can be allocated now on a CUDA device or in main memory; None where the system
-    does not say."""
-    if torch.device(device).type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            return next(
-                int(line.split()[1]) * 1024 for line in file if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return None
-
-
-# --- memory
-# ------------------------------------------------------------------------------------------------
-
-
-def number_bytes(dtype: str) -> int:
-    """Bytes of one number of a dtype name."""
-    return dtype_of(dtype).itemsize
-
-
-def weight_bytes(size: ModelSize, dtype: str, quant: str | None = None) -> float:
-    """Σ parameters · bytes; with quant only the decoder's linear layers shrink (4bit: NF4_BYTES;
-    8bit: 1, and 4 bytes a row)."""
-    linear = size.parameters["linear"]
-    whole = (size.total - linear) * number_bytes(dtype)
-    if quant is None:
-        return whole + linear * number_bytes(dtype)
-    if quant not in ("4bit", "8bit"):
-        raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
-    return whole + (linear * NF4_BYTES if quant == "4bit" else linear + 4 * size.linear_rows)
-
-
-def prompt_positions(size: ModelSize) -> int:
-    """Visual and text positions of one prompt."""
-    return size.visual_tokens + PROMPT_TOKENS[size.role]
-
-
-def kv_bytes(size: ModelSize, positions: int, batch: int, dtype: str) -> int:
-    """2 (key, value) · layers · kv_width · bytes · positions · batch."""
-    return 2 * size.layers * size.kv_width * number_bytes(dtype) * positions * batch
-
-
-def activation_bytes(size: ModelSize, batch: int, dtype: str, quant: str | None = None) -> int:
-    """The widest moment of a forward pass without gradients: the tower over one clip's pictures, or
-    the decoder's gated layer.
-
-    (2·width + 3·inner) numbers a position: residual, normed input, gate, up, product. Prompts that
-    share their clip are run once, yet the bound takes ``batch`` of them. Attention is taken to be
-    fused (no L × L matrix). 4-bit adds one unpacked weight.
-    """
-    number = number_bytes(dtype)
-    tower = size.n_frames * size.frame_tokens * (2 * size.tower_hidden +
-                                                 3 * size.tower_intermediate) * number
-    decoder = batch * prompt_positions(size) * (2 * size.hidden + 3 * size.intermediate) * number
-    return max(tower, decoder) + (size.largest_linear * number if quant == "4bit" else 0)
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes. weights: of both models. working: cache and activations of the one that needs more;
-    they do not run at the same time."""
-
-    weights: dict[str, float]
-    kv: dict[str, int]
-    activations: dict[str, int]
-
-    @property
-    def working(self) -> int:
-        return max(self.kv[role] + self.activations[role] for role in self.kv)
-
-    @property
-    def peak(self) -> float:
-        return sum(self.weights.values()) + self.working
-
-
-def memory(pair: tuple[ModelSize, ModelSize], dtype: str, quant: str | None, *, batch: int,
-           new_tokens: int) -> Memory:
-    """Both models on one device, ``batch`` answers of ``new_tokens`` at a time."""
-    return Memory({size.role: weight_bytes(size, dtype, quant) for size in pair}, {
-        size.role: kv_bytes(size,
-                            prompt_positions(size) + new_tokens, batch, dtype) for size in pair
-    }, {size.role: activation_bytes(size, batch, dtype, quant) for size in pair},
-                  )
-
-
-# --- disk
-# ------------------------------------------------------------------------------------------------
-
-
-def shard_bytes(pair: tuple[ModelSize, ModelSize], *, samples: int, tokens: int, modes: int,
-                stored: str, dtype: str) -> int:
-    """Paired states, ids and texts of ``modes`` run folders, each with both LM heads.
-
-    A position of one model is D numbers and an 8-byte id (int8: and a 4-byte scale).
-    """
-    if stored not in STATE_BYTES:
-        raise ParameterError(
-            f"states cannot be stored as {stored!r}; choose one of {', '.join(STATE_BYTES)}")
-    extra = 8 + (4 if stored == "int8" else 0)
-    position = sum(size.hidden * STATE_BYTES[stored] + extra for size in pair)
-    heads = sum(size.vocab * size.hidden * number_bytes(dtype) for size in pair)
-    return modes * (samples * (tokens * position + 16 + TEXT_BYTES_PER_SAMPLE) + heads)
-
-
-# --- hours
-# ------------------------------------------------------------------------------------------------
-
-
-def prefill_flops(size: ModelSize, positions: int) -> float:
-    """2 · linear parameters · positions, and 2 · layers · width · positions² of causal
-    attention."""
-    return 2.0 * size.parameters[
-        "linear"] * positions + 2.0 * size.layers * size.hidden * positions**2
-
-
-def vision_flops(size: ModelSize) -> float:
-    """Tower over every picture of a clip (2 · parameters · states, and attention), and the
-    projector."""
-    states = size.n_frames * size.frame_tokens
-    attention = 4.0 * size.tower_layers * size.tower_hidden * size.n_frames * size.frame_tokens**2
-    return 2.0 * (size.tower_parameters_run + size.parameters["projector"]) * states + attention
-
-
-def prompt_seconds(size: ModelSize, machine: Machine, dtype: str) -> float:
-    """Tower and prefill of one clip, compute-bound."""
-    return (vision_flops(size) + prefill_flops(size, prompt_positions(size))) / machine.flops(dtype)
-
-
-def step_seconds(size: ModelSize, machine: Machine, dtype: str, quant: str | None, *, batch: int,
-                 positions: int) -> float:
-    """One decode step of ``batch`` rows: the longer of reading (linear weights, head, caches) and
-    computing."""
-    not_read = size.total - size.parameters["linear"] - size.parameters.get("head", 0)
-    read = weight_bytes(size, dtype, quant) - not_read * number_bytes(dtype)
-    read += kv_bytes(size, positions, batch, dtype)
-    compute = 2.0 * batch * (size.parameters["linear"] + size.vocab * size.hidden)
-    return max(read / machine.bytes_s, compute / machine.flops(dtype))
-
-
-@dataclass(frozen=True)
-class Hours:
-    """Seconds of an extraction by what is done."""
-
-    parts: dict[str, float]
-
-    @property
-    def total(self) -> float:
-        return sum(self.parts.values())
-
-
-def extraction(pair: tuple[ModelSize, ModelSize], machine: Machine, *, dtype: str,
-               quant: str | None, clips: int, questions: int, new_tokens: int, batch: int,
-               modes: tuple[str, ...] = ("teacher_forced", "free_running"),
-               ) -> Hours:
-    """A clip's pictures and the prompt up to its questions run once a batch; then ``new_tokens``
-    steps a batch of answers.
-
-    teacher_forced: the verifier generates, the drafter is forced in one pass. free_running: the
-    drafter generates too.
-    """
-    drafter, verifier = pair
-    samples = clips * questions
-    prompts = clips * -(-questions // batch)
-    batches = -(-samples // batch)
-    rows = min(batch, samples)
-
-    def generate(size: ModelSize) -> float:
-        middle = prompt_positions(size) + new_tokens // 2
-        return batches * new_tokens * step_seconds(size, machine, dtype, quant, batch=rows,
-                                                   positions=middle)
-
-    parts = {
-        "verifier prefill": prompts * prompt_seconds(verifier, machine, dtype),
-        "verifier answers": generate(verifier),
-        "drafter prefill": prompts * prompt_seconds(drafter, machine, dtype),
+    counts = {"clips": clips, "questions": questions, "new_tokens": new_tokens, "batch": batch,
+              "epochs": epochs, "train_batch": train_batch}
+    for name, number in counts.items():
+        if number < 1:
+            raise ParameterError(f"{name} must be at least 1, not {number}")
+    sizes, samples = full_size.sizes(pair), clips * questions
+    need = planning.memory(sizes, dtype=dtype, quant=quant, batch=batch, new_tokens=new_tokens)
+    disk = planning.shard_bytes(sizes, samples=samples, tokens=new_tokens, modes=len(modes),
+                                stored=stored, dtype=dtype)
+    seconds = planning.extraction_seconds(sizes, machine, dtype=dtype, quant=quant, clips=clips,
+                                          questions=questions, new_tokens=new_tokens, batch=batch,
+                                          modes=modes)
+    seconds = {**seconds, "in all": sum(seconds.values())}
+    form = dtype + (f", {quant}" if quant else "")
+    asked = f"{clips} clips x {questions} questions, {new_tokens} tokens"
+    sections = {
+        "Models (parameters)": [row for size in sizes for row in _parameters(size)],
+        f"Memory on the device ({form}, {batch} answers at a time)":
+            [(what, number / GB, "GB", "predicted") for what, number in need.items()],
+        f"Extraction ({asked}) on {machine.name}":
+            [("disk: shards and heads", disk / GB, "GB", "predicted"),
+             *((f"time: {what}", took / HOUR, "h", "predicted")
+               for what, took in seconds.items())],
+        f"Training (at most {epochs} epochs, batch {train_batch}) on {machine.name}":
+            [row for level in levels
+             for row in _training(level, sizes, machine, samples=samples, tokens=new_tokens,
+                                  epochs=epochs, batch=train_batch)],
     }
-    if "teacher_forced" in modes:
-        parts["drafter forced"] = samples * prefill_flops(drafter,
-                                                          new_tokens) / machine.flops(dtype)
-    if "free_running" in modes:
-        parts["drafter answers"] = generate(drafter)
-    return Hours(parts)
+    table = pd.DataFrame([(section, *row) for section, rows in sections.items() for row in rows],
+                         columns=["section", "what", "value", "unit", "kind"])
+    advice = [_fit(sizes, machine, need[PEAK] / GB, dtype, batch, new_tokens)]
+    if disk_free is not None:
+        advice.append(_disk(disk / GB, disk_free / GB))
+    return {"table": table, "advice": advice,
+            "assumptions": _assumptions(machine, new_tokens, batch, epochs)}
 
 
-# --- adapters
-# ------------------------------------------------------------------------------------------------
+def text(plan: dict[str, Any]) -> str:
+    """The plan as ``xsd plan`` prints it."""
+    lines = []
+    for section, rows in plan["table"].groupby("section", sort=False):
+        lines.append(section)
+        for row in rows.itertuples():
+            value = f"{row.value:.2f} {row.unit}" if row.unit else f"{row.value:,.0f}"
+            lines.append(f"  {row.what:<46} {value.replace(',', ' '):>16}   {row.kind}")
+        lines.append("")
+    for title, said in (("What to do", plan["advice"]), ("Assumptions", plan["assumptions"])):
+        lines += [title, *(f"  - {line}" for line in said), ""]
+    return "\n".join(lines[:-1])
 
 
-@dataclass(frozen=True)
-class Training:
-    """One level. parameters: counted on the meta device. seconds: of all epochs. peak: bytes of
-    device memory."""
-
-    level: str
-    parameters: int
-    seconds: float
-    peak: float
+def _parameters(size: ModelSize) -> list[tuple[str, float, str, str]]:
+    return [(f"{size.name} ({size.role})", size.total, "", "counted"),
+            *((f"   {part}", count, "", "counted") for part, count in size.parameters.items()),
+            ("   positions of a prompt", planning.prompt_positions(size), "",
+             "counted, text assumed")]
 
 
-def training(pair: tuple[ModelSize, ModelSize], level: str, machine: Machine, *, samples: int,
-             tokens: int, epochs: int, batch: int) -> Training:
-    """Float32 AdamW: 6 · parameters a position forward and backward, 4 · V · D for the frozen head
-    under a token loss.
-
-    Memory: 16 bytes a parameter (weight, gradient, two moments), the head, and per position 3 rows
-    of logits and 24 states.
-    """
-    drafter, verifier = pair
+def _training(level: str, sizes: Sizes, machine: Machine,
+              **options: int) -> list[tuple[str, float, str, str]]:
+    drafter, verifier = sizes
     with torch.device("meta"):
         adapter = registry.create_adapter(level, verifier.hidden, drafter_size=drafter.hidden)
     parameters = registry.count_parameters(adapter)
-    head = verifier.vocab * verifier.hidden
-    positions = samples * tokens * epochs
-    seconds = positions * (6.0 * parameters + 4.0 * head) / machine.flops("float32")
-    peak = 16 * parameters + 4 * head + 4 * batch * tokens * (3 * verifier.vocab +
-                                                              24 * verifier.hidden)
-    return Training(level, parameters, seconds, peak)
+    seconds, peak = planning.training(parameters, verifier, machine, **options)
+    return [(f"{level}: parameters", parameters, "", "counted"),
+            (f"{level}: peak memory", peak / GB, "GB", "predicted"),
+            (f"{level}: time", seconds / HOUR, "h", "predicted")]
 
 
-def with_speed(machine: Machine, *, tflops: float | None, gb_s: float | None,
-               memory_gb: float | None) -> Machine:
-    """The machine with what the user knows better; a given speed is what is reached, so no share is
-    taken off it."""
-    if tflops is not None:
-        machine = replace(machine, tflops=tflops, tflops32=min(tflops, machine.tflops32),
-                          compute_share=1.0, source="given")
-    if gb_s is not None:
-        machine = replace(machine, gb_s=gb_s, bandwidth_share=1.0, source="given")
-    return machine if memory_gb is None else replace(machine, memory_gb=memory_gb)
+def _fit(sizes: Sizes, machine: Machine, need: float, dtype: str, batch: int,
+         new_tokens: int) -> str:
+    """Whether ``need`` GB fit, and with which settings less would."""
+    if machine.memory_gb is None:
+        return (f"the device's memory is unknown: it needs {need:.1f} GB (--memory-gb says how "
+                "much it has)")
+    most = MOST_OF_MEMORY * machine.memory_gb
+    place = f"the {machine.memory_gb:.0f} GB of {machine.name}"
+    if need <= most:
+        return f"{need:.1f} GB fit into {place}, with room for fragmentation"
+    ways = []
+    for quant in (None, "8bit", "4bit"):
+        for fewer in sorted({batch, 1}, reverse=True):
+            less = planning.memory(sizes, dtype=dtype, quant=quant, batch=fewer,
+                                   new_tokens=new_tokens)[PEAK] / GB
+            if less <= most and less < need:
+                form = f"--quant {quant}" if quant else "no quantisation"
+                ways.append(f"{form} with --batch {fewer} needs {less:.1f} GB")
+    hint = "; ".join(ways) or "no number format fits: use a larger device"
+    return f"{need:.1f} GB do not fit into {place}: {hint}"
+
+
+def _disk(need: float, free: float) -> str:
+    if need <= MOST_OF_DISK * free:
+        return f"{need:.1f} GB of shards fit onto the {free:.1f} GB free here"
+    return (f"{need:.1f} GB of shards do not fit onto the {free:.1f} GB free here; store int8, "
+            "extract one mode, or choose fewer questions (--stored, --modes, --questions)")
+
+
+def _assumptions(machine: Machine, new_tokens: int, batch: int, epochs: int) -> list[str]:
+    memory = "unknown" if machine.memory_gb is None else f"{machine.memory_gb:.0f} GB"
+    prompts = planning.PROMPT_TOKENS
+    lines = [
+        f"{machine.name}: {machine.tflops:.3g} TFLOP/s half, {machine.tflops32:.3g} float32, "
+        f"{machine.gb_s:.4g} GB/s, {memory} ({machine.source}); reckoned with "
+        f"{machine.compute_share:.0%} of the compute and {machine.bandwidth_share:.0%} of the "
+        "bandwidth",
+        f"prompts hold {prompts['drafter']} (drafter) and {prompts['verifier']} (verifier) tokens "
+        "of text",
+        f"every answer takes all {new_tokens} tokens (no early EOS); {batch} at a time, questions "
+        "of a clip together",
+        "a clip's pictures and the prompt before its question are run once per batch",
+        "prefill is bound by compute, decode steps by the larger of reading (weights, caches) and "
+        "compute; reading files is not counted",
+        "attention is fused (no L x L matrix); vision towers, projectors, embeddings and heads are "
+        "never quantised",
+        "4-bit is NF4 with double quantisation, read at full bandwidth: bitsandbytes' kernels are "
+        "slower than that in one-row steps",
+        f"adapters train in float32 with AdamW and the verifier's frozen head, all {epochs} epochs "
+        "(early stopping makes it less)",
+        "GB are 10^9 bytes; activations are an upper bound of one layer, without the allocator's "
+        "fragmentation and CUDA's own 0.5 GB",
+    ]
+    if machine.source == "data sheet":
+        lines.append("the speed is quoted, not measured: --measure times this machine, --tflops "
+                     "and --gb-s give your own figures")
+    return lines
