@@ -72,7 +72,7 @@ def finished(tmp_path):
         ]))
     kept = folder.save_live(run_dir, live_runs(), {token: f" word{token}" for token in range(12)},
                             question="What is moving?")
-    found["tokens"]["test"]["simulated"] |= acceptance.curves(token_table())
+    found["tokens"]["test"]["simulated"] |= acceptance.drawn(token_table())
     found["live"]["timeline"] = json.loads(kept.read_text())
     for name, values in found.items():
         folder.save_results(run_dir, name, values)

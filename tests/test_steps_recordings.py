@@ -8,11 +8,11 @@ from tiny_pair import QUESTIONS, make_tiny_pair
 
 from xsd.adapters import registry
 from xsd.core import EventError, ParameterError, VideoError
+from xsd.evaluate import table as token_table
 from xsd.models import loading
 from xsd.sensors import events as event_streams
 from xsd.sensors import timed_video
 from xsd.steps import recordings, traces
-from xsd.views import frames
 
 WORLD = recordings.Known((0.1, 2.0), ((128, 96),), 1000.0, 0.12)
 
@@ -120,7 +120,7 @@ def test_answers_states_and_acceptance_come_from_the_same_answers(tmp_path, pair
                                   tmp_path / "l1")
     shifted = registry.save_adapter(registry.create_adapter("L5F", 32, drafter_size=32),
                                     tmp_path / "l5f")
-    tokens = frames.check(recordings.token_table(pair, told, {"L1": saved, "L5F": shifted}))
+    tokens = token_table.check(recordings.token_table(pair, told, {"L1": saved, "L5F": shifted}))
     own = tokens[tokens["level"] == "drafter"]
     forced = told.forced[0]
     assert own[own["sample"] == "00000"]["match"].tolist() == (

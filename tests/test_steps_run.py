@@ -10,12 +10,13 @@ import torch
 from tiny_pair import make_tiny_pair
 
 from xsd.core import ParameterError
+from xsd.evaluate import table as token_table
 from xsd.evaluate.acceptance import rounds_from_lists
 from xsd.models import loading
 from xsd.runs import demo_page, folder, parameters
 from xsd.steps import acceptance, drafts, evaluation, extraction, training, words
 from xsd.train import rollout
-from xsd.views import figures, frames
+from xsd.views import figures
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
 
@@ -158,7 +159,7 @@ def test_the_recordings_intervals_draw_clips(found):
 
 def test_the_token_table_is_one_that_the_views_read(found, run_dir):
     table = folder.load_tokens(run_dir)
-    frames.check(table)
+    token_table.check(table)
     assert set(table["level"]) == {*LEVELS, "drafter_tokens"} and set(
         table["data"]) == {"simulated", "davis_road"}
     l4 = table[(table["level"] == "L4") & (table["data"] == "simulated")]

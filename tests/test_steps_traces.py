@@ -9,9 +9,10 @@ import pytest
 from xsd import cli
 from xsd.core import DatasetError, ParameterError
 from xsd.decode import replay
+from xsd.evaluate import curves
+from xsd.evaluate import table as token_table
 from xsd.runs import folder
 from xsd.steps import traces
-from xsd.views import frames
 
 A, B = [5, 6, 7, 8, 2], [5, 6, 9, 8, 2]
 ROWS = [{"clip": 0, "sequence": "s0", "drafter_ids": [5, 6, 7], "verifier_ids": A},
@@ -57,10 +58,10 @@ def test_a_floor_never_sees_the_sequence_it_is_tried_on(tmp_path):
 
 def test_the_run_holds_the_projects_token_table(trace_file, tmp_path):
     traces.run(trace_file, tmp_path / "run", resamples=50)
-    tokens = frames.check(folder.load_tokens(tmp_path / "run"))
+    tokens = token_table.check(folder.load_tokens(tmp_path / "run"))
     assert set(tokens["level"]) == {"drafter tokens", "position mode", "4-gram"
                                     } and len(tokens) == 3 * 20
-    assert frames.by_position(tokens)["marginal"].between(0, 1).all()
+    assert curves.by_position(tokens)["marginal"].between(0, 1).all()
     assert folder.load_results(tmp_path / "run")["traces"]["n"] == 4
 
 

@@ -5,7 +5,8 @@ import pytest
 from views_examples import sample, token_table
 
 from xsd.core import MetricError
-from xsd.views import explorers, frames, theme
+from xsd.evaluate import curves
+from xsd.views import explorers, theme
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +20,7 @@ def test_a_selection_shows_the_curve_of_its_rows(data):
     frame = explorers.curve(data, chosen)
     assert list(dict.fromkeys(frame["level"])) == ["L4", "L1"]
     own = data.tokens[(data.tokens["run"] == "demo") & (data.tokens["level"] == "L1")]
-    assert frame[frame["level"] == "L1"]["marginal"].tolist() == frames.by_position(
+    assert frame[frame["level"] == "L1"]["marginal"].tolist() == curves.by_position(
         own, 0.9)["marginal"].tolist()
 
 

@@ -5,7 +5,8 @@ import pytest
 from views_examples import history, lengths_table, live_runs, speedups, token_table
 
 from xsd.core import Generation, MetricError
-from xsd.views import figures, frames, theme, timeline
+from xsd.evaluate import curves
+from xsd.views import figures, theme, timeline
 
 
 @pytest.fixture(scope="module")
@@ -14,7 +15,7 @@ def table():
 
 
 def test_each_level_has_a_band_and_a_line_with_its_numbers(table):
-    frame = frames.by_position(table)
+    frame = curves.by_position(table)
     figure = figures.acceptance_by_position(frame, curve="survival")
     lines = [trace for trace in figure.data if trace.mode == "lines+markers"]
     assert [trace.name for trace in lines] == list(dict.fromkeys(table["level"]))
@@ -25,7 +26,7 @@ def test_each_level_has_a_band_and_a_line_with_its_numbers(table):
 
 def test_an_unknown_curve_is_refused(table):
     with pytest.raises(MetricError, match="no acceptance curve named 'mean'"):
-        figures.acceptance_by_position(frames.by_position(table), curve="mean")
+        figures.acceptance_by_position(curves.by_position(table), curve="mean")
 
 
 def test_dots_are_coloured_by_kind_and_the_line_stands_at_the_best_floor():
@@ -55,9 +56,9 @@ def test_the_star_stands_at_the_best_validation_epoch():
 
 def test_four_panels_share_one_legend(table):
     adapters = table[table["level"] != "drafter_tokens"]
-    figure = figures.four_panels(cosines=frames.cosine_histogram(adapters),
-                                 positions=frames.by_position(table),
-                                 lengths=frames.unbroken_prefix_histogram(table),
+    figure = figures.four_panels(cosines=curves.cosine_histogram(adapters),
+                                 positions=curves.by_position(table),
+                                 lengths=curves.unbroken_prefix_histogram(table),
                                  speedups=speedups(),
                                  )
     shown = [trace.name for trace in figure.data if trace.showlegend is not False]
@@ -67,8 +68,8 @@ def test_four_panels_share_one_legend(table):
 def test_every_figure_is_the_same_json_twice_and_keeps_the_template_off_globals(table):
     before = pio.templates.default
     draw = [
-        lambda: figures.reliability_curve(frames.reliability(table)),
-        lambda: figures.cosine_histogram(frames.cosine_histogram(table)),
+        lambda: figures.reliability_curve(curves.reliability(table)),
+        lambda: figures.cosine_histogram(curves.cosine_histogram(table)),
         lambda: timeline.scrubber(live_runs(), lambda ids: " ".join(map(str, ids))),
     ]
     for one in draw:

@@ -10,7 +10,7 @@ n):
 - hidden: test/<data>/levels/<level>/{cosine q, accept q} and threshold
 - tokens: test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_per_round q, above_floor
   q}, test/<data>/best_floor, test/<data>/{by_position, reliability} (columns of
-  xsd/views/frames.py)
+  xsd/evaluate/table.py)
 - live: test/<data>/arms/<arm>/{label, kind, speedup q, slower_share q, accepted_per_round q, total_ms
   q}, arms (of the first set), best_arm, n_timed, n_drafting, n_answers and n_identical (answers
   checked), check/{labels, n_answers, n_identical, n_near_ties, n_divergences}, timeline (one

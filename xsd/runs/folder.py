@@ -8,7 +8,7 @@
       shards/pair.json                  the pair's token texts and prompt ids (01), so that later steps need not load it
       adapters/<level>/                 best.safetensors, history (02)
       study/<recipe>/<level>/seed<n>/   the study's trainings, each with its record (12)
-      tokens.parquet                    the token table, column ``data`` besides those of xsd/views/frames.py (04)
+      tokens.parquet                    the token table, column ``data`` besides those of xsd/evaluate/table.py (04)
       tables/                           every metric as CSV (03)
       report/                           report.txt, metrics.json, tables and figures of the whole run (13)
       live.json                         one sample's generations by arm, with token texts (05)

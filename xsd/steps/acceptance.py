@@ -18,13 +18,12 @@ import pandas as pd
 
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
-from xsd.evaluate import evaluate, floors
+from xsd.evaluate import curves, evaluate, floors
 from xsd.evaluate.counterfactual import Counts, compare_with_floors
 from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.steps import drafts, evaluation, extraction, words
 from xsd.steps.evaluation import HeldOut, interval
-from xsd.views import frames
 
 POSITIONS = 24
 """Positions of an answer that the report draws."""
@@ -135,7 +134,7 @@ def tokens(given: parameters.TokenParameters) -> Tokens:
     table, by_kind = pd.concat(pieces, ignore_index=True), pd.concat(kinds, ignore_index=True)
     results["words"] = _nested(by_kind)
     for name, part in table.groupby("data", sort=False):
-        results["test"][name] |= curves(part)
+        results["test"][name] |= drawn(part)
     results["provenance"] = provenance(seed=given.seed, data_hash=evaluation.pairs_hash(sets),
                                        parameters=given.model_dump())
     folder.save_tokens(given.run_dir, table)
@@ -155,16 +154,16 @@ def drafted_samples(name: str, answers: Sequence[Sequence[int]]) -> list[int]:
     return used
 
 
-def curves(table: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
+def drawn(table: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
     """What the report draws of one data set's token table, as columns: ``by_position`` and
-    ``reliability`` of xsd/views/frames.py.
+    ``reliability`` of xsd/evaluate/table.py.
 
     reliability is empty where no row has a cosine.
     """
     known = table[table["cosine"].notna()]
     return {
-        "by_position": frames.by_position(table, max_positions=POSITIONS).to_dict("list"),
-        "reliability": frames.reliability(known).to_dict("list") if len(known) else {},
+        "by_position": curves.by_position(table, max_positions=POSITIONS).to_dict("list"),
+        "reliability": curves.reliability(known).to_dict("list") if len(known) else {},
     }
 
 
@@ -198,7 +197,7 @@ def floor_counts(training: Sequence[list[int]], answers: Sequence[list[int]],
 
 def token_table(held_out: HeldOut, arms: Mapping[str, drafts.Drafts],
                 texts: Sequence[str]) -> pd.DataFrame:
-    """The token table of xsd/views/frames.py: every level and the drafter alone, a row a drafted
+    """The token table of xsd/evaluate/table.py: every level and the drafter alone, a row a drafted
     position (the first is position 0)."""
     stored = held_out.dataset.table()
     answers = extraction.answers(held_out.dataset)

@@ -20,13 +20,13 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from xsd.core import ParameterError
-from xsd.evaluate import hidden, report_text, speedup, tables, tokens
+from xsd.evaluate import curves, hidden, report_text, speedup, tables, tokens
 from xsd.evaluate.reliability_old import ReliabilityResult
 from xsd.files import atomic_write, write_json
 from xsd.runs import doctor, folder, numbers
 from xsd.steps import acceptance, counterfactual, training
 from xsd.steps.truth import Measured, Truth
-from xsd.views import figures, frames, truth_figures
+from xsd.views import figures, truth_figures
 
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
 Results = tuple[hidden.HiddenStateResult, tokens.TokenResult, ReliabilityResult]
@@ -90,8 +90,8 @@ def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str
     levels = list(one.evaluations)
     table = one.tokens[one.tokens["level"].isin(levels)]
     options = {"resamples": given.resamples, "seed": given.seed}
-    positions = frames.by_position(table, max_positions=acceptance.POSITIONS, **options)
-    histogram = frames.cosine_histogram(table)
+    positions = curves.by_position(table, max_positions=acceptance.POSITIONS, **options)
+    histogram = curves.cosine_histogram(table)
     gap = one.tables["gap"]
     own = gap[(gap["level"] == given.waterfall) & (gap["unit"] == "token_acceptance")]
     taus = tuple(given.thresholds)
@@ -105,7 +105,7 @@ def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str
         "reliability": reliability_figure(found, one), "waterfall": truth_figures.gap_waterfall(
             own, title=f"Where {given.waterfall} loses acceptance, {name}"),
         "summary": figures.four_panels(cosines=histogram, positions=positions,
-                                       lengths=frames.unbroken_prefix_histogram(table),
+                                       lengths=curves.unbroken_prefix_histogram(table),
                                        speedups=speedups(one, live), title=f"Summary, {name}",
                                        ),
         "two_phase": truth_figures.two_phase(one.tables["two_phase"]),
@@ -124,7 +124,7 @@ def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str
 def reliability_figure(found: Truth, one: Measured) -> go.Figure:
     """P(same token | cosine) of every level as a greedy loop drafts."""
     table = one.tokens[one.tokens["level"].isin(list(one.evaluations))]
-    bands = frames.reliability(table, resamples=found.given.resamples, seed=found.given.seed)
+    bands = curves.reliability(table, resamples=found.given.resamples, seed=found.given.seed)
     return figures.reliability_curve(bands,
                                      title=f"Does a high cosine mean the same token? {one.name}")
 

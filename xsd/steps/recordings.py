@@ -272,7 +272,7 @@ def answers(told: Told) -> pd.DataFrame:
 
 def token_table(pair: Pair, told: Told,
                 adapters: dict[str, str | Path] | None = None) -> pd.DataFrame:
-    """The project's token table (views/frames.py) on the verifier's answers: level "drafter" is its
+    """The project's token table (evaluate/table.py) on the verifier's answers: level "drafter" is its
     own state and token under the verifier's prefix, unadapted (cosine NaN where the widths differ);
     further levels are the adapters given as name → file or folder.
 

@@ -143,7 +143,7 @@ def _whole(name: str, floor: floors.Floor, answers: list[list[int]], gamma: int)
 
 
 def token_table(traces: Sequence[Trace], tried: Sequence[Arm], *, data: str) -> pd.DataFrame:
-    """The project's token table (views/frames.py), ``level`` being the arm; tokens are shown by
+    """The project's token table (evaluate/table.py), ``level`` being the arm; tokens are shown by
     their ids, states were not kept (NaN)."""
     rows = []
     for arm in tried:

@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 import pandas as pd
 
 from xsd.core import MetricError, Sample
-from xsd.views import figures, frames, images, theme, tokens
+from xsd.evaluate import curves
+from xsd.evaluate import table as token_table
+from xsd.views import figures, images, theme, tokens
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class ExplorerData:
     samples: Mapping[str, Sample] | Callable[[str], Sample | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        frames.check(self.tokens)
+        token_table.check(self.tokens)
         missing = {"run", "draft_token", "verifier_token"} - set(self.tokens.columns)
         if missing:
             raise MetricError(
@@ -84,16 +86,16 @@ def rows(data: ExplorerData, selection: Selection) -> pd.DataFrame:
 
 
 def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """Acceptance by position of the chosen levels (``frames.by_position``), levels in the order
+    """Acceptance by position of the chosen levels (``curves.by_position``), levels in the order
     chosen."""
     chosen = rows(data, selection)
     order = pd.Categorical(chosen["level"], categories=list(selection.levels), ordered=True)
-    return frames.by_position(chosen.iloc[order.argsort()], selection.tau)
+    return curves.by_position(chosen.iloc[order.argsort()], selection.tau)
 
 
 def headline(data: ExplorerData, selection: Selection) -> str:
     """One line: the rule, and the unbroken prefix of each level with its interval."""
-    table = frames.unbroken_prefix(rows(data, selection), selection.tau).set_index("level")
+    table = curves.unbroken_prefix(rows(data, selection), selection.tau).set_index("level")
     rule = "same token" if selection.tau is None else f"cosine > {selection.tau:.2f}"
     parts = ", ".join(f"{level} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
                       for level, row in table.loc[list(selection.levels)].iterrows())
@@ -105,7 +107,7 @@ def samples_at(data: ExplorerData, selection: Selection) -> pd.DataFrame:
     cosine: sample, question (if known), draft_token, verifier_token, cosine, accepted."""
     first = rows(data, replace(selection, levels=selection.levels[:1]))
     here = first[first["position"] == selection.position]
-    here = here.assign(accepted=frames.accepted(here, selection.tau))
+    here = here.assign(accepted=curves.right(here, selection.tau))
     columns = ("sample", "question", "draft_token", "verifier_token", "cosine", "accepted")
     ordered = here.sort_values(["accepted", "cosine", "sample"], kind="stable")
     return ordered[[name for name in columns if name in here]].reset_index(drop=True)

@@ -1,4 +1,4 @@
-"""The tables behind the pictures."""
+"""Curves of the token table."""
 
 import numpy as np
 import pandas as pd
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from views_examples import token_table
 
 from xsd.core import MetricError
-from xsd.views import frames
+from xsd.evaluate import curves
 
 
 def _table(matches, cosines=None, level="L1"):
@@ -22,7 +22,7 @@ def _table(matches, cosines=None, level="L1"):
 
 
 def test_marginal_counts_each_position_and_survival_needs_all_before():
-    frame = frames.by_position(_table([[1, 0, 1], [1, 1]]))
+    frame = curves.by_position(_table([[1, 0, 1], [1, 1]]))
     assert frame["n"].tolist() == [2, 2, 1]
     assert frame["marginal"].tolist() == [1.0, 0.5, 1.0]
     assert frame["survival"].tolist() == [1.0, 0.5, 0.0]
@@ -30,26 +30,26 @@ def test_marginal_counts_each_position_and_survival_needs_all_before():
 
 def test_the_threshold_is_strict_as_in_the_reference():
     table = _table([[1, 1]], [[0.9, 0.91]])
-    assert frames.accepted(table, 0.9).tolist() == [False, True]
+    assert curves.right(table, 0.9).tolist() == [False, True]
 
 
 def test_unbroken_prefix_stops_at_the_first_rejection():
-    frame = frames.unbroken_prefix(_table([[1, 0, 1], [1, 1], [0, 1]]))
+    frame = curves.unbroken_prefix(_table([[1, 0, 1], [1, 1], [0, 1]]))
     assert frame.loc[0, "value"] == pytest.approx((1 + 2 + 0) / 3)
     assert frame.loc[0, "low"] <= frame.loc[0, "value"] <= frame.loc[0, "high"]
 
 
 def test_one_sequence_gives_no_interval():
-    assert np.isnan(frames.by_position(_table([[1, 0]]))["marginal_low"]).all()
+    assert np.isnan(curves.by_position(_table([[1, 0]]))["marginal_low"]).all()
 
 
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.lists(st.booleans(), min_size=1, max_size=6), min_size=1, max_size=6))
 def test_survival_never_exceeds_marginal_and_sums_to_the_unbroken_prefix(matches):
     table = _table(matches)
-    frame = frames.by_position(table, resamples=50)
+    frame = curves.by_position(table, resamples=50)
     assert (frame["survival"] <= frame["marginal"] + 1e-12).all()
-    length = frames.unbroken_prefix(table, resamples=50).loc[0, "value"]
+    length = curves.unbroken_prefix(table, resamples=50).loc[0, "value"]
     assert (frame["survival"] * frame["n"]).sum() / len(matches) == pytest.approx(length)
 
 
@@ -58,7 +58,7 @@ def test_row_order_and_repeated_indices_change_nothing():
     shuffled = table.sample(
         frac=1, random_state=3).assign(level=lambda t: pd.Categorical(t["level"], ["L1", "L4"]))
     shuffled.index = [0] * len(shuffled)
-    first, second = (frames.by_position(one).sort_values(["level", "position"])
+    first, second = (curves.by_position(one).sort_values(["level", "position"])
                      for one in (table, shuffled))
     np.testing.assert_allclose(first["survival"], second["survival"])
     np.testing.assert_allclose(first["survival_low"], second["survival_low"])
@@ -66,13 +66,13 @@ def test_row_order_and_repeated_indices_change_nothing():
 
 def test_histograms_and_bands_hold_every_token():
     table = token_table(levels=("L1",))
-    assert frames.cosine_histogram(table)["n"].sum() == len(table)
-    assert frames.reliability(table)["n"].sum() == len(table)
-    assert frames.unbroken_prefix_histogram(table)["share"].sum() == pytest.approx(1)
+    assert curves.cosine_histogram(table)["n"].sum() == len(table)
+    assert curves.reliability(table)["n"].sum() == len(table)
+    assert curves.unbroken_prefix_histogram(table)["share"].sum() == pytest.approx(1)
 
 
 def test_a_table_without_the_columns_is_named():
     with pytest.raises(MetricError, match=r"lacks the column\(s\) cosine, match"):
-        frames.by_position(_table([[1]]).drop(columns=["cosine", "match"]))
+        curves.by_position(_table([[1]]).drop(columns=["cosine", "match"]))
     with pytest.raises(MetricError, match="no row"):
-        frames.by_position(_table([[1]]).head(0))
+        curves.by_position(_table([[1]]).head(0))
