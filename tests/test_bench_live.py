@@ -7,11 +7,12 @@ import types
 import pytest
 import torch
 from tiny_pair import make_samples, make_tiny_pair
+from toy_decoder import OracleProposer
 
 from xsd.adapters import registry
 from xsd.bench import arms, costs, run
 from xsd.core import LosslessError, MetricError, ParameterError, StorageError
-from xsd.decode import autoregressive, certificate, proposers, speculative
+from xsd.decode import autoregressive, certificate, proposers, speculative, tracks
 from xsd.models import loading
 
 LENGTH = 12
@@ -69,14 +70,14 @@ def test_partly_right_drafts_are_lossless_on_a_real_model(pair, samples, overlap
             right = list(own.ids[len(known):len(known) + next(calls) % 5])
             return [*right, *[(own.ids[0] + 1) % 300] * (gamma - len(right))]
 
-        got = speculative.generate(verifier, proposers.OracleProposer(script), sample, gamma=4,
+        got = speculative.generate(verifier, OracleProposer(script), sample, gamma=4,
                                    max_new_tokens=16, overlap=overlap)
         assert got.ids == own.ids
         assert {r.n_accepted for r in got.rounds} >= {0, 1, 2, 3}
 
 
 def test_the_drafters_cache_equals_a_fresh_prefill_and_extend(pair, samples):
-    track, fresh = proposers.DrafterTrack(pair.drafter), proposers.DrafterTrack(pair.drafter)
+    track, fresh = tracks.DrafterTrack(pair.drafter), tracks.DrafterTrack(pair.drafter)
     for each in (track, fresh):
         each.begin(samples[0])
     for tokens in ([5, 6, 7, 8], [5, 6, 9], [5, 6, 9, 10, 11, 12], [5, 6]):
@@ -282,7 +283,7 @@ def test_costs_cover_every_part_and_a_wider_verification_is_never_free(pair, ada
         assert set(steps) == {
             "drafter_prefill", "verifier_prefill", "drafter_step", "verifier_step", "adapter_step"
         }
-    track = proposers.DrafterTrack(pair.drafter)
+    track = tracks.DrafterTrack(pair.drafter)
     proposer = proposers.AdapterProposer(track, adapters["L1"], pair.verifier.lm_head,
                                          pair.draft_vocab_size)
     lanes = costs.prefill_overlap(pair.verifier, proposer, samples[0], n_drafts=3, repeats=2)

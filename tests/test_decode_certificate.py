@@ -3,10 +3,10 @@ control and its negative control."""
 
 import pytest
 import torch
-from toy_decoder import EOS, WIDTH, ToyDecoder
+from toy_decoder import EOS, WIDTH, OracleProposer, ToyDecoder
 
 from xsd.core import LosslessError, ParameterError
-from xsd.decode import autoregressive, certificate, proposers, speculative
+from xsd.decode import autoregressive, certificate, speculative
 
 BODY = (3, 1, 4, 1, 5, 9, 2, 6)
 NOISE = 2e-4
@@ -34,7 +34,7 @@ class RoundingDecoder(ToyDecoder):
 
 
 def speculate(verifier, length=8):
-    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
+    right = OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
     return speculative.generate(verifier, right, BODY, gamma=3, max_new_tokens=length,
                                 overlap="serial").ids
 
@@ -96,7 +96,7 @@ def test_negative_control_a_broken_rollback_is_found():
                 super().rollback(state, length + 1)
 
     reference = autoregressive.generate(ToyDecoder(), BODY, 8).ids
-    wrong_third = proposers.OracleProposer(
+    wrong_third = OracleProposer(
         lambda known, gamma: [*BODY[len(known):len(known) + 1], 7, 7][:gamma])
     candidate = speculative.generate(Forgetful(), wrong_third, BODY, gamma=3, max_new_tokens=8,
                                      overlap="serial").ids

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from toy_decoder import EOS, PROMPT, WIDTH, CopyAdapter, ToyDecoder
+from toy_decoder import EOS, PROMPT, WIDTH, CopyAdapter, OracleProposer, ToyDecoder
 
 from xsd.core import ParameterError
-from xsd.decode import autoregressive, proposers, rules, speculative
+from xsd.decode import autoregressive, proposers, rules, speculative, tracks
 
 BODY = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
 
@@ -58,7 +58,7 @@ def test_output_equals_the_verifiers_own_for_every_accepted_count_eos_position_a
         expected = autoregressive.generate(verifier, answer(eos_at), length)
         for gamma in (1, 2, 5, 8) if mode == "serial" else (3,):
             for count in range(gamma + 1):
-                drafts = proposers.OracleProposer(accepts(verifier, (count,)))
+                drafts = OracleProposer(accepts(verifier, (count,)))
                 got = run(drafts, answer(eos_at), verifier=verifier, gamma=gamma,
                           gamma_prefill=gamma, max_new_tokens=length, overlap=mode)
                 check(got, expected)
@@ -73,14 +73,14 @@ def test_mixed_accepted_counts_are_what_the_rounds_report():
     verifier = ToyDecoder()
     verifier.script = BODY
     script = accepts(verifier, (2, 0, 3, 1))
-    got = run(proposers.OracleProposer(script), BODY, verifier=verifier, gamma=3, max_new_tokens=10,
+    got = run(OracleProposer(script), BODY, verifier=verifier, gamma=3, max_new_tokens=10,
               overlap="serial")
     assert [(len(r.drafted), r.n_accepted) for r in got.rounds] == [(3, 2), (3, 0), (3, 3), (1, 1)]
 
 
 @pytest.mark.parametrize("eos_at", range(1, 9))
 def test_eos_inside_accepted_drafts_ends_the_answer_there(eos_at):
-    beyond = proposers.OracleProposer(lambda known, gamma: [*answer(eos_at)[len(known):], 7, 7, 7])
+    beyond = OracleProposer(lambda known, gamma: [*answer(eos_at)[len(known):], 7, 7, 7])
     got = run(beyond, answer(eos_at), gamma=9, max_new_tokens=50, overlap="serial")
     assert got.ids == answer(eos_at) and got.finish == "eos"
     assert got.rounds[-1].bonus is None and got.rounds[-1].drafted[-1] == EOS
@@ -88,7 +88,7 @@ def test_eos_inside_accepted_drafts_ends_the_answer_there(eos_at):
 
 def test_a_wrong_first_draft_in_the_prefill_costs_no_verification_pass():
     verifier = ToyDecoder()
-    wrong = proposers.OracleProposer(lambda known, gamma: [7] * gamma)
+    wrong = OracleProposer(lambda known, gamma: [7] * gamma)
     run(wrong, BODY, verifier=verifier, gamma=4, max_new_tokens=1 + 1, overlap="serial",
         gamma_prefill=4)
     assert verifier.rows_fed == [1]  # the second token only: its round has no room for a draft
@@ -96,7 +96,7 @@ def test_a_wrong_first_draft_in_the_prefill_costs_no_verification_pass():
 
 def test_a_round_feeds_the_waiting_token_and_the_drafts_in_one_pass():
     verifier = ToyDecoder()
-    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
+    right = OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
     run(right, BODY, verifier=verifier, gamma=3, max_new_tokens=8, overlap="serial")
     assert verifier.rows_fed == [
         3, 4
@@ -113,7 +113,7 @@ def test_adapter_drafting_is_lossless_with_a_drafter_that_slips(reads, first):
         ((), (0,), (1, 4), range(12)), (2, 6, 11), (1, 2, 7, 14), (1, 3, 8), ("serial", "threads")):
         verifier, drafter = ToyDecoder(), ToyDecoder(slips)
         expected = autoregressive.generate(ToyDecoder(), answer(eos_at), length)
-        track = proposers.DrafterTrack(drafter)
+        track = tracks.DrafterTrack(drafter)
         adapter, opening = CopyAdapter(reads), CopyAdapter("drafter")
         drafts = proposers.AdapterProposer(track, adapter, verifier.lm_head, WIDTH,
                                            verifier.eos_token_ids)
@@ -128,7 +128,7 @@ def test_adapter_drafting_is_lossless_with_a_drafter_that_slips(reads, first):
 
 def test_the_drafters_own_tokens_are_all_accepted_when_it_never_slips():
     verifier = ToyDecoder()
-    drafts = proposers.DrafterTokens(proposers.DrafterTrack(ToyDecoder()), WIDTH,
+    drafts = proposers.DrafterTokens(tracks.DrafterTrack(ToyDecoder()), WIDTH,
                                      verifier.eos_token_ids)
     got = run(drafts, answer(10), verifier=verifier, gamma=4, max_new_tokens=20, overlap="serial")
     assert [r.n_accepted for r in got.rounds] == [4, 4, 1] and got.ids == answer(10)
@@ -137,7 +137,7 @@ def test_the_drafters_own_tokens_are_all_accepted_when_it_never_slips():
 @pytest.mark.parametrize("slips", [(), (0,), (2,), (1, 3, 5), tuple(range(12))])
 def test_the_drafters_cache_equals_a_fresh_one_after_every_round(slips):
     drafter, verifier = ToyDecoder(slips), ToyDecoder()
-    track = proposers.DrafterTrack(drafter)
+    track = tracks.DrafterTrack(drafter)
     inner = proposers.AdapterProposer(track, CopyAdapter(), verifier.lm_head, WIDTH)
     checked = []
 
@@ -145,7 +145,7 @@ def test_the_drafters_cache_equals_a_fresh_one_after_every_round(slips):
         def propose(self, gamma, stop=proposers.never):
             if self.known:
                 track.follow(self.known)
-                fresh = proposers.DrafterTrack(ToyDecoder(slips))
+                fresh = tracks.DrafterTrack(ToyDecoder(slips))
                 fresh.begin(BODY)
                 fresh.follow(self.known)
                 assert track.cached == fresh.cached == track.state.ids == self.known
@@ -160,7 +160,7 @@ def test_the_drafters_cache_equals_a_fresh_one_after_every_round(slips):
 
 
 def test_a_cache_ahead_of_the_verified_tokens_is_rolled_back_to_them():
-    track = proposers.DrafterTrack(ToyDecoder())
+    track = tracks.DrafterTrack(ToyDecoder())
     track.begin(BODY)
     track.follow(BODY[:5])
     track.follow(BODY[:2])
@@ -194,7 +194,7 @@ def test_prefill_hiding_stops_drafting_when_the_verifier_is_ready():
                 10)  # only a drafter that runs at the same time can let this pass
             return state
 
-    class Counting(proposers.OracleProposer):
+    class Counting(OracleProposer):
         def propose(self, gamma, stop=proposers.never):
             if self.known:
                 return []
@@ -210,7 +210,7 @@ def test_prefill_hiding_stops_drafting_when_the_verifier_is_ready():
 
 
 def test_without_prefill_hiding_nothing_is_drafted_before_the_first_token():
-    right = proposers.OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
+    right = OracleProposer(lambda known, gamma: BODY[len(known):len(known) + gamma])
     got = run(right, BODY, gamma=3, max_new_tokens=9, hide_prefill=False)
     assert got.rounds[0].drafted == () and got.rounds[0].bonus == BODY[0] and got.ids == BODY[:9]
 
@@ -222,14 +222,14 @@ def test_an_error_in_either_lane_reaches_the_caller(lane):
             raise OSError(f"the {lane} broke")
 
     verifier, drafter = (Broken(), ToyDecoder()) if lane == "verifier" else (ToyDecoder(), Broken())
-    drafts = proposers.DrafterTokens(proposers.DrafterTrack(drafter), WIDTH)
+    drafts = proposers.DrafterTokens(tracks.DrafterTrack(drafter), WIDTH)
     with pytest.raises(OSError, match=f"the {lane} broke"):
         run(drafts, BODY, verifier=verifier, gamma=2, max_new_tokens=5)
 
 
 def test_spans_and_rounds_lie_on_one_clock():
     ticks = itertools.count()
-    track = proposers.DrafterTrack(ToyDecoder((4,)))
+    track = tracks.DrafterTrack(ToyDecoder((4,)))
     drafts = proposers.AdapterProposer(track, CopyAdapter(), lambda h: h, WIDTH)
     got = speculative.generate(ToyDecoder(), drafts, BODY, gamma=2, max_new_tokens=9,
                                overlap="serial", clock=lambda: float(next(ticks)))
@@ -260,7 +260,7 @@ def test_ngram_and_prompt_lookup_draft_from_what_they_know():
 
 def test_same_request_twice_gives_the_same_answer_from_the_same_proposer():
     verifier = ToyDecoder()
-    drafts = proposers.DrafterTokens(proposers.DrafterTrack(ToyDecoder((1, 2))), WIDTH)
+    drafts = proposers.DrafterTokens(tracks.DrafterTrack(ToyDecoder((1, 2))), WIDTH)
     first = run(drafts, BODY, verifier=verifier, gamma=3, max_new_tokens=10, overlap="serial")
     second = run(drafts, BODY, verifier=verifier, gamma=3, max_new_tokens=10, overlap="serial")
     assert first.ids == second.ids
@@ -278,7 +278,7 @@ def test_same_request_twice_gives_the_same_answer_from_the_same_proposer():
 )
 def test_impossible_settings_are_refused(options, message):
     with pytest.raises(ParameterError, match=message):
-        run(proposers.OracleProposer(lambda known, gamma: []), BODY, **options)
+        run(OracleProposer(lambda known, gamma: []), BODY, **options)
 
 
 def test_proposers_that_lack_what_they_read_are_refused():
@@ -310,6 +310,6 @@ def test_a_verified_id_that_the_drafter_cannot_read_does_not_stop_it():
             assert int(ids.max()) < 8
             return super().extend(state, ids)
 
-    got = run(proposers.DrafterTokens(proposers.DrafterTrack(Narrow()), 8), BODY, gamma=3,
+    got = run(proposers.DrafterTokens(tracks.DrafterTrack(Narrow()), 8), BODY, gamma=3,
               max_new_tokens=12)
     assert got.ids == BODY and 9 in BODY

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from xsd.core import MetricError
+from xsd.decode.prices import Prices
 from xsd.evaluate import decomposition, report_text, tables
 from xsd.evaluate.counterfactual import compare_arms, compare_with_floors
 from xsd.evaluate.hidden import HiddenStateMetrics
 from xsd.evaluate.reliability_old import Reliability
-from xsd.evaluate.speedup import Costs, predict
+from xsd.evaluate.speedup import predict
 from xsd.evaluate.statistics import Interval
 from xsd.evaluate.tokens import TokenMetrics
 
@@ -141,7 +142,7 @@ def test_printed_report_has_its_eight_sections():
     comparison = compare_with_floors((table["matched"], table["length"]),
                                      {"none": (table["matched"] * 0, table["length"])}, names,
                                      n_resamples=50)
-    costs = Costs(1, 3, 0.1, 0.1, {1: 1.0, 64: 2.0})
+    costs = Prices(0.003, 0.001, 0.0001, {1: 0.001, 64: 0.002}, round_s=0.0001)
     result = tokens.result(n_resamples=50)
     text = report_text.report(
         "L4 on held-out drives", hidden.result(n_resamples=50), tokens=result,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from xsd.decode import proposers
+
 WIDTH = 16  # ids 0..15; hidden width and vocabulary alike
 EOS = 0
 PROMPT = 3
@@ -83,3 +85,13 @@ class CopyAdapter:
         if self.reads == "both":
             assert n == m + 1
         return (verifier_states if self.reads == "verifier" else drafter_states)[-1]
+
+
+class OracleProposer(proposers.TokenByToken):
+    """Drafts by a script, ``script(known ids, gamma) -> draft ids``: right and wrong as a test
+    wants them."""
+    def __init__(self, script):
+        self.script = script
+
+    def propose(self, gamma, stop=proposers.never):
+        return list(self.script(tuple(self.known), gamma))[:gamma]

@@ -25,7 +25,7 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from xsd.core import Generation, ParameterError, Sample
-from xsd.decode import autoregressive, proposers, rules, speculative
+from xsd.decode import autoregressive, proposers, rules, speculative, tracks
 from xsd.decode.overlap import Overlap
 from xsd.models.handle import ModelHandle
 from xsd.models.loading import Pair
@@ -109,7 +109,7 @@ def _proposers(
     drafter, verifier = pair.drafter, pair.verifier
     eos, ids = verifier.eos_token_ids, pair.draft_vocab_size or verifier.draft_vocab_size
     if name == "drafter":
-        return None, proposers.DrafterTokens(proposers.DrafterTrack(drafter), ids, eos)
+        return None, proposers.DrafterTokens(tracks.DrafterTrack(drafter), ids, eos)
     levels = name.split("+")
     if "ngram" in levels and ngram is None:
         raise ParameterError(
@@ -132,7 +132,7 @@ def _proposers(
             f"no arm {name!r}: it names {', '.join(missing) or 'three phases'}; there are {have}, "
             "and two adapters as 'L4+L5F'"
         )
-    track = proposers.DrafterTrack(drafter)  # shared by both phases: one drafter prefill a request
+    track = tracks.DrafterTrack(drafter)  # shared by both phases: one drafter prefill a request
     made: list[proposers.Proposer] = []
     for level in levels:
         if level == "ngram":

@@ -17,6 +17,7 @@ import torch
 
 from xsd.core import DecoderHandle, ParameterError
 from xsd.decode import overlap, proposers, replay
+from xsd.decode.prices import Prices
 
 
 @dataclass(frozen=True)
@@ -165,19 +166,19 @@ def prefill_overlap(verifier: DecoderHandle, proposer: proposers.Proposer, sampl
     return OverlapCost(**{cost.what: cost for cost in costs}, n_drafts=n_drafts)
 
 
-def prices(curve: Sequence[Cost], steps: Mapping[str, Cost]) -> replay.Prices:
+def prices(curve: Sequence[Cost], steps: Mapping[str, Cost]) -> Prices:
     """Medians of :func:`verification_curve` and :func:`step_costs` in the form that a schedule is
     priced with."""
     adapter_s = steps["adapter_step"].median_s if "adapter_step" in steps else 0.0
-    return replay.Prices(verifier_prefill_s=steps["verifier_prefill"].median_s,
+    return Prices(verifier_prefill_s=steps["verifier_prefill"].median_s,
                          drafter_prefill_s=steps["drafter_prefill"].median_s,
                          draft_s=steps["drafter_step"].median_s + adapter_s,
                          verify={cost.rows: cost.median_s for cost in curve},
                          )
 
 
-def predict(records: Sequence[Mapping[str, Any]], price: replay.Prices,
-            eos_token_ids: frozenset[int], *, overlapped: bool = True) -> dict[str, float]:
+def predict(records: Sequence[Mapping[str, Any]], price: Prices,
+            eos_token_ids: frozenset[int]) -> dict[str, float]:
     """One arm's records priced by what the parts cost: predicted and measured seconds over all of
     them, and what is left unexplained.
 
@@ -190,7 +191,7 @@ def predict(records: Sequence[Mapping[str, Any]], price: replay.Prices,
     predicted = measured = drafting = verifying = 0.0
     for record in records:
         rounds = [_priced(r, record["ids"], eos_token_ids) for r in record["rounds"]]
-        predicted += replay.predicted_seconds(rounds, price, overlapped=overlapped)
+        predicted += replay.predicted_seconds(rounds, price)
         measured += record["total_s"]
         drafting += sum(each.n_drafted * price.draft_s for each in rounds if not each.hiding)
         verifying += sum(price.verify_s(each.rows) for each in rounds if each.rows)
@@ -203,8 +204,7 @@ def predict(records: Sequence[Mapping[str, Any]], price: replay.Prices,
 def _priced(row: Mapping[str, Any], ids: Sequence[int],
             eos: frozenset[int]) -> replay.ReplayedRound:
     drafted, hiding = row["drafted"], row["phase"] == "prefill_hiding"
-    fed = len(drafted) - bool(drafted and drafted[-1] in eos)
-    rows = (fed if drafted and drafted[0] == ids[0] else 0) if hiding else 1 + fed
+    rows = replay.rows_fed(drafted, ids[0], eos, hiding)
     return replay.ReplayedRound(len(drafted), row["accepted"], row["bonus"] is not None, rows,
                                 hiding)
 

@@ -18,12 +18,9 @@ def generate(verifier: DecoderHandle, sample: Any, max_new_tokens: int,
     """Greedy continuation of ``sample``: ids up to and with the first EOS, or ``max_new_tokens`` of
     them.
 
-    ``[prompt] -> a -> [prompt | a] -> b -> ... -> EOS``; the last token is never fed back (nothing
-    would read its row).
-
-    Returns: Generation without rounds; spans "prefill" and one "step" a further token, in the
-    verifier's lane.
-    Raises: ParameterError if max_new_tokens < 1.
+    ``[prompt] -> a -> [prompt | a] -> b -> ... -> EOS``; the last token is never fed back (nobody
+    would read its row). Returns: Generation without rounds; spans "prefill" and one "step" for
+    each further token, in the verifier's lane. Raises: ParameterError if max_new_tokens < 1.
     """
     check_length(max_new_tokens)
     timeline = Timeline(clock)

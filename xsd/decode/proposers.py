@@ -1,23 +1,9 @@
-"""What drafts: adapters over a drafter's or the verifier's own states, the drafter's own head,
-n-gram tables, prompt lookup, a script.
+"""What drafts: adapters over the drafter's or the verifier's own states, the drafter's own head,
+rules over token ids, and what a researcher brings.
 
 A proposer is told what has been verified and offers draft tokens; it never decides. Position t of
-an answer means the same thing for
-both models: ``hidden[t]`` *predicts* token t (it was read after token t-1), in every room of this
-project.
-
-The drafter's cache (:class:`DrafterTrack`) holds the prompt and the tokens the drafter was given;
-its own drafts are among them until the verifier has spoken. With m tokens verified and gamma = 3:
-
-    [prompt | 0 .. m-1]                state m drafts token x          cached = known
-    [prompt | 0 .. m-1 | x]            state m+1 drafts y
-    [prompt | 0 .. m-1 | x y]          state m+2 drafts z              z itself is never fed: nobody would read its state
-    observe: x accepted, y refused for b
-    [prompt | 0 .. m-1 | x]            rollback to the common prefix of cached and known ...
-    [prompt | 0 .. m-1 | x b]          ... then one extend with what is missing (here b; after full acceptance z and the bonus)
-
-The rollback and the extend happen at the next ``propose``, so that the last round of a request does
-not pay for a round that never comes.
+an answer means the same thing for both models: ``hidden[t]`` *predicts* token t (it was read after
+token t-1), in every room of this project.
 """
 
 from __future__ import annotations
@@ -28,9 +14,10 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor
 
-from xsd.core import DecoderHandle, ParameterError
+from xsd.core import ParameterError
 from xsd.decode import rules
 from xsd.decode.overlap import Stop, Timeline
+from xsd.decode.tracks import DrafterTrack, History
 
 
 def never() -> bool:
@@ -71,106 +58,26 @@ class Adapter(Protocol):
         """
 
 
-class History:
-    """States of positions 0…n-1 in one growing buffer, so that a step reads a view and copies
-    nothing."""
-    def __init__(self) -> None:
-        self._buffer: Tensor | None = None
-        self.length = 0
+class TokenByToken:
+    """The loop that all proposers of one token after another share: a subclass says
+    :meth:`next_token`, and gamma, EOS or ``stop()`` end the drafting.
 
-    def append(self, rows: Tensor) -> None:
-        """rows: [k, D]."""
-        end = self.length + rows.shape[0]
-        if self._buffer is None or end > self._buffer.shape[0]:
-            grown = rows.new_empty(max(64, 2 * end), rows.shape[1])
-            if self._buffer is not None:
-                grown[:self.length] = self._buffer[:self.length]
-            self._buffer = grown
-        self._buffer[self.length:end] = rows
-        self.length = end
-
-    def truncate(self, length: int) -> None:
-        """Forget positions >= length."""
-        self.length = min(self.length, length)
-
-    def rows(self) -> Tensor | None:
-        """[n, D], a view; None before the first append."""
-        return None if self._buffer is None else self._buffer[:self.length]
-
-
-class DrafterTrack:
-    """The drafter's cache along the answer, with the state of every position; two proposers of one
-    request may share it."""
-    def __init__(self, drafter: DecoderHandle) -> None:
-        self.drafter = drafter
-        self.cached: list[int] = []
-        self.history = History()
-        self._timeline = Timeline()
-
-    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        """Prefill the prompt: ``cached`` is empty, ``history`` holds the state that predicts token
-        0."""
-        self._timeline = timeline or Timeline()
-        self.cached, self.history = [], History()
-        with self._timeline.span("drafter", "prefill"):
-            self.state = self.drafter.prefill(sample)
-            self.prompt_length = self.state.length
-            self.logits = self.state.logits
-            self.history.append(self.state.hidden[None])
-
-    def follow(self, known: Sequence[int]) -> None:
-        """Make the cache hold exactly prompt + known: roll back to the common prefix, extend with
-        the rest."""
-        same = 0
-        for mine, verified in zip(self.cached, known, strict=False):
-            if mine != verified:
-                break
-            same += 1
-        missing = list(known[same:])
-        if same == len(self.cached) and not missing:
-            return
-        with self._timeline.span("drafter", "draft"):
-            if same < len(self.cached):
-                self.drafter.rollback(self.state, self.prompt_length + same)
-                self.history.truncate(same + 1)
-                self.cached = self.cached[:same]
-            if missing:
-                # The verifier may say ids that the drafter has no embedding for (padding of a wider
-                # vocabulary): it reads id 0 there.
-                readable = [token if token < self.drafter.vocab_size else 0 for token in missing]
-                hidden, logits = self.drafter.extend(
-                    self.state, torch.tensor(readable, device=self.logits.device))
-                self.history.append(hidden)
-                self.logits = logits[-1]
-                self.cached += missing
-            else:
-                self.logits = self.drafter.lm_head(self.states()[-1:])[0]
-
-    def states(self) -> Tensor:
-        """[len(cached) + 1, D_d]; the last row predicts the next token."""
-        return self.history.rows()
-
-
-class _Drafting:
-    """The loop that all token-by-token proposers share: make room for one token after another until
-    gamma, EOS or stop.
-
-    min_probability: a draft whose own probability is lower ends the round's drafting (drafts behind
-    the prefill are free and go on).
+    track: the drafter's cache, where the proposer needs one. min_probability: a draft whose own
+    probability is lower ends the round's drafting (drafts behind the prefill are free and go on).
     """
 
     needs_verifier = False
     eos_token_ids: frozenset[int] = frozenset()
     min_probability: float = 0.0
+    track: DrafterTrack | None = None
 
-    def __init__(self) -> None:
+    def begin(self, sample: Any, timeline: Timeline | None = None, *,
+              prefilled: bool = False) -> None:
+        """A new request. prefilled: another proposer has just begun it on the same track."""
         self.known: list[int] = []
-        self._free = False
-        self.timeline = Timeline()
-
-    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        self.known = []
         self.timeline = timeline or Timeline()
+        if self.track is not None and not prefilled:
+            self.track.begin(sample, timeline)
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
         drafts: list[int] = []
@@ -196,26 +103,24 @@ class _Drafting:
         return int(logits.argmax())
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
+        """The token after ``known`` and the drafts of this round, or None to end the round."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it drafts")
 
 
-class AdapterProposer(_Drafting):
+class AdapterProposer(TokenByToken):
     """States → adapter → the verifier's LM head → argmax over the ids that may be drafted → the
     token is fed back to the drafter.
 
-    adapter: see :class:`Adapter`. lm_head: the verifier's, [..., D_v] → [..., V]. draft_vocab_size:
-    ids below it may be drafted.
-    track: the drafter's cache (None only for adapters that read the verifier alone). Own
-    predictions stand in for verifier states that
-    do not exist yet (self-rollout); a verified state replaces its prediction as soon as it is
-    known. An adapter with ``draft_ids`` (int64 [k], its reduced draft vocabulary) drafts among
-    those; ``lm_head`` may then give their k logits alone, in that order.
+    track: None only for adapters that read the verifier alone. lm_head: the verifier's, [..., D_v]
+    → [..., V]. draft_vocab_size: ids below it may be drafted. Own predictions stand in for verifier
+    states that do not exist yet (self-rollout); a verified state replaces its prediction as soon as
+    it is known. An adapter with ``draft_ids`` (int64 [k], its reduced draft vocabulary) drafts
+    among those; ``lm_head`` may then give their k logits alone, in that order.
     """
-    def __init__(self, track: DrafterTrack | None, adapter: Adapter, lm_head: Callable[[Tensor],
-                                                                                       Tensor],
-                 draft_vocab_size: int, eos_token_ids: frozenset[int] = frozenset(),
-                 ) -> None:
-        super().__init__()
+    def __init__(self, track: DrafterTrack | None, adapter: Adapter,
+                 lm_head: Callable[[Tensor], Tensor], draft_vocab_size: int,
+                 eos_token_ids: frozenset[int] = frozenset()) -> None:
+        """Raises: ParameterError for an adapter that reads something else, or lacks its track."""
         if adapter.reads not in ("drafter", "verifier", "both"):
             raise ParameterError(
                 f"adapter reads {adapter.reads!r}; decoding knows 'drafter', 'verifier' and 'both'")
@@ -228,51 +133,35 @@ class AdapterProposer(_Drafting):
         self.needs_verifier = adapter.reads != "drafter"
         self.fuses_tokens = getattr(adapter, "fuses_tokens", False)
         ids = getattr(adapter, "draft_ids", None)
-        self.draft_ids: Tensor | None = None if ids is None else ids[ids < draft_vocab_size]
-        self._kept = None if ids is None or len(
-            self.draft_ids) == len(ids) else ids < draft_vocab_size
-        self.verifier_states = History()
+        self.draft_ids = None if ids is None else ids[ids < draft_vocab_size]
 
-    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        super().begin(sample, timeline)
-        self.verifier_states = History()
-        if self.track is not None:
-            self.track.begin(sample, timeline)
-
-    def join(self, timeline: Timeline | None = None) -> None:
-        """Begin a request on a track that another proposer has just prefilled."""
-        super().begin(None, timeline)
+    def begin(self, sample: Any, timeline: Timeline | None = None, *,
+              prefilled: bool = False) -> None:
+        super().begin(sample, timeline, prefilled=prefilled)
         self.verifier_states = History()
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         if self.needs_verifier:
-            self.verifier_states.truncate(len(self.known))
-            self.verifier_states.append(hidden)
+            self.verifier_states.replace(len(self.known), hidden)
         super().observe(tokens, hidden)
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
         if self.needs_verifier and self.verifier_states.length == 0:
             raise ParameterError(
                 "this adapter reads verifier states and none exist yet; draft in the prefill with "
-                "a first_proposer instead"
-            )
-        drafter_states = None
+                "a first_proposer instead")
+        text, drafter_states = [*self.known, *drafts], None
         if self.track is not None:
-            self.track.follow([*self.known, *drafts])
+            self.track.follow(text)
             drafter_states = self.track.states()
         with self.timeline.span("adapter", "adapter"):
-            if self.fuses_tokens:
-                tokens = torch.tensor([*self.known, *drafts], dtype=torch.long)
-                predicted = self.adapter.step(drafter_states, self.verifier_states.rows(),
-                                              tokens=tokens)
-            else:
-                predicted = self.adapter.step(drafter_states, self.verifier_states.rows())
+            fused = {"tokens": torch.tensor(text, dtype=torch.long)} if self.fuses_tokens else {}
+            predicted = self.adapter.step(drafter_states, self.verifier_states.rows(), **fused)
             token = self.choose(self._draft_logits(self.lm_head(predicted[None])[0]))
             if self.draft_ids is not None and token is not None:
                 token = int(self.draft_ids[token])
         if self.needs_verifier and token is not None:
-            self.verifier_states.truncate(len(self.known) + len(drafts))
-            self.verifier_states.append(predicted[None])
+            self.verifier_states.replace(len(text), predicted[None])
         return token
 
     def _draft_logits(self, logits: Tensor) -> Tensor:
@@ -280,60 +169,42 @@ class AdapterProposer(_Drafting):
         [k]."""
         if self.draft_ids is None:
             return logits[:self.draft_vocab_size]
-        if len(logits) == len(
-                self.adapter.draft_ids):  # the head's rows of the draft vocabulary alone
-            return logits if self._kept is None else logits[self._kept]
-        return logits[self.draft_ids]
+        own = self.adapter.draft_ids
+        if len(logits) != len(own):
+            return logits[self.draft_ids]
+        return logits if len(own) == len(self.draft_ids) else logits[own < self.draft_vocab_size]
 
 
-class DrafterTokens(_Drafting):
+class DrafterTokens(TokenByToken):
     """The drafter's own head, no adapter: plain speculative decoding, and the floor under every
     adapter."""
     def __init__(self, track: DrafterTrack, draft_vocab_size: int,
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
-        super().__init__()
-        self.track, self.draft_vocab_size, self.eos_token_ids = track, draft_vocab_size, eos_token_ids
-
-    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        super().begin(sample, timeline)
-        self.track.begin(sample, timeline)
-
-    def join(self, timeline: Timeline | None = None) -> None:
-        """Begin a request on a track that another proposer has just prefilled."""
-        super().begin(None, timeline)
+        self.track, self.draft_vocab_size = track, draft_vocab_size
+        self.eos_token_ids = eos_token_ids
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
         self.track.follow([*self.known, *drafts])
         return self.choose(self.track.logits[:self.draft_vocab_size])
 
 
-class RuleProposer(_Drafting):
-    """A rule over token ids (:mod:`xsd.decode.rules`), made anew for each request: ``rule_of(sample)``.
+class RuleProposer(TokenByToken):
+    """A rule over token ids (:mod:`xsd.decode.rules`), made for each request: ``rule_of(sample)``.
 
     An n-gram table, ``RuleProposer(lambda sample: table)``, is the floor that costs nothing; with
     the sample's prompt in hand the rule may be ``rules.prompt_lookup``.
     """
     def __init__(self, rule_of: Callable[[Any], rules.Rule],
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
-        super().__init__()
         self.rule_of, self.eos_token_ids = rule_of, eos_token_ids
 
-    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        super().begin(sample, timeline)
+    def begin(self, sample: Any, timeline: Timeline | None = None, *,
+              prefilled: bool = False) -> None:
+        super().begin(sample, timeline, prefilled=prefilled)
         self.rule = self.rule_of(sample)
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
         return self.rule([*self.known, *drafts])
-
-
-class OracleProposer(_Drafting):
-    """Drafts by a script, for tests and ceilings: ``script(known ids, gamma) -> draft ids``."""
-    def __init__(self, script: Callable[[Sequence[int], int], Sequence[int]]) -> None:
-        super().__init__()
-        self.script = script
-
-    def propose(self, gamma: int, stop: Stop = never) -> list[int]:
-        return list(self.script(tuple(self.known), gamma))[:gamma]
 
 
 class TwoPhase:
@@ -342,16 +213,13 @@ class TwoPhase:
     def __init__(self, first: Proposer, second: Proposer) -> None:
         self.first, self.second = first, second
         self.needs_verifier = first.needs_verifier
-        self._active = first
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         self._active = self.first
         self.first.begin(sample, timeline)
         track = getattr(self.second, "track", None)
-        if track is not None and track is getattr(self.first, "track", None):
-            self.second.join(timeline)
-        else:
-            self.second.begin(sample, timeline)
+        shared = track is not None and track is getattr(self.first, "track", None)
+        self.second.begin(sample, timeline, **({"prefilled": True} if shared else {}))
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
         return self._active.propose(gamma, stop)
@@ -361,3 +229,34 @@ class TwoPhase:
         anything from then on."""
         self._active = self.second
         self.second.observe(tokens, hidden)
+
+
+class Checked:
+    """A proposer from outside this project, its drafts checked before they are verified.
+
+    Raises: ParameterError when it lacks a part of :class:`Proposer`, and while decoding when it
+    drafts too much, or something that is no id below ``vocab_size``.
+    """
+    def __init__(self, proposer: Proposer, vocab_size: int) -> None:
+        self.name = type(proposer).__name__
+        missing = [part for part in ("begin", "propose", "observe", "needs_verifier")
+                   if not hasattr(proposer, part)]
+        if missing:
+            raise ParameterError(f"{self.name} is no proposer: it lacks {', '.join(missing)} "
+                                 "(decode.proposers.Proposer says what each does)")
+        self.proposer, self.vocab_size = proposer, vocab_size
+        self.begin, self.observe = proposer.begin, proposer.observe
+        self.needs_verifier = bool(proposer.needs_verifier)
+
+    def propose(self, gamma: int, stop: Stop = never) -> list[int]:
+        drafts = list(self.proposer.propose(gamma, stop))
+        if len(drafts) > gamma:
+            raise ParameterError(f"{self.name} drafted {len(drafts)} tokens where at most {gamma} "
+                                 "were asked for")
+        for token in drafts:
+            if isinstance(token, bool) or not isinstance(token, int) or not (
+                    0 <= token < self.vocab_size):
+                raise ParameterError(
+                    f"{self.name} drafted {token!r}; a draft is a Python int, an id from 0 to "
+                    f"{self.vocab_size - 1}")
+        return drafts

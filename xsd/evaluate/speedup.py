@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from xsd.core import MetricError
+from xsd.decode.prices import Prices
 from xsd.evaluate.hidden import HiddenStateResult
 
-# --- the reference's formulas
-# -----------------------------------------------------------------------------------------------
+# --- the reference's formulas ---
 
 
 def expected_tokens(alpha: float, gamma: int) -> float:
@@ -49,26 +49,23 @@ def break_even_table(gammas: Sequence[int] = (5, 8, 10), targets: Sequence[float
                      overhead: float = 0.1) -> list[dict[str, Any]]:
     """Rows gamma, target, alpha_percent (whole percent, halves up): the reference's break-even
     table."""
-    return [{
-        "gamma": gamma, "target": target,
-        "alpha_percent": math.floor(100 * break_even(target, gamma, overhead) + 0.5 + 1e-9)
-    } for gamma in gammas for target in targets]
+    return [{"gamma": gamma, "target": target, "alpha_percent": math.floor(
+        100 * break_even(target, gamma, overhead) + 0.5 + 1e-9)}
+            for gamma in gammas for target in targets]
 
 
 @dataclass(frozen=True)
 class ReferenceTiming:
     """The reference's published inputs (RTX 4090, 7B in 4-bit, 30 tokens): quoted figures, never
-    this project's measurements."""
+    this project's measurements. decode_ms: the verifier's decoding of n_tokens. n_drafted: drafts
+    made for free while the verifier is in prefill; verify_ms: one batched verification of them."""
 
     prefill_drafter_ms: float = 130.0
     prefill_verifier_ms: float = 317.0
     decode_ms: float = 419.0
-    """The verifier's decoding of n_tokens."""
     n_tokens: int = 30
     n_drafted: int = 21
-    """Drafted for free while the verifier is in prefill."""
     verify_ms: float = 70.0
-    """One batched verification of them."""
     overhead: float = 0.1
 
     @property
@@ -99,66 +96,15 @@ def reference_estimates(result: HiddenStateResult, threshold: float = 0.9,
             f"threshold {threshold} was not measured; choose among {list(result.thresholds)}")
     timing = timing or ReferenceTiming()
     accepted = result.unbroken_prefix[threshold].mean
+    decode = result.draft_acceptance[threshold].decode.value
     return {
         "prefill": 1 + accepted * timing.token_ms / timing.prefill_verifier_ms,
-        "decode": (result.draft_acceptance[threshold].decode.value * result.gamma + 1) /
-                  (1 + timing.overhead),
+        "decode": (decode * result.gamma + 1) / (1 + timing.overhead),
         "end_to_end": reference_wall_clock(min(1.0, accepted / timing.n_drafted), timing),
     }
 
 
-# --- ours: measured costs in, time out
-# ------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Costs:
-    """Measured costs of one machine and one pair, in ms. verify_ms: {K: ms of one verifier pass
-    over K new tokens}, K = 1 included."""
-
-    prefill_drafter_ms: float
-    prefill_verifier_ms: float
-    draft_token_ms: float
-    """One drafter step."""
-    align_ms: float
-    """Adapter and LM head, once a round."""
-    verify_ms: Mapping[int, float]
-    overlap: float = 1.0
-    """Share of the drafter's prefill and drafting that truly runs beside the verifier's prefill: 1
-    ideal, 0 one after the other."""
-    contention: float = 1.0
-    """How much longer the verifier's prefill takes while the drafter runs beside it (1: not at
-    all)."""
-    def __post_init__(self) -> None:
-        if 1 not in self.verify_ms:
-            raise MetricError(
-                "verify_ms needs the cost of a single-token pass (K = 1), the verifier's ordinary "
-                "step; measure v(K) from K = 1 on"
-            )
-        times = (self.prefill_drafter_ms, self.prefill_verifier_ms, self.align_ms,
-                 self.draft_token_ms, *self.verify_ms.values())
-        if not all(math.isfinite(t) and t >= 0
-                   for t in times) or not 0 <= self.overlap <= 1 or self.contention < 1:
-            raise MetricError(
-                "costs must be finite times of at least 0 ms, with overlap in [0, 1] and "
-                "contention at least 1"
-            )
-
-    def verify(self, k: int) -> float:
-        """v(k), linear between measured points. Raises: MetricError beyond the measured range (v
-        may jump there: kernels change)."""
-        known = sorted(self.verify_ms)
-        if not known[0] <= k <= known[-1]:
-            raise MetricError(
-                f"v({k}) was not measured (K = {known[0]} … {known[-1]}); measure the verification "
-                "curve up to that many tokens"
-            )
-        above = next(at for at in known if at >= k)
-        if above == k:
-            return float(self.verify_ms[k])
-        below = max(at for at in known if at < k)
-        share = (k - below) / (above - below)
-        return (1 - share) * self.verify_ms[below] + share * self.verify_ms[above]
+# --- ours: measured costs in, time out ---
 
 
 @dataclass(frozen=True)
@@ -179,48 +125,51 @@ class Prediction:
         return measured_ms - self.total_ms
 
 
-def predict(costs: Costs, survival: Sequence[float], *, n_tokens: int, gamma: int,
+def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: int,
             prefill_survival: Sequence[float] | None = None) -> Prediction:
     """Time of one answer with prefill hiding followed by draft–verify rounds, against plain
     decoding of the same n_tokens.
 
     baseline = prefill + (n − 1)·v(1), as prefill gives the first token. Hidden drafts: as many
     drafter steps as fit between the two prefills; one pass v(n_free) checks them and yields
-    accepted + 1 tokens. Each round then costs γ drafter steps, the alignment and v(γ + 1).
+    accepted + 1 tokens. Each round then costs γ drafts, round_s and v(γ + 1).
 
     Args: survival: P(first i + 1 drafts all accepted) for i = 0 … (Acceptance.marginal).
-    prefill_survival: the same for the hidden drafts,
-    whose first position is the answer's first; default: survival. Beyond its end a curve goes on at
-    its last ratio. Raises: MetricError for a curve that rises or leaves [0, 1], n_tokens or gamma
-    below 1, a v(K) that was not measured.
+    prefill_survival: the same for the hidden drafts, whose first position is the answer's first;
+    default: survival. Beyond its end a curve goes on at its last ratio. Raises: MetricError for a
+    curve that rises or leaves [0, 1], n_tokens or gamma below 1; ParameterError for a v(K) that was
+    not measured.
     """
     if n_tokens < 1 or gamma < 1:
         raise MetricError(f"n_tokens and gamma must be at least 1 but are {n_tokens} and {gamma}")
-    hidden_curve = survival if prefill_survival is None else prefill_survival
-    window = costs.overlap * max(0.0, costs.prefill_verifier_ms - costs.prefill_drafter_ms)
-    n_free = min(n_tokens, max(costs.verify_ms), int(
-        window // costs.draft_token_ms)) if costs.draft_token_ms > 0 else min(n_tokens, gamma)
-    if costs.overlap == 0:
-        n_free = 0
-    exposed = (1 - costs.overlap) * costs.prefill_drafter_ms + costs.overlap * max(
-        0.0, costs.prefill_drafter_ms - costs.prefill_verifier_ms)
-    parts = {
-        "prefill": costs.prefill_verifier_ms * (costs.contention if costs.overlap else 1.0),
-        "exposed_drafter_prefill": exposed
-    }
+    n_free = _hidden_drafts(prices, n_tokens, gamma)
     gained = 1.0
-    parts["hidden_drafts"] = 0.0
+    parts = {"prefill": prices.contended_prefill_s,
+             "exposed_drafter_prefill": prices.exposed_s(), "hidden_drafts": 0.0}
     if n_free:
-        parts["hidden_drafts"] = costs.align_ms + costs.verify(n_free)
-        gained = min(float(n_tokens), accepted_within(hidden_curve, n_free) + 1)
+        parts["hidden_drafts"] = prices.round_s + prices.verify_s(n_free)
+        hidden = survival if prefill_survival is None else prefill_survival
+        gained = min(float(n_tokens), accepted_within(hidden, n_free) + 1)
     per_round = accepted_within(survival, gamma) + 1
     n_rounds = (n_tokens - gained) / per_round
-    parts["draft"] = n_rounds * gamma * costs.draft_token_ms
-    parts["align"] = n_rounds * costs.align_ms
-    parts["verify"] = n_rounds * costs.verify(gamma + 1) if n_rounds > 0 else 0.0
-    total, baseline = math.fsum(
-        parts.values()), costs.prefill_verifier_ms + (n_tokens - 1) * costs.verify(1)
-    return Prediction(total, baseline, baseline / total, parts, n_free, n_rounds, per_round)
+    parts["draft"] = n_rounds * gamma * prices.draft_s
+    parts["align"] = n_rounds * prices.round_s
+    parts["verify"] = n_rounds * prices.verify_s(gamma + 1) if n_rounds > 0 else 0.0
+    total = math.fsum(parts.values())
+    baseline = prices.verifier_prefill_s + (n_tokens - 1) * prices.verify_s(1)
+    parts_ms = {name: 1e3 * seconds for name, seconds in parts.items()}
+    return Prediction(1e3 * total, 1e3 * baseline, baseline / total, parts_ms, n_free, n_rounds,
+                      per_round)
+
+
+def _hidden_drafts(prices: Prices, n_tokens: int, gamma: int) -> int:
+    """Drafts that fit between the two prefills, at most one pass that was measured."""
+    if prices.overlap == 0:
+        return 0
+    if prices.draft_s == 0:
+        return min(n_tokens, gamma)
+    window = prices.overlap * max(0.0, prices.verifier_prefill_s - prices.drafter_prefill_s)
+    return min(n_tokens, max(prices.verify), int(window // prices.draft_s))
 
 
 def accepted_within(survival: Sequence[float], k: int) -> float:
@@ -234,8 +183,7 @@ def accepted_within(survival: Sequence[float], k: int) -> float:
                              for a, b in zip([1.0, *values], values, strict=False)):
         raise MetricError(
             f"a survival curve must start at or below 1 and never rise but is {values[:6]}; pass "
-            "Acceptance.marginal"
-        )
+            "Acceptance.marginal")
     before = [1.0, *values][-2]
     ratio = values[-1] / before if before > 0 else 0.0
     while len(values) < k:
@@ -243,40 +191,38 @@ def accepted_within(survival: Sequence[float], k: int) -> float:
     return math.fsum(values[:k])
 
 
-def sensitivity(costs: Costs, survival: Sequence[float], *, n_tokens: int, gamma: int,
+def sensitivity(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: int,
                 change: float = 0.1) -> list[dict[str, Any]]:
     """Speed-up when one input alone is ``change`` smaller or larger: rows input, speedup_less,
-    speedup, speedup_more, largest effect first."""
-    base = predict(costs, survival, n_tokens=n_tokens, gamma=gamma).speedup
-
-    def scaled(name: str, factor: float) -> float:
+    speedup, speedup_more, largest effect first. v(K) moves for K > 1, the baseline's v(1) stays."""
+    def moved(name: str, factor: float) -> float:
+        curve, given = survival, prices
         if name == "survival":
-            return predict(costs, _scaled_curve(survival, factor), n_tokens=n_tokens,
-                           gamma=gamma).speedup
-        if name == "verify_ms":
-            value: Any = {k: ms * (factor if k > 1 else 1.0) for k, ms in costs.verify_ms.items()}
+            curve = _scaled_curve(survival, factor)
+        elif name == "verify":
+            widths = {k: s * (factor if k > 1 else 1.0) for k, s in prices.verify.items()}
+            given = dataclasses.replace(prices, verify=widths)
         else:
-            value = getattr(costs, name) * factor
-            value = min(1.0, value) if name == "overlap" else max(
-                1.0, value) if name == "contention" else value
-        return predict(dataclasses.replace(costs, **{name: value}), survival, n_tokens=n_tokens,
-                       gamma=gamma).speedup
+            value = factor * getattr(prices, name)
+            value = min(value, 1.0) if name == "overlap" else value
+            value = max(value, 1.0) if name == "contention" else value
+            given = dataclasses.replace(prices, **{name: value})
+        return predict(given, curve, n_tokens=n_tokens, gamma=gamma).speedup
 
-    names = ["survival", *(field.name for field in dataclasses.fields(costs))]
-    rows = [{
-        "input": n, "speedup_less": scaled(n, 1 - change), "speedup": base,
-        "speedup_more": scaled(n, 1 + change)
-    } for n in names]
+    names = ["survival", *(field.name for field in dataclasses.fields(prices))]
+    base = predict(prices, survival, n_tokens=n_tokens, gamma=gamma).speedup
+    rows = [{"input": name, "speedup_less": moved(name, 1 - change), "speedup": base,
+             "speedup_more": moved(name, 1 + change)} for name in names]
     return sorted(rows, key=lambda r: -abs(r["speedup_more"] - r["speedup_less"]))
 
 
-def break_even_acceptance(costs: Costs, *, n_tokens: int, gamma: int,
+def break_even_acceptance(prices: Prices, *, n_tokens: int, gamma: int,
                           target: float = 1.0) -> float | None:
     """The per-token acceptance α (survival α, α², …) at which the predicted speed-up reaches
     ``target``; None when even α = 1 does not."""
     def speedup(alpha: float) -> float:
-        return predict(costs, [alpha**(i + 1) for i in range(max(gamma, 2))], n_tokens=n_tokens,
-                       gamma=gamma).speedup
+        curve = [alpha**(i + 1) for i in range(max(gamma, 2))]
+        return predict(prices, curve, n_tokens=n_tokens, gamma=gamma).speedup
 
     if speedup(1.0) < target:
         return None
@@ -301,7 +247,5 @@ def _scaled_curve(survival: Sequence[float], factor: float) -> list[float]:
 
 def _check_share(value: float, name: str) -> None:
     if not 0 <= value <= 1:
-        raise MetricError(
-            f"{name} must be a share between 0 and 1 but is {value}; a percentage must be divided "
-            "by 100"
-        )
+        raise MetricError(f"{name} must be a share between 0 and 1 but is {value}; a percentage "
+                          "must be divided by 100")

@@ -10,7 +10,7 @@ import pandas as pd
 
 from xsd.bench import costs
 from xsd.bench import run as bench
-from xsd.decode import proposers
+from xsd.decode import proposers, tracks
 from xsd.steps import live
 
 
@@ -30,7 +30,8 @@ def measure(bench_: live.Bench, *, repeats: int = 5) -> Parts:
     and how the prefills overlap."""
     given, pair = bench_.given, bench_.pair
     sample = next(iter(bench_.timed.values()))[0].load()
-    widths = sorted({1, 2, 4, given.gamma + 1, 2 * given.gamma})
+    longest = max(live.parts_of(name)[1] or given.gamma for name in given.arms)
+    widths = sorted({1, 2, 4, given.gamma + 1, 2 * given.gamma, given.gamma_prefill, longest + 1})
     curve = costs.verification_curve(pair.verifier, sample, rows=widths, context=8,
                                      repeats=2 * repeats)
     steps = costs.step_costs(pair.drafter, pair.verifier, None, sample, repeats=repeats)
@@ -39,7 +40,7 @@ def measure(bench_: live.Bench, *, repeats: int = 5) -> Parts:
         by_level[level] = costs.step_costs(pair.drafter, pair.verifier, adapter, sample,
                                            repeats=2)["adapter_step"]
         if overlap is None and adapter.reads == "drafter":
-            track = proposers.DrafterTrack(pair.drafter)
+            track = tracks.DrafterTrack(pair.drafter)
             proposer = proposers.AdapterProposer(track, adapter, pair.verifier.lm_head,
                                                  pair.draft_vocab_size, pair.verifier.eos_token_ids)
             overlap = costs.prefill_overlap(pair.verifier, proposer, sample, n_drafts=given.gamma,

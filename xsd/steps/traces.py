@@ -27,6 +27,7 @@ import pandas as pd
 
 from xsd.core import DatasetError, ParameterError
 from xsd.decode import replay
+from xsd.decode.prices import Prices
 from xsd.evaluate import floors, statistics
 from xsd.evaluate.acceptance import Acceptance, Rounds
 from xsd.files import provenance, sha256_of, write_json
@@ -163,7 +164,7 @@ def token_table(traces: Sequence[Trace], tried: Sequence[Arm], *, data: str) -> 
 
 
 def schedule(traces: Sequence[Trace], arm: Arm, *, gamma: int, gamma_prefill: int, eos: int = EOS,
-             prices: replay.Prices | None = None) -> dict[str, Any]:
+             prices: Prices | None = None) -> dict[str, Any]:
     """What decoding with this arm would have done, walked by decode.replay: rounds, verifier passes
     and tokens; seconds with prices.
 
@@ -191,13 +192,13 @@ def schedule(traces: Sequence[Trace], arm: Arm, *, gamma: int, gamma_prefill: in
     return found
 
 
-def read_prices(path: str | Path) -> replay.Prices:
+def read_prices(path: str | Path) -> Prices:
     """``{verifier_prefill_s, drafter_prefill_s, draft_s, verify: {"1": s, "6": s, …}}``. Raises:
     ParameterError naming what is wrong."""
     try:
         stored = json.loads(Path(path).read_text(encoding="utf-8"))
         verify = {int(rows): float(seconds) for rows, seconds in stored["verify"].items()}
-        return replay.Prices(float(stored["verifier_prefill_s"]),
+        return Prices(float(stored["verifier_prefill_s"]),
                              float(stored["drafter_prefill_s"]), float(stored["draft_s"]), verify)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ParameterError(
