@@ -13,7 +13,6 @@ from xsd.steps import (
     acceptance,
     compare,
     costs,
-    explore,
     extraction,
     held_out,
     live,
@@ -312,18 +311,23 @@ def test_comparison_is_written_as_plain_numbers(place):
     checked = parameters.CompareParameters.checked(
         {"run_dir": str(place / "run"), "runs": [str(place / "run")], "resamples": 50})
     table = compare.values(checked.runs, checked.metric, resamples=50, seed=0)
-    compare.save(checked, table,
-                 compare.differences(checked.runs, checked.metric, resamples=50, seed=0))
+    differing = compare.differences(checked.runs, checked.metric, resamples=50, seed=0)
+    compare.save(checked.run_dir, checked.metric, checked.runs, table, differing,
+                 seed=checked.seed, parameters=checked.model_dump())
     text = (place / "run" / "results" / "compare.json").read_text()
     assert "NaN" not in text and len(json.loads(text)["values"]) == len(table)
 
 
+def test_a_value_lies_inside_its_interval(place, records):
+    table = compare.values([str(place / "run")], "accepted_per_round", resamples=50, seed=0)
+    known = table.dropna(subset=["low"])
+    assert len(known) and known.eval("low <= value and value <= high").all()
+
+
 def test_the_explorer_shows_tokens_and_pictures_of_a_run(place):
-    checked = parameters.ExploreParameters.checked(
-        {"run_dir": str(place / "run"), "runs": [str(place / "run")]})
-    found = explore.data(checked)
-    assert found.runs == ["run · simulated", "run · davis_road"]
-    explorer = explore.explorer(checked, found)
+    explorer = compare.explorer([str(place / "run")], levels=["L1", "L4"], threshold=0.9)
+    assert explorer.data.runs == ["run · simulated", "run · davis_road"]
     assert explorer.selection.levels == ("L1", "L4") and explorer.pictures.value.count("<img") == 13
     explorer.run.value = "run · davis_road"
-    assert explorer.pictures.value.count("<img") == 13 and found.sample("nobody/knows/this") is None
+    assert explorer.pictures.value.count("<img") == 13
+    assert explorer.data.sample("nobody/knows/this") is None

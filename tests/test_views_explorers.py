@@ -93,3 +93,13 @@ def test_survival_is_drawn_on_request(data):
     drawn = list(explorer.figure.data[1].y)
     assert drawn == explorers.curve(data,
                                     explorer.selection).query("level == 'L1'")["survival"].tolist()
+
+
+def test_a_lower_threshold_never_lowers_a_curve(data):
+    explorer = explorers.AcceptanceExplorer(data)
+    explorer.rule.value = "cosine"
+    before = [y for trace in explorer.figure.data[1::2] for y in trace.y]
+    explorer.tau.value = 0.5
+    after = [y for trace in explorer.figure.data[1::2] for y in trace.y]
+    assert before != after
+    assert all(new >= old for new, old in zip(after, before, strict=True))
