@@ -116,8 +116,8 @@ def _speedups(run: str) -> pd.DataFrame:
         own = seconds.melt(var_name="level", value_name="below", ignore_index=False)
         own = own.reset_index()
         clusters = part.drop_duplicates("sample").set_index("sample")["cluster"]
-        pieces.append(own.assign(data=name, cluster=own["sample"].map(clusters),
-                                 above=own["sample"].map(fastest)))
+        own = own.assign(data=name, cluster=own["sample"].map(clusters))
+        pieces.append(own.assign(above=own["sample"].map(fastest)))
     return pd.concat(pieces, ignore_index=True).dropna(subset=["below"])
 
 
