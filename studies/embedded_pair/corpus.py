@@ -22,6 +22,7 @@ from PIL import Image
 
 from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive, language, render, scenes
+from xsd.embedded.answers import answers
 from xsd.embedded.facts import centre_square, seen_by_events
 from xsd.embedded.scenes import (
     COLOURS,
@@ -64,7 +65,7 @@ def layout(seed: int, split: str, index: int) -> np.ndarray:
     last five, what stands still before a static camera is left out, as it leaves no events."""
     rng = np.random.default_rng([seed, drive.SPLIT_CODE[split], index])
     scene = scenes.sample_scene(rng)
-    renderer = render.Renderer(scene, render.Camera(_CELLS * 16 // 3, _CELLS * 4))
+    renderer = render.Renderer(scene, _CELLS * 16 // 3, _CELLS * 4)
     codes = np.zeros((2, 256), np.uint16)
     for number, actor in enumerate(scene.actors, start=1):
         code = LAYOUT_KINDS.index(actor.kind) << 6 | LAYOUT_MOTIONS.index(actor.motion)
@@ -160,8 +161,8 @@ class Corpus:
 
     def answers(self, dialect: language.Dialect) -> list[list[str]]:
         """Per clip the ten answers, in the order of language.questions()."""
-        return [[language.answer(facts, q.kind, dialect) for q in language.questions()]
-                for facts in self.facts]
+        texts = [answers(facts, dialect) for facts in self.facts]
+        return [[of_clip[q.kind] for q in language.questions()] for of_clip in texts]
 
     def dialogues(self, dialect: language.Dialect) -> list[list[Dialogue]]:
         """Per clip the ten questions with their answers, in the order of language.questions()."""

@@ -259,7 +259,7 @@ def accuracy(table: pd.DataFrame, by: str | None = None, *, resamples: int = 200
 def duplicate_rate(table: pd.DataFrame, role: str = "verifier") -> float:
     """Share of a role's answers that equal another one in the table."""
     answers = table[table["role"] == role].drop_duplicates(["sequence", "clip", "kind"])["answer"]
-    return language.duplicate_rate(list(answers))
+    return float(answers.duplicated(keep=False).mean())
 
 
 def summary(table: pd.DataFrame) -> dict[str, Any]:

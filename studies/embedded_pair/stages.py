@@ -67,7 +67,7 @@ def train_model(parts: Any, *, tokenizer: Any, images: Any, labels: np.ndarray, 
             (models.embedded.Parts).
         images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint16 [N, F, c, c].
         colour_known: bool [N]. images and layout:
-            arrays, or what gives rows as an array does (world.views.Viewed).
+            arrays, or what gives rows as an array does (views.Viewed).
         dialogues: per clip its questions and answers. other_dialogues: the other model's answers;
         one such segment a clip and step is
             mixed in, as both real models share a language-model ancestor that knows either style.

@@ -1,5 +1,4 @@
-"""Simulated drives: a scene becomes a sequence of overlapping one-second clips that two sensors saw
-at once.
+"""Simulated drives: a scene becomes overlapping one-second clips that two sensors saw at once.
 
 Luminance is rendered at 60 Hz and handed to the event-camera model; every third picture is a video
 frame (20 Hz, as in DSEC). A clip is one second, the next starts half a second later, so neighbours
@@ -10,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
-from itertools import repeat
+from dataclasses import dataclass
+from itertools import product, repeat
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +44,7 @@ class DriveConfig:
 
 @dataclass(frozen=True)
 class SimulatedClip:
-    """video: uint8 [8, H, W, 3]. event_frames: five uint8 [H, W, 3]. t_us: start and end on the
-    sensor clock."""
+    """video: uint8 [8, H, W, 3]. event_frames: five uint8 [H, W, 3]. t_us: start and end."""
 
     name: str
     events: Events
@@ -58,8 +56,7 @@ class SimulatedClip:
 
 @dataclass(frozen=True)
 class Drive:
-    """One sequence; train and test are disjoint by sequence because the split is part of the
-    seed."""
+    """One sequence. The split is part of the seed, so train and test share none."""
 
     sequence: str
     clips: list[SimulatedClip]
@@ -67,32 +64,33 @@ class Drive:
 
 def simulate_sequence(seed: int, split: str, index: int,
                       config: DriveConfig | None = None) -> Drive:
-    """Simulate sequence ``index`` of a split. The same arguments give the same bytes. Raises:
-    DatasetError for an unknown split."""
+    """Simulate sequence ``index`` of a split. The same arguments give the same bytes.
+
+    Raises: DatasetError for an unknown split.
+    """
     if split not in SPLIT_CODE:
         raise DatasetError(f"unknown split {split!r}; the simulated world has {sorted(SPLIT_CODE)}")
     config = config or DriveConfig()
     rng = np.random.default_rng([seed, SPLIT_CODE[split], index])
     scene = scenes.sample_scene(rng)
-    width, height = (128, 96) if rng.random() >= config.other_resolution_fraction else ((96, 72), (
-        160, 120))[int(rng.integers(2))]
+    width, height = 128, 96
+    if rng.random() < config.other_resolution_fraction:
+        width, height = ((96, 72), (160, 120))[int(rng.integers(2))]
     grey = bool(rng.random() < config.grey_fraction)
-    renderer = render.Renderer(scene, render.Camera(width, height))
+    renderer = render.Renderer(scene, width, height)
     n = int(scenes.DURATION_S * LUMINANCE_HZ) + 1
     luminance = np.empty((n, height, width), np.float32)
     video, ids = [], []
-    step = LUMINANCE_HZ // VIDEO_HZ
     for i in range(n):
-        image, identity = renderer.frame(i / LUMINANCE_HZ, with_ids=i % step == 0)
+        filmed = i % (LUMINANCE_HZ // VIDEO_HZ) == 0
+        image, identity = renderer.frame(i / LUMINANCE_HZ, with_ids=filmed)
         luminance[i] = image @ LUMA
-        if identity is not None:
-            video.append(
-                np.repeat(luminance[i][..., None], 3, axis=2) if grey else image.astype(np.float32))
+        if filmed:
+            video.append(luminance[i][..., None].repeat(3, 2) if grey else image.astype(np.float32))
             ids.append(np.where(identity >= render.SCENERY_ID, 0, identity))
-    noise = float(rng.uniform(0, config.video_noise))
-    video = np.clip(
-        np.stack(video) + rng.normal(0, noise, (len(video), height, width, 1 if grey else 3)), 0,
-        255).astype(np.uint8)
+    sigma = float(rng.uniform(0, config.video_noise))
+    noise = rng.normal(0, sigma, (len(video), height, width, 1 if grey else 3))
+    video = np.clip(np.stack(video) + noise, 0, 255).astype(np.uint8)
     times_us = (np.arange(n) * 1_000_000 // LUMINANCE_HZ).astype(np.int64)
     stream = dvs.simulate_events(luminance, times_us, _sensor(rng, config), rng)
     clips = [
@@ -103,15 +101,13 @@ def simulate_sequence(seed: int, split: str, index: int,
 
 
 def _sensor(rng: np.random.Generator, config: DriveConfig) -> dvs.DvsConfig:
-    base = dvs.DvsConfig()
     if rng.random() >= config.noisy_fraction:
-        return base
+        return dvs.DvsConfig()
     threshold = float(rng.uniform(0.15, 0.28))
-    return replace(base, threshold_on=threshold,
-                   threshold_off=threshold * float(rng.uniform(0.9, 1.1)), threshold_sigma=0.04,
-                   cutoff_hz=float(rng.uniform(60, 300)), leak_hz=float(rng.uniform(0.01, 0.1)),
-                   shot_hz=float(rng.uniform(0.0, 0.5)),
-                   )
+    off = threshold * float(rng.uniform(0.9, 1.1))
+    return dvs.DvsConfig(threshold, off, 0.04, cutoff_hz=float(rng.uniform(60, 300)),
+                         leak_hz=float(rng.uniform(0.01, 0.1)),
+                         shot_hz=float(rng.uniform(0.0, 0.5)))
 
 
 def _clip(k: int, scene: scenes.Scene, stream: Events, video: np.ndarray, ids: np.ndarray,
@@ -120,74 +116,60 @@ def _clip(k: int, scene: scenes.Scene, stream: Events, video: np.ndarray, ids: n
     end_us = start_us + int(CLIP_S * 1_000_000)
     events = stream.between(start_us, end_us)
     first, length = int(k * HOP_S * VIDEO_HZ), int(CLIP_S * VIDEO_HZ)
-    window = ids[first:first + length]
-    truth = facts.clip_facts(scene, window, (first + np.arange(length)) / VIDEO_HZ,
+    truth = facts.clip_facts(scene, ids[first:first + length],
+                             (first + np.arange(length)) / VIDEO_HZ,
                              _events_by_identity(events, ids), grey=grey)
     chosen = [first + i for i in frames.uniform_indices(length, 8)]
-    if len(
-            events
-    # a static scene may leave next to nothing: the sensor's honest answer is an empty picture
-    ) < 5:
-        pictures = [np.full((*video.shape[1:3], 3), 255, np.uint8) for _ in range(5)]
-    else:
+    if len(events) >= 5:
         pictures = frames.event_frames(events, 5, canvas="sensor")
+    else:  # a static scene may leave next to nothing; the honest picture of that is an empty one
+        pictures = [np.full((*video.shape[1:3], 3), 255, np.uint8) for _ in range(5)]
     return SimulatedClip(f"{k:06d}", events, video[chosen], pictures, truth, (start_us, end_us))
 
 
 def _events_by_identity(events: Events, ids: np.ndarray) -> dict[int, int]:
     """Events that fell on each visible object, one pixel of margin included (edges fire beside the
     mask)."""
-    if not len(events):
-        return {}
     frame = np.clip(np.rint(events.t_us * VIDEO_HZ / 1_000_000).astype(int), 0, len(ids) - 1)
     height, width = ids.shape[1:]
-    counts = np.zeros(256, np.int64)
     best = np.zeros(len(events), np.uint8)
-    for dy in (-1, 0, 1):
-        for dx in (-1, 0, 1):
-            y, x = np.clip(events.y.astype(int) + dy, 0,
-                           height - 1), np.clip(events.x.astype(int) + dx, 0, width - 1)
-            best = np.maximum(best, ids[frame, y, x])
-    counts += np.bincount(best, minlength=256)
-    return {int(number): int(counts[number]) for number in np.flatnonzero(counts) if number}
+    for dy, dx in product((-1, 0, 1), repeat=2):
+        y = np.clip(events.y.astype(int) + dy, 0, height - 1)
+        x = np.clip(events.x.astype(int) + dx, 0, width - 1)
+        best = np.maximum(best, ids[frame, y, x])
+    return {number: int(n) for number, n in enumerate(np.bincount(best)) if number and n}
 
 
-def simulate(seed: int, split: str, n_sequences: int, *, config: DriveConfig | None = None,
-             workers: int = 1, first: int = 0) -> Iterator[Drive]:
+def simulate(seed: int, split: str, n_sequences: int, *, workers: int = 1,
+             first: int = 0) -> Iterator[Drive]:
     """Sequences ``first`` … ``first + n_sequences - 1`` in order, on several processes if asked
     (the result does not depend on it)."""
     indices = range(first, first + n_sequences)
     if workers <= 1:
-        yield from (simulate_sequence(seed, split, i, config) for i in indices)
+        yield from (simulate_sequence(seed, split, i) for i in indices)
         return
     with ProcessPoolExecutor(workers) as pool:
-        yield from pool.map(simulate_sequence, repeat(seed), repeat(split), indices, repeat(config),
-                            chunksize=4)
+        yield from pool.map(simulate_sequence, repeat(seed), repeat(split), indices, chunksize=4)
 
 
 def write_dataset(root: str | Path, *, split: str, n_sequences: int, seed: int, workers: int = 1,
-                  config: DriveConfig | None = None, progress: Callable[[int], None] | None = None,
-                  ) -> dict[str, Any]:
-    """Simulate a split and write it in the dataset folder layout (docs/architecture.md), with
-    facts.json and questions.json beside it.
+                  progress: Callable[[int], None] | None = None) -> dict[str, Any]:
+    """Simulate a split and write it as a dataset folder with facts.json and questions.json.
 
     Returns: a summary {sequences, clips, events, questions}. ``progress`` is called with the number
     of finished sequences.
     """
     writer = folder.FolderWriter(root, split, source="simulated")
     n_clips = n_events = 0
-    for done, drive in enumerate(simulate(seed, split, n_sequences, config=config, workers=workers),
-                                 start=1):
+    drives = simulate(seed, split, n_sequences, workers=workers)
+    for done, drive in enumerate(drives, start=1):
         for clip in drive.clips:
             writer.add(drive.sequence, clip.name, events=clip.events, video=clip.video,
-                       event_frames=clip.event_frames, t_us=clip.t_us, facts=clip.facts,
-                       )
+                       event_frames=clip.event_frames, t_us=clip.t_us, facts=clip.facts)
             n_clips, n_events = n_clips + 1, n_events + len(clip.events)
         if progress:
             progress(done)
     writer.close()
-    questions = language.questions()
-    folder.write_questions(Path(root) / "questions.json", [(q.text, n_clips) for q in questions])
-    return {
-        "sequences": n_sequences, "clips": n_clips, "events": n_events, "questions": len(questions)
-    }
+    texts = [question.text for question in language.questions()]
+    folder.write_questions(Path(root) / "questions.json", [(text, n_clips) for text in texts])
+    return {"sequences": n_sequences, "clips": n_clips, "events": n_events, "questions": len(texts)}

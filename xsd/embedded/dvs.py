@@ -1,5 +1,4 @@
-"""The event camera: luminance frames in, ON and OFF events out, by the standard DVS model
-(docs/sensors.md, section 1).
+"""The event camera: luminance frames in, ON and OFF events out (docs/sensors.md, section 1).
 
 The model is v2e's (Hu et al. 2021) on ESIM's linear interpolation in time (Rebecq et al. 2018): log
 intensity, an intensity-dependent low-pass, one contrast threshold per pixel and polarity,
@@ -11,7 +10,7 @@ State is kept as the difference ``d = Lp - base`` between the low-passed log int
 memorised at the pixel's last event, because float32 resolves a small difference better than two
 large levels. ``d`` always stays between -threshold_off and threshold_on:
 
-    d:  +0.05 --(frame: +0.47)--> 0.52 = 2 ON events of 0.2 and a remainder of 0.12, which the next frame starts from
+    d:  +0.05 --(frame: +0.47)--> 0.52 = 2 ON events of 0.2, and 0.12 are left for the next frame
 """
 
 from __future__ import annotations
@@ -28,6 +27,7 @@ from xsd.sensors.events import Events
 
 _LONG_AGO_US = -(2**62)
 _WHITE = 255.0
+_Fired = tuple[np.ndarray, np.ndarray, np.ndarray]  # pixel, time in µs, polarity
 
 
 @dataclass(frozen=True)
@@ -46,21 +46,20 @@ class DvsConfig:
     leak_hz: float = 0.01
     """Spontaneous ON events per pixel and second."""
     shot_hz: float = 0.001
-    """Noise events per dark pixel and second, half ON and half OFF; bright pixels have up to four
-    times fewer."""
+    """Noise events per dark pixel and second, half ON, half OFF; up to four times fewer in
+    light."""
     refractory_us: int = 500
     """An event closer than this to its pixel's last one is dropped."""
     offset: float = 20.0
     """Added to the luminance (0…255) before the logarithm."""
+
     def __post_init__(self) -> None:
         if min(self.threshold_on, self.threshold_off, self.offset) <= 0:
             raise EventError(f"the event camera needs thresholds and offset above 0; got {self}")
         if min(self.threshold_sigma, self.cutoff_hz, self.leak_hz, self.shot_hz,
                self.refractory_us) < 0:
-            raise EventError(
-                "the event camera's sigma, rates and refractory time cannot be negative; got "
-                f"{self}"
-            )
+            raise EventError("the event camera's sigma, rates and refractory time cannot be "
+                             f"negative; got {self}")
 
     @classmethod
     def clean(cls) -> DvsConfig:
@@ -74,11 +73,11 @@ class DvsConfig:
 
 
 class DvsSimulator:
-    """One sensor that is shown frame after frame; :func:`simulate_events` runs it over a whole
-    video.
+    """One sensor that is shown frame after frame; :func:`simulate_events` runs it over a video.
 
     Args: height, width: pixels. generator: draws the thresholds now and the noise at each step.
     """
+
     def __init__(self, height: int, width: int, config: DvsConfig,
                  generator: np.random.Generator) -> None:
         self.height, self.width, self.config, self.generator = height, width, config, generator
@@ -91,15 +90,14 @@ class DvsSimulator:
         self._last_event_us = np.full(n, _LONG_AGO_US, np.int64)
 
     def _draw_thresholds(self, mean: float, n: int) -> np.ndarray:
-        drawn = self.generator.normal(mean, self.config.threshold_sigma,
-                                      n) if self.config.threshold_sigma else np.full(n, mean)
+        sigma = self.config.threshold_sigma
+        drawn = self.generator.normal(mean, sigma, n) if sigma else np.full(n, mean)
         return np.maximum(drawn, 0.01).astype(np.float32)
 
     def step(self, luminance: np.ndarray, time_us: int) -> Events:
         """Show one frame. The first only initialises and gives no event.
 
-        Args: luminance: float or uint8 [H, W], 0…255. time_us: when this frame was seen; must rise
-        from step to step.
+        Args: luminance: float or uint8 [H, W], 0…255. time_us: must rise from step to step.
         Returns: the events after the previous frame's time and up to this one's, in order of time.
         Raises: EventError for another shape, luminance outside 0…255, or time that does not rise.
         """
@@ -113,96 +111,76 @@ class DvsSimulator:
         if duration_us <= 0:
             raise EventError(
                 f"a frame at {time_us} µs follows one at {start_us} µs; frame times must rise")
-
         before = self._difference
         after = self._advance(level, log_level, duration_us * 1e-6)
-        fired = np.flatnonzero((after >= self.threshold_on) | (after <= -self.threshold_off))
-        parts = [self._signal_events(fired, before, after, start_us, duration_us)
-                 ] if fired.size else []
+        parts = [self._signal_events(before, after, start_us, duration_us)]
         self._difference = after
         if self.config.shot_hz:
-            parts.append(self._shot_events(level, start_us, duration_us))
-        return self._to_events(parts)
+            parts += self._shot_events(level, start_us, duration_us)
+        pixel, time, polarity = (np.concatenate(column) for column in zip(*parts, strict=True))
+        order = np.argsort(time, kind="stable")
+        y, x = np.divmod(pixel[order], self.width)
+        return Events(x.astype(np.uint16), y.astype(np.uint16), time[order],
+                      polarity[order].astype(np.uint8), self.width, self.height)
 
     def _level(self, luminance: np.ndarray) -> np.ndarray:
         frame = np.asarray(luminance)
         if frame.shape != (self.height, self.width):
             raise EventError(
                 f"the event camera sees {self.height}x{self.width} pixels (height x width) but was "
-                f"shown an array of shape {frame.shape}"
-            )
+                f"shown an array of shape {frame.shape}")
         level = frame.reshape(-1).astype(np.float32)
         if not (level.min() >= 0 and level.max() <= _WHITE):  # written so that NaN fails too
-            raise EventError(
-                f"luminance must lie in 0…255; got {level.min()}…{level.max()} (scale the frame "
-                "first)"
-            )
-        level += np.float32(self.config.offset)
-        return level
+            raise EventError(f"luminance must lie in 0…255; got {level.min()}…{level.max()} (scale "
+                             "the frame first)")
+        return level + np.float32(self.config.offset)
 
     def _advance(self, level: np.ndarray, log_level: np.ndarray, duration_s: float) -> np.ndarray:
         """Low-pass and leak over one interval: the new ``d`` before any event is taken off it."""
-        config = self.config
+        config, low_passed = self.config, log_level
         if config.cutoff_hz:
-            # epsilon = (I + offset) / (255 + offset) * dt / tau with tau = 1 / (2 pi f_c), at most
-            # 1
-            gain = np.float32(duration_s * 2 * math.pi * config.cutoff_hz /
-                              (_WHITE + config.offset))
-            epsilon = np.minimum(level * gain, np.float32(1))
-            low_passed = log_level - self._low_passed
-            low_passed *= epsilon
-            low_passed += self._low_passed
-        else:
-            low_passed = log_level
-        after = low_passed - self._low_passed
-        after += self._difference
+            # epsilon = (I + offset) / (255 + offset) * dt / tau, tau = 1 / (2 pi f_c), at most 1
+            gain = duration_s * 2 * math.pi * config.cutoff_hz / (_WHITE + config.offset)
+            epsilon = np.minimum(level * np.float32(gain), np.float32(1))
+            low_passed = (log_level - self._low_passed) * epsilon + self._low_passed
+        after = low_passed - self._low_passed + self._difference
         self._low_passed = low_passed
         if config.leak_hz:
             after += np.float32(duration_s * config.leak_hz) * self.threshold_on
         return after
 
-    def _signal_events(self, fired: np.ndarray, before: np.ndarray, after: np.ndarray,
-                       start_us: int,
-                       duration_us: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Events of the pixels whose ``d`` passed a threshold; takes them off ``after`` in place.
-        Returns pixel, time in µs, polarity."""
+    def _signal_events(self, before: np.ndarray, after: np.ndarray, start_us: int,
+                       duration_us: int) -> _Fired:
+        """Events of the pixels whose ``d`` passed a threshold; takes them off ``after`` in
+        place."""
+        fired = np.flatnonzero((after >= self.threshold_on) | (after <= -self.threshold_off))
+        if not fired.size:
+            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool)
         start, end = before[fired].astype(np.float64), after[fired].astype(np.float64)
         rising = end > 0
         sign = np.where(rising, 1.0, -1.0)
-        threshold = np.where(rising, self.threshold_on[fired],
-                             self.threshold_off[fired]).astype(np.float64)
-        count = np.floor(sign * end / threshold).astype(np.int64)
-        count = np.maximum(
-            count, 1
-        # float64 division may fall a hair short of the float32 comparison that let the pixel
-        # through
-        )
+        threshold = np.where(rising, self.threshold_on[fired], self.threshold_off[fired])
+        threshold = threshold.astype(np.float64)
+        # at least 1: float64 division may fall a hair short of the float32 comparison above
+        count = np.maximum(np.floor(sign * end / threshold).astype(np.int64), 1)
         after[fired] = (end - sign * count * threshold).astype(np.float32)
 
-        # d runs on a straight line from start to end, so crossing number k happens at (k *
-        # threshold - |start|) / |end - start|
-        slope = duration_us / (sign * (end - start))
-        origin = sign * start
-        pixels, times = [], []
-        last_us = self._last_event_us
-        alive = np.arange(fired.size)
+        # d runs on a straight line from start to end, so crossing number k happens at
+        # (k * threshold - |start|) / |end - start| of the interval
+        slope, origin = duration_us / (sign * (end - start)), sign * start
+        last_us, parts = self._last_event_us, []
         for k in range(1, int(count.max()) + 1):
-            alive = alive[count[alive] >= k] if k > 1 else alive
+            alive = np.flatnonzero(count >= k)
             pixel = fired[alive]
-            time = start_us + np.clip(
-                np.rint((k * threshold[alive] - origin[alive]) * slope[alive]), 1,
-                duration_us).astype(np.int64)
+            offset_us = np.rint((k * threshold[alive] - origin[alive]) * slope[alive])
+            time = start_us + np.clip(offset_us, 1, duration_us).astype(np.int64)
             kept = time - last_us[pixel] >= self.config.refractory_us
-            last_us[pixel[kept]] = time[kept]
-            pixels.append(np.where(kept, pixel, -1))
-            times.append(time)
-        pixel, time = np.concatenate(pixels), np.concatenate(times)
-        polarity = np.concatenate([rising[count >= k] for k in range(1, len(pixels) + 1)])
-        kept = pixel >= 0
-        return pixel[kept], time[kept], polarity[kept]
+            pixel, time = pixel[kept], time[kept]
+            last_us[pixel] = time
+            parts.append((pixel, time, rising[alive[kept]]))
+        return tuple(np.concatenate(column) for column in zip(*parts, strict=True))
 
-    def _shot_events(self, level: np.ndarray, start_us: int,
-                     duration_us: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _shot_events(self, level: np.ndarray, start_us: int, duration_us: int) -> list[_Fired]:
         """Noise events, which also reset their pixel's ``d``. Chance per pixel: (R/2) dt (1 - 0.75
         (I + 20) / 275), ON and OFF each.
 
@@ -210,36 +188,22 @@ class DvsSimulator:
         independent draw and touches few pixels.
         """
         chance = min(1.0, self.config.shot_hz / 2 * duration_us * 1e-6)
-        pixels, times, polarities = [], [], []
+        brightest, found = _WHITE + self.config.offset, []
         for polarity in (True, False):
             n = int(self.generator.binomial(level.size, chance))
             if n == 0:
                 continue
             pixel = self.generator.choice(level.size, n, replace=False)
-            pixel = pixel[self.generator.random(n) < 1 - 0.75 * level[pixel] /
-                          (_WHITE + self.config.offset)]
+            pixel = pixel[self.generator.random(n) < 1 - 0.75 * level[pixel] / brightest]
             time = start_us + self.generator.integers(1, duration_us + 1, pixel.size)
-            # also drops noise drawn before the pixel's own event of this interval: a pixel's events
-            # stay in order and apart
+            # also drops noise drawn before the pixel's own event of this interval, so that a
+            # pixel's events stay in order and apart
             kept = time - self._last_event_us[pixel] >= self.config.refractory_us
             pixel, time = pixel[kept], time[kept]
             self._last_event_us[pixel] = time
             self._difference[pixel] = 0
-            pixels.append(pixel)
-            times.append(time)
-            polarities.append(np.full(pixel.size, polarity))
-        if not pixels:
-            return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool)
-        return np.concatenate(pixels), np.concatenate(times), np.concatenate(polarities)
-
-    def _to_events(self, parts: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> Events:
-        if not parts:
-            return event_streams.empty(self.width, self.height)
-        pixel, time, polarity = (np.concatenate(column) for column in zip(*parts, strict=True))
-        order = np.argsort(time, kind="stable")
-        y, x = np.divmod(pixel[order], self.width)
-        return Events(x.astype(np.uint16), y.astype(np.uint16), time[order],
-                      polarity[order].astype(np.uint8), self.width, self.height)
+            found.append((pixel, time, np.full(pixel.size, polarity)))
+        return found
 
 
 def simulate_events(frames: np.ndarray | Iterable[np.ndarray], times_us: Sequence[int] | np.ndarray,
@@ -253,14 +217,12 @@ def simulate_events(frames: np.ndarray | Iterable[np.ndarray], times_us: Sequenc
     Raises: EventError for no frame, another number of times than frames, and what
     :meth:`DvsSimulator.step` refuses.
     """
-    times = [int(time) for time in times_us]
     frames = frames if isinstance(frames, np.ndarray) else list(frames)
-    if len(frames) == 0 or len(frames) != len(times):
+    if len(frames) == 0 or len(frames) != len(times_us):
         raise EventError(
             f"simulating events needs at least one frame and one time for each; got {len(frames)} "
-            f"frames and {len(times)} times"
-        )
-    height, width = np.shape(frames[0])
-    simulator = DvsSimulator(height, width, config, generator)
-    return event_streams.join(
-        [simulator.step(frame, time) for frame, time in zip(frames, times, strict=True)])
+            f"frames and {len(times_us)} times")
+    simulator = DvsSimulator(*np.shape(frames[0]), config, generator)
+    return event_streams.join([
+        simulator.step(frame, int(time)) for frame, time in zip(frames, times_us, strict=True)
+    ])

@@ -1,5 +1,4 @@
-"""What a viewer of the clip can know, read off the rendered identity images, and which of it left
-events behind.
+"""What a viewer of a clip can know, read off the rendered id images, and what of it left events.
 
 A fact is kept only when its object is really visible in the square both models see (the centre
 crop): occluded or passed actors are not part of the truth. ``events`` on an actor says whether an
@@ -22,7 +21,7 @@ NEAR_M = 12.5
 
 
 def centre_square(image: np.ndarray) -> np.ndarray:
-    """The largest centred square [..., H, W] → [..., H, H]: what a centre crop leaves."""
+    """The largest centred square [..., H, W] → [..., S, S]: what a centre crop leaves."""
     height, width = image.shape[-2:]
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
@@ -31,51 +30,47 @@ def centre_square(image: np.ndarray) -> np.ndarray:
 
 def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts: dict[int, int], *,
                grey: bool) -> dict[str, Any]:
-    """Facts of one clip.
+    """Facts of one clip: a JSON-ready dict.
 
-    Args:
-        scene: the scene. ids: uint8 [T, H, W] identity images at times_s [T]. event_counts: events
-        inside each
-        identity's mask during the clip.
-        grey: the video is grey, so nobody can know a colour.
-
-    Returns: a JSON-ready dict: time, sky, ego, left, right, light, vehicles, people, grey,
-    ego_known.
+    ids: uint8 [T, H, W] identity images at times_s [T]. event_counts: events inside each identity's
+    mask during the clip. grey: the video is grey, so nobody can know a colour.
     """
     seen = centre_square(ids)
-    scale = (seen.shape[-1] / 96)**2
     middle = seen[len(seen) // 2 - 3:len(seen) // 2 + 4]
-    pixels = {
-        number: float((middle == number).sum(axis=(1, 2)).mean()) / scale
-        for number in (*range(1,
-                              len(scene.actors) + 1), LIGHT_ID)
-    }
-    vehicles, people = [], []
+    scale = (seen.shape[-1] / 96)**2
+
+    def visible(number: int, sort: str) -> bool:
+        pixels = float((middle == number).sum(axis=(1, 2)).mean()) / scale
+        return pixels >= MIN_PIXELS[sort]
+
+    def fires(number: int, sort: str) -> bool:
+        return event_counts.get(number, 0) >= MIN_EVENTS[sort]
+
+    found: dict[str, list[dict[str, Any]]] = {"vehicle": [], "person": []}
     for number, actor in enumerate(scene.actors, start=1):
         sort = "vehicle" if actor.is_vehicle else "person"
-        if pixels[number] < MIN_PIXELS[sort]:
-            continue
-        depth = float(np.mean([scene.position(actor, float(t))[1] for t in times_s]))
-        (vehicles if actor.is_vehicle else people).append({
-            "kind": actor.kind, "colour": None if grey else actor.colour, "place": actor.place,
-            "motion": actor.motion, "distance": "near" if depth < NEAR_M else "far",
-            "events": bool(event_counts.get(number, 0) >= MIN_EVENTS[sort]),
-        })
-    order = ("left", "ahead", "right")
-    vehicles.sort(key=lambda v: order.index(v["place"]))
-    people.sort(key=lambda v: order.index(v["place"]))
-    light_seen = scene.light is not None and pixels[LIGHT_ID] >= MIN_PIXELS["light"]
+        if visible(number, sort):
+            depth = float(np.mean([scene.position(actor, float(t))[1] for t in times_s]))
+            found[sort].append({
+                "kind": actor.kind, "colour": None if grey else actor.colour,
+                "place": actor.place, "motion": actor.motion,
+                "distance": "near" if depth < NEAR_M else "far", "events": fires(number, sort),
+            })  # fmt: skip
+    for things in found.values():
+        things.sort(key=lambda thing: ("left", "ahead", "right").index(thing["place"]))
+    light_seen = scene.light is not None and visible(LIGHT_ID, "light")
     return {
         "time": scene.time, "sky": scene.sky, "ego": scene.ego, "left": scene.left,
         "right": scene.right, "light": ("unknown" if grey else scene.light) if light_seen else None,
-        "light_events": bool(light_seen and event_counts.get(LIGHT_ID, 0) >= MIN_EVENTS["light"]),
-        "vehicles": vehicles, "people": people, "grey": grey, "moving": scene.ego != "stopped",
-    }
+        "light_events": light_seen and fires(LIGHT_ID, "light"),
+        "vehicles": found["vehicle"], "people": found["person"], "grey": grey,
+        "moving": scene.ego != "stopped",
+    }  # fmt: skip
 
 
 def seen_by_events(facts: dict[str, Any]) -> dict[str, Any]:
-    """The same facts with everything removed that an event camera cannot know: colours, time, sky,
-    lamp colour, and what stands still."""
+    """The same facts without what an event camera cannot know: colours, time, sky, lamp colour, and
+    what stands still."""
     moving = facts["moving"]
     return {
         **facts, "time": None, "sky": None, "left": facts["left"] if moving else None,
@@ -83,4 +78,4 @@ def seen_by_events(facts: dict[str, Any]) -> dict[str, Any]:
         "light": "unknown" if facts["light"] and facts["light_events"] else None,
         "vehicles": [{**v, "colour": None} for v in facts["vehicles"] if v["events"]],
         "people": [{**v, "colour": None} for v in facts["people"] if v["events"]],
-    }
+    }  # fmt: skip

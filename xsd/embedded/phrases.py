@@ -1,5 +1,4 @@
-"""The words of both dialects: one table, written from by ``xsd.embedded.language`` and read back by
-its scorer."""
+"""The words of both dialects: one table that answers are written from and read back by."""
 
 from __future__ import annotations
 
@@ -7,6 +6,7 @@ from typing import Any, Literal
 
 Dialect = Literal["verifier", "drafter"]
 Facts = dict[str, Any]
+PEOPLE = ("pedestrian", "cyclist")
 
 # fact -> value -> (verifier's words, drafter's words)
 PHRASES: dict[str, dict[str, tuple[str, str]]] = {
@@ -39,42 +39,42 @@ PHRASES: dict[str, dict[str, tuple[str, str]]] = {
         "fields": ("open fields", "open ground"),
     },
     "time": {"day": ("day", "day"), "dusk": ("evening", "evening"), "night": ("night", "night")},
-    "sky": {"clear": ("a clear "
-                      "sky", "a clear sky"), "overcast": ("an overcast sky", "an overcast sky")},
-    "kind": {k: (k, k) for k in ("car", "van", "truck", "bus", "pedestrian", "cyclist")},
+    "sky": {
+        "clear": ("a clear sky", "a clear sky"),
+        "overcast": ("an overcast sky", "an overcast sky"),
+    },
+    "kind": {k: (k, k) for k in ("car", "van", "truck", "bus", *PEOPLE)},
     "colour": {k: (k, k) for k in ("red", "blue", "white", "black", "yellow", "green")},
-    "light": {"red": ("shows "
-                      "red", ""), "yellow": ("shows "
-                                             "yellow", ""), "green": ("shows green", ""), "unknown": ("is lit", "signal post")},
+    "light": {
+        "red": ("shows red", ""),
+        "yellow": ("shows yellow", ""),
+        "green": ("shows green", ""),
+        "unknown": ("is lit", "signal post"),
+    },
     "nothing": {"none": ("no", "nothing")},
 }
-WORD_KINDS = {"kind": "object", "ego": "ego motion"}
 
 
-def say(fact: str, value: str, dialect: Dialect) -> str:
-    """Words of one value of one fact."""
-    return PHRASES[fact][value][0 if dialect == "verifier" else 1]
+def say(fact: str, value: str | None, dialect: Dialect) -> str | None:
+    """Words of one value of one fact; None for a value that is not known."""
+    return value and PHRASES[fact][value][0 if dialect == "verifier" else 1]
 
 
 def article(noun: str) -> str:
-    """With its indefinite article."""
+    """The noun with its indefinite article."""
     return ("an " if noun[0] in "aeiou" else "a ") + noun
 
 
-def name_of(thing: Facts, dialect: Dialect) -> str:
-    """'red van' / 'pedestrian in a yellow coat' / 'van' where nobody can know the colour."""
-    if not thing["colour"] or dialect == "drafter":
-        return thing["kind"]
-    if thing["kind"] in ("pedestrian", "cyclist"):
-        return f"{thing['kind']} in a {thing['colour']} coat"
-    return f"{thing['colour']} {thing['kind']}"
+def name_of(thing: Facts) -> str:
+    """'red van', 'pedestrian in a yellow coat', or 'van' where nobody can know the colour."""
+    kind, colour = thing["kind"], thing["colour"]
+    if not colour:
+        return kind
+    return f"{kind} in a {colour} coat" if kind in PEOPLE else f"{colour} {kind}"
 
 
-def join(parts: list[str]) -> str:
-    """'a, b and c'."""
-    return parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-
-
-def count(n: int) -> str:
-    """Nought to three in words."""
-    return ("no", "one", "two", "three")[min(n, 3)]
+def join(parts: list[str]) -> str | None:
+    """'a, b and c'; None for no part."""
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return ", ".join(parts[:-1]) + " and " + parts[-1]

@@ -1,5 +1,5 @@
-"""A simulated drive written in DSEC's own raw format, so that what reads DSEC can be tried without
-it (docs/sensors.md, section 6).
+"""A simulated drive in DSEC's own raw format, to try what reads DSEC without it (docs/sensors.md,
+section 6).
 
 Events are those of a 640 x 480 sensor: luminance is rendered small and enlarged before the
 event-camera model sees it, which makes edges softer than a real sensor's. Clock, files, dtypes and
@@ -15,20 +15,21 @@ import numpy as np
 from PIL import Image
 
 from xsd.core import DatasetError
-from xsd.embedded import dvs, render, scenes
+from xsd.embedded import dvs, scenes
+from xsd.embedded.drive import LUMINANCE_HZ, VIDEO_HZ
+from xsd.embedded.render import Renderer
 from xsd.files import atomic_write
 from xsd.sensors import dsec
 from xsd.sensors import events as event_streams
 from xsd.sensors.timed_video import LUMA
 
-LUMINANCE_HZ, IMAGE_HZ = 60, 20
 CLOCK_START_US = 51_648_500_000
 """DSEC's clock is absolute; this is an arbitrary moment on it."""
 
 
 def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
-          image_size: tuple[int, int] = (360, 270), rendered: tuple[int, int] = (160, 120),
-          ) -> dict[str, Any]:
+          image_size: tuple[int, int] = (360, 270),
+          rendered: tuple[int, int] = (160, 120)) -> dict[str, Any]:
     """Write ``events/left/events.h5``, ``rectify_map.h5``, rectified images and timestamps.
 
     image_size: width and height of the pictures (DSEC: 1440 x 1080). rendered: what is rendered
@@ -41,28 +42,25 @@ def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
     if timestamps.exists():
         raise DatasetError(f"{folder} holds a raw sequence already; choose another folder")
     rng = np.random.default_rng([seed, 7])
-    renderer = render.Renderer(scenes.sample_scene(rng), render.Camera(*rendered))
+    renderer = Renderer(scenes.sample_scene(rng), *rendered)
     simulator = dvs.DvsSimulator(dsec.HEIGHT, dsec.WIDTH, dvs.DvsConfig(), rng)
     pictures = folder / "images" / "left" / "rectified"
     pictures.mkdir(parents=True, exist_ok=True)
     parts, times = [], []
     for i in range(int(duration_s * LUMINANCE_HZ) + 1):
-        image = renderer.frame(i / LUMINANCE_HZ)[0]
+        image, _ = renderer.frame(i / LUMINANCE_HZ)
         time_us = i * 1_000_000 // LUMINANCE_HZ
-        grey = Image.fromarray((image @ LUMA).astype(np.float32)).resize((dsec.WIDTH, dsec.HEIGHT),
-                                                                         Image.Resampling.BILINEAR)
+        grey = Image.fromarray((image @ LUMA).astype(np.float32))
+        grey = grey.resize((dsec.WIDTH, dsec.HEIGHT), Image.Resampling.BILINEAR)
         parts.append(simulator.step(np.asarray(grey), time_us))
-        if i % (LUMINANCE_HZ // IMAGE_HZ) == 0:
-            picture = Image.fromarray(np.asarray(image,
-                                                 np.uint8)).resize(image_size,
-                                                                   Image.Resampling.BICUBIC)
+        if i % (LUMINANCE_HZ // VIDEO_HZ) == 0:
+            picture = Image.fromarray(image).resize(image_size, Image.Resampling.BICUBIC)
             picture.save(pictures / f"{len(times):06d}.png")
             times.append(CLOCK_START_US + time_us)
     stream = event_streams.join(parts)
     _write_events(folder / "events" / "left", stream)
-    atomic_write(timestamps,
-                 "".join(f"{time}\n"
-                         for time in times))  # last: without it the sequence is unfinished
+    # last: without it the sequence is unfinished
+    atomic_write(timestamps, "".join(f"{time}\n" for time in times))
     return {"events": len(stream), "images": len(times), "duration_s": duration_s}
 
 
@@ -82,6 +80,5 @@ def _write_events(folder: Path, stream: event_streams.Events) -> None:
         file["ms_to_idx"] = np.searchsorted(t, np.arange(last_ms + 1) * 1000).astype(np.uint64)
         file["t_offset"] = CLOCK_START_US
     with h5py.File(folder / "rectify_map.h5", "w") as file:  # a simulated lens has no distortion
-        grid = np.stack(np.meshgrid(np.arange(dsec.WIDTH), np.arange(dsec.HEIGHT)),
-                        axis=-1).astype(np.float32)
-        file.create_dataset("rectify_map", data=grid, **packed)
+        x, y = np.meshgrid(np.arange(dsec.WIDTH), np.arange(dsec.HEIGHT))
+        file.create_dataset("rectify_map", data=np.stack([x, y], -1).astype(np.float32), **packed)

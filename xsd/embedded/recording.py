@@ -1,9 +1,7 @@
-"""Real recordings by a sensor that saw events and frames at once, cut into clips in the dataset
-folder layout (docs/sensors.md, section 2).
+"""Real recordings of events and frames, cut into clips as the simulated drives are, and held
+against the event-camera model (docs/sensors.md, section 2).
 
-The same conventions as the simulated drives: a clip lasts one second and overlaps the next by half,
-its video is 8 uniformly sampled frames of the window, its event frames are 5 slices of equal count
-on the sensor canvas.
+A clip lasts one second and overlaps the next by half; its video is 8 uniformly sampled frames.
 """
 
 from __future__ import annotations
@@ -47,9 +45,8 @@ def read_aedat4(path: str | Path) -> Recording:
     try:
         found = [packet["frame"] for packet in aedat.Decoder(str(path)) if "frame" in packet]
     except RuntimeError as error:
-        raise VideoError(
-            f"{path}: its frames do not decode ({error}); the file may be cut off: copy it again"
-        ) from error
+        raise VideoError(f"{path}: its frames do not decode ({error}); the file may be cut off: "
+                         "copy it again") from error
     if not found:
         raise VideoError(
             f"{path} holds no frame; expected a recording with events and frames (a DAVIS camera)")
@@ -57,39 +54,31 @@ def read_aedat4(path: str | Path) -> Recording:
                      np.array([frame["t"] for frame in found], np.int64))
 
 
-def windows(recording: Recording, clip_us: int = CLIP_US,
-            hop_us: int = HOP_US) -> list[tuple[int, int]]:
+def windows(recording: Recording) -> list[tuple[int, int]]:
     """Start and end (not included) of every whole clip, in µs, from the first frame on. The last
-    frame lasts one frame interval.
-
-    Raises: DatasetError when the recording is shorter than one clip.
-    """
+    frame lasts one frame interval. Raises: DatasetError when not one clip fits."""
     times = recording.times_us
     start, end = int(times[0]), int(times[-1])
     if len(times) > 1:
         end += int(np.median(np.diff(times)))
-    if end - start < clip_us:
-        raise DatasetError(
-            f"the recording lasts {(end - start) / 1e6:.2f} s, less than one clip of "
-            f"{clip_us / 1e6:.2f} s; use a shorter clip"
-        )
-    return [(first, first + clip_us) for first in range(start, end - clip_us + 1, hop_us)]
+    if end - start < CLIP_US:
+        raise DatasetError(f"the recording lasts {(end - start) / 1e6:.2f} s, less than one clip "
+                           f"of {CLIP_US / 1e6:.2f} s; record longer")
+    return [(first, first + CLIP_US) for first in range(start, end - CLIP_US + 1, HOP_US)]
 
 
-def write_clips(recording: Recording, root: str | Path, sequence: str, *, split: str = "test",
-                clip_us: int = CLIP_US, hop_us: int = HOP_US, n_video: int = 8,
-                ) -> int:
+def write_clips(recording: Recording, root: str | Path, sequence: str, *,
+                split: str = "test") -> int:
     """Cut a recording and write it as a dataset folder; ``source`` is ``recorded``.
 
     Returns: the number of clips. Raises: DatasetError when it is too short; EventError for a window
     with fewer than five events.
     """
-    cuts = windows(recording, clip_us, hop_us)
+    cuts, times = windows(recording), recording.times_us
     with folder.FolderWriter(root, split, source="recorded") as writer:
         for k, (start_us, end_us) in enumerate(cuts):
-            inside = np.flatnonzero((recording.times_us >= start_us)
-                                    & (recording.times_us < end_us))
-            video = recording.frames[inside[frames.uniform_indices(len(inside), n_video)]]
+            inside = np.flatnonzero((times >= start_us) & (times < end_us))
+            video = recording.frames[inside[frames.uniform_indices(len(inside), 8)]]
             if video.ndim == 3:
                 video = np.repeat(video[..., None], 3, axis=3)
             writer.add(sequence, f"{k:06d}", events=recording.events.between(start_us, end_us),
@@ -98,33 +87,25 @@ def write_clips(recording: Recording, root: str | Path, sequence: str, *, split:
 
 
 def compare_with_simulation(recording: Recording, config: dvs.DvsConfig,
-                            generator: np.random.Generator, cell: int = 4) -> dict[str, Any]:
-    """Simulate events from the frames of a recording and hold them against its real ones, over the
-    time the frames span.
+                            generator: np.random.Generator) -> dict[str, Any]:
+    """Simulate events from the frames of a recording and hold them against its real ones.
 
     Returns: n_real, n_simulated, ratio, on_share_real, on_share_simulated, and the Pearson
-    correlation of the event counts in cells of
-    ``cell`` x ``cell`` pixels. Raises: EventError when either has no event.
+    correlation of the event counts in cells of 4 x 4 pixels, all over the time the frames span.
+    Raises: EventError when either has no event.
     """
-    luminance = recording.frames if recording.frames.ndim == 3 else timed_video.luminance(
-        recording.frames)
-    simulated = dvs.simulate_events(luminance, recording.times_us, config, generator)
-    real = recording.events.between(int(recording.times_us[0]) + 1, int(recording.times_us[-1]) + 1)
+    luminance, times = recording.frames, recording.times_us
+    if luminance.ndim == 4:
+        luminance = timed_video.luminance(luminance)
+    simulated = dvs.simulate_events(luminance, times, config, generator)
+    real = recording.events.between(int(times[0]) + 1, int(times[-1]) + 1)
     if not len(real) or not len(simulated):
-        raise EventError(
-            f"nothing to compare: {len(real)} real and {len(simulated)} simulated events while the "
-            "frames were taken"
-        )
-    height, width = luminance.shape[1:]
-    maps = [_counts(events, height, width, cell) for events in (real, simulated)]
+        raise EventError(f"nothing to compare: {len(real)} real and {len(simulated)} simulated "
+                         "events while the frames were taken")
+    edges = [np.arange(0, size + 4, 4) for size in luminance.shape[1:]]
+    maps = [np.histogram2d(one.y, one.x, edges)[0].ravel() for one in (real, simulated)]
     return {
         "n_real": len(real), "n_simulated": len(simulated), "ratio": len(simulated) / len(real),
         "on_share_real": float(real.p.mean()), "on_share_simulated": float(simulated.p.mean()),
-        "spatial_correlation": float(np.corrcoef(maps[0], maps[1])[0, 1]),
-    }
-
-
-def _counts(events: Events, height: int, width: int, cell: int) -> np.ndarray:
-    rows, columns = -(-height // cell), -(-width // cell)
-    return np.bincount((events.y // cell).astype(np.intp) * columns + events.x // cell,
-                       minlength=rows * columns).astype(np.float64)
+        "spatial_correlation": float(np.corrcoef(*maps)[0, 1]),
+    }  # fmt: skip

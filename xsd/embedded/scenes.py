@@ -1,13 +1,12 @@
 """What is on the simulated road, and where everything is at time t.
 
 Ground coordinates in metres: X to the right of the camera, Z ahead of it, Y above the ground. The
-camera rides at 1.4 m. Every random
-choice comes from one passed generator, so a seed names a scene.
+camera rides at 1.4 m. Every random choice comes from one passed generator: a seed names a scene.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -23,11 +22,11 @@ VEHICLES: dict[str, tuple[float, float, float]] = {  # width, height, length in 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 30, 30), "blue": (35, 70, 210), "white": (236, 236, 236), "black": (22, 22, 26),
     "yellow": (238, 205, 30), "green": (30, 150, 60),
-}
+}  # fmt: skip
 EGO = {
-    "stopped": (0.0, 0.0), "slow": (3.0, 0.0), "fast": (7.5, 0.0), "left": (2.5, -4.5),
-    "right": (2.5, 4.5)
-}
+    "stopped": (0.0, 0.0), "slow": (3.0, 0.0), "fast": (7.5, 0.0),
+    "left": (2.5, -4.5), "right": (2.5, 4.5),
+}  # fmt: skip
 """Ego motion: forward speed in m/s, yaw rate in degrees/s (positive turns right)."""
 SURROUNDINGS = ("towers", "houses", "trees", "fields")
 TIMES = ("day", "dusk", "night")
@@ -38,8 +37,7 @@ VEHICLE_MOTIONS = ("parked", "approaching", "away", "waiting", "crossing_right",
 
 @dataclass(frozen=True)
 class Actor:
-    """A vehicle, pedestrian or cyclist. x_m, z_m at mid-sequence; vx, vz in m/s relative to the
-    ground."""
+    """A vehicle, pedestrian or cyclist. x_m, z_m at mid-sequence; vx, vz in m/s over the ground."""
 
     kind: str
     colour: str
@@ -70,15 +68,11 @@ class Scene:
     actors: tuple[Actor, ...]
     texture_seed: int
     lanes_dash_m: float = 4.0
-    extra: dict[str, float] = field(default_factory=dict)
-
-    @property
-    def speed(self) -> float:
-        return EGO[self.ego][0]
+    brightness: float = 1.0
+    road_grey: float = 85.0
 
     def camera_at(self, t_s: float) -> tuple[float, float]:
-        """Distance travelled in metres since mid-sequence and yaw in radians at time t (0 …
-        DURATION_S)."""
+        """Metres travelled since mid-sequence and yaw in radians at time t (0 … DURATION_S)."""
         speed, yaw_rate = EGO[self.ego]
         middle = t_s - DURATION_S / 2
         return speed * middle, float(np.radians(yaw_rate) * middle)
@@ -91,8 +85,8 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: at most one vehicle per place (left, ahead, right) so that their order is never
-    ambiguous."""
+    """Draw a scene: at most one vehicle in each place (left, ahead, right), so that their order is
+    never ambiguous."""
     time = str(rng.choice(TIMES, p=(0.5, 0.2, 0.3)))
     sky = str(rng.choice(SKIES))
     ego = str(rng.choice(list(EGO), p=(0.3, 0.2, 0.2, 0.15, 0.15)))
@@ -100,68 +94,60 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     n_vehicles = int(rng.choice([0, 1, 2, 3], p=(0.07, 0.3, 0.45, 0.18)))
     chosen = sorted(rng.choice(3, size=n_vehicles, replace=False)) if n_vehicles else []
     actors = [_vehicle(rng, ("left", "ahead", "right")[i], ego, light) for i in chosen]
-    taken = {actor.place for actor in actors}
-    for kind in ("pedestrian", "cyclist"):
-        if rng.random() < (0.45 if kind == "pedestrian" else 0.3):
-            actors.append(_person(rng, kind, taken))
-            taken.add(actors[-1].place)
+    for kind, share in (("pedestrian", 0.45), ("cyclist", 0.3)):
+        if rng.random() < share:
+            actors.append(_person(rng, kind))
     return Scene(
         time=time, sky=sky, ego=ego, left=str(rng.choice(SURROUNDINGS)),
         right=str(rng.choice(SURROUNDINGS)), light=light, light_z_m=float(rng.uniform(15.0, 21.0)),
         actors=tuple(actors), texture_seed=int(rng.integers(2**31)),
-        lanes_dash_m=float(rng.uniform(3.5, 5.0)),
-        extra={"brightness": float(rng.uniform(0.9, 1.08)), "road": float(rng.uniform(70, 105))},
-    )
+        lanes_dash_m=float(rng.uniform(3.5, 5.0)), brightness=float(rng.uniform(0.9, 1.08)),
+        road_grey=float(rng.uniform(70, 105)))
 
 
 def _vehicle(rng: np.random.Generator, place: str, ego: str, light: str | None) -> Actor:
     kind = str(rng.choice(list(VEHICLES), p=(0.4, 0.2, 0.2, 0.2)))
     colour = str(rng.choice(list(COLOURS)))
-    speed = EGO[ego][0]
+    speed, _ = EGO[ego]
     if place == "left":
-        motion = str(rng.choice(["parked", "approaching"], p=(0.4, 0.6)))
+        motions = {"parked": 0.4, "approaching": 0.6}
     elif place == "right":
-        motion = str(rng.choice(["parked", "away"], p=(0.55, 0.45)))
+        motions = {"parked": 0.55, "away": 0.45}
     elif light == "red":
-        motion = str(rng.choice(["waiting", "crossing_right", "crossing_left"],
-                                p=(0.5, 0.25, 0.25)))
+        motions = {"waiting": 0.5, "crossing_right": 0.25, "crossing_left": 0.25}
     else:
-        motion = str(
-            rng.choice(["away", "waiting", "crossing_right", "crossing_left"],
-                       p=(0.5, 0.1, 0.2, 0.2)))
-    lateral = {"left": -3.4, "ahead": 0.0, "right": 3.4}[place] + float(rng.uniform(-0.3, 0.3))
-    depth = float(rng.uniform(9.5, 18.5))
+        motions = {"away": 0.5, "waiting": 0.1, "crossing_right": 0.2, "crossing_left": 0.2}
+    motion = str(rng.choice(list(motions), p=list(motions.values())))
+    x = {"left": -3.4, "ahead": 0.0, "right": 3.4}[place] + float(rng.uniform(-0.3, 0.3))
+    z = float(rng.uniform(9.5, 18.5))
     vx = vz = 0.0
     if motion == "approaching":
-        vz, depth = -float(rng.uniform(2.5, 4.0)), float(rng.uniform(11.5, 17.0))
+        vz, z = -float(rng.uniform(2.5, 4.0)), float(rng.uniform(11.5, 17.0))
     elif motion == "away":
-        vz = speed + float(rng.uniform(2.5, 4.0))
-        depth = float(rng.uniform(11.0, 16.0))
+        vz, z = speed + float(rng.uniform(2.5, 4.0)), float(rng.uniform(11.0, 16.0))
     elif motion.startswith("crossing"):
         vx = float(rng.uniform(2.6, 3.8)) * (1 if motion == "crossing_right" else -1)
         vz = speed  # keeps its distance: crossing traffic is met again at the next junction
-        lateral, depth = float(rng.uniform(-0.8, 0.8)), float(rng.uniform(11.0, 18.0))
-    if motion in ("parked", "waiting", "approaching"
-                  ) and speed > 5:  # passing at speed: start far enough to be seen throughout
-        depth = float(rng.uniform(17.5, 21.0)) if motion != "approaching" else float(
-            rng.uniform(19.0, 22.0))
-    return Actor(kind, colour, motion, place, lateral, depth, vx, vz)
+        x, z = float(rng.uniform(-0.8, 0.8)), float(rng.uniform(11.0, 18.0))
+    if speed > 5 and motion in ("parked", "waiting", "approaching"):
+        # passed at speed: starts far enough away to be seen throughout
+        z = float(rng.uniform(19.0, 22.0) if motion == "approaching" else rng.uniform(17.5, 21.0))
+    return Actor(kind, colour, motion, place, x, z, vx, vz)
 
 
-def _person(rng: np.random.Generator, kind: str, taken: set[str]) -> Actor:
+def _person(rng: np.random.Generator, kind: str) -> Actor:
     colour = str(rng.choice(list(COLOURS)))
     phase = float(rng.uniform(0, 6.28))
+    vx = vz = 0.0
     if kind == "cyclist":
-        place, motion = ("left", "approaching") if rng.random() < 0.5 else ("right", "away")
-        vz = -1.5 if motion == "approaching" else 4.5
-        lateral = -1.9 if place == "left" else 1.9
-        return Actor(kind, colour, motion, place, lateral + float(rng.uniform(-0.2, 0.2)),
-                     float(rng.uniform(8.0, 11.5)), 0.0, vz, phase)
+        place, motion, x, vz = ("left", "approaching", -1.9, -1.5) if rng.random() < 0.5 else (
+            "right", "away", 1.9, 4.5)
+        x, z = x + float(rng.uniform(-0.2, 0.2)), float(rng.uniform(8.0, 11.5))
+        return Actor(kind, colour, motion, place, x, z, vx, vz, phase)
     motion = str(rng.choice(["crossing_right", "crossing_left", "standing"], p=(0.35, 0.35, 0.3)))
     if motion == "standing":
-        place = "left" if rng.random() < 0.5 else "right"
-        return Actor(kind, colour, motion, place, -2.6 if place == "left" else 2.6,
-                     float(rng.uniform(8.0, 11.0)), 0.0, 0.0, phase)
+        place, x = ("left", -2.6) if rng.random() < 0.5 else ("right", 2.6)
+        return Actor(kind, colour, motion, place, x, float(rng.uniform(8.0, 11.0)), vx, vz, phase)
     vx = float(rng.uniform(0.9, 1.5)) * (1 if motion == "crossing_right" else -1)
-    return Actor(kind, colour, motion, "ahead", float(rng.uniform(-0.5, 0.5)),
-                 float(rng.uniform(7.5, 10.0)), vx, 0.0, phase)
+    x, z = float(rng.uniform(-0.5, 0.5)), float(rng.uniform(7.5, 10.0))
+    return Actor(kind, colour, motion, "ahead", x, z, vx, vz, phase)

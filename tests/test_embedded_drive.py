@@ -78,7 +78,7 @@ def _scene(**changes):
 
 
 def _facts(scene, counts=None, grey=False):
-    renderer = render.Renderer(scene, render.Camera())
+    renderer = render.Renderer(scene)
     times = np.arange(20) / 20
     ids = np.stack([renderer.frame(t, with_ids=True)[1] for t in times])
     return facts.clip_facts(scene, np.where(ids >= render.SCENERY_ID, 0, ids), times, counts or {},
@@ -106,7 +106,7 @@ def test_grey_video_hides_colours():
 
 def test_a_static_scene_leaves_almost_no_events_and_a_moving_camera_many():
     def count(scene):
-        renderer = render.Renderer(scene, render.Camera())
+        renderer = render.Renderer(scene)
         return abs(renderer.frame(1.0)[0].astype(int) - renderer.frame(1.2)[0].astype(int)).sum()
 
     assert count(_scene()) == 0
