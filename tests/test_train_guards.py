@@ -46,7 +46,7 @@ def test_held_out_answers_are_refused_under_any_name_and_in_either_precision(tmp
             train(tmp_path, mixed, held_out=sets)
     with pytest.raises(TrainingError, match="held-out ones under other names"):
         train(tmp_path, examples.answers(10), validation=renamed, held_out=[HELD])
-    result = train(tmp_path, examples.answers(10), held_out=guards.held_out([HELD]))
+    result = train(tmp_path, examples.answers(10), held_out=guards.marks_of([HELD]))
     assert len(result.history) == 1
 
 
@@ -55,7 +55,7 @@ def test_a_cut_answer_is_the_same_answer():
     cut = dataclasses.replace(one, ids_by_drafter=one.ids_by_drafter[:4],
                               hidden_by_drafter=one.hidden_by_drafter[:4])
     long = [a for a in (one, cut) if len(a.ids_by_verifier) >= 4]
-    assert len(guards.held_out([long]).answers) == 1
+    assert len(guards.marks_of([long]).answers) == 1
 
 
 def test_sequences_and_manifests_are_refused_by_name(tmp_path):
@@ -74,8 +74,8 @@ def test_a_copied_shard_is_refused_even_when_streamed(tmp_path):
     states = source.open_states(dataset, memory_limit_gb=0)
     hashes = frozenset(shard["sha256"] for shard in dataset.manifest["shards"])
     with pytest.raises(TrainingError, match="a training shard file has a held-out shard's hash"):
-        guards.refuse_held_out(states, guards.HeldOut(frozenset(), hashes, frozenset()))
-    guards.refuse_held_out(states, guards.HeldOut(frozenset(), frozenset(), frozenset({"other"})))
+        guards.refuse_held_out(states, guards.Marks(frozenset(), hashes, frozenset()))
+    guards.refuse_held_out(states, guards.Marks(frozenset(), frozenset(), frozenset({"other"})))
 
 
 def test_batches_fetched_ahead_are_the_same_and_errors_come_through():

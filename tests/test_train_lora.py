@@ -311,7 +311,7 @@ def test_another_run_in_the_folder_nan_and_foreign_weights_are_named(tmp_path):
         for one in data()[0]
     ]
     with pytest.raises(TrainingError,
-                       match=r"stopped in epoch 1: .* no epoch was finished; lower learning_rate"):
+                       match=r"stopped at epoch 1, .* no epoch was finished; lower learning_rate"):
         fit(tmp_path / "nan", states=spoilt)
     other = loading.load_drafter(
         tiny_pair.make_tiny_pair(tmp_path / "pair", drafter_layers=1) / "drafter").model

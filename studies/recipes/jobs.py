@@ -54,7 +54,7 @@ class Data:
     train: ShardDataset
     test: ShardDataset
     head: torch.Tensor
-    held_out: guards.HeldOut
+    held_out: guards.Marks
     hashes: dict[str, str]
 
     def part(self, share: float) -> source.States:
@@ -73,7 +73,7 @@ def opened(train: Path, test: Path) -> Data:
                                      expected_mode=MODE), ShardDataset(test, expected_mode=MODE)
     states = source.open_states(training)
     hashes = {"train": states.fingerprint(), "test": str(judging.manifest["digest"])}
-    return Data(states, training, judging, training.head("verifier"), guards.held_out([judging]),
+    return Data(states, training, judging, training.head("verifier"), guards.marks_of([judging]),
                 hashes)
 
 

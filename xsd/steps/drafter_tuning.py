@@ -66,7 +66,7 @@ def prompts(run_dir: str, data: str, split: str, pair: loading.Pair,
 
 
 def run(given: parameters.TrainParameters, dataset: ShardDataset, head: Tensor, folder: Path,
-        held_out: guards.HeldOut, *, progress: Callable[[dict[str, Any]], None] | None = None,
+        held_out: guards.Marks, *, progress: Callable[[dict[str, Any]], None] | None = None,
         ) -> dict[str, Any]:  # fmt: skip
     """Train (or find) L6 and return its line of ``results/train.json``, with token acceptance on
     each held-out set before and after.

@@ -48,7 +48,7 @@ def run(given: parameters.TrainParameters, *,
     dataset = extraction.open_pairs(given.run_dir, "train", given.data, given.mode)
     states = source.open_states(dataset)
     head = dataset.head("verifier")
-    held_out = guards.held_out(held_out_sets(given.run_dir))
+    held_out = guards.marks_of(held_out_sets(given.run_dir))
     levels: dict[str, Any] = {}
     for spec in given.levels:
         level = files.name_of(spec)

@@ -2,16 +2,16 @@
 training (docs/adapters.md, section 5).
 
 By name: samples of split "test" (:func:`source.refuse_test_split`), shards whose manifest says so,
-sequences of a held-out set. By hash:
-copied shard files, and answers that are in a held-out set under other names. An answer's digest is
-over the verifier's ids and its states rounded to half precision, so that copies stored as fp16 and
-as fp32 are one; int8 and bf16 copies differ and are caught by their names.
+sequences of a held-out set. By hash: copied shard files, and answers that are in a held-out set
+under other names. An answer's digest is over the verifier's ids and its states rounded to half
+precision, so that copies stored as fp16 and as fp32 are one; int8 and bf16 copies differ and are
+caught by their names.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,10 +21,14 @@ from torch import Tensor
 from xsd.core import TrainingError
 from xsd.train import source
 
+POSITIONS = 4
+"""An answer's digest is over this many of its first positions: the free-running and the
+teacher-forced pair of one differ in length."""
+
 
 @dataclass(frozen=True)
-class HeldOut:
-    """What is known of the held-out sets. sequences: names. shards: hashes of their shard files.
+class Marks:
+    """What held-out sets are known by. sequences: names. shards: hashes of their shard files.
     answers: digests."""
 
     sequences: frozenset[str]
@@ -32,75 +36,66 @@ class HeldOut:
     answers: frozenset[str]
 
 
-POSITIONS = 4
-"""An answer's digest is over so many of its first positions: the free-running and the
-teacher-forced pair of one differ in length."""
-
-
 def answer_digest(ids: Tensor, states: Tensor) -> str:
     """Hex digest of one answer's beginning. ids: int64 [S] the verifier's; states: [S, …] its
     own."""
-    digest = hashlib.sha256(ids[:POSITIONS].to(torch.int64).contiguous().numpy().data)
-    digest.update(states[:POSITIONS].to(torch.float16).contiguous().numpy().data)
-    return digest.hexdigest()
+    found = hashlib.sha256(ids[:POSITIONS].to(torch.int64).contiguous().numpy().data)
+    found.update(states[:POSITIONS].to(torch.float16).contiguous().numpy().data)
+    return found.hexdigest()
 
 
-def held_out(datasets: Iterable[Any]) -> HeldOut:
+def marks_of(datasets: Iterable[Any]) -> Marks:
     """Names and hashes of some held-out ShardDatasets (or sequences of PairedStates); read once,
     handed to many trainings."""
     sequences, shards, answers = set(), set(), set()
     for dataset in datasets:
-        manifest = getattr(dataset, "manifest", None)
-        if manifest is not None:
-            shards |= {shard["sha256"] for shard in manifest["shards"]}
+        shards |= _shard_hashes(getattr(dataset, "manifest", None))
         for sample in (dataset[i] for i in range(len(dataset))):
             sequences.add(sample.sequence)
             length = min(len(sample.ids_by_verifier), len(sample.ids_by_drafter))
             if length:
-                answers.add(
-                    answer_digest(sample.ids_by_verifier[:length],
-                                  sample.hidden_by_verifier[:length]))
-    return HeldOut(frozenset(sequences), frozenset(shards), frozenset(answers))
+                answers.add(answer_digest(sample.ids_by_verifier[:length],
+                                          sample.hidden_by_verifier[:length]))
+    return Marks(frozenset(sequences), frozenset(shards), frozenset(answers))
 
 
-def refuse_held_out(states: source.States, sets: Sequence[Any] | HeldOut) -> None:
+def _shard_hashes(manifest: dict[str, Any] | None) -> set[str]:
+    return {shard["sha256"] for shard in manifest["shards"]} if manifest else set()
+
+
+def refuse_held_out(states: source.States, sets: Sequence[Any] | Marks) -> None:
     """Raises: TrainingError when anything of the held-out sets is among ``states``, by name or by
     hash.
 
-    sets: held-out datasets, or what :func:`held_out` made of them. Of streamed states the shard
-    files are compared, not each answer.
+    sets: held-out datasets, or their :func:`marks_of`. Of streamed states the shard files are
+    compared, not each answer.
     """
     manifest = states.manifest
-    if manifest is not None and str(manifest["config"].get("split", "")).lower() == "test":
+    if manifest and str(manifest["config"].get("split", "")).lower() == "test":
         raise TrainingError(
             "the shards were extracted from the test split (their manifest says so); train on the "
-            "train split's shards"
-        )
-    known = sets if isinstance(sets, HeldOut) else held_out(sets)
+            "train split's shards")
+    known = sets if isinstance(sets, Marks) else marks_of(sets)
     shared = sorted(set(states.sequence) & known.sequences)
     if shared:
         raise TrainingError(
             f"sequence {shared[0]} is in the training data and in a held-out set ({len(shared)} "
-            "such); keep whole sequences apart"
-        )
-    if manifest is not None and {shard["sha256"] for shard in manifest["shards"]} & known.shards:
+            "such); keep whole sequences apart")
+    if _shard_hashes(manifest) & known.shards:
         raise TrainingError(
             "a training shard file has a held-out shard's hash: it is a copy of it; train on the "
-            "train split's shards"
-        )
+            "train split's shards")
     if known.answers and isinstance(states, source.PackedStates):
         copies = [row for row, digest in enumerate(_digests(states)) if digest in known.answers]
         if copies:
             raise TrainingError(
                 f"{len(copies)} of {len(states)} training answers are held-out ones under other "
-                "names (first: sequence "
-                f"{states.sequence[copies[0]]}, by its hash); remove them from the training data")
+                f"names (first: sequence {states.sequence[copies[0]]}, by its hash); remove them "
+                "from the training data")
 
 
-def _digests(states: source.PackedStates) -> Iterable[str]:
+def _digests(states: source.PackedStates) -> Iterator[str]:
     for start, length in zip(states.starts.tolist(), states.lengths.tolist(), strict=True):
-        if length:
-            yield answer_digest(states.ids_by_verifier[start:start + length],
-                                states.verifier[start:start + length])
-        else:
-            yield ""
+        rows = slice(start, start + length)
+        yield answer_digest(states.ids_by_verifier[rows],
+                            states.verifier[rows]) if length else ""

@@ -1,0 +1,220 @@
+"""What every training here shares: epochs, what validation counts, the best weights, and a folder
+that continues an interrupted run to the same weights, bit for bit (docs/adapters.md, section 5)."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from xsd import files
+from xsd.adapters import heads
+from xsd.core import CheckpointError, TrainingError
+from xsd.train import objectives
+from xsd.train.processes import Processes
+
+THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
+Progress = Callable[[dict[str, Any]], None] | None
+
+
+@dataclass(frozen=True)
+class FitResult:
+    """best_path: of the best weights. history: one row per epoch. seconds: training time of all
+    sessions. parameters: trained ones. best_epoch: from 1."""
+
+    level: str
+    folder: Path
+    best_path: Path
+    history: list[dict[str, Any]]
+    seconds: float
+    parameters: int
+    best_epoch: int
+
+
+class EpochLoop:
+    """One training, an epoch at a time.
+
+    fit.Training and lora_fit.LoraTraining say what differs: train_pass(epoch) and predictions() of
+    the validation answers; weights(), restore(weights) and save("best" | "final", row). They set
+    identity (what makes a run another one), about (what config.json says besides), head, parameters
+    and optimiser.
+    """
+
+    best_name = "best.safetensors"
+    head: heads.Head | None
+    parameters: list[torch.nn.Parameter]
+    optimiser: torch.optim.Optimizer
+
+    def __init__(self, level: str, folder: str | Path, config: Any, seed: int,
+                 device: torch.device) -> None:
+        self.level, self.folder, self.config, self.seed = level, Path(folder), config, seed
+        self.objective = objectives.parse(config.objective)
+        self.processes = Processes(device)
+        self.device = self.processes.device(device)
+        self.identity: dict[str, Any] = {"level": level, "seed": seed, "config": asdict(config)}
+        self.about: dict[str, Any] = {}
+        self.history: list[dict[str, Any]] = []
+        self.best: list[float] = []
+        self.best_epoch, self.finished = 0, False
+
+    def run(self, progress: Progress = None) -> FitResult:
+        """Train on from where the folder stands until the last epoch, or until patience is over."""
+        self._resume()
+        while not self.finished:
+            row = self._epoch(len(self.history))
+            self._keep(row)
+            if progress is not None and self.processes.writes:
+                progress(row)
+        return FitResult(self.level, self.folder, self.folder / self.best_name, self.history,
+                         sum(row["seconds"] for row in self.history),
+                         sum(parameter.numel() for parameter in self.parameters), self.best_epoch)
+
+    def _epoch(self, epoch: int) -> dict[str, Any]:
+        start = time.perf_counter()
+        low, high = self.config.minimum_learning_rate, self.config.learning_rate
+        rate = low + (high - low) * (1 + math.cos(math.pi * epoch / self.config.epochs)) / 2
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        # dropout and noise of an epoch depend on nothing before it: resuming is exact
+        torch.manual_seed(self.seed * 1_000_003 + epoch + 1 + 7_368_787 * self.processes.rank)
+        row = {"epoch": epoch + 1, "learning_rate": rate, **self.train_pass(epoch)}
+        row["train_seconds"] = time.perf_counter() - start
+        row |= self.evaluate()
+        if not math.isfinite(row["validation_total"]):
+            raise self._not_a_number(f"epoch {epoch + 1}, validation")
+        return row | {"seconds": time.perf_counter() - start}
+
+    def step(self, loss: Tensor, epoch: int, number: int) -> Tensor:
+        """One optimiser step from the gradients that stand in the parameters; returns the step's
+        loss over all processes. Raises: TrainingError when it is not a number."""
+        self.processes.add_gradients(self.parameters)
+        loss = self.processes.sum(loss)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip)
+        if not math.isfinite(float(norm + loss)):
+            raise self._not_a_number(f"epoch {epoch + 1}, step {number}")
+        self.optimiser.step()
+        self.optimiser.zero_grad(set_to_none=True)
+        return loss
+
+    def _not_a_number(self, where: str) -> TrainingError:
+        kept = "no epoch was finished"
+        if self.best_epoch:
+            best = self.folder / self.best_name
+            kept = f"the last good checkpoint is {best} (epoch {self.best_epoch})"
+        return TrainingError(
+            f"training {self.level} stopped at {where}: the loss or its gradient is not a number; "
+            f"{kept}; lower learning_rate (now {self.config.learning_rate:g}) or look for NaN in "
+            "the states")
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Validation: the objective's terms, cosine, acceptance at each threshold and of tokens,
+        means over positions, teacher-forced."""
+        names = [f"validation_{name}" for name in ("total", *self.objective.weights)]
+        names += ["cosine_similarity", *(f"accept_{threshold:.2f}" for threshold in THRESHOLDS)]
+        names += ["token_acceptance"] if self.head is not None else []
+        sums: dict[str, Any] = dict.fromkeys(["count", *names], 0.0)
+        for aligned, target, ids, mask in self.predictions():
+            if not mask.any():
+                continue
+            n = int(mask.sum())
+            values = self._judge(aligned, target, ids, mask)
+            for name in names:
+                sums[name] = sums[name] + values[name].double() * n
+            sums["count"] += n
+        means = self.processes.sums(sums)
+        count = means.pop("count")
+        if count == 0:
+            raise TrainingError(
+                f"no validation answer is long enough for {self.level}; raise validation_share or "
+                "extract longer answers")
+        return {name: value / count for name, value in means.items()}
+
+    def _judge(self, aligned: Tensor, target: Tensor, ids: Tensor,
+               mask: Tensor) -> dict[str, Tensor]:
+        losses = self.objective(aligned, target, ids, mask, self.head)
+        values = {f"validation_{name}": value for name, value in losses.items()}
+        similar = F.cosine_similarity(aligned[mask], target[mask], dim=-1)
+        values["cosine_similarity"] = similar.mean()
+        for threshold in THRESHOLDS:
+            values[f"accept_{threshold:.2f}"] = (similar > threshold).float().mean()
+        if self.head is not None:
+            said = heads.top_tokens(self.head, aligned[mask])
+            values["token_acceptance"] = (said == ids[mask]).float().mean()
+        return values
+
+    def predictions(self) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]:
+        """aligned, target, ids and mask of one batch of validation answers after another."""
+        raise NotImplementedError
+
+    def train_pass(self, epoch: int) -> dict[str, float]:
+        """One pass over the training answers: the means of the loss and its terms, ``train_total``,
+        ``train_<term>``."""
+        raise NotImplementedError
+
+    # --- the folder
+
+    def _keep(self, row: dict[str, Any]) -> None:
+        self.history.append(row)
+        score = [-row["validation_total"]]
+        if getattr(self.config, "select_by", "loss") == "token_acceptance":
+            score = [row["token_acceptance"], *score]  # the loss decides between equals
+        better = not self.best or score > self.best
+        if better:
+            self.best, self.best_epoch = score, row["epoch"]
+        late = row["epoch"] - self.best_epoch >= self.config.patience
+        self.finished = row["epoch"] >= self.config.epochs or late
+        if self.processes.writes:
+            if better:
+                self.save("best", row)
+            if self.finished:
+                self.save("final", row)
+            self._write()
+        self.processes.wait()
+
+    def _write(self) -> None:
+        if len(self.history) == 1:
+            files.write_json(self.folder / "config.json", {
+                **self.identity, **self.about, "objective": str(self.objective)})
+            files.write_json(self.folder / "provenance.json", files.provenance(
+                seed=self.seed, data_hash=self.identity["data"], device=str(self.device)))
+        files.write_json(self.folder / "history.json", self.history)
+        state = {name: getattr(self, name)
+                 for name in ("history", "best", "best_epoch", "finished")}
+        state |= {"adapter": self.weights(), "optimiser": self.optimiser.state_dict()}
+        with files.atomic_path(self.folder / "checkpoint.pt") as temporary:
+            torch.save({"identity": self._identity(), **state}, temporary)
+
+    def _identity(self) -> str:
+        return json.dumps(self.identity, sort_keys=True, default=str)
+
+    def _resume(self) -> None:
+        path = self.folder / "checkpoint.pt"
+        stored = None
+        try:
+            if path.exists():
+                stored = torch.load(path, map_location=self.device, weights_only=True)
+        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
+            raise CheckpointError(
+                f"{path} is damaged ({type(error).__name__}); delete the folder and train again"
+            ) from error
+        self.processes.wait()  # nobody writes before all have read
+        if stored is None:
+            return
+        if stored["identity"] != self._identity():
+            raise TrainingError(
+                f"{self.folder} holds another training (level, drafter, configuration, seed or "
+                "data differ); choose another folder or delete it")
+        self.restore(stored["adapter"])
+        self.optimiser.load_state_dict(stored["optimiser"])
+        self.history, self.best = stored["history"], stored["best"]
+        self.best_epoch, self.finished = stored["best_epoch"], stored["finished"]
