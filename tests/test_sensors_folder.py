@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not readable as JSON"), ("{}", "holds a dict; expected a list"),
+    [("{", "is not JSON"), ("{}", "holds a dict; expected a list"),
      ('[{"id": 1}]', "entry 0 is malformed \\(no 'event_data'\\)"),
      ('[{"id": 1, "event_data": "../../a.npy", "video_data": "a"}]', "leaves the folder"),
      ('[{"id": 1, "event_data": "/etc/a.npy", "video_data": "a"}]', "leaves the folder"),

@@ -40,7 +40,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
                                         suffix=".part")
         os.close(handle)
     except OSError as error:
-        raise _storage_error(target, error) from error
+        raise storage_error(target, error) from error
     temporary = Path(name)
     try:
         yield temporary
@@ -51,21 +51,18 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except OSError as error:
-        raise _storage_error(target, error) from error
+        raise storage_error(target, error) from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def _storage_error(target: Path, error: OSError) -> StorageError:
+def storage_error(target: str | os.PathLike[str], error: OSError) -> StorageError:
+    """What to raise where ``target`` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(
-            f"cannot write {target}: the disk is full; free space or choose another output folder "
-            "and run again (nothing was lost)"
-        )
-    return StorageError(
-        f"cannot write {target}: {error.strerror or error}; check the folder's permissions or "
-        "choose another one"
-    )
+        return StorageError(f"cannot write {target}: the disk is full; free space or choose "
+                            "another output folder and run again (nothing was lost)")
+    return StorageError(f"cannot write {target}: {error.strerror or error}; check the folder's "
+                        "permissions or choose another one")
 
 
 def atomic_write(target: str | os.PathLike[str], data: bytes | str) -> None:

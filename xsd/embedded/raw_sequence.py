@@ -19,7 +19,7 @@ from xsd.embedded import dvs, scenes
 from xsd.embedded.drive import LUMINANCE_HZ, VIDEO_HZ
 from xsd.embedded.render import Renderer
 from xsd.files import atomic_write
-from xsd.sensors import dsec
+from xsd.sensors import dsec, event_files
 from xsd.sensors import events as event_streams
 from xsd.sensors.timed_video import LUMA
 
@@ -67,7 +67,7 @@ def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
 def _write_events(folder: Path, stream: event_streams.Events) -> None:
     """x, y uint16, t uint32 µs after t_offset, p uint8, ``ms_to_idx[ms]`` the first event with t >=
     1000 ms; blosc-zstd, as DSEC."""
-    h5py = event_streams.h5_module(folder / "events.h5")
+    h5py = event_files.h5_module(folder / "events.h5")
     import hdf5plugin
 
     folder.mkdir(parents=True, exist_ok=True)

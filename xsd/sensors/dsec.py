@@ -17,20 +17,17 @@ import numpy as np
 from PIL import Image
 
 from xsd.core import DatasetError, EventError
+from xsd.sensors import event_files, folder, frames
 from xsd.sensors import events as event_streams
-from xsd.sensors import folder, frames
 from xsd.sensors.events import Events
 
-WIDTH, HEIGHT = 640, 480
+WIDTH, HEIGHT = event_files.DSEC_SENSOR.values()
 
 
 @dataclass(frozen=True)
 class DsecSequence:
     """One raw sequence. image_times_us: int64 [T] absolute µs; image_paths: T files in the same
-    order.
-
-    rectify_path: None where the map is missing.
-    """
+    order. rectify_path: None where the map is missing."""
 
     name: str
     events_path: Path
@@ -43,14 +40,13 @@ def open_sequence(folder_path: str | Path) -> DsecSequence:
     """Look at a raw sequence without reading its events. Raises: DatasetError for missing files or
     another number of times than images."""
     root = Path(folder_path)
-    events_path, times_path = root / "events" / "left" / "events.h5", root / "images" / "timestamps.txt"
+    events_path = root / "events" / "left" / "events.h5"
+    times_path = root / "images" / "timestamps.txt"
     images = root / "images" / "left" / "rectified"
     for path in (events_path, times_path, images):
         if not path.exists():
-            raise DatasetError(
-                f"{root} is not a raw DSEC sequence: {path.relative_to(root)} is missing; unpack "
-                "the sequence's archives there"
-            )
+            raise DatasetError(f"{root} is not a raw DSEC sequence: {path.relative_to(root)} is "
+                               "missing; unpack the sequence's archives there")
     try:
         times = np.array([int(line) for line in times_path.read_text().split()], np.int64)
     except ValueError as error:
@@ -79,9 +75,8 @@ def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
     Raises: EventError when the file is unreadable; DatasetError when the rectify map is wanted and
     missing.
     """
-    h5py = event_streams.h5_module(sequence.events_path)
     try:
-        with h5py.File(sequence.events_path, "r") as file:
+        with event_files.h5_module(sequence.events_path).File(sequence.events_path, "r") as file:
             offset = int(file["t_offset"][()])
             index = file["ms_to_idx"]
             first_ms = min(max((start_us - offset) // 1000, 0), len(index) - 1)
@@ -91,29 +86,24 @@ def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
             part = slice(int(index[first_ms]), last)
             columns = {name: group[name][part] for name in ("x", "y", "t", "p")}
     except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise EventError(
-            f"{sequence.events_path} could not be read as DSEC events ({error}); download it again"
-        ) from error
+        raise EventError(f"{sequence.events_path} could not be read as DSEC events ({error}); "
+                         "download it again") from error
     columns["t"] = columns["t"].astype(np.int64) + offset
     events = event_streams.from_columns(columns, width=WIDTH, height=HEIGHT,
-                                        name=str(sequence.events_path))
-    events = events.between(start_us, end_us)
+                                        name=str(sequence.events_path)).between(start_us, end_us)
     return _rectified(sequence, events) if rectify else events
 
 
 def _rectified(sequence: DsecSequence, events: Events) -> Events:
-    if sequence.rectify_path is None:
-        raise DatasetError(
-            f"sequence {sequence.name} has no events/left/rectify_map.h5; unpack it or leave "
-            "rectification out"
-        )
-    h5py = event_streams.h5_module(sequence.rectify_path)
+    path = sequence.rectify_path
+    if path is None:
+        raise DatasetError(f"sequence {sequence.name} has no events/left/rectify_map.h5; unpack it "
+                           "or leave rectification out")
     try:
-        with h5py.File(sequence.rectify_path, "r") as file:
+        with event_files.h5_module(path).File(path, "r") as file:
             table = file["rectify_map"][:]
     except (OSError, KeyError) as error:
-        raise EventError(
-            f"{sequence.rectify_path} could not be read ({error}); download it again") from error
+        raise EventError(f"{path} could not be read ({error}); download it again") from error
     moved = np.rint(table[events.y, events.x]).astype(np.int64)
     kept = (moved >= 0).all(axis=1) & (moved[:, 0] < WIDTH) & (moved[:, 1] < HEIGHT)
     x, y = moved[kept].T.astype(np.uint16)
@@ -132,54 +122,47 @@ def windows(sequence: DsecSequence, clip_us: int = 1_000_000,
 def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 1_000_000,
             hop_us: int = 500_000, n_video: int = 8, video_size: tuple[int, int] | None = None,
             canvas: frames.Canvas = "slice", rectify: bool = False,
-            progress: Callable[[str, int, int], None] | None = None,
-            ) -> dict[str, Any]:
+            progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
     """Cut every raw sequence under ``source`` (or ``source`` itself) into a dataset folder.
 
     A finished sequence is in the index and is not made again, so a stopped run continues with the
     next one.
 
-    Args: video_size: width and height to resize the images to (as they are if not given). canvas:
-    of the event frames; the official
-        one by default. progress: called with sequence, clips done, clips in all.
+    Args:
+        video_size: width and height to resize the images to (as they are if not given).
+        canvas: of the event frames; the official one by default.
+        progress: called with sequence, clips done, clips in all.
     Returns: {sequences, clips, skipped (too few events), resumed (sequences that were there),
     notes}.
     Raises: DatasetError when there is no raw sequence; what :func:`read_window` raises;
     StorageError when the disk is full.
     """
-    source, root = Path(source), Path(root)
-    places = [source] if (source / "events").is_dir() else sorted(
-        path.parent for path in source.glob("*/events") if path.is_dir())
-    if not places:
-        raise DatasetError(
-            f"there is no raw DSEC sequence in {source}; expected <sequence>/events/left/events.h5")
-    done = {record.sequence
-            for record in folder.open_folder(root)} if (root / folder.INDEX).is_file() else set()
+    root = Path(root)
+    done: set[str] = set()
+    if (root / folder.INDEX).is_file():
+        done = {record.sequence for record in folder.open_folder(root)}
     summary: dict[str, Any] = {"sequences": 0, "clips": 0, "skipped": 0, "resumed": 0, "notes": []}
-    for place in places:
+    for place in sequence_folders(source):
         if place.name in done:
             summary["resumed"] += 1
             continue
         sequence = open_sequence(place)
-        cuts = windows(sequence, clip_us, hop_us)
+        times, cuts = sequence.image_times_us, windows(sequence, clip_us, hop_us)
         with folder.FolderWriter(root, split, source="recorded") as writer:
             for k, (start_us, end_us) in enumerate(cuts):
                 events = read_window(sequence, start_us, end_us, rectify=rectify)
-                inside = np.flatnonzero((sequence.image_times_us >= start_us)
-                                        & (sequence.image_times_us < end_us))
+                inside = np.flatnonzero((times >= start_us) & (times < end_us))
                 if len(events) < 5 or len(inside) == 0:
                     summary["skipped"] += 1
                     continue
                 note = event_streams.official_limit_note(events)
                 if note and not summary["notes"]:
                     summary["notes"].append(f"{place.name}/{k:06d}: {note}")
-                video = np.stack([
-                    _image(sequence.image_paths[inside[i]], video_size)
-                    for i in frames.uniform_indices(len(inside), n_video)
-                ])
-                pictures = frames.event_frames(events, 5, canvas=canvas)
+                chosen = inside[frames.uniform_indices(len(inside), n_video)]
+                video = np.stack([_image(sequence.image_paths[i], video_size) for i in chosen])
                 writer.add(place.name, f"{k:06d}", events=events, video=video,
-                           event_frames=pictures, t_us=(start_us, end_us))
+                           event_frames=frames.event_frames(events, 5, canvas=canvas),
+                           t_us=(start_us, end_us))
                 summary["clips"] += 1
                 if progress:
                     progress(place.name, k + 1, len(cuts))
@@ -187,7 +170,21 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
     return summary
 
 
+def sequence_folders(source: str | Path) -> list[Path]:
+    """The raw sequences under ``source``, or ``source`` itself. Raises: DatasetError when there is
+    none."""
+    source = Path(source)
+    if (source / "events").is_dir():
+        return [source]
+    found = sorted(path.parent for path in source.glob("*/events") if path.is_dir())
+    if not found:
+        raise DatasetError(f"there is no raw DSEC sequence in {source}; expected "
+                           "<sequence>/events/left/events.h5")
+    return found
+
+
 def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     picture = frames.read_image(path)
-    return picture if size is None else np.asarray(
-        Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+    if size is None:
+        return picture
+    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))

@@ -1,20 +1,20 @@
 """The dataset folder: clips of events and video with an index, read as users have it, written the
 same way (docs/sensors.md, section 5).
 
-    <root>[/<split>]/EventGPT_Instruction_Subset.json   list of {id, split, event_data, video_data, mp4_data, event_image, event_image_1f}
-        event_npy/<seq>/<clip>.npy   event_image/<seq>/<clip>_0.png … _4.png   event_image_1f/<seq>/<clip>_0.png
-        video/<seq>/<clip>/*.png     mp4/<seq>/<clip>.mp4 (optional)           questions.json, facts.json (optional)
+    <root>[/<split>]/EventGPT_Instruction_Subset.json
+        event_npy/<seq>/<clip>.npy     event_image/<seq>/<clip>_0.png … _4.png
+        video/<seq>/<clip>/*.png       event_image_1f/<seq>/<clip>_0.png
+        mp4/<seq>/<clip>.mp4           questions.json, facts.json           (these are optional)
 
-Our own folders add ``t_us`` and ``source`` to an index entry; a folder without them reads
-unchanged. Clips of one sequence overlap, so everything statistical goes by sequence.
+The index lists {id, split, event_data, video_data, mp4_data, event_image, event_image_1f}; our own
+folders add ``t_us`` and ``source``. Clips of one sequence overlap, so everything statistical goes
+by sequence.
 """
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import io
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xsd.core import DatasetError, Sample, StorageError
-from xsd.files import write_json
+from xsd.core import DatasetError, Sample
+from xsd.files import read_json, storage_error, write_json
 from xsd.sensors import events as event_streams
 from xsd.sensors import frames
 from xsd.sensors.events import Events
@@ -55,7 +55,6 @@ class ClipRecord:
 
 
 # --- reading
-# ------------------------------------------------------------------------------------------------
 
 
 def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
@@ -70,29 +69,35 @@ def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root}: there is no such dataset folder")
-    if split is not None and (root / split / INDEX).is_file():
+    if split is None:
+        return [record for place in _indexed(root) for record in _records(place)]
+    if (root / split / INDEX).is_file():
         return _records(root / split)
-    if (root / INDEX).is_file():
-        records = _records(root)
-        if split is not None:
-            splits = sorted({str(record.split) for record in records})
-            records = [record for record in records if record.split == split]
-            if not records:
-                raise DatasetError(
-                    f"{root / INDEX} has no clip of split {split!r}; it has: "
-                    f"{', '.join(splits) or 'no clip at all'}"
-                )
-        return records
-    found = sorted(path.parent for path in root.glob(f"*/{INDEX}"))
-    if split is not None or not found:
-        places = f"{root / split} nor in {root}" if split is not None else f"{root} nor in its subfolders"
-        have = f" (splits found: {', '.join(path.name for path in found)})" if found else ""
-        raise DatasetError(f"there is no {INDEX} in {places}{have}; give the folder that holds it")
-    return [record for path in found for record in _records(path)]
+    if not (root / INDEX).is_file():
+        there = ", ".join(path.parent.name for path in sorted(root.glob(f"*/{INDEX}")))
+        raise DatasetError(f"there is no {INDEX} in {root / split} nor in {root}"
+                           f"{f' (splits found: {there})' if there else ''}; give the folder that "
+                           "holds it")
+    records = _records(root)
+    chosen = [record for record in records if record.split == split]
+    if not chosen:
+        splits = ", ".join(sorted({str(record.split) for record in records}))
+        raise DatasetError(f"{root / INDEX} has no clip of split {split!r}; it has: "
+                           f"{splits or 'no clip at all'}")
+    return chosen
+
+
+def _indexed(root: Path) -> list[Path]:
+    """``root`` where it has an index, else its subfolders that have one, in order of name."""
+    found = [path.parent for path in (sorted(root.glob(INDEX)) or sorted(root.glob(f"*/{INDEX}")))]
+    if not found:
+        raise DatasetError(f"there is no {INDEX} in {root} nor in its subfolders; give the folder "
+                           "that holds it")
+    return found
 
 
 def _records(root: Path) -> list[ClipRecord]:
-    entries = _read_json(root / INDEX)
+    entries = read_json(root / INDEX, DatasetError, "write it again")
     if not isinstance(entries, list):
         raise DatasetError(
             f"{root / INDEX} holds a {type(entries).__name__}; expected a list of clips")
@@ -102,28 +107,22 @@ def _records(root: Path) -> list[ClipRecord]:
             records.append(_record(root, entry))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise DatasetError(
-                f"{root / INDEX}: entry {number} is malformed ({reason}); a clip needs id, "
-                "event_data and video_data"
-            ) from error
+            raise DatasetError(f"{root / INDEX}: entry {number} is malformed ({reason}); a clip "
+                               "needs id, event_data and video_data") from error
     return records
 
 
 def _record(root: Path, entry: Mapping[str, Any]) -> ClipRecord:
-    events = _inside(entry["event_data"])
-    video = _inside(entry["video_data"])
+    events, video = _inside(entry["event_data"]), _inside(entry["video_data"])
     mp4 = _inside(entry.get("mp4_data") or f"{video}.mp4")
+    images, single = (tuple(root / kind / _inside(name) for name in entry.get(kind) or ())
+                      for kind in ("event_image", "event_image_1f"))
     t_us = entry.get("t_us")
     return ClipRecord(
         root=root, split=entry.get("split"), id=str(entry["id"]), sequence=events.parent.as_posix(),
-        clip=events.stem, events_path=root / "event_npy" / events,
-        event_images=tuple(root / "event_image" / _inside(name)
-                           for name in entry.get("event_image") or ()),
-        event_images_1f=tuple(root / "event_image_1f" / _inside(name)
-                              for name in entry.get("event_image_1f") or ()),
-        video_dir=root / "video" / video, mp4_path=root / "mp4" / mp4,
-        t_us=None if t_us is None else (int(t_us[0]), int(t_us[1])), source=entry.get("source"),
-    )
+        clip=events.stem, events_path=root / "event_npy" / events, event_images=images,
+        event_images_1f=single, video_dir=root / "video" / video, mp4_path=root / "mp4" / mp4,
+        t_us=None if t_us is None else (int(t_us[0]), int(t_us[1])), source=entry.get("source"))
 
 
 def _inside(name: str) -> Path:
@@ -131,15 +130,6 @@ def _inside(name: str) -> Path:
     if path.is_absolute() or ".." in path.parts:
         raise ValueError(f"path {name!r} leaves the folder")
     return path
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DatasetError(f"{path}: there is no such file") from error
-    except (OSError, ValueError) as error:
-        raise DatasetError(f"{path} is not readable as JSON ({error}); write it again") from error
 
 
 def load_events(record: ClipRecord) -> Events:
@@ -153,9 +143,10 @@ def load_events(record: ClipRecord) -> Events:
 def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
     """The clip's stored event images where there are ``n_event_frames`` of them and all files are
     there, else none."""
-    stored = {len(paths): paths
-              for paths in (record.event_images, record.event_images_1f)}.get(n_event_frames, ())
-    return stored if all(path.is_file() for path in stored) else ()
+    for paths in (record.event_images_1f, record.event_images):
+        if len(paths) == n_event_frames and all(path.is_file() for path in paths):
+            return paths
+    return ()
 
 
 def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
@@ -171,29 +162,22 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
     """
     if not question.strip():
         raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
-    stored = stored_frames(record, n_event_frames)
-    if canvas is None and stored:
-        pictures = [frames.read_image(path) for path in stored]
-    else:
-        pictures = frames.event_frames(load_events(record), n_event_frames, canvas=canvas
-                                       or "slice")
+    stored = stored_frames(record, n_event_frames) if canvas is None else ()
+    pictures = [frames.read_image(path) for path in stored] or frames.event_frames(
+        load_events(record), n_event_frames, canvas=canvas or "slice")
     return Sample(sequence=record.sequence, clip=record.clip, question=question,
                   event_frames=pictures, video=load_video(record), t_us=record.t_us,
-                  split=record.split, source=record.source or record.root.name,
-                  )
+                  split=record.split, source=record.source or record.root.name)
 
 
 def load_video(record: ClipRecord, n_frames: int = 8) -> np.ndarray:
     """uint8 [n_frames, H, W, 3] from the folder of images, else from the mp4. Raises: DatasetError
     when the clip has neither."""
-    if record.video_dir.is_dir():
-        return frames.read_video(record.video_dir, n_frames)
-    if record.mp4_path.is_file():
-        return frames.read_video(record.mp4_path, n_frames)
-    raise DatasetError(
-        f"clip {record.id} has no video: neither the folder {record.video_dir} nor the file "
-        f"{record.mp4_path} is there"
-    )
+    for path in (record.video_dir, record.mp4_path):
+        if path.exists():
+            return frames.read_video(path, n_frames)
+    raise DatasetError(f"clip {record.id} has no video: neither the folder {record.video_dir} nor "
+                       f"the file {record.mp4_path} is there")
 
 
 def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> None:
@@ -206,7 +190,7 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
     """The n most frequent questions of a file (or of a folder's questions.json). Raises:
     DatasetError for a malformed or empty list."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
-    entries = _read_json(path)
+    entries = read_json(path, DatasetError, "write it again")
     try:
         ordered = sorted(entries, key=lambda entry: -entry.get("count", 0))
         questions = [str(entry["question"]) for entry in ordered][:n]
@@ -214,10 +198,8 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
         raise DatasetError(
             f"{path} is malformed; expected a list of {{question, count}}") from error
     if not questions or not all(question.strip() for question in questions):
-        raise DatasetError(
-            f"{path} holds no question, or one of zero length; expected a list of {{question, "
-            "count}"
-        )
+        raise DatasetError(f"{path} holds no question, or one of zero length; expected a list of "
+                           "{question, count}")
     return questions
 
 
@@ -225,26 +207,18 @@ def read_facts(root: str | Path) -> dict[str, Any]:
     """What is true of each clip, by its id; empty where the folder does not say (real
     recordings)."""
     path = Path(root) / FACTS
-    return _read_json(path) if path.is_file() else {}
+    return read_json(path, DatasetError, "write it again") if path.is_file() else {}
 
 
 def data_hash(root: str | Path) -> str:
     """sha256 over names and bytes of the index, questions, facts and every file of the layout, in
     order of name."""
     root = Path(root)
-    roots = [root] if (root / INDEX).is_file() else sorted(path.parent
-                                                           for path in root.glob(f"*/{INDEX}"))
-    if not roots:
-        raise DatasetError(
-            f"there is no {INDEX} in {root} nor in its subfolders; give the folder that holds it")
     files = []
-    for place in roots:
+    for place in _indexed(root):
         files += [place / name for name in (INDEX, QUESTIONS, FACTS) if (place / name).is_file()]
-        for name in _CONTENT:
-            files += [
-                path for path in (place / name).rglob("*")
-                if path.is_file() and not path.name.startswith(".")
-            ]
+        files += [path for name in _CONTENT for path in (place / name).rglob("*")
+                  if path.is_file() and not path.name.startswith(".")]
     digest = hashlib.sha256()
     for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
         content = path.read_bytes()
@@ -253,7 +227,6 @@ def data_hash(root: str | Path) -> str:
 
 
 # --- writing
-# ------------------------------------------------------------------------------------------------
 
 
 class FolderWriter:
@@ -263,58 +236,59 @@ class FolderWriter:
     A folder that already has an index is added to; a clip of the same name is replaced. Use as a
     context manager, or call :meth:`close`.
     """
+
     def __init__(self, root: str | Path, split: str, *, source: str | None = None) -> None:
         self.root, self.split, self.source = Path(root), split, source
         self._entries: dict[str, dict[str, Any]] = {}
         self._facts: dict[str, Any] = {}
         self._splits: dict[str, str] = {}
         if (self.root / INDEX).is_file():
-            for record, entry in zip(_records(self.root), _read_json(self.root / INDEX),
-                                     strict=True):
+            entries = read_json(self.root / INDEX, DatasetError, "write it again")
+            for record, entry in zip(_records(self.root), entries, strict=True):
                 self._entries[record.id] = entry
                 self._splits[record.sequence] = str(record.split)
             self._facts = read_facts(self.root)
 
     def add(self, sequence: str, clip: str, *, events: Events, video: np.ndarray,
             event_frames: Sequence[np.ndarray] | None = None, t_us: tuple[int, int] | None = None,
-            facts: Any = None,
-            ) -> str:
+            facts: Any = None) -> str:
         """Write one clip's files and remember its entry.
 
-        Args: video: uint8 [n, H, W, 3], written frame by frame. event_frames: the five pictures;
-        painted on the sensor canvas if not given.
+        Args:
+            video: uint8 [n, H, W, 3], written frame by frame.
+            event_frames: the five pictures; painted on the sensor canvas if not given.
             t_us: start and end on the sensor clock. facts: anything JSON can hold.
         Returns: the clip's id. Raises: DatasetError when the sequence is already in another split;
         StorageError when the disk is full.
         """
         other = self._splits.setdefault(sequence, self.split)
         if other != self.split:
-            raise DatasetError(
-                f"sequence {sequence} is already in split {other!r}; clips of a sequence overlap, "
-                f"so it cannot also be in {self.split!r}"
-            )
-        pictures = frames.event_frames(
-            events, 5, canvas="sensor") if event_frames is None else list(event_frames)
-        place, identity = f"{sequence}/{clip}", f"{sequence}/{clip}"
+            raise DatasetError(f"sequence {sequence} is already in split {other!r}; clips of a "
+                               f"sequence overlap, so it cannot also be in {self.split!r}")
+        place = f"{sequence}/{clip}"
+        if event_frames is None:
+            event_frames = frames.event_frames(events, 5, canvas="sensor")
+        single = np.full_like(event_frames[0], 255)
+        if len(events):
+            single = frames.event_frames(events, 1, canvas="sensor")[0]
         event_streams.write_events(self.root / "event_npy" / f"{place}.npy", events)
-        names = [f"{place}_{i}.png" for i in range(len(pictures))]
-        for name, picture in zip(names, pictures, strict=True):
+        names = [f"{place}_{i}.png" for i in range(len(event_frames))]
+        for name, picture in zip(names, event_frames, strict=True):
             _write_png(self.root / "event_image" / name, picture)
-        single = frames.event_frames(
-            events, 1, canvas="sensor")[0] if len(events) else np.full_like(pictures[0], 255)
         _write_png(self.root / "event_image_1f" / f"{place}_0.png", single)
         for i, picture in enumerate(video):
             _write_png(self.root / "video" / place / f"{i:06d}.png", picture)
-        self._entries[identity] = {
-            "id": identity, "split": self.split, "event_data": f"{place}.npy", "video_data": place,
-            "mp4_data": f"{place}.mp4", "event_image": names, "event_image_1f": [f"{place}_0.png"],
-            "conversations": [],
-            **({"t_us": [int(t_us[0]), int(t_us[1])]} if t_us is not None else {}),
-            **({"source": self.source} if self.source is not None else {}),
-        }
+        entry = {"id": place, "split": self.split, "event_data": f"{place}.npy",
+                 "video_data": place, "mp4_data": f"{place}.mp4", "event_image": names,
+                 "event_image_1f": [f"{place}_0.png"], "conversations": []}
+        if t_us is not None:
+            entry["t_us"] = [int(t_us[0]), int(t_us[1])]
+        if self.source is not None:
+            entry["source"] = self.source
+        self._entries[place] = entry
         if facts is not None:
-            self._facts[identity] = facts
-        return identity
+            self._facts[place] = facts
+        return place
 
     def close(self) -> None:
         """Write facts.json (if there are any) and the index, sorted by id."""
@@ -339,6 +313,4 @@ def _write_png(path: Path, picture: np.ndarray) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(buffer.getvalue())
     except OSError as error:
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        way_out = "the disk is full; free space or choose another folder and run again" if full else f"{error.strerror or error}"
-        raise StorageError(f"cannot write {path}: {way_out}") from error
+        raise storage_error(path, error) from error

@@ -14,10 +14,10 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from xsd.core import EventError, VideoError
+from xsd.sensors import timed_video
 from xsd.sensors.events import Events
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
-
 Canvas = Literal["slice", "sensor"]
 
 
@@ -25,11 +25,12 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
                  by: Literal["count", "time"] = "count") -> list[np.ndarray]:
     """Cut a stream into slices and paint each one.
 
-    Args: events: in order of time. canvas: ``slice`` is the official picture size (the slice's
-    largest x and y, plus one), ``sensor`` the
-        sensor's (the stream's largest x and y where its size is unknown). by: ``count`` is the
-        official cut, N // n_frames events each and the rest in the last; ``time`` cuts the span
-        from first to last event into equal durations.
+    Args:
+        events: in order of time.
+        canvas: ``slice`` is the official picture size (the slice's largest x and y, plus one),
+            ``sensor`` the sensor's (the stream's largest x and y where its size is unknown).
+        by: ``count`` is the official cut, N // n_frames events each and the rest in the last;
+            ``time`` cuts the span from first to last event into equal durations.
     Returns: n_frames images uint8 [H, W, 3].
     Raises: EventError for fewer events than frames, events outside the sensor, or an empty slice on
     the slice canvas.
@@ -37,10 +38,8 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
     if n_frames < 1:
         raise EventError(f"{n_frames} event frames were asked for; at least one is needed")
     if len(events) < n_frames:
-        raise EventError(
-            f"the stream holds {len(events)} events, too few for {n_frames} event frames; choose a "
-            "longer window"
-        )
+        raise EventError(f"the stream holds {len(events)} events, too few for {n_frames} event "
+                         "frames; choose a longer window")
     if by == "count":
         bounds = [i * (len(events) // n_frames) for i in range(n_frames)] + [len(events)]
     else:
@@ -49,20 +48,15 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
     width = events.width if events.width is not None else int(events.x.max()) + 1
     height = events.height if events.height is not None else int(events.y.max()) + 1
     if events.x.max() >= width or events.y.max() >= height:
-        raise EventError(
-            f"events reach x {events.x.max()}, y {events.y.max()} but the sensor is "
-            f"{width}x{height} (width x height)"
-        )
-
+        raise EventError(f"events reach x {events.x.max()}, y {events.y.max()} but the sensor is "
+                         f"{width}x{height} (width x height)")
     cuts = list(itertools.pairwise(bounds))
     sizes = [(width, height)] * n_frames
     if canvas == "slice":
         for k, (first, last) in enumerate(cuts):
             if first == last:
-                raise EventError(
-                    f"time slice {k} of {n_frames} holds no event, so its canvas has no size; use "
-                    "canvas='sensor' or by='count'"
-                )
+                raise EventError(f"time slice {k} of {n_frames} holds no event, so its canvas has "
+                                 "no size; use canvas='sensor' or by='count'")
             sizes[k] = int(events.x[first:last].max()) + 1, int(events.y[first:last].max()) + 1
 
     # One block for all pictures and one channel at a time: many times as fast as a picture and a
@@ -70,15 +64,13 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
     offsets = [0, *itertools.accumulate(3 * width * height for width, height in sizes)]
     block = np.full(offsets[-1], 255, np.uint8)
     pictures = []
-    for (first, last), (width, height), (begin, end) in zip(cuts, sizes,
-                                                            itertools.pairwise(offsets),
-                                                            strict=True):
-        painted = block[begin:end]
-        red_byte = (events.y[first:last].astype(np.intp) * width + events.x[first:last]) * 3
-        painted[red_byte] = 255 * events.p[
-            first:last]  # where a pixel is named twice, numpy keeps the last
+    for (first, last), (width, height), start in zip(cuts, sizes, offsets[:-1], strict=True):
+        painted = block[start:start + 3 * width * height]
+        part = events.where(slice(first, last))
+        red_byte = (part.y.astype(np.intp) * width + part.x) * 3
+        painted[red_byte] = 255 * part.p  # where a pixel is named twice, numpy keeps the last
         painted[red_byte + 1] = 0
-        painted[red_byte + 2] = 255 * (1 - events.p[first:last])
+        painted[red_byte + 2] = 255 * (1 - part.p)
         pictures.append(painted.reshape(height, width, 3))
     return pictures
 
@@ -95,10 +87,8 @@ def uniform_indices(n_available: int, n_frames: int) -> list[int]:
     if n_available < 1 or n_frames < 1:
         raise VideoError(
             f"cannot sample {n_frames} frames from {n_available}; a video needs at least one frame")
-    if n_frames == 1:
-        return [0]
-    return [i * (n_available - 1) // (n_frames - 1)
-            for i in range(n_frames)]  # whole numbers: no rounding to go wrong
+    # Whole numbers: no rounding to go wrong.
+    return [i * (n_available - 1) // max(1, n_frames - 1) for i in range(n_frames)]
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -114,9 +104,9 @@ def read_image(path: str | Path) -> np.ndarray:
 
 
 def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
-    """Uniformly sampled frames of a video file, or of a folder of .png and .jpg in order of name.
+    """Uniformly sampled frames of a video file, or of a folder of .png and .jpg in order of name:
+    uint8 [n_frames, H, W, 3].
 
-    Returns: uint8 [n_frames, H, W, 3].
     Raises: VideoError when it is missing, holds no frame, does not decode, or its images differ in
     size.
     """
@@ -126,41 +116,20 @@ def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
                         if file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith("."))
         if not images:
             raise VideoError(f"{path} holds no frame; expected .png or .jpg images")
-        chosen = [images[i] for i in uniform_indices(len(images), n_frames)]
-        decoded = {image: read_image(image) for image in dict.fromkeys(chosen)}
-        if len({picture.shape for picture in decoded.values()}) > 1:
+        wanted = uniform_indices(len(images), n_frames)
+        pictures = {i: read_image(images[i]) for i in dict.fromkeys(wanted)}
+        if len({picture.shape for picture in pictures.values()}) > 1:
             raise VideoError(
                 f"{path}: the images differ in size; the frames of a video must all have the same")
-        return np.stack([decoded[image] for image in chosen])
-    if not path.is_file():
-        raise VideoError(f"{path}: there is no such video file or folder of images")
-    return _read_video_file(path, n_frames)
-
-
-def _read_video_file(path: Path, n_frames: int) -> np.ndarray:
-    try:
-        import av
-    except ImportError as error:
-        raise VideoError(
-            f"{path}: reading video files needs the package av (pip install av); or give a folder "
-            "of .png images"
-        ) from error
-    try:
+    else:
         # Counting first keeps one frame in memory at a time; the container's own count is often
         # wrong or missing.
-        with av.open(str(path)) as container:
-            n_available = sum(1
-                              for _ in container.decode(video=0)) if container.streams.video else 0
+        with timed_video.decoded(path) as (_, frames):
+            n_available = sum(1 for _ in frames)
         if n_available == 0:
             raise VideoError(f"{path} holds no video frame")
         wanted = uniform_indices(n_available, n_frames)
-        with av.open(str(path)) as container:
-            decoded = {
-                i: frame.to_ndarray(format="rgb24")
-                for i, frame in enumerate(container.decode(video=0)) if i in wanted
-            }
-    except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(
-            f"{path} does not decode as a video ({error}); it may be cut off: make it again"
-        ) from error
-    return np.stack([decoded[i] for i in wanted])
+        with timed_video.decoded(path) as (_, frames):
+            pictures = {i: frame.to_ndarray(format="rgb24")
+                        for i, frame in enumerate(frames) if i in wanted}
+    return np.stack([pictures[i] for i in wanted])

@@ -1,9 +1,12 @@
-"""A video with the time of each frame, small enough to keep: what the event-camera model needs of a
-real video."""
+"""Video files: their frames one after the other, and the start of one with the time of each frame,
+which is what the event-camera model needs of a real video."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -14,44 +17,51 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, as cameras and PIL's "L" have it."""
 
 
-def read(path: str | Path, *, max_seconds: float = 10.0,
-         max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``max_seconds`` of a video file. max_side: longer sides are scaled down to it.
-
-    Returns: frames uint8 [T, H, W, 3]; times_us int64 [T], rising, 0 at the first frame. A frame
-    without a time gets the next one by
-    the average rate. Raises: VideoError when it is missing, holds no frame or does not decode.
-    """
-    path = Path(path)
+@contextlib.contextmanager
+def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """A video file's stream and its frames (PyAV's). Raises: VideoError when the file is missing,
+    holds no video, or does not decode while it is read."""
     try:
         import av
     except ImportError as error:
-        raise VideoError(
-            f"{path}: reading video files needs the package av (pip install av)") from error
+        raise VideoError(f"{path}: reading video files needs the package av (pip install av); or "
+                         "give a folder of .png images") from error
     if not path.is_file():
-        raise VideoError(f"{path}: there is no such video file")
-    pictures: list[np.ndarray] = []
-    times: list[int] = []
+        raise VideoError(f"{path}: there is no such video file or folder of images")
     try:
         with av.open(str(path)) as container:
             if not container.streams.video:
                 raise VideoError(f"{path} holds no video frame")
             stream = container.streams.video[0]
-            step_us = int(1e6 / float(stream.average_rate)) if stream.average_rate else 40_000
-            for frame in container.decode(stream):
-                time_us = times[-1] + step_us if times else 0
-                if frame.pts is not None and frame.time_base is not None:
-                    time_us = int(frame.pts * frame.time_base * 1_000_000)
-                if times and time_us <= times[-1]:
-                    time_us = times[-1] + step_us
-                if times and time_us - times[0] > max_seconds * 1e6:
-                    break
-                pictures.append(_small(frame.to_ndarray(format="rgb24"), max_side))
-                times.append(time_us)
+            yield stream, container.decode(stream)
     except (av.error.FFmpegError, OSError, ValueError) as error:
-        raise VideoError(
-            f"{path} does not decode as a video ({error}); it may be cut off: make it again"
-        ) from error
+        raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it "
+                         "again") from error
+
+
+def read(path: str | Path, *, max_seconds: float = 10.0,
+         max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
+    """The first ``max_seconds`` of a video file. max_side: longer sides are scaled down to it.
+
+    Returns: frames uint8 [T, H, W, 3]; times_us int64 [T], rising, 0 at the first frame. A frame
+    without a time gets the next one by the average rate. Raises: VideoError when it is missing,
+    holds no frame or does not decode.
+    """
+    pictures: list[np.ndarray] = []
+    times: list[int] = []
+    with decoded(Path(path)) as (stream, frames):
+        step_us = int(1e6 / float(stream.average_rate)) if stream.average_rate else 40_000
+        for frame in frames:
+            next_us = times[-1] + step_us if times else 0
+            time_us = next_us
+            if frame.pts is not None and frame.time_base is not None:
+                time_us = int(frame.pts * frame.time_base * 1_000_000)
+            if times and time_us <= times[-1]:
+                time_us = next_us
+            if times and time_us - times[0] > max_seconds * 1e6:
+                break
+            pictures.append(_small(frame.to_ndarray(format="rgb24"), max_side))
+            times.append(time_us)
     if not pictures:
         raise VideoError(f"{path} holds no video frame")
     return np.stack(pictures), np.array(times, np.int64) - times[0]
