@@ -18,7 +18,7 @@ from torch import Tensor
 from benchmarks import ratios
 from benchmarks import streaming as bench_streaming
 from xsd.core import Sample
-from xsd.extract import pairs
+from xsd.extract import pairs, plan
 from xsd.models import loading
 from xsd.models.batched import Continuation
 from xsd.models.handle import ModelHandle
@@ -141,7 +141,7 @@ def run(out: Path, sizes: Sizes | None = None) -> str:
     pair = loading.load_pair("embedded")
     root = data.root_of(out, data.RECORDED, "test")
     lazy = data.samples(root, "test", n_event_frames=pair.n_event_frames, canvas=pair.event_canvas)
-    found, facts = extraction_ratios(pair, [item() for item in lazy[:sizes.n_questions]], sizes)
+    found, facts = extraction_ratios(pair, plan.load(lazy[:sizes.n_questions]), sizes)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         streamed, read_facts = bench_streaming.streaming_ratios(folder, sizes.streaming)

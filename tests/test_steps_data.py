@@ -61,7 +61,7 @@ def test_simulated_drives_are_made_once_and_other_ones_are_refused(tmp_path):
         data.prepare(tmp_path, "simulated", "test", n_sequences=2, seed=3, workers=1)
     samples = data.samples(root, "test", questions_per_sequence=5)
     assert len(samples) == 4 * 5 and {sample.sequence for sample in samples} == {"test_1003_00000"}
-    first = samples[0]()
+    first = samples[0].load()
     assert first.video.shape[0] == 8 and len(
         first.event_frames) == 5 and first.question == samples[0].question
 
@@ -104,7 +104,7 @@ def test_a_clip_without_stored_images_is_painted_on_the_canvas_of_the_pair(tmp_p
         shutil.rmtree(images)
     assert data.event_frames_of(root, "test", clips, 5,
                                 "sensor") == {"stored": 0, "painted": 1, "canvas": "sensor"}
-    sensor, sliced = (data.samples(root, "test", canvas=canvas)[0]()
+    sensor, sliced = (data.samples(root, "test", canvas=canvas)[0].load()
                       for canvas in ("sensor", "slice"))
     assert all(one.shape == sensor.event_frames[0].shape for one in sensor.event_frames)
     assert [one.shape

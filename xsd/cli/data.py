@@ -117,7 +117,7 @@ def extract(
     from xsd.extract import supervise as supervision
 
     rank = ranks.Rank.of_this_process()
-    part = f"{rank.rank} of {rank.world_size}" if rank.world_size > 1 else ""
+    part = rank.part_name
     if supervise:  # the same command; the last word on --supervise counts
         command = [sys.executable, "-m", "xsd.cli", *context.obj, "--supervise", "0"]
         return supervision.supervise(command, out, supervise, part=part)

@@ -33,9 +33,9 @@ def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
             damaged = {problem.file.name for problem in problems}
             found[place] = problems + list(_not_finite(place, damaged))
         except ShardError as error:
-            what, _, way_out = str(error).removeprefix(str(
-                place / layout.MANIFEST)).strip().rpartition("; ")
-            found[place] = [store.Problem(place / layout.MANIFEST, what, way_out)]
+            manifest = place / layout.MANIFEST
+            what, _, way_out = str(error).removeprefix(f"{manifest} ").rpartition("; ")
+            found[place] = [store.Problem(manifest, what, way_out)]
     for place, problem in _mixed(found):
         found[place].append(problem)
     return found
@@ -45,23 +45,23 @@ def _not_finite(folder: Path, damaged: set[str]) -> Iterator[store.Problem]:
     """Shards whose checksum is right but whose states hold NaN or infinity: the writer refuses
     them, so somebody else wrote the file."""
     manifest = layout.read_manifest(folder)
-    names = [
-        f"{'scale' if manifest['dtype'] == 'int8' else 'hidden'}_by_{role}" for role in layout.ROLES
-    ]
+    kind = "scale" if manifest["dtype"] == "int8" else "hidden"
     for number, shard in enumerate(manifest["shards"]):
         if shard["file"] in damaged:
             continue
         with safe_open(folder / shard["file"], "pt") as file:
-            for name in names:
-                rows = file.get_slice(name)
-                n = rows.get_shape()[0]
-                if not all(
-                        bool(torch.isfinite(rows[start:start + _BLOCK]).all())
-                        for start in range(0, n, _BLOCK)):
-                    way_out = "repair the run (only this shard is extracted again)"
-                    yield store.Problem(folder / shard["file"], f"holds NaN or infinity in {name}",
-                                        way_out, number)
-                    break
+            wrong = [f"{kind}_by_{role}" for role in layout.ROLES
+                     if not _finite(file.get_slice(f"{kind}_by_{role}"))]
+        if wrong:
+            yield store.Problem(folder / shard["file"],
+                                f"holds NaN or infinity in {' and '.join(wrong)}",
+                                "repair the run (only this shard is extracted again)", number)
+
+
+def _finite(rows: Any) -> bool:
+    """rows: a slice of a safetensors file, read a block at a time."""
+    starts = range(0, rows.get_shape()[0], _BLOCK)
+    return all(bool(torch.isfinite(rows[start:start + _BLOCK]).all()) for start in starts)
 
 
 def _mixed(found: dict[Path, list[store.Problem]]) -> Iterator[tuple[Path, store.Problem]]:
@@ -77,8 +77,7 @@ def _mixed(found: dict[Path, list[store.Problem]]) -> Iterator[tuple[Path, store
         config = {key: value for key, value in config.items() if key not in _OF_A_KIND}
         run = place.parent.parent if place.match(ranks.PARTS) else place.parent
         other, wanted = first.setdefault(run, (place, config))
-        difference = layout.first_difference(wanted, config)
-        if difference:
-            way_out = "they are of two runs: move one of them into a folder of its own"
+        if difference := layout.first_difference(wanted, config):
             yield place, store.Problem(place / layout.MANIFEST,
-                                       f"is not of the run of {other.name}: {difference}", way_out)
+                                       f"is not of the run of {other.name}: {difference}",
+                                       "they are of two runs: move one into a folder of its own")

@@ -4,8 +4,8 @@ and what went wrong.
 Nothing here waits for a writer or disturbs it. Errors and restarts of a run are lines of
 ``errors.jsonl`` in its folder::
 
-    {"kind": "error" | "restart", "what": "StorageError: cannot write …", "pid": 4242, "part": "0 of
-    2", "time_s": 1763741234.5}
+    {"kind": "error" | "restart", "what": "StorageError: cannot write …", "pid": 4242,
+     "part": "0 of 2", "time_s": 1763741234.5}
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
@@ -49,10 +49,15 @@ class Status:
     idle_s: float
     pid: int | None
 
+    @property
+    def left(self) -> str:
+        """``12 min``; empty unless it runs and was timed."""
+        return duration(self.eta_s) if self.state == "running" and self.eta_s is not None else ""
+
     def __str__(self) -> str:
         share = f" of {self.total} ({100 * self.done / self.total:.0f} %)" if self.total else ""
         pace = f", {self.rate:.1f} samples/s" if self.rate else ""
-        left = f", {duration(self.eta_s)} left" if self.state == "running" and self.eta_s is not None else ""
+        left = f", {self.left} left" if self.left else ""
         who = f" (process {self.pid})" if self.pid else ""
         return (f"{self.folder}: {self.state}{who}, {self.done}{share} samples{pace}{left}, "
                 f"{self.gb:.3f} GB, last write {duration(self.idle_s)} ago")
@@ -71,8 +76,8 @@ class Event:
 
     def __str__(self) -> str:
         who = f"process {self.pid}" + (f", part {self.part}" if self.part else "")
-        return (f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(self.time_s))}  {self.kind} "
-                f"({who}): {self.what}")
+        when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(self.time_s))
+        return f"{when}  {self.kind} ({who}): {self.what}"
 
 
 def duration(seconds: float) -> str:
@@ -87,14 +92,10 @@ def runs(folder: str | Path) -> list[Path]:
     """Every folder with a manifest of states: ``folder`` itself, its kinds of pairs, the parts of
     several processes, or a notebook run's ``shards/*/*``. Raises: ShardError if there is none."""
     folder = Path(folder)
-    kinds = [
-        folder, *sorted(folder.glob("*/")), *sorted(folder.glob("*/*/")),
-        *sorted(folder.glob("shards/*/*/"))
-    ]
-    places = [
-        place for kind in dict.fromkeys(kinds)
-        for place in (kind, *sorted(kind.glob(f"{ranks.PARTS}/")))
-    ]
+    kinds = [folder]
+    for pattern in ("*/", "*/*/", "shards/*/*/"):
+        kinds += sorted(folder.glob(pattern))
+    places = [place for kind in kinds for place in (kind, *sorted(kind.glob(f"{ranks.PARTS}/")))]
     found = [place for place in dict.fromkeys(places) if (place / layout.MANIFEST).is_file()]
     if not found:
         raise ShardError(
@@ -117,74 +118,42 @@ def status(folder: str | Path) -> list[Status]:
 
 def _status(folder: Path) -> Status:
     manifest = layout.read_manifest(folder)
-    files = [path for path in folder.iterdir() if path.is_file()]
-    sizes, times = [], [0.0]
-    for path in files:
-        with contextlib.suppress(FileNotFoundError):  # the writer removed it just now
-            found = path.stat()
-            sizes.append(found.st_size)
-            times.append(found.st_mtime)
-    done = manifest["n_samples"]
-    for piece in sorted(folder.glob("pending-*.safetensors")):
-        try:
-            with safe_open(piece, "pt") as file:
-                done = max(
-                    done,
-                    int(piece.stem.split("-")[1]) +
-                    file.get_slice("offsets_drafter").get_shape()[0] - 1)
-        except (FileNotFoundError, SafetensorError
-                ):  # the writer removed it just now, or it is damaged and will be extracted again
-            continue
+    size, written, done = 0, 0.0, manifest["n_samples"]
+    for path in sorted(folder.iterdir()):
+        # a file the writer removed just now; a damaged piece, which will be extracted again
+        with contextlib.suppress(FileNotFoundError, SafetensorError):
+            about = path.stat()
+            if path.is_file():
+                size, written = size + about.st_size, max(written, about.st_mtime)
+            if path.match("pending-*.safetensors"):
+                with safe_open(path, "pt") as file:
+                    n = file.get_slice("offsets_drafter").get_shape()[0] - 1
+                done = max(done, int(path.stem.split("-")[1]) + n)
     total = (manifest["config"].get("part") or manifest["config"]).get("n_samples")
-    rate = _rate(folder)
+    last = layout.read_times(folder)[-20:]
+    seconds = sum(line["seconds"] for line in last)
+    rate = sum(line["n"] for line in last) / seconds if seconds else None
+    eta_s = (total - done) / rate if rate and total is not None else None
     pid = None if manifest["finished"] else lock.lock_holder(folder)
-    return Status(
-        folder, manifest["mode"],
-        "finished" if manifest["finished"] else "running" if pid is not None else "stopped", done,
-        total, rate, (total - done) / rate if rate and total is not None else None,
-        sum(sizes) / 1e9, max(time.time() - max(times), 0.0), pid,
-    )
-
-
-def _rate(folder: Path, last: int = 20) -> float | None:
-    entries = _lines(folder / layout.TIMES)[-last:]
-    seconds = sum(entry["seconds"] for entry in entries)
-    return sum(entry["n"] for entry in entries) / seconds if seconds else None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    found = []
-    try:
-        texts = path.read_text(errors="replace").splitlines()
-    except FileNotFoundError:
-        return []
-    for text in texts:
-        try:
-            found.append(json.loads(text))
-        except ValueError:  # the last line of a killed writer
-            continue
-    return found
+    state = "finished" if manifest["finished"] else "stopped" if pid is None else "running"
+    return Status(folder, manifest["mode"], state, done, total, rate, eta_s, size / 1e9,
+                  max(time.time() - written, 0.0), pid)
 
 
 # --- errors
-# ------------------------------------------------------------------------------------------------
 
 
 def note(folder: str | Path, kind: str, what: str, *, pid: int | None = None,
          part: str = "") -> None:
     """Add one line to the errors of a run; where even that cannot be written (a full disk), only
     this line is lost."""
-    line = {
-        "kind": kind, "what": " ".join(what.split()), "pid": pid or os.getpid(), "part": part,
-        "time_s": round(time.time(), 3)
-    }
+    line = {"kind": kind, "what": " ".join(what.split()), "pid": pid or os.getpid(), "part": part,
+            "time_s": round(time.time(), 3)}
     with contextlib.suppress(OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        handle = os.open(Path(folder) / ERRORS, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
-        try:
-            os.write(handle, (json.dumps(line) + "\n").encode())
-        finally:
-            os.close(handle)
+        # One write to a file opened for appending: lines of several processes do not mix.
+        with open(Path(folder) / ERRORS, "ab", buffering=0) as file:
+            file.write((json.dumps(line) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -201,28 +170,21 @@ def events(folder: str | Path) -> list[Event]:
     """Errors and restarts of the runs in a folder (or of the run that the folder is one kind of
     pairs of), oldest first."""
     kinds = [place.parent if place.match(ranks.PARTS) else place for place in runs(folder)]
-    lines = [
-        line for path in dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
-        for line in _lines(path)
-    ]
-    found = [
-        Event(line["kind"], line["what"], line["pid"], line["part"], line["time_s"])
-        for line in lines if "what" in line
-    ]
+    files = dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
+    fields = ("kind", "what", "pid", "part", "time_s")
+    lines = [line for file in files for line in layout.read_lines(file, *fields)]
+    found = [Event(*(line[field] for field in fields)) for line in lines]
     return sorted(found, key=lambda event: event.time_s)
 
 
 def report(folder: str | Path, *, last: int = 10) -> str:
-    """The page that ``xsd data status`` prints: a line a run, then the latest errors."""
-    states = status(folder)
+    """The page that ``xsd data status`` prints: one line per run, then the latest errors."""
+    states, found = status(folder), events(folder)
     lines = [str(one) for one in states]
-    found = events(folder)
     if found:
         shown = f", the last {last}" if len(found) > last else ""
-        lines += [
-            f"errors and restarts ({len(found)}{shown}):",
-            *(f"  {event}" for event in found[-last:])
-        ]
+        lines.append(f"errors and restarts ({len(found)}{shown}):")
+        lines += [f"  {event}" for event in found[-last:]]
     if any(one.state == "stopped" for one in states):
         lines.append("stopped runs are continued by the command that began them")
     return "\n".join(lines)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from hashlib import sha256
@@ -15,24 +15,26 @@ from xsd.sensors import folder as dataset_folder
 
 @dataclass(frozen=True)
 class LazySample:
-    """A sample that is read when its turn comes; calling it gives the core.Sample."""
+    """A sample that is read when its turn comes: ``load`` gives the core.Sample."""
 
     sequence: str
     clip: str
     question: str
     load: Callable[[], Sample]
 
-    def __call__(self) -> Sample:
-        return self.load()
+
+Item = Sample | LazySample
 
 
-Item = Sample | LazySample | Callable[[], Sample]
+def load(items: Iterable[Item]) -> list[Sample]:
+    """The samples, read now."""
+    return [item.load() if isinstance(item, LazySample) else item for item in items]
 
 
 def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequence[str], *,
-                   n_event_frames: int = 5, canvas: Any = None, unstored: Any = None,
-                   ) -> list[LazySample]:
-    """Every clip with every question, clip by clip; images are read when needed, once a clip.
+                   n_event_frames: int = 5, canvas: Any = None,
+                   unstored: Any = None) -> list[LazySample]:
+    """Every clip with every question, clip by clip; images are read when needed, once per clip.
 
     canvas: as in sensors.folder.load_sample. unstored: the canvas of clips without stored event
     images (``slice`` by default).
@@ -40,69 +42,53 @@ def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequ
     @lru_cache(maxsize=1)
     def clip(number: int) -> Sample:
         record = records[number]
-        painted = canvas or (None
-                             if dataset_folder.stored_frames(record, n_event_frames) else unstored)
+        stored = dataset_folder.stored_frames(record, n_event_frames)
         return dataset_folder.load_sample(record, questions[0], n_event_frames=n_event_frames,
-                                          canvas=painted)
+                                          canvas=canvas or (None if stored else unstored))
 
     def reader(number: int, question: str) -> Callable[[], Sample]:
         return lambda: replace(clip(number), question=question)
 
-    return [
-        LazySample(record.sequence, record.clip, question, reader(number, question))
-        for number, record in enumerate(records) for question in questions
-    ]
-
-
-def clip_of(item: Item) -> tuple[str, str] | None:
-    """(sequence, clip), or None for a plain callable, which says nothing before it is called."""
-    return (item.sequence, item.clip) if isinstance(item, (Sample, LazySample)) else None
+    return [LazySample(record.sequence, record.clip, question, reader(number, question))
+            for number, record in enumerate(records) for question in questions]
 
 
 def order(samples: Sequence[Item], *, max_samples: int | None = None, seed: int = 0) -> list[Item]:
     """The samples clip by clip (questions on one clip stand together, so that its images pass the
     vision tower once).
 
-    Clips keep the order of their first sample; plain callables keep their place. max_samples: that
-    many, from clips drawn by ``seed`` (None or -1: all); the drawn ones keep their order. Raises:
-    ParameterError for no samples or max_samples 0 or below -1.
+    Clips keep the order of their first sample. max_samples: that many, from clips drawn by ``seed``
+    (None or -1: all); the drawn ones keep their order. Raises: ParameterError for no samples or
+    max_samples 0 or below -1.
     """
     if not samples:
         raise ParameterError(
             "there are no samples to extract; give at least one clip and one question")
     if max_samples is not None and (max_samples == 0 or max_samples < -1):
         raise ParameterError(f"max_samples={max_samples}; give a positive number, or -1 for all")
-    clips: dict[Any, list[Item]] = {}
-    for number, item in enumerate(samples):
-        clips.setdefault(clip_of(item) or number, []).append(item)
-    if max_samples is None or max_samples == -1 or max_samples >= len(samples):
-        return [item for items in clips.values() for item in items]
-    keys = list(clips)
-    random.Random(seed).shuffle(keys)
-    left, taken = max_samples, {}
-    for key in keys:
-        taken[key] = clips[key][:left]
-        left -= len(taken[key])
-        if not left:
-            break
-    return [item for key in clips if key in taken for item in taken[key]]
+    clips: dict[tuple[str, str], list[Item]] = {}
+    for item in samples:
+        clips.setdefault((item.sequence, item.clip), []).append(item)
+    if max_samples not in (None, -1):
+        drawn, left = list(clips), max_samples
+        random.Random(seed).shuffle(drawn)
+        for key in drawn:
+            clips[key] = clips[key][:left]
+            left -= len(clips[key])
+    return [item for items in clips.values() for item in items]
 
 
 def plan_hash(items: Sequence[Item]) -> str:
     """SHA-256 over names and questions, and over the images of samples that are in memory.
 
-    A plain callable counts by its place only, so give its ``data_hash`` in the extraction's config.
+    Samples that are read later count by name: give their ``data_hash`` in the extraction's config.
     """
     digest = sha256()
     seen: dict[int, bytes] = {}
     for item in items:
-        digest.update(
-            repr((*clip_of(item),
-                  item.question) if isinstance(item, (Sample,
-                                                      LazySample)) else "callable").encode())
-        if isinstance(item, Sample):
-            for image in (*item.event_frames, item.video):
-                if id(image) not in seen:
-                    seen[id(image)] = sha256(repr(image.shape).encode() + image.tobytes()).digest()
-                digest.update(seen[id(image)])
+        digest.update(repr((item.sequence, item.clip, item.question)).encode())
+        for image in (*item.event_frames, item.video) if isinstance(item, Sample) else ():
+            if id(image) not in seen:
+                seen[id(image)] = sha256(repr(image.shape).encode() + image.tobytes()).digest()
+            digest.update(seen[id(image)])
     return digest.hexdigest()

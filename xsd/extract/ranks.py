@@ -6,9 +6,8 @@ that one process would have written.
     rank     0       0       1       1                part-0001-of-0002/   shards 2 3
 
 A rank takes whole shards and computes whole batches of the common plan, so no file depends on the
-number of processes. Ranks never wait
-for each other: any of them may die and be started again alone. The one that finds all parts
-finished joins them, by renaming files.
+number of processes. Ranks never wait for each other: any of them may die and be started again
+alone. The one that finds all parts finished joins them, by renaming files.
 """
 
 from __future__ import annotations
@@ -19,7 +18,6 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +42,8 @@ class Rank:
 
     def __post_init__(self) -> None:
         if not 0 <= self.rank < self.world_size:
-            raise ParameterError(
-                f"RANK={self.rank} of WORLD_SIZE={self.world_size}; expected a rank from 0 to "
-                f"{self.world_size - 1}"
-            )
+            raise ParameterError(f"RANK={self.rank} of WORLD_SIZE={self.world_size}; expected a "
+                                 f"rank from 0 to {self.world_size - 1}")
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] | None = None) -> Rank:
@@ -56,17 +52,20 @@ class Rank:
 
         Raises: ParameterError if they are no numbers.
         """
-        if environment is None and torch.distributed.is_available(
-        ) and torch.distributed.is_initialized():
-            return cls(torch.distributed.get_rank(), torch.distributed.get_world_size())
+        distributed = torch.distributed
+        if environment is None and distributed.is_available() and distributed.is_initialized():
+            return cls(distributed.get_rank(), distributed.get_world_size())
         given = os.environ if environment is None else environment
         rank, size = given.get("RANK", "0"), given.get("WORLD_SIZE", "1")
         if not (rank.isdigit() and size.isdigit()):
-            raise ParameterError(
-                f"RANK={rank!r} and WORLD_SIZE={size!r} are set but are no numbers; unset them, or "
-                "start with torchrun"
-            )
+            raise ParameterError(f"RANK={rank!r} and WORLD_SIZE={size!r} are set but are no "
+                                 "numbers; unset them, or start with torchrun")
         return cls(int(rank), int(size))
+
+    @property
+    def part_name(self) -> str:
+        """``1 of 4``; empty for the only process."""
+        return f"{self.rank} of {self.world_size}" if self.world_size > 1 else ""
 
     def share(self, n_samples: int, samples_per_shard: int) -> range:
         """The samples of this rank: whole shards, in one stretch; empty where there are fewer
@@ -94,26 +93,20 @@ def check_begun(folder: Path, rank: Rank, settings: Mapping[str, Any]) -> bool:
     Raises: ShardError if it was begun by another number of processes, or holds a finished run of
     other settings.
     """
-    done = finished(folder)
-    if done:
+    if done := finished(folder):
         wanted = json.loads(json.dumps(dict(settings)))
-        difference = layout.first_difference({key: done[key] for key in wanted}, wanted)
-        if difference:
-            raise ShardError(
-                f"{folder} was begun with other settings: {difference}; use the same ones or "
-                "another folder"
-            )
+        if difference := layout.first_difference({key: done[key] for key in wanted}, wanted):
+            raise ShardError(f"{folder} was begun with other settings: {difference}; use the same "
+                             "ones or another folder")
         return True
     sizes = {int(path.name.rsplit("-", 1)[1]) for path in folder.glob(PARTS)}
     if (folder / layout.MANIFEST).is_file():
         sizes.add(1)
-    if sizes - {rank.world_size}:
+    if others := sizes - {rank.world_size}:
         raise ShardError(
-            f"{folder} was begun by {min(sizes - {rank.world_size})} process(es) but "
-            f"{rank.world_size} would continue it now; start as "
-            "many again (RANK and WORLD_SIZE may be set by hand for one of them), or extract into "
-            "another folder"
-        )
+            f"{folder} was begun by {min(others)} process(es) but {rank.world_size} would continue "
+            "it now; start as many again (RANK and WORLD_SIZE may be set by hand for one of them), "
+            "or extract into another folder")
     return False
 
 
@@ -123,13 +116,10 @@ def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int, 
     Killed half-way, it is continued.
 
     wait_s: how long to wait for another process that joins just now. Raises: ShardError if parts
-    differ in their settings or a file is
-    missing; StorageError.
+    differ in their settings or a file is missing; StorageError.
     """
-    shares = [(Rank(number, world_size), Rank(number,
-                                              world_size).share(n_samples, samples_per_shard))
-              for number in range(world_size)]
-    parts = [rank.part(folder) for rank, share in shares if len(share)]
+    ranks = [Rank(number, world_size) for number in range(world_size)]
+    parts = [rank.part(folder) for rank in ranks if rank.share(n_samples, samples_per_shard)]
     end = time.monotonic() + wait_s
     while True:
         if finished(folder) and not any(part.exists() for part in parts):
@@ -158,72 +148,51 @@ def _join(folder: Path, parts: list[Path]) -> None:
     manifests = [layout.read_manifest(part) for part in parts]
     first = manifests[0]
     for part, manifest in zip(parts, manifests, strict=True):
-        difference = layout.first_difference(_common(first), _common(manifest))
-        if difference:
-            raise ShardError(
-                f"{part} does not belong to {parts[0].name}: {difference}; delete the part that is "
-                "wrong and extract it again"
-            )
-    shards, moves, lines = [], {}, []
+        if difference := layout.first_difference(_common(first), _common(manifest)):
+            raise ShardError(f"{part} does not belong to {parts[0].name}: {difference}; delete the "
+                             "part that is wrong and extract it again")
+    shards, times, n_samples = [], [], 0
+    moves = {folder / entry["file"]: (parts[0] / entry["file"], entry["bytes"])
+             for entry in first["heads"].values()}
     for part, manifest in zip(parts, manifests, strict=True):
-        begin = sum(shard["n_samples"] for shard in shards)
-        lines += _times(part, begin)
+        times += [{**line, "first": n_samples + line["first"]} for line in layout.read_times(part)]
         for entry in manifest["shards"]:
-            name = layout.shard_name(len(shards))
-            names = {"file": name, "metadata_file": layout.shard_name(len(shards), "parquet")}
-            moves |= {
-                folder / new: (part / entry[key], entry[key.replace("file", "bytes")])
-                for key, new in names.items()
-            }
-            shards.append({**entry, **names, "first": begin + entry["first"]})
-    for entry in first["heads"].values():
-        moves[folder / entry["file"]] = (parts[0] / entry["file"], entry["bytes"])
+            names = {"file": layout.shard_name(len(shards)),
+                     "metadata_file": layout.shard_name(len(shards), "parquet")}
+            for key, new in names.items():
+                size = entry[key.replace("file", "bytes")]
+                moves[folder / new] = (part / entry[key], size)
+            shards.append({**entry, **names, "first": n_samples + entry["first"]})
+        n_samples += manifest["n_samples"]
+    _move(folder, moves)
+    files = {}
+    if times:
+        data = "".join(json.dumps(line) + "\n" for line in times).encode()
+        atomic_write(folder / layout.TIMES, data)
+        files["times"] = layout.entry_of(layout.TIMES, data)
+    layout.write_manifest(folder, {
+        **first, "config": _common(first)["config"], "shards": shards, "n_samples": n_samples,
+        "files": files, "provenance": {**first["provenance"], "processes": len(parts)}
+    })
+
+
+def _move(folder: Path, moves: Mapping[Path, tuple[Path, int]]) -> None:
+    """Rename what a killed join did not rename before. moves: target → (source, bytes)."""
     for target, (source, size) in moves.items():
         there = source if source.is_file() else target
         if not there.is_file() or there.stat().st_size != size:
-            raise ShardError(
-                f"{source} is missing or truncated; repair {source.parent}, then start any rank "
-                "again"
-            )
+            raise ShardError(f"{source} is missing or truncated; repair {source.parent}, then "
+                             "start any rank again")
     try:
         for target, (source, _) in moves.items():
             if source.is_file():
                 os.replace(source, target)
     except OSError as error:
-        raise StorageError(
-            f"cannot join the parts in {folder}: {error.strerror or error}; check permissions and "
-            "run again"
-        ) from error
-    files = {}
-    if lines:
-        data = "".join(json.dumps(line) + "\n" for line in lines).encode()
-        atomic_write(folder / layout.TIMES, data)
-        files["times"] = {
-            "file": layout.TIMES, "bytes": len(data), "sha256": sha256(data).hexdigest()
-        }
-    config = {key: value for key, value in first["config"].items() if key != "part"}
-    n_samples = sum(shard["n_samples"] for shard in shards)
-    provenance = {**first["provenance"], "processes": len(parts)}
-    joined = {
-        "config": config, "shards": shards, "n_samples": n_samples, "files": files,
-        "provenance": provenance
-    }
-    layout.write_manifest(folder, {**first, **joined})
+        raise StorageError(f"cannot join the parts in {folder}: {error.strerror or error}; check "
+                           "permissions and run again") from error
 
 
 def _common(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the parts of one run share."""
     config = {key: value for key, value in manifest["config"].items() if key != "part"}
     return {**{key: manifest[key] for key in _SETTINGS}, "config": config}
-
-
-def _times(part: Path, begin: int) -> list[dict[str, Any]]:
-    """The part's times with samples counted from the run's first."""
-    path, lines = part / layout.TIMES, []
-    for text in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-            lines.append({**line, "first": begin + line["first"]})
-        except (ValueError, KeyError, TypeError):  # the last line of a killed writer
-            continue
-    return lines

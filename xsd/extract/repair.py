@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xsd.core import PairedStates, Sample, ShardError
+from xsd.core import PairedStates, ShardError
 from xsd.extract import pairs, plan, run
 from xsd.models.layers import LAST
 from xsd.models.loading import Pair
 from xsd.shards import format as layout
 from xsd.shards import store
-from xsd.shards import writer as shard_writer
+from xsd.shards.writer import ShardWriter
 
 
 def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
-           verifier_from: str | Path | None = None, problems: Sequence[store.Problem] | None = None,
-           ) -> list[store.Problem]:
-    """Extract the damaged shards of a run again, and nothing else. samples, verifier_from: the same
-    as were given to extract().
+           verifier_from: str | Path | None = None,
+           problems: Sequence[store.Problem] | None = None) -> list[store.Problem]:
+    """Extract the damaged shards of a run again, and nothing else.
 
-    problems: what is damaged, as store.verify or checks.verify found it (default: store.verify
-    now). Returns what was mended. Raises:
-    ShardError if the models or samples are not those of the run (naming the difference), or for a
-    damaged manifest; StorageError while another process writes there.
+    samples, verifier_from: the same as were given to extract(). problems: what is damaged, as
+    store.verify or checks.verify found it (default: store.verify now). Returns what was mended.
+    Raises: ShardError if the models or samples are not those of the run (naming the difference), or
+    for a damaged manifest; StorageError while another process writes there.
     """
     folder = Path(folder)
-    found = list(store.verify(folder) if problems is None else problems)
+    found = store.verify(folder) if problems is None else problems
     found = [problem for problem in found if not problem.file.name.startswith("pending-")]
     if not found:
         return []
@@ -36,33 +35,23 @@ def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
     if "samples_hash" not in config:
         raise ShardError(
             f"{folder} was not written by an extraction; restore {found[0].file.name} from a copy")
-    layer = config.get("layer", LAST)
     items = plan.order(samples, max_samples=config["max_samples"], seed=config["seed"])
-    now: dict[str, Any] = {
-        "samples_hash": plan.plan_hash(items), "drafter": run.identity(pair.drafter),
-        "verifier": run.identity(pair.verifier),
-    }  # fmt: skip
+    now = {"samples_hash": plan.plan_hash(items), "drafter": run.identity(pair.drafter),
+           "verifier": run.identity(pair.verifier)}
     answers = None
     if "verifier_from" in config:
         if verifier_from is None:
-            raise ShardError(
-                f"{folder} took the verifier's answers from another run; give that run too "
-                "(verifier_from, --reuse-verifier)"
-            )
-        others = [layer] if layer != LAST else []
-        options = {"verifier": config["verifier"], "max_new_tokens": config["max_new_tokens"]}
-        answers = pairs.StoredAnswers(verifier_from, **options, layers=others)
+            raise ShardError(f"{folder} took the verifier's answers from another run; give that "
+                             "run too (verifier_from, --reuse-verifier)")
+        answers = pairs.StoredAnswers(
+            verifier_from, verifier=config["verifier"], max_new_tokens=config["max_new_tokens"],
+            layers=[config["layer"]] if "layer" in config else [])
         now["verifier_from"] = answers.dataset.manifest["digest"]
-    difference = layout.first_difference({key: config[key] for key in now}, now)
-    if difference:
-        raise ShardError(
-            f"{folder} cannot be repaired with these models and samples: {difference}; give those "
-            "it was extracted with"
-        )
-    settings = {
-        key: manifest[key] for key in ("mode", "tap", "dtype", "config", "samples_per_shard")
-    }
-    writer = shard_writer.ShardWriter(folder, **settings)
+    if difference := layout.first_difference({key: config[key] for key in now}, now):
+        raise ShardError(f"{folder} cannot be repaired with these models and samples: "
+                         f"{difference}; give those it was extracted with")
+    settings = ("mode", "tap", "dtype", "config", "samples_per_shard")
+    writer = ShardWriter(folder, **{key: manifest[key] for key in settings})
     try:
         for number in sorted({problem.shard for problem in found if problem.shard is not None}):
             entry = manifest["shards"][number]
@@ -78,8 +67,8 @@ def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
     return found
 
 
-def _again(pair: Pair, items: Sequence[plan.Item], manifest: dict[str, Any], entry: dict[str, Any],
-           answers: pairs.StoredAnswers | None) -> list[PairedStates]:
+def _again(pair: Pair, items: Sequence[plan.Item], manifest: Mapping[str, Any],
+           entry: Mapping[str, Any], answers: pairs.StoredAnswers | None) -> list[PairedStates]:
     """The samples of one shard, computed in the batches of the original run so that the bytes are
     the same."""
     config = manifest["config"]
@@ -88,10 +77,8 @@ def _again(pair: Pair, items: Sequence[plan.Item], manifest: dict[str, Any], ent
     end = first + entry["n_samples"]
     begin, states = first - first % size, []
     for start in range(begin, end, size):
-        loaded: list[Sample] = [
-            item if isinstance(item, Sample) else item() for item in items[start:start + size]
-        ]
-        verifier = answers(loaded) if answers is not None else None
+        loaded = plan.load(items[start:start + size])
+        verifier = None if answers is None else answers(loaded)
         states += pairs.by_layer(manifest["mode"], pair, loaded, config["max_new_tokens"], size,
                                  verifier=verifier, layers=[layer])[layer]
     return states[first - begin:end - begin]

@@ -7,27 +7,24 @@ docs/extraction.md tells what survives what, how several processes share a run, 
 from __future__ import annotations
 
 import contextlib
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 
 from xsd import __version__
 from xsd.core import Mode, PairError, ParameterError, Sample, ShardError
-from xsd.extract import monitor, pairs, plan, ranks
+from xsd.extract import monitor, pairs, plan, ranks, supervise
 from xsd.models import layers as layer_states
 from xsd.models.batched import Continuation
 from xsd.models.handle import ModelHandle
 from xsd.models.layers import LAST
 from xsd.models.loading import Pair
-from xsd.shards import writer as shard_writer
 from xsd.shards.format import read_manifest, short_dtype
+from xsd.shards.writer import ShardWriter
 
 
 @dataclass(frozen=True)
@@ -43,10 +40,8 @@ class Progress:
     gb: float
 
     def __str__(self) -> str:
-        return (
-            f"{self.done} of {self.total} samples ({100 * self.done / self.total:.0f} %), "
-            f"{self.rate:.1f} samples/s, "
-            f"{monitor.duration(self.eta_s)} left, {self.gb:.3f} GB")
+        return (f"{self.done} of {self.total} samples ({100 * self.done / self.total:.0f} %), "
+                f"{self.rate:.1f} samples/s, {monitor.duration(self.eta_s)} left, {self.gb:.3f} GB")
 
 
 @dataclass(frozen=True)
@@ -55,8 +50,8 @@ class ExtractReport:
     mode with most). resumed: samples found done. seconds: of this call.
 
     finished: False after SIGINT or SIGTERM; the same call again continues. joined: the folders hold
-    the whole run (with one process the
-    same as finished; with several, False until the last one is done).
+    the whole run (with one process the same as finished; with several, False until the last one is
+    done).
     """
 
     n: int
@@ -71,6 +66,8 @@ class ExtractReport:
 
 Kind = tuple[Mode, int]
 """Mode and layer: what one folder of a run holds."""
+Answers = Callable[[list[Sample]], list[Continuation]]
+"""The verifier's: generated, or taken from another run."""
 
 
 def extract(
@@ -84,8 +81,7 @@ def extract(
     """Write ``folder/<mode>`` for each mode; every finished batch survives a kill, and the same
     call again continues the run.
 
-    samples: core.Sample, plan.LazySample or callables that give one (read a batch at a time).
-    layers: which hidden states
+    samples: core.Sample, or plan.LazySample (read a batch at a time). layers: which hidden states
     (models.layers); others than the last have folders of their own (``<mode>.layer-8``). dtype: how
     states are stored, fp16 | fp32 | bf16 | int8. max_samples: that many, whole clips drawn by
     ``seed``. config: what else belongs to the run (split, data_hash, quant …), compared on
@@ -95,165 +91,144 @@ def extract(
     tqdm's ``update(n)``.
 
     Raises: ShardError if the folder was begun with other settings, StorageError (another writer,
-    disk full: what was flushed stays),
-    PairError if a saved LM head does not give the model's logits, ParameterError without samples or
-    for a layer that is not there.
+    disk full: what was flushed stays), PairError if a saved LM head does not give the model's
+    logits, ParameterError without samples or for a layer that is not there.
     """
-    unknown = [mode for mode in modes if mode not in pairs.MODES]
-    if unknown or not modes or not layers:
-        raise ShardError(
-            f"modes={tuple(modes)}, layers={tuple(layers)}; expected one or more of "
-            f"{', '.join(pairs.MODES)}, and a layer"
-        )
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ParameterError(
-            f"batch_size={batch_size} and max_new_tokens={max_new_tokens}; expected at least 1 of "
-            "each"
-        )
-    started = time.perf_counter()
-    others = [layer for layer in dict.fromkeys(layers) if layer != LAST]
-    for layer in others:
-        layer_states.place(pair.drafter.decoder,
-                           layer), layer_states.place(pair.verifier.decoder, layer)
+    started, rank, folder = time.perf_counter(), rank or ranks.Rank(), Path(folder)
+    layers = list(dict.fromkeys(layers))
+    _check(pair, modes, layers, batch_size, max_new_tokens)
     items = plan.order(samples, max_samples=max_samples, seed=seed)
     settings = {
         **dict(config or {}), "pair": pair.name, "max_new_tokens": max_new_tokens,
         "batch_size": batch_size, "seed": seed, "max_samples": max_samples, "n_samples": len(items),
         "samples_hash": plan.plan_hash(items), "n_event_frames": pair.n_event_frames,
         "event_canvas": pair.event_canvas, "code_version": __version__,
-        "drafter": identity(pair.drafter), "verifier": identity(pair.verifier),
-    }  # fmt: skip
-    stored = None
-    if verifier_from is not None:
-        stored = pairs.StoredAnswers(verifier_from, verifier=settings["verifier"],
-                                     max_new_tokens=max_new_tokens, layers=others)
-        settings["verifier_from"] = stored.dataset.manifest["digest"]
-
-    def answers(loaded: list[Sample]) -> list[Continuation]:
-        if stored is not None:
-            return stored(loaded)
-        return pair.verifier.generate(loaded, max_new_tokens, batch_size=batch_size, layers=others)
-
-    rank = rank or ranks.Rank()
+        "drafter": identity(pair.drafter), "verifier": identity(pair.verifier)
+    }
+    answers = _answers(pair, layers, settings, verifier_from)
+    folders = {(mode, layer): folder / pairs.folder_name(mode, layer)
+               for mode in modes for layer in layers}
     share = rank.share(len(items), samples_per_shard)
-    folders = {(mode, layer): Path(folder) / pairs.folder_name(mode, layer) for mode in modes
-               for layer in dict.fromkeys(layers)}
-    with contextlib.ExitStack() as stack, interruptible() as stop:
-        writers: dict[Kind, shard_writer.ShardWriter] = {}
-        for (mode, layer), place in folders.items():
-            kind_settings = {**settings, "layer": layer} if layer != LAST else settings
-            options = {
-                "mode": mode, "tap": pairs.tap_of(layer), "dtype": short_dtype(dtype),
-                "samples_per_shard": samples_per_shard, "config": kind_settings,
-            }  # fmt: skip
-            if ranks.check_begun(place, rank, options) or not share:
-                continue
-            if rank.world_size > 1:
-                part = {
-                    "rank": rank.rank, "world_size": rank.world_size, "first": share.start,
-                    "n_samples": len(share)
-                }
-                place, options = rank.part(
-                    place), {**options, "config": {**kind_settings, "part": part}}
-            writers[mode, layer] = shard_writer.ShardWriter(place, **options)
-            stack.callback(writers[mode, layer].close,
-                           finished=False)  # whatever happens, what was taken is flushed
+    options = {"dtype": short_dtype(dtype), "samples_per_shard": samples_per_shard}
+    with contextlib.ExitStack() as stack, supervise.interruptible() as stop:
+        writers = _open_writers(stack, folders, settings, options, rank, share)
         resumed = min((writer.n_written for writer in writers.values()), default=len(share))
-        stack.enter_context(
-            monitor.recording(folder,
-                              f"{rank.rank} of {rank.world_size}" if rank.world_size > 1 else ""))
+        stack.enter_context(monitor.recording(folder, rank.part_name))
         if not all(writer.finished for writer in writers.values()):
-            _save_heads(pair, [
-                writer
-                for (_, layer), writer in writers.items() if layer == LAST and not writer.finished
-            ])
+            _save_heads(pair, writers)
             at = share.start + resumed
             for first in range(at - at % batch_size, share.stop, batch_size):
                 if stop.is_set():
                     break
-                batch = _Batch(first, items[first:first + batch_size], share, max_new_tokens)
-                _extract(pair, batch, writers, answers, check=first <= share.start)
+                _extract(pair, items, first, share, writers, answers, settings)
                 done = min(first + batch_size, share.stop) - share.start
-                before = max(first - share.start, resumed)
-                _tell(progress, done, before, len(share), resumed,
+                _tell(progress, done, max(first - share.start, resumed), len(share), resumed,
                       time.perf_counter() - started, writers)
-        finished = all(writer.n_written == len(share) for writer in writers.values())
+        finished = joined = all(writer.n_written == len(share) for writer in writers.values())
         for writer in writers.values():
             writer.close(finished=finished)
-        joined = finished
         if finished and rank.world_size > 1:
-            joined = all([
-                ranks.join(place, rank.world_size, len(items), samples_per_shard)
-                for place in folders.values()
-            ])
-        return ExtractReport(
-            min((writer.n_written for writer in writers.values()), default=len(share)),
-            _tokens(writers) if writers or not joined else _stored_tokens(folders.values()),
-            time.perf_counter() - started, _gigabytes(folders.values()), resumed, finished,
-            {pairs.folder_name(*kind): place for kind, place in folders.items()}, joined,
-        )
+            joined = all([ranks.join(place, rank.world_size, len(items), samples_per_shard)
+                          for place in folders.values()])
+        n = min((writer.n_written for writer in writers.values()), default=len(share))
+        tokens = _tokens(writers) if writers or not joined else _stored_tokens(folders.values())
+        names = {pairs.folder_name(*kind): place for kind, place in folders.items()}
+        return ExtractReport(n, tokens, time.perf_counter() - started,
+                             _gigabytes(folders.values()), resumed, finished, names, joined)
 
 
-@dataclass(frozen=True)
-class _Batch:
-    """Samples ``first`` … of the common plan; only those in ``share`` are this process's to
-    write."""
-
-    first: int
-    items: Sequence[plan.Item]
-    share: range
-    max_new_tokens: int
-
-    def missing(self, writer: shard_writer.ShardWriter) -> slice:
-        """Which of the batch's samples the writer still lacks."""
-        have = self.share.start + writer.n_written
-        return slice(have - self.first,
-                     min(self.first + len(self.items), self.share.stop) - self.first)
+def _check(pair: Pair, modes: Sequence[Mode], layers: Sequence[int], batch_size: int,
+           max_new_tokens: int) -> None:
+    if not modes or not layers or set(modes) - set(pairs.MODES):
+        raise ShardError(f"modes={tuple(modes)}, layers={tuple(layers)}; expected one or more of "
+                         f"{', '.join(pairs.MODES)}, and a layer")
+    if batch_size < 1 or max_new_tokens < 1:
+        raise ParameterError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens}; "
+                             "expected at least 1 of each")
+    for layer in layers:
+        for handle in (pair.drafter, pair.verifier) if layer != LAST else ():
+            layer_states.place(handle.decoder, layer)
 
 
-def _extract(pair: Pair, batch: _Batch, writers: Mapping[Kind, shard_writer.ShardWriter],
-             answers: Callable[[list[Sample]], list[Continuation]], *, check: bool,
-             ) -> None:
-    """Extract one batch; it is always computed whole, so that a resumed run, or one of several
-    processes, gives the same bytes."""
-    began = time.perf_counter()
-    loaded: list[Sample] = [item if isinstance(item, Sample) else item() for item in batch.items]
+def _answers(pair: Pair, layers: Sequence[int], settings: dict[str, Any],
+             verifier_from: str | Path | None) -> Answers:
+    """Where the verifier's answers come from; another run is noted in the settings."""
+    others = [layer for layer in layers if layer != LAST]
+    if verifier_from is None:
+        return lambda samples: pair.verifier.generate(samples, settings["max_new_tokens"],
+                                                      batch_size=settings["batch_size"],
+                                                      layers=others)
+    stored = pairs.StoredAnswers(verifier_from, verifier=settings["verifier"],
+                                 max_new_tokens=settings["max_new_tokens"], layers=others)
+    settings["verifier_from"] = stored.dataset.manifest["digest"]
+    return stored
+
+
+def _open_writers(stack: contextlib.ExitStack, folders: Mapping[Kind, Path],
+                  settings: Mapping[str, Any], options: Mapping[str, Any], rank: ranks.Rank,
+                  share: range) -> dict[Kind, ShardWriter]:
+    """Writers of what is not finished yet, closed with the stack: whatever happens, what was taken
+    is flushed."""
+    writers = {}
+    for (mode, layer), place in folders.items():
+        config = {**settings, "layer": layer} if layer != LAST else settings
+        kind = {**options, "mode": mode, "tap": pairs.tap_of(layer), "config": config}
+        if ranks.check_begun(place, rank, kind) or not share:
+            continue
+        if rank.world_size > 1:
+            part = {"rank": rank.rank, "world_size": rank.world_size, "first": share.start,
+                    "n_samples": len(share)}
+            place, kind = rank.part(place), {**kind, "config": {**config, "part": part}}
+        writers[mode, layer] = ShardWriter(place, **kind)
+        stack.callback(writers[mode, layer].close, finished=False)
+    return writers
+
+
+def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
+             writers: Mapping[Kind, ShardWriter], answers: Answers,
+             settings: Mapping[str, Any]) -> None:
+    """Extract the batch that begins at sample ``first`` of the common plan; only what lies in
+    ``share`` is this process's to write.
+
+    It is always computed whole, so that a resumed run, or one of several processes, gives the same
+    bytes.
+    """
+    began, longest = time.perf_counter(), settings["max_new_tokens"]
+    loaded = plan.load(items[first:first + settings["batch_size"]])
     verifier = answers(loaded)
-    if check:
+    if first <= share.start:
         check_head(pair.verifier, verifier)
-        check_head(pair.drafter, pair.drafter.generate(loaded[:1], batch.max_new_tokens))
+        check_head(pair.drafter, pair.drafter.generate(loaded[:1], longest))
     shared = time.perf_counter() - began
+    end = min(len(loaded), share.stop - first)
     for mode in dict.fromkeys(mode for mode, _ in writers):
         began = time.perf_counter()
-        cuts = {
-            layer: batch.missing(writer) for (own, layer), writer in writers.items() if own == mode
-        }
-        cuts = {layer: cut for layer, cut in cuts.items() if cut.start < cut.stop}
-        if not cuts:
+        begins = {layer: share.start + writer.n_written - first
+                  for (own, layer), writer in writers.items() if own == mode}
+        begins = {layer: begin for layer, begin in begins.items() if begin < end}
+        if not begins:
             continue
-        found = pairs.by_layer(mode, pair, loaded, batch.max_new_tokens, len(loaded),
-                               verifier=verifier, layers=list(cuts))
-        for layer, cut in cuts.items():
+        found = pairs.by_layer(mode, pair, loaded, longest, len(loaded), verifier=verifier,
+                               layers=list(begins))
+        for layer, begin in begins.items():
             writer = writers[mode, layer]
-            for states in found[layer][cut]:
+            for states in found[layer][begin:end]:
                 writer.write(states)
             writer.flush(seconds=shared + time.perf_counter() - began)
 
 
 # --- Stage 0
-# ------------------------------------------------------------------------------------------------
 
 
-def _save_heads(pair: Pair, writers: Sequence[shard_writer.ShardWriter]) -> None:
+def _save_heads(pair: Pair, writers: Mapping[Kind, ShardWriter]) -> None:
     for handle in (pair.drafter, pair.verifier):
         weight = handle.head.weight
         if not weight.is_floating_point() or getattr(handle.head, "bias", None) is not None:
-            raise PairError(
-                f"the {handle.role}'s LM head is quantised or has a bias; load it with the head "
-                "left out of quantisation"
-            )
-        for writer in writers:
-            writer.save_head(handle.role, weight, pair.draft_vocab_size)
+            raise PairError(f"the {handle.role}'s LM head is quantised or has a bias; load it with "
+                            "the head left out of quantisation")
+        for (_, layer), writer in writers.items():
+            if layer == LAST and not writer.finished:
+                writer.save_head(handle.role, weight, pair.draft_vocab_size)
 
 
 def check_head(handle: ModelHandle, answers: Sequence[Continuation]) -> None:
@@ -270,61 +245,28 @@ def check_head(handle: ModelHandle, answers: Sequence[Continuation]) -> None:
     if not off <= 8 * torch.finfo(weight.dtype).eps * handle.hidden_size**0.5:
         raise PairError(
             f"the {handle.role}'s LM head does not give its logits (off by {off:.1e} of the "
-            "largest); the model transforms its logits "
-            "further, so stored states cannot be judged through the head alone")
+            "largest); the model transforms its logits further, so stored states cannot be judged "
+            "through the head alone")
 
 
 # --- around a run
-# ------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that the batch at hand is finished; a second signal
-    acts as usual.
-
-    Outside the main thread signals are left alone and the event is never set.
-    """
-    stop = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        stop.set()
-        restore()
-
-    for number in before:
-        signal.signal(number, note)
-    try:
-        yield stop
-    finally:
-        restore()
 
 
 def identity(handle: ModelHandle) -> dict[str, Any]:
     """What must be equal for two extractions to give the same states: weights (as held, so
     quantised ones differ) and dtype."""
-    return {
-        "name": handle.name, "weights": handle.weights_hash(),
-        "dtype": str(handle.head.weight.dtype).removeprefix("torch.")
-    }
+    return {"name": handle.name, "weights": handle.weights_hash(),
+            "dtype": str(handle.head.weight.dtype).removeprefix("torch.")}
 
 
-def _tokens(writers: Mapping[Kind, shard_writer.ShardWriter]) -> int:
+def _tokens(writers: Mapping[Kind, ShardWriter]) -> int:
     return max((writer.n_tokens for writer in writers.values()), default=0)
 
 
 def _stored_tokens(folders: Iterable[Path]) -> int:
     """As :func:`_tokens`, of runs that were finished before."""
-    return max(
-        sum(shard["n_tokens_verifier"] for shard in read_manifest(folder)["shards"])
-        for folder in folders)
+    return max(sum(shard["n_tokens_verifier"] for shard in read_manifest(folder)["shards"])
+               for folder in folders)
 
 
 def _gigabytes(folders: Iterable[Path]) -> float:
@@ -337,14 +279,11 @@ def _gigabytes(folders: Iterable[Path]) -> float:
 
 
 def _tell(progress: Any, done: int, before: int, total: int, resumed: int, seconds: float,
-          writers: Mapping[Kind, shard_writer.ShardWriter]) -> None:
-    if progress is None:
-        return
+          writers: Mapping[Kind, ShardWriter]) -> None:
     if callable(getattr(progress, "update", None)):
         progress.update(done - before)
-        return
-    rate = (done - resumed) / seconds
-    left = (total - done) / rate if rate else float("inf")
-    progress(
-        Progress(done, total, _tokens(writers), rate, left,
-                 _gigabytes([writer.folder for writer in writers.values()])))
+    elif progress is not None:
+        rate = (done - resumed) / seconds
+        left = (total - done) / rate if rate else float("inf")
+        gb = _gigabytes(writer.folder for writer in writers.values())
+        progress(Progress(done, total, _tokens(writers), rate, left, gb))

@@ -1,5 +1,5 @@
-"""Starting a crashed extraction again, a bounded number of times, with the reason of each crash on
-record."""
+"""Stopping an extraction after the batch at hand, and starting a crashed one again: a bounded
+number of times, with the reason of each crash on record."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import contextlib
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
+from typing import Any
 
 from xsd.extract import monitor
 
@@ -20,23 +21,57 @@ _FINAL = (0, 2, INTERRUPTED)
 to stop."""
 
 
+@contextlib.contextmanager
+def _on_stop(act: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
+    """On SIGINT or SIGTERM call ``act(number, restore)`` instead of the usual; restore() gives both
+    signals back, which the end of the block does anyway."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    for number in before:
+        signal.signal(number, lambda number, frame: act(number, restore))
+    try:
+        yield
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that the batch at hand is finished; a second signal
+    acts as usual.
+
+    Outside the main thread signals are left alone and the event is never set.
+    """
+    stop = threading.Event()
+
+    def told(number: int, restore: Callable[[], None]) -> None:
+        stop.set()
+        restore()
+
+    main = threading.current_thread() is threading.main_thread()
+    with _on_stop(told) if main else contextlib.nullcontext():
+        yield stop
+
+
 def supervise(command: Sequence[str], folder: str | Path, restarts: int, *, part: str = "") -> int:
     """Run ``command`` until it ends well, at most ``restarts`` times more after a crash; returns
     its exit status.
 
     Crashes (a signal, or an exit status other than 0, 2 and 130) are noted in the errors of the run
-    ``folder``, where ``xsd data status`` shows them. SIGINT and SIGTERM are handed on, and nothing is
-    started after them.
+    ``folder``, where ``xsd data status`` shows them. SIGINT and SIGTERM are handed on, and nothing
+    is started after them.
     """
     for attempt in range(restarts + 1):
         status, pid, last = _once(command)
         if status in _FINAL:
             return status
-        reason = reason_of(status, last)
-        if attempt < restarts:
-            note = f"{reason}; started again ({attempt + 1} of {restarts})"
-        else:
-            note = f"{reason}; given up after {restarts} restart(s)"
+        then = (f"started again ({attempt + 1} of {restarts})" if attempt < restarts else
+                f"given up after {restarts} restart(s)")
+        note = f"{reason_of(status, last)}; {then}"
         monitor.note(folder, "restart", note, pid=pid, part=part)
         print(f"xsd: {note}", file=sys.stderr, flush=True)
     return 1
@@ -55,31 +90,19 @@ def _once(command: Sequence[str]) -> tuple[int, int, str]:
     """(exit status, process id, last line on stderr) of one run of the command; its stderr is
     passed through."""
     # In a session of its own: a Ctrl-C reaches it once, through us.
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, errors="replace",
-                          start_new_session=True) as child:
+    options: dict[str, Any] = {"text": True, "errors": "replace", "start_new_session": True}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as child:
         assert child.stderr is not None
-        last = ""
-        with _handing_on(child) as told:
+        last, told = "", threading.Event()
+
+        def hand_on(number: int, restore: Callable[[], None]) -> None:
+            told.set()
+            child.send_signal(number)
+
+        with _on_stop(hand_on):
             for line in child.stderr:
                 last = line.strip() or last
                 sys.stderr.write(line)
                 sys.stderr.flush()
             status = child.wait()
-    return (INTERRUPTED if told and status else status), child.pid, last
-
-
-@contextlib.contextmanager
-def _handing_on(child: subprocess.Popen[str]) -> Iterator[list[int]]:
-    """Signals that would stop us go to the child; the list holds those that came."""
-    came: list[int] = []
-
-    def hand_on(number: int, frame: FrameType | None) -> None:
-        came.append(number)
-        child.send_signal(number)
-
-    before = {number: signal.signal(number, hand_on) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield came
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    return (INTERRUPTED if told.is_set() and status else status), child.pid, last

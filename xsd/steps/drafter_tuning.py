@@ -60,7 +60,7 @@ def prompts(run_dir: str, data: str, split: str, pair: loading.Pair,
                 f"clip {key[0]}/{key[1]} of the stored pairs is not in data set {data!r}; extract "
                 "again with notebook 01"
             )
-        return pair.drafter.prompt_embeddings(found[key]())
+        return pair.drafter.prompt_embeddings(found[key].load())
 
     return lambda one: embedded((one.sequence, one.clip, one.question))
 
