@@ -1,6 +1,7 @@
 """A reduced draft vocabulary: which tokens, what the head then says, what it costs, and that it is
 drafted live as offline."""
 
+import numpy as np
 import pytest
 import torch
 import train_examples as examples
@@ -9,7 +10,8 @@ from test_adapters_levels import VOCABULARY, WIDTH, make, make_batch
 from xsd.adapters import heads, registry
 from xsd.core import ParameterError, TrainingError
 from xsd.decode import proposers
-from xsd.train import fit, objectives, rollout, source
+from xsd.evaluate import drafting, table, vocabulary
+from xsd.train import fit, objectives, source
 
 
 def test_the_most_frequent_tokens_are_taken_and_doubts_go_to_the_smaller_id():
@@ -52,20 +54,21 @@ def test_training_with_one_drafts_only_its_tokens_and_says_what_that_costs(tmp_p
                              head=examples.head())
     adapter = registry.load_any_adapter(result.best_path)
     assert len(adapter.draft_ids) == 8
-    drafts = rollout.drafted_tokens(adapter, batches[0], examples.head(), 3)
-    assert set(drafts[drafts >= 0].flatten().tolist()) <= set(adapter.draft_ids.tolist())
+    tokens = table.of_batches({"L1": adapter}, batches[:1], examples.head(), gamma=3)
+    assert set(tokens["draft_id"]) <= set(adapter.draft_ids.tolist())
     whole = fit.fit_adapter("L1", states, folder=tmp_path / "all",
                             config=fit.FitConfig(profile="tokens", epochs=3,
                                                  validation_share=0.2), head=examples.head())
     plain = registry.load_any_adapter(whole.best_path)
-    cost = rollout.vocabulary_cost(plain, batches, examples.head(), adapter.draft_ids, gamma=3)
-    assert cost.size == 8 and cost.head_share == 8 / examples.VOCABULARY and 0 < cost.coverage < 1
-    assert cost.reduced < cost.full and cost.kept == cost.reduced / cost.full
-    everything = rollout.vocabulary_cost(plain, batches, examples.head(),
+    cost = vocabulary.cost(plain, batches, examples.head(), adapter.draft_ids, gamma=3)
+    assert cost["size"] == 8 and cost["head_share"] == 8 / examples.VOCABULARY
+    assert 0 < cost["coverage"] < 1
+    assert cost["reduced"] < cost["full"] and cost["kept"] == cost["reduced"] / cost["full"]
+    everything = vocabulary.cost(plain, batches, examples.head(),
                                          torch.arange(examples.VOCABULARY), gamma=3)
-    assert everything.coverage == 1 and everything.kept == 1
+    assert everything["coverage"] == 1 and everything["kept"] == 1
     with pytest.raises(ParameterError, match="this L1 drafts 8 tokens only"):
-        rollout.vocabulary_cost(adapter, batches, examples.head(), adapter.draft_ids)
+        vocabulary.cost(adapter, batches, examples.head(), adapter.draft_ids)
     with pytest.raises(TrainingError, match="needs the rows of the LM head"):
         fit.fit_adapter("L1", states, folder=tmp_path / "x", config=config,
                         head=lambda hidden: hidden @ examples.head().T)
@@ -96,7 +99,11 @@ def test_live_drafts_are_the_rolled_out_ones(name, reduced):
         adapter.set_draft_vocabulary(torch.tensor([0, 2, 3, 7, 9]))
     if reduced == "rows alone":
         lm_head = lambda hidden: hidden @ head[adapter.draft_ids].T  # noqa: E731
-    offline = rollout.drafted_tokens(adapter, batch, head, gamma)[0]
+    if adapter.shift:
+        offline = drafting.from_every_start(adapter, batch, head, gamma)[0][0]
+    else:
+        said = drafting.one_step(adapter, batch, head)["draft_id"]
+        offline = np.stack([said[k:k + 3] for k in range(1, gamma + 1)], axis=-1)
     ids = batch.ids_by_verifier[0].tolist()
     live = proposers.AdapterProposer(Recorded(batch.drafter[0]), adapter, lm_head, VOCABULARY)
     live.begin(None)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from views_examples import token_table
 
 from xsd.core import MetricError
-from xsd.evaluate import curves
+from xsd.evaluate import curves, reliability
 
 
 def _table(matches, cosines=None, level="L1"):
@@ -67,7 +67,7 @@ def test_row_order_and_repeated_indices_change_nothing():
 def test_histograms_and_bands_hold_every_token():
     table = token_table(levels=("L1",))
     assert curves.cosine_histogram(table)["n"].sum() == len(table)
-    assert curves.reliability(table)["n"].sum() == len(table)
+    assert reliability.curve(table)["n"].sum() == len(table)
     assert curves.unbroken_prefix_histogram(table)["share"].sum() == pytest.approx(1)
 
 

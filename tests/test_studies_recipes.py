@@ -20,10 +20,11 @@ from studies.recipes import study
 from studies.recipes.grid import Job
 from xsd.adapters import linear
 from xsd.core import Batch, MetricError, ParameterError
-from xsd.evaluate import acceptance
+from xsd.evaluate import rounds
+from xsd.evaluate import table as token_table
 from xsd.runs import folder, parameters, typed
 from xsd.steps import extraction, training
-from xsd.train import rollout, source
+from xsd.train import source
 
 LONGER = {"profile": "converged", "epochs": 300, "patience": 50}
 OPTIONS = {"n_resamples": 100, "seed": 0}
@@ -145,8 +146,11 @@ def test_counts_are_those_of_the_metrics_of_one_step_and_of_the_rollout(reads):
     some = batches()
     adapter, head = linear.fit_linear("ridge", some, reads=reads), train_examples.head()
     table = study_measure.measure(adapter, some, head, gamma=3, threshold=0.9)
-    rolled = rollout.self_rollout(adapter, some, head, gamma=3)
-    assert table["accepted"].sum() / table["rounds"].sum() == pytest.approx(rolled.mean_accepted())
+    found = token_table.of_batches({"": adapter}, some, head, gamma=3)
+    _, (runs,), lengths = token_table.answers(token_table.drafted(found), "accepted")
+    rolled = rounds.walk(runs, lengths, 3)
+    assert table["accepted"].sum() == rolled.accepted.sum()
+    assert table["rounds"].sum() == len(rolled.accepted)
     assert table["positions"].sum() == sum(int(one.mask[:, 1:].sum()) for one in some)
     hits = 0
     for one in some:
@@ -162,8 +166,8 @@ def test_with_one_drafted_token_a_round_the_rollout_is_the_one_step_acceptance()
     some = batches()
     adapter = linear.fit_linear("ridge", some, reads="drafter")
     table = study_measure.measure(adapter, some, train_examples.head(), gamma=1, threshold=0.9)
-    rounds = acceptance.rounds_from_lists([[True, True, False]], 1)
-    assert rounds.accepted.tolist() == [1, 0]  # a round at gamma 1: a draft, then the bonus token
+    walked = rounds.from_matches([[True, True, False]], 1)
+    assert walked.accepted.tolist() == [1, 0]  # a round at gamma 1: a draft, then the bonus token
     assert (table["rounds"] <= table["positions"]).all() and (table["accepted"]
                                                               <= table["matched"]).all()
 

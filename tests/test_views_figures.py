@@ -5,7 +5,7 @@ import pytest
 from views_examples import history, lengths_table, live_runs, speedups, token_table
 
 from xsd.core import Generation, MetricError
-from xsd.evaluate import curves
+from xsd.evaluate import curves, reliability
 from xsd.views import figures, theme, timeline
 
 
@@ -68,7 +68,7 @@ def test_four_panels_share_one_legend(table):
 def test_every_figure_is_the_same_json_twice_and_keeps_the_template_off_globals(table):
     before = pio.templates.default
     draw = [
-        lambda: figures.reliability_curve(curves.reliability(table)),
+        lambda: figures.reliability_curve(reliability.curve(table)),
         lambda: figures.cosine_histogram(curves.cosine_histogram(table)),
         lambda: timeline.scrubber(live_runs(), lambda ids: " ".join(map(str, ids))),
     ]

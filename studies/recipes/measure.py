@@ -24,9 +24,8 @@ import torch
 
 from xsd.adapters.base import Adapter
 from xsd.core import Batch, MetricError
-from xsd.evaluate import floors, hidden, statistics, tokens
+from xsd.evaluate import floors, statistics, table
 from xsd.evaluate.statistics import Interval
-from xsd.train import rollout
 
 RATIOS = {
     "cosine": ("cosine", "positions"), "accept": ("above", "positions"),
@@ -36,44 +35,26 @@ RATIOS = {
 COLUMNS = ("positions", "cosine", "above", "matched", "accepted", "rounds")
 
 
-@torch.no_grad()
 def measure(adapter: Adapter, batches: Iterable[Batch], head: torch.Tensor, *, gamma: int,
             threshold: float) -> pd.DataFrame:
-    """Counts of one adapter: ``sequence`` and COLUMNS, a row an answer of two tokens or more, in
+    """Counts of one adapter: ``sequence`` and COLUMNS, one row per answer of two tokens or more, in
     the order of the batches.
 
     cosine: its sum over positions. above: positions with cosine > threshold. matched: positions
-    whose argmax is the verifier's token.
-    Raises: MetricError when no answer has a second token, and as the metrics do for NaN.
+    whose argmax is the verifier's token. Raises: MetricError when no answer has a second token, and
+    as table.measure for NaN.
     """
-    adapter.eval()
-    rows: list[dict[str, Any]] = []
-    for batch in batches:
-        keep = batch.mask.sum(-1) > 1
-        if not keep.any():
-            continue
-        aligned, target, ids, mask = adapter.align(batch)
-        if adapter.shift == 0:
-            aligned, target, ids, mask = aligned[:, 1:], target[:, 1:], ids[:, 1:], mask[:, 1:]
-        aligned, target, ids, mask = aligned[keep], target[keep], ids[keep], mask[keep]
-        cosine = hidden.cosines(aligned, target, mask)
-        said = torch.full_like(ids, -1)
-        said[mask] = tokens.drafted_ids(aligned[mask], head, adapter.draft_ids)[:, 0]
-        rounds = rollout.self_rollout(adapter, [batch], head, gamma=gamma).rounds()
-        lines = zip(keep.nonzero().flatten().tolist(), cosine, said == ids, mask, strict=True)
-        for row, near, match, real in lines:
-            values = (int(real.sum()), float(near[real].sum()), int(
-                (near[real] > threshold).sum()), int(match[real].sum()))
-            rows.append({
-                "sequence": batch.sequence[row],
-                **dict(zip(COLUMNS, (*values, sum(rounds[row]), len(rounds[row])), strict=True))
-            })
-    if not rows:
+    found = table.drafted(table.of_batches({"": adapter}, batches, head, gamma=gamma))
+    if found.empty:
         raise MetricError(
             "no held-out answer has a second token, so nothing is drafted; extract with a larger "
-            "max_new_tokens"
-        )
-    return pd.DataFrame(rows)
+            "max_new_tokens")
+    found["above"] = found["one_step_cosine"].astype(np.float32) > np.float32(threshold)
+    one_step = found.groupby("sample", sort=False).agg(
+        cosine=("one_step_cosine", "sum"), above=("above", "sum"),
+        matched=("one_step_match", "sum"))  # fmt: skip
+    each = table.counts(found, gamma).set_index("sample").drop(columns="matched")
+    return each.join(one_step).reset_index()[["sequence", *COLUMNS]].astype({"sequence": str})
 
 
 def without_adapter(training: Sequence[Sequence[int]], answers: Sequence[Sequence[int]],

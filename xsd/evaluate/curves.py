@@ -1,5 +1,5 @@
-"""Curves of the token table: acceptance by position, the unbroken prefix, what a cosine says about
-the token; as pictures in xsd/views/figures.py.
+"""Curves of the token table: acceptance by position and by draft, the unbroken prefix, histograms.
+Pictures of them: xsd/views/figures.py.
 
 ``tau=None`` means the token truth (``match``); a number means the reference's ``cosine > tau``.
 Intervals draw whole sequences (docs/metrics.md, section 6); with fewer than two there is none.
@@ -113,34 +113,19 @@ def cosine_histogram(tokens: pd.DataFrame, column: str = "cosine", *, bins: int 
     return pd.concat(pieces, ignore_index=True)
 
 
-def reliability(tokens: pd.DataFrame, *, edges: np.ndarray | None = None,
-                resamples: int = RESAMPLES, confidence: float = LEVEL,
-                seed: int = 0) -> pd.DataFrame:
-    """P(same token | cosine in a band): level, cosine (the band's mean), cosine_low, cosine_high,
-    n, rate, low, high; tokens without a cosine and empty bands are left out."""
-    table.check(tokens)
-    if edges is None:
-        edges = np.concatenate([[-1.0], np.arange(0.5, 1.0001, 0.05)])
-    tokens = tokens[tokens["cosine"].notna()]
-    band = np.searchsorted(edges, tokens["cosine"].to_numpy(float), side="left") - 1
-    known = tokens[["level", "sequence", "cosine", "match"]].assign(
-        band=np.clip(band, 0, len(edges) - 2), n=1)
-    pieces = []
-    for level, part in known.groupby("level", sort=False, observed=True):
-        sums = part.groupby(["sequence", "band"], observed=True)[["match", "n", "cosine"]].sum()
-        sums = sums.unstack(fill_value=0)
-        n, bands = sums["n"].to_numpy(float), sums["n"].columns.to_numpy(int)
-        drawn = bootstrap_columns(sums["match"], n, sums.index, n_resamples=resamples,
-                                  level=confidence, seed=seed)
-        piece = {
-            "level": level,
-            "cosine": sums["cosine"].to_numpy(float).sum(axis=0) / n.sum(axis=0),
-            "cosine_low": edges[bands],
-            "cosine_high": edges[bands + 1],
-            "n": n.sum(axis=0).astype(int),
-            "rate": [one.value for one in drawn],
-            "low": [one.low for one in drawn],
-            "high": [one.high for one in drawn],
-        }
-        pieces.append(pd.DataFrame(piece))
-    return pd.concat(pieces, ignore_index=True)
+def by_draft(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
+    """The drafts of a round, wherever it begins: level, draft (1 … gamma), n (starts with room for
+    it), marginal: drafts 1 … k all right, and conditional: draft k right when those before it were
+    (NaN where no start got that far)."""
+    rows = []
+    for level, part in table.drafted(tokens).groupby("level", sort=False, observed=True):
+        _, (accepted,), lengths = table.answers(part, "accepted")
+        room = lengths[:, None] - np.arange(accepted.shape[1])
+        for k in range(1, gamma + 1):
+            here, reached = room >= k, (room >= k) & (accepted >= k - 1)
+            marginal, conditional = (
+                float((accepted[some] >= k).mean()) if some.any() else float("nan")
+                for some in (here, reached))
+            rows.append({"level": level, "draft": k, "n": int(here.sum()), "marginal": marginal,
+                         "conditional": conditional})  # fmt: skip
+    return pd.DataFrame(rows)

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from xsd.core import Batch, ParameterError
 from xsd.evaluate import rounds
-from xsd.evaluate.kernels import cosines, head_tokens
+from xsd.evaluate.kernels import HeadTokens, cosines, head_tokens
 
 MISSED = 255
 """Rank of a right token that was not among the candidates."""
@@ -78,13 +78,10 @@ def one_step(adapter: Drafts, batch: Batch, head: Tensor | None = None,
 def _say(states: Tensor, head: Tensor, ids: Tensor, top_k: int,
          draft_ids: Tensor | None) -> dict[str, Tensor]:
     """What the head says of states [N, D], against the verifier's ids [N]."""
-    head = head.to(states.device)
-    whole = head_tokens(states, head, top_k=min(top_k, len(head)), targets=ids)
+    whole = head_tokens(states, head.to(states.device), top_k=min(top_k, len(head)), targets=ids)
     said, candidates = whole, whole.top_ids
     if draft_ids is not None:
-        own = draft_ids.to(head.device)
-        said = head_tokens(states, head[own], top_k=min(top_k, len(own)))
-        candidates = own[said.top_ids]
+        said, candidates = _among(states, head, draft_ids, top_k)
     hit = candidates == ids[:, None]
     rank = torch.where(hit.any(dim=1), hit.int().argmax(dim=1), MISSED)
     return {
@@ -94,6 +91,16 @@ def _say(states: Tensor, head: Tensor, ids: Tensor, top_k: int,
         "one_step_rank": rank.to(torch.uint8),
         "cross_entropy": whole.cross_entropy,
     }
+
+
+def _among(states: Tensor, head: Tensor, draft_ids: Tensor | None,
+           top_k: int = 1) -> tuple[HeadTokens, Tensor]:
+    """The best tokens among those that an adapter may draft (None: all), as the rows of the head
+    that were applied and as full ids [N, k]."""
+    own = None if draft_ids is None else draft_ids.to(head.device)
+    rows = (head if own is None else head[own]).to(states.device)
+    said = head_tokens(states, rows, top_k=min(top_k, len(rows)))
+    return said, said.top_ids if own is None else own.to(states.device)[said.top_ids]
 
 
 def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns:
@@ -108,9 +115,7 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
         raise ParameterError(f"{adapter.level} predicts the next state but cannot be unrolled; "
                              "give it an unroll() as in adapters/eagle.py")
     lengths = (batch.mask.sum(dim=-1) - 1).cpu().numpy()
-    known = batch.ids_by_verifier if adapter.fuses_tokens else None
-    steps = adapter.unroll(batch.drafter, batch.verifier, gamma + 1, known)
-    ids, probability = _drafts_from_every_start(steps, batch, head, adapter.draft_ids)
+    ids, probability, steps = from_every_start(adapter, batch, head, gamma + 1)
     truth = np.stack([_later(batch.ids_by_verifier, k, -2) for k in range(1, gamma + 1)], axis=-1)
     run = (ids[..., :gamma] == truth).cumprod(axis=-1).sum(axis=-1)
     found = rounds.walk(run, lengths, gamma)
@@ -136,21 +141,21 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
     }
 
 
-def _drafts_from_every_start(steps: list[Tensor], batch: Batch, head: Tensor,
-                             draft_ids: Tensor | None) -> tuple[np.ndarray, np.ndarray]:
-    """Draft tokens and their probabilities, [B, S, steps]: entry [b, s, k - 1] is draft k when s is
-    the last verified position; -1 beyond the answer."""
-    own = None if draft_ids is None else draft_ids.to(head.device)
-    weight = head if own is None else head[own]
-    ids = torch.full((*batch.mask.shape, len(steps)), -1)
+def from_every_start(adapter: Any, batch: Batch, head: Tensor,
+                     n: int) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
+    """n drafts on own predictions from every position: their ids and probabilities, [B, S, n], and
+    the states behind them, n × [B, S, D]. Entry [b, s, k - 1] is draft k when s is the last
+    verified position; -1 beyond the answer."""
+    known = batch.ids_by_verifier if adapter.fuses_tokens else None
+    steps = adapter.unroll(batch.drafter, batch.verifier, n, known)
+    ids = torch.full((*batch.mask.shape, n), -1)
     probability = torch.full(ids.shape, torch.nan)
     for k, states in enumerate(steps):
         there = torch.from_numpy(_later(batch.mask, k + 1, False))
-        said = head_tokens(states[there], weight.to(states.device))
-        best = said.top_ids[:, 0] if own is None else own[said.top_ids[:, 0]]
-        ids[there, k] = best.cpu()
+        said, best = _among(states[there], head, adapter.draft_ids)
+        ids[there, k] = best[:, 0].cpu()
         probability[there, k] = (said.top_logits[:, 0] - said.logsumexp).exp().cpu()
-    return ids.numpy(), probability.numpy()
+    return ids.numpy(), probability.numpy(), steps
 
 
 def _later(values: Tensor, k: int, fill: Any) -> np.ndarray:

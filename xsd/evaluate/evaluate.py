@@ -19,7 +19,9 @@ from xsd.core import Batch, MetricError
 from xsd.evaluate import floors
 from xsd.evaluate.counterfactual import Counts, FloorComparison, compare_with_floors
 from xsd.evaluate.hidden import THRESHOLDS, HiddenStateMetrics
-from xsd.evaluate.reliability_old import Reliability  # until notebooks 04 and 13 read the token table
+from xsd.evaluate.reliability_old import (
+    Reliability,  # until notebooks 04 and 13 read the token table
+)
 from xsd.evaluate.statistics import N_RESAMPLES
 from xsd.evaluate.tokens import TokenMetrics
 

@@ -21,6 +21,8 @@ from xsd.evaluate.tables import row
 
 BANDS = (-1.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 """Edges of the cosine bands; a band is (low, high], so that "cosine > τ" is a union of bands."""
+CURVE = (-1.0, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.0)
+"""The finer bands of a reliability curve."""
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
 ONE_STEP = ("one_step_cosine", "one_step_match")
 """The columns that are read unless others are named: each prediction after the verified prefix."""
@@ -56,6 +58,12 @@ def bands(tokens: pd.DataFrame, edges: Sequence[float] = BANDS, *,
                 "wilson_low": unclustered.low, "wilson_high": unclustered.high,
             })  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def curve(tokens: pd.DataFrame, *, n_resamples: int = 400, seed: int = 0) -> pd.DataFrame:
+    """The bands of a reliability curve, as a greedy loop drafts (views.figures.reliability_curve);
+    without a cosine an empty frame."""
+    return bands(tokens, CURVE, columns=("cosine", "match"), n_resamples=n_resamples, seed=seed)
 
 
 def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS,

@@ -30,7 +30,7 @@ one table (:func:`join`). Text columns are categorical, so that a row takes abou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -62,27 +62,44 @@ def measure(adapters: Mapping[str, Any], pairs: HeldOut, *, gamma: int | None, t
         the column is called like the function.
     Raises: MetricError when there is no token to predict, or a state is not finite.
     """
-    models = [one for one in adapters.values() if getattr(one, "training", False)]
-    names = [*adapters, *([DRAFTER] if drafter and gamma else [])]
-    pieces: dict[str, list[drafting.Columns]] = {name: [] for name in names}
-    for model in models:
-        model.eval()
-    try:
-        for batch in pairs.batches(batch_size):
-            for level, adapter in adapters.items():
-                pieces[level].append(rows(adapter, batch, pairs.head, gamma, top_k))
-            if DRAFTER in pieces:
-                pieces[DRAFTER].append(drafter_rows(batch, gamma))
-    finally:
-        for model in models:
-            model.train()
-    table = _joined(pieces, pairs)
-    if pairs.texts is not None and gamma:
+    table = of_batches(adapters, pairs.batches(batch_size), pairs.head, gamma=gamma, top_k=top_k,
+                       drafter=drafter)
+    table = _with_samples(table, pairs)
+    if pairs.texts is not None and gamma is not None:
         table = _with_texts(table, pairs, kinds)
     for one in columns:
         column = import_object(one) if isinstance(one, str) else one
         table[column.__name__] = np.asarray(column(table))
     return table
+
+
+def of_batches(adapters: Mapping[str, Any], batches: Iterable[Batch], head: torch.Tensor, *,
+               gamma: int | None, top_k: int = 1, drafter: bool = False) -> pd.DataFrame:
+    """The table of batches of any origin, the samples being called by their index: measure for
+    states that are on no disk. Raises: as measure, and MetricError for batches of two modes."""
+    if gamma is not None and gamma < 1:
+        raise MetricError(f"gamma must be at least 1 draft token per round, not {gamma}")
+    training = [one for one in adapters.values() if getattr(one, "training", False)]
+    names = [*adapters, *([DRAFTER] if drafter and gamma is not None else [])]
+    pieces: dict[str, list[drafting.Columns]] = {name: [] for name in names}
+    clusters, modes = {}, set()
+    for model in training:
+        model.eval()
+    try:
+        for batch in batches:
+            modes.add(batch.mode)
+            if len(modes) > 1:
+                raise MetricError("free_running and teacher_forced batches came in one "
+                                  "evaluation; measure each mode by itself")
+            clusters.update(zip(batch.index, batch.sequence, strict=True))
+            for level, adapter in adapters.items():
+                pieces[level].append(rows(adapter, batch, head, gamma, top_k))
+            if DRAFTER in pieces:
+                pieces[DRAFTER].append(drafter_rows(batch, gamma))
+    finally:
+        for model in training:
+            model.train()
+    return _joined(pieces, clusters)
 
 
 @torch.no_grad()
@@ -134,21 +151,21 @@ _TYPES = {
 }  # fmt: skip
 
 
-def _joined(pieces: Mapping[str, Sequence[drafting.Columns]], pairs: HeldOut) -> pd.DataFrame:
-    """Columns of all levels and batches as one frame, with what is known of the samples."""
+def _joined(pieces: Mapping[str, Sequence[drafting.Columns]],
+            clusters: Mapping[int, str]) -> pd.DataFrame:
+    """Columns of all levels and batches as one frame; sample is the sample's index."""
     parts = [(number, part) for number, some in enumerate(pieces.values()) for part in some if part]
     if not parts:
         raise MetricError(
             "no batch held a token to predict; check that the evaluation set is not empty")
     index = np.concatenate([part["index"] for _, part in parts])
     level = np.concatenate([np.full(len(part["index"]), number) for number, part in parts])
-    known = pairs.samples
-    about = {"sample": pairs.keys, "sequence": pairs.clusters, "clip": known["clip"],
-             "question": known["question"]}  # fmt: skip
-    columns: dict[str, Any] = {"level": pd.Categorical.from_codes(level, list(pieces))}
-    for name, values in about.items():
-        codes, categories = pd.factorize(np.asarray(values, dtype=object))
-        columns[name] = pd.Categorical.from_codes(codes[index], list(categories))
+    columns: dict[str, Any] = {
+        "level": pd.Categorical.from_codes(level, list(pieces)),
+        "sample": index,
+        "sequence": _categorical(list(clusters.values()),
+                                 pd.Index(clusters).get_indexer(index)),
+    }
     for name, dtype in _TYPES.items():
         if any(name in part for _, part in parts):
             columns[name] = np.concatenate([
@@ -158,18 +175,30 @@ def _joined(pieces: Mapping[str, Sequence[drafting.Columns]], pairs: HeldOut) ->
     return pd.DataFrame(columns)
 
 
+def _categorical(values: Sequence[str], places: np.ndarray) -> pd.Categorical:
+    """``values[places]`` as a column that holds each different value once."""
+    codes, categories = pd.factorize(np.asarray(values, dtype=object))
+    return pd.Categorical.from_codes(codes[places], list(categories))
+
+
+def _with_samples(table: pd.DataFrame, pairs: HeldOut) -> pd.DataFrame:
+    index, known = table["sample"].to_numpy(), pairs.samples
+    table["sample"] = _categorical(pairs.keys, index)
+    for place, name in enumerate(("clip", "question"), start=3):
+        table.insert(place, name, _categorical(known[name], index))
+    return table
+
+
 def _with_texts(table: pd.DataFrame, pairs: HeldOut,
                 kinds: Callable[[Sequence[str]], Sequence[str]] | None) -> pd.DataFrame:
-    codes, texts = pd.factorize(np.asarray(pairs.texts, dtype=object))
     for side in ("draft", "verifier"):
-        table[f"{side}_token"] = pd.Categorical.from_codes(codes[table[f"{side}_id"]], list(texts))
+        table[f"{side}_token"] = _categorical(pairs.texts, table[f"{side}_id"].to_numpy())
     if kinds is not None:
         of_answers = [kinds([pairs.texts[token] for token in ids]) for ids in pairs.answers]
         first = np.cumsum([0, *map(len, of_answers)])
-        numbers, names = pd.factorize(np.concatenate(of_answers))
         place = pd.Index(pairs.keys).get_indexer(table["sample"].cat.categories)
         at = first[place[table["sample"].cat.codes]] + table["position"] + 1
-        table["kind"] = pd.Categorical.from_codes(numbers[at], list(names))
+        table["kind"] = _categorical(np.concatenate(of_answers), at)
     return table
 
 
@@ -242,16 +271,29 @@ def counts(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
                         rounds=each["rounds"])
 
 
-def matches_as_rows(level: str, matches: Sequence[Sequence[bool]], pairs: HeldOut,
-                    gamma: int) -> pd.DataFrame:
-    """Rows of a drafter without states, a floor say, from its one-step matches on every answer of
-    the set: bool [n] each, the answer's first token included."""
+def starts(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
+    """The rows from which a round has room for gamma drafts: one value of ``accepted`` per start,
+    all starts weighing the same."""
+    tokens = drafted(tokens)
+    keys = [name for name in ("run", "data", "level", "sample") if name in tokens]
+    last = tokens.groupby(keys, observed=True)["position"].transform("max")
+    return tokens[last - tokens["position"] + 1 >= gamma]
+
+
+def answers_as_rows(matches: Sequence[Sequence[bool]], gamma: int, *, level: str = "",
+                    first: int = 0, clusters: Sequence[str] | None = None) -> pd.DataFrame:
+    """Rows of a drafter without states, a floor say, from its one-step matches: bool [n] for each
+    answer, from position ``first`` on. The samples are called by their index."""
     match, lengths = rounds.pad(matches)
     inside = np.arange(match.shape[1]) < lengths[:, None]
     index, at = inside.nonzero()
     part = {
-        "index": index, "position": at - 1, "match": match[inside],
-        "accepted": rounds.runs_of(match, gamma)[inside], "one_step_match": match[inside],
-        "cosine": np.full(len(at), np.nan)
-    }  # fmt: skip
-    return _joined({level: [part]}, pairs)
+        "index": index,
+        "position": at + first,
+        "match": match[inside],
+        "one_step_match": match[inside],
+        "cosine": np.full(len(at), np.nan),
+        "accepted": rounds.runs_of(match, gamma)[inside],
+    }
+    names = clusters or [str(i) for i in range(len(lengths))]
+    return _joined({level: [part]}, dict(enumerate(names)))

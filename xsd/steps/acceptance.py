@@ -160,10 +160,10 @@ def drawn(table: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
 
     reliability is empty where no row has a cosine.
     """
-    known = table[table["cosine"].notna()]
+    kept = ["level", "cosine", "cosine_low", "cosine_high", "n", "rate", "low", "high"]
     return {
         "by_position": curves.by_position(table, max_positions=POSITIONS).to_dict("list"),
-        "reliability": curves.reliability(known).to_dict("list") if len(known) else {},
+        "reliability": bands.curve(table).reindex(columns=kept).to_dict("list"),
     }
 
 

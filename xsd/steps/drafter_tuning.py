@@ -21,7 +21,7 @@ from torch import Tensor
 from xsd.adapters import linear, registry
 from xsd.adapters.base import Adapter
 from xsd.core import Batch, PairedStates, ParameterError
-from xsd.evaluate import statistics
+from xsd.evaluate import statistics, table
 from xsd.extract import plan
 from xsd.models import loading
 from xsd.runs import parameters
@@ -30,7 +30,7 @@ from xsd.shards import store
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 from xsd.steps import extraction
-from xsd.train import guards, lora, lora_fit, rollout, source
+from xsd.train import guards, lora, lora_fit, source
 
 LEVEL = "L6"
 CACHED_PROMPTS = 256
@@ -121,20 +121,24 @@ def judge(given: parameters.TrainParameters, data: str, pair: loading.Pair, thro
     prompt = prompts(given.run_dir, data, "test", pair, dataset)
     clusters = datasets.clusters(dataset.table()["sequence"].tolist(),
                                  dataset.table()["clip"].tolist())
-    found, matched = {}, {}
-    for arm, samples in (("before", iter(dataset)), ("after", _forced_again(dataset, prompt,
-                                                                            pair))):
-        batches = list(_batches(samples, clusters))
-        rolled = rollout.self_rollout(through, batches, head, gamma=GAMMA)
-        found[arm], matched[arm] = rolled, _matched(through, batches, head)
-    (before, names), (after, _) = (found[arm].per_start() for arm in ("before", "after"))
-    line = {
-        arm: {"token_acceptance": matched[arm], "mean_accepted": found[arm].mean_accepted()}
-        for arm in found
+    samples = {"before": iter(dataset), "after": _forced_again(dataset, prompt, pair)}
+    found = {
+        arm: table.of_batches({"L6": through}, _batches(some, clusters), head, gamma=GAMMA)
+        for arm, some in samples.items()
     }
-    if names:
-        line["gain_per_start"] = dataclasses.asdict(
-            statistics.bootstrap_difference(after, before, names, n_resamples=400, seed=given.seed))
+    line: dict[str, Any] = {}
+    for arm, tokens in found.items():
+        each = table.counts(tokens, GAMMA)
+        line[arm] = {
+            "token_acceptance": float(tokens["one_step_match"].mean()),
+            "mean_accepted": float(each["accepted"].sum() / each["rounds"].sum()),
+        }
+    before, after = (table.starts(found[arm], GAMMA) for arm in ("before", "after"))
+    if len(before):
+        gain = statistics.bootstrap_difference(after["accepted"], before["accepted"],
+                                               before["sequence"], n_resamples=400,
+                                               seed=given.seed)
+        line["gain_per_start"] = dataclasses.asdict(gain)
     return line
 
 
@@ -155,14 +159,3 @@ def _batches(samples: Iterator[PairedStates], clusters: Sequence[str],
         if len(waiting) == size or index + 1 == len(clusters):
             yield store.collate(waiting, range(index + 1 - len(waiting), index + 1))
             waiting = []
-
-
-@torch.no_grad()
-def _matched(through: Adapter, batches: Sequence[Batch], head: Tensor) -> float:
-    """Share of the answers' tokens that the mapped states say."""
-    right = total = 0
-    for batch in batches:
-        tokens = (through.align(batch).aligned @ head.T).argmax(-1)
-        right += int((tokens == batch.ids_by_verifier)[batch.mask].sum())
-        total += int(batch.mask.sum())
-    return right / max(1, total)

@@ -20,7 +20,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from xsd.core import ParameterError
-from xsd.evaluate import curves, hidden, report_text, speedup, tables, tokens
+from xsd.evaluate import curves, hidden, reliability, report_text, speedup, tables, tokens
 from xsd.evaluate.reliability_old import ReliabilityResult
 from xsd.files import atomic_write, write_json
 from xsd.runs import doctor, folder, numbers
@@ -124,7 +124,7 @@ def figures_of(found: Truth, one: Measured, live: Mapping[str, Any]) -> dict[str
 def reliability_figure(found: Truth, one: Measured) -> go.Figure:
     """P(same token | cosine) of every level as a greedy loop drafts."""
     table = one.tokens[one.tokens["level"].isin(list(one.evaluations))]
-    bands = curves.reliability(table, resamples=found.given.resamples, seed=found.given.seed)
+    bands = reliability.curve(table, n_resamples=found.given.resamples, seed=found.given.seed)
     return figures.reliability_curve(bands,
                                      title=f"Does a high cosine mean the same token? {one.name}")
 
