@@ -19,6 +19,7 @@ import pandas as pd
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
 from xsd.evaluate import curves, evaluate, floors
+from xsd.evaluate import reliability as bands
 from xsd.evaluate.counterfactual import Counts, compare_with_floors
 from xsd.files import provenance
 from xsd.runs import folder, parameters
@@ -161,9 +162,10 @@ def drawn(table: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
     reliability is empty where no row has a cosine.
     """
     kept = ["level", "cosine", "cosine_low", "cosine_high", "n", "rate", "low", "high"]
+    found = bands.curve(table)
     return {
         "by_position": curves.by_position(table, max_positions=POSITIONS).to_dict("list"),
-        "reliability": bands.curve(table).reindex(columns=kept).to_dict("list"),
+        "reliability": found.get(kept, found).to_dict("list"),
     }
 
 
