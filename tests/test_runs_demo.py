@@ -1,13 +1,15 @@
 """The demo: its parameters are valid, and its page says what the results say."""
 
 import json
+import re
 
+import pages
 import pandas as pd
 import pytest
 from views_examples import lengths_table, live_runs, speedups, token_table
 
 from xsd.core import ParameterError
-from xsd.runs import demo, demo_page, folder, numbers
+from xsd.runs import demo, demo_page, folder, numbers, report
 from xsd.steps import acceptance
 
 
@@ -55,10 +57,15 @@ def results():
         }, "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}}, "tokens": {
             "test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}
         }, "live": {
-            "arms": arms, "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_answers": 30,
+            "arms": arms, "test": {"simulated": {"arms": arms, "n_timed": 10}},
+            "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_answers": 30,
             "n_identical": 30, "check": check
         },
     }
+
+
+def body(found, run_dir="nowhere"):
+    return report.render(demo_page.template(), found, **demo_page.parts(run_dir, found))
 
 
 @pytest.fixture
@@ -90,7 +97,8 @@ def test_the_page_is_true_offline_and_complete(finished):
     assert numbers.external_requests(page) == []
     stored = {**folder.load_results(finished / "run")}
     lead = page[page.index('class="lead"'):page.index("<nav>")]
-    assert 'data-key="tokens/test/simulated/rows/L5F/above_floor/value" data-format="+.2f">+2.60<' in lead
+    above = "tokens/test/simulated/rows/L5F/above_floor/value"
+    assert f'data-key="{above}" data-format="+.2f">+2.60<' in lead
     assert 'data-key="live/arms/arm1/speedup/value"' in lead
     text = page[page.index("How templated the answers are"):]
     assert 'data-key="extract/test/simulated/duplicate_rate" data-format=".1%">34.0%<' in text[:400]
@@ -106,11 +114,11 @@ def test_every_number_in_a_picture_is_in_the_results(finished):
     stored = json.loads((finished / "results.json").read_text())
     assert page.count(
         "Plotly.newPlot(") >= 6 and "in the answer" in page and "milliseconds since" in page
-    assert numbers.picture_disagreements(page, stored) == []
+    assert pages.picture_disagreements(page, stored) == []
     stored["tokens"]["test"]["simulated"]["by_position"]["survival"][2] += 0.0123
     for span in stored["live"]["timeline"]["generations"]["baseline"]["spans"]:
         span["start_s"], span["end_s"] = span["start_s"] + 0.0007, span["end_s"] + 0.0007
-    wrong = numbers.picture_disagreements(page, stored)
+    wrong = pages.picture_disagreements(page, stored)
     assert any("in 'verifier', which is not" in one for one in wrong) and len(wrong) >= 2
 
 
@@ -146,17 +154,17 @@ def test_the_recording_comes_second_and_its_intervals_are_called_weak():
         "simulated": {**one, "cluster": "sequence"}
     }
     found["tokens"] = {"gamma": 5, "test": sets}
-    lead = demo_page.lead(found)
-    assert "accepted drafts a round (at γ = {tokens/gamma:d})" in lead
+    page = body(found)
+    lead = page[:page.index("<nav>")]
+    assert re.search(r'accepted drafts a round \(at γ = <span[^>]*data-key="tokens/gamma"', lead)
     assert lead.index("held-out simulated drives") < lead.index("a real road")
-    section = demo_page._acceptance("unused", found)
-    captions = [
-        part.caption for part in section.parts if "Intervals draw" in getattr(part, "caption", "")
-    ]
+    captions = [one for one in re.findall(r"<caption>(.*?)</caption>", page, re.DOTALL)
+                if "Intervals draw" in one]
     assert "whole sequences" in captions[0]
-    assert "{tokens/test/davis_road/n_clusters:d} overlapping clips of one sequence: they are weak" in captions[
-        1]
+    assert 'data-key="tokens/test/davis_road/n_clusters"' in captions[1]
+    assert "overlapping clips of one sequence: they are weak" in captions[1]
 
 
-def test_lead_is_empty_without_results():
-    assert demo_page.lead({}) == ""
+def test_a_page_without_results_has_no_sentence():
+    page = body({})
+    assert "best adapter" not in page and "fastest" not in page and page.count("<section") == 1

@@ -20,15 +20,17 @@ DEMO: dict[str, dict[str, Any]] = {
     "01_extract": {
         "n_train_sequences": 50, "n_test_sequences": 30, "questions_per_sequence": 10,
         "max_new_tokens": 48, "test_data": TEST_DATA, "batch_size": 64,
-    }, "02_train": {"levels": LEVELS, "profile": "best", "epochs": 9},
+    },
+    "02_train": {"levels": LEVELS, "profile": "best", "epochs": 9},
     "03_hidden": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
-    "04_tokens": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000}, "05_live": {
-        "arms": [
-            *("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram"),
-            *("L1", "L4", "B1", "L1+L5F"),
-        ], "test_data": TEST_DATA, "check_arms": ["L4", "B1", "L1+L5F"], "check_in_turns": True,
+    "04_tokens": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
+    "05_live": {
+        "arms": ["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram",
+                 "L1", "L4", "B1", "L1+L5F"],
+        "test_data": TEST_DATA, "check_arms": ["L4", "B1", "L1+L5F"], "check_in_turns": True,
         "n_samples": 12, "n_samples_others": 6, "workers": 2, "resamples": 1000,
-    }, "06_compare": {"resamples": 1000},
+    },
+    "06_compare": {"resamples": 1000},
 }
 PROFILES = {"smoke": SMOKE, "demo": DEMO}
 """What each notebook is given besides ``run_dir`` and ``seed``; the smoke profile is the notebooks'
@@ -71,12 +73,10 @@ def build(out_dir: str | Path, *, profile: str, seed: int, seconds: Mapping[str,
     """The report of a finished run in ``out_dir``: index.html, results.json, and the executed
     notebooks as pages."""
     out_dir = folder.resolve(out_dir)
-    run_dir = out_dir / "run"
-    results = folder.load_results(run_dir)
-    results["provenance"] = provenance(seed=seed, data_hash=results.get("extract",
-                                                                        {}).get("data_hash"),
-                                       profile=profile, seconds_of_notebooks=dict(seconds))
+    results = folder.load_results(out_dir / "run")
+    results["provenance"] = provenance(
+        seed=seed, data_hash=results.get("extract", {}).get("data_hash"), profile=profile,
+        seconds_of_notebooks=dict(seconds))
     executed = [path for step in STEPS if (path := out_dir / f"{step}.ipynb").is_file()]
-    return report.build_report(results, demo_page.sections(run_dir,
-                                                           results), out_dir, title=demo_page.TITLE,
-                               lead=demo_page.lead(results), notebooks=executed)
+    return report.build_report(demo_page.template(), results, out_dir, title=demo_page.TITLE,
+                               notebooks=executed, **demo_page.parts(out_dir / "run", results))

@@ -8,13 +8,13 @@ that a test (or a reader) can hold each one against the file.
 
 from __future__ import annotations
 
-import html
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from html.parser import HTMLParser
 from typing import Any
+
+from markupsafe import Markup
 
 from xsd.core import XsdError
 
@@ -47,206 +47,123 @@ def lookup(results: Mapping[str, Any], path: str) -> Any:
             here = here[int(step)] if isinstance(here, list) else here[step]
         except (KeyError, IndexError, ValueError, TypeError):
             there = ", ".join(map(str, here)) if isinstance(here, Mapping) else type(here).__name__
-            raise ReportError(
-                f"the results hold nothing at {path!r}: no {step!r} under "
-                f"{'/'.join(walked) or 'the top'} (there: {there})"
-            ) from None
+            raise ReportError(f"the results hold nothing at {path!r}: no {step!r} under "
+                              f"{'/'.join(walked) or 'the top'} (there: {there})") from None
         walked.append(step)
     return here
 
 
-def written(value: Any, spec: str = "") -> str:
-    """A value as it stands on the page. spec: Python's format, ``x`` after it for a ratio (``.2fx``
-    → 1.07×); None and NaN become an en dash."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+def written(value: Any, form: str = "") -> str:
+    """A value as it stands on the page. form: Python's format, ``x`` after it for a ratio (``.2fx``
+    → 1.07×); None becomes an en dash."""
+    if value is None:
         return "–"
-    if spec.endswith("x"):
-        return f"{value:{spec[:-1]}}×"
-    return f"{value:{spec}}"
+    return f"{value:{form[:-1]}}×" if form.endswith("x") else f"{value:{form}}"
 
 
 def kind_of(results: Mapping[str, Any], path: str) -> str:
     """measured, predicted or quoted: the ``kind`` nearest above the value, else measured."""
-    steps = path.split("/")
-    for length in range(len(steps) - 1, -1, -1):
-        node = lookup(results, "/".join(steps[:length])) if length else results
-        if isinstance(node, Mapping) and node.get("kind") in ("measured", "predicted", "quoted"):
-            return str(node["kind"])
-    return "measured"
+    kind, here = "measured", results
+    for step in path.split("/"):
+        found = here.get("kind") if isinstance(here, Mapping) else None
+        kind = found if found in ("measured", "predicted", "quoted") else kind
+        here = here[int(step)] if isinstance(here, list) else here[step]
+    return kind
 
 
-def number(results: Mapping[str, Any], path: str, spec: str = "") -> str:
+def number(results: Mapping[str, Any], path: str, form: str = "") -> Markup:
     """HTML of one number, marked with its path, format and kind. Raises: ReportError if it is not
     in the results."""
     value = lookup(results, path)
     if isinstance(value, (Mapping, list)):
-        raise ReportError(
-            f"{path!r} of the results is not one number but a {type(value).__name__}; name one "
-            "inside it"
-        )
-    kind = kind_of(results, path)
-    shown = html.escape(written(value, spec))
-    key, form = html.escape(path, quote=True), html.escape(spec, quote=True)
-    return f'<span class="number {kind}" data-key="{key}" data-format="{form}">{shown}</span>'
+        raise ReportError(f"{path!r} of the results is not one number but a "
+                          f"{type(value).__name__}; name one inside it")
+    return Markup('<span class="number {}" data-key="{}" data-format="{}">{}</span>').format(
+        kind_of(results, path), path, form, written(value, form))
 
 
-_FIELD = re.compile(r"\{([^{}:]+)(?::([^{}]*))?\}")
+def cell(results: Mapping[str, Any], path: str, form: str = "") -> Markup:
+    """HTML of a number in a table: with its interval where it has one, an en dash where it is
+    absent."""
+    try:
+        node = lookup(results, path)
+    except ReportError:
+        return Markup("–")
+    if not isinstance(node, Mapping):
+        return number(results, path, form)
+    shown = number(results, f"{path}/value", form)
+    if node["value"] is None or node.get("low") is None or node.get("high") is None:
+        return shown
+    low, high = (number(results, f"{path}/{end}", form) for end in ("low", "high"))
+    return shown + Markup(" <small>[{}, {}]</small>").format(low, high)
 
 
-def prose(results: Mapping[str, Any], text: str) -> str:
-    """Escaped text in which ``{path:format}`` becomes a marked number; ``**bold**`` and `` `code`
-    `` are honoured."""
-    parts, end = [], 0
-    for found in _FIELD.finditer(text):
-        parts.append(html.escape(text[end:found.start()], quote=False))
-        parts.append(number(results, found.group(1).strip(), found.group(2) or ""))
-        end = found.end()
-    parts.append(html.escape(text[end:], quote=False))
-    joined = re.sub(r"\*\*(.+?)\*\*", r"<b>\1</b>", "".join(parts))
-    return re.sub(r"`(.+?)`", r"<code>\1</code>", joined)
-
+# --- the check of a finished page
 
 _STRAY = re.compile(r"(?<![\w.@/-])[-+−]?\d+(?:[.,]\d+)*\s?[%×]?(?![\w-])")
+_ELSEWHERE = re.compile(r"""url\(\s*["']?\s*(?:https?:)?//|@import""", re.IGNORECASE)
 _VOID = {"img", "br", "hr", "meta", "link", "input", "source", "col", "wbr"}
+_QUIET = ("script", "style", "code", "title")
+_LOADING = ("src", "srcset", "poster", "data", "action")
 
 
 class _Page(HTMLParser):
-    """Marked numbers with their text, and the text that stands outside marked numbers, scripts,
-    code and plain regions."""
-    def __init__(self) -> None:
+    """Marked numbers with their texts, running text outside them, and what the page would load."""
+
+    def __init__(self, page: str) -> None:
         super().__init__()
         self.open: list[tuple[str, bool]] = []
-        self.marked: list[tuple[str, str, str]] = []
+        """Elements around what is read now; True: its text is no running text."""
+        self.marked: list[list[str]] = []
         self.loose: list[str] = []
+        self.loads: list[str] = []
+        self.feed(page)
+        self.close()
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        given = {name: (value or "").strip() for name, value in attrs}
+        for name, value in given.items():
+            loading = name in _LOADING or (name == "href" and tag in ("link", "use", "image"))
+            if (loading and re.match(r"(?:https?:)?//", value)) or (
+                    name == "style" and _ELSEWHERE.search(value)):
+                self.loads.append(f"<{tag} {name}={value[:100]!r}>")
         if tag in _VOID:
             return
-        given = dict(attrs)
-        hidden = (tag in ("script", "style", "code", "title") or "data-plain" in given
-                  or "data-key" in given or bool(self.open and self.open[-1][1]))
-        self.open.append((tag, hidden))
+        quiet = tag in _QUIET or "data-plain" in given or "data-key" in given
+        self.open.append((tag, quiet or bool(self.open and self.open[-1][1])))
         if "data-key" in given:
-            self.marked.append((given["data-key"] or "", given.get("data-format") or "", ""))
+            self.marked.append([given["data-key"], given["data-format"], ""])
 
     def handle_endtag(self, tag: str) -> None:
-        for index in range(len(self.open) - 1, -1, -1):
-            if self.open[index][0] == tag:
-                del self.open[index:]
-                return
+        places = [index for index, (name, _) in enumerate(self.open) if name == tag]
+        if places:
+            del self.open[places[-1]:]
 
     def handle_data(self, data: str) -> None:
-        if not (self.open and self.open[-1][1]):
+        tag, quiet = self.open[-1] if self.open else ("", False)
+        if not quiet:
             self.loose.append(data)
-        elif self.marked and self.open[-1][0] == "span" and not self.marked[-1][2]:
-            key, spec, _ = self.marked[-1]
-            self.marked[-1] = (key, spec, data)
+        elif tag == "span" and self.marked and not self.marked[-1][2]:
+            self.marked[-1][2] = data
+        elif tag == "style":
+            self.loads += [match.group(0) for match in _ELSEWHERE.finditer(data)]
 
 
 def disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
     """Every number of a page that is not what ``results`` say, and every number in running text
     that is not marked; empty when the page is true.
 
-    Scripts (see :func:`picture_disagreements`), code, and regions marked ``data-plain`` (token
-    texts, provenance) are left out.
+    Scripts, code, and regions marked ``data-plain`` (token texts, provenance) are left out.
     """
-    parser = _Page()
-    parser.feed(page)
-    parser.close()
-    found = []
-    for key, spec, shown in parser.marked:
-        expected = written(lookup(results, key), spec)
-        if shown != expected:
-            found.append(f"{key} is shown as {shown!r} but the results say {expected!r}")
-    for text in parser.loose:
-        found += [
-            f"{stray.group(0)!r} in {text.strip()[:80]!r} is not taken from the results"
-            for stray in _STRAY.finditer(text)
-        ]
-    return found
-
-
-_PLOT = re.compile(r'Plotly\.newPlot\("([^"]+)",')
-
-
-def _values(node: Any) -> Iterator[float]:
-    if isinstance(node, Mapping):
-        for value in node.values():
-            yield from _values(value)
-    elif isinstance(node, (list, tuple)):
-        for value in node:
-            yield from _values(value)
-    elif isinstance(node, (int, float)) and not isinstance(node, bool):
-        yield float(node)
-
-
-def picture_disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
-    """Every number drawn in a picture of a page that ``results`` do not hold; empty when the
-    pictures are true.
-
-    Looked at: x and y, a bar's start and end, the ends of error bars. Results in seconds may be
-    drawn in milliseconds.
-    """
-    held = {f"{value * scale:.6g}" for value in _values(results) for scale in (1, 1e3)} | {"0"}
-    found = []
-    for plot in _PLOT.finditer(page):
-        traces, _ = json.JSONDecoder().raw_decode(page[plot.end():].replace("<\\/", "</"))
-        for trace in traces:
-            along = "x" if trace.get("orientation") == "h" else "y"
-            starts = trace.get("base") or []
-            for axis in ("x", "y"):
-                drawn = list(_values(trace.get(axis)))
-                if starts and axis == along:
-                    drawn = [
-                        *starts,
-                        *(start + length for start, length in zip(starts, drawn, strict=True))
-                    ]
-                errors = trace.get(f"error_{axis}", {})
-                for name, sign in (("array", 1), ("arrayminus", -1)):
-                    pairs = zip(trace[axis], errors.get(name) or [], strict=False)
-                    drawn += [value + sign * error for value, error in pairs if error is not None]
-                found += [
-                    f"{plot.group(1)} draws {value:.6g} in {trace.get('name')!r}, which is not in "
-                    "the results"
-                    for value in drawn if f"{value:.6g}" not in held
-                ]
-    return found
-
-
-_REQUEST = re.compile(
-    r"""(?:src|href|action|poster|data)\s*=\s*["']?\s*(?:https?:)?//|url\(\s*["']?\s*(?:https?:)?//|@import""",
-    re.IGNORECASE)
-
-
-class _Requests(HTMLParser):
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: list[str] = []
-        self._style = False
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self._style = tag == "style"
-        for name, value in attrs:
-            value = (value or "").strip()
-            loads = name in ("src", "srcset", "poster", "data",
-                             "action") or (name == "href" and tag in ("link", "use", "image"))
-            if (loads and re.match(r"(?:https?:)?//", value)) or (name == "style"
-                                                                  and _REQUEST.search(value)):
-                self.found.append(f"<{tag} {name}={value[:100]!r}>")
-
-    def handle_endtag(self, tag: str) -> None:
-        if tag == "style":
-            self._style = False
-
-    def handle_data(self, data: str) -> None:
-        if self._style:
-            self.found += [match.group(0) for match in _REQUEST.finditer(data)]
+    read = _Page(page)
+    found = [f"{key} is shown as {shown!r} but the results say {expected!r}"
+             for key, form, shown in read.marked
+             if shown != (expected := written(lookup(results, key), form))]
+    return found + [f"{stray.group(0)!r} in {text.strip()[:80]!r} is not taken from the results"
+                    for text in read.loose for stray in _STRAY.finditer(text)]
 
 
 def external_requests(page: str) -> list[str]:
     """What an HTML page would load from elsewhere when opened (links that a reader may click do not
     count); empty for an offline page."""
-    parser = _Requests()
-    parser.feed(page)
-    parser.close()
-    return parser.found
+    return _Page(page).loads
