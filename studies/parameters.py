@@ -61,7 +61,7 @@ class PixelParameters(NotebookParameters):
     epochs: typed.Epochs = Field(30, description="length of the training, in epochs")
     batch_size: typed.AStep = Field(16, description="pairs a step")
     learning_rate: typed.Rate = Field(1e-3, description="AdamW's peak rate")
-    thresholds: typed.Thresholds = [0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95]
+    thresholds: typed.Thresholds = Field([0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95])
     resamples: typed.Resamples = 400
     workers: typed.Simulators = 2
 

@@ -35,7 +35,7 @@ def build(out, *parts, results=RESULTS, **options):
 def test_every_number_on_the_page_is_that_of_the_results(tmp_path):
     text = ("<p>In short: {{ num('levels/L1/accept@0.90', '.0%') }}. With <b>L4</b> "
             "{{ num('levels/L4/length/value', '.2f') }} of {{ num('n') }}; others say "
-            "{{ num('reference/speedup', '.2fx') }}, a model {{ num('model/speedup', '.2fx') }}.</p>")
+            "{{ num('reference/speedup', '.2fx') }}, a model {{ num('model/speedup', '.2fx') }}.")
     page = build(tmp_path, text, TABLE).read_text()
     stored = json.loads((tmp_path / "results.json").read_text())
     shown = dict(re.findall(r'data-key="([^"]+)" data-format="[^"]*">([^<]+)<', page))

@@ -9,8 +9,8 @@ Results read (``results/<name>.json`` of xsd/runs/folder.py; ``q``: value, low, 
 - hidden: test/<data>/levels/<level>/{cosine q, accept q}
 - tokens: gamma; test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_per_round q,
   above_floor q}; test/<data>/{best_floor, best_adapter, cluster, n_clusters}; test/<data>/
-  {by_position, reliability} (columns of
-  xsd/evaluate/table.py)
+  {by_position, reliability} (columns of xsd/evaluate/
+  table.py)
 - live: test/<data>/{n_timed, arms/<arm>/{label, kind, speedup q, slower_share q,
   accepted_per_round q, total_ms q}}; arms (of the first set), best_arm, best_adapter_arm, n_timed,
   n_drafting, n_answers, n_identical; check/{labels, in_turns, n_answers, n_identical, n_near_ties,
@@ -107,8 +107,8 @@ def strips(run_dir: str | Path) -> list[str]:
         part = part[part["level"] == level]
         for sample in part["sample"].unique()[:3]:
             rows = part[part["sample"] == sample]
-            label = f"{name(data)} · {rows['question'].iloc[0]} · {level}, draft above, verifier below"
-            made.append(tokens.pairs(rows, label=label))
+            about = f"{rows['question'].iloc[0]} · {level}, draft above, verifier below"
+            made.append(tokens.pairs(rows, label=f"{name(data)} · {about}"))
     return made
 
 

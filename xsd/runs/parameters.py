@@ -81,7 +81,7 @@ class HiddenParameters(NotebookParameters):
     mode: typed.HeldOutMode = "teacher_forced"
     threshold: typed.Threshold = Field(
         0.9, description="cosine threshold τ of the headline and of the curves")
-    thresholds: typed.Thresholds = [0.8, 0.85, 0.9, 0.95]
+    thresholds: typed.Thresholds = Field([0.8, 0.85, 0.9, 0.95])
     gamma: typed.Gamma = 5
     max_positions: typed.Positions = 20
     resamples: typed.Resamples = 400
@@ -207,7 +207,7 @@ class TruthParameters(NotebookParameters):
     waterfall: typed.Level = Field("L4", description="the level whose losses are drawn")
     data: typed.TrainData = Field("simulated",
                                   description="training set, whose answers make the floors")
-    test_data: typed.TestData = ["simulated"]
+    test_data: typed.TestData = Field(["simulated"])
     drafter_sees: list[Literal["blank events", "other scene", "text only"]] = Field(
         ["blank events", "other scene", "text only"],
         description="what the drafter is shown in place of the clip's own events")
@@ -216,7 +216,7 @@ class TruthParameters(NotebookParameters):
     top_k: typed.TopK = 5
     threshold: typed.Threshold = Field(
         0.9, description="cosine threshold τ compared with the token truth")
-    thresholds: typed.Thresholds = [0.8, 0.85, 0.9, 0.95]
+    thresholds: typed.Thresholds = Field([0.8, 0.85, 0.9, 0.95])
     resamples: typed.Resamples = 400
     batch_size: typed.AtATime = 32
     pictures: bool = Field(False, description="also write every figure as PNG and SVG, where a "

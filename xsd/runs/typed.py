@@ -4,6 +4,7 @@ notebooks take, and how they are read from a command line."""
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -27,8 +28,9 @@ class NotebookParameters(BaseModel):
 
     @classmethod
     def from_namespace(cls, namespace: Mapping[str, Any]) -> Self:
-        """The parameters among a notebook's globals. Raises: ParameterError as :func:`checked`."""
-        return cls.checked({name: namespace[name] for name in cls.model_fields if name in namespace})
+        """The parameters among a notebook's globals. Raises: ParameterError."""
+        return cls.checked({name: namespace[name]
+                            for name in cls.model_fields if name in namespace})
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Self:
@@ -81,8 +83,9 @@ def _level(value: Any, *more: str) -> Any:
 
 
 def _arm(value: Any) -> str:
-    """An arm of ours, a level, one of your own as "module:Class", or two of them joined by +."""
-    parts = value.split("+") if isinstance(value, str) else [None]
+    """An arm of ours, a level, one of your own as "module:Class", or two of them joined by +;
+    settings behind @ or ~ are read where the arm is made."""
+    parts = re.split("[@~]", value)[0].split("+") if isinstance(value, str) else [None]
     if len(parts) <= 2 and all(part in (*ARMS, *LEVELS) or _own(part) for part in parts):
         return value
     raise ValueError(f"input should be one of {', '.join(ARMS)}, a level ({', '.join(LEVELS)}), a "
