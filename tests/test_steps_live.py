@@ -209,7 +209,8 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
                 for g in generations.values()}) == 1 and list(generations)[-1] == "own greedy loop"
     timeline.scrubber(generations, lambda ids: "".join(map(said, ids)))
     tokens.rounds(next(iter(generations.values())), said)
-    counted = {"arms": ["L4", "B1", "L1+L5F"], "n_answers": 30, "n_identical": 30, "data": {}}
+    counted = {"arms": ["L4", "B1", "L1+L5F"], "n_answers": 30, "n_identical": 30,
+               "n_near_ties": 0, "n_divergences": 0, "data": {}}
     parts = costs.measure(bench, repeats=1)
     live.save(bench, found, counted, costs.table(parts), costs.predictions(bench, [], parts),
               hidden_share=0.5)
