@@ -1,20 +1,27 @@
 """Any recording or video before a pair: what is made where a sensor is missing, what is warned of,
 and whose tokens are compared."""
 
+import dataclasses
+
 import av
 import numpy as np
 import pytest
-from tiny_pair import QUESTIONS, make_tiny_pair
+import torch
+from tiny_pair import QUESTIONS, make_samples, make_tiny_pair
 
 from xsd.adapters import registry
 from xsd.core import EventError, ParameterError, VideoError
-from xsd.evaluate import table as token_table
+from xsd.evaluate import table
+from xsd.extract import pairs
 from xsd.models import loading
 from xsd.sensors import events as event_streams
 from xsd.sensors import timed_video
+from xsd.shards import memory
+from xsd.shards.store import ShardDataset
+from xsd.shards.writer import ShardWriter
 from xsd.steps import recordings, traces
 
-WORLD = recordings.Known((0.1, 2.0), ((128, 96),), 1000.0, 0.12)
+WORLD = {"rate": (0.1, 2.0), "sizes": {(128, 96)}, "clip_ms": 1000.0, "grey_share": 0.12}
 
 
 def write_video(path, n=30, size=(64, 48), rate=20, grey=False):
@@ -99,38 +106,66 @@ def test_the_shipped_recording_is_known_to_be_grey_and_long():
     source = recordings.open_source("davis_road")
     clips = recordings.cut(source, max_clips=2)
     said = " | ".join(recordings.warnings(source, clips, WORLD))
-    assert source.kind == "both recorded" and len(clips) == 2 and clips[0].video.shape == (8, 260,
-                                                                                           346, 3)
-    assert "the pictures are grey" in said and "refuses 100 ms and more" in said and "there is no video" not in said
+    assert source.kind == "both recorded" and len(clips) == 2
+    assert clips[0].video.shape == (8, 260, 346, 3)
+    assert "the pictures are grey" in said and "refuses 100 ms and more" in said
+    assert "there is no video" not in said
 
 
 def test_what_the_pair_knows_is_read_from_its_own_world():
     world = recordings.known(n_sequences=2)
-    assert world.clip_ms == 1000 and world.rate[0] < world.rate[1] and (128, 96) in world.sizes
+    assert world["clip_ms"] == 1000 and world["rate"][0] < world["rate"][1]
+    assert (128, 96) in world["sizes"] and 0 < world["grey_share"] < 1
 
 
 def test_answers_states_and_acceptance_come_from_the_same_answers(tmp_path, pair):
-    source = recordings.open_source(write_video(tmp_path / "square.mp4"))
-    clips = recordings.cut(source)
-    told = recordings.ask(pair, clips, QUESTIONS[:2], max_new_tokens=6)
-    assert len(told.samples) == len(recordings.answers(told)) == 4
-    assert all(a.ids_by_verifier.tolist() == b.ids_by_verifier.tolist()
-               for a, b in zip(told.forced, told.free, strict=True))
-    saved = registry.save_adapter(registry.create_adapter("L1", 32, drafter_size=32),
-                                  tmp_path / "l1")
-    shifted = registry.save_adapter(registry.create_adapter("L5F", 32, drafter_size=32),
-                                    tmp_path / "l5f")
-    tokens = token_table.check(recordings.token_table(pair, told, {"L1": saved, "L5F": shifted}))
-    own = tokens[tokens["level"] == "drafter"]
-    forced = told.forced[0]
-    assert own[own["sample"] == "00000"]["match"].tolist() == (
-        forced.ids_by_drafter == forced.ids_by_verifier).tolist()
-    assert tokens[tokens["level"] == "L5F"]["position"].min() == 1 and tokens["cosine"].between(
-        -1.001, 1.001).all()
-    table = recordings.summary(tokens, gamma=3, resamples=50)
-    assert list(table["level"]) == ["drafter", "L1", "L5F"] and table["mean_accepted"].between(
-        0, 3).all()
-    assert table["token_acceptance"].iloc[0] == own["match"].mean()
-    handed = recordings.as_traces(told)
+    clips = recordings.cut(recordings.open_source(write_video(tmp_path / "square.mp4")))
+    samples = [dataclasses.replace(clip, question=question)
+               for clip in clips for question in QUESTIONS[:2]]
+    said = pair.verifier.generate(samples, 6)
+    forced = pairs.teacher_forced_pairs(pair, samples, 6, verifier=said)
+    adapters = {level: registry.create_adapter(level, 32, drafter_size=32)
+                for level in ("L1", "L5F")}
+    tokens = table.check(
+        table.measure(adapters, recordings.held_out_pairs(pair, forced), gamma=3))
+    own = tokens[tokens["level"] == table.DRAFTER]
+    first = forced[0]
+    assert own[own["sample"] == samples[0].key]["match"].tolist() == (
+        first.ids_by_drafter == first.ids_by_verifier).tolist()
+    assert own["draft_token"].iloc[0] == pair.verifier.token_text(first.ids_by_drafter[0])
+    assert tokens[tokens["level"] == "L5F"]["position"].min() == 0
+    assert tokens["cosine"].dropna().between(-1.001, 1.001).all()
+    found = recordings.summary(tokens, gamma=3, resamples=50).set_index("level")
+    assert list(found.index) == ["L1", "L5F", table.DRAFTER]
+    assert found["accepted_per_round"].between(0, 3).all()
+    assert found.loc[table.DRAFTER, "token_acceptance"] == table.drafted(own)["match"].mean()
+    assert (found["token_acceptance_low"] <= found["token_acceptance_high"]).all()
+
+
+def test_free_running_answers_are_handed_on_as_traces(tmp_path, pair):
+    clips = recordings.cut(recordings.open_source(write_video(tmp_path / "square.mp4")))
+    samples = [dataclasses.replace(clip, question=question)
+               for clip in clips for question in QUESTIONS[:2]]
+    free = pairs.free_running_pairs(pair, samples, 6)
+    handed = recordings.as_traces(free)
     traces.write(tmp_path / "t.json", handed)
     assert traces.run(tmp_path / "t.json", tmp_path / "run", resamples=50)["n"] == len(handed) == 4
+
+
+def test_pairs_in_memory_read_like_a_run_folder(tmp_path, pair):
+    samples = make_samples(3)
+    forced = pairs.teacher_forced_pairs(pair, samples, 5)
+    held = memory.MemoryPairs(forced)
+    with ShardWriter(tmp_path / "run", mode="teacher_forced", dtype="fp32", config={}) as writer:
+        for one in forced:
+            writer.write(one)
+        writer.close()
+    stored = ShardDataset(tmp_path / "run")
+    assert held.table().equals(stored.table()[list(held.table())])
+    for role in ("drafter", "verifier"):
+        assert [ids.tolist() for ids in held.ids(role)] == [ids.tolist()
+                                                            for ids in stored.ids(role)]
+    for ours, theirs in zip(held.batches(2), stored.batches(2), strict=True):
+        assert torch.equal(ours.verifier, theirs.verifier) and torch.equal(ours.mask, theirs.mask)
+        assert (list(ours.sequence), list(ours.index)) == (list(theirs.sequence),
+                                                           list(theirs.index))

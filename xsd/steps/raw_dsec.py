@@ -1,8 +1,9 @@
-"""Raw DSEC sequences into a dataset folder, with progress and a summary: ``xsd data prepare-dsec`` and
-notebook 08."""
+"""Raw DSEC sequences into a dataset folder, with progress and a summary: ``xsd data prepare-dsec``
+and notebook 08."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,8 +14,8 @@ import pandas as pd
 from xsd.core import ParameterError
 from xsd.embedded import raw_sequence
 from xsd.files import write_json
-from xsd.runs import progress as bars
-from xsd.sensors import dsec, folder
+from xsd.runs import progress
+from xsd.sensors import dsec, folder, frames
 
 SETTINGS = "preparation.json"
 
@@ -30,66 +31,44 @@ def size_of(text: str) -> tuple[int, int] | None:
 
 
 def prepare(source: str | Path, root: str | Path, *, split: str = "train", clip_ms: int = 1000,
-            hop_ms: int = 500, video_size: tuple[int, int] | None = None, canvas: str = "slice",
-            rectify: bool = False,
-            ) -> dict[str, Any]:
-    """sensors.dsec.prepare under a bar a sequence; a stopped run continues with the next unfinished
-    sequence.
+            hop_ms: int = 500, video_size: tuple[int, int] | None = None,
+            canvas: frames.Canvas = "slice", rectify: bool = False) -> dict[str, Any]:
+    """sensors.dsec.prepare under one bar per sequence; a stopped run continues with the next
+    unfinished sequence. How the clips were cut is kept in ``preparation.json``, so that one folder
+    never mixes two ways.
 
     Returns: {sequences, clips, skipped, resumed, notes, gb (of the whole folder)}.
-    How the clips were cut is kept in ``preparation.json``, so that one folder never mixes two ways.
     Raises: ParameterError for a clip or hop that is not positive, or a folder begun with other
     settings; as sensors.dsec.prepare.
     """
     if clip_ms < 1 or hop_ms < 1:
         raise ParameterError(
             f"a clip of {clip_ms} ms every {hop_ms} ms cannot be cut; both must be at least 1 ms")
-    settings = {
-        "split": split, "clip_ms": clip_ms, "hop_ms": hop_ms,
-        "video_size": list(video_size) if video_size else None, "canvas": canvas,
-        "rectify": rectify,
-    }  # fmt: skip
-    _check_settings(Path(root) / SETTINGS, settings)
-    running: dict[str, Any] = {}
+    dsec.sequence_folders(source)  # nothing is written where there is nothing to read
+    root = Path(root)
+    settings = {"split": split, "clip_ms": clip_ms, "hop_ms": hop_ms, "canvas": canvas,
+                "video_size": list(video_size) if video_size else None, "rectify": rectify}
+    if (root / SETTINGS).is_file():
+        before = json.loads((root / SETTINGS).read_text(encoding="utf-8"))
+        for name, value in settings.items():
+            if before.get(name) != value:
+                raise ParameterError(f"{root} was begun with {name}={before.get(name)!r}, not "
+                                     f"{value!r}; choose another folder, or the same settings")
+    write_json(root / SETTINGS, settings)
+    bars: dict[str, Any] = {}
+    with contextlib.ExitStack() as stack:
 
-    def show(sequence: str, done: int, total: int) -> None:
-        if sequence not in running:
-            running[sequence] = bars.tqdm(total=total, desc=sequence, unit="clip")
-        running[sequence].update(done - running[sequence].n)
+        def show(sequence: str, done: int, total: int) -> None:
+            if sequence not in bars:
+                bar = progress.tqdm(total=total, desc=sequence, unit="clip")
+                bars[sequence] = stack.enter_context(bar)
+            bars[sequence].update(done - bars[sequence].n)
 
-    try:
-        if (Path(source) / "events").is_dir() or any(Path(source).glob("*/events")):
-            write_json(Path(root) / SETTINGS, settings)
-        summary = dsec.prepare(
-            source,
-            root,
-            split=split,
-            clip_us=1000 * clip_ms,
-            hop_us=1000 * hop_ms,
-            video_size=video_size,
-            canvas=canvas,
-            rectify=rectify,
-            progress=show,  # type: ignore[arg-type]
-        )  # fmt: skip
-    finally:
-        for bar in running.values():
-            bar.close()
-    summary["gb"] = sum(path.stat().st_size
-                        for path in Path(root).rglob("*") if path.is_file()) / 1e9
-    return summary
-
-
-def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
-    if not path.is_file():
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    changed = [name for name in settings if before.get(name) != settings[name]]
-    if changed:
-        name = changed[0]
-        raise ParameterError(
-            f"{path.parent} was begun with {name}={before.get(name)!r}, not {settings[name]!r}; "
-            "choose another folder, or the same settings"
-        )
+        summary = dsec.prepare(source, root, split=split, clip_us=1000 * clip_ms,
+                               hop_us=1000 * hop_ms, video_size=video_size, canvas=canvas,
+                               rectify=rectify, progress=show)
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {**summary, "gb": sum(path.stat().st_size for path in files) / 1e9}
 
 
 def sentence(summary: Mapping[str, Any], root: str | Path) -> str:
@@ -99,37 +78,30 @@ def sentence(summary: Mapping[str, Any], root: str | Path) -> str:
         done += f", {summary['resumed']} sequences were there already"
     if summary["skipped"]:
         done += f", {summary['skipped']} windows skipped (fewer than five events, or no picture)"
-    return "\n".join([
-        f"{done}; the folder holds {summary['gb']:.3f} GB",
-        *(f"note: {note}" for note in summary["notes"])
-    ])
+    return "\n".join([f"{done}; the folder holds {summary['gb']:.3f} GB",
+                      *(f"note: {note}" for note in summary["notes"])])
 
 
 def simulated_source(source: str | Path, *, n_sequences: int = 2, seed: int = 0,
-                     duration_s: float = 1.5) -> list[str]:
+                     duration_s: float = 1.5) -> None:
     """Make sure that ``source`` holds simulated sequences in DSEC's raw format, made once and found
-    again. Returns: their names."""
-    names = [f"simulated_{seed:02d}_{index:02d}" for index in range(n_sequences)]
-    for index, name in enumerate(names):
-        if not (Path(source) / name / "images" / "timestamps.txt").is_file():  # written last
-            raw_sequence.write(Path(source) / name, seed=1000 * seed + index, duration_s=duration_s)
-    return names
+    again."""
+    for index in range(n_sequences):
+        place = Path(source) / f"simulated_{seed:02d}_{index:02d}"
+        if not (place / "images" / "timestamps.txt").is_file():  # written last
+            raw_sequence.write(place, seed=1000 * seed + index, duration_s=duration_s)
 
 
 def table(root: str | Path) -> pd.DataFrame:
-    """What a dataset folder holds, a clip a row: sequence, clip, start_s (from its sequence's first
-    clip), events, events_per_s, width, height."""
+    """What a dataset folder holds, one row per clip: sequence, clip, start_s (from its sequence's
+    first clip), events, events_per_s, width, height."""
     rows = []
     for record in folder.open_folder(root):
-        stream = folder.load_events(record)
-        start_us, end_us = record.t_us if record.t_us else (int(stream.t_us[0]),
-                                                            int(stream.t_us[-1]) + 1)
-        rows.append({
-            "sequence": record.sequence, "clip": record.clip, "start_us": start_us,
-            "events": len(stream), "events_per_s": len(stream) / ((end_us - start_us) / 1e6),
-            "width": stream.width, "height": stream.height,
-        })
-    frame = pd.DataFrame(rows)
-    frame.insert(2, "start_s",
-                 (frame["start_us"] - frame.groupby("sequence")["start_us"].transform("min")) / 1e6)
-    return frame.drop(columns="start_us")
+        events = folder.load_events(record)
+        start_us, end_us = record.t_us or (int(events.t_us[0]), int(events.t_us[-1]) + 1)
+        rows.append([record.sequence, record.clip, start_us, len(events),
+                     len(events) / ((end_us - start_us) / 1e6), events.width, events.height])
+    frame = pd.DataFrame(rows, columns=["sequence", "clip", "start_s", "events", "events_per_s",
+                                        "width", "height"])
+    first_us = frame.groupby("sequence")["start_s"].transform("min")
+    return frame.assign(start_s=(frame["start_s"] - first_us) / 1e6)
