@@ -1,19 +1,25 @@
 """Floors comparison, gap waterfall, tables and the printed report."""
 
+import re
+from types import SimpleNamespace
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 
 from xsd.core import MetricError
-from xsd.decode.prices import Prices
-from xsd.evaluate import decomposition, report_text, tables
+from xsd.evaluate import (
+    decomposition,
+    drafting,
+    hidden,
+    reliability,
+    report_text,
+    tables,
+    tokens,
+)
 from xsd.evaluate.counterfactual import compare_arms, compare_with_floors
-from xsd.evaluate.hidden import HiddenStateMetrics
-from xsd.evaluate.reliability_old import Reliability
-from xsd.evaluate.speedup import predict
 from xsd.evaluate.statistics import Interval
-from xsd.evaluate.tokens import TokenMetrics
 
 RNG = np.random.default_rng(0)
 CLUSTERS = [f"seq{i // 10}" for i in range(120)]
@@ -29,12 +35,11 @@ def test_an_adapter_stands_beside_its_best_floor():
                               n_resamples=500)
     assert out.best == "4-gram" and out.above_best.excludes(
         0) and out.above_best.value == pytest.approx(0.1, abs=0.02)
-    assert "is above the best floor (4-gram" in out.sentence()
     assert list(out.floors) == ["position mode", "4-gram"]
     below = compare_with_floors(arm(0.24), {"4-gram": arm(0.73)}, CLUSTERS, n_resamples=500)
-    assert "is below" in below.sentence()
+    assert below.above_best.value < 0 and below.above_best.excludes(0)
     same = compare_with_floors(arm(0.7), {"a": arm(0.7), "b": arm(0.5)}, CLUSTERS, n_resamples=500)
-    assert "cannot be told from" in same.sentence() and same.above_best.value == 0
+    assert same.above_best.value == 0 and not same.above_best.excludes(0)
     with pytest.raises(MetricError, match="without floors means nothing"):
         compare_with_floors(arm(0.5), {}, CLUSTERS)
     with pytest.raises(MetricError, match="arm 'b' covers 1 samples"):
@@ -44,7 +49,7 @@ def test_an_adapter_stands_beside_its_best_floor():
 def test_counterfactual_arms_are_paired_with_the_reference():
     out = compare_arms({"real events": arm(0.7), "blank events": arm(0.4)}, "real events", CLUSTERS,
                        n_resamples=300)
-    assert "difference" not in out[0] and out[1]["differs"] and out[1][
+    assert out[0]["difference"] is None and out[1]["differs"] and out[1][
         "difference"] == pytest.approx(-0.3, abs=0.03)
     assert 0 < out[1]["detectable"] < 0.1
     with pytest.raises(MetricError, match="reference arm 'none' was not measured"):
@@ -132,24 +137,31 @@ def test_printed_report_has_its_eight_sections():
     g = torch.Generator().manual_seed(0)
     target, weight = torch.randn(12, 9, 16, generator=g), torch.randn(30, 16, generator=g)
     aligned = target + 0.3 * torch.randn(12, 9, 16, generator=g)
-    ids, mask, names = (target @ weight.T).argmax(-1), torch.ones(
-        12, 9, dtype=torch.bool), [f"s{i % 3}" for i in range(12)]
-    hidden, tokens, reliability = HiddenStateMetrics(), TokenMetrics(), Reliability()
-    cosine = hidden.update(aligned, target, mask, names)
-    match = tokens.update_states(aligned, ids, mask, names, weight)
-    reliability.update(cosine, match, mask, names)
-    table = tokens.table()
-    comparison = compare_with_floors((table["matched"], table["length"]),
-                                     {"none": (table["matched"] * 0, table["length"])}, names,
-                                     n_resamples=50)
-    costs = Prices(0.003, 0.001, 0.0001, {1: 0.001, 64: 0.002}, round_s=0.0001)
-    result = tokens.result(n_resamples=50)
-    text = report_text.report(
-        "L4 on held-out drives", hidden.result(n_resamples=50), tokens=result,
-        comparison=comparison, reliability=reliability.result(n_resamples=50),
-        prediction=predict(costs, result.rounds.marginal, n_tokens=9, gamma=5),
-    )
+    batch = SimpleNamespace(index=list(range(12)))
+    adapter = SimpleNamespace(shift=0, align=lambda batch: (
+        aligned, target, (target @ weight.T).argmax(-1), torch.ones(12, 9, dtype=torch.bool)))
+    found = pd.DataFrame(drafting.one_step(adapter, batch, weight, 5)).assign(
+        level="L4", sequence=lambda rows: "s" + (rows["index"] % 3).astype(str))
+    found = found.rename(columns={"index": "sample"})
+    options = {"n_resamples": 50}
+    parts = [hidden.figures(found, **options), tokens.figures(found, **options),
+             reliability.figures(found, **options)]  # fmt: skip
+    headline = pd.Series({"best floor": "4-gram", "clusters": 3}
+                         | tables.sides("acceptance", Interval(0.9, 0.8, 1.0, 108, 3))
+                         | tables.sides("floor", Interval(0.4, 0.3, 0.5, 108, 3))
+                         | tables.sides("above floor", Interval(0.5, 0.4, 0.6, 108, 3)))
+    floors = pd.DataFrame([tables.row("floor", Interval(0.4, 0.3, 0.5, 108, 3), floor="4-gram")])
+    text = report_text.report("L4 on held-out drives", pd.concat(parts), gamma=5, headline=headline,
+                              floors=floors)
     assert [f"[{i}]" in text for i in range(1, 9)] == [True] * 8
-    assert "12 samples, 108 tokens, 3 sequences" in text and "ESTIMATE" in text and "best floor" in text
-    assert f"token acceptance {result.acceptance.text()}" in text
-    assert "not measured" in report_text.report("bare", hidden.result(n_resamples=20))
+    assert "12 samples, 108 tokens, 3 sequences" in text and "ESTIMATE" in text
+    assert f"token acceptance {100 * found['one_step_match'].mean():.1f} %" in text
+    assert "floor 4-gram: 40.0 % [30.0, 50.0]" in text
+    assert ("90.0 % [80.0, 100.0] of the tokens is above the best floor (4-gram, 40.0 % "
+            "[30.0, 50.0]): difference 50.0 % [40.0, 60.0] over 3 sequences") in text
+    for interval, verdict in ((Interval(-0.5, -0.6, -0.4, 108, 3), "is below"),
+                              (Interval(0.5, -0.1, 0.6, 108, 3), "cannot be told from")):
+        changed = pd.Series({**headline, **tables.sides("above floor", interval)})
+        assert verdict in report_text.report("bare", pd.concat(parts), gamma=5, headline=changed)
+    assert len(re.findall(r"P\(match \| ", text)) > 1 and "overstates" in text
+    assert "not measured" in report_text.report("bare", parts[0], gamma=5)

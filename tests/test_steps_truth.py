@@ -3,7 +3,9 @@ refused."""
 
 import json
 import shutil
+from types import SimpleNamespace
 
+import nbformat
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -13,18 +15,11 @@ from tiny_pair import make_samples, make_tiny_pair
 
 from xsd.core import MetricError, ParameterError
 from xsd.models import loading
-from xsd.runs import doctor, folder, parameters
-from xsd.steps import (
-    acceptance,
-    counterfactual,
-    evaluation,
-    extraction,
-    full_report,
-    training,
-    truth,
-)
+from xsd.runs import doctor, folder, notebooks, parameters
+from xsd.steps import counterfactual, evaluation, extraction, full_report, held_out, training
 from xsd.views import truth_figures
 
+NOTEBOOK = notebooks.NOTEBOOK_FOLDER / "13_truth.ipynb"
 LEVELS = ["L1", "L5F", "B1"]
 
 
@@ -44,46 +39,49 @@ def run_dir(tmp_path_factory):
     return run
 
 
-def given(run_dir, **values):
-    return parameters.TruthParameters.checked(
-        {"run_dir": run_dir, "levels": LEVELS, "waterfall": "L1", "resamples": 50, **values})
+def run_notebook(run_dir, **values):
+    """What the notebook's cells leave behind, run here with these parameters."""
+    cells = [cell for cell in nbformat.read(NOTEBOOK, 4).cells if cell.cell_type == "code"]
+    names = {"__name__": "notebook_13"}
+    exec(cells[0].source, names)
+    names |= {"run_dir": run_dir, "levels": LEVELS, "waterfall": "L1", "resamples": 50, **values}
+    for cell in cells[1:]:
+        exec(cell.source, names)
+    return SimpleNamespace(**names)
 
 
 @pytest.fixture(scope="module")
-def found(run_dir):
-    return truth.truth(given(run_dir))
+def run(run_dir):
+    return run_notebook(run_dir)
 
 
 @pytest.fixture(scope="module")
-def tables(found):
-    return found.sets["simulated"].tables
+def found(run):
+    return run.first
 
 
-def test_every_arm_is_asked_about_the_same_tokens(found, tables, run_dir):
-    stored = extraction.answers(evaluation.held_out(run_dir, "simulated", "teacher_forced").dataset)
-    n = sum(len(ids) - 1 for ids in stored)
-    gap = tables["gap"]
+def test_every_arm_is_asked_about_the_same_tokens(found, run):
+    n = sum(len(ids) - 1 for ids in run.pairs.answers)
+    gap, arms = found["gap"], found["arms"]
     assert set(gap[gap["unit"] == "token_acceptance"]["n"]) == {n}
-    arms = tables["arms"]
     assert set(arms[arms["unit"] == "token_acceptance"]["n"]) == {n}
     assert set(arms[arms["level"] == "L1"]["arm"]) == {
         "real events", "real events again", "blank events", "other scene", "text only"
     }
     assert set(arms[arms["level"] == "B1"]["arm"]) == {"real events"}  # it reads no drafter
-    assert tables["kinds"].groupby("loss")["n"].sum().eq(n).all()
+    assert found["kinds"].groupby("loss")["n"].sum().eq(n).all()
 
 
-def test_the_losses_lead_from_the_verifier_to_what_is_left(tables):
-    gap = tables["gap"]
-    own = gap[(gap["level"] == "L1")
-              & (gap["unit"] == "token_acceptance")].set_index("name")["value"]
-    names = gap[(gap["level"] == "L1") & (gap["unit"] == "token_acceptance") &
-                (gap["metric"] == "loss")]["name"].tolist()
+def test_the_losses_lead_from_the_verifier_to_what_is_left(found):
+    gap = found["gap"]
+    own = gap[(gap["level"] == "L1") & (gap["unit"] == "token_acceptance")]
+    names = own[own["metric"] == "loss"]["name"].tolist()
     assert names == ["capacity and objective", "modality", "rollout", "drift"]
-    left = 1 - own["capacity and objective"] - own["modality"] - own["rollout"]
-    assert left == pytest.approx(own["self-rollout"])
-    assert own["rollout"] == pytest.approx(
-        0, abs=0.02)  # L1 conditions on tokens alone; only a tie may round the other way
+    value = own.set_index("name")["value"]
+    left = 1 - value["capacity and objective"] - value["modality"] - value["rollout"]
+    assert left == pytest.approx(value["self-rollout"])
+    # L1 conditions on tokens alone; only a tie may round the other way
+    assert value["rollout"] == pytest.approx(0, abs=0.02)
     branch = gap[(gap["level"] == "L5F") & (gap["metric"] == "loss")]["name"].tolist()
     # it reads verifier states, which a free-running pair does not give it
     assert "drift" not in branch
@@ -92,25 +90,32 @@ def test_the_losses_lead_from_the_verifier_to_what_is_left(tables):
     assert 1 < lengths <= 5
 
 
-def test_the_same_arm_again_agrees_with_the_stored_states(tables):
-    again = tables["arms"][tables["arms"]["arm"] == "real events again"]
+def test_a_free_running_answer_that_ended_early_drafts_nothing_there(found, run):
+    free = run.arms["free-running"]
+    rows = run.matches[run.names[0]].query("level == 'L1'")
+    there = free[free["level"] == "L1"].set_index(["sample", "position"])["one_step_match"]
+    keys = list(zip(rows["sample"].astype(str), rows["position"], strict=True))
+    expected = [bool(there.get(key, False)) for key in keys]
+    assert rows["free-running"].tolist() == expected
+    assert run.matches[run.names[0]].query("level == 'L5F'")["free-running"].isna().all()
+
+
+def test_the_same_arm_again_agrees_with_the_stored_states(found):
+    again = found["arms"][found["arms"]["arm"] == "real events again"]
     assert again["difference"].abs().max() < 0.05  # stored in half precision
-    checks = tables["checks"].set_index("check")
-    assert bool(checks["passed"].iloc[0]) and bool(
-        checks["passed"].iloc[-1]) and checks.index[-1].startswith("A/A: L1")
+    checks = found["checks"].set_index("check")
+    assert bool(checks["passed"].iloc[0]) and bool(checks["passed"].iloc[-1])
+    assert checks.index[-1].startswith("A/A: L1")
 
 
-def test_the_drafter_alone_is_the_loop_of_its_own_tokens_in_every_arm(found, run_dir):
-    own = evaluation.held_out(run_dir, "simulated", "teacher_forced")
-    shown = counterfactual.shown(given(run_dir), "simulated", own)
-    blank, real = next(iter(shown["blank events"].batches(99))), next(iter(own.batches(99)))
-    assert torch.equal(blank.ids_by_verifier, real.ids_by_verifier) and torch.equal(
-        blank.mask, real.mask)
-    assert not torch.equal(blank.drafter, real.drafter) and float(
-        blank.drafter[~blank.mask].abs().sum()) == 0
-    counts = found.sets["simulated"].tables["arms"]
-    row = counts[(counts["level"] == acceptance.DRAFTER) & (counts["arm"] == "blank events") &
-                 (counts["unit"] == "token_acceptance")]
+def test_the_drafter_alone_is_the_loop_of_its_own_tokens_in_every_arm(found, run):
+    blank = next(iter(run.shown["blank events"].batches(99)))
+    real = next(iter(run.pairs.batches(99)))
+    assert torch.equal(blank.ids_by_verifier, real.ids_by_verifier)
+    assert torch.equal(blank.mask, real.mask) and not torch.equal(blank.drafter, real.drafter)
+    assert float(blank.drafter[~blank.mask].abs().sum()) == 0
+    row = found["arms"].query("level == 'drafter_tokens' and arm == 'blank events' and "
+                              "unit == 'token_acceptance'")
     later = blank.mask.clone()
     later[:, 0] = False
     assert row["value"].iloc[0] == pytest.approx(
@@ -136,19 +141,20 @@ def test_another_scene_is_never_the_own_one():
         counterfactual.donors(["a", "a"])
 
 
-def test_every_combination_of_phases_is_there_in_self_rollout(tables):
-    grid = tables["two_phase"]
-    assert set(grid["phase1"]) == {"L1", "drafter tokens", "4-gram",
-                                   "prompt lookup"}  # L5F and B1 need states that are not there yet
-    assert set(grid["phase2"]) == {*LEVELS, "drafter tokens", "4-gram", "prompt lookup"}
+def test_every_combination_of_phases_is_there_in_self_rollout(found):
+    grid, plain = found["two_phase"], {"drafter tokens", "4-gram", "prompt lookup"}
+    # L5F and B1 need states that are not there yet
+    assert set(grid["phase1"]) == {"L1", *plain}
+    assert set(grid["phase2"]) == {*LEVELS, *plain}
     assert len(grid) == 2 * 4 * 6 and grid["value"].ge(0).all()
 
 
-def test_the_headline_stands_beside_what_could_have_been_detected(tables):
-    headline = tables["headline"]
+def test_the_headline_stands_beside_what_could_have_been_detected(found):
+    headline = found["headline"]
     assert len(headline) == 2 * len(LEVELS) and headline["detectable"].ge(0).all()
     apart = headline["acceptance"] - headline["floor"] - headline["above floor"]
     assert apart.abs().max() < 1e-9
+    assert len(found["floors"]) == 2 * 4
 
 
 def test_a_sequence_in_training_and_in_the_test_is_refused_from_the_manifests(run_dir, tmp_path):
@@ -174,50 +180,64 @@ def test_another_drafter_than_the_runs_own_is_refused(run_dir, tmp_path):
     results = json.loads(path.read_text())
     results["weights"]["drafter"] = "0" * 64
     path.write_text(json.dumps(results))
+    pairs = held_out.pairs(copied, "simulated")
     with pytest.raises(ParameterError, match="extracted with another drafter"):
-        truth.truth(given(str(copied)))
-    alone = truth.truth(given(str(copied), drafter_sees=[]))
-    assert set(alone.sets["simulated"].tables["arms"]["arm"]) == {"real events"}
-    with pytest.raises(ParameterError, match="the waterfall is drawn for B1"):
-        truth.truth(given(run_dir, waterfall="B1"))
+        counterfactual.arms(copied, pairs, ["blank events"])
+    assert list(counterfactual.arms(copied, pairs, [])) == ["real events"]
 
 
-def test_the_report_holds_sections_tables_and_figures(found, run_dir):
-    written = full_report.write(found)
+def test_a_run_that_shows_the_drafter_nothing_else_is_measured_and_reported(run_dir, tmp_path):
+    copied = shutil.copytree(run_dir, tmp_path / "alone")
+    alone = run_notebook(str(copied), drafter_sees=[])
+    assert set(alone.first["arms"]["arm"]) == {"real events"}
+    assert alone.first["arms"]["difference"].isna().all()
+    assert not (set(alone.first["checks"]["check"].str[:3]) & {"A/A"})
+
+
+def test_the_waterfall_is_drawn_for_a_level_that_is_evaluated():
+    for level, levels in (("B1", ["L1", "B1"]), ("L4", ["L1"])):
+        with pytest.raises(ParameterError, match=r"one of the levels L1.* but B1"):
+            parameters.TruthParameters.checked({"waterfall": level, "levels": levels})
+
+
+def test_the_report_holds_sections_tables_and_figures(run, found, run_dir):
     place = folder.resolve(run_dir) / "report"
     text = (place / "report.txt").read_text()
     assert text.count("[8] Tokens") == len(LEVELS) and text.count("[1] Cosine") == len(LEVELS)
+    assert "best floor" in text and "ESTIMATE" in text
     numbers = json.loads((place / "metrics.json").read_text())["test"]["simulated"]
-    assert set(numbers["levels"]) == set(
-        LEVELS) and numbers["gap"] and numbers["above_floor"]["L1"]["n"] > 0
+    assert set(numbers["levels"]) == set(LEVELS) and numbers["gap"]
+    assert numbers["above_floor"]["L1"]["n"] > 0
     stems = {path.stem for path in (place / "tables").glob("*.csv")}
     assert {"gap_simulated", "arms_simulated", "metrics_simulated", "two_phase_simulated"} <= stems
-    assert written["tables"] == 3 * len(stems) == len(list((place / "tables").iterdir()))
+    assert run.written["tables"] == 3 * len(stems) == len(list((place / "tables").iterdir()))
     gap = pd.read_csv(place / "tables" / "gap_simulated.csv")
-    assert len(gap) == len(found.sets["simulated"].tables["gap"])
+    assert len(gap) == len(found["gap"])
     pages = {path.stem for path in (place / "figures").glob("*.html")}
     kinds = {
         "histogram", "by_position", "survival", "reliability", "waterfall", "summary",
         "training_loss", "arms", "two_phase"
     }
-    assert {f"{kind}_simulated" for kind in kinds} <= pages and written["figures"] == len(pages)
+    assert {f"{kind}_simulated" for kind in kinds} <= pages
+    assert run.written["figures"] == len(pages)
     page = (place / "figures" / "waterfall_simulated.html").read_text()
-    assert 'src="plotly.min.js"' in page and "https://cdn" not in page and written[
-        "pictures"].startswith("not asked for")
+    assert 'src="plotly.min.js"' in page and "https://cdn" not in page
+    assert run.written["pictures"].startswith("not asked for")
 
 
-def test_the_measured_block_of_a_page_is_written_between_its_marks(found, tmp_path):
+def test_the_measured_block_of_a_page_is_written_between_its_marks(run, tmp_path):
     page = tmp_path / "page.md"
     page.write_text(f"above\n{full_report.MARKS[0]}\nold\n{full_report.MARKS[1]}\nbelow\n")
-    full_report.update_page(page, found)
+    block = full_report.measured_block(run.P, run.results, run.found)
+    full_report.update_page(page, block)
     text = page.read_text()
     assert text.startswith("above\n") and text.endswith("below\n") and "old" not in text
     assert "| L1 |" in text and "3 drives" in text and "| teacher-forced drafter |" in text
-    full_report.update_page(page, found)
+    full_report.update_page(page, block)
     assert page.read_text() == text
     page.write_text("no marks")
     with pytest.raises(ParameterError, match=r"page\.md has no place for measured figures"):
-        full_report.update_page(page, found)
+        full_report.update_page(page, block)
 
 
 def test_pictures_are_drawn_where_there_is_a_browser_and_named_where_there_is_none(
@@ -259,14 +279,14 @@ def test_the_waterfalls_bars_float_between_levels_and_carry_intervals():
         truth_figures.gap_waterfall(pd.DataFrame())
 
 
-def test_arms_kinds_and_phases_are_drawn_from_their_tables(tables):
-    arms = tables["arms"]
+def test_arms_kinds_and_phases_are_drawn_from_their_tables(found):
+    arms = found["arms"]
     figure = truth_figures.arms(arms[arms["unit"] == "token_acceptance"], floor=0.5)
     assert [trace.name for trace in figure.data
             ] == ["real events", "blank events", "other scene", "text only"]
-    grid = truth_figures.two_phase(tables["two_phase"])
+    grid = truth_figures.two_phase(found["two_phase"])
     assert np.array(grid.data[0].z).max() == pytest.approx(
-        tables["two_phase"].query("metric == 'tokens_per_verification'")["value"].max())
+        found["two_phase"].query("metric == 'tokens_per_verification'")["value"].max())
     kinds = pd.DataFrame(
         [{"loss": loss, "group": group, "value": 0.1, "low": low, "high": 0.2, "n": 9}
          for loss, low in (("modality", 0.05), ("drift", -0.1))

@@ -28,56 +28,40 @@ from xsd.evaluate.statistics import (
 from xsd.evaluate.tables import row
 
 Counts = tuple[Any, Any]
-"""(numerator [n], denominator [n]) a sample: (matched, length) for token acceptance, (accepted,
-rounds) for accepted a round."""
+"""(numerator [n], denominator [n]) of every sample: (matched, positions) for token acceptance,
+(accepted, rounds) for accepted drafts per round."""
 
 
 @dataclass(frozen=True)
 class FloorComparison:
     """above_best: arm − best floor, in the metric's unit; the claim holds when its interval lies
-    above zero."""
+    above zero. detectable: the smallest true distance that these sequences would have shown (None
+    where there is but one)."""
 
     arm: Interval
     floors: Mapping[str, Interval]
     best: str
     above_best: Interval
-
-    def sentence(self, unit: str = "of the tokens") -> str:
-        """One honest sentence."""
-        verdict = "is above" if self.above_best.value > 0 else "is below"
-        if not self.above_best.excludes(0.0):
-            verdict = "cannot be told from"
-        percent = unit.startswith("of")
-        floor = f"{self.best}, {self.floors[self.best].text(percent)}"
-        return (
-            f"The adapter's {self.arm.text(percent)} {unit} {verdict} the best floor ({floor}): "
-            f"difference {self.above_best.text(percent)} over {self.above_best.n_clusters} "
-            "sequences."
-        )
+    detectable: float | None
 
 
 def compare_with_floors(arm: Counts, floors: Mapping[str, Counts], clusters: Sequence[str], *,
                         n_resamples: int = N_RESAMPLES, seed: int = 0) -> FloorComparison:
-    """arm and floors: per-sample counts in the same order. Raises: MetricError without floors, for
-    other lengths, or a zero denominator."""
+    """arm and floors: counts of the same samples in the same order. Raises: MetricError without
+    floors, for other lengths, or a zero denominator."""
     if not floors:
         raise MetricError(
             "an acceptance figure without floors means nothing; pass at least the position mode "
-            "and the n-gram table"
-        )
-    options = {"n_resamples": n_resamples, "seed": seed}
-    names = list(floors)
-    columns = _stacked({"adapter": arm, **floors})
-    sums = cluster_sums(columns, clusters)
+            "and the n-gram table")
+    draws = {"n_resamples": n_resamples, "seed": seed}
+    sums = cluster_sums(_stacked({"adapter": arm, **floors}), clusters)
     value = _above(sums.sum(axis=0)[None])[0]
-    drawn = _above(resampled_sums(sums, **options))
-    each = {name: bootstrap_ratio(*floors[name], clusters, **options) for name in names}
-    return FloorComparison(
-        arm=bootstrap_ratio(*arm, clusters, **options), floors=each,
-        best=max(names, key=lambda name: each[name].value),
-        above_best=interval_of(float(value), drawn, n=round(float(np.sum(arm[1]))),
-                               n_clusters=len(sums)),
-    )
+    each = {name: bootstrap_ratio(*counts, clusters, **draws) for name, counts in floors.items()}
+    best = max(each, key=lambda name: each[name].value)
+    above = interval_of(float(value), _above(resampled_sums(sums, **draws)),
+                        n=round(float(np.sum(arm[1]))), n_clusters=len(sums))
+    return FloorComparison(bootstrap_ratio(*arm, clusters, **draws), each, best, above,
+                           _detectable(arm, floors[best], clusters))
 
 
 def _above(sums: np.ndarray) -> np.ndarray:
@@ -89,9 +73,9 @@ def _above(sums: np.ndarray) -> np.ndarray:
 
 def compare_arms(arms: Mapping[str, Counts], reference: str, clusters: Sequence[str], *,
                  n_resamples: int = N_RESAMPLES, seed: int = 0) -> list[dict[str, Any]]:
-    """Arms (real, blank and other-scene events, text only, verifier-self …) against one of them: a
-    row an arm with its value, its paired difference and what difference this set could have
-    detected.
+    """Arms (real, blank and other-scene events, text only, verifier-self …) against one of them:
+    for each a row with its value, its paired difference and what difference this set could have
+    detected (None for the reference itself).
 
     Raises: MetricError when the reference is not among the arms or the arms cover other samples.
     """
@@ -99,41 +83,45 @@ def compare_arms(arms: Mapping[str, Counts], reference: str, clusters: Sequence[
         raise MetricError(
             f"the reference arm {reference!r} was not measured; choose among {', '.join(arms)}")
     _stacked(arms)
-    options = {"n_resamples": n_resamples, "seed": seed}
+    draws = {"n_resamples": n_resamples, "seed": seed}
     out = []
     for name, counts in arms.items():
-        line = {"arm": name, **row("acceptance", bootstrap_ratio(*counts, clusters, **options))}
+        line = row("acceptance", bootstrap_ratio(*counts, clusters, **draws), arm=name)
+        found: dict[str, Any] = dict.fromkeys(
+            ("difference", "difference_low", "difference_high", "differs", "detectable"))
         if name != reference:
-            difference = bootstrap_ratio_difference(counts, arms[reference], clusters, **options)
-            line.update(difference=difference.value, difference_low=difference.low,
-                        difference_high=difference.high)
-            line["differs"] = difference.excludes(0.0)
-            if len(set(clusters)) > 1:
-                per_sample = _rates(counts) - _rates(arms[reference])
-                line["detectable"] = minimum_detectable_effect(per_sample, clusters)
-        out.append(line)
+            apart = bootstrap_ratio_difference(counts, arms[reference], clusters, **draws)
+            found = {
+                "difference": apart.value, "difference_low": apart.low,
+                "difference_high": apart.high, "differs": apart.excludes(0.0),
+                "detectable": _detectable(counts, arms[reference], clusters),
+            }  # fmt: skip
+        out.append(line | found)
     return out
 
 
-def _rates(counts: Counts) -> np.ndarray:
-    """Per-sample rates; a sample without a denominator counts as zero."""
-    above, below = np.asarray(counts[0], dtype=np.float64), np.asarray(counts[1], dtype=np.float64)
+def rates(counts: Counts) -> np.ndarray:
+    """The rate of every sample; one without a denominator counts as zero."""
+    above, below = (np.asarray(values, dtype=np.float64) for values in counts)
     return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def _detectable(one: Counts, other: Counts, clusters: Sequence[str]) -> float | None:
+    if len(set(clusters)) < 2:
+        return None
+    return minimum_detectable_effect(rates(one) - rates(other), clusters)
 
 
 def _stacked(arms: Mapping[str, Counts]) -> np.ndarray:
     """[n, 2·arms], numerator and denominator of each arm side by side."""
-    columns = {
-        name: [np.asarray(values, dtype=np.float64).reshape(-1) for values in counts]
-        for name, counts in arms.items()
-    }
+    columns = {name: [np.asarray(values, dtype=np.float64).reshape(-1) for values in counts]
+               for name, counts in arms.items()}  # fmt: skip
     n = len(next(iter(columns.values()))[0])
     for name, pair in columns.items():
         if any(len(values) != n for values in pair):
             raise MetricError(
                 f"arm {name!r} covers {len(pair[0])} samples but the comparison is over {n}; "
-                "evaluate every arm on the same samples"
-            )
+                "evaluate every arm on the same samples")
         if pair[1].sum() <= 0:
             raise MetricError(
                 f"arm {name!r} has nothing below the line; evaluate it on samples that have tokens")

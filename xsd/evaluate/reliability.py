@@ -8,15 +8,15 @@ out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from xsd.core import MetricError
-from xsd.evaluate import tables
-from xsd.evaluate.statistics import bootstrap_columns, wilson
+from xsd.evaluate import table, tables
+from xsd.evaluate.statistics import bootstrap_columns, bootstrap_ratio, wilson
 from xsd.evaluate.tables import row
 
 BANDS = (-1.0, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -44,7 +44,8 @@ def bands(tokens: pd.DataFrame, edges: Sequence[float] = BANDS, *,
     for level, part in _levels(tokens, columns):
         at = np.searchsorted(np.asarray(edges, np.float32), part["cosine"], side="left") - 1
         part = part.assign(band=at.clip(0, len(edges) - 2), n=1)
-        sums = _sums(part, "band", ["match", "n", "cosine"])
+        sums = part.groupby(["sequence", "band"], observed=True)[["match", "n", "cosine"]].sum()
+        sums = sums.unstack(fill_value=0)
         drawn = bootstrap_columns(sums["match"], sums["n"], sums.index, n_resamples=n_resamples,
                                   seed=seed)
         totals = {name: sums[name].to_numpy().sum(axis=0) for name in ("match", "n", "cosine")}
@@ -78,40 +79,41 @@ def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS,
     there; and match_above by position (counted from the level's first predicted one).
     """
     rows = []
-    drawn = bands(tokens, edges, n_resamples=n_resamples, seed=seed)
+    draws = {"n_resamples": n_resamples, "seed": seed}
+    drawn = bands(tokens, edges, **draws).rename(columns={
+        "rate": "value", "cosine_low": "band_low", "cosine_high": "band_high"
+    })  # fmt: skip
+    columns = ["level", "value", "low", "high", "n", "n_clusters", "band_low", "band_high",
+               "n_match"]  # fmt: skip
     for level, part in _levels(tokens):
-        own = drawn[drawn["level"] == level].rename(columns={
-            "rate": "value", "cosine_low": "band_low", "cosine_high": "band_high"
-        })  # fmt: skip
-        columns = ["level", "value", "low", "high", "n", "n_clusters", "band_low", "band_high",
-                   "n_match"]  # fmt: skip
-        rows += own[columns].assign(metric="match_given_cosine").to_dict("records")
+        own = drawn.loc[drawn["level"] == level, columns]
+        rows += own.assign(metric="match_given_cosine", position=None).to_dict("records")
+        about, (cosine, match), lengths = table.answers(part, "cosine", "match")
+        inside = np.arange(cosine.shape[1]) < lengths[:, None]
         for tau in sorted(thresholds):
-            rows += [one | {"level": level, "threshold": tau}
-                     for one in _at_threshold(part, tau, max_positions, n_resamples, seed)]
+            above = inside & (cosine > np.float32(tau))
+            found = _at_threshold(above, match, inside, about["sequence"], max_positions, draws)
+            rows += [one | {"level": level, "threshold": tau} for one in found]
     return tables.frame(rows)
 
 
-def _at_threshold(part: pd.DataFrame, tau: float, max_positions: int, n_resamples: int,
-                  seed: int) -> Iterator[dict[str, Any]]:
-    above, match = part["cosine"] > np.float32(tau), part["match"]
+def _at_threshold(above: np.ndarray, match: np.ndarray, inside: np.ndarray, clusters: pd.Series,
+                  max_positions: int, draws: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """bool [answers, positions] each: cosine above τ, token right, a position of the answer."""
     # Both shares have all tokens below the line, so their difference is a ratio too.
-    ratios = {"overstatement": (above.astype(int) - match, above | True),
-              "match_above": (match & above, above), "match_below": (match & ~above, ~above)}
+    ratios = {
+        "overstatement": (above.astype(int) - match, inside),
+        "match_above": (match & above, above),
+        "match_below": (match & ~above, inside & ~above),
+    }  # fmt: skip
     for name, (hits, of) in ratios.items():
         if of.any():
-            sums = part.assign(hits=hits, of=of).groupby("sequence")[["hits", "of"]].sum()
-            value, = bootstrap_columns(sums[["hits"]], sums[["of"]], sums.index,
-                                       n_resamples=n_resamples, seed=seed)
-            yield row(name, value)
-    part = part.assign(hits=match & above, of=above, place=part["position"] -
-                       part["position"].min())
-    sums = _sums(part[part["place"] < max_positions], "place", ["hits", "of"])
-    places = [place for place in sums["of"] if sums["of"][place].any()]
-    if places:
-        values = bootstrap_columns(sums["hits"][places], sums["of"][places], sums.index,
-                                   n_resamples=min(n_resamples, 1000), seed=seed)
-        yield from (row("match_above", value, position=place)
+            yield row(name, bootstrap_ratio(hits.sum(axis=1), of.sum(axis=1), clusters, **draws))
+    places = np.flatnonzero(above[:, :max_positions].any(axis=0))
+    if places.size:
+        draws = {**draws, "n_resamples": min(draws["n_resamples"], 1000)}
+        values = bootstrap_columns((match & above)[:, places], above[:, places], clusters, **draws)
+        yield from (row("match_above", value, position=int(place))
                     for place, value in zip(places, values, strict=True))
 
 
@@ -119,17 +121,18 @@ def misstatement(tokens: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
     """Accept@τ beside the truth, one row per level and threshold of ``figures``: level, threshold,
     accept, token acceptance, overstates (with its interval), match above τ, match below τ, n."""
     rows = []
-    overall = found[found["position"].isna()] if "position" in found else found
-    for (level, tau), part in overall.groupby(["level", "threshold"], sort=False, observed=True):
-        at = part.set_index("metric")
-        own = next(own for name, own in _levels(tokens) if name == level)
-        shares = {f"match {side} τ": at["value"].get(f"match_{side}") for side in
-                  ("above", "below")}  # fmt: skip
-        rows.append({
-            "level": level, "threshold": tau, "accept": (own["cosine"] > np.float32(tau)).mean(),
-            "token acceptance": own["match"].mean(),
-            **tables.sides("overstates", at.loc["overstatement"]), **shares, "n": len(own),
-        })  # fmt: skip
+    overall = found[found["position"].isna() & found["threshold"].notna()]
+    for level, own in _levels(tokens):
+        for tau, part in overall[overall["level"] == level].groupby("threshold"):
+            at = part.set_index("metric")
+            rows.append({
+                "level": level, "threshold": tau,
+                "accept": (own["cosine"] > np.float32(tau)).mean(),
+                "token acceptance": own["match"].mean(),
+                **tables.sides("overstates", at.loc["overstatement"]),
+                "match above τ": at["value"].get("match_above"),
+                "match below τ": at["value"].get("match_below"), "n": len(own),
+            })  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -156,18 +159,12 @@ def needed(tokens: pd.DataFrame, shares: Sequence[float] = (0.8, 0.9, 0.95, 0.99
 
 def _levels(tokens: pd.DataFrame,
             columns: tuple[str, str] = ONE_STEP) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each level that has cosines, with sequence, position, cosine and match."""
-    known = tokens[tokens[columns[0]].notna()]
-    if (known[columns[0]].abs() > 1).any():
+    """Each level that has cosines: its rows with the columns of the cosine and the match under
+    these names."""
+    names = ["level", "sample", "sequence", "position", *columns]
+    known = tokens.loc[tokens[columns[0]].notna(), names].set_axis(
+        [*names[:4], "cosine", "match"], axis=1)  # fmt: skip
+    if (known["cosine"].abs() > 1).any():
         raise MetricError("a cosine lies outside [-1, 1]; measure it with table.measure")
     for level, part in known.groupby("level", sort=False, observed=True):
-        yield str(level), pd.DataFrame({
-            "sequence": part["sequence"].astype(str), "position": part["position"],
-            "cosine": part[columns[0]].astype(float), "match": part[columns[1]].astype(bool),
-        })  # fmt: skip
-
-
-def _sums(part: pd.DataFrame, by: str, columns: list[str]) -> pd.DataFrame:
-    """Columns summed within each sequence and ``by``, one row per sequence; 0 where there is
-    none."""
-    return part.groupby(["sequence", by])[columns].sum().unstack(fill_value=0)
+        yield str(level), part

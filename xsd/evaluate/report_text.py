@@ -4,172 +4,167 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from xsd.evaluate.counterfactual import FloorComparison
-from xsd.evaluate.hidden import HiddenStateResult
-from xsd.evaluate.reliability_old import ReliabilityResult
-from xsd.evaluate.speedup import Prediction, ReferenceTiming, reference_estimates
+import pandas as pd
+
+from xsd.evaluate.speedup import reference_estimates
 from xsd.evaluate.statistics import Interval
-from xsd.evaluate.tokens import TokenResult
 
 _WIDTH = 100
 
 
-def report(title: str, hidden: HiddenStateResult, *, tokens: TokenResult | None = None,
-           comparison: FloorComparison | None = None, reliability: ReliabilityResult | None = None,
-           prediction: Prediction | None = None, timing: ReferenceTiming | None = None,
-           positions: int = 20,
-           ) -> str:
-    """Eight sections: 1 cosine, 2 Accept@τ, 3 consecutive, 4 lengths, 5 draft acceptance, 6
-    speed-up estimates, 7 by position, 8 tokens.
+class _Figures:
+    """The long table of one level, by metric, threshold and position."""
+
+    def __init__(self, metrics: pd.DataFrame) -> None:
+        keys = metrics.reindex(columns=["metric", "threshold", "position"]).astype(object)
+        keys = keys.where(keys.notna(), None).itertuples(index=False, name=None)
+        self.rows = dict(zip(keys, metrics.to_dict("records"), strict=True))
+        self.bands = metrics[metrics["metric"] == "match_given_cosine"].to_dict("records")
+        self.thresholds = sorted(tau for name, tau, at in self.rows if name == "accept_at" and
+                                 at is None)  # fmt: skip
+
+    def __call__(self, metric: str, tau: float | None = None, at: int | None = None,
+                 key: str = "value") -> Any:
+        return self.rows[metric, tau, at][key]
+
+    def has(self, metric: str, tau: float | None = None, at: int | None = None) -> bool:
+        return (metric, tau, at) in self.rows
+
+    def text(self, metric: str, tau: float | None = None, *, percent: bool = True,
+             digits: int | None = None) -> str:
+        return _interval(self.rows[metric, tau, None]).text(percent, digits)
+
+
+def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series | None = None,
+           floors: pd.DataFrame | None = None, positions: int = 20) -> str:
+    """Eight sections for one level: 1 cosine, 2 Accept@τ, 3 unbroken prefix, 4 lengths, 5 draft
+    acceptance, 6 speed-up estimates, 7 by position, 8 tokens.
 
     Sections 1 to 7 are the reference's hidden-state figures; section 8 is what the verifier's head
     says, beside the floors.
+
+    Args: metrics: the level's rows of hidden.figures and, where they were measured, tokens.figures
+        and reliability.figures. gamma: as they were made with. headline: the level's row of step
+        13's table (acceptance, best floor, above floor …). floors: floor, value, low, high.
     """
+    of = _Figures(metrics)
+    heading = (f"{of('length_mean', key='n'):.0f} samples, {of('cosine_mean', key='n'):.0f} "
+               f"tokens, {of('cosine_mean', key='n_clusters'):.0f} sequences; intervals: 95 %, "
+               "clustered by sequence")
+    at = {tau: f"cos > {tau:.2f}   " for tau in of.thresholds}
     parts = [
-        _heading(title, hidden),
-        _cosine(hidden),
-        _accept(hidden),
-        _unbroken_prefix(hidden),
-        _lengths(hidden),
-        _draft(hidden)
-    ]
-    parts += [
-        _speedup(hidden, prediction, timing),
-        _positions(hidden, tokens, positions),
-        _tokens(tokens, comparison, reliability)
-    ]
+        f"{'=' * _WIDTH}\n{title}\n{heading}\n{'=' * _WIDTH}",
+        _section("[1] Cosine of aligned and verifier states", _cosine(of)),
+        _section("[2] Accept@τ: share of tokens above the threshold (a threshold is not the "
+                 "verifier's verdict: see 8)",
+                 [at[tau] + of.text("accept_at", tau) for tau in at]),
+        _section("[3] Unbroken prefix: tokens above the threshold before the first one that is not",
+                 [at[tau] + _unbroken(of, tau) for tau in at]),
+        _section("[4] Answer lengths", ["   ".join(
+            [f"mean {of('length_mean'):.1f}   std {of('length_std'):.1f}",
+             f"min {of('length_min'):.0f}   max {of('length_max'):.0f}   (tokens)"])]),
+        _section("[5] Draft acceptance by threshold: prefill (whole answer), decode (first γ)", [
+            f"{at[tau]}prefill {of.text('draft_acceptance_prefill', tau)}   decode, γ = {gamma}: "
+            f"{of.text('draft_acceptance_decode', tau)}" for tau in at]),
+        _section("[6] Speed-up (estimates; the live benchmark measures it)", _speedup(of, gamma)),
+        _section("[7] By position in the answer", _positions(of, positions)),
+        _section("[8] Tokens: the verifier's verdict", _tokens(of, gamma, headline, floors)),
+    ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
-def _heading(title: str, hidden: HiddenStateResult) -> str:
-    n = (f"{hidden.n_samples} samples, {hidden.cosine.n} tokens, {hidden.n_clusters} sequences; "
-         "intervals: 95 %, clustered by sequence")
-    return f"{'=' * _WIDTH}\n{title}\n{n}\n{'=' * _WIDTH}"
+def _interval(row: Any, name: str = "") -> Interval:
+    """The interval of a long row, or of the columns ``name`` in a wide one."""
+    keys = (name, f"{name} low", f"{name} high") if name else ("value", "low", "high")
+    return Interval(*(float("nan") if row[key] is None else row[key] for key in keys), 0, 0)
 
 
-def _section(number: int, name: str, lines: Sequence[str]) -> str:
-    return "\n".join([f"[{number}] {name}", "-" * _WIDTH, *(f"  {line}" for line in lines)])
+def _section(name: str, lines: Sequence[str]) -> str:
+    return "\n".join([name, "-" * _WIDTH, *(f"  {line}" for line in lines)])
 
 
-def _cosine(hidden: HiddenStateResult) -> str:
-    c = hidden.cosine
-    tails = "  ".join(f"P{key} {value:.4f}" for key, value in c.percentiles.items())
-    lines = [
-        f"mean {_number(hidden.cosine_mean, 4)}   std {c.std:.4f}   median {c.median:.4f}   min "
-        f"{c.min:.4f}   max {c.max:.4f}",
-        tails,
-    ]
-    return _section(1, "Cosine of aligned and verifier states", lines)
+def _cosine(of: _Figures) -> list[str]:
+    spread = "   ".join(f"{name} {of(f'cosine_{name}'):.4f}"
+                        for name in ("std", "median", "min", "max"))  # fmt: skip
+    tails = "  ".join(f"{name.removeprefix('cosine_').upper()} {of(name):.4f}"
+                      for name, _, at in of.rows if name.startswith("cosine_p"))  # fmt: skip
+    return [f"mean {of.text('cosine_mean', percent=False, digits=4)}   {spread}", tails]
 
 
-def _accept(hidden: HiddenStateResult) -> str:
-    lines = [f"cos > {tau:.2f}   {hidden.acceptance[tau].text()}" for tau in hidden.thresholds]
-    return _section(
-        2,
-        "Accept@τ: share of tokens above the threshold (a threshold is not the verifier's verdict: "
-        "see 8)",
-        lines)
+def _unbroken(of: _Figures, tau: float) -> str:
+    std, median, low, high = (of(f"unbroken_prefix_{name}", tau)
+                              for name in ("std", "median", "min", "max"))  # fmt: skip
+    return (f"{of.text('unbroken_prefix_mean', tau, percent=False)}   std {std:.2f}   median "
+            f"{median:.1f}   min {low:.0f}   max {high:.0f}")
 
 
-def _unbroken_prefix(hidden: HiddenStateResult) -> str:
-    lines = []
-    for tau in hidden.thresholds:
-        c = hidden.unbroken_prefix[tau]
-        spread = f"std {c.std:.2f}   median {c.median:.1f}   min {c.min:.0f}   max {c.max:.0f}"
-        lines.append(f"cos > {tau:.2f}   {_number(hidden.unbroken_prefix_mean[tau])}   {spread}")
-    return _section(3, "Consecutive tokens before the first rejection", lines)
+def _speedup(of: _Figures, gamma: int) -> list[str]:
+    if not of.has("unbroken_prefix_mean", 0.9):
+        return ["the reference's formulas read the threshold 0.90, which was not measured"]
+    estimate = reference_estimates(of("unbroken_prefix_mean", 0.9),
+                                   of("draft_acceptance_decode", 0.9), gamma)
+    figures = "   ".join(f"{name.replace('_', ' ')} {value:.2f}×"
+                         for name, value in estimate.items())  # fmt: skip
+    return [f"the reference's formulas at cos > 0.90, its quoted times: {figures}   (ESTIMATE; "
+            "known to be too high)"]
 
 
-def _lengths(hidden: HiddenStateResult) -> str:
-    n = hidden.lengths
-    return _section(
-        4, "Answer lengths",
-        [f"mean {n.mean:.1f}   std {n.std:.1f}   min {n.min:.0f}   max {n.max:.0f}   (tokens)"])
-
-
-def _draft(hidden: HiddenStateResult) -> str:
-    lines = []
-    for tau in hidden.thresholds:
-        at = hidden.draft_acceptance[tau]
-        lines.append(
-            f"cos > {tau:.2f}   prefill {at.prefill.text()}   decode, γ = {at.gamma}: "
-            f"{at.decode.text()}"
-        )
-    return _section(5, "Draft acceptance by threshold: prefill (whole answer), decode (first γ)",
-                    lines)
-
-
-def _speedup(hidden: HiddenStateResult, prediction: Prediction | None,
-             timing: ReferenceTiming | None) -> str:
-    lines = []
-    if 0.9 in hidden.thresholds:
-        estimate = reference_estimates(hidden, 0.9, timing)
-        figures = "   ".join(f"{name.replace('_', ' ')} {value:.2f}×"
-                             for name, value in estimate.items())
-        source = "given" if timing else "the reference's quoted"
-        lines.append(
-            f"the reference's formulas at cos > 0.90, {source} times: {figures}   (ESTIMATE; known "
-            "to be too high)"
-        )
-    if prediction is not None:
-        lines.append(
-            f"predicted from measured costs: {prediction.speedup:.2f}× ({prediction.total_ms:.0f} "
-            f"of {prediction.baseline_ms:.0f} ms)"
-        )
-        lines.append("   ".join(f"{name.replace('_', ' ')} {value:.0f} ms"
-                                for name, value in prediction.parts_ms.items()))
-    return _section(6, "Speed-up (estimates; the live benchmark measures it)", lines
-                    or ["no times were given"])
-
-
-def _positions(hidden: HiddenStateResult, tokens: TokenResult | None, positions: int) -> str:
-    heads = [f"@{tau:.2f}" for tau in hidden.thresholds] + (["token", "survival"] if tokens else [])
+def _positions(of: _Figures, positions: int) -> list[str]:
+    heads = [f"@{tau:.2f}" for tau in of.thresholds]
+    with_tokens = of.has("token_acceptance")
+    heads += ["token", "survival"] if with_tokens else []
     lines = ["pos      n    cos     std  " + "".join(f"{head:>9}" for head in heads)]
-    for at in hidden.positions[:positions]:
-        cells = [at.acceptance[tau].value for tau in hidden.thresholds]
-        if tokens and at.position < len(tokens.positions):
-            token = tokens.positions[at.position]
-            cells += [token.match.value, token.survival.value]
-        lines.append(f"{at.position:>3} {at.n:>6} {at.mean:>6.3f} {at.std:>7.3f}  " +
+    for t in range(positions):
+        if not of.has("cosine_mean", None, t):
+            break
+        cells = [of("accept_at", tau, t) for tau in of.thresholds]
+        if with_tokens:
+            cells += [of("token_acceptance", None, t), of("token_survival", None, t)]
+        n, mean, std = (of(*at) for at in (("cosine_mean", None, t, "n"), ("cosine_mean", None, t),
+                                           ("cosine_std", None, t)))  # fmt: skip
+        lines.append(f"{t:>3} {n:>6.0f} {mean:>6.3f} {std:>7.3f}  " +
                      "".join(f"{100 * value:>8.1f}%" for value in cells))
-    return _section(7, "By position in the answer", lines)
+    return lines
 
 
-def _tokens(tokens: TokenResult | None, comparison: FloorComparison | None,
-            reliability: ReliabilityResult | None) -> str:
-    if tokens is None:
-        return _section(8, "Tokens: the verifier's verdict",
-                        ["not measured: give the verifier's head and ids to TokenMetrics"])
-    lines = [f"token acceptance {tokens.acceptance.text()}"]
+def _tokens(of: _Figures, gamma: int, headline: pd.Series | None,
+            floors: pd.DataFrame | None) -> list[str]:
+    if not of.has("token_acceptance"):
+        return ["not measured: give the verifier's head to table.measure"]
+    with_bonus = of("token_accepted_per_round_with_bonus")
+    lines = [f"token acceptance {of.text('token_acceptance')}"]
+    lines += [f"right token among the first {name.removeprefix('token_top')}: {of.text(name)}"
+              for name, *_ in of.rows if name.startswith("token_top")]
     lines += [
-        f"right token among the first {k}: {value.text()}" for k, value in tokens.top_k.items()
-        if k > 1
-    ]
-    lines.append(f"consecutive from the start {_number(tokens.unbroken_prefix_mean)}")
-    bonus = tokens.rounds.mean_accepted_with_bonus
-    lines.append(
-        f"accepted a round, γ = {tokens.gamma}: {_number(tokens.accepted_per_round)} without, "
-        f"{bonus:.2f} with the bonus token"
-    )
-    if comparison is not None:
-        lines += [f"floor {name}: {value.text()}" for name, value in comparison.floors.items()]
-        lines.append(comparison.sentence())
-    if reliability is not None:
-        for band in reliability.bands:
-            lines.append(
-                f"P(match | {band.low:.2f} < cos ≤ {band.high:.2f}) = {band.match.text()}   n = "
-                f"{band.n}"
-            )
-        for tau, at in reliability.thresholds.items():
-            verb = "overstates" if at.difference.value > 0 else "understates"
-            lines.append(
-                f"Accept@{tau:.2f} {verb} token acceptance by {abs(100 * at.difference.value):.1f} "
-                "points"
-            )
-    return _section(8, "Tokens: the verifier's verdict", lines)
+        f"unbroken prefix {of.text('token_unbroken_prefix_mean', percent=False)}",
+        f"accepted drafts per round, γ = {gamma}: "
+        f"{of.text('token_accepted_per_round', percent=False)} without, {with_bonus:.2f} with the "
+        "bonus token",
+    ]  # fmt: skip
+    if floors is not None:
+        lines += [f"floor {row['floor']}: {_interval(row).text()}"
+                  for row in floors.to_dict("records")]
+    if headline is not None:
+        lines.append(_sentence(headline))
+    lines += [f"P(match | {row['band_low']:.2f} < cos ≤ {row['band_high']:.2f}) = "
+              f"{_interval(row).text()}   n = {row['n']:.0f}" for row in of.bands]
+    for tau in of.thresholds:
+        if of.has("overstatement", tau):
+            points = 100 * of("overstatement", tau)
+            lines.append(f"Accept@{tau:.2f} {'overstates' if points > 0 else 'understates'} token "
+                         f"acceptance by {abs(points):.1f} points")
+    return lines
 
 
-def _number(value: Interval, digits: int = 2) -> str:
-    bounds = "[–]" if value.low != value.low else f"[{value.low:.{digits}f}, {value.high:.{digits}f}]"
-    return f"{value.value:.{digits}f} {bounds}"
+def _sentence(headline: pd.Series) -> str:
+    """One honest sentence."""
+    arm, floor, above = (_interval(headline, name)
+                         for name in ("acceptance", "floor", "above floor"))  # fmt: skip
+    verdict = "is above" if above.value > 0 else "is below"
+    if not above.excludes(0.0):
+        verdict = "cannot be told from"
+    return (f"The adapter's {arm.text()} of the tokens {verdict} the best floor "
+            f"({headline['best floor']}, {floor.text()}): difference {above.text()} over "
+            f"{headline['clusters']} sequences.")

@@ -16,7 +16,6 @@ from typing import Any
 
 from xsd.core import MetricError
 from xsd.decode.prices import Prices
-from xsd.evaluate.hidden import HiddenStateResult
 
 # --- the reference's formulas ---
 
@@ -84,23 +83,19 @@ def reference_wall_clock(acceptance: float, timing: ReferenceTiming | None = Non
     return baseline / (baseline - saved)
 
 
-def reference_estimates(result: HiddenStateResult, threshold: float = 0.9,
+def reference_estimates(unbroken_prefix: float, draft_acceptance: float, gamma: int,
                         timing: ReferenceTiming | None = None) -> dict[str, float]:
-    """Group 6 of the reference's evaluation from a cosine threshold: prefill, decode, end_to_end.
-    Estimates that a clock does not bear out.
+    """Group 6 of the reference's evaluation: prefill, decode, end_to_end. Estimates that a clock
+    does not bear out.
 
-    Raises: MetricError when the threshold was not measured.
+    Args: unbroken_prefix, draft_acceptance: at one cosine threshold, the mean unbroken prefix and
+        the mean of min(unbroken, gamma) / gamma (hidden.figures).
     """
-    if threshold not in result.thresholds:
-        raise MetricError(
-            f"threshold {threshold} was not measured; choose among {list(result.thresholds)}")
     timing = timing or ReferenceTiming()
-    accepted = result.unbroken_prefix[threshold].mean
-    decode = result.draft_acceptance[threshold].decode.value
     return {
-        "prefill": 1 + accepted * timing.token_ms / timing.prefill_verifier_ms,
-        "decode": (decode * result.gamma + 1) / (1 + timing.overhead),
-        "end_to_end": reference_wall_clock(min(1.0, accepted / timing.n_drafted), timing),
+        "prefill": 1 + unbroken_prefix * timing.token_ms / timing.prefill_verifier_ms,
+        "decode": (draft_acceptance * gamma + 1) / (1 + timing.overhead),
+        "end_to_end": reference_wall_clock(min(1.0, unbroken_prefix / timing.n_drafted), timing),
     }
 
 

@@ -15,6 +15,10 @@ from xsd.evaluate.statistics import Interval
 from xsd.files import atomic_write
 
 COLUMNS = ("metric", "threshold", "position", "value", "low", "high", "n", "n_clusters")
+_LATEX = str.maketrans({
+    "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
+    **{sign: f"\\{sign}" for sign in "&%$#_{}"}
+})  # fmt: skip
 
 
 def row(metric: str, value: Interval | float, *, n: int | None = None,
@@ -71,7 +75,10 @@ def markdown(table: pd.DataFrame) -> str:
 def latex(table: pd.DataFrame) -> str:
     """A booktabs ``tabular``, four digits, with every special sign escaped."""
     kinds = ["r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in table]
-    return table.map(_cell).to_latex(index=False, escape=True, column_format="".join(kinds))
+    lines = [map(str, table), *table.map(_cell).itertuples(index=False, name=None)]
+    head, *body = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in lines]
+    return "\n".join([rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule", head, r"\midrule",
+                      *body, r"\bottomrule", r"\end{tabular}", ""])  # fmt: skip
 
 
 def write(table: pd.DataFrame, stem: str | Path, *,

@@ -8,9 +8,9 @@ descriptions are the help of ``xsd run NB --help-parameters``.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from xsd import files
 from xsd.core import ParameterError
@@ -204,7 +204,8 @@ class TruthParameters(NotebookParameters):
     notebook = "13_truth"
     levels: typed.Levels = Field(
         TRAINED, description="trained levels to evaluate; B1 is the verifier-self arm")
-    waterfall: typed.Level = Field("L4", description="the level whose losses are drawn")
+    waterfall: typed.Level = Field("L4", validate_default=True,
+                                   description="the level whose losses are drawn")
     data: typed.TrainData = Field("simulated",
                                   description="training set, whose answers make the floors")
     test_data: typed.TestData = Field(["simulated"])
@@ -223,6 +224,14 @@ class TruthParameters(NotebookParameters):
                            "Chromium is installed")
     page: str = Field("", description="Markdown page whose measured block is written anew; empty: "
                       "none")
+
+    @field_validator("waterfall")
+    @classmethod
+    def _is_evaluated(cls, value: Any, info: ValidationInfo) -> Any:
+        levels = [files.name_of(level) for level in info.data.get("levels", ())]
+        if value == "B1" or files.name_of(value) not in levels:
+            raise ValueError(f"it must be one of the levels {', '.join(levels)} but B1")
+        return value
 
 
 NOTEBOOKS: dict[str, type[NotebookParameters] | str] = {

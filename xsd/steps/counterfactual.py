@@ -6,26 +6,26 @@ sensor? (docs/metrics.md, section 7)
     text only       no picture at all: the prompt's visual tokens are left out
 
 The verifier's answers are those of the run, so every arm is asked about the same tokens; only the
-drafter runs again, once an arm.
+drafter runs again, once for each arm.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from xsd.core import Batch, ParameterError, Sample
+from xsd.evaluate.held_out import HeldOut
 from xsd.models import loading
 from xsd.models.batched import Forced
 from xsd.models.handle import ModelHandle
-from xsd.runs import folder, parameters
-from xsd.steps import extraction, held_out
-from xsd.steps.evaluation import HeldOut
+from xsd.runs import folder
+from xsd.steps import extraction
 
 REAL = "real events"
 AGAIN = "real events again"
@@ -34,8 +34,8 @@ AGAIN = "real events again"
 
 @dataclasses.dataclass(frozen=True)
 class Shown(HeldOut):
-    """A held-out set whose drafter saw something else. forced: its states and tokens after the
-    verifier's, one a sample."""
+    """A held-out set whose drafter saw something else. forced: of every sample its states and
+    tokens after the verifier's."""
 
     forced: Sequence[Forced] = ()
 
@@ -43,62 +43,71 @@ class Shown(HeldOut):
         """The stored pairs with the drafter's side replaced."""
         for batch in super().batches(batch_size):
             states, ids = torch.zeros_like(batch.drafter), torch.zeros_like(batch.ids_by_drafter)
-            for row, (place, length) in enumerate(
-                    zip(batch.index,
-                        batch.mask.sum(dim=1).tolist(), strict=True)):
+            lengths = batch.mask.sum(dim=1).tolist()
+            for row, (place, length) in enumerate(zip(batch.index, lengths, strict=True)):
                 states[row, :length] = self.forced[place].hidden[:length].to(states.dtype)
                 ids[row, :length] = self.forced[place].top_ids[:length]
             yield dataclasses.replace(batch, drafter=states, ids_by_drafter=ids)
 
 
-def shown(given: parameters.TruthParameters, data: str, own: HeldOut) -> dict[str, HeldOut]:
-    """The arms by name: the stored pairs, the same again, and those of ``given.drafter_sees``.
+def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence[str], *,
+         batch_size: int = 32) -> dict[str, HeldOut]:
+    """The arms by name: the stored pairs, the same again, and those of ``drafter_sees``; the stored
+    pairs alone where that is empty.
 
     Raises: ParameterError when the run was extracted with other weights than its pair has now, or
-    another scene is asked for and the set
-    has one only.
+    another scene is asked for and the set has one only.
     """
-    pair = loading.load_pair(extraction.pair_file(given.run_dir)["pair"])
-    before = folder.load_results(given.run_dir).get("extract", {}).get("weights", {}).get("drafter")
-    if before and before != pair.drafter.weights_hash():
-        raise ParameterError(
-            f"the run {given.run_dir} was extracted with another drafter than its pair "
-            f"{pair.name!r} holds now; extract again into "
-            "another run_dir, or leave drafter_sees empty")
-    samples = held_out.read(given.run_dir, data, n_event_frames=pair.n_event_frames)
-    answers = [states.ids_by_verifier for states in own.dataset]
-    arms: dict[str, HeldOut] = {REAL: own}
-    for name in (AGAIN, *given.drafter_sees):
-        forced = force(pair.drafter, name, samples, answers, own.clusters, given.batch_size)
-        about = {field.name: getattr(own, field.name) for field in dataclasses.fields(HeldOut)}
-        arms[name] = Shown(**about, forced=forced)
-    return arms
-
-
-def force(drafter: ModelHandle, arm: str, samples: Sequence[held_out.HeldOut],
-          answers: Sequence[Tensor], clusters: Sequence[str], batch_size: int,
-          ) -> list[Forced]:
-    """The drafter's states along the answers, shown what ``arm`` says. Pictures are read a batch at
-    a time."""
-    if arm == "text only":
-        drafter = without_pictures(drafter)
-    others = donors(clusters) if arm == "other scene" else list(range(len(samples)))
-    out = []
-    for start in range(0, len(samples), batch_size):
-        places = range(start, min(start + batch_size, len(samples)))
-        seen = [
-            dataclasses.replace(samples[i].load(),
-                                event_frames=_frames(arm, samples[others[i]].load()))
-            for i in places
-        ]
-        out += drafter.force(seen, [answers[i] for i in places], batch_size=batch_size)
+    out = {REAL: pairs}
+    if drafter_sees:
+        names = (AGAIN, *drafter_sees)
+        forced = force(drafter_of(run_dir), pairs, names, batch_size)
+        about = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(HeldOut)}
+        out |= {name: Shown(**about, forced=forced[name]) for name in names}
     return out
 
 
-def _frames(arm: str, sample: Sample) -> Sequence[np.ndarray]:
-    if arm == "blank events":
-        return [np.full_like(frame, 255) for frame in sample.event_frames]
-    return sample.event_frames
+def drafter_of(run_dir: str | os.PathLike[str]) -> ModelHandle:
+    """The drafter that a run was extracted with. Raises: ParameterError when its weights are others
+    now."""
+    name = extraction.pair_file(run_dir)["pair"]
+    _, info = loading.pair_folder(name)
+    drafter = loading.load_drafter(info["drafter"], vision_tower=info.get("vision_tower"))
+    before = folder.load_results(run_dir).get("extract", {}).get("weights", {}).get("drafter")
+    if before and before != drafter.weights_hash():
+        raise ParameterError(
+            f"the run {run_dir} was extracted with another drafter than its pair {name!r} holds "
+            "now; extract again into another run_dir, or leave drafter_sees empty")
+    return drafter
+
+
+def force(drafter: ModelHandle, pairs: HeldOut, names: Sequence[str],
+          batch_size: int) -> dict[str, list[Forced]]:
+    """The drafter's states along the answers in every arm. Pictures are read once for all arms, a
+    batch at a time."""
+    out: dict[str, list[Forced]] = {name: [] for name in names}
+    blind = without_pictures(drafter)
+    others = donors(pairs.clusters) if "other scene" in names else []
+    for start in range(0, len(pairs), batch_size):
+        places = range(start, min(start + batch_size, len(pairs)))
+        answers = [torch.tensor(pairs.answers[i]) for i in places]
+        samples = [pairs.load(i) for i in places]
+        for name in names:
+            seen = samples
+            if name == "blank events":
+                seen = [_painted(sample, [np.full_like(frame, 255)
+                                          for frame in sample.event_frames])
+                        for sample in samples]  # fmt: skip
+            elif name == "other scene":
+                seen = [_painted(sample, pairs.load(others[i]).event_frames)
+                        for i, sample in zip(places, samples, strict=True)]  # fmt: skip
+            handle = blind if name == "text only" else drafter
+            out[name] += handle.force(seen, answers, batch_size=batch_size)
+    return out
+
+
+def _painted(sample: Sample, event_frames: Sequence[np.ndarray]) -> Sample:
+    return dataclasses.replace(sample, event_frames=event_frames)
 
 
 def without_pictures(drafter: ModelHandle) -> ModelHandle:
@@ -125,10 +134,8 @@ def donors(clusters: Sequence[str]) -> list[int]:
     if len(names) < 2:
         raise ParameterError(
             f"another scene's events need two scenes, but the held-out set is of {names[0]!r} "
-            "alone; leave that arm out"
-        )
+            "alone; leave that arm out")
     following = dict(zip(names, [*names[1:], names[0]], strict=True))
-    return [
-        members[following[name]][members[name].index(place) % len(members[following[name]])]
-        for place, name in enumerate(clusters)
-    ]
+    turns = [members[name].index(place) for place, name in enumerate(clusters)]
+    return [members[following[name]][turn % len(members[following[name]])]
+            for turn, name in zip(turns, clusters, strict=True)]  # fmt: skip

@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from xsd.core import Sample
+from xsd.evaluate import held_out
+from xsd.models import loading
 from xsd.sensors import folder as dataset_folder
 from xsd.steps import data as datasets
 from xsd.steps import extraction
@@ -81,6 +83,22 @@ def read(run_dir: str | os.PathLike[str], data: str, *, max_new_tokens: int = 0,
                     clip(sequence, name), question=question),
             ))
     return out
+
+
+def pairs(run_dir: str | os.PathLike[str], data: str,
+          mode: str = "teacher_forced") -> held_out.HeldOut:
+    """A held-out set of a run with all that is known of it; pictures are read when asked for.
+    Raises: ParameterError when the run does not hold the set."""
+    about = extraction.pair_file(run_dir)
+
+    @functools.cache
+    def samples() -> list[HeldOut]:
+        _, info = loading.pair_folder(about["pair"])
+        return read(run_dir, data, n_event_frames=int(info.get("n_event_frames", 5)))
+
+    return held_out.of(datasets.name_of(data), extraction.open_pairs(run_dir, "test", data, mode),
+                       texts=about["token_texts"], prompt_ids=about["prompt_ids"],
+                       eos=about["eos"], load=lambda index: samples()[index].load())
 
 
 def chosen(samples: Sequence[HeldOut], n: int, seed: int) -> list[HeldOut]:
