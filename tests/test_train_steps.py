@@ -3,6 +3,7 @@ classes."""
 
 import json
 
+import my_levels
 import pytest
 import torch
 from tiny_pair import make_tiny_pair
@@ -12,7 +13,7 @@ from studies import pixel_baseline
 from studies import pixel_training as pixels
 from studies.parameters import PixelParameters
 from xsd.adapters import registry
-from xsd.core import ParameterError, TrainingError
+from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.steps import drafter_tuning, extraction, training
@@ -50,7 +51,7 @@ def test_l6_trains_merges_is_judged_on_held_out_tokens_and_is_found_again(run_di
     judged = line["held_out"]["simulated"]
     for arm in ("before", "after"):
         assert 0 <= judged[arm]["token_acceptance"] <= 1 and 0 <= judged[arm][
-            "mean_accepted"] <= drafter_tuning.GAMMA
+            "accepted_per_round"] <= drafter_tuning.GAMMA
     place = training.adapter_folder(run_dir, "L6")
     merged, plain = (loading.load_drafter(path).model.state_dict()
                      for path in (place / "drafter", place.parents[2] / "pair" / "drafter"))
@@ -60,7 +61,7 @@ def test_l6_trains_merges_is_judged_on_held_out_tokens_and_is_found_again(run_di
     again = training.run(given(run_dir, levels=["L6"]),
                          progress=lambda level, row: rows.append(level))
     assert again["levels"]["L6"] == line and len(rows) == 4
-    table = training.table(results).set_index("level")
+    table = training.table(results["levels"]).set_index("level")
     assert table.loc["L6", "parameters at 4096"] == 16_777_216 and table.loc[
         "L1", "parameters at 4096"] == 2_113_537
     assert json.loads((folder.resolve(run_dir) / "results" /
@@ -79,6 +80,29 @@ def test_curves_hold_every_term(run_dir):
     assert set(terms["level"]) == {"mse", "cosine", "cross_entropy"} and set(
         terms["split"]) == {"train", "validation"}
     assert (terms[terms["epoch"] == 1]["loss against the first epoch"] == 1).all()
+    losses = epochs[epochs["split"] == "train"].groupby("level")["loss"]
+    assert (losses.min() < losses.first()).all(), "every training loss fell"
+
+
+def test_a_level_of_ones_own_is_trained_found_and_loaded_beside_ours(run_dir):
+    mine = my_levels.Next(hidden_size=32, drafter_size=32)
+    mine.level = "next"
+    levels = ["L1", "my_levels:Mine", mine]
+    results = training.run(given(run_dir, levels=levels))
+    assert [line["reads"] for line in results["levels"].values()] == ["drafter", "drafter", "both"]
+    assert all(1 <= line["best_epoch"] <= line["epochs"] <= 2
+               for line in results["levels"].values()), "epochs kept lie inside the training"
+    assert results["provenance"]["parameters"]["levels"] == ["L1", "my_levels:Mine", "next"]
+    assert set(training.trained(run_dir)) >= {"L1", "my_levels:Mine", "next"}
+    loaded = training.load(run_dir, levels)
+    assert list(loaded) == ["L1", "my_levels:Mine", "next"]
+    table = training.table(results["levels"]).set_index("level")
+    assert table.loc["my_levels:Mine", "parameters at 4096"] == 4096 * 4097 + 2 * 8 * 4096 + 4104
+    assert table["parameters at 4096"].isna().tolist() == [False, False, True]
+    epochs = training.history(run_dir, levels)
+    assert set(epochs["level"]) == {"L1", "my_levels:Mine", "next"}
+    with pytest.raises(CheckpointError, match="a class of your own: name it with level='next'"):
+        registry.load_any_adapter(training.adapter_folder(run_dir, "next"))
 
 
 def test_the_runs_own_held_out_sets_are_guarded(run_dir, monkeypatch):

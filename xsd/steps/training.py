@@ -1,5 +1,5 @@
-"""Step 02: one adapter a level from the training pairs of a run; L6, the drafter's own LoRA, is in
-:mod:`xsd.steps.drafter_tuning`."""
+"""Step 02: one adapter for each level from the training pairs of a run, each by its recipe; L6, the
+drafter's own LoRA, among them (:mod:`xsd.steps.drafter_tuning`)."""
 
 from __future__ import annotations
 
@@ -21,82 +21,104 @@ from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
 from xsd.train import fit, guards, recipes, source, start
-from xsd.train.recipes import FitConfig
 
-FULL_SIZE = 4096
-"""Hidden size of the 7B pair, for the parameter counts beside the embedded pair's."""
-FULL_LAYERS = 32
-"""Layers of its drafter's decoder."""
-
-
-def adapter_folder(run_dir: str | os.PathLike[str], level: Any) -> Path:
-    """Where a level's training stands in a run; my_levels:Mine stands in adapters/my_levels.Mine."""
-    return folder.resolve(run_dir) / "adapters" / re.sub(r"[:/\\]", ".", files.name_of(level))
+FULL_SIZE, FULL_LAYERS = 4096, 32
+"""Hidden size of the 7B pair, and its drafter's layers, for the parameter counts beside the
+embedded pair's."""
+L6 = "L6"
 
 
-def run(given: parameters.TrainParameters, *,
-        progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
-    """Train the levels that are missing and write ``results/train.json``; finished trainings are
-    found again.
+def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.PathLike[str],
+          data: str = "simulated", seed: int = 0,
+          progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Train the levels that the run lacks into ``<run_dir>/adapters``; finished ones are found
+    again.
 
-    progress: called with the level and each epoch's row. Raises: TrainingError when the run holds
-    another training of a level, or when
-    anything of the run's held-out sets is in the training data; ParameterError for an option that a
-    level does not have.
+    Args: pairs: of the train split. configs: level (by name, as module:Class, a class or an object)
+    → its FitConfig, for L6 a LoraFitConfig; :func:`config_of` makes them from a recipe. data: the
+    data set of the pairs, which L6 reads its prompts from. progress: called with the level's name
+    and each epoch's row.
+    Returns: pairs, hidden_size, data_hash, and for each of ``levels`` what it reads, its size and
+    its best epoch. Raises: TrainingError when the run holds another training of a level, or when
+    anything of its held-out sets is in the pairs; ParameterError for an option a level lacks.
     """
-    extraction.ensure(given.run_dir, given.seed, data=given.data)
-    dataset = extraction.open_pairs(given.run_dir, "train", given.data, given.mode)
-    states = source.open_states(dataset)
-    head = dataset.head("verifier")
-    held_out = guards.marks_of(held_out_sets(given.run_dir))
-    levels: dict[str, Any] = {}
-    for spec in given.levels:
-        level = files.name_of(spec)
-        report = None if progress is None else lambda row, level=level: progress(level, row)
-        if level == "L6":
-            from xsd.steps import (
-                # peft takes seconds to import and speaks on stderr; only L6 needs it
-                drafter_tuning,
-            )
+    states, head = source.open_states(pairs), pairs.head("verifier")
+    judged = guards.marks_of(held_out_sets(run_dir))
+    lines: dict[str, Any] = {}
+    for level, config in configs.items():
+        name = files.name_of(level)
+        report = None if progress is None else lambda row, name=name: progress(name, row)
+        given = {"folder": adapter_folder(run_dir, level), "config": config, "head": head,
+                 "seed": seed, "held_out": judged, "progress": report}
+        if level == L6:
+            from xsd.steps import drafter_tuning  # peft takes seconds to import, only L6 needs it
 
-            place = adapter_folder(given.run_dir, level)
-            levels[level] = drafter_tuning.run(given, dataset, head, place, held_out,
-                                               progress=report)
-            continue
-        result = fit.fit_adapter(spec, states, folder=adapter_folder(given.run_dir, level),
-                                 config=config_of(given, level), head=head, seed=given.seed,
-                                 held_out=held_out, progress=report,
-                                 )
-        best = result.history[result.best_epoch - 1]
-        levels[level] = {
-            "reads": load(given.run_dir, [spec])[level].reads, "parameters": result.parameters,
-            "seconds": result.seconds, "epochs": len(result.history),
-            "best_epoch": result.best_epoch, "validation_loss": best["validation_total"],
-            "validation_token_acceptance": best.get("token_acceptance"),
-            "validation_cosine": best["cosine_similarity"],
-        }
-    results = {
-        "profile": given.profile, "mode": given.mode, "pairs": len(states),
-        "hidden_size": states.hidden_size, "levels": levels,
-        "provenance": files.provenance(seed=given.seed, data_hash=states.fingerprint(),
-                                 parameters=given.model_dump()),
+            result, held_out = drafter_tuning.train(pairs, run_dir=run_dir, data=data, **given)
+            lines[name] = _line(result, "drafter") | {"held_out": held_out}
+        else:
+            result = fit.fit_adapter(level, states, **given)
+            best = registry.load_any_adapter(result.best_path, level=level)
+            lines[name] = _line(result, best.reads)
+    return {"pairs": len(states), "hidden_size": states.hidden_size,
+            "data_hash": states.fingerprint(), "levels": lines}
+
+
+def _line(result: fit.FitResult, reads: str) -> dict[str, Any]:
+    """A level's line in results/train.json."""
+    best = result.history[result.best_epoch - 1]
+    return {
+        "reads": reads, "parameters": result.parameters, "seconds": result.seconds,
+        "epochs": len(result.history), "best_epoch": result.best_epoch,
+        "validation_loss": best["validation_total"],
+        "validation_token_acceptance": best.get("token_acceptance"),
+        "validation_cosine": best["cosine_similarity"],
     }
+
+
+def config_of(given: parameters.TrainParameters, level: Any) -> Any:
+    """The recipe of a level: its profile with what the parameters change; token fusion only for the
+    levels that can."""
+    if level == L6:
+        from xsd.train import lora
+
+        return lora.LoraFitConfig(epochs=given.epochs, batch_size=4,
+                                  accumulation=max(1, given.batch_size // 4),
+                                  learning_rate=given.lora_learning_rate,
+                                  objective=given.objective or "tokens")
+    recipe = recipes.settings(given.profile, level)
+    fuses = given.token_fusion and level in start.FUSING
+    return fit.FitConfig(
+        profile=recipe["profile"], objective=given.objective or recipe.get("objective"),
+        epochs=given.epochs, batch_size=given.batch_size, learning_rate=given.learning_rate,
+        position_decay=given.position_decay, noise=given.noise,
+        token_fusion=recipe.get("token_fusion", False) or fuses,
+        draft_vocabulary=given.draft_vocabulary or None)
+
+
+def save(given: parameters.TrainParameters, trained: Mapping[str, Any]) -> dict[str, Any]:
+    """Write ``results/train.json`` from what :func:`train` returned."""
+    results = {"profile": given.profile, "mode": given.mode, **trained}
+    results["provenance"] = files.provenance(seed=given.seed, data_hash=results.pop("data_hash"),
+                                             parameters=given.model_dump())
     folder.save_results(given.run_dir, "train", results)
     return results
 
 
-def config_of(given: parameters.TrainParameters, level: str) -> FitConfig:
-    """The recipe of a level: its profile with what the parameters change; token fusion only for the
-    levels that can."""
-    recipe = recipes.settings(given.profile, level)
-    return FitConfig(
-        profile=recipe["profile"], objective=given.objective or recipe.get("objective"),
-        epochs=given.epochs, batch_size=given.batch_size, learning_rate=given.learning_rate,
-        position_decay=given.position_decay, noise=given.noise,
-        token_fusion=recipe.get("token_fusion", False)
-        or (given.token_fusion and level in start.FUSING), draft_vocabulary=given.draft_vocabulary
-        or None,
-    )
+def run(given: parameters.TrainParameters, *,
+        progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
+    """Notebook 02 in one call: open the pairs, train, write the results."""
+    pairs = extraction.open_pairs(given.run_dir, "train", given.data, given.mode)
+    configs = {level: config_of(given, level) for level in given.levels}
+    return save(given, train(pairs, configs, run_dir=given.run_dir, data=given.data,
+                             seed=given.seed, progress=progress))
+
+
+# --- what a run holds
+
+
+def adapter_folder(run_dir: str | os.PathLike[str], level: Any) -> Path:
+    """Where a level's training stands in a run; my_levels:Mine in adapters/my_levels.Mine."""
+    return folder.resolve(run_dir) / "adapters" / re.sub(r"[:/\\]", ".", files.name_of(level))
 
 
 def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
@@ -111,15 +133,15 @@ def trained(run_dir: str | os.PathLike[str]) -> list[str]:
     """The levels that a run holds: ours in the registry's order, then researchers' own."""
     found = (folder.resolve(run_dir) / "adapters").glob("*/best.safetensors")
     names = sorted(registry.read_config(path)["level"] for path in found)
-    return [level for level in registry.LEVELS if level in names] + [
-        name for name in names if name not in registry.LEVELS]
+    ours = [level for level in registry.LEVELS if level in names]
+    return ours + [name for name in names if name not in registry.LEVELS]
 
 
 def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Adapter]:
     """The best checkpoint of each level, in eval mode, by its name. levels: as registry.resolve
     takes them. Raises: ParameterError naming the trained levels when one is missing."""
     have = trained(run_dir)
-    missing = [files.name_of(level) for level in levels if files.name_of(level) not in have]
+    missing = [name for name in map(files.name_of, levels) if name not in have]
     if missing:
         raise ParameterError(
             f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: "
@@ -130,30 +152,36 @@ def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Ad
     }
 
 
-def ensure(run_dir: str, seed: int, levels: Sequence[str], *, data: str = "simulated") -> None:
-    """Train with the smoke parameters when the run holds no adapter at all, so that each notebook
-    runs alone."""
+def ensure(run_dir: str, seed: int, levels: Sequence[Any], *, data: str = "simulated") -> None:
+    """Train with the smoke parameters when the run holds no adapter at all (steps.ready)."""
     if not trained(run_dir):
-        run(
-            parameters.TrainParameters.checked(
-                {"run_dir": run_dir, "seed": seed, "levels": list(levels), "data": data}))
+        run(parameters.TrainParameters.checked(
+            {"run_dir": run_dir, "seed": seed, "levels": list(levels), "data": data}))
 
 
-def history(run_dir: str | os.PathLike[str], levels: Sequence[str]) -> pd.DataFrame:
+# --- tables
+
+
+def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFrame:
     """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, each
     term as ``<term> loss``, and for validation token_acceptance, cosine and accept_0.90 …"""
     rows = []
     for level in levels:
-        for row in json.loads(
-            (adapter_folder(run_dir, level) / "history.json").read_text(encoding="utf-8")):
-            line = {"level": level, "epoch": row["epoch"]}
-            measured = {
-                "token_acceptance": row.get("token_acceptance"), "cosine": row["cosine_similarity"]
-            }
-            measured |= {name: value for name, value in row.items() if name.startswith("accept_")}
+        path = adapter_folder(run_dir, level) / "history.json"
+        for row in json.loads(path.read_text(encoding="utf-8")):
+            line = {"level": files.name_of(level), "epoch": row["epoch"]}
+            judged = {"token_acceptance": row.get("token_acceptance"),
+                      "cosine": row["cosine_similarity"]}
+            judged |= {name: value for name, value in row.items() if name.startswith("accept_")}
             rows.append({**line, "split": "train", **_losses(row, "train")})
-            rows.append({**line, "split": "validation", **_losses(row, "validation"), **measured})
+            rows.append({**line, "split": "validation", **_losses(row, "validation"), **judged})
     return pd.DataFrame(rows)
+
+
+def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
+    terms = {name.removeprefix(f"{split}_"): value for name, value in row.items()
+             if name.startswith(f"{split}_") and name != "train_seconds"}
+    return {"loss" if name == "total" else f"{name} loss": value for name, value in terms.items()}
 
 
 def most_terms(epochs: pd.DataFrame) -> str:
@@ -163,10 +191,7 @@ def most_terms(epochs: pd.DataFrame) -> str:
 
 
 def _terms_of(rows: pd.DataFrame) -> list[str]:
-    return [
-        column for column in rows.columns
-        if column.endswith(" loss") and rows[column].notna().all()
-    ]
+    return [name for name in rows if name.endswith(" loss") and rows[name].notna().all()]
 
 
 def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
@@ -175,32 +200,29 @@ def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
     rows = epochs[epochs["level"] == level]
     pieces = []
     for name in _terms_of(rows):
-        first = rows.groupby("split")[name].transform("first")
         part = rows[["epoch", "split"]].assign(level=name.removesuffix(" loss"))
-        pieces.append(part.assign(**{"loss against the first epoch": rows[name] / first}))
+        part["loss against the first epoch"] = rows[name] / rows.groupby("split")[name].transform(
+            "first")
+        pieces.append(part)
     return pd.concat(pieces, ignore_index=True)
 
 
-def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
-    names = [name for name in row if name.startswith(f"{split}_") and name != "train_seconds"]
-    terms = {name.removeprefix(f"{split}_"): row[name] for name in names}
-    return {"loss" if name == "total" else f"{name} loss": value for name, value in terms.items()}
-
-
-def table(results: Mapping[str, Any]) -> pd.DataFrame:
-    """The trained levels: what they read, parameters here and at the full size of 4096, epochs,
-    best epoch, validation figures, seconds."""
+def table(levels: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
+    """The trained levels (results["levels"]): what they read, parameters here and at the full size
+    of 4096, epochs, best epoch, validation figures, seconds."""
     rows = []
-    for level, found in results["levels"].items():
-        if level == "L6":
-            from xsd.train import lora
-
-            full = lora.size_of(FULL_SIZE, FULL_LAYERS)
-        elif level not in registry.LEVELS and ":" not in level:
-            full = None  # an object has the one size it was made with
-        else:
-            with torch.device("meta"):  # counted, not filled
-                full = registry.count_parameters(registry.create_adapter(level, FULL_SIZE))
+    for level, found in levels.items():
         shown = {name: value for name, value in found.items() if name != "held_out"}
-        rows.append({"level": level, **shown, "parameters at 4096": full})
-    return pd.DataFrame(rows)
+        rows.append({"level": level, **shown, "parameters at 4096": _full_size(level)})
+    return pd.DataFrame(rows).astype({"parameters at 4096": "Int64"})
+
+
+def _full_size(level: str) -> int | None:
+    if level == L6:
+        from xsd.train import lora
+
+        return lora.size_of(FULL_SIZE, FULL_LAYERS)
+    if level not in registry.LEVELS and ":" not in level:
+        return None  # an object has the one size it was made with
+    with torch.device("meta"):  # counted, not filled
+        return registry.count_parameters(registry.create_adapter(level, FULL_SIZE))
