@@ -182,8 +182,7 @@ def _extracted(given: parameters.StorageParameters) -> dict[str, ShardDataset]:
                 "to continue"
             )
         found[split] = ShardDataset(place, expected_mode=MODE)
-    datasets.guard(found["train"].table()["sequence"].tolist(),
-                   found["test"].table()["sequence"].tolist())
+    statistics.check_disjoint(found["train"].table()["sequence"], found["test"].table()["sequence"])
     return found
 
 

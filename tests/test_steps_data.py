@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from studies.embedded_pair import recipe as pair
 from xsd.core import MetricError, ParameterError
+from xsd.evaluate import statistics
 from xsd.sensors import folder
 from xsd.steps import data
 
@@ -69,11 +70,11 @@ def test_simulated_drives_are_made_once_and_other_ones_are_refused(tmp_path):
 def test_a_run_never_draws_the_drives_that_the_pair_was_trained_on():
     trained_on = {f"train_0_{index:05d}" for index in range(pair.PROFILES["full"].n_sequences)}
     for seed in (0, 7):
-        data.guard(
+        statistics.check_disjoint(
             trained_on,
             data.simulated_sequences("train", 3, seed) + data.simulated_sequences("test", 3, seed))
     with pytest.raises(MetricError, match="1 sequences are in training and in test"):
-        data.guard(["a", "b"], ["b"])
+        statistics.check_disjoint(["a", "b"], ["b"])
 
 
 def test_the_recording_is_for_testing_and_its_clips_are_the_clusters():

@@ -23,7 +23,7 @@ from studies.recipes import grid as study_recipes
 from studies.recipes import jobs as study_jobs
 from studies.recipes import measure as study_measure
 from studies.recipes.grid import CLOSED_FORM, FLOORS, Job
-from xsd.evaluate import tables
+from xsd.evaluate import statistics, tables
 from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.steps import data as datasets
@@ -56,7 +56,7 @@ def run(given: StudyParameters, *, progress: Progress | None = None) -> Study:
     setting = study_jobs.Setting(place / "study", train, test, given.max_epochs, given.gamma,
                                  given.threshold, given.batch_size)
     data = study_jobs.opened(train, test)
-    datasets.guard(list(data.states.sequence), data.test.table()["sequence"].tolist())
+    statistics.check_disjoint(list(data.states.sequence), data.test.table()["sequence"].tolist())
     seeds = [given.seed + i for i in range(given.n_seeds)]
     wanted = {"budget_levels": given.budget_levels, "shares": given.shares, "curve": given.curve}
     jobs = study_recipes.jobs(given.levels, given.recipes, seeds, **wanted)

@@ -258,9 +258,7 @@ def _places(**given: str | Path | None) -> dict[str, Any]:
     """The folders that were given, as a request keeps them; names stay names."""
     from xsd.steps import extract_request
 
-    names = (None, "embedded", "davis_road", "simulated")
-    return {name: place if place in names else extract_request.here(place)
-            for name, place in given.items()}
+    return {name: place and extract_request.here(place) for name, place in given.items()}
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -2,8 +2,7 @@
 recording, or a dataset folder.
 
 Clips of a sequence overlap by half, so asking each of them everything would count near duplicates
-many times. Here a sequence is asked
-each question once, on one of its clips in turn::
+many times. Here a sequence is asked each question once, on one of its clips in turn::
 
     sequence 0      clip 0: q0 q4 q8    clip 1: q1 q5 q9    clip 2: q2 q6    clip 3: q3 q7
     sequence 1      clip 1: q0 q4 q8    clip 2: q1 q5 q9    clip 3: q2 q6    clip 0: q3 q7
@@ -17,10 +16,10 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 from xsd.core import ROOT, DatasetError, ParameterError
 from xsd.embedded import drive, language
-from xsd.evaluate import statistics
 from xsd.extract import plan
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder
@@ -50,45 +49,39 @@ def root_of(run_dir: str | os.PathLike[str], data: str, split: str) -> Path:
         return run_folder.resolve(run_dir) / "data" / SIMULATED / split
     if data == RECORDED:
         if split != "test":
-            raise ParameterError(
-                f"{RECORDED} is one short recording and only for testing; train on {SIMULATED!r} "
-                "or on a dataset folder"
-            )
+            raise ParameterError(f"{RECORDED} is one short recording and only for testing; train "
+                                 f"on {SIMULATED!r} or on a dataset folder")
         return ROOT / "data" / RECORDED
     root = run_folder.resolve(data)
     if not root.is_dir():
-        raise ParameterError(
-            f"there is no data set {data!r}: give {SIMULATED!r}, {RECORDED!r}, or a dataset folder "
-            f"({root} is none)"
-        )
+        raise ParameterError(f"there is no data set {data!r}: give {SIMULATED!r}, {RECORDED!r}, or "
+                             f"a dataset folder ({root} is none)")
     return root
 
 
 def prepare(run_dir: str | os.PathLike[str], data: str, split: str, *, n_sequences: int,
-            seed: int = 0, workers: int = 2, progress: Callable[[int], None] | None = None,
-            ) -> Path:
+            seed: int = 0, workers: int = 2,
+            progress: Callable[[int], None] | None = None) -> Path:
     """Make sure that the data set is there and return its folder; simulated drives are made once
     and found again.
 
     workers: processes that simulate (the drives do not depend on it). progress: called with the
-    number of finished drives.
-    Raises: ParameterError when the run folder holds other drives than asked for, and as
-    :func:`root_of`.
+    number of finished drives. Raises: ParameterError when the run folder holds other drives than
+    asked for, and as :func:`root_of`.
     """
     root = root_of(run_dir, data, split)
     if data != SIMULATED:
         return root
-    wanted = simulated_sequences(split, n_sequences, seed)
-    if (root / folder.INDEX).is_file():
-        found = sorted({record.sequence for record in folder.open_folder(root)})
-        if found != wanted:
-            raise ParameterError(
-                f"{root} holds {len(found)} drives ({found[0]} …) but this run asks for "
-                f"{len(wanted)} ({wanted[0]} …); choose another "
-                "run_dir, or delete the run folder and begin again")
+    if not (root / folder.INDEX).is_file():
+        drive.write_dataset(root, split=split, n_sequences=n_sequences, seed=SEED_OFFSET + seed,
+                            workers=workers, progress=progress)
         return root
-    drive.write_dataset(root, split=split, n_sequences=n_sequences, seed=SEED_OFFSET + seed,
-                        workers=workers, progress=progress)
+    wanted = simulated_sequences(split, n_sequences, seed)
+    found = sorted({record.sequence for record in folder.open_folder(root)})
+    if found != wanted:
+        raise ParameterError(
+            f"{root} holds {len(found)} drives ({found[0]} …) but this run asks for {len(wanted)} "
+            f"({wanted[0]} …); choose another run_dir, or delete the run folder and begin again")
     return root
 
 
@@ -104,28 +97,22 @@ def asked(clips: Sequence[tuple[str, str]], n_questions: int,
     """Which clip is asked which question: (index of the clip, index of the question), clip by clip.
 
     clips: (sequence, clip) in the order of the data set. A sequence gets ``questions_per_sequence``
-    questions (at most all), the first
-    one and the clip that gets it shifting from sequence to sequence, so that neither a question nor
-    a place in the drive is preferred.
+    questions (at most all), the first one and the clip that gets it shifting from sequence to
+    sequence, so that neither a question nor a place in the drive is preferred.
     """
     by_sequence: dict[str, list[int]] = {}
     for index, (sequence, _) in enumerate(clips):
         by_sequence.setdefault(sequence, []).append(index)
-    if len(by_sequence) == 1:
-        return [(index, question) for index in range(len(clips))
-                for question in range(min(n_questions, questions_per_sequence))]
     count = min(questions_per_sequence, n_questions)
-    chosen = []
-    for number, members in enumerate(by_sequence.values()):
-        for i in range(count):
-            chosen.append(
-                (members[(number + i) % len(members)], (number * count + i) % n_questions))
-    return sorted(chosen)
+    if len(by_sequence) == 1:
+        return [(index, question) for index in range(len(clips)) for question in range(count)]
+    return sorted((members[(number + i) % len(members)], (number * count + i) % n_questions)
+                  for number, members in enumerate(by_sequence.values()) for i in range(count))
 
 
 def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence: int = 10,
-            n_sequences: int | None = None, n_event_frames: int = 5, canvas: str = "slice",
-            ) -> list[plan.LazySample]:
+            n_sequences: int | None = None, n_event_frames: int = 5,
+            canvas: str = "slice") -> list[plan.LazySample]:
     """The samples of a data set, read from disk when their turn comes; the first ``n_sequences``
     sequences (default: all).
 
@@ -133,17 +120,25 @@ def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence:
     Raises: DatasetError when the folder holds no such split or no question.
     """
     records = folder.open_folder(root, split)
-    kept = list(dict.fromkeys(record.sequence for record in records))[:n_sequences]
-    records = [record for record in records if record.sequence in set(kept)]
+    kept = set(list(dict.fromkeys(record.sequence for record in records))[:n_sequences])
+    records = [record for record in records if record.sequence in kept]
     if not records:
         raise DatasetError(f"{root} holds no clip of split {split!r}; give a folder with its index")
     questions = questions_of(root)
     grid = plan.folder_samples(records, questions, n_event_frames=n_event_frames, unstored=canvas)
     clips = [(record.sequence, record.clip) for record in records]
-    return [
-        grid[clip * len(questions) + question]
-        for clip, question in asked(clips, len(questions), questions_per_sequence)
-    ]
+    return [grid[clip * len(questions) + question]
+            for clip, question in asked(clips, len(questions), questions_per_sequence)]
+
+
+def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[tuple[str, str]],
+                    n_event_frames: int, canvas: str) -> dict[str, Any]:
+    """How the event frames of these clips come about: how many clips have stored images, how many
+    are painted, and on which canvas."""
+    stored = [bool(folder.stored_frames(record, n_event_frames))
+              for record in folder.open_folder(root, split)
+              if (record.sequence, record.clip) in clips]
+    return {"stored": sum(stored), "painted": len(stored) - sum(stored), "canvas": canvas}
 
 
 def clusters(sequences: Sequence[str], clips: Sequence[str]) -> list[str]:
@@ -151,21 +146,3 @@ def clusters(sequences: Sequence[str], clips: Sequence[str]) -> list[str]:
     if len(set(sequences)) > 1:
         return list(sequences)
     return [f"{sequence}/{clip}" for sequence, clip in zip(sequences, clips, strict=True)]
-
-
-def guard(train: Sequence[str], test: Sequence[str]) -> None:
-    """Refuse a test set that shares a sequence with training. Raises: MetricError naming the
-    sequences."""
-    statistics.check_disjoint(train, test)
-
-
-def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[tuple[str, str]],
-                    n_event_frames: int, canvas: str) -> dict:
-    """How the event frames of these clips come about: how many clips have stored images, how many
-    are painted, and on which canvas."""
-    records = [
-        record for record in folder.open_folder(root, split)
-        if (record.sequence, record.clip) in clips
-    ]
-    stored = sum(bool(folder.stored_frames(record, n_event_frames)) for record in records)
-    return {"stored": stored, "painted": len(records) - stored, "canvas": canvas}
