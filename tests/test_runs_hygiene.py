@@ -1,13 +1,16 @@
 """The committed form of notebooks, and the comparison policy of nbval."""
 
+import base64
 import importlib.util
+import io
 
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
+from PIL import Image
 
 from xsd.core import ROOT, ParameterError
-from xsd.runs import hygiene, parameters
+from xsd.runs import doctor, hygiene, parameters, pictures
 
 
 def defaults_cell(**changes):
@@ -63,6 +66,59 @@ def test_each_fault_is_named(tmp_path, cells, words):
     assert any(words in problem for problem in hygiene.problems(path)), hygiene.problems(path)
     with pytest.raises(hygiene.HygieneError, match=r"06_compare\.ipynb"):
         hygiene.check([path])
+
+
+def picture(colour="white", width=8):
+    held = io.BytesIO()
+    Image.new("RGB", (width, 6), colour).save(held, "PNG")
+    return base64.b64encode(held.getvalue()).decode()
+
+
+def ignored(data, source="figure"):
+    return new_code_cell(source, outputs=[new_output("display_data", data)],
+                         metadata={"tags": ["nbval-ignore-output"]})
+
+
+FIGURE = {"application/vnd.plotly.v1+json": {"data": [], "layout": {}}, "text/plain": "Figure"}
+
+
+def kept(path):
+    return [output.data["image/png"] for cell in nbformat.read(path, 4).cells
+            for output in cell.get("outputs", ()) if "image/png" in output.get("data", {})]
+
+
+def test_figures_and_film_strips_of_ignored_cells_are_stored_as_small_pictures(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(pictures, "_figures",
+                        lambda drawn: [Image.new("RGB", (900, 90)) for _ in drawn])
+    strip = "".join(f'<img src="data:image/png;base64,{picture(width=300)}">' for _ in range(3))
+    path = stored(tmp_path, defaults_cell(), golden(), ignored(FIGURE),
+                  ignored({"text/html": strip}, "strip"), ignored({"text/plain": "7"}, "time"))
+    sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in kept(path)]
+    assert sizes == [(pictures.WIDTH, 76), (604, 16)]
+    assert hygiene.problems(path) == []
+    before = path.read_bytes()
+    hygiene.normalise(path)
+    assert path.read_bytes() == before
+
+
+def test_without_a_browser_the_pictures_of_before_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor, "browser_path", lambda: None)
+    cells = [ignored({"image/png": picture("red"), "text/plain": "<picture>"}), ignored(FIGURE)]
+    book = new_notebook(cells=[cells[1]])
+    hygiene._keep_pictures(book, hygiene._pictures_of(new_notebook(cells=[cells[0]])), print)
+    assert book.cells[0].outputs == cells[0].outputs
+    said = []
+    path = stored(tmp_path, defaults_cell(), golden(), ignored(FIGURE, "another"), normal=False)
+    hygiene.normalise(path, say=said.append)
+    assert kept(path) == [] and "figures need a Chromium" in said[0]
+
+
+def test_pictures_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(hygiene, "PICTURE_BYTES", 150)  # each has about 120
+    path = stored(tmp_path, defaults_cell(), golden(), *(
+        ignored({"image/png": picture(colour)}, colour) for colour in ("red", "blue")))
+    assert len(kept(path)) == 1
 
 
 def test_another_form_than_the_committed_one_is_named(tmp_path):

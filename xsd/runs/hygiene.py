@@ -1,15 +1,16 @@
 """The one form in which a notebook is committed, and what nbval can compare: refresh executes and
 normalises, problems says what is wrong.
 
-Cells are tagged ``nbval-ignore-output`` where a picture, a widget or a time is shown; every other
-cell with an output is *golden*: nbval compares it.
+Cells are tagged ``nbval-ignore-output`` where a picture, a widget or a time is shown; of their
+outputs only pictures are kept, as small PNGs. Every other cell with an output is *golden*: nbval
+compares it.
 """
 
 from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from xsd.runs import notebooks, parameters
 
 IGNORED = frozenset({"nbval-ignore-output", "nbval-skip"})
 COMPARABLE = frozenset({"text/plain", "text/markdown"})
+PICTURE = {"image/png", "text/plain"}
 MAX_BYTES = 200_000
+PICTURE_BYTES = 150_000
+"""Of a notebook's pictures together."""
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
@@ -29,8 +33,8 @@ METADATA = {
 
 
 def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
-    """A copy with plain metadata, only tags on cells, execution counts in order, no outputs in
-    ignored cells (a null count: run, not compared)."""
+    """A copy with plain metadata, only tags on cells, execution counts in order; in ignored cells
+    only stored pictures (and a null count: run, not compared)."""
     clean = nbformat.from_dict(notebook)
     clean.metadata = nbformat.from_dict(METADATA)
     clean.nbformat, clean.nbformat_minor = 4, 5
@@ -42,11 +46,10 @@ def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         if cell.cell_type != "code":
             continue
         count += 1
-        if IGNORED & set(tags) or not cell.get("outputs"):
-            cell.outputs = []
-            cell.execution_count = None if IGNORED & set(tags) else count
-            continue
         cell.execution_count = count
+        if IGNORED & set(tags):
+            cell.execution_count = None
+            cell.outputs = [one for one in cell.outputs if set(one.get("data", ())) == PICTURE]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
@@ -60,9 +63,9 @@ def text_of(notebook: nbformat.NotebookNode) -> str:
     return nbformat.writes(normalised(notebook)) + "\n"
 
 
-def refresh(path: str | os.PathLike[str], *, timeout_s: int = 900) -> None:
+def refresh(path: str | os.PathLike[str], *, timeout_s: int = 900, say: Any = print) -> None:
     """Execute in the notebook's folder, with default parameters and a quiet environment, and store
-    the normalised result.
+    the normalised result with its pictures.
 
     Raises: notebooks.NotebookError when a cell fails; the file is then left as it was.
     """
@@ -71,23 +74,58 @@ def refresh(path: str | os.PathLike[str], *, timeout_s: int = 900) -> None:
 
     path = Path(path)
     notebook = nbformat.read(path, 4)
+    before = _pictures_of(notebook)
     client = NotebookClient(notebook, timeout=timeout_s, kernel_name="python3", record_timing=False,
-                            resources={"metadata": {"path": str(path.parent.resolve())}},
-                            )
-    environment = {**os.environ, **notebooks.QUIET}
+                            resources={"metadata": {"path": str(path.parent.resolve())}})
     try:
-        client.execute(env=environment)
+        client.execute(env={**os.environ, **notebooks.QUIET})
     except CellExecutionError as error:
         raise notebooks.NotebookError(
             f"notebook {path.name} does not run: {error.ename}: {error.evalue}; {path} was left as "
-            "it was"
-        ) from error
+            "it was") from error
+    _keep_pictures(notebook, before, say)
     atomic_write(path, text_of(notebook))
 
 
-def normalise(path: str | os.PathLike[str]) -> None:
-    """Store the normalised form without executing."""
-    atomic_write(path, text_of(nbformat.read(path, 4)))
+def normalise(path: str | os.PathLike[str], *, say: Any = print) -> None:
+    """Store the normalised form, with the pictures of what was executed, without executing."""
+    notebook = nbformat.read(path, 4)
+    _keep_pictures(notebook, _pictures_of(notebook), say)
+    atomic_write(path, text_of(notebook))
+
+
+def _pictures_of(notebook: nbformat.NotebookNode) -> dict[str, list[Any]]:
+    """The stored pictures by their cell's code."""
+    return {cell.source: found for cell in notebook.cells
+            if (found := [one for one in cell.get("outputs", ())
+                          if set(one.get("data", ())) == PICTURE])}
+
+
+def _keep_pictures(notebook: nbformat.NotebookNode, before: Mapping[str, list[Any]],
+                   say: Any) -> None:
+    """Put small PNGs in place of the figures of ignored cells, as many as fit into the file; where
+    none can be drawn, those of before stay."""
+    from xsd.runs import pictures
+
+    room = PICTURE_BYTES
+    for cell in notebook.cells:
+        if cell.cell_type != "code" or not IGNORED & set(cell.metadata.get("tags", [])):
+            continue
+        try:
+            drawn = pictures.to_png(cell.outputs)
+        except (RuntimeError, OSError, ValueError) as error:
+            say(f"the browser drew no picture ({type(error).__name__}: {str(error)[:120]})")
+            drawn = []
+        if not drawn and cell.source in before:
+            drawn = before[cell.source]
+        cell.outputs = []
+        for output in drawn:
+            size = len(output.data["image/png"])
+            if size <= room:
+                cell.outputs.append(output)
+                room -= size
+    if room == PICTURE_BYTES:
+        say("no picture is stored: figures need a Chromium (BROWSER_PATH names one)")
 
 
 def parameters_cell(notebook: nbformat.NotebookNode) -> dict[str, Any]:
