@@ -1,11 +1,10 @@
 """The words every room shares: records, the decoder-handle protocol, the error tree.
 
-Only the standard library is imported here; torch and numpy appear in annotations alone. Rooms and
-layers: docs/architecture.md.
+Only the standard library is imported here; torch and numpy appear in annotations alone.
 
 Letters in shapes: B batch, S positions of the answer, D hidden width (D_d drafter, D_v verifier), V
-vocabulary, F event frames,
-H and W pixels. ``gamma`` is the number of draft tokens a round, ``tau`` a cosine threshold.
+vocabulary, F event frames, H and W pixels. ``gamma`` is the number of draft tokens per round,
+``tau`` a cosine threshold.
 """
 
 from __future__ import annotations
@@ -31,7 +30,6 @@ Tap = Literal["post_norm", "pre_norm"]
 only for post_norm."""
 
 # --- errors: each message names the thing, what was expected and the way out
-# ---------------------------------------------
 
 
 class XsdError(Exception):
@@ -83,17 +81,15 @@ class TrainingError(XsdError):
 
 
 # --- records
-# ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Sample:
     """One clip with one question, as both sensors saw it.
 
-    event_frames: F images uint8 [H, W, 3]; sizes may differ where the official slice canvas is
-    used.
+    event_frames: F images uint8 [H, W, 3]; sizes differ where the official slice canvas is used.
     video: uint8 [8, H, W, 3], the frames the verifier sees. t_us: start and end of the clip on the
-    sensor clock, in µs.
+    sensor clock, in µs. source: ``simulated`` | ``recorded`` | a folder's name.
     """
 
     sequence: str
@@ -104,19 +100,19 @@ class Sample:
     t_us: tuple[int, int] | None = None
     split: str | None = None
     source: str | None = None
-    """Where it came from: ``simulated`` | ``recorded`` | a folder's name."""
+
     @property
     def key(self) -> str:
         """Stable name of the sample inside its dataset: sequence/clip/question-hash."""
-        return f"{self.sequence}/{self.clip}/{hashlib.sha256(self.question.encode()).hexdigest()[:8]}"
+        question = hashlib.sha256(self.question.encode()).hexdigest()[:8]
+        return f"{self.sequence}/{self.clip}/{question}"
 
 
 @dataclass(frozen=True)
 class PairedStates:
     """Hidden states of both decoders at the positions of one answer.
 
-    hidden_by_drafter: [S_d, D_d]. hidden_by_verifier: [S_v, D_v]. ids_by_drafter: int64 [S_d].
-    ids_by_verifier: int64 [S_v].
+    hidden_by_drafter: [S_d, D_d]. hidden_by_verifier: [S_v, D_v]. ids_by_*: int64 [S_d] and [S_v].
     ``hidden[t]`` is the state that *predicts* token t (read one position before it), so
     argmax(lm_head(hidden[t])) == ids[t] for a model's own greedy tokens. In teacher_forced mode S_d
     == S_v, position t of both follows the verifier's tokens 0…t-1, and ids_by_drafter[t] is what
@@ -141,10 +137,8 @@ class PairedStates:
 @dataclass(frozen=True)
 class Batch:
     """Padded on the right. drafter: [B, S, D_d], verifier: [B, S, D_v], ids_by_*: int64 [B, S],
-    mask: bool [B, S] True on real positions.
-
-    sequence: B names, the cluster of every statistic. index: B positions in the dataset.
-    """
+    mask: bool [B, S] True on real positions. sequence: B names, the cluster of every statistic.
+    index: B positions in the dataset."""
 
     drafter: Tensor
     verifier: Tensor
@@ -159,11 +153,8 @@ class Batch:
 @dataclass(frozen=True)
 class Round:
     """One draft-verify round. drafted: the draft tokens; n_accepted: how many the verifier agreed
-    with; bonus: its own next token.
-
-    Times are seconds since the request began, on one clock. ``bonus`` is None when the request
-    ended inside the accepted draft.
-    """
+    with; bonus: its own next token, None when the request ended inside the accepted draft. Times
+    are seconds since the request began, on one clock."""
 
     drafted: tuple[int, ...]
     n_accepted: int
@@ -199,12 +190,11 @@ class Generation:
 
 
 # --- the decoder handle
-# ------------------------------------------------------------------------------------------------
 
 
 class State(Protocol):
-    """A decoder's KV cache with what the last position said. length: cached positions. hidden: [D],
-    logits: [V] at the last position."""
+    """A decoder's KV cache. length: cached positions. hidden [D], logits [V]: what the last one
+    said."""
 
     length: int
     hidden: Tensor

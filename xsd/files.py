@@ -1,7 +1,5 @@
-"""Safe writing, hashes, where a number came from, seeds, and objects named by a text.
-
-Only the standard library and xsd.core are imported here.
-"""
+"""Safe writing, hashes, where a number came from, and objects named by a text. Only the standard
+library and xsd.core are imported here."""
 
 from __future__ import annotations
 
@@ -13,7 +11,6 @@ import importlib
 import json
 import os
 import platform
-import random
 import re
 import subprocess
 import sys
@@ -29,10 +26,8 @@ from xsd.core import ROOT, ParameterError, StorageError, XsdError
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a temporary name beside ``target``; on success sync and rename, on failure remove it
-    and leave the target as it was.
-
-    Raises: StorageError when the disk is full or the folder cannot be written.
-    """
+    and leave the target as it was. Raises: StorageError when the disk is full or the folder cannot
+    be written."""
     target = Path(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -104,13 +99,11 @@ def sha256_of(*paths: str | os.PathLike[str]) -> str:
     digest = hashlib.sha256()
     for path in paths:
         with open(path, "rb") as file:
-            while block := file.read(1 << 20):
-                digest.update(block)
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
-# --- provenance and seeds
-# ------------------------------------------------------------------------------------------------
+# --- where a number came from
 
 _PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bitsandbytes",
              "papermill", "safetensors")
@@ -118,26 +111,21 @@ _PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bits
 
 def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu",
                **extra: Any) -> dict[str, Any]:
-    """Where a number came from: git revision (and whether the tree was dirty), versions, seed, data
-    hash, device, command.
+    """Git revision (and whether the tree was dirty), versions, machine, seed, data hash, device,
+    command: the verb and its arguments, or ``["notebook", <its file>]`` inside a kernel.
 
-    Paths are :func:`portable`, since reports with these records are published. command: the verb
-    and its arguments, or ``["notebook", <its file>]`` inside a kernel, whose own arguments say
-    nothing.
+    Paths are :func:`portable`, since reports with these records are published.
     """
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    return {
-        "git_revision": _git("rev-parse", "HEAD") or "unknown",
-        "git_dirty": bool(_git("status", "--porcelain",
-                               "--untracked-files=no")), "versions": versions, "machine": {
-                                   "system": platform.system(), "processor": platform.machine(),
-                                   "cores": os.cpu_count()
-                               }, "seed": seed, "data_hash": data_hash, "device": device,
-        "command": _command(), **portable(extra),
-    }
+    machine = {"system": platform.system(), "processor": platform.machine(),
+               "cores": os.cpu_count()}
+    return {"git_revision": _git("rev-parse", "HEAD") or "unknown",
+            "git_dirty": bool(_git("status", "--porcelain", "--untracked-files=no")),
+            "versions": versions, "machine": machine, "seed": seed, "data_hash": data_hash,
+            "device": device, "command": _command(), **portable(extra)}
 
 
 def portable(value: Any) -> Any:
@@ -148,17 +136,15 @@ def portable(value: Any) -> Any:
         return {key: portable(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
         return [portable(one) for one in value]
-    if isinstance(value, Path):
-        return portable(str(value))
-    if not isinstance(value, str):
+    if not isinstance(value, (str, Path)):
         return value
-    if "\n" not in value and Path(value).is_absolute():
-        path = Path(value)
+    text, path = str(value), Path(value)
+    if "\n" not in text and path.is_absolute():
         return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
-    if not re.search("[=,]", value):
-        return value
-    return "".join(piece if piece in "=," else portable(piece)
-                   for piece in re.split("([=,])", value))
+    pieces = re.split("([=,])", text)
+    if len(pieces) == 1:
+        return text
+    return "".join(piece if piece in "=," else portable(piece) for piece in pieces)
 
 
 def _command() -> list[str]:
@@ -177,14 +163,7 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
-def seed_all(seed: int) -> None:
-    """Seed Python, numpy and torch where they are already imported; call after importing what
-    draws."""
-    random.seed(seed)
-    if "numpy" in sys.modules:
-        sys.modules["numpy"].random.seed(seed % 2**32)
-    if "torch" in sys.modules:
-        sys.modules["torch"].manual_seed(seed)
+# --- a researcher's own parts
 
 
 def import_object(text: str) -> Any:
@@ -192,8 +171,7 @@ def import_object(text: str) -> Any:
     or one in the working directory or the checkout.
 
     Naming a module runs it: call this with what the user typed, never with what a file says.
-    Raises: ParameterError when the text has another form, the module cannot be imported or lacks
-    the name.
+    Raises: ParameterError for another form, a module that cannot be imported or lacks the name.
     """
     module, colon, name = text.partition(":")
     if not (module and colon and name):
