@@ -106,12 +106,6 @@ class EventGPTModel(LlamaModel):
         """[N,3,h,w] pixels to [N,P,D]: tower, projector, adaptor."""
         return self.feature_adaptor(self.visual_projector(self.visual_tower(pixels)))
 
-    def event_tokens(self, pixels: Tensor) -> Tensor:
-        """[..., F,3,h,w] pixels to [..., F+P, D]: temporal tokens, then spatial tokens."""
-        *batch, n_frames = pixels.shape[:-3]
-        features = self.event_features(pixels.flatten(0, -4)).unflatten(0, (*batch, n_frames))
-        return torch.cat([features.mean(dim=-2), features.mean(dim=-3)], dim=-2)
-
 
 class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     """EventGPT with its language-model head; ``hidden_states[-1]`` is after the final norm and
@@ -129,10 +123,12 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def event_tokens(self, pixels: Tensor) -> Tensor:
-        """[F,3,h,w] (or [B,F,3,h,w]) pixels to [F+P, D] (or [B,F+P,D]) event tokens."""
-        # The adaptor is never quantised: its dtype is the model's own.
-        weight = self.model.feature_adaptor.weight
-        return self.model.event_tokens(pixels.to(weight.device, weight.dtype))
+        """[F,3,h,w] (or [B,F,3,h,w]) pixels to [F+P, D] (or [B,F+P,D]) event tokens: temporal
+        tokens, then spatial tokens."""
+        weight = self.model.feature_adaptor.weight  # never quantised: its dtype is the model's own
+        frames = pixels.to(weight.device, weight.dtype).flatten(0, -4)
+        features = self.model.event_features(frames).unflatten(0, pixels.shape[:-3])
+        return torch.cat([features.mean(dim=-2), features.mean(dim=-3)], dim=-2)
 
     def embed_prompt(self, ids: Tensor, event_tokens: Tensor) -> Tensor:
         """Embeddings of a prompt with the event tokens in place of id -200.

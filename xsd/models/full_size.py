@@ -68,7 +68,6 @@ class ModelSize:
     name: str
     role: Role
     parameters: dict[str, int]
-    n_tensors: int
     linear_rows: int
     largest_linear: int
     layers: int
@@ -127,7 +126,6 @@ def _size_of(model_class: type, config: Any, role: Role, name: str, *,
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelSize(
         name=name, role=role, parameters=_by_part(model, linear),
-        n_tensors=len(list(model.parameters())),
         linear_rows=sum(layer.out_features for layer in linear),
         largest_linear=max(layer.weight.numel() for layer in linear),
         layers=text.num_hidden_layers, hidden=text.hidden_size,

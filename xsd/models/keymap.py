@@ -4,13 +4,12 @@ a model expects."""
 from __future__ import annotations
 
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
 
 from xsd import files
 from xsd.core import CheckpointError
@@ -22,38 +21,23 @@ IGNORED = ("position_ids", "rotary_emb.inv_freq")
 """Buffers that older files carry and no model reads."""
 
 
-def compare(on_disk: Mapping[str, Shape], expected: Mapping[str, Shape], *,
-            unexpected: bool = True) -> str:
-    """How two name → shape maps differ; empty where they agree. unexpected: names that are only on
-    disk count."""
-    both = sorted(on_disk.keys() & expected.keys())
-    return describe(expected.keys() - on_disk.keys(),
-                    on_disk.keys() - expected.keys() if unexpected else (),
-                    {name: (on_disk[name], expected[name])
-                     for name in both if on_disk[name] != expected[name]})
+def differences(missing: Iterable[str], unexpected: Iterable[str],
+                mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
+    """How a checkpoint's tensors differ from a model's, in words; empty where they do not.
 
-
-def describe(missing: Iterable[str], unexpected: Iterable[str],
-             mismatched: Mapping[str, tuple[Shape, Shape]]) -> str:
-    """The difference in words; empty where there is none. mismatched: name → (shape on disk, shape
-    expected). IGNORED names never count as unexpected."""
+    mismatched: (name, shape on disk, shape expected). IGNORED names never count as unexpected.
+    """
+    shapes = [f"{name} is {list(disk)}, expected {list(model)}"
+              for name, disk, model in mismatched]
     left_over = [name for name in unexpected if not name.endswith(IGNORED)]
-    parts = [f"{len(names)} {what} ({_few(sorted(names))})"
-             for what, names in (("missing", list(missing)), ("unexpected", left_over)) if names]
-    if mismatched:
-        shapes = [f"{name} is {list(disk)}, expected {list(model)}"
-                  for name, (disk, model) in mismatched.items()]
-        parts.append(f"{len(shapes)} of another shape ({_few(shapes)})")
+    parts = [f"{len(found)} {what} ({_few(sorted(found))})"
+             for what, found in (("missing", list(missing)), ("unexpected", left_over),
+                                 ("of another shape", shapes)) if found]
     return "; ".join(parts)
 
 
 def _few(names: list[str], n: int = 3) -> str:
     return ", ".join(names[:n]) + (f", and {len(names) - n} more" if len(names) > n else "")
-
-
-def expected_shapes(model: nn.Module) -> dict[str, Shape]:
-    """Name → shape of every tensor a model reads from disk (it may stand on the meta device)."""
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def read_json(path: Path) -> Any:

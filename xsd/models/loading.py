@@ -1,8 +1,8 @@
 """Checkpoint folders to decoder handles: the drafter (EventGPT), the verifier (a video model of
 transformers), and the pair.
 
-Everything is checked before the weights are read: whole files, model type, tensor names and shapes;
-after it: NaN. Nothing is downloaded: a checkpoint is a folder on this machine.
+Whole files and the model type are checked before the weights are read; names and shapes of the
+tensors, and NaN, after it. Nothing is downloaded: a checkpoint is a folder on this machine.
 """
 
 from __future__ import annotations
@@ -124,14 +124,8 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
         config = EventGPTConfig.from_pretrained(folder)
     if config.vision_config is None:
         config.vision_config = tower.describe(folder, clip_folder, shapes)
-    with torch.device("meta"):
-        expected = keymap.expected_shapes(EventGPTForCausalLM(config))
-    if not has_tower:
-        expected = {k: v for k, v in expected.items() if not k.startswith(keymap.TOWER)}
-    if wrong := keymap.compare(shapes, expected):
-        raise CheckpointError(f"{folder} does not fit EventGPT's tensors: {wrong}; check "
-                              "config.json, or give the matching CLIP folder as vision_tower")
-    model, _ = _from_pretrained(EventGPTForCausalLM, folder, dtype, device, quant, config=config)
+    model = _from_pretrained(EventGPTForCausalLM, folder, dtype, device, quant, config=config,
+                             lacks="" if has_tower else keymap.TOWER)
     if not has_tower:
         tower.load_weights(model, clip_folder)
     pixels = read_pixel_spec(folder, clip_folder, image_size=config.tower_config().image_size)
@@ -157,21 +151,15 @@ def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video "
                               "model such as Video-LLaVA as the verifier")
-    keymap.tensor_shapes(folder)
+    shapes = keymap.tensor_shapes(folder)
     config, model_class = verifier_class(folder)
     with _quiet(), torch.device("meta"):
         _check_video_model(model_class(config), folder)
-    model, info = _from_pretrained(AutoModelForImageTextToText, folder, dtype, device, quant,
-                                   ignore_mismatched_sizes=True)
-    missing = info["missing_keys"]
-    if missing and all("image_tower." in name for name in missing):
+    has_tower = any("image_tower." in name for name in shapes)
+    model = _from_pretrained(model_class, folder, dtype, device, quant,
+                             lacks="" if has_tower else "model.image_tower.")
+    if not has_tower and hasattr(model.model, "image_tower"):
         model.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
-        missing = ()
-    mismatched = {name: (tuple(disk), tuple(expected))
-                  for name, disk, expected in info["mismatched_keys"]}
-    if wrong := keymap.describe(missing, info["unexpected_keys"], mismatched):
-        raise CheckpointError(f"{folder} does not fit {type(model).__name__}: {wrong}; check "
-                              "config.json or download it again")
     pixels = read_pixel_spec(folder, image_size=config.vision_config.image_size)
     return _handle(model, "verifier", pixels, folder, quant)
 
@@ -250,20 +238,28 @@ def _text_tokens(tokenizer: Any, model: nn.Module) -> int:
 
 
 def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, device: str,
-                     quant: str | None, **kwargs: Any) -> tuple[Any, dict[str, Any]]:
+                     quant: str | None, *, lacks: str, **kwargs: Any) -> Any:
+    """The model, its tensors those of the folder. lacks: beginning of the names that may be
+    missing, because they are filled afterwards."""
     dtype = dtype_of(dtype)
     if quant is not None:
         kwargs |= {"quantization_config": quantization_config(quant, dtype),
                    "device_map": {"": device}}
     try:
         with _quiet():
-            model, info = model_class.from_pretrained(folder, dtype=dtype, local_files_only=True,
-                                                      output_loading_info=True, **kwargs)
+            model, info = model_class.from_pretrained(
+                folder, dtype=dtype, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, **kwargs)
     except (RuntimeError, OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} could not be loaded: {reason}; check its files against "
                               "the original") from error
-    return (model if quant is not None else model.to(device)), info
+    missing = [name for name in info["missing_keys"] if not (lacks and name.startswith(lacks))]
+    if wrong := keymap.differences(missing, info["unexpected_keys"], info["mismatched_keys"]):
+        raise CheckpointError(f"{folder} does not fit {model_class.__name__}: {wrong}; check "
+                              "config.json (of the drafter: or give the matching CLIP folder as "
+                              "vision_tower), or download it again")
+    return model if quant is not None else model.to(device)
 
 
 @contextlib.contextmanager

@@ -89,8 +89,11 @@ def load_weights(model: EventGPTForCausalLM, folder: Path) -> None:
         raise CheckpointError(f"{folder} holds no CLIP vision tensors (names with "
                               "'vision_model.'); give the folder of a CLIP model")
     clip = model.model.visual_tower.clip
-    shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    if wrong := keymap.compare(shapes, keymap.expected_shapes(clip), unexpected=False):
+    expected = clip.state_dict()
+    missing = expected.keys() - weights.keys()
+    mismatched = [(name, tensor.shape, expected[name].shape) for name, tensor in weights.items()
+                  if name in expected and tensor.shape != expected[name].shape]
+    if wrong := keymap.differences(missing, (), mismatched):
         raise CheckpointError(f"the CLIP in {folder} does not fit this checkpoint: {wrong}; give "
                               "the CLIP the checkpoint was trained with")
     clip.load_state_dict(weights, strict=False)
