@@ -8,6 +8,7 @@ import torch
 import train_examples as examples
 from test_adapters_levels import VOCABULARY, WIDTH, make, make_batch
 
+from xsd.adapters import base
 from xsd.core import ParameterError, TrainingError
 from xsd.train import fit, objectives, parts, source
 from xsd.train.recipes import FitConfig
@@ -52,6 +53,15 @@ def test_several_small_batches_make_the_step_of_one_large_one(name, options):
         batch, [0]), rows(batch, [1]), rows(batch, [2, 3, 4])], config, head)
     assert pieces[0] == pytest.approx(whole[0], rel=1e-5)
     torch.testing.assert_close(pieces[1], whole[1], atol=1e-5, rtol=1e-4)
+
+
+def test_l5_is_also_asked_for_the_next_state():
+    adapter, batch = make("L5"), make_batch([4, 4])
+    total, _ = gradients(adapter, [batch], FitConfig(), None)
+    aligned = adapter.align(batch).aligned
+    here = base.alignment_loss(aligned, batch.verifier)["total_loss"]
+    later = base.alignment_loss(aligned[:, :-1], batch.verifier[:, 1:])["total_loss"]
+    assert total == pytest.approx(float((here + 0.5 * later).detach()), rel=1e-5)
 
 
 def test_rollout_steps_are_averaged_with_their_decay():

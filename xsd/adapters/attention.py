@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from xsd.adapters.base import Adapter, causal_mask, default_sizes
+from xsd.adapters.base import Adapter, causal_mask, default_sizes, eye_linear
 from xsd.core import ParameterError
 
 
@@ -20,13 +20,13 @@ class TransformerLayer(nn.Module):
     The same function as ``torch.nn.TransformerEncoderLayer(norm_first=True)`` (held together by a
     test), written out because the rollout of eagle.py needs keys and values one by one.
     """
+
     def __init__(self, hidden_size: int, *, n_heads: int, ffn: int, dropout: float) -> None:
         super().__init__()
         if hidden_size % n_heads:
             raise ParameterError(
                 f"{n_heads} attention heads do not divide the hidden size {hidden_size}; choose "
-                "n_heads among its divisors"
-            )
+                "n_heads among its divisors")
         self.n_heads, self.dropout = n_heads, dropout
         self.attention_norm = nn.LayerNorm(hidden_size)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
@@ -41,8 +41,8 @@ class TransformerLayer(nn.Module):
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, D] → queries, keys, values, each [B, heads, S, D / heads]."""
         batch, size, width = x.shape
-        packed = self.query_key_value(self.attention_norm(x)).view(batch, size, 3, self.n_heads,
-                                                                   width // self.n_heads)
+        packed = self.query_key_value(self.attention_norm(x))
+        packed = packed.view(batch, size, 3, self.n_heads, width // self.n_heads)
         queries, keys, values = packed.permute(2, 0, 3, 1, 4)
         return queries, keys, values
 
@@ -55,12 +55,9 @@ class TransformerLayer(nn.Module):
     def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
         """x: [B, S, D]. allowed: bool, broadcastable to [B, heads, S, S], True where a query may
         look at a key."""
-        queries, keys, values = self.project(x)
-        dropout = self.dropout if self.training else 0.0
-        return self.finish(
-            x,
-            F.scaled_dot_product_attention(queries, keys, values, attn_mask=allowed,
-                                           dropout_p=dropout))
+        attended = F.scaled_dot_product_attention(*self.project(x), attn_mask=allowed,
+                                                  dropout_p=self.dropout if self.training else 0.0)
+        return self.finish(x, attended)
 
     def last(self, x: Tensor) -> Tensor:
         """x: [S, D] → [D], what :meth:`forward` says at the last position when it may look at all:
@@ -68,10 +65,10 @@ class TransformerLayer(nn.Module):
         width = x.shape[1]
         normed = self.attention_norm(x)
         weight, bias = self.query_key_value.weight, self.query_key_value.bias
-        query = F.linear(normed[-1:], weight[:width], bias[:width]).view(1, self.n_heads,
-                                                                         -1).transpose(0, 1)
-        keys, values = F.linear(normed, weight[width:],
-                                bias[width:]).view(len(x), 2, self.n_heads, -1).permute(1, 2, 0, 3)
+        query = F.linear(normed[-1:], weight[:width], bias[:width])
+        query = query.view(1, self.n_heads, -1).transpose(0, 1)
+        packed = F.linear(normed, weight[width:], bias[width:]).view(len(x), 2, self.n_heads, -1)
+        keys, values = packed.permute(1, 2, 0, 3)
         attended = F.scaled_dot_product_attention(query[None], keys[None], values[None])
         return self.finish(x[None, -1:], attended)[0, 0]
 
@@ -81,14 +78,12 @@ class TransformerLayer(nn.Module):
         rollout).
 
         queries, keys, values: [B, H, S, d]; allowed: bool [S, S]; own: (key, value) pairs, each [B,
-        H, S, d]: row s is for query s alone.
-        Returns: [B, H, S, d].
+        H, S, d]: row s is for query s alone.   Returns: [B, H, S, d].
         """
         scale = 1 / math.sqrt(queries.shape[-1])
         shared = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
         further = [(queries * key).sum(-1, keepdim=True) * scale for key, _ in own]
-        weights = F.dropout(
-            torch.cat([shared, *further], dim=-1).softmax(-1), self.dropout, self.training)
+        weights = self._drop(torch.cat([shared, *further], dim=-1).softmax(-1))
         result = weights[..., :keys.shape[2]] @ values
         for column, (_, value) in enumerate(own, start=keys.shape[2]):
             result = result + weights[..., column:column + 1] * value
@@ -123,24 +118,21 @@ class AttentionAdapter(Adapter):
     prefixes all the same (with one layer a prefix's last position is exactly what the causal mask
     gives, because keys and values come from the inputs alone).
     """
+
     def __init__(self, hidden_size: int = 4096, *, level: str = "L4",
                  drafter_size: int | None = None, input_map: bool = False, causal: bool = True,
                  n_heads: int | None = None, ffn: int | None = None, dropout: float = 0.1,
-                 alpha: float = 0.1,
-                 ) -> None:
+                 alpha: float = 0.1) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level, self.causal = level, causal
         n_heads = n_heads or math.gcd(8, hidden_size)
         ffn = ffn or default_sizes(hidden_size)["ffn"]
-        self.options |= {
-            "causal": causal, "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha
-        }
+        self.options |= {"causal": causal, "n_heads": n_heads, "ffn": ffn, "dropout": dropout,
+                         "alpha": alpha}
         self.layer = TransformerLayer(hidden_size, n_heads=n_heads, ffn=ffn, dropout=dropout)
         self.final_norm = nn.LayerNorm(hidden_size)
-        self.projection = nn.Linear(hidden_size, hidden_size)
+        self.projection = eye_linear(hidden_size, hidden_size)
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
-        nn.init.eye_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
 
     @torch.no_grad()
     def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
@@ -155,7 +147,6 @@ class AttentionAdapter(Adapter):
         """x: [B, S, D_d] → [B, S, D_v]. mask: bool [B, S], True on real positions. causal:
         overrides the adapter's own."""
         x = self.input_map(x)
-        allowed = allowed_keys(x.shape[1], mask, causal=self.causal if causal is None else causal,
-                               device=x.device)
-        projected = self.projection(self.final_norm(self.layer(x, allowed)))
-        return x + self.alpha * (projected - x)
+        causal = self.causal if causal is None else causal
+        allowed = allowed_keys(x.shape[1], mask, causal=causal, device=x.device)
+        return x + self.alpha * (self.projection(self.final_norm(self.layer(x, allowed))) - x)

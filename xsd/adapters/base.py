@@ -10,9 +10,9 @@ the state that predicts token t)::
     both       1      verifier[0…t], drafter[0…t+lead]        verifier[t+1]        L5F
 
 With shift 1 the target is one position later than the last input, so no adapter ever sees the state
-it is to predict. L5F's ``drafter_lead``
-is 1 by default: once verifier[t] is known, token t is known, so the drafter can have read it, and
-drafter[t+1] exists while drafting; 0 is the reference's alignment. See docs/adapters.md.
+it is to predict. L5F's ``drafter_lead`` is 1 by default: once verifier[t] is known, token t is
+known, so the drafter can have read it, and drafter[t+1] exists while drafting; 0 is the reference's
+alignment. See docs/adapters.md.
 """
 
 from __future__ import annotations
@@ -49,40 +49,44 @@ def default_sizes(hidden_size: int) -> dict[str, int]:
     return {"bottleneck": max(1, hidden_size // 2), "wide": hidden_size, "ffn": 2 * hidden_size}
 
 
+def eye_linear(inputs: int, outputs: int) -> nn.Linear:
+    """A linear map that starts as the identity, as far as the widths allow."""
+    made = nn.Linear(inputs, outputs)
+    nn.init.eye_(made.weight)
+    nn.init.zeros_(made.bias)
+    return made
+
+
 def alignment_loss(aligned: Tensor, target: Tensor, mask: Tensor | None = None, *,
                    cosine_weight: float = 0.5) -> dict[str, Tensor]:
     """The reference's loss, MSE + 0.5 (1 - cos), each a mean over the real positions.
 
     Args: aligned, target: [B, S, D]. mask: bool [B, S], True on real positions; None means all.
-    Returns: total_loss, mse_loss, cos_loss, cos_sim (scalars).   Raises: MetricError when the shapes differ or nothing is unmasked.
+    Returns: total_loss, mse_loss, cos_loss, cos_sim (scalars).
+    Raises: MetricError when the shapes differ or nothing is unmasked.
     """
     if aligned.shape != target.shape:
         raise MetricError(
             f"aligned states {tuple(aligned.shape)} and targets {tuple(target.shape)} must have "
-            "one shape; check the adapter's shift "
-            "and width")
+            "one shape; check the adapter's shift and width")
     if mask is not None:
         aligned, target = aligned[mask.bool()], target[mask.bool()]
     if aligned.numel() == 0:
         raise MetricError(
             "the alignment loss has no position left: the mask leaves none; drop empty answers "
-            "before training"
-        )
+            "before training")
     mse = F.mse_loss(aligned, target)
     cosine = F.cosine_similarity(aligned, target, dim=-1).mean()
-    return {
-        "total_loss": mse + cosine_weight * (1 - cosine), "mse_loss": mse, "cos_loss": 1 - cosine,
-        "cos_sim": cosine
-    }
+    total = mse + cosine_weight * (1 - cosine)
+    return {"total_loss": total, "mse_loss": mse, "cos_loss": 1 - cosine, "cos_sim": cosine}
 
 
 class Adapter(nn.Module):
     """Base of all adapters.
 
     hidden_size: D_v, the verifier's width. drafter_size: D_d; where it differs (or
-    ``input_map=True``) a linear map D_d → D_v comes
-    first, the identity at initialisation as far as the widths allow. ``options`` holds the
-    constructor's arguments as saved beside the weights.
+    ``input_map=True``) a linear map D_d → D_v comes first, the identity at initialisation as far as
+    the widths allow. ``options`` holds the constructor's arguments as saved beside the weights.
     """
 
     level: str = ""
@@ -99,30 +103,25 @@ class Adapter(nn.Module):
     draft_ids: Tensor | None
     """int64 [k], ascending: the only tokens it drafts; None: all (a reduced draft vocabulary,
     docs/adapters.md, section 4)."""
+
     def __init__(self, hidden_size: int, *, drafter_size: int | None = None,
                  input_map: bool = False) -> None:
         super().__init__()
-        if hidden_size < 1 or (drafter_size is not None and drafter_size < 1):
+        self.hidden_size, self.drafter_size = hidden_size, drafter_size or hidden_size
+        if min(self.hidden_size, self.drafter_size) < 1:
             raise ParameterError(
                 f"hidden sizes must be positive, not verifier {hidden_size} and drafter "
-                f"{drafter_size}"
-            )
-        self.hidden_size = hidden_size
-        self.drafter_size = drafter_size or hidden_size
+                f"{drafter_size}")
         self.options: dict[str, Any] = {"input_map": input_map}
         self.register_buffer("draft_ids", None)
         self.input_map: nn.Module = nn.Identity()
         if self.reads != "verifier" and (input_map or self.drafter_size != hidden_size):
-            self.input_map = nn.Linear(self.drafter_size, hidden_size)
-            nn.init.eye_(self.input_map.weight)
-            nn.init.zeros_(self.input_map.bias)
+            self.input_map = eye_linear(self.drafter_size, hidden_size)
 
     def config(self) -> dict[str, Any]:
         """Level, widths and options: what create_adapter needs to build this adapter again."""
-        return {
-            "level": self.level, "hidden_size": self.hidden_size, "drafter_size": self.drafter_size,
-            "options": dict(self.options)
-        }
+        return {"level": self.level, "hidden_size": self.hidden_size,
+                "drafter_size": self.drafter_size, "options": dict(self.options)}
 
     def set_draft_vocabulary(self, ids: Tensor) -> None:
         """Draft only the tokens ``ids``, int64 [k]; saved with the weights. Raises: ParameterError
@@ -130,8 +129,7 @@ class Adapter(nn.Module):
         if ids.numel() == 0 or len(ids.unique()) != ids.numel():
             raise ParameterError(
                 f"a draft vocabulary is at least one id and none twice, not {ids.numel()}, "
-                f"{len(ids.unique())} different"
-            )
+                f"{len(ids.unique())} different")
         self.options["draft_vocabulary"] = ids.numel()
         self.register_buffer("draft_ids", ids.detach().to(torch.int64).flatten())
 
@@ -140,47 +138,20 @@ class Adapter(nn.Module):
         D_v]."""
         raise NotImplementedError(f"{type(self).__name__} defines no forward")
 
-    def _extra_loss(self, aligned: Tensor, target: Tensor, mask: Tensor | None) -> Tensor | None:
-        return None
-
-    def compute_loss(self, x: Tensor | tuple[Tensor, Tensor], target: Tensor,
-                     mask: Tensor | None = None) -> dict[str, Tensor]:
-        """The reference's loss of ``forward(x)`` against ``target`` at the same index (shift the
-        two before calling; :meth:`align` does).
-
-        Args: x: [B, S, D], or the pair (drafter, verifier). target: [B, S, D_v]. mask: bool [B, S].
-        Returns: total_loss, mse_loss, cos_loss, cos_sim (scalars). L5 adds its weighted next-state
-        term to total_loss.
-        """
-        aligned = self(*x, mask=mask) if isinstance(x, tuple) else self(x, mask=mask)
-        losses = alignment_loss(aligned, target, mask)
-        extra = self._extra_loss(aligned, target, mask)
-        return losses if extra is None else {**losses, "total_loss": losses["total_loss"] + extra}
-
     # --- the shift, once
-    # --------------------------------------------------------------------------------------------
 
     def inputs_of(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor]:
         """What :meth:`forward` reads of a batch and what it is to predict: (inputs, input mask,
         target, ids, target mask)."""
         if self.shift == 0:
             return (batch.drafter,), batch.mask, batch.verifier, batch.ids_by_verifier, batch.mask
-        past, target, ids = batch.verifier[:, :-1], batch.verifier[:, 1:], batch.ids_by_verifier[:,
-                                                                                                 1:]
-        both = batch.mask[:, :-1] & batch.mask[:, 1:]
-        if self.reads == "verifier":
-            return (past,), batch.mask[:, :-1], target, ids, both
-        drafter = batch.drafter[:, 1:] if self.drafter_lead else batch.drafter[:, :-1]
-        return (drafter, past), batch.mask[:, :-1], target, ids, both
-
-    def tokens_of(self, batch: Batch) -> Tensor | None:
-        """The token that stands before each predicted position, int64 [B, S'] (-1 where there is
-        none); None unless the adapter fuses tokens."""
-        if not self.fuses_tokens:
-            return None
-        if self.shift == 1:
-            return batch.ids_by_verifier[:, :-1]
-        return F.pad(batch.ids_by_verifier[:, :-1], (1, 0), value=-1)
+        inputs: tuple[Tensor, ...] = (batch.verifier[:, :-1],)
+        if self.reads == "both":
+            drafter = batch.drafter[:, 1:] if self.drafter_lead else batch.drafter[:, :-1]
+            inputs = (drafter, *inputs)
+        known, predicted = batch.mask[:, :-1], batch.mask[:, 1:]
+        return (inputs, known, batch.verifier[:, 1:], batch.ids_by_verifier[:, 1:],
+                known & predicted)
 
     def align(self, batch: Batch) -> Aligned:
         """Predictions beside their targets, shifted once for training and evaluation alike, from
@@ -192,14 +163,14 @@ class Adapter(nn.Module):
         """
         inputs, input_mask, target, ids, mask = self.inputs_of(batch)
         keywords: dict[str, Any] = {}
-        if self.fuses_tokens:
-            keywords["tokens"] = self.tokens_of(batch)
+        if self.fuses_tokens:  # the token before each predicted position, -1 where there is none
+            before = batch.ids_by_verifier[:, :-1]
+            keywords["tokens"] = before if self.shift else F.pad(before, (1, 0), value=-1)
         if not self.causal and not self.training:
             keywords["causal"] = True
         return Aligned(self(*inputs, mask=input_mask, **keywords), target, ids, mask)
 
     # --- position by position
-    # --------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
@@ -207,12 +178,10 @@ class Adapter(nn.Module):
         """The next verifier state while drafting, from everything known of this answer so far.
 
         Args: drafter_states: [n, D_d], positions 0…n-1; unused (may be None) when reads ==
-        "verifier".
-            verifier_states: [m, D_v], positions 0…m-1, known or predicted (the caller appends what
-            this returns); unused when reads ==
-            "drafter".
-            tokens: int64, the answer's tokens so far; only for adapters that fuse tokens (n - 1 of
-            them for shift 0, m for shift 1).
+        "verifier". verifier_states: [m, D_v], positions 0…m-1, known or predicted (the caller
+        appends what this returns); unused when reads == "drafter". tokens: int64, the answer's
+        tokens so far; only for adapters that fuse tokens (n - 1 of them for shift 0, m for
+        shift 1).
         Returns: [D_v]: verifier state n - 1 when shift == 0, m when shift == 1.
         Raises: ParameterError when a needed sequence is missing, empty or too short. Call in eval
         mode.
@@ -228,14 +197,29 @@ class Adapter(nn.Module):
             return self(states[None], **keywords)[0, -1]
         known = self._need(verifier_states, "verifier", 1)
         if self.fuses_tokens:
-            tokens = self.tokens_said(known) if tokens is None else self._need(
-                tokens, "token", len(known))
-            keywords["tokens"] = tokens[None, :len(known)]
+            if tokens is None:
+                tokens = self.tokens_said(known)
+            keywords["tokens"] = self._need(tokens, "token", len(known))[None, :len(known)]
         if self.reads == "verifier":
             return self(known[None], **keywords)[0, -1]
-        drafter = self._need(drafter_states, "drafter",
-                             len(known) + self.drafter_lead)[self.drafter_lead:][:len(known)]
+        lead = self.drafter_lead
+        drafter = self._need(drafter_states, "drafter", len(known) + lead)[lead:][:len(known)]
         return self(drafter[None], known[None], **keywords)[0, -1]
+
+    def _need(self, states: Tensor | None, whose: str, at_least: int) -> Tensor:
+        have = 0 if states is None else len(states)
+        if states is None or have < at_least:
+            raise ParameterError(
+                f"{self.level} needs at least {at_least} {whose} states or tokens for this step "
+                f"and got {have}; extend the {whose} first")
+        return states
+
+    def tokens_said(self, states: Tensor) -> Tensor:
+        """Token after each verifier state, for adapters that fuse tokens: [..., D_v] → int64
+        [...]."""
+        raise ParameterError(
+            f"{self.level} holds no token table; create it with vocab_size and fill it from the LM "
+            "head")
 
     def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
                tokens: Tensor | None = None) -> list[Tensor]:
@@ -257,20 +241,15 @@ class Adapter(nn.Module):
         is a real position.   Raises: ParameterError for shift 0.
         """
         self._refuse_unroll(drafter)
-        size = verifier.shape[1]
-        rows = torch.arange(size, device=verifier.device)
         if self.pointwise:
-            state, results = verifier, []
-            for k in range(steps):
-                ahead = (rows + k + self.drafter_lead).clamp_max(size - 1)
-                state = self(state) if self.reads == "verifier" else self(drafter[:, ahead], state)
-                results.append(state)
-            return results
+            return self._unroll_points(drafter, verifier, steps)
+        size = verifier.shape[1]
         places = torch.arange(size + steps, device=verifier.device)
-        found = []
+        rows, found = places[:size], []
         for answer in range(len(verifier)):  # one at a time: a line for each start is much already
             lines = F.pad(verifier[answer], (0, 0, 0, steps)).expand(size, -1, -1)
-            states, keywords = [], {} if self.causal else {"causal": True}
+            states: list[Tensor] = []
+            keywords: dict[str, Any] = {} if self.causal else {"causal": True}
             for k in range(steps):
                 inputs = [lines[:, :size + k]]
                 if self.reads == "both":
@@ -284,6 +263,14 @@ class Adapter(nn.Module):
             found.append(torch.stack(states))
         return list(torch.stack(found, dim=1))
 
+    def _unroll_points(self, drafter: Tensor | None, state: Tensor, steps: int) -> list[Tensor]:
+        size, results = state.shape[1], []
+        for k in range(steps):
+            ahead = (torch.arange(size) + k + self.drafter_lead).clamp_max(size - 1)
+            state = self(state) if self.reads == "verifier" else self(drafter[:, ahead], state)
+            results.append(state)
+        return results
+
     def _refuse_unroll(self, drafter: Tensor | None) -> None:
         if self.shift != 1:
             raise ParameterError(
@@ -291,38 +278,6 @@ class Adapter(nn.Module):
                 "is forward() over the drafter's states")
         if self.reads == "both" and drafter is None:
             raise ParameterError(f"{self.level} reads both models' states; pass the drafter's too")
-
-    def tokens_said(self, states: Tensor) -> Tensor:
-        """Token after each verifier state, for adapters that fuse tokens: [..., D_v] → int64
-        [...]."""
-        raise ParameterError(
-            f"{self.level} holds no token table; create it with vocab_size and fill it from the LM "
-            "head"
-        )
-
-    @torch.no_grad()
-    def translate(self, drafter_states: Tensor) -> Tensor:
-        """All positions of a finished draft at once (prefill hiding): [n, D_d] → [n, D_v], row t
-        from rows 0…t. Only for reads == "drafter"."""
-        if self.reads != "drafter":
-            raise ParameterError(
-                f"{self.level} needs verifier states too; a draft of drafter states alone can be "
-                "translated by L1–L5 only"
-            )
-        if self.fuses_tokens:
-            raise ParameterError(
-                f"{self.level} with fused tokens drafts position by position; use step()")
-        keywords = {} if self.causal else {"causal": True}
-        return self(drafter_states[None], **keywords)[0]
-
-    def _need(self, states: Tensor | None, whose: str, at_least: int) -> Tensor:
-        have = 0 if states is None else len(states)
-        if states is None or have < at_least:
-            raise ParameterError(
-                f"{self.level} needs at least {at_least} {whose} states or tokens for this step "
-                f"and got {have}; extend the {whose} first"
-            )
-        return states
 
 
 def causal_mask(size: int, device: torch.device | None = None) -> Tensor:

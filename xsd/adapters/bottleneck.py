@@ -13,6 +13,7 @@ from xsd.adapters.base import Adapter, default_sizes
 class BottleneckBlock(nn.Module):
     """x + α · up(dropout(GELU(down(LayerNorm(x))))): the identity at initialisation, since ``up``
     starts at zero. [..., D] → [..., D]."""
+
     def __init__(self, hidden_size: int, bottleneck: int, *, dropout: float, alpha: float) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(hidden_size)
@@ -24,7 +25,6 @@ class BottleneckBlock(nn.Module):
         nn.init.zeros_(self.up.weight)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., D] → [..., D]."""
         return x + self.alpha * self.up(self.dropout(F.gelu(self.down(self.norm(x)))))
 
 
@@ -37,15 +37,13 @@ class BottleneckAdapter(Adapter):
     def __init__(self, hidden_size: int = 4096, *, level: str = "L1",
                  drafter_size: int | None = None, input_map: bool = False,
                  bottleneck: int | None = None, n_blocks: int | None = None, dropout: float = 0.1,
-                 alpha: float = 0.1,
-                 ) -> None:
+                 alpha: float = 0.1) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level = level
         bottleneck = bottleneck or default_sizes(hidden_size)["bottleneck"]
         n_blocks = n_blocks or (3 if level == "L2" else 1)
-        self.options |= {
-            "bottleneck": bottleneck, "n_blocks": n_blocks, "dropout": dropout, "alpha": alpha
-        }
+        self.options |= {"bottleneck": bottleneck, "n_blocks": n_blocks, "dropout": dropout,
+                         "alpha": alpha}
         self.blocks = nn.ModuleList(
             BottleneckBlock(hidden_size, bottleneck, dropout=dropout, alpha=alpha)
             for _ in range(n_blocks))
@@ -67,18 +65,17 @@ class WideBottleneckAdapter(Adapter):
 
     def __init__(self, hidden_size: int = 4096, *, level: str = "L3",
                  drafter_size: int | None = None, input_map: bool = False, wide: int | None = None,
-                 n_blocks: int = 2, dropout: float = 0.1, alpha: float = 0.1,
-                 ) -> None:
+                 n_blocks: int = 2, dropout: float = 0.1, alpha: float = 0.1) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level = level
         wide = wide or default_sizes(hidden_size)["wide"]
         self.options |= {"wide": wide, "n_blocks": n_blocks, "dropout": dropout, "alpha": alpha}
         self.input_norm = nn.LayerNorm(hidden_size)
-        self.down = nn.ModuleList(nn.Linear(hidden_size, wide, bias=False) for _ in range(n_blocks))
-        self.norms = nn.ModuleList(nn.LayerNorm(wide) for _ in range(n_blocks))
-        self.up = nn.ModuleList(nn.Linear(wide, hidden_size, bias=False) for _ in range(n_blocks))
-        self.alphas = nn.ParameterList(
-            nn.Parameter(torch.tensor(float(alpha))) for _ in range(n_blocks))
+        blocks = range(n_blocks)
+        self.down = nn.ModuleList(nn.Linear(hidden_size, wide, bias=False) for _ in blocks)
+        self.norms = nn.ModuleList(nn.LayerNorm(wide) for _ in blocks)
+        self.up = nn.ModuleList(nn.Linear(wide, hidden_size, bias=False) for _ in blocks)
+        self.alphas = nn.ParameterList(torch.tensor(float(alpha)) for _ in blocks)
         self.dropout = nn.Dropout(dropout)
         self.final_norm = nn.LayerNorm(hidden_size)
         for down, up in zip(self.down, self.up, strict=True):

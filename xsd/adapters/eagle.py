@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from xsd.adapters.attention import TransformerLayer, allowed_keys
-from xsd.adapters.base import Adapter, alignment_loss, causal_mask, default_sizes
+from xsd.adapters.base import Adapter, causal_mask, default_sizes, eye_linear
 from xsd.core import ParameterError
 
 
@@ -24,67 +24,55 @@ class EagleAdapter(Adapter):
     x).
 
     vocab_size: fuses the embedding of the token before each predicted position, Linear₂D→D([state;
-    embedding]) in front (EAGLE's remedy
-    for feature uncertainty; off by default). The embedding is a frozen table, normally the LM
-    head's rows (:meth:`set_token_embedding`).
+    embedding]) in front (EAGLE's remedy for feature uncertainty; off by default). The embedding is
+    a frozen table, normally the LM head's rows (:meth:`set_token_embedding`).
     residual_map: a linear map of everything that is read stands where the residual is (B1: from
-    verifier[t], L5F: from both), so that a
-        closed form
-    of the next state can be the start; begins as the plain residual.
-    prediction_weight: L5's next-state term in :meth:`compute_loss`.
+    verifier[t], L5F: from both), so that a closed form of the next state can be the start; begins
+    as the plain residual.
+    prediction_weight: weight of L5's loss against the next state (train/parts.py).
     """
+
     def __init__(self, hidden_size: int = 4096, *, level: str = "L5",
                  drafter_size: int | None = None, input_map: bool = False,
                  n_heads: int | None = None, ffn: int | None = None, dropout: float = 0.1,
                  alpha: float = 0.1, max_positions: int = 512,
                  prediction_weight: float | None = None, vocab_size: int | None = None,
-                 residual_map: bool = False,
-                 ) -> None:
+                 residual_map: bool = False) -> None:
         if level == "B1":
             self.reads, self.shift = "verifier", 1
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
-        self.level = level
+        self.level, self.max_positions = level, max_positions
         n_heads = n_heads or math.gcd(8, hidden_size)
         ffn = ffn or default_sizes(hidden_size)["ffn"]
-        self.prediction_weight = (
-            0.5 if level == "L5" else 0.0) if prediction_weight is None else prediction_weight
-        self.max_positions = max_positions
+        if prediction_weight is None:
+            prediction_weight = 0.5 if level == "L5" else 0.0
+        self.prediction_weight = prediction_weight
         self.options |= {
             "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha,
-            "max_positions": max_positions, "prediction_weight": self.prediction_weight,
+            "max_positions": max_positions, "prediction_weight": prediction_weight,
             "vocab_size": vocab_size, "residual_map": residual_map,
-        }  # fmt: skip
+        }
         self.input_norm = nn.LayerNorm(hidden_size)
         self.positions = nn.Parameter(torch.empty(1, max_positions, hidden_size))
         nn.init.trunc_normal_(self.positions, std=0.02)
         self.layer = TransformerLayer(hidden_size, n_heads=n_heads, ffn=ffn, dropout=dropout)
         self.final_norm = nn.LayerNorm(hidden_size)
-        self.projection = nn.Linear(hidden_size, hidden_size)
+        self.projection = eye_linear(hidden_size, hidden_size)
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
-        nn.init.eye_(self.projection.weight)
-        nn.init.zeros_(self.projection.bias)
         self.residual_map: nn.Linear | None = None
         if residual_map:
             if self.shift == 0:
                 raise ParameterError(
                     f"{level} has its linear map in front (input_map=True); residual_map is for B1 "
-                    "and L5F"
-                )
-            width = hidden_size + (self.drafter_size if self.reads == "both" else 0)
-            self.residual_map = nn.Linear(width, hidden_size)
-            nn.init.zeros_(self.residual_map.bias)
+                    "and L5F")
+            front = self.drafter_size if self.reads == "both" else 0
+            self.residual_map = eye_linear(front + hidden_size, hidden_size)
             with torch.no_grad():  # starts as the verifier's state, which comes last
-                self.residual_map.weight.copy_(
-                    torch.cat(
-                        [torch.zeros(hidden_size, width - hidden_size),
-                         torch.eye(hidden_size)], dim=1))
+                self.residual_map.weight.copy_(self.residual_map.weight.roll(front, dims=1))
         self.fuses_tokens = vocab_size is not None
         if vocab_size is not None:
             self.register_buffer("token_embedding", torch.zeros(vocab_size, hidden_size))
-            self.token_map = nn.Linear(2 * hidden_size, hidden_size)
-            with torch.no_grad():  # starts as the state alone
-                self.token_map.weight.copy_(torch.eye(hidden_size, 2 * hidden_size))
-                self.token_map.bias.zero_()
+            self.token_map = eye_linear(2 * hidden_size, hidden_size)  # starts as the state alone
 
     def set_token_embedding(self, table: Tensor) -> None:
         """Fill the frozen embedding from ``table`` [V, D_v] (the LM head's rows), scaled to unit
@@ -93,8 +81,7 @@ class EagleAdapter(Adapter):
             want = tuple(self.token_embedding.shape) if self.fuses_tokens else None
             raise ParameterError(
                 f"a token table of shape {tuple(table.shape)} does not fit this {self.level} "
-                f"(expects {want}); create it with vocab_size"
-            )
+                f"(expects {want}); create it with vocab_size")
         table = table.detach().float()
         self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
 
@@ -106,7 +93,6 @@ class EagleAdapter(Adapter):
         return (states.to(self.token_embedding.dtype) @ self.token_embedding.T).argmax(-1)
 
     # --- pieces shared by forward and unroll
-    # ------------------------------------------------------------------------------------------
 
     def _base(self, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
         """(normalised layer input, residual source), each [B, S, D_v], from the states that forward
@@ -121,21 +107,18 @@ class EagleAdapter(Adapter):
         if size + first > self.max_positions:
             raise ParameterError(
                 f"{self.level} knows {self.max_positions} positions and was asked for "
-                f"{size + first}; create it with "
-                f"max_positions={size + first} or more")
+                f"{size + first}; create it with max_positions={size + first} or more")
         if self.fuses_tokens:
             if tokens is None:
                 raise ParameterError(
                     f"{self.level} fuses tokens: pass the int64 tokens [B, S] that stand before "
-                    "the predicted positions"
-                )
+                    "the predicted positions")
             embedded = self.token_embedding[tokens.clamp_min(0)] * (tokens >= 0).unsqueeze(-1)
             base = self.token_map(torch.cat([base, embedded.to(base.dtype)], dim=-1))
         return base + self.positions[:, first:first + size], residual
 
     def _leave(self, x: Tensor, residual: Tensor) -> Tensor:
-        projected = self.projection(self.final_norm(x))
-        return residual + self.alpha * (projected - residual)
+        return residual + self.alpha * (self.projection(self.final_norm(x)) - residual)
 
     def forward(self, *states: Tensor, mask: Tensor | None = None,
                 tokens: Tensor | None = None) -> Tensor:
@@ -146,18 +129,6 @@ class EagleAdapter(Adapter):
         embedded, residual = self._embed(tuple(states), 0, tokens)
         allowed = allowed_keys(embedded.shape[1], mask, causal=True, device=embedded.device)
         return self._leave(self.layer(embedded, allowed), residual)
-
-    def _extra_loss(self, aligned: Tensor, target: Tensor, mask: Tensor | None) -> Tensor | None:
-        if not self.prediction_weight or aligned.shape[1] < 2:
-            return None
-        later = None if mask is None else mask[:, 1:].bool() & mask[:, :-1].bool()
-        if later is not None and not later.any():
-            return None
-        return self.prediction_weight * alignment_loss(aligned[:, :-1], target[:, 1:],
-                                                       later)["total_loss"]
-
-    # --- several steps on own predictions
-    # --------------------------------------------------------------------------------------------
 
     def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
                tokens: Tensor | None = None) -> list[Tensor]:
@@ -173,12 +144,12 @@ class EagleAdapter(Adapter):
         results: list[Tensor] = []
         state = verifier
         for k in range(steps):
-            at = (rows + k).clamp_max(size - 1)
             states: tuple[Tensor, ...] = (state,)
             if self.reads == "both":
-                states = (drafter[:, (rows + k + self.drafter_lead).clamp_max(size - 1)], state)
-            embedded, residual = self._embed(states, min(k, self.max_positions - size),
-                                             None if tokens is None else tokens[:, at])
+                ahead = (rows + k + self.drafter_lead).clamp_max(size - 1)
+                states = (drafter[:, ahead], state)
+            said = None if tokens is None else tokens[:, (rows + k).clamp_max(size - 1)]
+            embedded, residual = self._embed(states, min(k, self.max_positions - size), said)
             queries, new_keys, new_values = self.layer.project(embedded)
             if keys is None:
                 keys, values = new_keys, new_values
@@ -207,11 +178,9 @@ class FusedEagleAdapter(EagleAdapter):
         if drafter_lead not in (0, 1):
             raise ParameterError(
                 f"drafter_lead must be 0 (the reference's) or 1, not {drafter_lead!r}: further "
-                "drafter states do not exist while drafting"
-            )
+                "drafter states do not exist while drafting")
         super().__init__(hidden_size, level=level, **options)
-        self.drafter_lead = drafter_lead
-        self.options["drafter_lead"] = drafter_lead
+        self.drafter_lead = self.options["drafter_lead"] = drafter_lead
         self.gate = nn.Linear(2 * hidden_size, hidden_size)
         self.fusion = nn.Linear(2 * hidden_size, hidden_size)
 
@@ -219,7 +188,8 @@ class FusedEagleAdapter(EagleAdapter):
         drafter, verifier = self.input_map(states[0]), states[1]
         together = torch.cat([drafter, verifier], dim=-1)
         gate = torch.sigmoid(self.gate(together))
-        residual = verifier if self.residual_map is None else self.residual_map(
-            torch.cat(states, dim=-1))
-        return self.input_norm(gate * drafter + (1 - gate) * verifier +
-                               self.fusion(together)), residual
+        residual = verifier
+        if self.residual_map is not None:
+            residual = self.residual_map(torch.cat(states, dim=-1))
+        mixed = gate * drafter + (1 - gate) * verifier + self.fusion(together)
+        return self.input_norm(mixed), residual

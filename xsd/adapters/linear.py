@@ -2,8 +2,8 @@
 orthogonal Procrustes.
 
 Fitted from streamed batches in float64: only sums of the size of the widths are kept, never the
-states. Ridge: Hoerl and Kennard 1970;
-orthogonal Procrustes: Schönemann 1966 (R = U Vᵀ of the centred cross-covariance).
+states. Ridge: Hoerl and Kennard 1970; orthogonal Procrustes: Schönemann 1966 (R = U Vᵀ of the
+centred cross-covariance).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from xsd.adapters.base import Adapter, Reads
+from xsd.adapters.base import Adapter, Reads, eye_linear
 from xsd.core import Batch, ParameterError, TrainingError
 
 KINDS = ("identity", "ridge", "procrustes")
@@ -33,25 +33,18 @@ class LinearAdapter(Adapter):
         if level == "identity" and drafter_size not in (None, hidden_size):
             raise ParameterError(
                 f"the identity needs one width, not drafter {drafter_size} and verifier "
-                f"{hidden_size}; use ridge or procrustes"
-            )
+                f"{hidden_size}; use ridge or procrustes")
         super().__init__(hidden_size, drafter_size=drafter_size)
-        self.level = level
-        self.options = {"reads": reads}
+        self.level, self.options = level, {"reads": reads}
         self.input_map = nn.Identity()
-        width = {
-            "drafter": self.drafter_size, "verifier": hidden_size,
-            "both": self.drafter_size + hidden_size
-        }[reads]
-        self.map = nn.Linear(width, hidden_size)
-        nn.init.eye_(self.map.weight)
-        nn.init.zeros_(self.map.bias)
+        width = {"drafter": self.drafter_size, "verifier": hidden_size,
+                 "both": self.drafter_size + hidden_size}[reads]
+        self.map = eye_linear(width, hidden_size)
         self.requires_grad_(False)
 
     def forward(self, *states: Tensor, mask: Tensor | None = None) -> Tensor:
         """[B, S, D] (or drafter and verifier) → [B, S, D_v]."""
-        states = states[:2 if self.reads == "both" else 1]
-        return self.map(torch.cat(states, dim=-1) if len(states) > 1 else states[0])
+        return self.map(torch.cat(states[:2 if self.reads == "both" else 1], dim=-1))
 
 
 def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
@@ -59,8 +52,7 @@ def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
     """Fit one closed form over a stream of batches (one pass, float64 sums).
 
     Args: kind: "identity" | "ridge" | "procrustes". ridge: penalty as a share of the inputs' mean
-    variance. scale: let Procrustes also
-        scale.
+    variance. scale: let Procrustes also scale.
     Raises: ParameterError for an unknown kind; TrainingError when the stream holds no real
     position.
     """
@@ -72,16 +64,14 @@ def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
             adapter = LinearAdapter(batch.verifier.shape[-1], level=kind,
                                     drafter_size=batch.drafter.shape[-1], reads=reads)
         inputs, _, target, _, mask = adapter.inputs_of(batch)
-        x = torch.cat(inputs, dim=-1)[mask].double()
-        y = target[mask].double()
+        x, y = torch.cat(inputs, dim=-1)[mask].double(), target[mask].double()
         count += len(x)
         for name, term in {"x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}.items():
             sums[name] = sums[name] + term if name in sums else term
     if adapter is None or count == 0:
         raise TrainingError(
             f"no position to fit {kind!r} on: the stream of batches is empty; check the dataset "
-            "and its split"
-        )
+            "and its split")
     if kind == "identity":
         return adapter.eval()
     mean_x, mean_y = sums["x"] / count, sums["y"] / count
@@ -89,8 +79,8 @@ def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
     cross = sums["xy"] / count - torch.outer(mean_x, mean_y)
     if kind == "ridge":
         penalty = max(ridge * covariance.diagonal().mean().item(), 1e-12)
-        weight = torch.linalg.solve(
-            covariance + penalty * torch.eye(len(covariance), dtype=torch.float64), cross)
+        eye = torch.eye(len(covariance), dtype=torch.float64)
+        weight = torch.linalg.solve(covariance + penalty * eye, cross)
     else:
         left, singular, right = torch.linalg.svd(cross, full_matrices=False)
         weight = left @ right

@@ -16,17 +16,13 @@ class PixelAlignment(nn.Module):
     """Linear N→h, LayerNorm, ReLU, dropout, Linear h→h, LayerNorm, ReLU, Linear h→N, + residual; N
     = image_size² · channels."""
 
-    level = "P0"
-    reads = "pixels"
-    shift = 0
-    causal = True
+    level, reads, shift, causal = "P0", "pixels", 0, True
 
     def __init__(self, image_size: int = 224, *, channels: int = 3, width: int = 512,
                  dropout: float = 0.1) -> None:
         super().__init__()
-        self.options: dict[str, Any] = {
-            "image_size": image_size, "channels": channels, "width": width, "dropout": dropout
-        }
+        self.options: dict[str, Any] = {"image_size": image_size, "channels": channels,
+                                        "width": width, "dropout": dropout}
         self.n_pixels = image_size * image_size * channels
         self.enter = nn.Linear(self.n_pixels, width)
         self.enter_norm = nn.LayerNorm(width)
@@ -45,16 +41,10 @@ class PixelAlignment(nn.Module):
         if flat.shape[1] != self.n_pixels:
             raise ParameterError(
                 f"P0 was made for {self.n_pixels} values an image and got {flat.shape[1]}; resize "
-                f"to {self.options['image_size']} pixels"
-            )
+                f"to {self.options['image_size']} pixels")
         x = self.dropout(F.relu(self.enter_norm(self.enter(flat))))
-        x = self.leave(F.relu(self.middle_norm(self.middle(x))))
-        return (flat + x).view_as(images)
+        return (flat + self.leave(F.relu(self.middle_norm(self.middle(x))))).view_as(images)
 
-    def compute_loss(self, images: Tensor, target: Tensor,
-                     mask: Tensor | None = None) -> dict[str, Tensor]:
-        """MSE + 0.5 (1 - cos) over whole images; mask: bool [B]. Returns total_loss, mse_loss,
-        cos_loss, cos_sim."""
-        aligned = self(images).flatten(1)[:, None]
-        return alignment_loss(aligned,
-                              target.flatten(1)[:, None], None if mask is None else mask[:, None])
+    def compute_loss(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """MSE + 0.5 (1 - cos) over whole images: total_loss, mse_loss, cos_loss, cos_sim."""
+        return alignment_loss(self(images).flatten(1)[:, None], target.flatten(1)[:, None])

@@ -22,32 +22,37 @@ from xsd.core import CheckpointError
 _LEVELS = {
     "L1_Bottleneck": "L1", "L2_MultiLayerBottleneck": "L2", "L3_WideBottleneck": "L3",
     "L4_Attention": "L4", "L5_EAGLE": "L5", "B1_EAGLE": "B1", "L5F_FusedEAGLE": "L5F",
-}  # fmt: skip
+}
 _OPTIONS = {
     "bottleneck_dim": "bottleneck", "num_blocks": "n_blocks", "num_layers": "n_blocks",
-    "num_heads": "n_heads", "ffn_dim": "ffn"
+    "num_heads": "n_heads", "ffn_dim": "ffn",
 }
-_LAYER = ((r"^layers\.0\.attn_norm\.", "layer.attention_norm."), (r"^layers\.0\.attn\.in_proj_",
-                                                                  "layer.query_key_value."),
-          (r"^layers\.0\.attn\.out_proj\.", "layer.attention_out."), (r"^layers\.0\.ffn_norm\.",
-                                                                      "layer.ffn_norm."),
-          (r"^layers\.0\.ffn\.0\.", "layer.ffn_up."), (r"^layers\.0\.ffn\.3\.", "layer.ffn_down."),
-          )  # fmt: skip
-_BOTTLENECK = ((r"^layers\.(\d+)\.(?=down_proj|up_proj|layer_norm|alpha_param)",
-                r"blocks.\1."), (r"\.down_proj\.", ".down."), (r"\.up_proj\.", ".up."),
-               (r"\.layer_norm\.", ".norm."), (r"\.alpha_param$", ".alpha"),
-               )  # fmt: skip
-_WIDE = ((r"^blocks\.(\d+)\.0\.", r"down.\1."), (r"^blocks\.(\d+)\.1\.", r"norms.\1."),
-         (r"^blocks\.(\d+)\.4\.", r"up.\1."))
-_ATTENTION = (*_LAYER, (r"^output_proj\.0\.", "final_norm."), (r"^output_proj\.1\.", "projection."))
-_EAGLE = (*_LAYER, (r"^pos_embed$", "positions"), (r"^output_norm\.", "final_norm."),
-          (r"^output_proj\.", "projection."), (r"^fusion_norm\.", "input_norm."),
-          (r"^fusion_proj\.", "fusion."), (r"^gate\.0\.", "gate."),
-          )  # fmt: skip
-_NAMES = {
-    "L1": _BOTTLENECK, "L2": _BOTTLENECK, "L3": _WIDE, "L4": _ATTENTION, "L5": _EAGLE, "B1": _EAGLE,
-    "L5F": _EAGLE
+# Their names of tensors, as patterns, and ours.
+_LAYER = {
+    r"^layers\.0\.attn_norm\.": "layer.attention_norm.",
+    r"^layers\.0\.attn\.in_proj_": "layer.query_key_value.",
+    r"^layers\.0\.attn\.out_proj\.": "layer.attention_out.",
+    r"^layers\.0\.ffn_norm\.": "layer.ffn_norm.",
+    r"^layers\.0\.ffn\.0\.": "layer.ffn_up.",
+    r"^layers\.0\.ffn\.3\.": "layer.ffn_down.",
 }
+_BOTTLENECK = {
+    r"^layers\.(\d+)\.(?=down_proj|up_proj|layer_norm|alpha_param)": r"blocks.\1.",
+    r"\.down_proj\.": ".down.", r"\.up_proj\.": ".up.", r"\.layer_norm\.": ".norm.",
+    r"\.alpha_param$": ".alpha",
+}
+_WIDE = {
+    r"^blocks\.(\d+)\.0\.": r"down.\1.", r"^blocks\.(\d+)\.1\.": r"norms.\1.",
+    r"^blocks\.(\d+)\.4\.": r"up.\1.",
+}
+_ATTENTION = _LAYER | {r"^output_proj\.0\.": "final_norm.", r"^output_proj\.1\.": "projection."}
+_EAGLE = _LAYER | {
+    r"^pos_embed$": "positions", r"^output_norm\.": "final_norm.",
+    r"^output_proj\.": "projection.", r"^fusion_norm\.": "input_norm.",
+    r"^fusion_proj\.": "fusion.", r"^gate\.0\.": "gate.",
+}
+_NAMES = {"L1": _BOTTLENECK, "L2": _BOTTLENECK, "L3": _WIDE, "L4": _ATTENTION, "L5": _EAGLE,
+          "B1": _EAGLE, "L5F": _EAGLE}
 
 
 class _PlainConfig:
@@ -55,54 +60,49 @@ class _PlainConfig:
     has no behaviour."""
 
 
-def read(path: Path, *, level: str | None = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read(path: Path, *, level: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(level, hidden_size and options as create_adapter takes them, tensors by this project's
     names).
 
     level: "B1" or "L5" for a file that says L5. Raises: CheckpointError when it is damaged, would
-    run code, is no adapter, is another
-    level than asked for, has more than one transformer layer, or fuses tokens (in front of the norm
-    there, behind it here).
+    run code, is no adapter, is another level than asked for, has more than one transformer layer,
+    or fuses tokens (in front of the norm there, behind it here).
     """
-    try:
-        foreign = [
-            name for name in torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-            if name.endswith(".HiddenAdapterConfig")
-        ]
-        with torch.serialization.safe_globals([(_PlainConfig, name) for name in foreign]):
-            stored = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read without running code in it, or is damaged ({reason}); convert "
-            "it where it was made, or retrain"
-        ) from error
+    stored = _load(path)
     if not isinstance(stored, Mapping) or "model_state_dict" not in stored:
         raise CheckpointError(
             f"{path} is no adapter checkpoint: it has no model_state_dict; give a file that "
-            "save_checkpoint wrote"
-        )
+            "save_checkpoint wrote")
     kind = stored.get("adapter_type", "L1_Bottleneck")
     if kind not in _LEVELS:
         raise CheckpointError(
             f"{path} holds a {kind!r}; .pt files are read for {', '.join(_LEVELS)}, retrain the "
-            "others"
-        )
+            "others")
     found = _LEVELS[kind]
     if found == "L5" and (level == "B1" or (level is None and "B1" in path.resolve().parts)):
         found = "B1"
     if level not in (None, found):
         raise CheckpointError(
             f"{path} holds an {found} ({kind}), not the {level} asked for; give another file or "
-            "leave level= out"
-        )
+            "leave level= out")
     raw = stored.get("config", {})
     raw = dict(raw) if isinstance(raw, Mapping) else dict(vars(raw))
     tensors = {_renamed(name, found): tensor for name, tensor in stored["model_state_dict"].items()}
-    return {
-        "level": found, "hidden_size": raw.get("hidden_dim", 4096),
-        "options": _options(path, found, raw, tensors)
-    }, tensors
+    return {"level": found, "hidden_size": raw.get("hidden_dim", 4096),
+            "options": _options(path, found, raw, tensors)}, tensors
+
+
+def _load(path: Path) -> Any:
+    try:
+        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
+        foreign = [name for name in unsafe if name.endswith(".HiddenAdapterConfig")]
+        with torch.serialization.safe_globals([(_PlainConfig, name) for name in foreign]):
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(
+            f"{path} cannot be read without running code in it, or is damaged ({reason}); convert "
+            "it where it was made, or retrain") from error
 
 
 def _options(path: Path, level: str, raw: Mapping[str, Any],
@@ -121,15 +121,14 @@ def _options(path: Path, level: str, raw: Mapping[str, Any],
     if raw.get("use_token_embed") or any(name.startswith("token_") for name in tensors):
         raise CheckpointError(
             f"{path} fuses tokens in front of its norm, {level} here behind it; train it again "
-            "with token_fusion=True"
-        )
+            "with token_fusion=True")
     if "positions" in tensors:
         options["max_positions"] = tensors["positions"].shape[1]
-    return options | ({"drafter_lead": 0} if level == "L5F" else {}
-                      )  # beside verifier[t] stood drafter[t]
+    # beside verifier[t] stood drafter[t]
+    return options | ({"drafter_lead": 0} if level == "L5F" else {})
 
 
 def _renamed(name: str, level: str) -> str:
-    for pattern, replacement in _NAMES[level]:
+    for pattern, replacement in _NAMES[level].items():
         name = re.sub(pattern, replacement, name)
     return name

@@ -66,8 +66,8 @@ def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | N
         adapter = build(**keywords, **options)
     except TypeError as error:
         raise ParameterError(
-            f"adapter {files.name_of(level)} cannot be made ({error}); see docs/adapters.md for the "
-            "options of ours, docs/extending.md for what your own class must take") from error
+            f"adapter {files.name_of(level)} cannot be made ({error}); see docs/adapters.md for "
+            "the options of ours, docs/extending.md for what your own class must take") from error
     if level not in NAMES:
         adapter = resolve(adapter, **keywords)
         adapter.level, adapter.options, adapter.made_from = files.name_of(level), options, build
@@ -110,29 +110,25 @@ def count_parameters(adapter: nn.Module) -> int:
 
 
 # --- files
-# ------------------------------------------------------------------------------------------------
 
 
 def save_adapter(adapter: nn.Module, path: str | Path, **info: Any) -> Path:
     """Write weights and configuration; returns the safetensors path.
 
     path: a name ending in .safetensors, or a folder (then adapter.safetensors in it). info: JSON
-    values kept in the configuration under
-    "info".
-    Written atomically: weights first, then ``<name>.json`` beside them.
+    values kept in the configuration under "info". Written atomically: weights first, then
+    ``<name>.json`` beside them.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         path = path / "adapter.safetensors"
-    config = {
-        "format": FORMAT, **adapter.config(), "parameters": count_parameters(adapter), "info": info
-    }
-    tensors = {
-        name: tensor.detach().contiguous().cpu() for name, tensor in adapter.state_dict().items()
-    }
+    config = {"format": FORMAT, **adapter.config(), "parameters": count_parameters(adapter),
+              "info": info}
+    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+               for name, tensor in adapter.state_dict().items()}
+    text = json.dumps(config, sort_keys=True, default=str)
     with files.atomic_path(path) as temporary:
-        save_file(tensors, temporary,
-                  metadata={"config": json.dumps(config, sort_keys=True, default=str)})
+        save_file(tensors, temporary, metadata={"config": text})
     files.write_json(path.with_suffix(".json"), config)
     return path
 
@@ -149,8 +145,7 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
     configuration.
     """
     path = _resolve(Path(path))
-    config, tensors = reference_files.read(
-        path, level=level) if _is_reference(path) else _read_safetensors(path)
+    config, tensors = _read(path, level)
     held = config.get("level")
     if level is None and held is not None and held not in NAMES:
         raise CheckpointError(
@@ -159,45 +154,36 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
     if isinstance(level, str) and level != held and (level in NAMES or held in NAMES):
         raise CheckpointError(
             f"{path} holds {held!r}, not the {level} asked for; give another file or level")
+    sizes = {key: config[key] for key in ("hidden_size", "drafter_size") if config.get(key)}
+    options = config.get("options", {})
+    if isinstance(level, nn.Module):  # it has all its options but this one
+        options = {key: options[key] for key in ("draft_vocabulary",) if key in options}
     try:
-        sizes = {key: config[key] for key in ("hidden_size", "drafter_size") if config.get(key)}
-        options = config.get("options", {})
-        if isinstance(level, nn.Module):
-            options = {key: options[key] for key in ("draft_vocabulary",) if key in options}
         # initial values are drawn and thrown away; the caller's random stream stays as it was
         with torch.random.fork_rng(devices=[]):
-            adapter = resolve(copy.deepcopy(level or held), **sizes, **options)
-    except (KeyError, TypeError, ParameterError) as error:
+            adapter = resolve(held if level is None else copy.deepcopy(level), **sizes, **options)
+    except (TypeError, ParameterError) as error:
         raise CheckpointError(
             f"{path} does not say which adapter it is ({error}); save it with save_adapter"
         ) from error
-    wanted = adapter.state_dict()
-    missing, unexpected = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() -
-                                                                         wanted.keys())
+    wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing or unexpected:
         raise CheckpointError(
-            f"{path} is no whole {config['level']}: missing {missing[:3] or 'nothing'}, unexpected "
-            f"{unexpected[:3] or 'nothing'}; "
-            "save it again")
+            f"{path} is no whole {held}: missing {missing[:3] or 'nothing'}, unexpected "
+            f"{unexpected[:3] or 'nothing'}; save it again")
     for name, tensor in tensors.items():
-        if tensor.shape != wanted[name].shape:
+        if tuple(tensor.shape) != wanted[name]:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, {config['level']} expects "
-                f"{tuple(wanted[name].shape)}; was it saved at "
-                "another width?")
+                f"{path}: {name} has shape {tuple(tensor.shape)}, {held} expects {wanted[name]}; "
+                "was it saved at another width?")
     adapter.load_state_dict(tensors)
     return adapter.to(device).eval()
 
 
 def read_config(path: str | Path) -> dict[str, Any]:
-    """Level, widths, options, parameters and info of an adapter file, without loading its
-    weights."""
-    path = _resolve(Path(path))
-    return reference_files.read(path)[0] if _is_reference(path) else _header(path)
-
-
-def _is_reference(path: Path) -> bool:
-    return path.suffix in (".pt", ".pth")
+    """Level, widths, options, parameters and info of an adapter file, its weights unread."""
+    return _read(_resolve(Path(path)), weights=False)[0]
 
 
 def _resolve(path: Path) -> Path:
@@ -207,18 +193,22 @@ def _resolve(path: Path) -> Path:
                 return path / name
         raise CheckpointError(
             f"{path} holds no adapter (best.safetensors, adapter.safetensors or "
-            "final.safetensors); train one or give the file itself"
-        )
+            "final.safetensors); train one or give the file itself")
     if not path.exists():
         raise CheckpointError(
             f"{path} does not exist; give an adapter's .safetensors file or its run folder")
     return path
 
 
-def _header(path: Path) -> dict[str, Any]:
+def _read(path: Path, level: Any = None, *,
+          weights: bool = True) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    if path.suffix in (".pt", ".pth"):
+        return reference_files.read(path, level=level)
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
+            names = file.keys() if weights else ()
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} is damaged or no safetensors file ({error}); copy it again or retrain"
@@ -226,11 +216,4 @@ def _header(path: Path) -> dict[str, Any]:
     if "config" not in metadata:
         raise CheckpointError(
             f"{path} holds tensors but no adapter configuration; save it with save_adapter")
-    return json.loads(metadata["config"])
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    config = _header(path)
-    with safe_open(path, framework="pt") as file:
-        return config, {name: file.get_tensor(name)
-                        for name in file.keys()}  # noqa: SIM118 - not a mapping
+    return json.loads(metadata["config"]), tensors
