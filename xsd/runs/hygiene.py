@@ -34,7 +34,7 @@ METADATA = {
 
 def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
     """A copy with plain metadata, only tags on cells, execution counts in order; in ignored cells
-    only stored pictures (and a null count: run, not compared)."""
+    only stored pictures (without any, a null count: run, not compared)."""
     clean = nbformat.from_dict(notebook)
     clean.metadata = nbformat.from_dict(METADATA)
     clean.nbformat, clean.nbformat_minor = 4, 5
@@ -48,8 +48,8 @@ def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         count += 1
         cell.execution_count = count
         if IGNORED & set(tags):
-            cell.execution_count = None
             cell.outputs = [one for one in cell.outputs if set(one.get("data", ())) == PICTURE]
+            cell.execution_count = count if cell.outputs else None
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = count
