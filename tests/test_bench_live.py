@@ -4,15 +4,17 @@ resumable, refused where it must be."""
 import json
 import types
 
+import pandas as pd
 import pytest
 import torch
 from tiny_pair import make_samples, make_tiny_pair
 from toy_decoder import OracleProposer
 
 from xsd.adapters import registry
-from xsd.bench import arms, costs, run
+from xsd.bench import arms, baselines, costs, run
+from xsd.bench import records as records_file
 from xsd.core import LosslessError, MetricError, ParameterError, StorageError
-from xsd.decode import autoregressive, certificate, proposers, speculative, tracks
+from xsd.decode import autoregressive, certificate, proposers, rules, speculative, tracks
 from xsd.models import loading
 
 LENGTH = 12
@@ -107,7 +109,7 @@ def test_records_are_complete_and_a_second_run_measures_nothing(pair, adapters, 
     made = []
     again = run.measure(chosen, samples[:3], path=path, max_new_tokens=LENGTH, repeats=2, warmup=0,
                         progress=made.append)
-    assert made == [] and again == first == run.read_records(path)
+    assert made == [] and again == first == records_file.read_records(path)
 
 
 def test_resume_continues_where_it_stopped_after_a_half_written_line(pair, adapters, samples,
@@ -121,27 +123,26 @@ def test_resume_continues_where_it_stopped_after_a_half_written_line(pair, adapt
     records = run.measure(chosen, samples[:3], path=path, max_new_tokens=6, warmup=1,
                           progress=made.append)
     assert made == [1, 2] and len(records) == 6
-    assert len({(r["arm"], r["sample"]) for r in run.read_records(path)}) == 6
+    assert len({(r["arm"], r["sample"]) for r in records_file.read_records(path)}) == 6
 
 
 def test_another_core_count_drafter_or_table_is_another_configuration(pair, adapters, samples,
                                                                       tmp_path, monkeypatch):
     path = tmp_path / "records.jsonl"
 
-    def measure(ngram_hash="", seed=0):
-        chosen = [
-            build(name, pair, adapters, ngram_hash=ngram_hash) for name in ("ar", "ngram", "L1")
-        ]
+    def measure(answer=(5, 6), seed=0):
+        chosen = [arms.build(name, pair, adapters, gamma=3, ngram=rules.NGramTable([answer]))
+                  for name in ("ar", "ngram", "L1")]
         return run.measure(chosen, samples[:1], path=path, max_new_tokens=4, warmup=0,
                            about={"parameters": {"x": seed}})
 
     records = measure()
-    begun = run.read_provenance(path)
+    begun = records_file.read_provenance(path)
     assert begun["parameters"] == {"x": 0} and begun["git_revision"] and begun["seed"] == 0
-    assert measure(seed=1) == records and run.read_provenance(
+    assert measure(seed=1) == records and records_file.read_provenance(
         path) == begun  # found again, with where it came from
     with pytest.raises(ParameterError, match=r"another configuration \(arms differ"):
-        measure("other training answers")
+        measure(answer=(7, 8))
     before = torch.get_num_threads()
     torch.set_num_threads(before + 1)
     try:
@@ -167,15 +168,15 @@ def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adap
         run.measure([ar], samples[:1], path=path, max_new_tokens=5, warmup=0)
     with pytest.raises(ParameterError, match="give at least one, each with a name of its own"):
         run.measure([ar, ar], samples[:1], path=path, max_new_tokens=4)
-    with (run._open_records(path, {**json.loads(path.read_text().splitlines()[0])["header"]}),
-          pytest.raises(StorageError, match="another run"),
-          ):
+    header = json.loads(path.read_text().splitlines()[0])["header"]
+    with (records_file.open_records(path, header),
+          pytest.raises(StorageError, match="another run")):
         run.measure([ar], samples[:1], path=path, max_new_tokens=4, warmup=0)
     (tmp_path / "other.jsonl").write_text('{"a": 1}\n')
     with pytest.raises(StorageError, match="its first line is no header"):
-        run.read_records(tmp_path / "other.jsonl")
+        records_file.read_records(tmp_path / "other.jsonl")
     with pytest.raises(StorageError, match="run the benchmark first"):
-        run.read_records(tmp_path / "none.jsonl")
+        records_file.read_records(tmp_path / "none.jsonl")
     with pytest.raises(StorageError, match="cannot write"):
         run.measure([ar], samples[:1], path=path / "below" / "records.jsonl", max_new_tokens=4)
 
@@ -207,16 +208,15 @@ def test_summary_is_against_the_fastest_baseline_with_both_aggregations():
     ]  # fmt: skip
     summary = run.summarise(records, n_resamples=200)
     assert summary["baseline"] == "hf_generate" and summary["n_samples"] == 2 and summary[
-        "n_sequences"] == 2
+        "n_clusters"] == 2
     row = summary["arms"]["L1"]
-    assert row["speedup_total"]["value"] == pytest.approx(
-        4 / 3) and row["speedup_mean"]["value"] == pytest.approx((0.5 + 3) / 2)
-    assert row["slower_share"]["value"] == 0.5 and row["total_ms"] == pytest.approx(
-        1500) and row["first_token_ms"] == pytest.approx(300)
+    assert row["speedup"]["value"] == pytest.approx(4 / 3)
+    assert row["speedup_of_samples"]["value"] == pytest.approx((0.5 + 3) / 2)
+    assert row["slower_share"]["value"] == 0.5 and row["first_token_ms"] == pytest.approx(300)
+    assert row["total_ms"]["value"] == pytest.approx(1500)
     assert row["decode_ms_per_token"] == pytest.approx(1e3 * 0.8 * 3 / 8)
-    assert row["decode"]["mean_accepted_per_round"]["value"] == 3 and row["decode"]["rounds"] == 2
-    assert row["decode"]["acceptance_rate"]["value"] == pytest.approx(
-        4 / 6) and row["prefill_hiding"]["accepted"] == 0
+    assert row["accepted_per_round"]["value"] == 2 and row["accepted_per_round_drafted"] == 3
+    assert row["hidden_accepted"]["value"] == 0 and row["hidden_accepted_drafted"] == 1
     assert len(summary["alarms"]) == 1 and "1.50× the time of HF generate" in summary["alarms"][0]
     json.dumps(summary, allow_nan=False)
 
@@ -267,28 +267,26 @@ def test_unknown_arms_are_refused_by_name(name, message, pair, adapters):
 
 
 def test_hf_inputs_are_the_prompt_the_handle_prefills(pair, samples):
-    inputs = arms.hf_inputs(pair.verifier, samples[0])
+    inputs = baselines.hf_inputs(pair.verifier, samples[0])
     assert inputs["input_ids"].shape[1] == pair.verifier.prefill(samples[0]).length
 
 
-def test_costs_cover_every_part_and_a_wider_verification_is_never_free(pair, adapters, samples):
+def test_costs_cover_every_part_in_one_table(pair, adapters, samples):
     curve = costs.verification_curve(pair.verifier, samples[0], rows=(1, 4, 32), context=3,
                                      repeats=2)
-    assert [c.rows
-            for c in curve] == [1, 4, 32] and all(0 < c.low_s <= c.median_s <= c.high_s and c.n == 2
-                                                  for c in curve)
-    for level in ("L1", "L5F"):
-        steps = costs.step_costs(pair.drafter, pair.verifier, adapters[level], samples[0],
-                                 repeats=2)
-        assert set(steps) == {
-            "drafter_prefill", "verifier_prefill", "drafter_step", "verifier_step", "adapter_step"
-        }
-    track = tracks.DrafterTrack(pair.drafter)
-    proposer = proposers.AdapterProposer(track, adapters["L1"], pair.verifier.lm_head,
-                                         pair.draft_vocab_size)
+    assert curve["rows"].tolist() == [1, 4, 32] and (curve["n"] == 2).all()
+    assert ((curve["low"] > 0) & (curve["low"] <= curve["ms"])
+            & (curve["ms"] <= curve["high"])).all()
+    both = {level: adapters[level] for level in ("L1", "L5F")}
+    steps = costs.step_costs(pair.drafter, pair.verifier, both, samples[0], repeats=2)
+    assert steps["what"].tolist() == ["drafter_prefill", "verifier_prefill", "drafter_step",
+                                      "verifier_step", "adapter L1", "adapter L5F"]
+    [proposer] = arms.proposers_of("L1", pair, adapters)
     lanes = costs.prefill_overlap(pair.verifier, proposer, samples[0], n_drafts=3, repeats=2)
-    assert lanes.ideal_s == max(lanes.verifier_s.median_s,
-                                lanes.drafter_s.median_s) and lanes.n_drafts == 3
+    ms = lanes.set_index("what")["ms"]
+    assert ms[costs.IDEAL] == max(ms[lane] for lane in costs.LANES)
+    table = costs.table(curve, steps, lanes).set_index("what")
+    assert len(table) == 3 + 6 + 5 and table.loc["verifier_step", "verifier steps"] == 1
     with pytest.raises(ParameterError, match="measure at least once"):
         costs.measure({}, repeats=0)
 
@@ -301,24 +299,26 @@ def test_a_step_that_fuses_tokens_is_timed_with_the_tokens_given(pair, adapters,
         return adapters["L5F"].step(drafter_states, verifier_states)
 
     fusing = types.SimpleNamespace(reads="both", fuses_tokens=True, step=step)
-    costs.step_costs(pair.drafter, pair.verifier, fusing, samples[0], context=3, repeats=1)
+    costs.step_costs(pair.drafter, pair.verifier, {"mine": fusing}, samples[0], context=3,
+                     repeats=1)
     assert set(given) == {0}
 
 
-def test_overlap_figures_follow_from_the_four_times():
-    def cost(seconds):
-        return costs.Cost("x", 0, seconds, seconds, seconds, 1)
+def cost(**ms):
+    return pd.DataFrame({"what": list(ms), "ms": list(ms.values())})
 
-    lanes = costs.OverlapCost(cost(3.0), cost(2.0), serial_s=cost(5.0), overlapped_s=cost(4.0),
-                              n_drafts=4)
-    assert lanes.ideal_s == 3.0 and lanes.hidden_share == 0.5
+
+def test_the_hidden_share_follows_from_the_four_times():
+    lanes = pd.DataFrame({"what": [*costs.LANES, costs.SERIAL, costs.AT_ONCE],
+                          "ms": [3.0, 2.0, 5.0, 4.0]})
+    assert costs.hidden_share(lanes) == 0.5
 
 
 def test_measured_operations_are_interleaved_and_warmed_up():
     log, ticks = [], iter(range(100))
-    operations = {name: (1, lambda name=name: log.append(name)) for name in "ab"}
+    operations = {name: lambda name=name: log.append(name) for name in "ab"}
     out = costs.measure(operations, repeats=2, clock=lambda: next(ticks))
-    assert log == ["a", "b"] * 3 and [c.median_s for c in out] == [1, 1]
+    assert log == ["a", "b"] * 3 and out["ms"].tolist() == [1000, 1000]
 
 
 def test_adapters_that_fuse_tokens_are_given_the_answer_so_far():
@@ -335,14 +335,10 @@ def test_adapters_that_fuse_tokens_are_given_the_answer_so_far():
 def test_a_prediction_is_the_sum_of_its_parts_and_leaves_a_residual():
     rounds = [{"phase": "prefill_hiding", "drafted": [5, 6], "accepted": 1, "bonus": 7},
               {"phase": "decode", "drafted": [8, 2], "accepted": 2, "bonus": None},]
-    curve = [
-        costs.Cost("verify", rows, seconds, seconds, seconds, 1)
-        for rows, seconds in ((1, 1.0), (2, 2.0))
-    ]
-    named = {
-        "verifier_prefill": 10.0, "drafter_prefill": 3.0, "drafter_step": 0.5, "adapter_step": 0.25
-    }
-    price = costs.prices(curve, {name: costs.Cost(name, 1, s, s, s, 1) for name, s in named.items()})
+    curve = cost(**{"verify 1": 1e3, "verify 2": 2e3}).assign(rows=[1, 2])
+    steps = cost(verifier_prefill=1e4, drafter_prefill=3e3, drafter_step=500.0,
+                 **{"adapter L1": 250.0})
+    price = costs.prices(curve, steps, level="L1")
     out = costs.predict([{"rounds": rounds, "ids": [5, 7, 8, 2], "total_s": 31.0}], price,
                         frozenset({2}))
     assert (out["prefill_s"], out["draft_s"], out["verify_s"]) == (10.0, 1.5, 2.0 + 2.0
@@ -350,3 +346,67 @@ def test_a_prediction_is_the_sum_of_its_parts_and_leaves_a_residual():
     assert out["predicted_s"] == 15.5 and out["residual"] == 1.0
     with pytest.raises(ParameterError, match="choose an arm that drafts"):
         costs.predict([{"rounds": [], "ids": [1], "total_s": 1.0}], price, frozenset())
+    table = costs.prices(curve, steps, drafter=False)
+    assert (table.draft_s, table.drafter_prefill_s) == (0.0, 0.0)
+
+
+class Parrot(proposers.TokenByToken):
+    """Says the last token but one again."""
+    def __init__(self, pair):
+        self.eos_token_ids = pair.verifier.eos_token_ids
+
+    def next_token(self, drafts):
+        text = [*self.known, *drafts]
+        return text[-2] if len(text) > 1 else None
+
+
+@pytest.mark.parametrize("form", ["object", "name", "behind L1"])
+def test_a_proposer_of_ones_own_is_an_arm_and_lossless(form, pair, adapters, samples):
+    spec = {"object": Parrot(pair), "name": f"{__name__}:Parrot",
+            "behind L1": f"L1+{__name__}:Parrot@2"}[form]
+    arm = build(spec, pair, adapters)
+    own = autoregressive.generate(pair.verifier, samples[0], LENGTH)
+    got = arm.run(samples[0], LENGTH)
+    assert got.ids == own.ids and any(r.drafted for r in got.rounds)
+    assert len(arm.info["source"]) == 1 and len(arm.info["source"][0]) == 16
+    assert arms.label_of(arm.name) == {"object": "Parrot", "name": "Parrot", "behind L1":
+                                       "L1 + Parrot, 2 drafts a round"}[form]
+    if form != "object":
+        assert arms.levels_of([spec]) == (["L1"] if "L1" in spec else [])
+
+
+class Wild(proposers.TokenByToken):
+    said = "no id"
+
+    def __init__(self, pair):
+        pass
+
+    def next_token(self, drafts):
+        return self.said
+
+
+@pytest.mark.parametrize(("said", "message"), [
+    ("no id", "Wild drafted 'no id'; a draft is a Python int"), (-1, "drafted -1"),
+    (True, "drafted True"), (10**6, "an id from 0 to"), (torch.tensor(3), "a Python int")])
+def test_drafts_that_are_no_ids_are_refused(said, message, pair, samples, monkeypatch):
+    monkeypatch.setattr(Wild, "said", said)
+    with pytest.raises(ParameterError, match=message):
+        build(f"{__name__}:Wild", pair, {}).run(samples[0], LENGTH)
+
+
+def test_what_is_no_proposer_is_refused_by_what_it_lacks(pair, samples):
+    with pytest.raises(ParameterError, match=r"dict is no proposer: it lacks begin, propose, obs"):
+        arms.build({}, pair)
+    with pytest.raises(ParameterError, match="test_bench_live:cost cannot be made as cost"):
+        arms.build(f"{__name__}:cost", pair)
+    with pytest.raises(ParameterError, match="holds no Nobody"):
+        arms.build(f"{__name__}:Nobody", pair)
+    with pytest.raises(ParameterError, match="is an adapter and not among the loaded ones"):
+        arms.build("xsd.adapters.eagle:EagleAdapter", pair)
+
+    class Greedy(Parrot):
+        def propose(self, gamma, stop=proposers.never):
+            return [1] * (gamma + 1)
+
+    with pytest.raises(ParameterError, match=r"drafted \d+ tokens where at most"):
+        arms.build(Greedy(pair), pair).run(samples[0], LENGTH)

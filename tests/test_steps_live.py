@@ -1,18 +1,19 @@
 """Live decoding, the check of every held-out answer, comparison and explorer, on a run of a
 random-weight pair of the real classes."""
 
+import dataclasses
 import json
 
 import pandas as pd
 import pytest
 from tiny_pair import make_tiny_pair
 
+from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.runs import demo_page, folder, parameters, report
 from xsd.steps import (
     acceptance,
     compare,
-    costs,
     extraction,
     held_out,
     live,
@@ -63,14 +64,14 @@ def bench(place):
 
 @pytest.fixture(scope="module")
 def records(bench):
-    return live.measure(bench)
+    return live.measure(bench, bench.arms(bench.given.arms))
 
 
 def test_every_arm_answers_the_same_samples_with_the_verifiers_ids(bench, records):
     assert len(records) == len(ARMS) * 4 and all(record["identical_to_ar"] for record in records)
     assert {record["data"] for record in records} == {"simulated", "davis_road"}
-    assert live.measure(bench) == records  # found again
-    found = live.summary(records, 50, 0)
+    assert live.measure(bench, bench.arms(bench.given.arms)) == records  # found again
+    found = live.summary(records, LEVELS, resamples=50, seed=0)
     for one in found.values():
         base = one["arms"][one["baseline"]]
         assert base["baseline"] and base["speedup"]["value"] == 1
@@ -87,7 +88,8 @@ def test_a_near_tie_is_no_excuse_in_float32(records):
         "verdict": {"outcome": "near-tie", "position": 2, "reason": "close"}
     }
     with pytest.raises(LosslessError, match="near-tie: close"):
-        live.summary([{**one, **tie} if one["arm"] == "L4" else one for one in records], 50, 0)
+        live.summary([{**one, **tie} if one["arm"] == "L4" else one for one in records], LEVELS,
+                     resamples=50, seed=0)
 
 
 def test_unlikely_drafts_end_a_round_and_cost_no_loss(records):
@@ -105,13 +107,13 @@ def test_unlikely_drafts_end_a_round_and_cost_no_loss(records):
                                                ("L4@2~.5", ("L4", 2, 0.5))],
                          )
 def test_an_arms_name_says_its_settings(name, meaning):
-    assert live.parts_of(name) == meaning
+    assert arms.parts_of(name) == meaning
 
 
 @pytest.mark.parametrize("name", ["L4@", "L4@0", "L4~1", "L4 L5", ""])
 def test_a_name_of_another_form_is_refused(name):
     with pytest.raises(ParameterError, match="the form is L4, L4@3"):
-        live.parts_of(name)
+        arms.parts_of(name)
 
 
 def test_the_recordings_clips_are_its_clusters(bench):
@@ -167,53 +169,63 @@ def test_two_processes_check_what_one_does(place, bench):
 
 
 def test_a_wrong_answer_is_counted_as_one(bench, monkeypatch):
-    def broken(bench_, names, **options):
-        made = build(bench_, names, **options)
-        return [
-            type(arm)(arm.name, lambda s, n, arm=arm: changed(arm.run(s, n)), arm.verifier)
-            for arm in made
-        ]
-
     def changed(generation):
-        import dataclasses
+        ids = (*generation.ids[:-1], (generation.ids[-1] + 7) % 300)
+        return dataclasses.replace(generation, ids=ids)
 
-        return dataclasses.replace(generation,
-                                   ids=(*generation.ids[:-1], (generation.ids[-1] + 7) % 300))
+    def broken(*given, **options):
+        arm = build(*given, **options)
+        return dataclasses.replace(arm, run=lambda s, n: changed(arm.run(s, n)))
 
-    build = live.build
-    monkeypatch.setattr(live, "build", broken)
+    build = arms.build
+    monkeypatch.setattr(arms, "build", broken)
     counted = lossless.counts(lossless.check(bench))
     assert counted["n_identical"] == 0 and counted["n_divergences"] == counted["n_answers"]
 
 
+def measured(bench):
+    sample = bench.timed["simulated"][0].load()
+    curve = costs.verification_curve(bench.pair.verifier, sample, rows=live.widths(bench.given),
+                                     repeats=1)
+    steps = costs.step_costs(bench.pair.drafter, bench.pair.verifier, bench.adapters, sample,
+                             repeats=1)
+    return curve, steps
+
+
 def test_costs_predictions_and_pictures(bench, records):
-    parts = costs.measure(bench, repeats=1)
-    table = costs.table(parts)
+    curve, steps = measured(bench)
+    table = costs.table(curve, steps)
     assert {"verify 1", "drafter_step", "adapter L4"} <= set(table["what"]) and (table["ms"]
                                                                                  > 0).all()
-    predicted = costs.predictions(bench, [r for r in records if r["data"] == "simulated"], parts)
+    assert curve["rows"].max() == 10  # the widest pass: ten drafts behind the prefill
+    predicted = costs.predictions([r for r in records if r["data"] == "simulated"], curve, steps,
+                                  bench.adapters, bench.pair.verifier.eos_token_ids)
     assert set(predicted["arm"]) == {
         "drafter tokens", "4-gram table", "L4", "L4, 2 drafts a round", "L4, only above 90%", "B1"
     }
     shares = predicted[["prefill", "draft", "verify"]].sum(axis=1)
     assert ((shares - 1).abs() < 1e-9).all()
-    curve = cost_figures.verification_curve(costs.curve_table(parts))
+    curve = cost_figures.verification_curve(curve)
     assert [trace.name for trace in curve.data[1:]] == ["one pass over K rows", "K single steps"]
     assert len(cost_figures.predicted_and_measured(predicted).data) == 4
 
 
 def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, place):
-    found = live.summary(records, 50, 0)
-    generations, said, one = live.show_one(bench, found["simulated"]["best_arm"])
+    found = live.summary(records, LEVELS, resamples=50, seed=0)
+    one, best = bench.timed["simulated"][0], found["simulated"]["best_arm"]
+    generations = {arms.label_of(arm.name): arm.run(one.load(), 12)
+                   for arm in bench.arms([best, "ar"])}
+    live.save_one(bench, one, generations, best)
+    said = bench.pair.verifier.token_text
     assert len({g.ids
                 for g in generations.values()}) == 1 and list(generations)[-1] == "own greedy loop"
     timeline.scrubber(generations, lambda ids: "".join(map(said, ids)))
     tokens.rounds(next(iter(generations.values())), said)
     counted = {"arms": ["L4", "B1", "L1+L5F"], "n_answers": 30, "n_identical": 30,
                "n_near_ties": 0, "n_divergences": 0, "data": {}}
-    parts = costs.measure(bench, repeats=1)
-    live.save(bench, found, counted, costs.table(parts), costs.predictions(bench, [], parts),
-              hidden_share=0.5)
+    curve, steps = measured(bench)
+    nothing = costs.predictions([], curve, steps, {}, frozenset())
+    live.save(bench.given, found, counted, costs.table(curve, steps), nothing, hidden_share=0.5)
     results = folder.load_results(place / "run")
     assert results["live"]["sentence"].startswith("the fastest arm that drafts")
     assert results["live"]["check"]["labels"] == "L4, B1 and L1 + L5F"
@@ -250,9 +262,10 @@ def test_the_sentence_says_which_way_it_went(low, high, words):
 
 def test_other_settings_put_the_old_records_aside(place, bench, records):
     again = live.open_bench(given(place, arms=["ar", "L1"], n_samples=2, n_samples_others=1))
-    assert [len(some) for some in again.timed.values()] == [2, 1] and len(live.measure(again)) == 6
+    assert [len(some) for some in again.timed.values()] == [2, 1]
+    assert len(live.measure(again, again.arms(again.given.arms))) == 6
     assert (place / "run" / "records.before.jsonl").is_file()
-    live.measure(bench)
+    live.measure(bench, bench.arms(bench.given.arms))
 
 
 def test_wrong_arms_levels_and_pairs_are_named(place, tmp_path):

@@ -3,44 +3,54 @@ Generation`` on the same loaded models.
 
 | name | what drafts |
 |---|---|
-| ``ar`` | nobody: the project's own greedy loop, the reference of every equality check |
-| ``hf_generate``, ``hf_prompt_lookup`` | transformers' own ``generate`` on the verifier: what a user would pick instead |
+| ``ar``, ``ar_all_cores`` | nobody: our own greedy loop, the reference of every equality check; the same on every core that this process may use |
+| ``hf_generate``, ``hf_prompt_lookup`` | transformers' own ``generate`` on the verifier |
 | ``drafter`` | the drafter's own tokens, no adapter |
 | ``ngram``, ``prompt_lookup`` | a table of training answers; the prompt and the answer so far |
 | ``L1`` … ``L5F``, ``B1``, any key of ``adapters`` | that adapter |
+| ``my_module:Mine`` | a proposer of your own, made as ``Mine(pair)`` (docs/extending.md) |
 | ``L4+L5F``, ``L4+ngram`` | the first during the verifier's prefill, the second in the rounds after it |
-"""
+
+``L4@3`` drafts at most 3 tokens a round; ``L4~0.6`` ends a round's drafting at the first draft less
+likely than 0.6.
+"""  # noqa: E501 - a table
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import inspect
 import os
-import time
-import weakref
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
 
+from xsd import files
+from xsd.adapters import heads
+from xsd.bench import baselines
 from xsd.core import Generation, ParameterError, Sample
 from xsd.decode import autoregressive, proposers, rules, speculative, tracks
 from xsd.decode.overlap import Overlap
 from xsd.models.handle import ModelHandle
 from xsd.models.loading import Pair
 
-BASELINES = ("ar", "hf_generate", "hf_prompt_lookup")
+BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup")
 PLAIN = (*BASELINES, "drafter", "ngram", "prompt_lookup")
+LABELS = {
+    "ar": "own greedy loop", "ar_all_cores": "own greedy loop, all cores",
+    "hf_generate": "transformers generate", "hf_prompt_lookup": "transformers prompt lookup",
+    "drafter": "drafter tokens", "ngram": "4-gram table", "prompt_lookup": "prompt lookup",
+}
 
 
 @dataclass(frozen=True)
 class Arm:
     """lossless: claims the verifier's own ids. baseline: one of those a speed-up is measured
-    against.
-
-    info: the settings (adapter weights included) that must not change when a run is resumed.
-    """
+    against. info: the settings (adapter weights included) that must not change when a run is
+    resumed."""
 
     name: str
     run: Callable[[Sample, int], Generation]
@@ -50,114 +60,188 @@ class Arm:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-def build(name: str, pair: Pair, adapters: Mapping[str, proposers.Adapter] | None = None, *,
-          gamma: int = 5, gamma_prefill: int | None = None, hide_prefill: bool = True,
-          overlap: Overlap = "threads", min_probability: float = 0.0,
-          ngram: Callable[[Sequence[int]], int | None] | None = None, ngram_hash: str = "",
-          label: str | None = None,
-          ) -> Arm:
-    """The arm called ``name`` (see the table above); ``label`` is its name in the records where one
-    name is measured with two settings.
+# --- names ---
 
-    adapters: level → adapter with ``reads`` and ``step``. ngram: prefix ids → next id or None (for
-    ``ngram``); ngram_hash: of what
-    the table was made from, kept in the arm's info. gamma_prefill: at most so many drafts behind
-    the prefill.
-    min_probability: a less likely draft ends the drafting of its round. Raises: ParameterError
-    naming the arms there are.
+
+def parts_of(name: str) -> tuple[str, int, float]:
+    """An arm's name as (kind, drafts a round, least probability); 0 where the name does not say.
+    Raises: ParameterError for another form."""
+    found = re.fullmatch(r"([\w+.:]+)(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
+    if not found:
+        raise ParameterError(
+            f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round) or L4~0.6 (stops "
+            "at less likely drafts)")
+    return found[1], int(found[2] or 0), float(found[3] or 0)
+
+
+def levels_of(names: Sequence[str]) -> list[str]:
+    """The adapter levels that arms need, in order of appearance: ``["ar", "L1+L5F"]`` → ``["L1",
+    "L5F"]``; of names with a colon those that are an adapter's class."""
+    found = [part for name in names for part in parts_of(name)[0].split("+")]
+    return [part for part in dict.fromkeys(found)
+            if part not in PLAIN and (":" not in part or _is_adapter(files.import_object(part)))]
+
+
+def label_of(name: str) -> str:
+    """How an arm is called in tables and pictures."""
+    kind, gamma, least = parts_of(name)
+    parts = [LABELS.get(part, part.partition(":")[2] or part) for part in kind.split("+")]
+    return (" + ".join(parts) + (f", {gamma} drafts a round" if gamma else "") +
+            (f", only above {least:.0%}" if least else ""))
+
+
+def _is_adapter(found: Any) -> bool:
+    return hasattr(found, "reads") and not hasattr(found, "propose")
+
+
+# --- arms ---
+
+
+def build(spec: str | proposers.Proposer, pair: Pair,
+          adapters: Mapping[str, proposers.Adapter] | None = None, *, gamma: int = 5,
+          gamma_prefill: int | None = None, hide_prefill: bool = True,
+          overlap: Overlap = "threads", ngram: rules.Rule | None = None,
+          label: str | None = None) -> Arm:
+    """The arm of a name (see the table above), or of a proposer of your own as an object; ``label``
+    is its name in the records where one name is measured with two settings.
+
+    adapters: level → adapter with ``reads`` and ``step``. gamma_prefill: at most so many drafts
+    behind the prefill. ngram: prefix ids → next id or None, for ``ngram``. Raises: ParameterError
+    naming the arms there are, or what a proposer lacks.
     """
-    adapters = adapters or {}
-    verifier = pair.verifier
-    if name in BASELINES:
-        run = {
-            "ar": lambda sample, n: autoregressive.generate(verifier, sample, n),
-            "hf_generate": lambda sample, n: hf_generate(verifier, sample, n),
-            "hf_prompt_lookup": lambda sample, n: hf_prompt_lookup(verifier, sample, n, gamma),
-        }[name]
-        return Arm(label or name, run, verifier, baseline=True, info={"kind": name})
-    first, main = _proposers(name, pair, adapters, ngram)
-    for each in (first, main):
-        if each is not None:
-            each.min_probability = min_probability  # type: ignore[attr-defined]
+    verifier, adapters = pair.verifier, adapters or {}
+    given = spec if isinstance(spec, str) else type(spec).__name__
+    kind, own_gamma, least = parts_of(given)
+    gamma, name = own_gamma or gamma, label or given
+    if kind in BASELINES:
+        cores = {"cores": available_cores()} if kind == "ar_all_cores" else {}
+        return Arm(name, _baseline(kind, verifier, gamma), verifier, baseline=True,
+                   info={"kind": kind, **cores})
+    if isinstance(spec, str):
+        found = proposers_of(kind, pair, adapters, ngram)
+    else:
+        found = [proposers.Checked(spec, verifier.vocab_size)]
+    for each in found:
+        inner = each.proposer if isinstance(each, proposers.Checked) else each
+        if least:
+            inner.min_probability = least
+    options = {"gamma": gamma, "gamma_prefill": gamma_prefill, "hide_prefill": hide_prefill,
+               "overlap": overlap}
 
     def run(sample: Sample, max_new_tokens: int) -> Generation:
-        return speculative.generate(verifier, main, sample, gamma=gamma,
-                                    max_new_tokens=max_new_tokens, gamma_prefill=gamma_prefill,
-                                    hide_prefill=hide_prefill, first_proposer=first,
-                                    overlap=overlap,
-                                    )
+        first = found[0] if len(found) == 2 else None
+        return speculative.generate(verifier, found[-1], sample, first_proposer=first,
+                                    max_new_tokens=max_new_tokens, **options)
 
-    info = {
-        "kind": name, "gamma": gamma, "gamma_prefill": gamma_prefill, "hide_prefill": hide_prefill,
-        "overlap": overlap
-    }
-    info["min_probability"] = min_probability
-    info["adapters"] = {
-        level: adapter_hash(adapters[level]) for level in name.split("+") if level in adapters
-    }
-    if name not in ("ngram", "prompt_lookup") and hasattr(pair.drafter, "weights_hash"):
-        info["drafter"] = pair.drafter.weights_hash()
-    if "ngram" in name.split("+"):
-        info["ngram"] = ngram_hash
-    return Arm(label or name, run, verifier, info=info)
+    info = {"kind": kind, **options, "min_probability": least}
+    info |= _fingerprints(kind.split("+"), pair, adapters, ngram)
+    own = [_source_hash(each.proposer) for each in found if isinstance(each, proposers.Checked)]
+    return Arm(name, run, verifier, info=info | ({"source": own} if own else {}))
 
 
-def _proposers(
-    name: str, pair: Pair, adapters: Mapping[str, Any],
-    ngram: Callable[[Sequence[int]], int | None] | None
-) -> tuple[proposers.Proposer | None, proposers.Proposer]:
-    drafter, verifier = pair.drafter, pair.verifier
+def _baseline(kind: str, verifier: ModelHandle,
+              gamma: int) -> Callable[[Sample, int], Generation]:
+    def on_all_cores(sample: Sample, n: int) -> Generation:
+        with _threads(available_cores()):
+            return autoregressive.generate(verifier, sample, n)
+
+    return {
+        "ar": lambda sample, n: autoregressive.generate(verifier, sample, n),
+        "ar_all_cores": on_all_cores,
+        "hf_generate": lambda sample, n: baselines.hf_generate(verifier, sample, n),
+        "hf_prompt_lookup": lambda sample, n: baselines.hf_prompt_lookup(
+            verifier, sample, n, gamma),
+    }[kind]
+
+
+def proposers_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
+                 ngram: rules.Rule | None = None) -> list[proposers.Proposer]:
+    """The proposer that an arm's kind names, or the two: behind the prefill, and in the rounds.
+    They share one drafter, prefilled once a request. Raises: as :func:`build`."""
+    parts, verifier = kind.split("+"), pair.verifier
     eos, ids = verifier.eos_token_ids, pair.draft_vocab_size or verifier.draft_vocab_size
-    if name == "drafter":
-        return None, proposers.DrafterTokens(tracks.DrafterTrack(drafter), ids, eos)
-    levels = name.split("+")
-    if "ngram" in levels and ngram is None:
+    unknown = [part for part in parts if part not in (*PLAIN[len(BASELINES):], *adapters)
+               and ":" not in part]
+    if unknown or len(parts) > 2:
+        raise ParameterError(
+            f"no arm {kind!r}: it names {', '.join(unknown) or 'three phases'}; there are "
+            f"{', '.join([*PLAIN, *sorted(adapters)])}, and two of those that draft as 'L4+L5F'")
+    if "ngram" in parts and ngram is None:
         raise ParameterError(
             "the arm 'ngram' needs a table: pass ngram=, a function from prefix ids to the next id")
-    if name == "ngram":
-        return None, proposers.RuleProposer(lambda sample: ngram, eos)
-    if name == "prompt_lookup":
-        def lookup(sample: Sample) -> rules.Rule:
-            before, after = verifier.prompt_ids(sample.question)
-            return rules.prompt_lookup([*before, *after])
+    track = tracks.DrafterTrack(pair.drafter)
 
-        return None, proposers.RuleProposer(lookup, eos)
-    missing = [
-        level for place, level in enumerate(levels)
-        if level not in adapters and not (place and level == "ngram")
-    ]
-    if missing or len(levels) > 2:
-        have = ", ".join([*PLAIN, *sorted(adapters)])
-        raise ParameterError(
-            f"no arm {name!r}: it names {', '.join(missing) or 'three phases'}; there are {have}, "
-            "and two adapters as 'L4+L5F'"
-        )
-    track = tracks.DrafterTrack(drafter)  # shared by both phases: one drafter prefill a request
-    made: list[proposers.Proposer] = []
-    for level in levels:
-        if level == "ngram":
-            made.append(proposers.RuleProposer(lambda sample: ngram, eos))
-            continue
-        adapter = adapters[level].eval() if hasattr(adapters[level], "eval") else adapters[level]
-        made.append(
-            proposers.AdapterProposer(track, adapter, draft_head(verifier, adapter), ids, eos))
-    return (None, made[0]) if len(made) == 1 else (made[0], made[1])
+    def lookup(sample: Sample) -> rules.Rule:
+        before, after = verifier.prompt_ids(sample.question)
+        return rules.prompt_lookup([*before, *after])
+
+    def made(part: str) -> proposers.Proposer:
+        if part in adapters:
+            adapter = adapters[part]
+            adapter = adapter.eval() if hasattr(adapter, "eval") else adapter
+            return proposers.AdapterProposer(track, adapter, draft_head(verifier, adapter), ids,
+                                             eos)
+        if part == "drafter":
+            return proposers.DrafterTokens(track, ids, eos)
+        if part == "prompt_lookup":
+            return proposers.RuleProposer(lookup, eos)
+        if part == "ngram":
+            return proposers.RuleProposer(lambda sample: ngram, eos)
+        return proposers.Checked(_own(part, pair), verifier.vocab_size)
+
+    return [made(part) for part in parts]
+
+
+def _own(name: str, pair: Pair) -> Any:
+    """What a researcher typed as module:Class, made with the pair."""
+    found = files.import_object(name)
+    if _is_adapter(found):
+        raise ParameterError(f"{name} is an adapter and not among the loaded ones; train it with "
+                             f"notebook 02 and levels={name}")
+    try:
+        return found(pair)
+    except TypeError as error:
+        raise ParameterError(f"{name} cannot be made as {name.partition(':')[2]}(pair) ({error}); "
+                             "docs/extending.md shows one") from error
 
 
 def draft_head(verifier: Any, adapter: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """The verifier's head as an adapter drafts through it: only the rows of its draft vocabulary,
-    where it has one."""
-    ids = getattr(adapter, "draft_ids", None)
-    if ids is None or not hasattr(verifier, "head"):
+    where it has one, copied once."""
+    if getattr(adapter, "draft_ids", None) is None or not hasattr(verifier, "head"):
         return verifier.lm_head
-    rows = verifier.head.weight.detach()[ids.to(
-        verifier.head.weight.device)]  # copied once, read for every draft
-    return lambda hidden: torch.nn.functional.linear(hidden.to(rows.device, rows.dtype), rows)
+    head = heads.head_of(adapter, verifier.head.weight.detach())
+    return lambda hidden: head(hidden.to(head.weight))
 
 
 def available_cores() -> int:
     """Cores that this process may run on, which may be fewer than the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@contextlib.contextmanager
+def _threads(n: int) -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(n)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+# --- what must not change when a run is resumed ---
+
+
+def _fingerprints(parts: Sequence[str], pair: Pair, adapters: Mapping[str, Any],
+                  ngram: rules.Rule | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "adapters": {part: adapter_hash(adapters[part]) for part in parts if part in adapters}}
+    if not set(parts) <= {"ngram", "prompt_lookup"} and hasattr(pair.drafter, "weights_hash"):
+        found["drafter"] = pair.drafter.weights_hash()
+    if "ngram" in parts:
+        entries = sorted(getattr(ngram, "table", {}).items())
+        found["ngram"] = hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+    return found
 
 
 def adapter_hash(adapter: Any) -> str:
@@ -171,86 +255,10 @@ def adapter_hash(adapter: Any) -> str:
     return digest.hexdigest()[:16]
 
 
-# --- transformers' own generation
-# ------------------------------------------------------------------------------------------
-
-
-class _FirstToken(StoppingCriteria):
-    """Called after every step; never stops anything, remembers when the first one ended."""
-    def __init__(self) -> None:
-        self.at: float | None = None
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        if self.at is None:
-            self.at = time.perf_counter()
-        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-def hf_inputs(handle: ModelHandle, sample: Sample) -> dict[str, torch.Tensor]:
-    """What ``model.generate`` takes for the verifier: input_ids [1, L] with one video token for
-    each visual one, pixel_values_videos."""
-    before, after = handle.prompt_ids(sample.question)
-    config = handle.model.config
-    video_token = getattr(config, "video_token_id", None) or config.video_token_index
-    pixels = handle.pixels(list(sample.video)).to(handle.device, handle.head.weight.dtype)
-    ids = torch.tensor([[*before, *[video_token] * _n_visual(handle, sample), *after]],
-                       device=handle.device)
-    return {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids),
-        "pixel_values_videos": pixels[None]
-    }
-
-
-_VISUAL_TOKENS: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
-"""Model → frames → visual tokens, found once (in the warm-up) so that counting them does not enter
-the measured time."""
-
-
-def _n_visual(handle: ModelHandle, sample: Sample) -> int:
-    counts = _VISUAL_TOKENS.setdefault(handle.model, {})
-    if len(sample.video) not in counts:
-        counts[len(sample.video)] = len(handle.visual_tokens(sample))
-    return counts[len(sample.video)]
-
-
-@torch.inference_mode()
-def hf_generate(handle: ModelHandle, sample: Sample, max_new_tokens: int,
-                **options: Any) -> Generation:
-    """transformers' greedy ``generate`` on the same model, from pixels to ids; options go to it
-    (``prompt_lookup_num_tokens``).
-
-    ``first_token_s`` is the end of its first step (with prompt lookup that step may already give
-    several tokens). No rounds: it keeps none.
-    """
-    autoregressive.check_length(max_new_tokens)
-    start = time.perf_counter()
-    inputs = hf_inputs(handle, sample)
-    first = _FirstToken()
-    output = handle.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
-                                   eos_token_id=sorted(handle.eos_token_ids),
-                                   pad_token_id=min(handle.eos_token_ids, default=0),
-                                   stopping_criteria=StoppingCriteriaList([first]), **options,
-                                   )
-    ids = output[0, inputs["input_ids"].shape[1]:].tolist()[:max_new_tokens]
-    total_s = time.perf_counter() - start
-    end = next((i + 1 for i, token in enumerate(ids) if token in handle.eos_token_ids), len(ids))
-    finish = "eos" if ids[end - 1] in handle.eos_token_ids else "length"
-    return Generation(tuple(ids[:end]), finish, (), (), (first.at or start) - start, total_s)
-
-
-def hf_prompt_lookup(handle: ModelHandle, sample: Sample, max_new_tokens: int,
-                     n_drafts: int) -> Generation:
-    """transformers' prompt lookup with at most ``n_drafts`` candidates a round.
-
-    Its candidates are copied from the prompt, which holds a placeholder for every visual token; a
-    placeholder outside the prompt makes the model's forward fail, so they are suppressed
-    (candidates then end before them; an answer never holds one).
-    """
-    config = handle.model.config
-    ids = [
-        getattr(config, f"{kind}_token_{word}", None) for kind in ("image", "video")
-        for word in ("id", "index")
-    ]
-    placeholders = sorted({token for token in ids if token is not None})
-    return hf_generate(handle, sample, max_new_tokens, prompt_lookup_num_tokens=n_drafts,
-                       suppress_tokens=placeholders)
+def _source_hash(proposer: Any) -> str:
+    """Of a researcher's own class, so that records of another version of it are not continued."""
+    try:
+        text = inspect.getsource(type(proposer))
+    except (OSError, TypeError):  # typed at a prompt, or not written in Python
+        return ""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

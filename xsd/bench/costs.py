@@ -1,93 +1,69 @@
 """What the parts cost on this machine: the verification curve v(K), a draft, an adapter, both
-prefills, and the overlap of the two.
+prefills, and the overlap of the two; and what counted rounds should have taken at these prices.
 
-Measured interleaved (every repeat goes once through all shapes) after a warm-up of each shape;
-medians with the middle half.
+Measured interleaved (every repeat goes once through all shapes) after a warm-up of each shape.
+Whatever measures returns one row per operation: what, ms (median), low, high (quartiles), n.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 
+from xsd.bench.arms import PLAIN, draft_head, label_of, parts_of
 from xsd.core import DecoderHandle, ParameterError
 from xsd.decode import overlap, proposers, replay
 from xsd.decode.prices import Prices
 
-
-@dataclass(frozen=True)
-class Cost:
-    """Seconds of one operation. low_s, high_s: its quartiles over n repeats. rows: rows fed, 0
-    where that has no meaning."""
-
-    what: str
-    rows: int
-    median_s: float
-    low_s: float
-    high_s: float
-    n: int
+LANES = ("the verifier's lane alone", "the drafter's lane alone")
+SERIAL = "both prefills and first drafts, one after the other"
+AT_ONCE = "both prefills and first drafts, at once"
+IDEAL = "the longer lane alone (ideal overlap)"
 
 
-@dataclass(frozen=True)
-class OverlapCost:
-    """The prefill phase, seconds: each lane alone, one after the other, and really at once. ideal_s
-    is the longer lane alone.
-
-    ``hidden_share``: how much of the shorter lane disappears, 1 when the overlap is ideal, 0 when
-    it saves nothing, below 0 when the lanes hinder each other more than they help.
-    """
-
-    verifier_s: Cost
-    drafter_s: Cost
-    serial_s: Cost
-    overlapped_s: Cost
-    n_drafts: int
-
-    @property
-    def ideal_s(self) -> float:
-        return max(self.verifier_s.median_s, self.drafter_s.median_s)
-
-    @property
-    def hidden_share(self) -> float:
-        return (self.serial_s.median_s - self.overlapped_s.median_s) / min(
-            self.verifier_s.median_s, self.drafter_s.median_s)
-
-
-def measure(operations: dict[str, tuple[int, Callable[[], Any]]], *, repeats: int = 5,
-            clock: Callable[[], float] = time.perf_counter) -> list[Cost]:
-    """name → (rows, operation); each is run once to warm up, then ``repeats`` times in turn.
+def measure(operations: Mapping[str, Callable[[], Any]], *, repeats: int = 5,
+            clock: Callable[[], float] = time.perf_counter) -> pd.DataFrame:
+    """Each operation is run once to warm up, then ``repeats`` times in turn with the others.
     Raises: ParameterError if repeats < 1."""
     if repeats < 1:
         raise ParameterError(f"repeats is {repeats}; measure at least once")
     seconds: dict[str, list[float]] = {name: [] for name in operations}
     for turn in range(repeats + 1):
-        for name, (_, operation) in operations.items():
+        for name, operation in operations.items():
             _settle()
             start = clock()
             operation()
             _settle()
             if turn:
                 seconds[name].append(clock() - start)
-    return [_cost(name, rows, seconds[name]) for name, (rows, _) in operations.items()]
+    rows = [(name, *(1e3 * np.quantile(values, [0.5, 0.25, 0.75])), repeats)
+            for name, values in seconds.items()]
+    return pd.DataFrame(rows, columns=["what", "ms", "low", "high", "n"])
+
+
+def _settle() -> None:
+    """GPU work is queued; wait for it around the whole operation, never inside."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
 
 
 @torch.inference_mode()
 def verification_curve(handle: DecoderHandle, sample: Any, *,
                        rows: Sequence[int] = tuple(range(1, 10)), context: int = 0,
-                       repeats: int = 5) -> list[Cost]:
-    """v(K): seconds of one extend of K rows and its rollback, after the prompt and ``context``
-    answer tokens; one Cost for each K in rows.
+                       repeats: int = 5) -> pd.DataFrame:
+    """v(K): one extend of K rows and its rollback, after the prompt and ``context`` answer tokens;
+    one row for each K in rows, which stands in the column ``rows``.
 
     gamma drafts are verified by K = gamma + 1 rows; K = 1 is a plain decode step.
     """
     state = handle.prefill(sample)
-    token = int(state.logits.argmax())
-    device = state.logits.device
+    token, device = int(state.logits.argmax()), state.logits.device
     if context:
         handle.extend(state, torch.full((context,), token, device=device))
     start = state.length
@@ -96,18 +72,20 @@ def verification_curve(handle: DecoderHandle, sample: Any, *,
         handle.extend(state, torch.full((n,), token, device=device))[1].argmax(-1).tolist()
         handle.rollback(state, start)
 
-    return measure({f"verify {n}": (n, lambda n=n: verify(n)) for n in rows}, repeats=repeats)
+    found = measure({f"verify {n}": lambda n=n: verify(n) for n in rows}, repeats=repeats)
+    return found.assign(rows=list(rows))
 
 
 @torch.inference_mode()
-def step_costs(drafter: DecoderHandle, verifier: DecoderHandle, adapter: proposers.Adapter | None,
-               sample: Any, *, context: int = 8, repeats: int = 5) -> dict[str, Cost]:
-    """ "drafter_prefill", "verifier_prefill", "drafter_step", "verifier_step"; with an adapter also
-    "adapter_step" (with LM head).
-
-    context: answer positions that exist when the adapter steps.
-    """
+def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
+               adapters: Mapping[str, proposers.Adapter], sample: Any, *, context: int = 8,
+               repeats: int = 5) -> pd.DataFrame:
+    """drafter_prefill, verifier_prefill, drafter_step, verifier_step, and one step of each adapter
+    with the head it drafts through, ``adapter L4``. context: answer positions that exist then."""
     by_drafter, by_verifier = drafter.prefill(sample), verifier.prefill(sample)
+    drafter_states = by_drafter.hidden[None].repeat(context + 1, 1)
+    verifier_states = by_verifier.hidden[None].repeat(context, 1)
+    ids = torch.zeros(context, dtype=torch.long)
 
     def step(handle: DecoderHandle, state: Any) -> Callable[[], None]:
         start, token = state.length, state.logits.argmax()[None]
@@ -118,63 +96,70 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle, adapter: propose
 
         return once
 
-    operations = {
-        "drafter_prefill":
-            (by_drafter.length, lambda: int(drafter.prefill(sample).logits.argmax())),
-        "verifier_prefill":
-            (by_verifier.length, lambda: int(verifier.prefill(sample).logits.argmax())),
-        "drafter_step": (1, step(drafter,
-                                 by_drafter)), "verifier_step": (1, step(verifier, by_verifier)),
+    def adapt(adapter: Any, head: Callable[[torch.Tensor], torch.Tensor]) -> int:
+        fused = {"tokens": ids} if getattr(adapter, "fuses_tokens", False) else {}
+        state = adapter.step(drafter_states, verifier_states, **fused)
+        return int(head(state[None])[0].argmax())
+
+    operations: dict[str, Callable[[], Any]] = {
+        "drafter_prefill": lambda: int(drafter.prefill(sample).logits.argmax()),
+        "verifier_prefill": lambda: int(verifier.prefill(sample).logits.argmax()),
+        "drafter_step": step(drafter, by_drafter), "verifier_step": step(verifier, by_verifier),
     }
-    if adapter is not None:
-        drafter_states = by_drafter.hidden[None].repeat(context + 1, 1)
-        verifier_states = by_verifier.hidden[None].repeat(context, 1)
-
-        fuses = getattr(adapter, "fuses_tokens", False)
-        given = {"tokens": torch.zeros(context, dtype=torch.long)} if fuses else {
-        }  # as live decoding gives them
-
-        def adapt() -> None:
-            int(
-                verifier.lm_head(adapter.step(drafter_states, verifier_states,
-                                              **given)[None])[0].argmax())
-
-        operations["adapter_step"] = (1, adapt)
-    return {cost.what: cost for cost in measure(operations, repeats=repeats)}
+    for level, adapter in adapters.items():
+        operations[f"adapter {level}"] = functools.partial(adapt, adapter,
+                                                           draft_head(verifier, adapter))
+    return measure(operations, repeats=repeats)
 
 
 @torch.inference_mode()
 def prefill_overlap(verifier: DecoderHandle, proposer: proposers.Proposer, sample: Any, *,
-                    n_drafts: int = 4, repeats: int = 5) -> OverlapCost:
-    """The same work three ways: verifier prefill and drafter prefill + ``n_drafts`` drafts, serial,
-    overlapped, and each lane alone."""
+                    n_drafts: int = 4, repeats: int = 5) -> pd.DataFrame:
+    """The verifier's prefill and the drafter's prefill with ``n_drafts`` drafts: each lane alone,
+    one after the other, really at once, and the ideal, which is the longer lane alone."""
     def prefill() -> int:
         return int(verifier.prefill(sample).logits.argmax())
 
     def draft(stop: overlap.Stop = proposers.never) -> list[int]:
+        """stop is ignored: the same drafts in every mode."""
         proposer.begin(sample)
-        return [] if proposer.needs_verifier else proposer.propose(
-            n_drafts)  # stop is ignored: the same drafts in every mode
+        return [] if proposer.needs_verifier else proposer.propose(n_drafts)
 
-    costs = measure(
-        {
-            "verifier_s": (0, prefill), "drafter_s": (0, draft), "serial_s":
-                (0, lambda: overlap.run_lanes(prefill, draft, "serial")), "overlapped_s":
-                    (0, lambda: overlap.run_lanes(prefill, draft, "threads")),
-        }, repeats=repeats,
-    )
-    return OverlapCost(**{cost.what: cost for cost in costs}, n_drafts=n_drafts)
+    found = measure({
+        LANES[0]: prefill, LANES[1]: draft,
+        SERIAL: lambda: overlap.run_lanes(prefill, draft, "serial"),
+        AT_ONCE: lambda: overlap.run_lanes(prefill, draft, "threads"),
+    }, repeats=repeats)
+    longer = found.loc[found["ms"].head(2).idxmax()]
+    return pd.concat([found, longer.to_frame().T.assign(what=IDEAL)], ignore_index=True)
 
 
-def prices(curve: Sequence[Cost], steps: Mapping[str, Cost]) -> Prices:
-    """Medians of :func:`verification_curve` and :func:`step_costs` in the form that a schedule is
-    priced with."""
-    adapter_s = steps["adapter_step"].median_s if "adapter_step" in steps else 0.0
-    return Prices(verifier_prefill_s=steps["verifier_prefill"].median_s,
-                         drafter_prefill_s=steps["drafter_prefill"].median_s,
-                         draft_s=steps["drafter_step"].median_s + adapter_s,
-                         verify={cost.rows: cost.median_s for cost in curve},
-                         )
+def hidden_share(lanes: pd.DataFrame) -> float:
+    """How much of the shorter lane of :func:`prefill_overlap` disappears: 1 when the overlap is
+    ideal, 0 when it saves nothing, below 0 when the lanes hinder each other more than they help."""
+    ms = lanes.set_index("what")["ms"]
+    return float((ms[SERIAL] - ms[AT_ONCE]) / min(ms[lane] for lane in LANES))
+
+
+def table(*parts: pd.DataFrame) -> pd.DataFrame:
+    """All that was measured in one table, also in units of one verifier step."""
+    rows = pd.concat(parts, ignore_index=True)[["what", "ms", "low", "high"]]
+    rows = rows.astype({"ms": float, "low": float, "high": float})
+    return rows.assign(**{"verifier steps": rows["ms"] / _ms(rows)["verifier_step"]})
+
+
+def prices(curve: pd.DataFrame, steps: pd.DataFrame, *, drafter: bool = True,
+           level: str = "") -> Prices:
+    """Medians of :func:`verification_curve` and :func:`step_costs` as a schedule is priced with
+    them: drafts of the drafter's model (or none of its), of an adapter's level (or none)."""
+    s = _ms(steps) / 1e3
+    draft_s = (s["drafter_step"] if drafter else 0.0) + (s[f"adapter {level}"] if level else 0.0)
+    return Prices(float(s["verifier_prefill"]), float(s["drafter_prefill"]) if drafter else 0.0,
+                  float(draft_s), dict(zip(curve["rows"], curve["ms"] / 1e3, strict=True)))
+
+
+def _ms(rows: pd.DataFrame) -> pd.Series:
+    return rows.set_index("what")["ms"]
 
 
 def predict(records: Sequence[Mapping[str, Any]], price: Prices,
@@ -195,10 +180,9 @@ def predict(records: Sequence[Mapping[str, Any]], price: Prices,
         measured += record["total_s"]
         drafting += sum(each.n_drafted * price.draft_s for each in rounds if not each.hiding)
         verifying += sum(price.verify_s(each.rows) for each in rounds if each.rows)
-    return {
-        "predicted_s": predicted, "measured_s": measured, "residual": measured / predicted - 1,
-        "prefill_s": predicted - drafting - verifying, "draft_s": drafting, "verify_s": verifying,
-    }
+    return {"predicted_s": predicted, "measured_s": measured,
+            "residual": measured / predicted - 1, "prefill_s": predicted - drafting - verifying,
+            "draft_s": drafting, "verify_s": verifying}
 
 
 def _priced(row: Mapping[str, Any], ids: Sequence[int],
@@ -209,12 +193,25 @@ def _priced(row: Mapping[str, Any], ids: Sequence[int],
                                 hiding)
 
 
-def _cost(name: str, rows: int, seconds: Sequence[float]) -> Cost:
-    low, middle, high = np.quantile(seconds, [0.25, 0.5, 0.75])
-    return Cost(name, rows, float(middle), float(low), float(high), len(seconds))
-
-
-def _settle() -> None:
-    """GPU work is queued; wait for it around the whole operation, never inside."""
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps: pd.DataFrame,
+                adapters: Mapping[str, proposers.Adapter],
+                eos_token_ids: frozenset[int]) -> pd.DataFrame:
+    """Each arm of one proposer of ours: what its rounds should take at the measured prices, beside
+    what they took. One row per arm: arm, predicted_ms and measured_ms of an answer, residual, and
+    the shares of prefill, draft and verify in the prediction."""
+    rows = []
+    for name in dict.fromkeys(record["arm"] for record in records):
+        own = [record for record in records if record["arm"] == name and record["rounds"]]
+        kind = parts_of(name)[0]
+        if not own or kind not in (*PLAIN, *adapters):
+            continue
+        level = kind if kind in adapters else ""
+        drafter = adapters[kind].reads != "verifier" if level else kind == "drafter"
+        told = predict(own, prices(curve, steps, drafter=drafter, level=level), eos_token_ids)
+        shares = {part: told[f"{part}_s"] / told["predicted_s"]
+                  for part in ("prefill", "draft", "verify")}
+        rows.append({"arm": label_of(name), "predicted_ms": 1e3 * told["predicted_s"] / len(own),
+                     "measured_ms": 1e3 * told["measured_s"] / len(own),
+                     "residual": told["residual"], **shares})
+    return pd.DataFrame(rows, columns=["arm", "predicted_ms", "measured_ms", "residual", "prefill",
+                                       "draft", "verify"])

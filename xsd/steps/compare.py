@@ -98,9 +98,9 @@ def _speedups(run: str) -> pd.DataFrame:
         raise ParameterError(f"the run {run} has no live records; run notebook 05 with "
                              f"run_dir={run} first, or choose another metric")
     # brings the models' libraries, seconds that most comparisons need not wait
-    from xsd.bench import run as bench
+    from xsd.bench import records
 
-    found = pd.DataFrame(bench.read_records(path))
+    found = pd.DataFrame(records.read_records(path))
     origin = folder.load_tokens(run).drop_duplicates("sample").set_index("sample")
     origin = origin[["data", "sequence"]].astype(str)
     found["data"] = found["sample"].map(origin["data"]).fillna(datasets.SIMULATED)

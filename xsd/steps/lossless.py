@@ -1,5 +1,5 @@
-"""Step 05, the check: the ids of every held-out sample against the verifier's own, off the clock
-and on several processes if asked."""
+"""Step 05, the check: the ids of every held-out sample against the verifier's own, not timed and on
+several processes if asked."""
 
 from __future__ import annotations
 
@@ -15,10 +15,12 @@ from xsd.core import Sample
 from xsd.decode import autoregressive, certificate
 from xsd.models.handle import DecoderState, ModelHandle
 from xsd.runs import parameters
-from xsd.steps import live
+from xsd.steps import held_out, live
 
 LIMITS = (1, 2, 7)
 """Short maximum lengths that the first samples are also checked with."""
+FIRST = 2
+"""So many samples of a set are the first: they meet every arm and every limit."""
 EVERY = 10
 """One sample in so many is also answered by the verifier's one-row loop."""
 
@@ -34,113 +36,109 @@ class _OnePrompt:
 
     def prefill(self, sample: Sample) -> DecoderState:
         if sample.key != self._key:
-            state = self._handle.prefill(sample, reuse_vision=True)
-            self._key, self._state, self._first = sample.key, state, (state.length, state.hidden,
-                                                                      state.logits)
+            self._key = sample.key
+            self._state = state = self._handle.prefill(sample, reuse_vision=True)
+            self._first = state.length, state.hidden, state.logits
         length, self._state.hidden, self._state.logits = self._first
         self._handle.rollback(self._state, length)
         return self._state
 
 
-def check(bench_: live.Bench, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """The ids of ``check_arms`` on every held-out sample against the verifier's own greedy ids, at
     the full length and at short limits.
 
-    With ``check_in_turns`` the arms take turns, one a sample (all of them on the first two).
-    Drafts behind the prefill are made in turn with it, so that there are ``gamma_prefill`` of them
+    With ``check_in_turns`` the arms take turns, one a sample (all of them on the first two). Drafts
+    behind the prefill are made in turn with it, so that there are ``gamma_prefill`` of them
     whatever the clock says. The verifier's ids are those that were extracted in batches; every
     tenth sample is also answered by the one-row loop, which is then what counts.
 
-    Returns: data, sample, sequence, arm, limit, n_tokens, finish, identical, outcome ("identical" |
-    "near-tie" | "divergence"), position,
-    margin, n_hidden (drafts made behind the prefill), reference_identical (the extracted ids are
-    the one-row loop's, None where it was not run); one row a sample, arm and limit. Where ids
-    differ, the verifier's loop is run for this sample alone and a certificate decides.
+    Returns: one row per sample, arm and limit: data, sample, sequence, arm, limit, n_tokens,
+    finish, identical, outcome ("identical" | "near-tie" | "divergence"), position, margin, n_hidden
+    (drafts made behind the prefill), reference_identical (the extracted ids are the one-row loop's,
+    None where it was not run). Where ids differ, the verifier's loop is run for this sample alone
+    and a certificate decides.
     """
-    given = bench_.given
-    jobs = [(data, place) for data, some in bench_.samples.items() for place in range(len(some))]
-    n = min(given.workers, len(jobs))
-    if n <= 1:
-        rows = list(_counted(_checked(bench_, jobs), progress))
-    else:
-        parts = [jobs[len(jobs) * i // n:len(jobs) * (i + 1) // n] for i in range(n)]
-        with ProcessPoolExecutor(n - 1, mp_context=multiprocessing.get_context("spawn")) as pool:
-            others = [pool.submit(_check_part, given.model_dump(), part) for part in parts[1:]]
-            rows = list(_counted(_checked(bench_, parts[0]),
-                                 progress))  # this process takes its share
-            for other in others:
-                rows += _counted(other.result(), progress)
+    jobs = [(data, place) for data, some in opened.samples.items() for place in range(len(some))]
+    n = min(opened.given.workers, len(jobs))
+    parts = [jobs[len(jobs) * i // n:len(jobs) * (i + 1) // n] for i in range(n)]
+    with ProcessPoolExecutor(max(1, n - 1),
+                             mp_context=multiprocessing.get_context("spawn")) as pool:
+        others = [pool.submit(_check_part, opened.given.model_dump(), part) for part in parts[1:]]
+        rows = []
+        for row in _checked(opened, parts[0]):  # this process takes its share
+            rows.append(row)
+            if progress is not None:
+                progress(1)
+        for other in others:
+            more = other.result()
+            rows += more
+            if progress is not None:
+                progress(len(more))
     return pd.DataFrame(rows)
-
-
-def _counted(rows: Any, progress: Callable[[int], None] | None) -> Iterator[dict[str, Any]]:
-    for row in rows:
-        if progress is not None:
-            progress(1)
-        yield row
 
 
 def _check_part(given: Mapping[str, Any], jobs: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
     return list(_checked(live.open_bench(parameters.LiveParameters.checked(given)), jobs))
 
 
-def _checked(bench_: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
-    given = bench_.given
-    pair = dataclasses.replace(bench_.pair, drafter=_OnePrompt(bench_.pair.drafter),
-                               verifier=_OnePrompt(bench_.pair.verifier))
-    made = live.build(bench_, given.check_arms, pair=pair, overlap="serial")
-    eos = pair.verifier.eos_token_ids
+def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+    given = opened.given
+    pair = dataclasses.replace(opened.pair, drafter=_OnePrompt(opened.pair.drafter),
+                               verifier=_OnePrompt(opened.pair.verifier))
+    made = opened.arms(given.check_arms, pair=pair, overlap="serial")
     for data, place in jobs:
-        one = bench_.samples[data][place]
-        sample, reference = one.load(), one.reference
-        agrees = None
-        if place % EVERY == 0:
-            loop = autoregressive.generate(
-                bench_.pair.verifier, sample,
-                given.max_new_tokens).ids  # its own prefill, nothing reused
-            agrees, reference = None if reference is None else loop == reference, loop
-        if reference is None:
-            reference = autoregressive.generate(pair.verifier, sample, given.max_new_tokens).ids
-        turn = [made[place % len(made)]
-                ] if given.check_in_turns and place >= 2 else made  # the first two meet every arm
-        for arm in turn:
-            for limit in (given.max_new_tokens, *(LIMITS if place < 2 else ())):
+        one = opened.samples[data][place]
+        sample = one.load()
+        reference, agrees = _reference(opened, pair.verifier, one, sample, place % EVERY == 0)
+        in_turn = given.check_in_turns and place >= FIRST
+        for arm in [made[place % len(made)]] if in_turn else made:
+            for limit in (given.max_new_tokens, *(LIMITS if place < FIRST else ())):
                 run = arm.run(sample, limit)
-                got, own = run.ids, reference[:limit]
-                # a batched reference may differ from the loop's by a tie: ask the loop itself
-                if got != own:
+                own = reference[:limit]
+                if run.ids != own:
+                    # a batched reference may differ from the loop's by a tie: ask the loop itself
                     own = autoregressive.generate(pair.verifier, sample, limit).ids
-                verdict = certificate.certify(pair.verifier, sample, own, got)
+                verdict = certificate.certify(pair.verifier, sample, own, run.ids)
+                hidden = [r.drafted for r in run.rounds if r.phase == "prefill_hiding"]
                 yield {
                     "data": data, "sample": one.key, "sequence": one.sequence, "arm": arm.name,
-                    "limit": limit, "n_tokens": len(got),
-                    "finish": "eos" if got[-1] in eos else "length",
+                    "limit": limit, "n_tokens": len(run.ids), "finish": run.finish,
                     "identical": verdict.outcome == "identical", "outcome": verdict.outcome,
-                    "position": verdict.position, "margin": verdict.margin, "n_hidden": sum(
-                        len(r.drafted) for r in run.rounds
-                        if r.phase == "prefill_hiding"), "reference_identical": agrees,
+                    "position": verdict.position, "margin": verdict.margin,
+                    "n_hidden": sum(map(len, hidden)), "reference_identical": agrees,
                 }
+
+
+def _reference(opened: live.Bench, verifier: Any, one: held_out.HeldOut, sample: Sample,
+               ask_the_loop: bool) -> tuple[tuple[int, ...], bool | None]:
+    """The verifier's ids of a sample, and whether those extracted are the loop's where it was
+    asked."""
+    n = opened.given.max_new_tokens
+    if ask_the_loop:  # its own prefill, nothing reused
+        loop = autoregressive.generate(opened.pair.verifier, sample, n).ids
+        return loop, None if one.reference is None else loop == one.reference
+    if one.reference is None:
+        return autoregressive.generate(verifier, sample, n).ids, None
+    return one.reference, None
 
 
 def counts(rows: pd.DataFrame) -> dict[str, Any]:
     """Answers identical of answers checked, by data set and in all; near-ties and divergences; how
     the answers ended; drafts that were made behind the prefill; extracted answers that the one-row
-    loop gave again.
-    """
-    by_data = {
-        str(data): {
-            "n_samples": part["sample"].nunique(), "n_answers": len(part),
-            "n_identical": int(part["identical"].sum())
-        } for data, part in rows.groupby("data", sort=False)
-    }
+    loop gave again."""
+    def n(column: str, value: str) -> int:
+        return int((rows[column] == value).sum())
+
+    by_data = {str(data): {"n_samples": part["sample"].nunique(), "n_answers": len(part),
+                           "n_identical": int(part["identical"].sum())}
+               for data, part in rows.groupby("data", sort=False)}
     loops = rows[rows["reference_identical"].notna()].drop_duplicates(["data", "sample"])
     return {
         "arms": list(dict.fromkeys(rows["arm"])), "data": by_data, "n_answers": len(rows),
-        "n_identical": int(rows["identical"].sum()), "n_near_ties": int(
-            (rows["outcome"] == "near-tie").sum()), "n_divergences": int(
-                (rows["outcome"] == "divergence").sum()), "n_ended_by_eos": int(
-                    (rows["finish"] == "eos").sum()), "n_ended_by_length": int(
-                        (rows["finish"] == "length").sum()),
+        "n_identical": int(rows["identical"].sum()), "n_near_ties": n("outcome", "near-tie"),
+        "n_divergences": n("outcome", "divergence"), "n_ended_by_eos": n("finish", "eos"),
+        "n_ended_by_length": n("finish", "length"),
         "n_hidden_drafts": int(rows["n_hidden"].sum()), "n_references": len(loops),
         "n_references_identical": int(loops["reference_identical"].astype(bool).sum()),
     }

@@ -1,0 +1,86 @@
+"""transformers' own greedy generation on the verifier: what a user would pick instead."""
+
+from __future__ import annotations
+
+import time
+import weakref
+from typing import Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+from xsd.core import Generation, Sample
+from xsd.decode import autoregressive
+from xsd.models.handle import ModelHandle
+
+
+class _FirstToken(StoppingCriteria):
+    """Called after every step; never stops anything, remembers when the first one ended."""
+    def __init__(self) -> None:
+        self.at: float | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.at is None:
+            self.at = time.perf_counter()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def hf_inputs(handle: ModelHandle, sample: Sample) -> dict[str, torch.Tensor]:
+    """What ``model.generate`` takes for the verifier: input_ids [1, L] with one video token for
+    each visual one, pixel_values_videos."""
+    before, after = handle.prompt_ids(sample.question)
+    config = handle.model.config
+    video_token = getattr(config, "video_token_id", None) or config.video_token_index
+    pixels = handle.pixels(list(sample.video)).to(handle.device, handle.head.weight.dtype)
+    ids = torch.tensor([[*before, *[video_token] * _n_visual(handle, sample), *after]],
+                       device=handle.device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids),
+            "pixel_values_videos": pixels[None]}
+
+
+_VISUAL_TOKENS: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
+"""Model → frames → visual tokens, found once (in the warm-up) so that counting them does not enter
+the measured time."""
+
+
+def _n_visual(handle: ModelHandle, sample: Sample) -> int:
+    counts = _VISUAL_TOKENS.setdefault(handle.model, {})
+    if len(sample.video) not in counts:
+        counts[len(sample.video)] = len(handle.visual_tokens(sample))
+    return counts[len(sample.video)]
+
+
+@torch.inference_mode()
+def hf_generate(handle: ModelHandle, sample: Sample, max_new_tokens: int,
+                **options: Any) -> Generation:
+    """transformers' greedy ``generate`` on the same model, from pixels to ids; options go to it.
+
+    ``first_token_s`` is the end of its first step (with prompt lookup that step may already give
+    several tokens). No rounds: it keeps none.
+    """
+    autoregressive.check_length(max_new_tokens)
+    start = time.perf_counter()
+    inputs = hf_inputs(handle, sample)
+    first, eos = _FirstToken(), handle.eos_token_ids
+    output = handle.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
+                                   eos_token_id=sorted(eos), pad_token_id=min(eos, default=0),
+                                   stopping_criteria=StoppingCriteriaList([first]), **options)
+    ids = output[0, inputs["input_ids"].shape[1]:].tolist()[:max_new_tokens]
+    total_s = time.perf_counter() - start
+    end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))
+    return Generation(tuple(ids[:end]), "eos" if ids[end - 1] in eos else "length", (), (),
+                      (first.at or start) - start, total_s)
+
+
+def hf_prompt_lookup(handle: ModelHandle, sample: Sample, max_new_tokens: int,
+                     n_drafts: int) -> Generation:
+    """transformers' prompt lookup with at most ``n_drafts`` candidates a round.
+
+    Its candidates are copied from the prompt, which holds a placeholder for every visual token; a
+    placeholder outside the prompt makes the model's forward fail, so they are suppressed
+    (candidates then end before them; an answer never holds one).
+    """
+    names = [f"{kind}_token_{word}" for kind in ("image", "video") for word in ("id", "index")]
+    found = {getattr(handle.model.config, name, None) for name in names} - {None}
+    return hf_generate(handle, sample, max_new_tokens, prompt_lookup_num_tokens=n_drafts,
+                       suppress_tokens=sorted(found))
