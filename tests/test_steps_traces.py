@@ -78,8 +78,8 @@ def test_replayed_schedules_count_passes_and_price_them(trace_file, tmp_path):
     # last; B needs a second pass.
     assert (mode["passes"], mode["passes_alone"]) == (5, 16)
     assert mode["predicted_alone_s"] == 20 and mode["predicted_s"] == 4 + 5
-    walked = replay.replay(A,
-                           traces.arms(traces.read(trace_file))[1].draft(0), gamma=5,
+    floor = traces.arms(traces.read(trace_file))["position mode"]
+    walked = replay.replay(A, lambda prefix, n: floor.draft(prefix, n, 0), gamma=5,
                            eos_token_ids=frozenset({2}))
     assert [(r.n_drafted, r.n_accepted, r.bonus) for r in walked] == [(0, 0, True), (3, 3, True)]
     with pytest.raises(ParameterError, match="holds no prices"):

@@ -17,7 +17,7 @@ import numpy as np
 
 from xsd.core import MetricError
 from xsd.decode import rules
-from xsd.evaluate.acceptance import Rounds, rounds_from_lists
+from xsd.evaluate.rounds import Rounds, from_matches
 
 Ids = Sequence[int]
 
@@ -47,31 +47,13 @@ class Floor:
         ]
 
     def rounds(self, answers: Sequence[Ids], gamma: int = 5, *, start: int = 0) -> Rounds:
-        """Greedy draft–verify rounds at gamma; positions beyond the answer are not drafted. start:
+        """Greedy draft–verify rounds at gamma, exact for rules (docs/teacher_forcing.md); a round
+        counts every position it covers as drafted, also where the rule has nothing to say. start:
         tokens of each answer given for free.
 
-        Raises: MetricError as :meth:`match`, for gamma below 1, or answers that end before
-        ``start``.
+        Raises: MetricError as :meth:`match`, for gamma below 1 or no token after the given ones.
         """
-        lists = self._checked(answers)
-        if gamma < 1:
-            raise MetricError(f"gamma must be at least 1 draft token a round but is {gamma}")
-        if not all(len(ids) > start for ids in lists):
-            raise MetricError(
-                f"an answer has no token after the {start} given ones; drop it from the comparison")
-        flat: list[tuple[int, int, int, int]] = []
-        for i, ids in enumerate(lists):
-            at = start
-            while at < len(ids):
-                drafted = self.draft(ids[:at], min(gamma, len(ids) - at), i)
-                accepted = 0
-                while accepted < len(drafted) and drafted[accepted] == ids[at + accepted]:
-                    accepted += 1
-                bonus = int(at + accepted < len(ids))
-                flat.append((accepted, len(drafted), bonus, i))
-                at += accepted + bonus
-        accepted, drafted, bonus, request = np.asarray(flat, dtype=np.int64).T
-        return Rounds(accepted, drafted, bonus, request, len(lists), gamma)
+        return from_matches([match[start:] for match in self.match(answers)], gamma)
 
     def _checked(self, answers: Sequence[Ids]) -> list[list[int]]:
         lists = as_lists(answers)
@@ -119,14 +101,6 @@ class DrafterTokens(Floor):
     """
     def __init__(self, ids_by_drafter: Sequence[Ids]) -> None:
         super().__init__("drafter tokens", [rules.stored(_plain(ids)) for ids in ids_by_drafter])
-
-
-def drafter_tokens(ids_by_drafter: Sequence[Ids], ids_by_verifier: Sequence[Ids],
-                   gamma: int = 5) -> tuple[list[np.ndarray], Rounds]:
-    """Matches and rounds of the drafter without an adapter. Raises: MetricError when the sample
-    counts differ or an answer is empty."""
-    matches = DrafterTokens(ids_by_drafter).match(ids_by_verifier)
-    return matches, rounds_from_lists(matches, gamma)
 
 
 @dataclass(frozen=True)
