@@ -8,8 +8,12 @@ from pathlib import Path
 import pytest
 import torch
 import train_examples as examples
+from tiny_pair import make_samples, make_tiny_pair
 
 from xsd.adapters import registry
+from xsd.bench import arms
+from xsd.decode import autoregressive
+from xsd.models import loading
 from xsd.train import fit, source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,3 +55,14 @@ def test_a_level_and_a_term_of_ones_own_train_and_are_saved_and_loaded(here):
     adapter = registry.load_any_adapter("run", level="my_levels:Mine")
     batch = next(iter(states.batches(torch.arange(4), 4)))
     assert adapter.align(batch).aligned.shape == batch.verifier.shape
+
+
+def test_a_proposer_of_ones_own_drafts_and_the_answer_stays_the_verifiers(here):
+    pair = loading.load_pair(make_tiny_pair(here / "pair"))
+    arm = arms.build("my_proposers:Remembers", pair, gamma=3)
+    [sample] = make_samples(1)
+    own = autoregressive.generate(pair.verifier, sample, 12).ids
+    first, second = arm.run(sample, 12), arm.run(sample, 12)
+    assert first.ids == second.ids == own
+    assert sum(r.n_accepted for r in second.rounds) > sum(r.n_accepted for r in first.rounds)
+    assert arms.label_of(arm.name) == "Remembers" and arms.levels_of([arm.name]) == []
