@@ -89,7 +89,7 @@ def test_clips_overlap_by_half_and_the_last_frame_counts_its_interval():
 
 
 def test_what_cannot_be_cut_or_compared_is_named(tmp_path, monkeypatch):
-    with pytest.raises(DatasetError, match=r"lasts 0\.50 s, less than one clip of 1\.00 s"):
+    with pytest.raises(DatasetError, match=r"span 0\.4\d s, less than one clip of 1\.00 s"):
         recording.windows(synthetic(0.5))
     still = recording.Recording(event_streams.empty(24, 10),
                                 synthetic().frames,

@@ -55,16 +55,14 @@ def read_aedat4(path: str | Path) -> Recording:
 
 
 def windows(recording: Recording) -> list[tuple[int, int]]:
-    """Start and end (not included) of every whole clip, in µs, from the first frame on. The last
-    frame lasts one frame interval. Raises: DatasetError when not one clip fits."""
+    """Start and end (not included) of every whole clip, in µs. Raises: DatasetError when not one
+    fits."""
     times = recording.times_us
-    start, end = int(times[0]), int(times[-1])
-    if len(times) > 1:
-        end += int(np.median(np.diff(times)))
-    if end - start < CLIP_US:
-        raise DatasetError(f"the recording lasts {(end - start) / 1e6:.2f} s, less than one clip "
-                           f"of {CLIP_US / 1e6:.2f} s; record longer")
-    return [(first, first + CLIP_US) for first in range(start, end - CLIP_US + 1, HOP_US)]
+    cuts = frames.windows(times, CLIP_US, HOP_US)
+    if not cuts:
+        raise DatasetError(f"the frames span {(times[-1] - times[0]) / 1e6:.2f} s, less than one "
+                           f"clip of {CLIP_US / 1e6:.2f} s; record longer")
+    return cuts
 
 
 def write_clips(recording: Recording, root: str | Path, sequence: str, *,

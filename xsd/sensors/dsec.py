@@ -65,15 +65,12 @@ def open_sequence(folder_path: str | Path) -> DsecSequence:
 
 def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
                 rectify: bool = False) -> Events:
-    """Events with start_us <= t < end_us on the image clock, read without loading the whole file.
+    """Events with start_us <= t < end_us (absolute µs) on the image clock, read without loading the
+    whole file: ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms.
 
-    ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms, so only the milliseconds around the
-    window are read.
-
-    Args: start_us, end_us: absolute µs. rectify: move each event to its rectified pixel (rounded;
-    those that leave the sensor are dropped).
-    Raises: EventError when the file is unreadable; DatasetError when the rectify map is wanted and
-    missing.
+    rectify: move each event to its rectified pixel (rounded; those that leave the sensor are
+    dropped). Raises: EventError when the file is unreadable; DatasetError when the rectify map is
+    wanted and missing.
     """
     try:
         with event_files.h5_module(sequence.events_path).File(sequence.events_path, "r") as file:
@@ -110,15 +107,6 @@ def _rectified(sequence: DsecSequence, events: Events) -> Events:
     return Events(x, y, events.t_us[kept], events.p[kept], WIDTH, HEIGHT)
 
 
-def windows(sequence: DsecSequence, clip_us: int = 1_000_000,
-            hop_us: int = 500_000) -> list[tuple[int, int]]:
-    """Start and end (not included) of every whole clip on the image clock; the last image lasts one
-    image interval."""
-    times = sequence.image_times_us
-    end = int(times[-1]) + (int(np.median(np.diff(times))) if len(times) > 1 else 0)
-    return [(start, start + clip_us) for start in range(int(times[0]), end - clip_us + 1, hop_us)]
-
-
 def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 1_000_000,
             hop_us: int = 500_000, n_video: int = 8, video_size: tuple[int, int] | None = None,
             canvas: frames.Canvas = "slice", rectify: bool = False,
@@ -126,15 +114,11 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
     """Cut every raw sequence under ``source`` (or ``source`` itself) into a dataset folder.
 
     A finished sequence is in the index and is not made again, so a stopped run continues with the
-    next one.
+    next one. video_size: width and height to resize the images to. progress: called with sequence,
+    clips done, clips in all.
 
-    Args:
-        video_size: width and height to resize the images to (as they are if not given).
-        canvas: of the event frames; the official one by default.
-        progress: called with sequence, clips done, clips in all.
     Returns: {sequences, clips, skipped (too few events), resumed (sequences that were there),
-    notes}.
-    Raises: DatasetError when there is no raw sequence; what :func:`read_window` raises;
+    notes}. Raises: DatasetError when there is no raw sequence; what :func:`read_window` raises;
     StorageError when the disk is full.
     """
     root = Path(root)
@@ -147,7 +131,8 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
             summary["resumed"] += 1
             continue
         sequence = open_sequence(place)
-        times, cuts = sequence.image_times_us, windows(sequence, clip_us, hop_us)
+        times = sequence.image_times_us
+        cuts = frames.windows(times, clip_us, hop_us)
         with folder.FolderWriter(root, split, source="recorded") as writer:
             for k, (start_us, end_us) in enumerate(cuts):
                 events = read_window(sequence, start_us, end_us, rectify=rectify)

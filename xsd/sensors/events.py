@@ -70,11 +70,9 @@ def join(streams: Sequence[Events]) -> Events:
 
 def from_columns(columns: Mapping[str, Any], *, width: int | None = None, height: int | None = None,
                  name: str = "the event stream") -> Events:
-    """Events from arrays of any integer type under x, y, t, p (p may be bool, 0/1 or -1/1).
-
-    Raises: EventError for a missing column, other lengths, numbers that are not whole, negative
-    coordinates, another polarity.
-    """
+    """Events from arrays of any integer type under x, y, t, p (p may be bool, 0/1 or -1/1). Raises:
+    EventError for a missing column, other lengths, numbers that are not whole, negative
+    coordinates, another polarity."""
     found: dict[str, np.ndarray] = {}
     for column, spellings in _NAMES.items():
         key = next((spelling for spelling in spellings if spelling in columns), None)
@@ -140,11 +138,10 @@ def read_events(path: str | Path, *, width: int | None = None, height: int | Non
     """Read and check an event file: the dataset's pickled-dict ``.npy``, a structured ``.npy``,
     ``.npz``, ``.aedat4``, DSEC's ``.h5``.
 
-    Args: width, height: of the sensor, if the file does not say (or says something else).
+    width, height: of the sensor, if the file does not say (or says something else).
     Returns: events in order of time; ``t`` in µs as in the file (zero-based or absolute), DSEC's
-    with its ``t_offset`` added.
-    Raises: EventError when the file is missing, unreadable, holds anything but numbers, or fails
-    :func:`check_events`.
+    with its ``t_offset`` added. Raises: EventError when the file is missing, unreadable, holds
+    anything but numbers, or fails :func:`check_events`.
     """
     columns = event_files.read_columns(Path(path))
     sides = (columns.get("width") if width is None else width,
@@ -157,14 +154,11 @@ def read_events(path: str | Path, *, width: int | None = None, height: int | Non
 
 def write_events(path: str | Path, events: Events) -> None:
     """Write the dataset's file: ``.npy`` holding a pickled dict of x, y, t, p (t int64 µs), with
-    width and height where known.
-
-    The same events give the same bytes. Raises: StorageError when the disk is full.
-    """
+    width and height where known. The same events give the same bytes. Raises: StorageError when the
+    disk is full."""
     content: dict[str, Any] = {
         "x": np.array(events.x, np.uint16), "y": np.array(events.y, np.uint16),
-        "t": np.array(events.t_us, np.int64), "p": np.array(events.p, np.uint8),
-    }
+        "t": np.array(events.t_us, np.int64), "p": np.array(events.p, np.uint8)}
     if events.width is not None and events.height is not None:
         content |= {"width": int(events.width), "height": int(events.height)}
     holder = np.empty((), object)

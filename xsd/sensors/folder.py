@@ -13,6 +13,7 @@ by sequence.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 from collections.abc import Iterable, Mapping, Sequence
@@ -60,11 +61,10 @@ class ClipRecord:
 def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
     """The clips of a dataset folder, in the order of its index.
 
-    With a split, ``root/<split>`` is taken where it has an index, else the entries of ``root`` with
-    that split. Without one and without an index in ``root``, all subfolders that have an index, in
-    order of name.
-
-    Raises: DatasetError for a missing folder or index, a malformed entry, or a split with no clip.
+    With a split: of ``root/<split>`` where it has an index, else the entries of ``root`` with that
+    split. Without one: of ``root``, else of all its subfolders that have an index, in order of
+    name. Raises: DatasetError for a missing folder or index, a malformed entry, a split without
+    clips.
     """
     root = Path(root)
     if not root.is_dir():
@@ -133,10 +133,7 @@ def _inside(name: str) -> Path:
 
 
 def load_events(record: ClipRecord) -> Events:
-    """The clip's events, checked. Raises: DatasetError when the file is missing, EventError when it
-    is bad."""
-    if not record.events_path.is_file():
-        raise DatasetError(f"clip {record.id}: there is no event file {record.events_path}")
+    """The clip's events, checked. Raises: EventError when the file is missing or bad."""
     return event_streams.read_events(record.events_path)
 
 
@@ -154,11 +151,9 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
     """One clip with one question, as both models see it.
 
     Event frames are the stored images where there are ``n_event_frames`` of them and no canvas is
-    asked for, else painted from the events on ``canvas`` (``slice`` by default). Video is 8 frames,
-    uniformly sampled from the folder of images, else from the mp4.
-
-    Raises: DatasetError for a question of zero length or missing files; EventError and VideoError
-    for bad ones.
+    asked for, else painted from the events on ``canvas`` (``slice`` by default). Raises:
+    DatasetError for a question of zero length or missing files; EventError and VideoError for bad
+    ones.
     """
     if not question.strip():
         raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
@@ -190,16 +185,13 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
     """The n most frequent questions of a file (or of a folder's questions.json). Raises:
     DatasetError for a malformed or empty list."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
-    entries = read_json(path, DatasetError, "write it again")
-    try:
+    entries, questions = read_json(path, DatasetError, "write it again"), []
+    with contextlib.suppress(KeyError, TypeError, AttributeError):
         ordered = sorted(entries, key=lambda entry: -entry.get("count", 0))
         questions = [str(entry["question"]) for entry in ordered][:n]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DatasetError(
-            f"{path} is malformed; expected a list of {{question, count}}") from error
     if not questions or not all(question.strip() for question in questions):
-        raise DatasetError(f"{path} holds no question, or one of zero length; expected a list of "
-                           "{question, count}")
+        raise DatasetError(f"{path} is malformed, or holds no question or one of zero length; "
+                           "expected a list of {question, count}")
     return questions
 
 
@@ -230,12 +222,9 @@ def data_hash(root: str | Path) -> str:
 
 
 class FolderWriter:
-    """Write clips into ``root`` (the folder that holds the index). The index comes last, so a
-    broken run leaves no half clip in it.
-
-    A folder that already has an index is added to; a clip of the same name is replaced. Use as a
-    context manager, or call :meth:`close`.
-    """
+    """Write clips into ``root``; the index comes last, so a broken run leaves no half clip in it. A
+    folder that already has an index is added to; a clip of the same name is replaced. Use as a
+    context manager, or call :meth:`close`."""
 
     def __init__(self, root: str | Path, split: str, *, source: str | None = None) -> None:
         self.root, self.split, self.source = Path(root), split, source
@@ -252,12 +241,10 @@ class FolderWriter:
     def add(self, sequence: str, clip: str, *, events: Events, video: np.ndarray,
             event_frames: Sequence[np.ndarray] | None = None, t_us: tuple[int, int] | None = None,
             facts: Any = None) -> str:
-        """Write one clip's files and remember its entry.
+        """Write one clip's files and remember its entry. video: uint8 [n, H, W, 3]. event_frames:
+        the five pictures; painted on the sensor canvas if not given. t_us: start and end on the
+        sensor clock. facts: anything JSON can hold.
 
-        Args:
-            video: uint8 [n, H, W, 3], written frame by frame.
-            event_frames: the five pictures; painted on the sensor canvas if not given.
-            t_us: start and end on the sensor clock. facts: anything JSON can hold.
         Returns: the clip's id. Raises: DatasetError when the sequence is already in another split;
         StorageError when the disk is full.
         """
@@ -280,12 +267,9 @@ class FolderWriter:
             _write_png(self.root / "video" / place / f"{i:06d}.png", picture)
         entry = {"id": place, "split": self.split, "event_data": f"{place}.npy",
                  "video_data": place, "mp4_data": f"{place}.mp4", "event_image": names,
-                 "event_image_1f": [f"{place}_0.png"], "conversations": []}
-        if t_us is not None:
-            entry["t_us"] = [int(t_us[0]), int(t_us[1])]
-        if self.source is not None:
-            entry["source"] = self.source
-        self._entries[place] = entry
+                 "event_image_1f": [f"{place}_0.png"], "conversations": [],
+                 "t_us": None if t_us is None else list(map(int, t_us)), "source": self.source}
+        self._entries[place] = {key: said for key, said in entry.items() if said is not None}
         if facts is not None:
             self._facts[place] = facts
         return place

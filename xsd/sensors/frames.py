@@ -25,15 +25,13 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
                  by: Literal["count", "time"] = "count") -> list[np.ndarray]:
     """Cut a stream into slices and paint each one.
 
-    Args:
-        events: in order of time.
-        canvas: ``slice`` is the official picture size (the slice's largest x and y, plus one),
-            ``sensor`` the sensor's (the stream's largest x and y where its size is unknown).
-        by: ``count`` is the official cut, N // n_frames events each and the rest in the last;
-            ``time`` cuts the span from first to last event into equal durations.
-    Returns: n_frames images uint8 [H, W, 3].
-    Raises: EventError for fewer events than frames, events outside the sensor, or an empty slice on
-    the slice canvas.
+    canvas: ``slice`` is the official picture size (the slice's largest x and y, plus one),
+    ``sensor`` the sensor's (the stream's largest x and y where its size is unknown). by: ``count``
+    is the official cut, N // n_frames events each and the rest in the last; ``time`` cuts the span
+    from first to last event into equal durations.
+
+    Returns: n_frames images uint8 [H, W, 3]. Raises: EventError for fewer events than frames,
+    events outside the sensor, or an empty slice on the slice canvas.
     """
     if n_frames < 1:
         raise EventError(f"{n_frames} event frames were asked for; at least one is needed")
@@ -76,10 +74,8 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
 
 
 def uniform_indices(n_available: int, n_frames: int) -> list[int]:
-    """floor(linspace(0, n_available - 1, n_frames)): the same frames in extraction, training and
-    benchmark.
-
-    Raises: VideoError when nothing is available.
+    """floor(linspace(0, n_available - 1, n_frames)), the same in extraction, training and
+    benchmark. Raises: VideoError when nothing is available.
 
     >>> uniform_indices(20, 8)
     [0, 2, 5, 8, 10, 13, 16, 19]
@@ -89,6 +85,15 @@ def uniform_indices(n_available: int, n_frames: int) -> list[int]:
             f"cannot sample {n_frames} frames from {n_available}; a video needs at least one frame")
     # Whole numbers: no rounding to go wrong.
     return [i * (n_available - 1) // max(1, n_frames - 1) for i in range(n_frames)]
+
+
+def windows(times_us: np.ndarray, clip_us: int = 1_000_000,
+            hop_us: int = 500_000) -> list[tuple[int, int]]:
+    """Start and end (not included), in µs, of every whole clip on the pictures' clock; the last
+    picture lasts one interval. times_us: int64 [T], rising."""
+    gap = int(np.median(np.diff(times_us))) if len(times_us) > 1 else 0
+    last = int(times_us[-1]) + gap - clip_us
+    return [(start, start + clip_us) for start in range(int(times_us[0]), last + 1, hop_us)]
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -105,11 +110,8 @@ def read_image(path: str | Path) -> np.ndarray:
 
 def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
     """Uniformly sampled frames of a video file, or of a folder of .png and .jpg in order of name:
-    uint8 [n_frames, H, W, 3].
-
-    Raises: VideoError when it is missing, holds no frame, does not decode, or its images differ in
-    size.
-    """
+    uint8 [n_frames, H, W, 3]. Raises: VideoError when it is missing, holds no frame, does not
+    decode, or its images differ in size."""
     path = Path(path)
     if path.is_dir():
         images = sorted(file for file in path.iterdir()
