@@ -1,8 +1,8 @@
 """Training of P0, the pixel-level baseline: event pictures towards the camera's (docs/adapters.md,
 section 8).
 
-Seconds at small sizes, so an interrupted training begins again; a finished one is found by whoever
-calls (studies.pixel_baseline).
+Seconds at small sizes, so an interrupted training begins again; a finished one is found by
+studies.pixels.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from xsd.adapters.pixel import PixelAlignment
 from xsd.core import ParameterError, TrainingError
 from xsd.train import source
 
+VALIDATION_SHARE = 0.2
+
 
 @dataclass(frozen=True)
 class PixelPairs:
@@ -31,18 +33,6 @@ class PixelPairs:
     video: Tensor
     sequence: Sequence[str]
     split: Sequence[str]
-
-
-@dataclass(frozen=True)
-class PixelFit:
-    """adapter: the best epoch's, in eval mode. history: one row an epoch. best_epoch: from 1."""
-
-    adapter: PixelAlignment
-    history: list[dict[str, Any]]
-    best_epoch: int
-
-
-VALIDATION_SHARE = 0.2
 
 
 def mean_picture(pairs: PixelPairs, seed: int = 0) -> Tensor:
@@ -57,62 +47,65 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 
 def fit(pairs: PixelPairs, *, width: int, epochs: int, batch_size: int, learning_rate: float,
-        seed: int = 0, progress: Callable[[dict[str, Any]], None] | None = None,
-        ) -> PixelFit:  # fmt: skip
+        seed: int = 0, progress: Callable[[dict[str, Any]], None] | None = None
+        ) -> tuple[PixelAlignment, list[dict[str, Any]], int]:  # fmt: skip
     """Train P0 on MSE + 0.5 (1 - cos), AdamW, cosine schedule; the epoch with the least loss on
     whole held-back train sequences is kept.
 
-    width: of the middle layers (512 in the reference). Raises: TrainingError for a test split, a
-    single sequence, or NaN; ParameterError
-    for pictures that are no square pairs.
+    width: of the middle layers (512 in the reference). Returns: the adapter in eval mode, a row per
+    epoch, the kept epoch (from 1). Raises: TrainingError for a test split, a single sequence, or
+    NaN; ParameterError for pictures that are no square pairs.
     """
     source.refuse_test_split(pairs.split)
-    if pairs.events.shape != pairs.video.shape or pairs.events.dim(
-    ) != 4 or pairs.events.shape[-1] != pairs.events.shape[-2]:
-        raise ParameterError(
-            f"P0 needs square pictures in pairs, not {list(pairs.events.shape)} and "
-            f"{list(pairs.video.shape)}"
-        )
+    shape = pairs.events.shape
+    if shape != pairs.video.shape or len(shape) != 4 or shape[-1] != shape[-2]:
+        raise ParameterError(f"P0 needs square pictures in pairs, not {list(shape)} and "
+                             f"{list(pairs.video.shape)}")
     train, held = source.split_by_sequence(pairs.sequence, VALIDATION_SHARE, seed)
     history: list[dict[str, Any]] = []
     best, best_epoch, kept = math.inf, 0, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapter = registry.create_adapter("P0", image_size=pairs.events.shape[-1],
-                                          channels=pairs.events.shape[1], width=width)
+        adapter = registry.create_adapter("P0", image_size=shape[-1], channels=shape[1],
+                                          width=width)
         optimiser = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs, 1e-6)
         for epoch in range(1, epochs + 1):
-            adapter.train()
-            total = 0.0
-            for chosen in train[torch.randperm(len(train))].split(batch_size):
-                loss = adapter.compute_loss(pairs.events[chosen], pairs.video[chosen])["total_loss"]
-                optimiser.zero_grad(set_to_none=True)
-                loss.backward()
-                norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
-                if not math.isfinite(float(loss.detach() + norm)):
-                    raise TrainingError(
-                        f"training P0 stopped in epoch {epoch}: the loss is not a number; lower "
-                        f"learning_rate (now {learning_rate:g})"
-                    )
-                optimiser.step()
-                total += float(loss.detach()) * len(chosen)
+            total = _pass(adapter, optimiser, pairs, train, batch_size)
+            if not math.isfinite(total):
+                raise TrainingError(
+                    f"training P0 stopped in epoch {epoch}: the loss is not a number; lower "
+                    f"learning_rate (now {learning_rate:g})")
             schedule.step()
             adapter.eval()
             with torch.no_grad():
                 judged = adapter.compute_loss(pairs.events[held], pairs.video[held])
-            row = {
-                "epoch": epoch, "train_total": total / len(train),
-                "validation_total": float(judged["total_loss"])
-            }
-            history.append({**row, "cosine_similarity": float(judged["cos_sim"])})
-            if row["validation_total"] < best:
-                best, best_epoch, kept = row["validation_total"], epoch, copy.deepcopy(
-                    adapter.state_dict())
+            loss = float(judged["total_loss"])
+            history.append({"epoch": epoch, "train_total": total, "validation_total": loss,
+                            "cosine_similarity": float(judged["cos_sim"])})
+            if loss < best:
+                best, best_epoch, kept = loss, epoch, copy.deepcopy(adapter.state_dict())
             if progress is not None:
                 progress(history[-1])
     adapter.load_state_dict(kept)
-    return PixelFit(adapter.eval(), history, best_epoch)
+    return adapter.eval(), history, best_epoch
+
+
+def _pass(adapter: PixelAlignment, optimiser: torch.optim.Optimizer, pairs: PixelPairs,
+          train: Tensor, batch_size: int) -> float:
+    """One epoch; the mean loss, not finite as soon as a loss or a gradient is not."""
+    adapter.train()
+    total = 0.0
+    for chosen in train[torch.randperm(len(train))].split(batch_size):
+        loss = adapter.compute_loss(pairs.events[chosen], pairs.video[chosen])["total_loss"]
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        if not torch.isfinite(loss.detach() + norm):
+            return math.nan
+        optimiser.step()
+        total += float(loss.detach()) * len(chosen)
+    return total / len(train)
 
 
 @torch.no_grad()

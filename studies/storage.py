@@ -1,31 +1,27 @@
-"""Step 10: what the bytes of a stored state buy. The same pairs in every dtype, an adapter trained
-on each, its acceptance held out.
+"""Notebook 10: what the bytes of a stored state buy. The same pairs in every dtype, an adapter
+trained on each, its acceptance held out.
 
 The states are extracted once, in float32, and rewritten in the other dtypes, so that nothing
-differs but the rounding. An adapter is judged
-twice: on exact held-out states, as it meets them while decoding, and on held-out states stored like
-its training ones, as a run that has
-nothing else would measure it.
+differs but the rounding. An adapter is judged twice: on exact held-out states, as it meets them
+while decoding, and on held-out states stored like its training ones, as a run that has nothing else
+would measure it.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
-import torch
-from torch import Tensor
 
-from studies import parameters
+from studies.parameters import StorageParameters
 from xsd.adapters import registry
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
-from xsd.evaluate import statistics
-from xsd.evaluate.counterfactual import Counts
+from xsd.evaluate import held_out, statistics, table
+from xsd.evaluate.tables import sides
 from xsd.extract import run as extract_run
 from xsd.files import provenance
 from xsd.models import loading
@@ -35,7 +31,7 @@ from xsd.shards import format as layout
 from xsd.shards.store import ShardDataset
 from xsd.shards.writer import ShardWriter
 from xsd.steps import data as datasets
-from xsd.steps import drafts, evaluation, extraction
+from xsd.steps import extraction
 from xsd.train import fit, source
 from xsd.train.recipes import FitConfig
 
@@ -43,6 +39,79 @@ MODE = "teacher_forced"
 EXACT = "fp32"
 FULL_SIZE = 4096
 """Width of the 7B pair's states, for the bytes beside the embedded pair's."""
+FIGURES = {
+    "token_acceptance": ("matched", "positions"),
+    "accepted_per_round": ("accepted", "rounds"),
+}
+"""Figure → what is counted and what it is divided by, columns of ``table.counts``."""
+
+
+def run(P: StorageParameters, *, progress: Callable[[str], None] | None = None) -> dict[str, Any]:
+    """Extract, rewrite, train and judge what is missing; returns what it writes to
+    ``results/storage.json``.
+
+    progress: called with a line before each training. Raises: ParameterError when fp32 is not among
+    the dtypes, MetricError when a sequence is in training and in test, and as the rooms below.
+    """
+    if EXACT not in P.dtypes:
+        raise ParameterError(
+            f"dtypes={P.dtypes} holds no {EXACT!r}, which the others are compared with; add it")
+    exact = extract(P)
+    stored = {
+        dtype: {
+            split: recode(one, storage_folder(P.run_dir, dtype, split), dtype)
+            for split, one in exact.items()
+        } for dtype in P.dtypes
+    }
+    judged = {dtype: held_out.of(dtype, sets["test"]) for dtype, sets in stored.items()}
+    levels: dict[str, dict[str, Any]] = {}
+    for level in P.levels:
+        counts = {}
+        for dtype, sets in stored.items():
+            if progress is not None:
+                progress(f"{level} on {dtype}")
+            adapter = train(P, level, dtype, sets["train"])
+            counts[dtype] = [
+                table.counts(table.measure({level: adapter}, judged[where], gamma=P.gamma, top_k=1,
+                                           drafter=False), P.gamma) for where in (EXACT, dtype)
+            ]
+        levels[level] = {dtype: _figures(P, own, counts[EXACT]) for dtype, own in counts.items()}
+    widths = exact["train"].drafter_size, exact["train"].verifier_size
+    results = {
+        "levels": levels,
+        "bytes_per_token": {dtype: bytes_per_token(dtype, *widths) for dtype in P.dtypes},
+        "rounding": {dtype: rounding(exact["test"], of["test"]) for dtype, of in stored.items()},
+        "gamma": P.gamma,
+        "pairs": {split: len(one) for split, one in exact.items()},
+        "tokens": {split: one.n_tokens for split, one in exact.items()},
+        "n_clusters": len(set(judged[EXACT].clusters)),
+        "provenance": provenance(seed=P.seed, parameters=P.model_dump(),
+                                 data_hash=str(exact["train"].manifest["config"].get("data_hash"))),
+    }
+    folder.save_results(P.run_dir, "storage", results)
+    return results
+
+
+def _figures(P: StorageParameters, own: list[pd.DataFrame],
+             exact: list[pd.DataFrame]) -> dict[str, Any]:
+    """Both figures of one adapter: on exact held-out states, minus that of the adapter trained on
+    fp32, and as self-measured."""
+    options = {"n_resamples": P.resamples, "seed": P.seed}
+    clusters = list(own[0]["sequence"])
+    found: dict[str, Any] = {}
+    for figure, names in FIGURES.items():
+        here, alike, there = ([counts[name] for name in names] for counts in (*own, exact[0]))
+        found |= {
+            figure: vars(statistics.bootstrap_ratio(*here, clusters, **options)),
+            f"{figure}_difference": vars(
+                statistics.bootstrap_ratio_difference(here, there, clusters, **options)),
+            f"{figure}_self_measured": vars(
+                statistics.bootstrap_ratio(*alike, clusters, **options)),
+        }
+    return found
+
+
+# --- the same pairs in every dtype
 
 
 def storage_folder(run_dir: str | os.PathLike[str], dtype: str, split: str) -> Path:
@@ -50,148 +119,33 @@ def storage_folder(run_dir: str | os.PathLike[str], dtype: str, split: str) -> P
     return folder.resolve(run_dir) / "storage" / dtype / split
 
 
-def bytes_per_token(dtype: layout.StoredDtype, drafter_size: int, verifier_size: int) -> int:
-    """Of a shard: both models' states, their scales for int8, and both ids (docs/shards.md,
-    "Format")."""
-    scale = 4 if dtype == "int8" else 0
-    return sum(width * layout.TORCH_DTYPES[dtype].itemsize + scale + 8
-               for width in (drafter_size, verifier_size))
-
-
-@dataclass(frozen=True)
-class Study:
-    """What step 10 found. results: as written to ``results/storage.json``."""
-
-    results: dict[str, Any]
-
-    def frame(self, figure: str = "token_acceptance") -> pd.DataFrame:
-        """A row a level and dtype: bytes a token, the figure with its interval, its paired
-        difference to fp32, the same as self-measured.
-
-        figure: token_acceptance or accepted_per_round (draft tokens a round, self-rollout).
-        """
-        rows = []
-        for level, found in self.results["levels"].items():
-            for dtype, one in found.items():
-                line: dict[str, Any] = {
-                    "level": level, "dtype": dtype,
-                    "bytes_per_token": self.results["bytes_per_token"][dtype]
-                }
-                for name, key in (("value", figure), ("difference", f"{figure}_difference"),
-                                  ("self_measured", f"{figure}_self_measured")):
-                    line |= {
-                        name: one[key]["value"], f"{name} low": one[key]["low"],
-                        f"{name} high": one[key]["high"]
-                    }
-                rows.append(line)
-        return pd.DataFrame(rows)
-
-    def sizes(self) -> pd.DataFrame:
-        """A row a dtype: bytes a token here and at the full width, their share of float32, largest
-        rounding error of a state."""
-        rows = []
-        for dtype, size in self.results["bytes_per_token"].items():
-            full = bytes_per_token(dtype, FULL_SIZE, FULL_SIZE)  # type: ignore[arg-type]
-            rows.append({
-                "dtype": dtype, "bytes a token": size, "bytes at 4096": full,
-                "share of fp32 at 4096": round(full / bytes_per_token("fp32", FULL_SIZE, FULL_SIZE),
-                                               4), "error of a state": self.results["rounding"]
-                                                                       [dtype],
-            })
-        return pd.DataFrame(rows)
-
-
-def run(given: parameters.StorageParameters, *,
-        progress: Callable[[str], None] | None = None) -> Study:
-    """Extract, rewrite, train and judge what is missing, and write ``results/storage.json``.
-
-    progress: called with a line before each training. Raises: ParameterError when fp32 is not among
-    the dtypes, MetricError when a sequence
-    is in training and in test, and as the rooms below.
-    """
-    if EXACT not in given.dtypes:
-        raise ParameterError(
-            f"dtypes={given.dtypes} holds no {EXACT!r}, which the others are compared with; add it")
-    extraction.ensure(given.run_dir, given.seed, data=given.data)
-    exact = _extracted(given)
-    stored = {
-        dtype: {
-            split: recode(exact[split], storage_folder(given.run_dir, dtype, split), dtype)
-            for split in exact
-        } for dtype in given.dtypes
-    }  # fmt: skip
-    head = exact["test"].head("verifier")
-    judged = {dtype: _held_out(dtype, sets["test"], head) for dtype, sets in stored.items()}
-    clusters = judged[EXACT].clusters
-    levels: dict[str, dict[str, Any]] = {}
-    for level in given.levels:
-        counts = {}
-        for dtype, sets in stored.items():
-            if progress is not None:
-                progress(f"{level} on {dtype}")
-            adapter = _trained(given, level, dtype, sets["train"], head)
-            counts[dtype] = [_counts(given, adapter, judged[where]) for where in (EXACT, dtype)]
-        levels[level] = {
-            dtype: _figures(given, own, counts[EXACT], clusters) for dtype, own in counts.items()
-        }
-    widths = exact["train"].drafter_size, exact["train"].verifier_size
-    results = {
-        "levels": levels,
-        "bytes_per_token": {dtype: bytes_per_token(dtype, *widths) for dtype in given.dtypes},
-        "rounding": {dtype: rounding(exact["test"], sets["test"]) for dtype, sets in stored.items()},
-        "gamma": given.gamma, "pairs": {split: len(one) for split, one in exact.items()},
-        "tokens": {split: one.n_tokens
-                   for split, one in exact.items()}, "n_clusters": len(set(clusters)),
-        "provenance": provenance(seed=given.seed,
-                                 data_hash=str(exact["train"].manifest["config"].get("data_hash")),
-                                 parameters=given.model_dump()),
-    }
-    folder.save_results(given.run_dir, "storage", results)
-    return Study(results)
-
-
-# --- the same pairs in every dtype
-# -------------------------------------------------------------------------------------------
-
-
-def _extracted(given: parameters.StorageParameters) -> dict[str, ShardDataset]:
-    """The training and the held-out pairs in float32, extracted once and found again."""
-    counts = {"train": given.n_train_sequences, "test": given.n_test_sequences}
-    roots = {split: datasets.root_of(given.run_dir, given.data, split) for split in counts}
-    pair: loading.Pair | None = None
+def extract(P: StorageParameters) -> dict[str, ShardDataset]:
+    """The training and the held-out pairs of the run's drives in float32, by split; extracted once
+    and found again."""
     found: dict[str, ShardDataset] = {}
-    for split, n in counts.items():
-        place = storage_folder(given.run_dir, EXACT, split) / MODE
-        settings = {
-            "split": split, "data": datasets.name_of(given.data),
-            "data_hash": dataset_folder.data_hash(roots[split])
-        }
-        pair = pair or loading.load_pair(extraction.pair_file(given.run_dir)["pair"])
-        samples = datasets.samples(roots[split], split,
-                                   questions_per_sequence=given.questions_per_sequence,
+    pair = loading.load_pair(extraction.pair_file(P.run_dir)["pair"])
+    for split, n in {"train": P.n_train_sequences, "test": P.n_test_sequences}.items():
+        root = datasets.root_of(P.run_dir, P.data, split)
+        samples = datasets.samples(root, split, questions_per_sequence=P.questions_per_sequence,
                                    n_sequences=n, n_event_frames=pair.n_event_frames,
-                                   canvas=pair.event_canvas,
-                                   )  # fmt: skip
-        report = extract_run.extract(pair, samples, place.parent, modes=(MODE,), dtype=EXACT,
-                                     max_new_tokens=given.max_new_tokens, batch_size=32,
-                                     seed=given.seed, config=settings,
-                                     )  # fmt: skip
+                                   canvas=pair.event_canvas)
+        place = storage_folder(P.run_dir, EXACT, split)
+        settings = {"split": split, "data": datasets.name_of(P.data),
+                    "data_hash": dataset_folder.data_hash(root)}
+        report = extract_run.extract(pair, samples, place, modes=(MODE,), dtype=EXACT,
+                                     max_new_tokens=P.max_new_tokens, batch_size=32, seed=P.seed,
+                                     config=settings)
         if not report.finished:
-            raise ParameterError(
-                f"the extraction of {split} was interrupted after {report.n} samples; run it again "
-                "to continue"
-            )
-        found[split] = ShardDataset(place, expected_mode=MODE)
-    statistics.check_disjoint(found["train"].table()["sequence"], found["test"].table()["sequence"])
+            raise ParameterError(f"the extraction of {split} was interrupted after {report.n} "
+                                 "samples; run it again to continue")
+        found[split] = ShardDataset(place / MODE, expected_mode=MODE)
+    statistics.check_disjoint(*(one.table()["sequence"] for one in found.values()))
     return found
 
 
 def recode(exact: ShardDataset, place: Path, dtype: str) -> ShardDataset:
     """The pairs of ``exact`` rewritten in another dtype under ``place/teacher_forced``; a finished
-    rewrite is found again.
-
-    Raises: ShardError when the folder holds pairs of other states.
-    """
+    rewrite is found again. Raises: ShardError when the folder holds pairs of other states."""
     if dtype == exact.manifest["dtype"]:
         return exact
     config = {**exact.manifest["config"], "recoded_from": exact.manifest["digest"]}
@@ -215,69 +169,62 @@ def rounding(exact: ShardDataset, stored: ShardDataset) -> float:
     return sum(errors) / len(errors)
 
 
-def _held_out(name: str, dataset: ShardDataset, head: Tensor) -> evaluation.HeldOut:
-    table = dataset.table()
-    sequences, clips = table["sequence"].tolist(), table["clip"].tolist()
-    keys = [
-        evaluation.key_of(*line) for line in zip(sequences, clips, table["question"], strict=True)
-    ]
-    return evaluation.HeldOut(name, dataset, head, datasets.clusters(sequences, clips), keys)
-
-
-# --- one adapter a dtype
-# ------------------------------------------------------------------------------------------------
-
-
-def _trained(given: parameters.StorageParameters, level: str, dtype: str, dataset: ShardDataset,
-             head: Tensor) -> Adapter:
+def train(P: StorageParameters, level: str, dtype: str, dataset: ShardDataset) -> Adapter:
     """The best checkpoint of a level trained on one dtype; every dtype begins at the same weights
     and sees the same order."""
-    place = folder.resolve(given.run_dir) / "storage" / dtype / "adapters" / level
-    config = FitConfig(profile=given.profile, epochs=given.epochs, batch_size=given.batch_size,
-                       learning_rate=given.learning_rate)
-    fit.fit_adapter(level, source.open_states(dataset), folder=place, config=config, head=head,
-                    seed=given.seed)
+    place = folder.resolve(P.run_dir) / "storage" / dtype / "adapters" / level
+    config = FitConfig(profile=P.profile, epochs=P.epochs, batch_size=P.batch_size,
+                       learning_rate=P.learning_rate)
+    fit.fit_adapter(level, source.open_states(dataset), folder=place, config=config,
+                    head=dataset.head("verifier"), seed=P.seed)
     return registry.load_any_adapter(place / "best.safetensors").eval()
 
 
-def _counts(given: parameters.StorageParameters, adapter: Adapter,
-            held_out: evaluation.HeldOut) -> tuple[Counts, Counts]:
-    """(matched, drafted positions) and (accepted, rounds) a sample, of a greedy loop at gamma;
-    samples of one token count nothing."""
-    with torch.random.fork_rng(devices=[]):
-        return drafts.drafts_of(adapter, held_out, gamma=given.gamma,
-                                batch_size=64).counts(given.gamma)
+# --- the results as tables
 
 
-def _figures(given: parameters.StorageParameters, own: list[tuple[Counts, Counts]],
-             exact: list[tuple[Counts, Counts]], clusters: list[str]) -> dict[str, Any]:
-    """Both figures of one adapter: on exact held-out states, minus that of the adapter trained on
-    fp32, and as self-measured."""
-    options = {"n_resamples": given.resamples, "seed": given.seed}
-    found: dict[str, Any] = {}
-    for place, figure in enumerate(("token_acceptance", "accepted_per_round")):
-        here, there = own[0][place], exact[0][place]
-        found[figure] = evaluation.interval(statistics.bootstrap_ratio(*here, clusters, **options))
-        found[f"{figure}_difference"] = evaluation.interval(
-            statistics.bootstrap_ratio_difference(here, there, clusters, **options))
-        found[f"{figure}_self_measured"] = evaluation.interval(
-            statistics.bootstrap_ratio(*own[1][place], clusters, **options))
-    return found
+def bytes_per_token(dtype: layout.StoredDtype, drafter_size: int, verifier_size: int) -> int:
+    """Of a shard: both models' states, their scales for int8, and both ids (docs/shards.md)."""
+    scale = 4 if dtype == "int8" else 0
+    return sum(width * layout.TORCH_DTYPES[dtype].itemsize + scale + 8
+               for width in (drafter_size, verifier_size))
+
+
+def sizes(results: Mapping[str, Any]) -> pd.DataFrame:
+    """One row per dtype: bytes per token here and at the full width, their share of float32, the
+    rounding error of a state."""
+    exact = bytes_per_token(EXACT, FULL_SIZE, FULL_SIZE)
+    rows = []
+    for dtype, size in results["bytes_per_token"].items():
+        full = bytes_per_token(dtype, FULL_SIZE, FULL_SIZE)
+        rows.append({"dtype": dtype, "bytes per token": size, "bytes at 4096": full,
+                     "share of fp32 at 4096": round(full / exact, 4),
+                     "error of a state": results["rounding"][dtype]})
+    return pd.DataFrame(rows)
+
+
+def acceptance(results: Mapping[str, Any], figure: str = "token_acceptance") -> pd.DataFrame:
+    """One row per level and dtype: bytes per token, one of FIGURES with its interval (``value``),
+    its paired difference to fp32, and the same as self-measured."""
+    rows = []
+    for level, found in results["levels"].items():
+        for dtype, one in found.items():
+            size = results["bytes_per_token"][dtype]
+            rows.append({"level": level, "dtype": dtype, "bytes_per_token": size,
+                         **sides("value", one[figure]),
+                         **sides("difference", one[f"{figure}_difference"]),
+                         **sides("self_measured", one[f"{figure}_self_measured"])})
+    return pd.DataFrame(rows)
 
 
 def summary(results: Mapping[str, Any]) -> pd.DataFrame:
-    """One line a dtype: the largest paired difference to fp32 over the levels, and how many of them
-    exclude zero."""
+    """One row per dtype: the largest paired difference to fp32 over the levels, and how many of
+    them exclude zero."""
     rows = []
-    for dtype in results["bytes_per_token"]:
-        differences = [
-            found[dtype]["token_acceptance_difference"] for found in results["levels"].values()
-        ]
-        largest = max(differences, key=lambda one: abs(one["value"]))
-        excluding = sum(one["low"] > 0 or one["high"] < 0 for one in differences)
-        rows.append({
-            "dtype": dtype, "largest difference": largest["value"], "low": largest["low"],
-            "high": largest["high"],
-            "levels whose interval excludes zero": f"{excluding} of {len(differences)}"
-        })  # fmt: skip
+    for dtype, part in acceptance(results).groupby("dtype", sort=False):
+        largest = part.loc[part["difference"].abs().idxmax()]
+        excluding = ((part["difference low"] > 0) | (part["difference high"] < 0)).sum()
+        rows.append({"dtype": dtype, "largest difference": largest["difference"],
+                     "low": largest["difference low"], "high": largest["difference high"],
+                     "levels whose interval excludes zero": f"{excluding} of {len(part)}"})
     return pd.DataFrame(rows)

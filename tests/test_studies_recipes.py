@@ -12,8 +12,8 @@ import torch
 import train_examples
 from tiny_pair import make_tiny_pair
 
+from studies import figures
 from studies.parameters import StudyParameters
-from studies.recipes import figures as study_figures
 from studies.recipes import grid as study_recipes
 from studies.recipes import measure as study_measure
 from studies.recipes import study
@@ -60,29 +60,30 @@ def counts(sequences, accepted, rounds):
 
 
 def test_every_level_recipe_and_floor_has_a_row_judged_on_the_same_positions(given, found):
-    rows = {(one["level"], one["recipe"]): one for one in found.results["rows"]}
+    rows = {(one["level"], one["recipe"]): one for one in found["rows"]}
     assert {("L1", "reference"), ("L1", "best"), ("B1", "best"), ("ridge", "closed form"),
             ("4-gram", "no adapter")} <= set(rows)
     assert len(rows) == 4 + len(study_recipes.FLOORS) + 2
     assert {one["token_acceptance"]["n"]
             for one in rows.values()} == {rows["L1", "best"]["cosine"]["n"]}
     assert all(
-        len(one["accepted_per_round"]["seeds"]) == (2 if one["recipe"] in study_recipes.RECIPES else 1)
+        len(one["accepted_per_round"]["seeds"]) == 1 + (one["recipe"] in study_recipes.RECIPES)
         for one in rows.values())
+    assert all(0 <= one["accepted_per_round"]["value"] <= given.gamma for one in rows.values())
     assert rows["B1", "reference"]["steps"] == 1 and rows["B1", "reference"]["epochs"] == 1
-    assert [one["sequences"] for one in found.results["curve"]] == [2, 2, 4, 4]
+    assert [one["sequences"] for one in found["curve"]] == [2, 2, 4, 4]
 
 
 def test_tables_are_written_and_hold_the_same_figures(given, found):
     tables = folder.resolve(given.run_dir) / "tables"
     stored = pd.read_csv(tables / "study.csv")
     assert stored["accepted_per_round"].tolist() == pytest.approx(
-        found.table()["accepted_per_round"].tolist())
+        study.table(found)["accepted_per_round"].tolist())
     assert (tables / "study.md").read_text().startswith("| level | recipe |") and "toprule" in (
         tables / "study.tex").read_text()
-    assert list(found.times()["level"]) == ["L1", "B1"] and set(
-        found.times()["best against"]) == {"reference"}
-    shown = found.reading()
+    assert list(study.times(found)["level"]) == ["L1", "B1"] and set(
+        study.times(found)["best against"]) == {"reference"}
+    shown = study.reading(found)
     assert "[" in shown["accepted_per_round"].iloc[0] and set(
         shown[shown["recipe"] == "no adapter"]["parameters"]) == {"–"}
     assert all(value.isdigit() for value in shown[shown["recipe"] == "best"]["parameters"])
@@ -102,8 +103,8 @@ def test_a_second_call_does_only_what_is_missing(given, found):
         if path.is_file() and path.parent != gone.parent
     }
     assert after == {path: time for path, time in before.items() if path.parent != gone.parent}
-    assert again.table().drop(columns="seconds").equals(
-        found.table().drop(columns="seconds")) and len(set(done)) == len(done)
+    assert study.table(again).drop(columns="seconds").equals(
+        study.table(found).drop(columns="seconds")) and len(set(done)) == len(done)
 
 
 def test_two_workers_find_what_one_finds(given, found, tmp_path):
@@ -115,8 +116,8 @@ def test_two_workers_find_what_one_finds(given, found, tmp_path):
             "run_dir": str(tmp_path / "run"), "workers": 2, "levels": ["L1"], "recipes": ["best"],
             "shares": []
         })
-    two = study.run(own).table().set_index(["level", "recipe"])["accepted_per_round"]
-    one = found.table().set_index(["level", "recipe"])["accepted_per_round"]
+    two = study.table(study.run(own)).set_index(["level", "recipe"])["accepted_per_round"]
+    one = study.table(found).set_index(["level", "recipe"])["accepted_per_round"]
     assert two.tolist() == pytest.approx(one[two.index].tolist(), abs=1e-6)
 
 
@@ -127,9 +128,9 @@ def test_a_study_of_other_data_is_not_mixed_in(given, found):
         json.dumps({
             **wanted, "identity": {**wanted["identity"], "data": {"train": "other"}}, "counts": {}
         }))
-    table = study.run(given).table()
+    table = study.table(study.run(given))
     assert json.loads(stored.read_text())["counts"] == wanted["counts"] and len(table) == len(
-        found.table())
+        study.table(found))
 
 
 # --- measuring
@@ -141,11 +142,16 @@ def batches(n=20):
     return list(states.batches(torch.arange(len(states)), 7))
 
 
+def counted(adapter, some, gamma):
+    tokens = token_table.of_batches({"": adapter}, some, train_examples.head(), gamma=gamma)
+    return study_measure.counts(tokens, gamma, 0.9)
+
+
 @pytest.mark.parametrize("reads", ["drafter", "verifier", "both"])
 def test_counts_are_those_of_the_metrics_of_one_step_and_of_the_rollout(reads):
     some = batches()
     adapter, head = linear.fit_linear("ridge", some, reads=reads), train_examples.head()
-    table = study_measure.measure(adapter, some, head, gamma=3, threshold=0.9)
+    table = counted(adapter, some, 3)
     found = token_table.of_batches({"": adapter}, some, head, gamma=3)
     _, (runs,), lengths = token_table.answers(token_table.drafted(found), "accepted")
     rolled = rounds.walk(runs, lengths, 3)
@@ -165,7 +171,7 @@ def test_counts_are_those_of_the_metrics_of_one_step_and_of_the_rollout(reads):
 def test_with_one_drafted_token_a_round_the_rollout_is_the_one_step_acceptance():
     some = batches()
     adapter = linear.fit_linear("ridge", some, reads="drafter")
-    table = study_measure.measure(adapter, some, train_examples.head(), gamma=1, threshold=0.9)
+    table = counted(adapter, some, 1)
     walked = rounds.from_matches([[True, True, False]], 1)
     assert walked.accepted.tolist() == [1, 0]  # a round at gamma 1: a draft, then the bonus token
     assert (table["rounds"] <= table["positions"]).all() and (table["accepted"]
@@ -179,7 +185,7 @@ def test_answers_of_one_token_alone_are_refused():
                   )  # fmt: skip
     adapter = linear.fit_linear("ridge", [one])
     with pytest.raises(MetricError, match="no held-out answer has a second token"):
-        study_measure.measure(adapter, [short], train_examples.head(), gamma=3, threshold=0.9)
+        counted(adapter, [short], 3)
 
 
 def test_seeds_are_averaged_sample_by_sample_and_their_range_is_kept():
@@ -237,7 +243,8 @@ def test_the_reference_recipe_is_the_references():
 def test_the_best_recipe_never_has_more_epochs_or_steps_than_the_references():
     for level in typed.LEVELS:
         best, fair = (study_recipes.config_of(name, level) for name in ("best", "reference"))
-        assert best.epochs <= fair.epochs and best.epochs / best.batch_size <= fair.epochs / fair.batch_size
+        assert best.epochs <= fair.epochs
+        assert best.epochs / best.batch_size <= fair.epochs / fair.batch_size
 
 
 def test_less_data_gets_more_epochs_and_the_limit_holds():
@@ -284,8 +291,8 @@ def test_a_point_that_table_and_curve_share_is_trained_once():
 
 
 def test_the_picture_holds_every_row_at_its_level(found):
-    table = found.table()
-    figure = study_figures.accepted_by_recipe(table, gamma=5)
+    table = study.table(found)
+    figure = figures.accepted_by_recipe(table, gamma=5)
     drawn = {(data[0], trace.name): x for trace in figure.data
              for x, data in zip(trace.x, trace.customdata, strict=True)}
     assert drawn == {(one.level, one.recipe): one.accepted_per_round for one in table.itertuples()}
@@ -295,7 +302,7 @@ def test_the_picture_holds_every_row_at_its_level(found):
 
 
 def test_the_learning_curve_runs_from_few_drives_to_many(found):
-    figure = study_figures.learning_curve(found.curve())
+    figure = figures.learning_curve(study.curve(found))
     assert {trace.name
             for trace in figure.data} == {"ridge", "L1"} and figure.layout.xaxis.type == "log"
     assert all(list(trace.x) == [2, 4] for trace in figure.data)

@@ -6,7 +6,7 @@ import pytest
 import torch
 import train_examples
 
-from studies import parameters, storage, storage_figures
+from studies import figures, parameters, storage
 from xsd.core import ParameterError, ShardError
 from xsd.shards.store import ShardDataset
 from xsd.shards.writer import ShardWriter
@@ -39,11 +39,10 @@ def study(exact, tmp_path_factory):
         "epochs": 2, "resamples": 50, "gamma": 3
     })
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage.extraction, "ensure", lambda *_, **__: None)
-        patch.setattr(storage, "_extracted", lambda _: exact)
+        patch.setattr(storage, "extract", lambda _: exact)
         first = storage.run(given)
         again = storage.run(given)  # everything is found again
-    assert again.results["levels"] == first.results["levels"]
+    assert again["levels"] == first["levels"]
     return first, run_dir
 
 
@@ -82,7 +81,7 @@ def test_bytes_a_token_are_those_of_a_shard(exact, tmp_path, dtype):
 
 
 def test_every_dtype_is_compared_with_the_exact_states(study):
-    frame = study[0].frame()
+    frame = storage.acceptance(study[0])
     assert list(zip(frame["level"], frame["dtype"],
                     strict=True)) == [(a, b) for a in ("L1", "L5F")
                                       for b in ("fp32", "bf16", "int8")]
@@ -96,16 +95,24 @@ def test_every_dtype_is_compared_with_the_exact_states(study):
         assert values.loc[(level, dtype),
                           "difference"] == pytest.approx(values.loc[(level, dtype), "value"] -
                                                          values.loc[(level, "fp32"), "value"])
-    assert study[0].frame("accepted_per_round")["value"].between(0, 3).all()
+    assert storage.acceptance(study[0], "accepted_per_round")["value"].between(0, 3).all()
     assert (study[1] / "results" / "storage.json").is_file()
-    assert storage.summary(
-        study[0].results)["levels whose interval excludes zero"].iloc[0] == "0 of 2"
+    summary = storage.summary(study[0])
+    assert summary["levels whose interval excludes zero"].iloc[0] == "0 of 2"
+    assert summary["largest difference"].iloc[0] == 0
 
 
 def test_sizes_tell_bytes_at_full_width_and_the_rounding(study):
-    sizes = study[0].sizes().set_index("dtype")
+    sizes = storage.sizes(study[0]).set_index("dtype")
     assert sizes["bytes at 4096"].to_dict() == {"fp32": 32784, "bf16": 16400, "int8": 8216}
     assert sizes.loc["fp32", "error of a state"] == 0 < sizes.loc["bf16", "error of a state"]
+
+
+def test_fp16_rounds_less_than_bf16(exact, tmp_path):
+    test = exact["test"]
+    stored = [storage.recode(test, tmp_path / dtype, dtype) for dtype in ("fp32", "fp16", "bf16")]
+    none, less, more = (storage.rounding(test, one) for one in stored)
+    assert none == 0 < less < more
 
 
 def test_a_study_without_exact_states_is_refused():
@@ -116,8 +123,8 @@ def test_a_study_without_exact_states_is_refused():
 
 
 def test_the_picture_holds_both_figures_of_every_level(study):
-    frame = study[0].frame()
-    figure = storage_figures.acceptance_by_bytes(frame)
+    frame = storage.acceptance(study[0])
+    figure = figures.acceptance_by_bytes(frame)
     drawn = [trace for trace in figure.data if trace.name in ("L1", "L5F")]
     assert [trace.name for trace in drawn] == ["L1", "L1", "L5F", "L5F"
                                                ] and [trace.showlegend

@@ -1,4 +1,4 @@
-"""Step 02 with L6 and the further options, and step 11, on a random-weight pair of the real
+"""Step 02 with L6 and the further options, on a random-weight pair of the real
 classes."""
 
 import json
@@ -8,10 +8,6 @@ import pytest
 import torch
 from tiny_pair import make_tiny_pair
 
-from benchmarks import train as bench_train
-from studies import pixel_baseline
-from studies import pixel_training as pixels
-from studies.parameters import PixelParameters
 from xsd.adapters import registry
 from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.models import loading
@@ -124,69 +120,3 @@ def test_options_of_the_notebook_reach_the_recipe(run_dir):
     assert (plain.objective, plain.draft_vocabulary) == (fit.FitConfig(profile="tokens").objective,
                                                          None)
     assert not training.config_of(given(run_dir, token_fusion=True), "L1").token_fusion
-
-
-def test_pixels_before_floor_and_after(run_dir):
-    values = {
-        "run_dir": run_dir, "image_size": 16, "width": 8, "epochs": 4, "workers": 1, "resamples": 50
-    }
-    found = pixel_baseline.run(PixelParameters.checked(values))
-    n = found.results["pairs"]["test"]
-    assert found.results["sequences"] == {"train": 3, "test": 2
-                                          } and found.aligned.shape == (n, 3, 16, 16)
-    assert found.results["parameters_full_size"] == 154_556_416 and all(found.orderly().values())
-    table = found.table().set_index("arm")
-    assert list(table.index) == list(pixel_baseline.ARMS) and {
-        "cosine low", "cosine high", "> 0.5", "> 0.95"
-    } <= set(table.columns)
-    assert list(
-        found.percentiles().columns) == ["arm", *(f"P{p}" for p in pixel_baseline.PERCENTILES)]
-    before = torch.nn.functional.cosine_similarity(found.held_out.events.flatten(1),
-                                                   found.held_out.video.flatten(1), dim=1)
-    assert found.results["arms"][pixel_baseline.ARMS[0]]["cosine"]["value"] == pytest.approx(
-        float(before.mean()), abs=1e-6)
-    assert found.histogram(bins=7).groupby("level")["n"].sum().tolist() == [n] * 3
-    assert [len(stack) for stack in found.pictures(4).values()] == [4, 4, 4]
-    again = pixel_baseline.run(PixelParameters.checked(values))
-    assert torch.equal(again.aligned,
-                       found.aligned) and again.results["arms"] == found.results["arms"]
-    with pytest.raises(ParameterError, match="holds a P0 of other data or parameters"):
-        pixel_baseline.run(PixelParameters.checked({**values, "width": 9}))
-
-
-def test_p0_learns_a_picture_and_refuses_the_test_split():
-    draw = torch.Generator().manual_seed(0)
-    events = torch.rand(24, 3, 8, 8, generator=draw)
-    video = events.flip(-1)
-    names = [f"s{i % 4}" for i in range(24)]
-    settings = {"width": 32, "epochs": 20, "batch_size": 8, "learning_rate": 3e-3}
-    done = pixels.fit(pixels.PixelPairs(events, video, names, ["train"] * 24), **settings)
-    assert done.history[-1]["train_total"] < done.history[0][
-        "train_total"] and 1 <= done.best_epoch <= 20
-    with pytest.raises(TrainingError, match="24 of 24 samples are of the test split"):
-        pixels.fit(pixels.PixelPairs(events, video, names, ["test"] * 24), **settings)
-    with pytest.raises(ParameterError, match="square pictures in pairs"):
-        pixels.fit(pixels.PixelPairs(events[..., :6], video, names, ["train"] * 24), **settings)
-    with pytest.raises(TrainingError,
-                       match="training P0 stopped in epoch 1: the loss is not a number"):
-        pixels.fit(pixels.PixelPairs(events * float("nan"), video, names, ["train"] * 24),
-                   **settings)
-
-
-def test_event_frames_stand_beside_the_video_of_their_stretch():
-    assert pixel_baseline.middles(5, 8) == [0, 2, 4, 5, 7] and pixel_baseline.middles(1, 8) == [4]
-    wide = torch.arange(4 * 8 * 3, dtype=torch.uint8).view(4, 8, 3).numpy()
-    assert pixel_baseline.square(wide, 4).shape == (3, 4, 4)
-    assert torch.equal(pixel_baseline.square(wide, 4),
-                       torch.from_numpy(wide[:, 2:6].copy()).permute(2, 0, 1).float() / 255)
-
-
-def test_bench_train_counts_the_same_tokens_in_both_arms(tmp_path):
-    tiny = bench_train.Size("tiny", 8, 12, 12, 6, 4)
-    text = bench_train.run(tmp_path, sizes=(tiny,), levels=("L1", "L5F"), repeats=1)
-    assert [line.split("|")[1].split(",")[0].strip()
-            for line in text.splitlines()[2:]] == ["L1", "L5F"]
-    stored = json.loads((tmp_path / "ratios.json").read_text())
-    assert [one["target"] for one in stored["ratios"]] == [0.9, 0.9]
-    fact = stored["facts"]["L5F, tiny"]
-    assert fact["tokens"] > 0 and fact["tokens_per_s"] > 0 and fact["bare_tokens_per_s"] > 0
