@@ -9,8 +9,8 @@ from pydantic import Field
 from xsd.runs import typed
 from xsd.runs.typed import NotebookParameters, whole
 
-DRIVES = whole(2, 100_000, "drives to train on, where the run holds no extraction")
-TEST_DRIVES = whole(1, 100_000, "held-out drives, likewise")
+DRIVES = "drives to train on, where the run holds no extraction"
+TEST_DRIVES = "held-out drives, likewise"
 
 
 class PairParameters(NotebookParameters):
@@ -18,7 +18,7 @@ class PairParameters(NotebookParameters):
 
     notebook = "00_pair"
     pair: typed.PairName = "embedded"
-    n_sequences: Annotated[int, whole(1, 10_000, "held-out drives whose answers are scored")] = 4
+    n_sequences: int = whole(4, 1, 10_000, "held-out drives whose answers are scored")
     train_profile: Literal["none", "smoke", "quick", "full"] = Field(
         "none", description="train the embedded pair anew: none keeps the shipped weights")
     device: str = Field("cpu", min_length=1, description="where to train: cpu, cuda, …")
@@ -33,9 +33,9 @@ class StorageParameters(NotebookParameters):
         ["fp32", "bf16", "fp16", "int8"], min_length=1,
         description="how the states are stored; fp32 is compared with")
     data: typed.Data = "simulated"
-    n_train_sequences: Annotated[int, whole(
-        2, 100_000, "drives to train on, at most those that the run holds")] = 6
-    n_test_sequences: Annotated[int, TEST_DRIVES] = 4
+    n_train_sequences: int = whole(6, 2, 100_000,
+                                   "drives to train on, at most those that the run holds")
+    n_test_sequences: int = whole(4, 1, 100_000, TEST_DRIVES)
     questions_per_sequence: typed.Asked = 4
     max_new_tokens: typed.NewTokens = 48
     profile: Literal["reference", "converged", "tokens", "rollout"] = Field(
@@ -52,12 +52,12 @@ class PixelParameters(NotebookParameters):
 
     notebook = "11_pixels"
     data: typed.Data = "simulated"
-    n_train_sequences: Annotated[int, DRIVES] = 6
-    n_test_sequences: Annotated[int, TEST_DRIVES] = 4
-    image_size: Annotated[int, whole(
-        8, 1024, "pictures are cut square and scaled to it, in pixels; reference: 224")] = 32
-    n_event_frames: Annotated[int, whole(1, 64, "pairs of pictures from each clip")] = 5
-    width: Annotated[int, whole(1, 65_536, "of P0's middle layers; 512 in the reference")] = 64
+    n_train_sequences: int = whole(6, 2, 100_000, DRIVES)
+    n_test_sequences: int = whole(4, 1, 100_000, TEST_DRIVES)
+    image_size: int = whole(32, 8, 1024,
+                            "pictures are cut square and scaled to it, in pixels; reference: 224")
+    n_event_frames: int = whole(5, 1, 64, "pairs of pictures from each clip")
+    width: int = whole(64, 1, 65_536, "of P0's middle layers; 512 in the reference")
     epochs: typed.Epochs = Field(30, description="length of the training, in epochs")
     batch_size: typed.AStep = Field(16, description="pairs a step")
     learning_rate: typed.Rate = Field(1e-3, description="AdamW's peak rate")
@@ -75,10 +75,9 @@ class StudyParameters(NotebookParameters):
         ["reference", "best"], min_length=1, description="how to train them (docs/recipes.md)")
     budget_levels: list[typed.Level] = Field(
         [], description="levels also trained as documented and as long as converged")
-    n_seeds: Annotated[int, whole(
-        1, 100, "trainings of each level and recipe, seeds counted from seed")] = 2
-    max_epochs: Annotated[int, whole(
-        0, 10_000, "no training is longer; 0 leaves each recipe its own length")] = 2
+    n_seeds: int = whole(2, 1, 100, "trainings of each level and recipe, seeds counted from seed")
+    max_epochs: int = whole(2, 0, 10_000,
+                            "no training is longer; 0 leaves each recipe its own length")
     shares: list[Annotated[float, Field(gt=0, le=1)]] = Field(
         [0.5, 1.0], description="learning curve: shares of the training drives; empty for none")
     curve: list[Literal["ridge", "ridge, both"] | typed.Level] = Field(
@@ -90,10 +89,9 @@ class StudyParameters(NotebookParameters):
     threshold: typed.Threshold = 0.9
     resamples: typed.Resamples = 400
     batch_size: typed.AtATime = 64
-    workers: Annotated[int, whole(
-        1, 256, "trainings at the same time, a process of one thread each")] = 1
-    n_train_sequences: Annotated[int, DRIVES] = 6
-    n_test_sequences: Annotated[int, TEST_DRIVES] = 4
+    workers: int = whole(1, 1, 256, "trainings at the same time, a process of one thread each")
+    n_train_sequences: int = whole(6, 2, 100_000, DRIVES)
+    n_test_sequences: int = whole(4, 1, 100_000, TEST_DRIVES)
     questions_per_sequence: typed.Asked = Field(4, description="questions a sequence is asked, "
                                                 "likewise")
     max_new_tokens: typed.NewTokens = Field(48, description="longest answer, likewise")

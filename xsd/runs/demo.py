@@ -8,7 +8,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xsd.core import ROOT
 from xsd.files import provenance
 from xsd.runs import demo_page, folder, notebooks, parameters, report
 
@@ -39,8 +38,7 @@ defaults."""
 
 def given(step: str, profile: str, run_dir: Path, seed: int) -> dict[str, Any]:
     """The parameters of one notebook in a demo, checked. Raises: ParameterError."""
-    # Relative inside the checkout: the parameters stand in the published notebooks and results.
-    place = run_dir.relative_to(ROOT).as_posix() if run_dir.is_relative_to(ROOT) else str(run_dir)
+    place = folder.shown(run_dir)
     values = {**PROFILES[profile][step], "run_dir": place, "seed": seed}
     if step == "06_compare":
         values["runs"] = [place]

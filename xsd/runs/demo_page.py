@@ -1,20 +1,5 @@
 """The pictures of the demo's page, drawn from what the page may show: the results of the run
 (``results.json``) and its token table. The words are in ``templates/demo.html.j2``.
-
-Results read (``results/<name>.json`` of xsd/runs/folder.py; ``q``: value, low, high, n):
-
-- extract: train/{sequences, pairs, tokens}; test/<data>/{sequences, pairs, tokens, duplicate_rate,
-  answers_in_training}
-- train: levels/<level>/{parameters, seconds, epochs, validation_loss}
-- hidden: test/<data>/levels/<level>/{cosine q, accept q}
-- tokens: gamma; test/<data>/rows/<row>/{label, kind, token_acceptance q, accepted_per_round q,
-  above_floor q}; test/<data>/{best_floor, best_adapter, cluster, n_clusters}; test/<data>/
-  {by_position, reliability} (columns of xsd/evaluate/
-  table.py)
-- live: test/<data>/{n_timed, arms/<arm>/{label, kind, speedup q, slower_share q,
-  accepted_per_round q, total_ms q}}; arms (of the first set), best_arm, best_adapter_arm, n_timed,
-  n_drafting, n_answers, n_identical; check/{labels, in_turns, n_answers, n_identical, n_near_ties,
-  n_divergences}; timeline (one sample's generations, as live.json holds them)
 """
 
 from __future__ import annotations

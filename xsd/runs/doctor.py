@@ -18,12 +18,9 @@ from typing import Literal
 from xsd.core import ROOT
 
 NEEDED = ("torch", "transformers", "safetensors", "numpy", "pandas", "pyarrow", "plotly",
-          "ipywidgets", "anywidget", "papermill", "nbconvert", "pydantic",
-          )
-HELPFUL = {
-    "bitsandbytes": "4-bit and 8-bit models", "peft": "level L6", "nbval": "make test",
-    "playwright": "the browser test"
-}
+          "ipywidgets", "anywidget", "papermill", "nbconvert", "pydantic")
+HELPFUL = {"bitsandbytes": "4-bit and 8-bit models", "peft": "level L6", "nbval": "make test",
+           "playwright": "the browser test"}
 LEAST_GB = 5
 
 
@@ -42,57 +39,40 @@ class Finding:
 def examine(*, pair: str = "") -> list[Finding]:
     """Python, packages, disk, processors, GPU, browser. ``pair`` only changes the closing hint."""
     found = [
-        python(), *packages(),
+        Finding("ok", f"Python {platform.python_version()} at {sys.executable}"), *packages(),
         disk(ROOT),
-        Finding("ok",
-                f"{os.cpu_count()} processor cores, {platform.system()} {platform.machine()}"),
-        gpu(),
-        browser(),
+        Finding("ok", f"{os.cpu_count()} processor cores, {platform.system()} "
+                f"{platform.machine()}"), gpu(),
     ]
+    path = browser_path()
+    found.append(Finding("ok", f"browser {path}") if path else Finding(
+        "note", "no Chromium", "only pictures as PNG and the browser test need one (BROWSER_PATH)"))
     if not pair:
-        found.append(
-            Finding("note", "models not looked at",
-                    "xsd doctor --pair embedded loads the shipped pair"))
+        found.append(Finding("note", "models not looked at",
+                             "xsd doctor --pair embedded loads the shipped pair"))
     return found
-
-
-def python() -> Finding:
-    """Which interpreter runs (an older one than 3.11 cannot install the package)."""
-    return Finding("ok", f"Python {platform.python_version()} at {sys.executable}")
 
 
 def packages() -> list[Finding]:
     """Versions of what is installed; what is missing, with what it is for."""
-    def version(name: str) -> str | None:
+    here, missing = [], []
+    for name in (*NEEDED, *HELPFUL):
         try:
-            return metadata.version(name)
+            here.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            return None
-
-    here = {name: version(name) for name in (*NEEDED, *HELPFUL)}
-    found = [
-        Finding(
-            "ok",
-            "packages " + ", ".join(f"{name} {number}" for name, number in here.items() if number))
-    ]
-    found += [
-        Finding("bad", f"package {name} is missing", "run make demo or pip install -e .")
-        for name in NEEDED if not here[name]
-    ]
-    found += [
-        Finding("note", f"package {name} is missing", f"only needed for {use}")
-        for name, use in HELPFUL.items() if not here[name]
-    ]
-    return found
+            what = f"package {name} is missing"
+            missing.append(
+                Finding("note", what, f"only needed for {HELPFUL[name]}") if name in HELPFUL else
+                Finding("bad", what, "run make demo or pip install -e ."))
+    return [Finding("ok", f"packages {', '.join(here)}"), *missing]
 
 
 def disk(folder: Path) -> Finding:
     """Free space where runs are written."""
     free = shutil.disk_usage(folder).free / 1e9
     if free < LEAST_GB:
-        return Finding(
-            "bad", f"{free:.1f} GB free at {folder}",
-            f"{LEAST_GB} GB are needed for the installation and a demo run; free some space")
+        return Finding("bad", f"{free:.1f} GB free at {folder}", f"{LEAST_GB} GB are needed for "
+                       "the installation and a demo run; free some space")
     return Finding("ok", f"{free:.0f} GB free at {folder}")
 
 
@@ -104,12 +84,9 @@ def gpu() -> Finding:
         return Finding("bad", "torch cannot be imported", "install it first")
     if not torch.cuda.is_available():
         return Finding("note", "no GPU", "the embedded pair needs none; 7B checkpoints do")
-    names = [
-        f"{torch.cuda.get_device_name(i)} "
-        f"({torch.cuda.get_device_properties(i).total_memory / 1e9:.0f} GB)"
-        for i in range(torch.cuda.device_count())
-    ]
-    return Finding("ok", f"GPU {', '.join(names)}, CUDA {torch.version.cuda}")
+    cards = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    names = ", ".join(f"{card.name} ({card.total_memory / 1e9:.0f} GB)" for card in cards)
+    return Finding("ok", f"GPU {names}, CUDA {torch.version.cuda}")
 
 
 def browser_path() -> str | None:
@@ -117,12 +94,5 @@ def browser_path() -> str | None:
     named = os.environ.get("BROWSER_PATH")
     if named and Path(named).is_file():
         return named
-    return next((path for name in ("chromium", "chromium-browser", "google-chrome")
-                 if (path := shutil.which(name))), None)
-
-
-def browser() -> Finding:
-    """Whether a Chromium is installed."""
-    path = browser_path()
-    return (Finding("ok", f"browser {path}") if path else Finding(
-        "note", "no Chromium", "only PNG export and the browser test need one (BROWSER_PATH)"))
+    names = ("chromium", "chromium-browser", "google-chrome")
+    return next((path for name in names if (path := shutil.which(name))), None)

@@ -44,6 +44,11 @@ def resolve(run_dir: str | os.PathLike[str]) -> Path:
     return path if path.is_absolute() else ROOT / path
 
 
+def shown(path: Path) -> str:
+    """A folder as parameters and results give it: relative where it lies inside the checkout."""
+    return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
+
+
 def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str, Any]) -> Path:
     """Write ``results/<name>.json``. values: nested dict of plain numbers and texts (``value``,
     ``low``, ``high``, ``n``, ``kind``)."""
@@ -56,10 +61,8 @@ def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """All results of a run by name. Raises: ParameterError when the run has none."""
     files = sorted((resolve(run_dir) / "results").glob("*.json"))
     if not files:
-        raise ParameterError(
-            f"the run {run_dir} holds no results; run notebooks 01 to 05 with run_dir={run_dir} "
-            "first"
-        )
+        raise ParameterError(f"the run {run_dir} holds no results; run notebooks 01 to 05 with "
+                             f"run_dir={run_dir} first")
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
 
 
@@ -100,17 +103,15 @@ def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generat
     clip, data."""
     target = resolve(run_dir) / "live.json"
     runs = {arm: dataclasses.asdict(generation) for arm, generation in generations.items()}
-    write_json(
-        target, {
-            "generations": runs, "order": list(generations),
-            "texts": {str(key): text for key, text in texts.items()}, "about": about
-        })
+    write_json(target, {"generations": runs, "order": list(generations), "about": about,
+                        "texts": {str(key): text for key, text in texts.items()}})
     return target
 
 
-def load_live(
-    run_dir: str | os.PathLike[str]
-) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
+Live = tuple[dict[str, Generation], dict[int, str], dict[str, Any]]
+
+
+def load_live(run_dir: str | os.PathLike[str]) -> Live:
     """generations by arm, texts by token id, and about. Raises: ParameterError when notebook 05 has
     not run."""
     path = resolve(run_dir) / "live.json"
@@ -120,8 +121,7 @@ def load_live(
     return live_of(json.loads(path.read_text(encoding="utf-8")))
 
 
-def live_of(
-        stored: Mapping[str, Any]) -> tuple[dict[str, Generation], dict[int, str], dict[str, Any]]:
+def live_of(stored: Mapping[str, Any]) -> Live:
     """generations, texts and about of what :func:`save_live` wrote; results hold the same record as
     ``live/timeline`` (seconds)."""
     generations = {arm: _generation(stored["generations"][arm]) for arm in stored["order"]}
@@ -153,9 +153,9 @@ def overview(roots: Iterable[Path]) -> str:
         files = [path.stat() for path in place.rglob("*") if path.is_file()] if holds else []
         if files:
             last = datetime.fromtimestamp(max(file.st_mtime for file in files))
-            shown = place.relative_to(ROOT) if place.is_relative_to(ROOT) else place
-            rows.append({"folder": str(shown), "MB": round(sum(f.st_size for f in files) / 1e6, 1),
-                         "last written": f"{last:%Y-%m-%d %H:%M}", "holds": ", ".join(holds)})
+            size = sum(file.st_size for file in files) / 1e6
+            rows.append({"folder": shown(place), "MB": round(size, 1), "holds": ", ".join(holds),
+                         "last written": f"{last:%Y-%m-%d %H:%M}"})
     if not rows:
         return "there is no run yet; xsd run NB makes one"
     return pd.DataFrame(rows).to_string(index=False)

@@ -16,9 +16,9 @@ from typing import Any
 
 import nbformat
 
-from xsd.core import ROOT, ParameterError, XsdError
+from xsd.core import ParameterError, XsdError
 from xsd.files import atomic_write
-from xsd.runs import notebooks, parameters
+from xsd.runs import folder, notebooks, parameters, pictures
 
 IGNORED = frozenset({"nbval-ignore-output", "nbval-skip"})
 COMPARABLE = frozenset({"text/plain", "text/markdown"})
@@ -30,6 +30,10 @@ METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
     "language_info": {"name": "python"},
 }
+
+
+def _ignored(cell: nbformat.NotebookNode) -> bool:
+    return bool(IGNORED & set(cell.metadata.get("tags", [])))
 
 
 def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
@@ -47,7 +51,7 @@ def normalised(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
             continue
         count += 1
         cell.execution_count = count
-        if IGNORED & set(tags):
+        if _ignored(cell):
             cell.outputs = [one for one in cell.outputs if set(one.get("data", ())) == PICTURE]
             cell.execution_count = count if cell.outputs else None
         for output in cell.outputs:
@@ -105,21 +109,16 @@ def _keep_pictures(notebook: nbformat.NotebookNode, before: Mapping[str, list[An
                    say: Any) -> None:
     """Put small PNGs in place of the figures of ignored cells, as many as fit into the file; where
     none can be drawn, those of before stay."""
-    from xsd.runs import pictures
-
+    cells = [cell for cell in notebook.cells if cell.cell_type == "code" and _ignored(cell)]
+    try:
+        drawn = pictures.to_png([cell.outputs for cell in cells])
+    except (RuntimeError, OSError, ValueError) as error:
+        say(f"the browser drew no picture ({type(error).__name__}: {str(error)[:120]})")
+        drawn = [[] for _ in cells]
     room = PICTURE_BYTES
-    for cell in notebook.cells:
-        if cell.cell_type != "code" or not IGNORED & set(cell.metadata.get("tags", [])):
-            continue
-        try:
-            drawn = pictures.to_png(cell.outputs)
-        except (RuntimeError, OSError, ValueError) as error:
-            say(f"the browser drew no picture ({type(error).__name__}: {str(error)[:120]})")
-            drawn = []
-        if not drawn and cell.source in before:
-            drawn = before[cell.source]
+    for cell, new in zip(cells, drawn, strict=True):
         cell.outputs = []
-        for output in drawn:
+        for output in new or before.get(cell.source, []):
             size = len(output.data["image/png"])
             if size <= room:
                 cell.outputs.append(output)
@@ -140,13 +139,10 @@ def parameters_cell(notebook: nbformat.NotebookNode) -> dict[str, Any]:
             f"a notebook has exactly one cell tagged 'parameters', this one has {len(cells)}")
     values = {}
     for line in ast.parse(cells[0].source).body:
-        target = line.target if isinstance(
-            line, ast.AnnAssign) else line.targets[0] if isinstance(line, ast.Assign) else None
+        target = line.targets[0] if isinstance(line, ast.Assign) else getattr(line, "target", None)
         if not isinstance(target, ast.Name) or line.value is None:
-            raise ParameterError(
-                "the parameters cell holds only lines such as seed: int = 0, not "
-                f"{ast.unparse(line)!r}"
-            )
+            raise ParameterError("the parameters cell holds only lines such as seed: int = 0, not "
+                                 f"{ast.unparse(line)!r}")
         try:
             values[target.id] = ast.literal_eval(line.value)
         except ValueError:
@@ -159,41 +155,31 @@ def problems(path: str | os.PathLike[str]) -> list[str]:
     """What keeps a notebook from being committed, a sentence each; empty when clean."""
     path = Path(path)
     notebook = nbformat.read(path, 4)
-    found = []
-    if path.stat().st_size > MAX_BYTES:
-        found.append(
-            f"is {path.stat().st_size / 1000:.0f} kB, at most {MAX_BYTES / 1000:.0f} kB are allowed"
-        )
+    size = path.stat().st_size
+    found = [f"is {size / 1000:.0f} kB, at most {MAX_BYTES / 1000:.0f} kB are allowed"
+             ] * (size > MAX_BYTES)
     try:
-        cell_values = parameters_cell(notebook)
+        values = parameters_cell(notebook)
         model = parameters.model_of(path.stem)
         defaults = model.checked({}).model_dump()
-        for name in sorted(set(cell_values) ^ set(defaults)):
-            found.append(
-                f"parameter {name!r} is in only one of the parameters cell and {model.__name__}")
-        for name in sorted(set(cell_values) & set(defaults)):
-            if cell_values[name] != defaults[name]:
-                found.append(
-                    f"parameter {name!r} is {cell_values[name]!r} in the cell but "
-                    f"{defaults[name]!r} in {model.__name__}"
-                )
+        found += [f"parameter {name!r} is in only one of the parameters cell and {model.__name__}"
+                  for name in sorted(set(values) ^ set(defaults))]
+        found += [f"parameter {name!r} is {values[name]!r} in the cell but {defaults[name]!r} in "
+                  f"{model.__name__}" for name in sorted(set(values) & set(defaults))
+                  if values[name] != defaults[name]]
     except (ParameterError, SyntaxError) as error:
         found.append(str(error))
-    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
-    golden = [
-        cell for cell in code
-        if cell.get("outputs") and not IGNORED & set(cell.metadata.get("tags", []))
-    ]
+    golden = [cell for cell in notebook.cells if cell.cell_type == "code" and cell.get("outputs")
+              and not _ignored(cell)]
     if not any(cell.execution_count for cell in golden):
         found.append("has no compared cell, so nbval would check nothing")
     for cell in golden:
         for output in cell.outputs:
             if output.output_type == "error" or output.get("name") == "stderr":
                 found.append(f"cell {cell.id} stores an error or stderr")
-            rich = sorted(set(output.get("data", {})) - COMPARABLE)
-            if rich:
+            if rich := sorted(set(output.get("data", {})) - COMPARABLE):
                 found.append(f"cell {cell.id} stores {', '.join(rich)}; tag it nbval-ignore-output")
-    if text_of(notebook) != path.read_text():
+    if text_of(notebook) != path.read_text(encoding="utf-8"):
         found.append("is not in its committed form; run xsd notebooks refresh")
     return found
 
@@ -205,11 +191,8 @@ def committed() -> list[Path]:
 
 def check(paths: Iterable[str | os.PathLike[str]] | None = None) -> None:
     """Raises: HygieneError listing every problem of every notebook."""
-    listed = [Path(path) for path in paths] if paths else committed()
-    lines = [
-        f"{path.relative_to(ROOT) if path.is_relative_to(ROOT) else path} {problem}"
-        for path in listed for problem in problems(path)
-    ]
+    lines = [f"{folder.shown(path)} {problem}" for path in map(Path, paths or committed())
+             for problem in problems(path)]
     if lines:
         raise HygieneError("; ".join(lines))
 

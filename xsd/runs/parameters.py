@@ -8,7 +8,7 @@ descriptions are the help of ``xsd run NB --help-parameters``.
 from __future__ import annotations
 
 import difflib
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
@@ -30,10 +30,9 @@ class ExtractParameters(NotebookParameters):
                       description="what adapters are trained on: simulated, or a dataset folder")
     test_data: typed.TestData = Field(
         SETS, description="held-out: simulated, davis_road (the shipped recording), or folders")
-    n_train_sequences: Annotated[int, whole(
-        0, 100_000, "drives to train adapters on; 0 extracts held-out sets alone")] = 6
-    n_test_sequences: Annotated[int, whole(
-        1, 100_000, "held-out drives; never the same sequences")] = 4
+    n_train_sequences: int = whole(6, 0, 100_000,
+                                   "drives to train adapters on; 0 extracts held-out sets alone")
+    n_test_sequences: int = whole(4, 1, 100_000, "held-out drives; never the same sequences")
     questions_per_sequence: typed.Asked = 4
     max_new_tokens: typed.NewTokens = 48
     train_modes: list[typed.Mode] = Field(["teacher_forced"], min_length=1,
@@ -41,7 +40,7 @@ class ExtractParameters(NotebookParameters):
     test_modes: list[typed.Mode] = Field(["teacher_forced", "free_running"], min_length=1,
                                          description="kinds of pairs of the held-out sets")
     dtype: typed.Dtype = Field("fp16", description="how the states are stored")
-    batch_size: Annotated[int, whole(1, 1024, "samples answered at a time")] = 32
+    batch_size: int = whole(32, 1, 1024, "samples answered at a time")
     workers: typed.Simulators = 2
 
 
@@ -66,8 +65,8 @@ class TrainParameters(NotebookParameters):
                          description="noise on the states read, in standard deviations")
     token_fusion: bool = Field(
         False, description="L5, L5F and B1 also read the token before (docs/adapters.md, 3)")
-    draft_vocabulary: Annotated[int, whole(
-        0, 10_000_000, "draft with the k most frequent tokens alone; 0: with all")] = 0
+    draft_vocabulary: int = whole(0, 0, 10_000_000,
+                                  "draft with the k most frequent tokens alone; 0: with all")
     lora_learning_rate: typed.Rate = Field(
         1e-3, description="L6's peak rate; 1e-4 for 7B models")
 
@@ -123,17 +122,15 @@ class LiveParameters(NotebookParameters):
         ["L4"], min_length=1, description="arms whose ids are compared on every held-out sample")
     check_in_turns: bool = Field(
         False, description="one of check_arms a sample, in turn, in place of all of them")
-    n_samples: Annotated[int, whole(1, 100_000, "timed samples of each held-out set")] = 2
-    n_samples_others: Annotated[int, whole(
-        0, 100_000, "the same for the sets after the first; 0 means as many")] = 0
+    n_samples: int = whole(2, 1, 100_000, "timed samples of each held-out set")
+    n_samples_others: int = whole(0, 0, 100_000,
+                                  "the same for the sets after the first; 0 means as many")
     gamma: typed.Gamma = 5
     gamma_prefill: typed.GammaPrefill = 10
     max_new_tokens: typed.NewTokens = 48
-    repeats: Annotated[int, whole(1, 100, "how often each sample is timed")] = 1
-    threads: Annotated[int, whole(
-        1, 1024, "cores for each model; both run at the same time")] = 1
-    workers: Annotated[int, whole(
-        1, 256, "processes that share the check of all held-out samples")] = 1
+    repeats: int = whole(1, 1, 100, "how often each sample is timed")
+    threads: int = whole(1, 1, 1024, "cores for each model; both run at the same time")
+    workers: int = whole(1, 1, 256, "processes that share the check of all held-out samples")
     resamples: typed.Resamples = 400
 
 
@@ -182,12 +179,11 @@ class RecordingParameters(NotebookParameters):
                         description="davis_road (shipped), an event file, or a video")
     clip_ms: typed.ClipMs = 1000
     hop_ms: typed.HopMs = 500
-    max_clips: Annotated[int, whole(1, 10_000, "clips that are asked")] = 3
+    max_clips: int = whole(3, 1, 10_000, "clips that are asked")
     max_seconds: float = Field(10.0, gt=0, le=3600, description="how much of a video is read")
-    max_side: Annotated[int, whole(
-        16, 4096, "longer sides of a video are scaled down to it, in pixels")] = 346
-    n_questions: Annotated[int, whole(
-        1, 10, "questions every clip is asked, of the ten that the embedded pair knows")] = 4
+    max_side: int = whole(346, 16, 4096, "longer sides of a video are scaled down to it, in pixels")
+    n_questions: int = whole(4, 1, 10,
+        "questions every clip is asked, of the ten that the embedded pair knows")
     questions: list[str] = Field([], description="own questions instead of those")
     adapters: list[str] = Field(
         [], description="adapter files or folders to draft with, besides the plain drafter")

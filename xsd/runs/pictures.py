@@ -10,7 +10,7 @@ import base64
 import io
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,27 +26,36 @@ COLOURS = 96
 _INLINE = re.compile(r'src="data:image/png;base64,([^"]+)"')
 
 
-def to_png(outputs: Sequence[Mapping[str, Any]]) -> list[nbformat.NotebookNode]:
-    """The outputs of a cell that are pictures, as small PNGs: plotly's figures, and the film strips
-    inside HTML.
+Output = nbformat.NotebookNode
 
-    Raises: RuntimeError, OSError or ValueError when the browser does not draw a figure.
+
+def to_png(cells: Sequence[Sequence[Output]]) -> list[list[Output]]:
+    """The pictures among the outputs of each cell, as small PNGs: plotly's figures (where a browser
+    is installed), and the film strips inside HTML.
+
+    Raises: RuntimeError, OSError or ValueError when the browser does not draw the figures.
     """
-    found = [data for output in outputs if (data := output.get("data"))]
-    drawn = iter(_figures([data[PLOTLY_MIME] for data in found if PLOTLY_MIME in data]))
-    pictures = []
-    for data in found:
-        strips = _INLINE.findall("".join(data.get("text/html", "")))
-        if PLOTLY_MIME in data:
-            pictures.append(next(drawn, None))
-        elif "image/png" in data:
-            pictures.append(Image.open(io.BytesIO(base64.b64decode(data["image/png"]))))
-        elif strips:
-            pictures.append(_side_by_side([Image.open(io.BytesIO(base64.b64decode(one)))
-                                           for one in strips]))
-    return [nbformat.v4.new_output("display_data", {"image/png": _small(picture),
-                                                    "text/plain": "<picture>"})
-            for picture in pictures if picture is not None]
+    found = [[data for output in outputs if (data := output.get("data"))] for outputs in cells]
+    drawn = iter(_figures([data[PLOTLY_MIME] for cell in found for data in cell
+                           if PLOTLY_MIME in data]))
+    made = [[_picture(data, drawn) for data in cell] for cell in found]
+    return [[nbformat.v4.new_output("display_data", {"image/png": _small(picture),
+                                                     "text/plain": "<picture>"})
+             for picture in cell if picture is not None] for cell in made]
+
+
+def _picture(data: Mapping[str, Any], drawn: Iterator[Image.Image]) -> Image.Image | None:
+    """The picture that one output shows. drawn: those of the figures, in order."""
+    if PLOTLY_MIME in data:
+        return next(drawn, None)
+    if "image/png" in data:
+        return _opened(data["image/png"])
+    strips = _INLINE.findall("".join(data.get("text/html", "")))
+    return _side_by_side([_opened(strip) for strip in strips]) if strips else None
+
+
+def _opened(text: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(text)))
 
 
 def _figures(drawn: Sequence[Mapping[str, Any]]) -> list[Image.Image]:

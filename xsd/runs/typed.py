@@ -112,9 +112,14 @@ Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 # --- what several notebooks take
 
 
-def whole(low: int, high: int, text: str) -> Any:
+def whole(default: int, low: int, high: int, text: str) -> Any:
     """The Field of a whole number from low to high."""
-    return Field(ge=low, le=high, description=text)
+    return Field(default, ge=low, le=high, description=text)
+
+
+def _count(low: int, high: int, text: str) -> Any:
+    """The type of a whole number from low to high."""
+    return Annotated[int, Field(ge=low, le=high, description=text)]
 
 
 Levels = Annotated[list[Level], Field(min_length=1, description="trained levels to evaluate")]
@@ -130,19 +135,19 @@ Thresholds = Annotated[list[float], Field(min_length=1,
                                           description="all cosine thresholds that are counted")]
 Rate = Annotated[float, Field(gt=0, lt=1,
                               description="AdamW's peak rate; lower it for wide models")]
-Gamma = Annotated[int, whole(1, 64, "draft tokens a round")]
-GammaPrefill = Annotated[int, whole(1, 4096, "most draft tokens behind the verifier's prefill")]
-TopK = Annotated[int, whole(1, 254, "how many of the head's best tokens count as top-k")]
-Positions = Annotated[int, whole(1, 4096, "positions shown by the per-position curve")]
-Resamples = Annotated[int, whole(50, 100_000, "bootstrap resamples, drawn by sequence")]
-AtATime = Annotated[int, whole(1, 65_536, "answers at a time")]
-AStep = Annotated[int, whole(1, 65_536, "answers a step")]
-Epochs = Annotated[int, whole(1, 10_000, "longest training, in epochs")]
-NewTokens = Annotated[int, whole(1, 4096, "longest answer, in tokens")]
-Simulators = Annotated[int, whole(1, 256, "processes that simulate drives")]
-Asked = Annotated[int, whole(1, 50, "questions a sequence is asked, each on one of its clips")]
-ClipMs = Annotated[int, whole(1, 3_600_000, "length of a clip")]
-HopMs = Annotated[int, whole(1, 3_600_000, "from one clip's start to the next one's")]
+Gamma = _count(1, 64, "draft tokens a round")
+GammaPrefill = _count(1, 4096, "most draft tokens behind the verifier's prefill")
+TopK = _count(1, 254, "how many of the head's best tokens count as top-k")
+Positions = _count(1, 4096, "positions shown by the per-position curve")
+Resamples = _count(50, 100_000, "bootstrap resamples, drawn by sequence")
+AtATime = _count(1, 65_536, "answers at a time")
+AStep = _count(1, 65_536, "answers a step")
+Epochs = _count(1, 10_000, "longest training, in epochs")
+NewTokens = _count(1, 4096, "longest answer, in tokens")
+Simulators = _count(1, 256, "processes that simulate drives")
+Asked = _count(1, 50, "questions a sequence is asked, each on one of its clips")
+ClipMs = _count(1, 3_600_000, "length of a clip")
+HopMs = _count(1, 3_600_000, "from one clip's start to the next one's")
 
 
 # --- from a command line
