@@ -36,7 +36,7 @@ def test_rows_of_the_head_say_what_the_whole_head_says_among_them():
     rows = hidden[0]
     targets = torch.tensor([4, 10, 3, 8, 0])  # 3 and 0 cannot be drafted and ask for nothing
     aligned = rows.clone().requires_grad_()
-    loss = objectives.cross_entropy(aligned, rows, targets, reduced)
+    loss = objectives.TERMS["cross_entropy"](aligned, rows, targets, reduced)
     by_hand = -sum(
         float(want[0, i].log_softmax(0)[ids.tolist().index(int(targets[i]))])
         for i in (0, 1, 3)) / 5

@@ -165,6 +165,6 @@ def test_token_fusion_by_name_and_where_it_cannot_be(tmp_path):
         fit.fit_adapter("L4", examples.answers(), folder=tmp_path / "x", config=config,
                         head=examples.head())
     with pytest.raises(TrainingError,
-                       match="L5 with fused tokens takes its token table from the LM head"):
+                       match="L5 with fused tokens needs the rows of the LM head"):
         fit.fit_adapter("L5", examples.answers(), folder=tmp_path / "y", config=config,
                         head=lambda hidden: hidden @ examples.head().T)

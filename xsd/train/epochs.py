@@ -59,7 +59,7 @@ class EpochLoop:
         self.level, self.folder, self.config, self.seed = level, Path(folder), config, seed
         self.objective = objectives.parse(config.objective)
         self.processes = Processes(device)
-        self.device = self.processes.device(device)
+        self.device = self.processes.device
         self.identity: dict[str, Any] = {"level": level, "seed": seed, "config": asdict(config)}
         self.about: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []

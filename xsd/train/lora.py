@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd import files
-from xsd.core import CheckpointError, ParameterError, TrainingError
-from xsd.train import objectives
+from xsd.core import CheckpointError, TrainingError
+from xsd.train import objectives, recipes
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -35,9 +35,8 @@ class LoraFitConfig:
     dropout: on LoRA's input.
 
     batch_size: answers a forward pass. accumulation: passes a step. gradient_checkpointing:
-    recompute layers in the backward pass, for
-    less memory and a third more time; the weights come out the same. patience: epochs without a
-    better validation loss.
+    recompute layers in the backward pass, for less memory and a third more time; the weights come
+    out the same. patience: epochs without a better validation loss.
     """
 
     rank: int = 16
@@ -57,10 +56,8 @@ class LoraFitConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("rank", "alpha", "epochs", "batch_size", "accumulation", "learning_rate",
-                     "patience"):
-            if getattr(self, name) <= 0:
-                raise ParameterError(f"{name} must be positive, not {getattr(self, name)}")
+        recipes.check_positive(self, ("rank", "alpha", "epochs", "batch_size", "accumulation",
+                                      "learning_rate", "patience"))
         objectives.parse(self.objective)
 
 
@@ -80,8 +77,7 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
             return name, decoder
     raise TrainingError(
         f"{type(model).__name__} has no decoder at model.layers or model.language_model.layers; "
-        "pass the drafter's model"
-    )
+        "pass the drafter's model")
 
 
 def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: float = 0.05,
@@ -95,17 +91,15 @@ def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: floa
     # The whole name from the root: the CLIP tower also has q_proj, k_proj and v_proj, under the
     # same last names.
     names = rf"{re.escape(decoder_of(model)[0])}\.layers\.\d+\.self_attn\.({'|'.join(targets)})"
-    return _attach(
-        model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
-                               target_modules=names))
+    return _attach(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
+                                          target_modules=names))
 
 
 def _attach(model: nn.Module, settings: peft.LoraConfig) -> peft.PeftModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TrainingError(
             f"{type(model).__name__} already carries LoRA weights; merge or unload them first, or "
-            "load the drafter again"
-        )
+            "load the drafter again")
     _undo_inference_packing(model)
     tuned = peft.get_peft_model(model, settings)
     settings.base_model_name_or_path = None  # a path of this machine says nothing on another
@@ -149,28 +143,24 @@ def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
     if is_quantised(model):
         raise TrainingError(
             "merging into quantised weights rounds nearly all of the training away: load the "
-            "drafter in bfloat16 and merge there"
-        )
+            "drafter in bfloat16 and merge there")
     try:
-        settings, weights = peft.LoraConfig.from_pretrained(folder), safetensors.torch.load_file(
-            folder / "adapter_model.safetensors")
+        settings = peft.LoraConfig.from_pretrained(folder)
+        weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
         raise CheckpointError(
             f"{folder} holds no readable LoRA weights ({type(error).__name__}); give the run's "
-            "best folder"
-        ) from error
+            "best folder") from error
     settings.inference_mode = False
     tuned = _attach(model, settings)
-    expected = {name: weight.shape for name, weight in _weights(tuned).items()}
-    found = {name: weight.shape for name, weight in weights.items()}
+    expected, found = ({name: weight.shape for name, weight in some.items()}
+                       for some in (_weights(tuned), weights))
     if found != expected:
-        different = sorted(name for name in expected | found
-                           if found.get(name) != expected.get(name))
+        different = min(name for name, _ in expected.items() ^ found.items())
         tuned.unload()
         raise CheckpointError(
-            f"the LoRA weights in {folder} are of another model ({different[0]}); load the drafter "
-            "they were trained on"
-        )
+            f"the LoRA weights in {folder} are of another model ({different}); load the drafter "
+            "they were trained on")
     peft.set_peft_model_state_dict(tuned, weights)
     return tuned.merge_and_unload(safe_merge=True).requires_grad_(False).eval()
 
@@ -197,17 +187,14 @@ def forced_states(model: nn.Module, prompts: Sequence[Tensor], answers: Sequence
         input    [ prompt 0 … L-1 | a   b  ]     the last token c is never read
         states   [            L-1   L   L+1 ]     predict a, b, c
 
-    Args: prompts: B embeddings [L_i, D_d], vision included. answers: B int64 [S_i].   Returns: post-norm [B, S, D_d], zero as padding.
+    Args: prompts: B embeddings [L_i, D_d], vision included. answers: B int64 [S_i].
+    Returns: post-norm [B, S, D_d], zero as padding.
     """
     embed = model.get_input_embeddings()
-    lines = [
-        torch.cat([prompt.to(embed.weight), embed(ids[:-1])])
-        for prompt, ids in zip(prompts, answers, strict=True)
-    ]
+    pairs = list(zip(prompts, answers, strict=True))
+    lines = [torch.cat([prompt.to(embed.weight), embed(ids[:-1])]) for prompt, ids in pairs]
     hidden = decoder_of(model)[1](inputs_embeds=pad_sequence(lines, batch_first=True),
                                   use_cache=False).last_hidden_state
-    rows = [
-        hidden[i, len(p) - 1:len(p) - 1 + len(ids)]
-        for i, (p, ids) in enumerate(zip(prompts, answers, strict=True))
-    ]
+    rows = [row[len(prompt) - 1:len(prompt) - 1 + len(ids)]
+            for row, (prompt, ids) in zip(hidden, pairs, strict=True)]
     return pad_sequence(rows, batch_first=True)

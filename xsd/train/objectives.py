@@ -31,7 +31,6 @@ def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
 
 
 # --- states against states
-# ------------------------------------------------------------------------------------------------
 
 
 def mse(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
@@ -54,43 +53,46 @@ def smooth_l1(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = 
     return _mean(F.smooth_l1_loss(aligned, target, reduction="none").mean(-1), weights)
 
 
-# --- tokens, through the frozen head
-# ------------------------------------------------------------------------------------------------
+# --- tokens, through the frozen head: one value per row, of rows that fit into memory together
+
+Rows = Callable[[Head, Tensor, Tensor, Tensor], Tensor]
 
 
 def _cross_entropy_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+    """-log p(verifier's token) under head(aligned)."""
     ids = head.rows[ids] if isinstance(head, DraftHead) else ids
     return F.cross_entropy(logits_of(head, aligned).float(), ids, reduction="none", ignore_index=-1)
 
 
 def _kl_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    drafted, true = logits_of(head, aligned).float().log_softmax(-1), logits_of(
-        head, target).float().log_softmax(-1)
+    """KL(p_verifier ‖ p_aligned), nats: zero where both heads say the same."""
+    drafted = logits_of(head, aligned).float().log_softmax(-1)
+    true = logits_of(head, target).float().log_softmax(-1)
     return (true.exp() * (true - drafted)).sum(-1)
 
 
 def _overlap(head: Head, aligned: Tensor, target: Tensor) -> Tensor:
-    drafted, true = logits_of(head,
-                              aligned).float().softmax(-1), logits_of(head,
-                                                                      target).float().softmax(-1)
+    drafted = logits_of(head, aligned).float().softmax(-1)
+    true = logits_of(head, target).float().softmax(-1)
     return torch.minimum(drafted, true).sum(-1)
 
 
 def _total_variation_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
+    """1 - Σ min(p, q): one minus the chance that speculative sampling accepts (Leviathan et al.
+    2023)."""
     return 1 - _overlap(head, aligned, target)
 
 
 def _likelihood_of_acceptance_rows(head: Head, aligned: Tensor, target: Tensor,
                                    ids: Tensor) -> Tensor:
+    """-log Σ min(p, q): the acceptance itself as a likelihood (LK loss)."""
     return -_overlap(head, aligned, target).clamp_min(1e-12).log()
-
-
-Rows = Callable[[Head, Tensor, Tensor, Tensor], Tensor]
 
 
 class _Chunked(torch.autograd.Function):
     """Weighted mean of ``rows`` over chunks; the gradient by ``aligned`` is finished in the forward
     pass and only scaled in the backward."""
+
     @staticmethod
     def forward(context, aligned: Tensor, target: Tensor, ids: Tensor, weights: Tensor, head: Head,
                 rows: Rows, chunk: int) -> Tensor:
@@ -112,40 +114,29 @@ class _Chunked(torch.autograd.Function):
         return context.gradient * upstream, None, None, None, None, None, None
 
 
-def _through_head(name: str, rows: Rows, note: str) -> Term:
+def _through_head(name: str, rows: Rows) -> Term:
     def term(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
              weights: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
         if head is None:
             raise TrainingError(
                 f"objective {name!r} needs the verifier's LM head; pass head= (a weight [V, D]), "
-                "for shards dataset.head('verifier')"
-            )
+                "for shards dataset.head('verifier')")
         weights = torch.ones(len(aligned), device=aligned.device) if weights is None else weights
         return _Chunked.apply(aligned, target.detach(), ids, weights, head, rows, chunk)
 
-    term.__name__, term.__doc__ = name, note
+    term.__name__, term.__doc__ = name, rows.__doc__
     return term
 
 
-cross_entropy = _through_head("cross_entropy", _cross_entropy_rows,
-                              "-log p(verifier's token) under head(aligned).")
-kl = _through_head("kl", _kl_rows,
-                   "KL(p_verifier ‖ p_aligned), nats: zero where both heads say the same.")
-total_variation = _through_head(
-    "total_variation", _total_variation_rows,
-    "1 - Σ min(p, q): one minus the chance that speculative sampling accepts (Leviathan et al. "
-    "2023).",
-)
-likelihood_of_acceptance = _through_head(
-    "likelihood_of_acceptance", _likelihood_of_acceptance_rows,
-    "-log Σ min(p, q): the acceptance itself as a likelihood (LK loss).")
-
-TERMS: dict[str, Term] = {
-    "mse": mse, "cosine": cosine, "smooth_l1": smooth_l1, "cross_entropy": cross_entropy, "kl": kl,
-    "total_variation": total_variation, "likelihood_of_acceptance": likelihood_of_acceptance,
+ROWS: dict[str, Rows] = {
+    "cross_entropy": _cross_entropy_rows, "kl": _kl_rows, "total_variation": _total_variation_rows,
+    "likelihood_of_acceptance": _likelihood_of_acceptance_rows,
 }
-NEED_HEAD = frozenset({"cross_entropy", "kl", "total_variation", "likelihood_of_acceptance"})
-PRESETS = {"mse_cosine": "mse + 0.5*cosine", "tokens": "mse + 0.5*cosine + cross_entropy",}
+TERMS: dict[str, Term] = {
+    "mse": mse, "cosine": cosine, "smooth_l1": smooth_l1,
+    **{name: _through_head(name, rows) for name, rows in ROWS.items()},
+}
+PRESETS = {"mse_cosine": "mse + 0.5*cosine", "tokens": "mse + 0.5*cosine + cross_entropy"}
 """``mse_cosine`` is the reference's; ``tokens`` adds what decides: the verifier's token."""
 
 
@@ -159,7 +150,8 @@ class Objective:
 
     @property
     def needs_head(self) -> bool:
-        return bool(NEED_HEAD & self.weights.keys())
+        """Whether a term of ours goes through the LM head."""
+        return bool(ROWS.keys() & self.weights)
 
     def __str__(self) -> str:
         return " + ".join(name if weight == 1 else f"{weight:g}*{name}"
@@ -170,8 +162,7 @@ class Objective:
         """All terms and their weighted sum ``total``.
 
         Args: aligned, target: [B, S, D]. ids: int64 [B, S]. mask: bool [B, S]; padded positions
-        have no effect at all. weights: [B, S] or
-            None.
+        have no effect at all. weights: [B, S] or None.
         Raises: TrainingError when nothing is unmasked, or a term needs a head and none is given.
         """
         return self.flat(aligned[mask], target[mask], ids[mask], head,
@@ -184,15 +175,12 @@ class Objective:
         if len(aligned) == 0:
             raise TrainingError(
                 "an objective was asked for a batch without a real position; drop empty answers "
-                "from the dataset"
-            )
+                "from the dataset")
         functions = TERMS | self.own
         terms = {name: functions[name](aligned, target, ids, head, weights)
                  for name in self.weights}
-        return {
-            "total": torch.stack(
-                [self.weights[name] * term.float() for name, term in terms.items()]).sum(), **terms
-        }
+        weighed = [self.weights[name] * term.float() for name, term in terms.items()]
+        return {"total": torch.stack(weighed).sum(), **terms}
 
 
 def parse(text: str) -> Objective:

@@ -6,7 +6,7 @@ positions on (docs/adapters.md, section 5).
 | L1–L4 | the same position (0) |
 | L5 with a prediction weight | the same position (0), the next one (1) |
 | B1, L5F | the next position (1) |
-| B1, L5F with rollout steps | 1, 2, … K, each from the own prediction before it (EAGLE-3's training-time test) |
+| B1, L5F with rollout steps | 1, 2, … K, from own predictions (EAGLE-3's training-time test) |
 
 Every part is a mean over its positions. A step may be spread over several batches (accumulation)
 and processes: :func:`norms` says how much of the mean each holds, so that the step comes out as if
@@ -30,10 +30,8 @@ from xsd.train.recipes import FitConfig
 
 def plan(adapter: Adapter, config: FitConfig) -> list[tuple[int, float]]:
     """(offset of the target, factor) of each part."""
-    if adapter.shift and config.rollout_steps > 1:
-        return [(k, config.rollout_decay**(k - 1)) for k in range(1, config.rollout_steps + 1)]
     if adapter.shift:
-        return [(1, 1.0)]
+        return [(k, config.rollout_decay**(k - 1)) for k in range(1, config.rollout_steps + 1)]
     weight = getattr(adapter, "prediction_weight", 0.0)
     return [(0, 1.0), (1, weight)] if weight else [(0, 1.0)]
 
@@ -56,51 +54,55 @@ def norms(adapter: Adapter, mask: Tensor, config: FitConfig) -> Tensor:
     return torch.stack(found).double()
 
 
-def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective,
-           head: Head | None, config: FitConfig, share: Sequence[float],
-           own: Sequence[float],
-           ) -> dict[str, Tensor]:  # fmt: skip
+def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective, head: Head | None,
+           config: FitConfig, share: Sequence[float], own: Sequence[float]) -> dict[str, Tensor]:
     """The terms of the first part (means over this batch), and ``total``: this batch's share of the
     whole step's loss.
 
     share: this batch's part of each part's norm over the step, own / norm of the step (1 where it
-    is the whole step); own: this batch's
-    norms. Gradients of ``total``, added up over the batches of a step, are the step's.
+    is the whole step); own: this batch's norms. Gradients of ``total``, added up over the batches
+    of a step, are the step's.
     """
     noisy = _with_noise(batch, config.noise) if config.noise else batch
     pieces = plan(adapter, config)
-    # positions do not meet, so padding need not be computed at all
+    cast = torch.autocast(batch.mask.device.type, dtype=torch.bfloat16,
+                          enabled=config.dtype == "bfloat16")
     if adapter.pointwise and not adapter.shift:
+        # positions do not meet, so padding need not be computed at all
         real, weights = batch.mask, weights_of(batch.mask, 0, config)
-        with torch.autocast(real.device.type, dtype=torch.bfloat16,
-                            enabled=config.dtype == "bfloat16"):
+        with cast:
             aligned = adapter(noisy.drafter[real])
-        chosen = None if weights is None else weights[real]
         found = objective.flat(aligned.float(), batch.verifier[real], batch.ids_by_verifier[real],
-                               head, chosen)
+                               head, None if weights is None else weights[real])
         return {**found, "total": found["total"] * share[0]}
-    with torch.autocast(batch.mask.device.type, dtype=torch.bfloat16,
-                        enabled=config.dtype == "bfloat16"):
-        if len(pieces) > 1 and adapter.shift:
-            steps = min(len(pieces), batch.mask.shape[1] - 1)
-            tokens = batch.ids_by_verifier if adapter.fuses_tokens else None
-            rolled = adapter.unroll(noisy.drafter, noisy.verifier, steps, tokens)
-            states = [result[:, :result.shape[1] - k] for k, result in enumerate(rolled, start=1)]
-        else:
-            aligned = adapter.align(noisy).aligned
-            states = [aligned, aligned[:, :-1]] if len(pieces) > 1 else [aligned]
+    with cast:
+        states = _predictions(adapter, noisy, len(pieces))
     total, first = None, {}
     for number, (state, (offset, factor)) in enumerate(zip(states, pieces, strict=False)):
         if own[number] == 0:
             continue
-        mask, weights = batch.mask[:, offset:], weights_of(batch.mask, offset, config)
         # Targets are the clean states: noise is on what is read.
         found = objective(state.float(), batch.verifier[:, offset:],
-                          batch.ids_by_verifier[:, offset:], mask, head, weights)
+                          batch.ids_by_verifier[:, offset:], batch.mask[:, offset:], head,
+                          weights_of(batch.mask, offset, config))
         piece = found["total"] * (factor * share[number])
         total = piece if total is None else total + piece
         first = first or found
     return {**first, "total": total}
+
+
+def _predictions(adapter: Adapter, batch: Batch, n_parts: int) -> list[Tensor]:
+    """What each part compares with its target, [B, S - offset, D_v]; rollout steps that no answer
+    is long enough for are left out."""
+    if n_parts == 1:
+        return [adapter.align(batch).aligned]
+    if not adapter.shift:
+        aligned = adapter.align(batch).aligned
+        return [aligned, aligned[:, :-1]]
+    tokens = batch.ids_by_verifier if adapter.fuses_tokens else None
+    steps = min(n_parts, batch.mask.shape[1] - 1)
+    rolled = adapter.unroll(batch.drafter, batch.verifier, steps, tokens)
+    return [result[:, :result.shape[1] - k] for k, result in enumerate(rolled, start=1)]
 
 
 def factor_sum(pieces: Sequence[tuple[int, float]], whole: Tensor, adapter: Adapter) -> float:

@@ -20,24 +20,18 @@ from xsd.core import Batch
 
 
 class Processes:
-    """rank: this process, from 0. size: how many there are."""
+    """rank: this process, from 0. size: how many there are. writes: whether this one keeps the run
+    folder. device: its own, the n-th GPU under several processes."""
+
     def __init__(self, device: torch.device) -> None:
-        self.rank, self.size, self._state = 0, 1, None
+        self.rank, self.size, self.device, self._state = 0, 1, device, None
         if int(os.environ.get("WORLD_SIZE", "1")) > 1:
             from accelerate import PartialState  # only here: a second to import
 
             self._state = PartialState(cpu=device.type == "cpu")
             self.rank, self.size = self._state.process_index, self._state.num_processes
-        self._where = self.device(device)
-
-    @property
-    def writes(self) -> bool:
-        """Whether this process keeps the run folder."""
-        return self.rank == 0
-
-    def device(self, asked: torch.device) -> torch.device:
-        """This process's own device: the n-th GPU under several processes."""
-        return asked if self._state is None or asked.type == "cpu" else self._state.device
+            self.device = device if device.type == "cpu" else self._state.device
+        self.writes = self.rank == 0
 
     def wait(self) -> None:
         """Until all are here."""
@@ -55,28 +49,24 @@ class Processes:
     def sums(self, values: Mapping[str, Any]) -> dict[str, float]:
         """Sums of this process → sums over all, as plain numbers; every process holds the same
         names."""
-        together = self.sum(
-            torch.stack([
-                torch.as_tensor(value, dtype=torch.float64).cpu() for value in values.values()
-            ]).to(self._where))
+        own = [torch.as_tensor(value, dtype=torch.float64).cpu() for value in values.values()]
+        together = self.sum(torch.stack(own).to(self.device))
         return dict(zip(values, together.tolist(), strict=True))
 
     def rows(self, batch: Batch) -> Batch:
         """This process's answers of a batch: every ``size``-th from ``rank`` on, possibly none."""
         if self.size == 1:
             return batch
-        names = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask", "sequence",
-                 "index")
-        return dataclasses.replace(
-            batch, **{name: getattr(batch, name)[self.rank::self.size] for name in names})
+        own = {name: value[self.rank::self.size] for name, value in vars(batch).items()
+               if name != "mode"}
+        return dataclasses.replace(batch, **own)
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:
         """Each gradient becomes the sum over all processes, in one message."""
         if self._state is None:
             return
-        flat = self.sum(
-            torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten()
-                       for p in parameters]))
-        for parameter, piece in zip(parameters, flat.split([p.numel() for p in parameters]),
-                                    strict=True):
+        own = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
+        flat = self.sum(torch.cat([gradient.flatten() for gradient in own]))
+        pieces = flat.split([p.numel() for p in parameters])
+        for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.grad = piece.view_as(parameter)

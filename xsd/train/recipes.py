@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,13 +13,16 @@ from xsd.train import objectives
 _TOKENS = {
     "objective": "tokens", "batch_size": 16, "learning_rate": 2e-3, "select_by": "token_acceptance",
     "warm_start": "ridge", "prediction_weight": 0.0, "alpha": 1.0,
-}  # fmt: skip
-PROFILES: dict[str, dict[str, Any]] = {
-    "reference": {"objective": "mse_cosine", "batch_size": 64, "select_by": "loss"}, "converged": {
-        "objective": "mse_cosine", "batch_size": 64, "select_by": "loss", "epochs": 300,
-        "patience": 50
-    }, "tokens": _TOKENS, "rollout": {**_TOKENS, "rollout_steps": 3},
 }
+_REFERENCE = {"objective": "mse_cosine", "batch_size": 64, "select_by": "loss"}
+PROFILES: dict[str, dict[str, Any]] = {
+    "reference": _REFERENCE,
+    "converged": {**_REFERENCE, "epochs": 300, "patience": 50},
+    "tokens": _TOKENS,
+    "rollout": {**_TOKENS, "rollout_steps": 3},
+}
+_DEFAULTS = {"epochs": 50, "patience": 10, "rollout_steps": 1, "warm_start": "none",
+             "learning_rate": 1e-3}
 BEST_BY_LEVEL: dict[str, dict[str, Any]] = {
     "L1": {"objective": "cross_entropy"}, "L2": {"objective": "cross_entropy"},
     "L3": {"objective": "cross_entropy"}, "B1": {"token_fusion": True},
@@ -28,11 +32,19 @@ own predictions need not stay near the verifier's states; B1, which reads nothin
 which token its prediction became."""
 
 
-def settings(profile: str, level: str) -> dict[str, Any]:
+def settings(profile: str, level: Any) -> dict[str, Any]:
     """FitConfig's arguments for a level: those of a profile, or with "best" what is known to be
     best for that level."""
-    return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {})
-            } if profile == "best" else {"profile": profile}
+    if profile != "best":
+        return {"profile": profile}
+    return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {})}
+
+
+def check_positive(config: Any, names: Sequence[str]) -> None:
+    """Raises: ParameterError naming the first field that is not above zero."""
+    for name in names:
+        if getattr(config, name) <= 0:
+            raise ParameterError(f"{name} must be positive, not {getattr(config, name)}")
 
 
 @dataclass(frozen=True)
@@ -67,7 +79,7 @@ class FitConfig:
     """L5's loss against the next state: 0.5 in the reference, 0 in "tokens" (one output cannot be
     two states)."""
     rollout_steps: int | None = None
-    """B1 and L5F: steps on own predictions in the loss (EAGLE-3's training-time test); 1 is teacher
+    """Shift 1: steps on own predictions in the loss (EAGLE-3's training-time test); 1 is teacher
     forcing."""
     rollout_decay: float = 0.8
     """Weight of each further step."""
@@ -87,32 +99,25 @@ class FitConfig:
     """L5, B1, L5F: the embedding of the token before joins the state (docs/adapters.md, section 3);
     needs a head [V, D]."""
     draft_vocabulary: int | None = None
-    """Train and draft with the so many most frequent tokens of the training answers only; None:
-    all."""
+    """Train and draft with this many most frequent tokens of the training answers; None: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """bfloat16: autocast of the forward pass."""
     adapter_options: dict[str, Any] = field(default_factory=dict)
     """Passed to create_adapter."""
+
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
             raise ParameterError(
                 f"unknown training profile {self.profile!r}; choose one of {', '.join(PROFILES)}")
-        defaults = {
-            "epochs": 50, "patience": 10, "rollout_steps": 1, "warm_start": "none",
-            "learning_rate": 1e-3, **PROFILES[self.profile]
-        }
-        for name, value in defaults.items():
+        for name, value in {**_DEFAULTS, **PROFILES[self.profile]}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        for name in ("epochs", "batch_size", "accumulation", "rollout_steps", "learning_rate",
-                     "patience"):
-            if getattr(self, name) <= 0:
-                raise ParameterError(f"{name} must be positive, not {getattr(self, name)}")
+        check_positive(self, ("epochs", "batch_size", "accumulation", "rollout_steps",
+                              "learning_rate", "patience"))
         if not 0 < self.position_decay <= 1:
             raise ParameterError(
                 f"position_decay must lie in (0, 1], not {self.position_decay}; 1 weighs all "
-                "positions the same"
-            )
+                "positions the same")
         if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
             raise ParameterError(
                 f"draft_vocabulary must be at least 1 token or None, not {self.draft_vocabulary}")
