@@ -217,7 +217,7 @@ def test_missing_parts_are_named(tmp_path):
     record.events_path.unlink()
     assert folder.load_sample(
         record, "What?").video.shape == (8, 12, 16, 3), "the stored pictures do not need the events"
-    with pytest.raises(EventError, match="000000.npy: there is no such event file"):
+    with pytest.raises(EventError, match=r"000000\.npy: there is no such event file"):
         folder.load_events(record)
     for image in record.video_dir.iterdir():
         image.unlink()

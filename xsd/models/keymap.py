@@ -47,10 +47,8 @@ def read_json(path: Path) -> Any:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a checkpoint: one file or the shards of its index, safetensors before
-    .bin.
-
-    Raises: CheckpointError if there are none, an index is damaged or a shard it names is missing.
-    """
+    .bin. Raises: CheckpointError if there are none, an index is damaged or a shard it names is
+    missing."""
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = single.with_name(f"{single.name}.index.json")
         if index.is_file():
@@ -73,11 +71,8 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, Shape]:
-    """Name → shape of every tensor in the folder's weight files, from their headers.
-
-    Raises: CheckpointError if a file is truncated, damaged, or a pickle that holds more than
-    tensors.
-    """
+    """Name → shape of every tensor in the folder's weight files, from their headers. Raises:
+    CheckpointError if a file is truncated, damaged, or a pickle that holds more than tensors."""
     shapes: dict[str, Shape] = {}
     for path in weight_files(folder):
         if path.suffix == ".safetensors":

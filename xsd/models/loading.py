@@ -64,11 +64,8 @@ def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, d
 def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
               device: str = "cpu", quant: str | None = None) -> Pair:
     """``"embedded"`` or a folder with drafter/ and verifier/ (pair.json may name other folders:
-    ``{"drafter": ..., "verifier": ...}``).
-
-    Raises: CheckpointError for a folder that is no pair; PairError if the models do not share a
-    vocabulary.
-    """
+    ``{"drafter": ..., "verifier": ...}``). Raises: CheckpointError for a folder that is no pair;
+    PairError if the models do not share a vocabulary."""
     folder, info = pair_folder(profile)
     options = {"dtype": dtype, "device": device, "quant": quant}
     drafter = load_drafter(info["drafter"], vision_tower=info.get("vision_tower"), **options)

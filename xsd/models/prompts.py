@@ -22,10 +22,8 @@ def drafter_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[i
 
 def verifier_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     """Ids before the video tokens (BOS first) and after them: the prompt is tokenised whole with
-    ``<video>`` as one special token, as the model's processor does, then split there.
-
-    Raises: DatasetError for an empty question; CheckpointError if the tokenizer has no ``<video>``.
-    """
+    ``<video>`` as one special token, as the model's processor does, then split there. Raises:
+    DatasetError for an empty question; CheckpointError if the tokenizer has no ``<video>``."""
     place = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
     ids = _plain(tokenizer, f"USER: {VIDEO_TOKEN}\n{_checked(question)} ASSISTANT:")
     if place is None or ids.count(place) != 1:

@@ -37,10 +37,7 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
 
 def quantization_config(quant: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
     """``None``, ``"4bit"`` (NF4, double quantisation) or ``"8bit"`` (LLM.int8). dtype: the compute
-    dtype of 4-bit layers.
-
-    Raises: ParameterError for another name.
-    """
+    dtype of 4-bit layers. Raises: ParameterError for another name."""
     if quant is None:
         return None
     if quant == "4bit":

@@ -21,10 +21,8 @@ _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
          needed: bool) -> Path | None:
     """The CLIP folder: ``override``, or what the checkpoint's raw config names, here or beside the
-    checkpoint.
-
-    Raises: CheckpointError if the override is no folder, or a needed tower is not on this machine.
-    """
+    checkpoint. Raises: CheckpointError if the override is no folder, or a needed tower is not on
+    this machine."""
     if override is not None:
         if not Path(override).is_dir():
             raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the "
@@ -45,10 +43,7 @@ def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
 def describe(folder: Path, clip_folder: Path | None,
              shapes: dict[str, keymap.Shape]) -> dict[str, Any]:
     """CLIPVisionConfig fields: from the CLIP folder, else read off the tensors (64 channels a head,
-    as CLIP ViT-B and -L have).
-
-    Raises: CheckpointError if neither says enough.
-    """
+    as CLIP ViT-B and -L have). Raises: CheckpointError if neither says enough."""
     if clip_folder is not None:
         found = keymap.read_json(clip_folder / "config.json")
         found = found.get("vision_config", found)

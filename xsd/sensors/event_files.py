@@ -26,10 +26,8 @@ DSEC_SENSOR = {"width": 640, "height": 480}
 
 def read_columns(path: Path) -> dict[str, Any]:
     """The arrays of an event file by the names it gives them, and width and height where it says.
-
     Raises: EventError when the file is missing, of another type, unreadable, or holds anything but
-    numbers.
-    """
+    numbers."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise EventError(f"{path}: event files of type {path.suffix or '(none)'} are not read "

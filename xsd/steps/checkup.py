@@ -20,10 +20,7 @@ PROBE_TOKENS = 2
 def examine(pair: str, *, dtype: str = "float32", quant: str | None = None,
             device: str = "cpu") -> list[Finding]:
     """Findings about a pair, the cheap ones first; it is not loaded where its predicted memory is
-    more than what is free.
-
-    Raises: ParameterError for an unknown dtype or quant.
-    """
+    more than what is free. Raises: ParameterError for an unknown dtype or quant."""
     if torch.device(device).type == "cuda" and not torch.cuda.is_available():
         return [Finding("bad", "no GPU is visible to torch",
                         "use --device cpu, or install a CUDA build of torch and its driver")]

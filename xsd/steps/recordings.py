@@ -63,10 +63,8 @@ class Source:
 def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 346,
                 seed: int = 0) -> Source:
     """``"davis_road"``, an event file (.npy, .npz, .h5, .aedat4) or a video. max_seconds, max_side:
-    how much of a video is read, and how large it may be.
-
-    Raises: EventError, VideoError; VideoError for a video of a single picture, which moves nothing.
-    """
+    how much of a video is read, and how large it may be. Raises: EventError, VideoError; VideoError
+    for a video of a single picture, which moves nothing."""
     shipped = str(path) == SHIPPED
     path = ROOT / "data/davis_road/davis346_road.aedat4" if shipped else folder.resolve(path)
     if path.suffix.lower() not in EVENT_SUFFIXES:
