@@ -73,7 +73,7 @@ def test_every_clip_is_asked_the_first_questions_and_the_run_knows_what_it_is(fi
     assert "finished: 8 samples" in capsys.readouterr().out
     assert extract(data, five, "--modes", "free_running", "--max-questions", "1") == 2
     said = capsys.readouterr().err
-    assert "was begun with other settings: config.max_questions is 2 in the folder but 1 now" in said
+    assert "begun with other settings: config.max_questions is 2 in the folder but 1 now" in said
 
 
 def test_one_event_frame_takes_the_verifiers_answers_of_the_other_run(five, data, tmp_path, capsys):
@@ -177,14 +177,16 @@ def test_repair_says_what_it_cannot_mend(five, data, tmp_path, capsys):
     (tmp_path / extract_request.FILE).unlink()
     assert cli.main(["data", "repair", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "does not say what it was extracted from (no extract.json); give --pair, --data and --split" in said
+    assert ("does not say what it was extracted from (no extract.json); give --pair, --data and "
+            "--split") in said
     assert cli.main(["data", "repair",
         str(tmp_path), "--pair",
         str(pair_folder()), "--data",
         str(data), "--split", "train"
     ]) == 1
     said = capsys.readouterr().out
-    assert "cannot be repaired with these models and samples: samples_hash is" in said, "it asked two questions"
+    # it asked two questions
+    assert "cannot be repaired with these models and samples: samples_hash is" in said
 
 
 def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
@@ -196,12 +198,13 @@ def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
     (other / "teacher_forced").rename(tmp_path / "free_running")
     assert cli.main(["data", "verify", str(tmp_path)]) == 1
     said = capsys.readouterr().out
-    assert "is not of the run of free_running: max_questions is 1 in the folder but 2 now; they are of two runs" in said
+    assert ("is not of the run of free_running: max_questions is 1 in the folder but 2 now; they "
+            "are of two runs") in said
     manifest = tmp_path / "set_aside" / "manifest.json"
     manifest.write_text(manifest.read_text().replace('"seed": 0', '"seed": 1'))
     assert cli.main(["data", "verify", str(tmp_path / "set_aside")]) == 1
     said = capsys.readouterr().out
-    assert "was changed after it was written (its digest differs); restore it or extract again" in said
+    assert "changed after it was written (its digest differs); restore it or extract again" in said
 
 
 def test_the_request_is_kept_for_later(five, data):

@@ -126,8 +126,8 @@ def test_a_full_disk_at_any_write_stops_cleanly_and_the_run_goes_on(samples, tmp
             run.extract(tiny_pair(), samples[:12], folder, **QUICK)
             break
         except StorageError as error:
-            assert "the disk is full; free space or choose another output folder and run again (nothing was lost)" in str(
-                error)
+            assert ("the disk is full; free space or choose another output folder and run again "
+                    "(nothing was lost)") in str(error)
             lives += 1
     monkeypatch.undo()
     assert lives >= 5 and contents(folder) == contents(tmp_path / "whole")
@@ -156,7 +156,8 @@ def test_a_file_limit_of_the_system_is_named_and_survived(samples, tmp_path):
 
 CHILD = """
 import os, signal, sys
-lives = open({path!r}, "a+"); lives.write("x"); lives.flush(); lives.seek(0); life = len(lives.read())
+lives = open({path!r}, "a+")
+lives.write("x"); lives.flush(); lives.seek(0); life = len(lives.read())
 print("life", life, file=sys.stderr)
 if life == 1: os.kill(os.getpid(), signal.SIGKILL)
 if life == 2: raise RuntimeError("out of memory")
@@ -178,10 +179,12 @@ def begun(samples, tmp_path):
 def test_a_crashed_extraction_is_started_again_and_each_reason_is_kept(begun, capsys):
     assert supervise.supervise(command(begun), begun, 3) == 0
     killed, failed = monitor.events(begun)
-    assert killed.what == "killed by SIGKILL (by hand, or by the system when memory runs out); started again (1 of 3)"
-    assert failed.what == "ended with status 1 (RuntimeError: out of memory); started again (2 of 3)"
-    assert "errors and restarts (2):" in monitor.report(begun) and killed.what in monitor.report(
-        begun)
+    assert killed.what == ("killed by SIGKILL (by hand, or by the system when memory runs out); "
+                           "started again (1 of 3)")
+    assert failed.what == ("ended with status 1 (RuntimeError: out of memory); started again (2 of "
+                           "3)")
+    report = monitor.report(begun)
+    assert "errors and restarts (2):" in report and killed.what in report
     said = capsys.readouterr().err
     assert "life 1" in said and "life 3" in said and "xsd: killed by SIGKILL" in said
 

@@ -53,8 +53,8 @@ def indices(batches):
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.floats(0, 0.8), st.integers(1, 8))
 def test_padding_stays_below_its_bound(sizes, max_padding, batch_size):
-    found = list(
-        batching.batched(enumerate(sizes), batching.BatchRule(batch_size, None, max_padding)))
+    bounds = {"batch_size": batch_size, "max_padding": max_padding}
+    found = list(batching.batched(enumerate(sizes), **bounds))
     assert sorted(i for batch in found for i in batch) == list(range(len(sizes)))
     for batch in found:
         here = [sizes[i] for i in batch]
@@ -64,7 +64,8 @@ def test_padding_stays_below_its_bound(sizes, max_padding, batch_size):
 @settings(max_examples=60, deadline=None)
 @given(lengths, st.integers(300, 2000), st.sampled_from([None, 0.0, 0.3]))
 def test_a_token_budget_is_kept_and_used(sizes, budget, max_padding):
-    found = list(batching.batched(enumerate(sizes), batching.BatchRule(None, budget, max_padding)))
+    bounds = {"tokens_per_batch": budget, "max_padding": max_padding}
+    found = list(batching.batched(enumerate(sizes), **bounds))
     assert sorted(i for batch in found for i in batch) == list(range(len(sizes)))
     assert all(len(batch) * max(sizes[i] for i in batch) <= budget for batch in found)
     if max_padding is None:  # no batch could have taken the next sample too
@@ -112,12 +113,12 @@ def test_another_epoch_or_seed_is_another_order():
 )
 def test_a_rule_that_allows_no_batch_is_refused(rule, message):
     with pytest.raises(ShardError, match=message):
-        batching.BatchRule(**rule)
+        batching.check_bounds(**rule)
 
 
 def test_an_answer_longer_than_the_budget_is_named():
     with pytest.raises(ShardError, match="sample 1 has 9 positions but tokens_per_batch=8"):
-        list(batching.batched([(0, 3), (1, 9)], batching.BatchRule(None, 8)))
+        list(batching.batched([(0, 3), (1, 9)], tokens_per_batch=8))
 
 
 # --- the stream

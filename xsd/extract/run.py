@@ -98,13 +98,8 @@ def extract(
     layers = list(dict.fromkeys(layers))
     _check(pair, modes, layers, batch_size, max_new_tokens)
     items = plan.order(samples, max_samples=max_samples, seed=seed)
-    settings = {
-        **dict(config or {}), "pair": pair.name, "max_new_tokens": max_new_tokens,
-        "batch_size": batch_size, "seed": seed, "max_samples": max_samples, "n_samples": len(items),
-        "samples_hash": plan.plan_hash(items), "n_event_frames": pair.n_event_frames,
-        "event_canvas": pair.event_canvas, "code_version": __version__,
-        "drafter": identity(pair.drafter), "verifier": identity(pair.verifier)
-    }
+    settings = {**dict(config or {}), "max_new_tokens": max_new_tokens, "batch_size": batch_size,
+                "seed": seed, "max_samples": max_samples, **_identity(pair, items)}
     answers = _answers(pair, layers, settings, verifier_from)
     folders = {(mode, layer): folder / pairs.folder_name(mode, layer)
                for mode in modes for layer in layers}
@@ -130,11 +125,19 @@ def extract(
         if finished and rank.world_size > 1:
             joined = all([ranks.join(place, rank.world_size, len(items), samples_per_shard)
                           for place in folders.values()])
-        n = min((writer.n_written for writer in writers.values()), default=len(share))
-        tokens = _tokens(writers) if writers or not joined else _stored_tokens(folders.values())
-        names = {pairs.folder_name(*kind): place for kind, place in folders.items()}
-        return ExtractReport(n, tokens, time.perf_counter() - started,
-                             _gigabytes(folders.values()), resumed, finished, names, joined)
+    n = min((writer.n_written for writer in writers.values()), default=len(share))
+    tokens = _tokens(writers) if writers or not joined else _stored_tokens(folders.values())
+    names = {pairs.folder_name(*kind): place for kind, place in folders.items()}
+    return ExtractReport(n, tokens, time.perf_counter() - started, _gigabytes(folders.values()),
+                         resumed, finished, names, joined)
+
+
+def _identity(pair: Pair, items: Sequence[plan.Item]) -> dict[str, Any]:
+    """What must be equal for the same states to come out, besides the numbers that were given."""
+    return {"pair": pair.name, "n_samples": len(items), "samples_hash": plan.plan_hash(items),
+            "n_event_frames": pair.n_event_frames, "event_canvas": pair.event_canvas,
+            "code_version": __version__, "drafter": identity(pair.drafter),
+            "verifier": identity(pair.verifier)}
 
 
 def _check(pair: Pair, modes: Sequence[Mode], layers: Sequence[int], batch_size: int,

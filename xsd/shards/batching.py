@@ -14,7 +14,6 @@ from __future__ import annotations
 import bisect
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 
 from xsd.core import ShardError
 
@@ -22,35 +21,24 @@ Item = tuple[int, int]
 """(index in the dataset, positions both models have)."""
 
 
-@dataclass(frozen=True)
-class BatchRule:
+def check_bounds(batch_size: int | None = None, tokens_per_batch: int | None = None,
+                 max_padding: float | None = None) -> None:
     """What a batch may hold. Raises: ShardError for values that allow no batch.
 
     batch_size: answers at most. tokens_per_batch: positions at most, padding included (answers ×
     the longest of them). max_padding: share of a batch's positions that padding stays below, in
     [0, 1); None does not look at lengths.
     """
-
-    batch_size: int | None = None
-    tokens_per_batch: int | None = None
-    max_padding: float | None = None
-
-    def __post_init__(self) -> None:
-        if self.batch_size is None and self.tokens_per_batch is None:
-            raise ShardError("a batch needs a bound; give batch_size (answers), tokens_per_batch "
-                             "(positions with padding), or both")
-        for name in ("batch_size", "tokens_per_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ShardError(f"{name}={value}; expected at least 1")
-        if self.max_padding is not None and not 0 <= self.max_padding < 1:
-            raise ShardError(f"max_padding={self.max_padding}; expected a share in [0, 1), or None "
-                             "for batches of any lengths")
-
-    def broken(self, n: int, longest: int) -> bool:
-        """Whether n answers, the longest of that many positions, are more than a batch may hold."""
-        return ((self.batch_size is not None and n > self.batch_size) or
-                (self.tokens_per_batch is not None and n * longest > self.tokens_per_batch))
+    bounds = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch}
+    if batch_size is None and tokens_per_batch is None:
+        raise ShardError("a batch needs a bound; give batch_size (answers), tokens_per_batch "
+                         "(positions with padding), or both")
+    for name, value in bounds.items():
+        if value is not None and value < 1:
+            raise ShardError(f"{name}={value}; expected at least 1")
+    if max_padding is not None and not 0 <= max_padding < 1:
+        raise ShardError(f"max_padding={max_padding}; expected a share in [0, 1), or None for "
+                         "batches of any lengths")
 
 
 def shuffled(shards: Sequence[int], items_of: Callable[[int], Iterable[Item]], *, seed: int | None,
@@ -78,30 +66,36 @@ def shuffled(shards: Sequence[int], items_of: Callable[[int], Iterable[Item]], *
     yield from held
 
 
-def batched(items: Iterable[Item], rule: BatchRule) -> Iterator[list[int]]:
-    """Indices of one batch after another; each is given out when it is full, what is left of the
-    buckets at the end, shortest first.
+def batched(items: Iterable[Item], *, batch_size: int | None = None,
+            tokens_per_batch: int | None = None,
+            max_padding: float | None = None) -> Iterator[list[int]]:
+    """Indices of one batch after another, bounded as in :func:`check_bounds`; each is given out
+    when it is full, what is left of the buckets at the end, shortest first.
 
     Answers without a position are left out. Raises: ShardError for an answer longer than
     tokens_per_batch.
     """
+    def too_many(n: int, longest: int) -> bool:
+        return (batch_size is not None and n > batch_size or
+                tokens_per_batch is not None and n * longest > tokens_per_batch)
+
     edges = [1]
     open_batches: dict[int, tuple[list[int], int]] = {}  # by bucket: indices, the longest of them
     for index, length in items:
         if length < 1:
             continue
-        if rule.broken(1, length):
+        if tokens_per_batch is not None and length > tokens_per_batch:
             raise ShardError(
-                f"sample {index} has {length} positions but tokens_per_batch="
-                f"{rule.tokens_per_batch}; allow at least as many as the longest answer has")
-        bucket = 0 if rule.max_padding is None else _bucket(length, edges, rule.max_padding)
+                f"sample {index} has {length} positions but tokens_per_batch={tokens_per_batch}; "
+                "allow at least as many as the longest answer has")
+        bucket = 0 if max_padding is None else _bucket(length, edges, max_padding)
         chosen, longest = open_batches.pop(bucket, ([], 0))
         longest = max(longest, length)
-        if rule.broken(len(chosen) + 1, longest):
+        if too_many(len(chosen) + 1, longest):
             yield chosen
             chosen, longest = [], length
         chosen.append(index)
-        if rule.broken(len(chosen) + 1, longest):
+        if too_many(len(chosen) + 1, longest):
             yield chosen
         else:
             open_batches[bucket] = chosen, longest

@@ -34,7 +34,7 @@ from xsd.shards.store import ShardDataset
 class Loader(IterableDataset[Batch]):
     """Iterate over an epoch's batches; the next iteration is the next epoch, in another order.
 
-    batch_size, tokens_per_batch, max_padding: what a batch may hold (batching.BatchRule).
+    batch_size, tokens_per_batch, max_padding: what a batch may hold (batching.check_bounds).
     shuffle_seed: None reads in the order written. shuffle_buffer: answers from which the next is
     drawn; shards are drawn too, so a few shards' worth mixes well. rank, world_size: this process
     of how many. drop_uneven: leave out the last batches where not every rank gets one. indices:
@@ -60,7 +60,9 @@ class Loader(IterableDataset[Batch]):
             raise ShardError(
                 f"rank={rank} of world_size={world_size}; expected 0 … {world_size - 1}")
         self.dataset = dataset
-        self.rule = batching.BatchRule(batch_size, tokens_per_batch, max_padding)
+        self.bounds = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch,
+                       "max_padding": max_padding}
+        batching.check_bounds(**self.bounds)
         self.shuffle_seed, self.shuffle_buffer = shuffle_seed, shuffle_buffer
         self.rank, self.world_size, self.drop_uneven = rank, world_size, drop_uneven
         self.prefetch, self.readers, self.dtype = prefetch, readers, dtype
@@ -113,12 +115,8 @@ class Loader(IterableDataset[Batch]):
 
     def _order(self) -> dict[str, Any]:
         """Everything that decides which batch has which number, as JSON gives it back."""
-        return {
-            "batch_size": self.rule.batch_size, "tokens_per_batch": self.rule.tokens_per_batch,
-            "max_padding": self.rule.max_padding, "shuffle_seed": self.shuffle_seed,
-            "shuffle_buffer": self.shuffle_buffer, "data": self.dataset.manifest["digest"],
-            "part": self._part
-        }
+        return {**self.bounds, "shuffle_seed": self.shuffle_seed, "part": self._part,
+                "shuffle_buffer": self.shuffle_buffer, "data": self.dataset.manifest["digest"]}
 
     # --- reading
 
@@ -171,7 +169,7 @@ class Loader(IterableDataset[Batch]):
 
         order = batching.shuffled(list(self._by_shard), items_of, seed=self.shuffle_seed,
                                   epoch=self.epoch, buffer=self.shuffle_buffer)
-        return batching.batched(order, self.rule)
+        return batching.batched(order, **self.bounds)
 
     def _reader(self, memory: Mapping[str, Memory] | None = None) -> ShardReader:
         return ShardReader(self.dataset.folder, self.dataset.manifest, dtype=self.dtype,
@@ -194,9 +192,9 @@ class Loader(IterableDataset[Batch]):
         """
         reader, shards = self._reader(), self.dataset.manifest["shards"]
         longest = max(max(reader.shard(number).lengths, default=0) for number in self._by_shard)
-        bounds = [self.rule.tokens_per_batch,
-                  self.rule.batch_size and self.rule.batch_size * longest]
-        positions = min(bound for bound in bounds if bound is not None)
+        positions = min(unit * self.bounds[name]
+                        for name, unit in (("batch_size", longest), ("tokens_per_batch", 1))
+                        if self.bounds[name] is not None)
         widths = self.dataset.drafter_size + self.dataset.verifier_size
         batch = positions * (widths * reader.dtype.itemsize + 2 * 8 + 1)
         line = longest * widths * layout.TORCH_DTYPES[self.dataset.manifest["dtype"]].itemsize

@@ -176,17 +176,11 @@ class ShardReader:
             return self._open[number]
 
     def sample(self, number: int, row: int) -> dict[str, Tensor]:
-        """hidden_by_* float32 [S, D] and ids_by_* int64 [S] of one sample, the caller's own."""
+        """hidden_by_* [S, D] and ids_by_* int64 [S] of one sample, the caller's own."""
         file, found = self.shard(number), {}
         for role in layout.ROLES:
             start, end = file.offsets[role][row:row + 2]
-            stored = torch.empty(end - start, self._widths[role], dtype=self._stored)
-            row_bytes = self._widths[role] * stored.itemsize
-            file.read(bytes_of(stored), f"hidden_by_{role}", start, row_bytes)
-            scale = None
-            if self._stored == torch.int8:
-                scale = torch.from_numpy(file.column(f"scale_by_{role}")[start:end])
-            found[f"hidden_by_{role}"] = layout.decode_states(stored, scale)
+            found[f"hidden_by_{role}"] = self._states(role, [(file, row)], [end - start])[0]
             found[f"ids_by_{role}"] = torch.tensor(file.column(f"ids_by_{role}")[start:end])
         return found
 

@@ -33,7 +33,7 @@ class ShardDataset:
     manifest: its JSON. mode, tap, drafter_size, verifier_size, has_token_ids: of all its samples.
     Raises: ShardError if the folder is no run, is unfinished (unless ``unfinished``: then its
     complete shards), is not of the expected mode or tap, or lacks a shard or holds a truncated one.
-    Contents are compared with their checksums by verify().
+    Contents are compared with their checksums by :func:`verify`.
     """
 
     def __init__(self, folder: str | Path, *, expected_mode: Mode | None = None,
@@ -218,12 +218,6 @@ class ShardDataset:
         view._table = self.table().iloc[chosen].reset_index(drop=True)
         view._indices = chosen if self._indices is None else [self._indices[i] for i in chosen]
         return view
-
-    def verify(self) -> None:
-        """Compare every file with its checksum. Raises: ShardError naming each damaged one and the
-        way out."""
-        if found := verify(self.folder):
-            raise ShardError("; ".join(str(problem) for problem in found))
 
 
 def collate(pairs: Sequence[PairedStates], index: Sequence[int]) -> Batch:
