@@ -76,8 +76,8 @@ def batched(items: Iterable[Item], *, batch_size: int | None = None,
     tokens_per_batch.
     """
     def too_many(n: int, longest: int) -> bool:
-        return (batch_size is not None and n > batch_size or
-                tokens_per_batch is not None and n * longest > tokens_per_batch)
+        return ((batch_size is not None and n > batch_size) or
+                (tokens_per_batch is not None and n * longest > tokens_per_batch))
 
     edges = [1]
     open_batches: dict[int, tuple[list[int], int]] = {}  # by bucket: indices, the longest of them
