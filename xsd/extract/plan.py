@@ -32,19 +32,18 @@ def load(items: Iterable[Item]) -> list[Sample]:
 
 
 def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequence[str], *,
-                   n_event_frames: int = 5, canvas: Any = None,
-                   unstored: Any = None) -> list[LazySample]:
+                   n_event_frames: int = 5, canvas: Any = None) -> list[LazySample]:
     """Every clip with every question, clip by clip; images are read when needed, once per clip.
 
-    canvas: as in sensors.folder.load_sample. unstored: the canvas of clips without stored event
-    images (``slice`` by default).
+    canvas: on which the events of clips without stored event images are painted (``slice`` by
+    default), as in sensors.folder.load_sample.
     """
     @lru_cache(maxsize=1)
     def clip(number: int) -> Sample:
         record = records[number]
         stored = dataset_folder.stored_frames(record, n_event_frames)
         return dataset_folder.load_sample(record, questions[0], n_event_frames=n_event_frames,
-                                          canvas=canvas or (None if stored else unstored))
+                                          canvas=None if stored else canvas)
 
     def reader(number: int, question: str) -> Callable[[], Sample]:
         return lambda: replace(clip(number), question=question)

@@ -125,7 +125,7 @@ def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence:
     if not records:
         raise DatasetError(f"{root} holds no clip of split {split!r}; give a folder with its index")
     questions = questions_of(root)
-    grid = plan.folder_samples(records, questions, n_event_frames=n_event_frames, unstored=canvas)
+    grid = plan.folder_samples(records, questions, n_event_frames=n_event_frames, canvas=canvas)
     clips = [(record.sequence, record.clip) for record in records]
     return [grid[clip * len(questions) + question]
             for clip, question in asked(clips, len(questions), questions_per_sequence)]

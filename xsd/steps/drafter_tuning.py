@@ -89,7 +89,7 @@ def prompts(run_dir: str | os.PathLike[str], data: str, split: str,
                 "again with notebook 01")
         (sample,) = plan.folder_samples([records[sequence, clip]], [question],
                                         n_event_frames=pair.n_event_frames,
-                                        unstored=pair.event_canvas)
+                                        canvas=pair.event_canvas)
         return pair.drafter.prompt_embeddings(sample.load())
 
     return lambda one: embedded(one.sequence, one.clip, one.question)

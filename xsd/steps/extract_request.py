@@ -75,7 +75,7 @@ class Request:
         records = _of_duration(dataset_folder.open_folder(root, self.split), self.duration, root)
         questions = datasets.questions_of(root, self.max_questions)
         return plan.folder_samples(records, questions, n_event_frames=frames,
-                                   unstored=pair.event_canvas)
+                                   canvas=pair.event_canvas)
 
     def config(self) -> dict[str, Any]:
         """What belongs to the run besides models and samples, for extract.run.extract."""
