@@ -6,14 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import train_examples as examples
 from tiny_pair import make_samples, make_tiny_pair
 
 from xsd.adapters import registry
 from xsd.bench import arms
 from xsd.decode import autoregressive
+from xsd.evaluate import held_out, table
 from xsd.models import loading
+from xsd.shards import store
+from xsd.shards.writer import ShardWriter
 from xsd.train import fit, source
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,12 +41,25 @@ def test_each_part_is_at_most_thirty_lines():
     assert all(len(text.splitlines()) <= 30 for text in FILES.values())
 
 
-def test_every_block_runs(here):
+@pytest.fixture
+def pairs(tmp_path):
+    """A held-out set on disk."""
+    with ShardWriter(tmp_path / "shards", mode="teacher_forced", tap="post_norm", dtype="fp32",
+                     config={}) as writer:
+        for answer in examples.answers(8, drafter_size=10, split="test", seed=5):
+            writer.write(answer)
+        writer.save_head("verifier", examples.head(), examples.VOCABULARY)
+    return held_out.of("mine", store.ShardDataset(tmp_path / "shards"))
+
+
+def test_every_block_runs(here, pairs):
+    mine = registry.resolve("my_levels:Mine", examples.WIDTH, drafter_size=10)
     for block in BLOCKS:
-        exec(compile(block, "docs/extending.md", "exec"), {"__name__": "page"})
+        exec(compile(block, "docs/extending.md", "exec"),
+             {"__name__": "page", "pairs": pairs, "mine": mine})
 
 
-def test_a_level_and_a_term_of_ones_own_train_and_are_saved_and_loaded(here):
+def test_a_level_and_a_term_of_ones_own_train_are_saved_loaded_and_evaluated(here, pairs):
     config = fit.FitConfig(profile="tokens", objective="mse + 0.5*my_terms:contrast", epochs=3,
                            batch_size=16, validation_share=0.2, adapter_options={"width": 8})
     states = source.open_states(examples.answers(drafter_size=10))
@@ -53,8 +68,20 @@ def test_a_level_and_a_term_of_ones_own_train_and_are_saved_and_loaded(here):
     assert {"train_my_terms:contrast", "validation_my_terms:contrast"} <= result.history[0].keys()
     assert result.history[-1]["train_total"] < result.history[0]["train_total"]
     adapter = registry.load_any_adapter("run", level="my_levels:Mine")
-    batch = next(iter(states.batches(torch.arange(4), 4)))
-    assert adapter.align(batch).aligned.shape == batch.verifier.shape
+    tokens = table.measure({"mine": adapter}, pairs, gamma=3, columns=["my_columns:sure"])
+    own = tokens[tokens["level"] == "mine"]
+    assert own["sure"].tolist() == (own["draft_probability"] > 0.5).tolist()
+    assert 0 < own["match"].mean() <= 1 and own["one_step_cosine"].between(-1, 1).all()
+
+
+def test_a_level_of_ones_own_drafts_live_as_a_level_of_ours_does(here):
+    pair = loading.load_pair(make_tiny_pair(here / "pair"))
+    sizes = {"hidden_size": pair.verifier.hidden_size, "drafter_size": pair.drafter.hidden_size}
+    mine = registry.resolve("my_levels:Mine", **sizes).eval()
+    [sample] = make_samples(1)
+    own = autoregressive.generate(pair.verifier, sample, 12).ids
+    arm = arms.build("my_levels:Mine", pair, {"my_levels:Mine": mine}, gamma=3)
+    assert arm.run(sample, 12).ids == own
 
 
 def test_a_proposer_of_ones_own_drafts_and_the_answer_stays_the_verifiers(here):
