@@ -1,4 +1,5 @@
-"""What nbval compares, and a tolerance for floats that it does not have itself (integers and words stay exact)."""
+"""What nbval compares, and a tolerance for floats that it does not have itself (integers and words
+stay exact)."""
 
 import math
 import re
@@ -27,9 +28,8 @@ class Close(str):
         ours, theirs = FLOAT.findall(self), FLOAT.findall(other)
         if _frame(self) != _frame(other) or len(ours) != len(theirs):
             return False
-        return all(
-            a == b or math.isclose(float(a), float(b), rel_tol=RELATIVE, abs_tol=ABSOLUTE) for a, b in zip(ours, theirs, strict=True)
-        )
+        return all(a == b or math.isclose(float(a), float(b), rel_tol=RELATIVE, abs_tol=ABSOLUTE)
+                   for a, b in zip(ours, theirs, strict=True))
 
     def __ne__(self, other):
         equal = self.__eq__(other)
