@@ -281,7 +281,7 @@ def test_costs_cover_every_part_in_one_table(pair, adapters, samples):
     steps = costs.step_costs(pair.drafter, pair.verifier, both, samples[0], repeats=2)
     assert steps["what"].tolist() == ["drafter_prefill", "verifier_prefill", "drafter_step",
                                       "verifier_step", "adapter L1", "adapter L5F"]
-    [proposer] = arms.proposers_of("L1", pair, adapters)
+    proposer = arms.proposer_of("L1", pair, adapters)
     lanes = costs.prefill_overlap(pair.verifier, proposer, samples[0], n_drafts=3, repeats=2)
     ms = lanes.set_index("what")["ms"]
     assert ms[costs.IDEAL] == max(ms[lane] for lane in costs.LANES)

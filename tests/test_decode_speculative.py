@@ -117,10 +117,12 @@ def test_adapter_drafting_is_lossless_with_a_drafter_that_slips(reads, first):
         adapter, opening = CopyAdapter(reads), CopyAdapter("drafter")
         drafts = proposers.AdapterProposer(track, adapter, verifier.lm_head, WIDTH,
                                            verifier.eos_token_ids)
-        opener = proposers.AdapterProposer(track, opening, verifier.lm_head, WIDTH,
-                                           verifier.eos_token_ids) if first else None
+        if first:
+            opener = proposers.AdapterProposer(track, opening, verifier.lm_head, WIDTH,
+                                               verifier.eos_token_ids)
+            drafts = proposers.TwoPhase(opener, drafts)
         got = run(drafts, answer(eos_at), verifier=verifier, gamma=gamma, max_new_tokens=length,
-                  first_proposer=opener, overlap=mode)
+                  overlap=mode)
         check(got, expected)
         if reads != "drafter" and not first:
             assert got.rounds[0].drafted == ()  # nothing to read before the verifier's first state

@@ -34,7 +34,7 @@ from xsd.bench import baselines
 from xsd.core import Generation, ParameterError, Sample
 from xsd.decode import autoregressive, proposers, rules, speculative, tracks
 from xsd.decode.overlap import Overlap
-from xsd.models.handle import ModelHandle
+from xsd.models.handle import ModelHandle, tensors_hash
 from xsd.models.loading import Pair
 
 BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup")
@@ -118,32 +118,30 @@ def build(spec: str | proposers.Proposer, pair: Pair,
         return Arm(name, _baseline(kind, verifier, gamma), verifier, baseline=True,
                    info={"kind": kind, **cores})
     if isinstance(spec, str):
-        found = proposers_of(kind, pair, adapters, ngram)
+        proposer = proposer_of(kind, pair, adapters, ngram, least)
     else:
-        found = [proposers.Checked(spec, verifier.vocab_size)]
-    for each in found:
-        inner = each.proposer if isinstance(each, proposers.Checked) else each
-        if least:
-            inner.min_probability = least
+        proposer = proposers.Checked(spec, verifier.vocab_size)
     options = {"gamma": gamma, "gamma_prefill": gamma_prefill, "hide_prefill": hide_prefill,
                "overlap": overlap}
 
     def run(sample: Sample, max_new_tokens: int) -> Generation:
-        first = found[0] if len(found) == 2 else None
-        return speculative.generate(verifier, found[-1], sample, first_proposer=first,
-                                    max_new_tokens=max_new_tokens, **options)
+        return speculative.generate(verifier, proposer, sample, max_new_tokens=max_new_tokens,
+                                    **options)
 
-    info = {"kind": kind, **options, "min_probability": least}
-    info |= _fingerprints(kind.split("+"), pair, adapters, ngram)
-    own = [_source_hash(each.proposer) for each in found if isinstance(each, proposers.Checked)]
-    return Arm(name, run, verifier, info=info | ({"source": own} if own else {}))
+    info = {"kind": kind, **options, "min_probability": least,
+            **_fingerprints(spec, kind.split("+"), pair, adapters, ngram)}
+    return Arm(name, run, verifier, info=info)
 
 
 def _baseline(kind: str, verifier: ModelHandle,
               gamma: int) -> Callable[[Sample, int], Generation]:
     def on_all_cores(sample: Sample, n: int) -> Generation:
-        with _threads(available_cores()):
+        before = torch.get_num_threads()
+        torch.set_num_threads(available_cores())
+        try:
             return autoregressive.generate(verifier, sample, n)
+        finally:
+            torch.set_num_threads(before)
 
     return {
         "ar": lambda sample, n: autoregressive.generate(verifier, sample, n),
@@ -154,10 +152,10 @@ def _baseline(kind: str, verifier: ModelHandle,
     }[kind]
 
 
-def proposers_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
-                 ngram: rules.Rule | None = None) -> list[proposers.Proposer]:
-    """The proposer that an arm's kind names, or the two: behind the prefill, and in the rounds.
-    They share one drafter, prefilled once a request. Raises: as :func:`build`."""
+def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
+                ngram: rules.Rule | None = None, least: float = 0.0) -> proposers.Proposer:
+    """The proposer that an arm's kind names; of two, one behind the prefill and one in the rounds,
+    sharing one drafter. least: their min_probability. Raises: as :func:`build`."""
     parts, verifier = kind.split("+"), pair.verifier
     eos, ids = verifier.eos_token_ids, pair.draft_vocab_size or verifier.draft_vocab_size
     unknown = [part for part in parts if part not in (*PLAIN[len(BASELINES):], *adapters)
@@ -175,7 +173,7 @@ def proposers_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
         before, after = verifier.prompt_ids(sample.question)
         return rules.prompt_lookup([*before, *after])
 
-    def made(part: str) -> proposers.Proposer:
+    def made(part: str) -> Any:
         if part in adapters:
             adapter = adapters[part]
             adapter = adapter.eval() if hasattr(adapter, "eval") else adapter
@@ -183,13 +181,20 @@ def proposers_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
                                              eos)
         if part == "drafter":
             return proposers.DrafterTokens(track, ids, eos)
-        if part == "prompt_lookup":
-            return proposers.RuleProposer(lookup, eos)
         if part == "ngram":
             return proposers.RuleProposer(lambda sample: ngram, eos)
-        return proposers.Checked(_own(part, pair), verifier.vocab_size)
+        if part == "prompt_lookup":
+            return proposers.RuleProposer(lookup, eos)
+        return _own(part, pair)
 
-    return [made(part) for part in parts]
+    found = []
+    for part in parts:
+        proposer = made(part)
+        if least:
+            proposer.min_probability = least
+        own = ":" in part and part not in adapters
+        found.append(proposers.Checked(proposer, verifier.vocab_size) if own else proposer)
+    return found[0] if len(found) == 1 else proposers.TwoPhase(*found)
 
 
 def _own(name: str, pair: Pair) -> Any:
@@ -219,46 +224,30 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-@contextlib.contextmanager
-def _threads(n: int) -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(n)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 # --- what must not change when a run is resumed ---
 
 
-def _fingerprints(parts: Sequence[str], pair: Pair, adapters: Mapping[str, Any],
+def _fingerprints(spec: Any, parts: Sequence[str], pair: Pair, adapters: Mapping[str, Any],
                   ngram: rules.Rule | None) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "adapters": {part: adapter_hash(adapters[part]) for part in parts if part in adapters}}
+    """Of the adapters' and the drafter's weights, the table's entries, and the source of a
+    researcher's own class."""
+    known = [part for part in parts if part in adapters]
+    found: dict[str, Any] = {"adapters": {part: _weights(adapters[part]) for part in known}}
     if not set(parts) <= {"ngram", "prompt_lookup"} and hasattr(pair.drafter, "weights_hash"):
         found["drafter"] = pair.drafter.weights_hash()
     if "ngram" in parts:
-        entries = sorted(getattr(ngram, "table", {}).items())
-        found["ngram"] = hashlib.sha256(repr(entries).encode()).hexdigest()[:16]
+        found["ngram"] = _short(repr(sorted(getattr(ngram, "table", {}).items())))
+    own = [files.import_object(part) for part in parts if ":" in part and part not in adapters]
+    for each in own if isinstance(spec, str) else [type(spec)]:
+        # what was typed at a prompt, or is not Python, has no source
+        with contextlib.suppress(OSError, TypeError):
+            found["source"] = [*found.get("source", []), _short(inspect.getsource(each))]
     return found
 
 
-def adapter_hash(adapter: Any) -> str:
-    """First 16 hex digits of SHA-256 over the adapter's tensors; "" for one without any."""
-    if not hasattr(adapter, "state_dict"):
-        return ""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(adapter.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:16]
+def _weights(adapter: Any) -> str:
+    return tensors_hash(adapter.state_dict())[:16] if hasattr(adapter, "state_dict") else ""
 
 
-def _source_hash(proposer: Any) -> str:
-    """Of a researcher's own class, so that records of another version of it are not continued."""
-    try:
-        text = inspect.getsource(type(proposer))
-    except (OSError, TypeError):  # typed at a prompt, or not written in Python
-        return ""
+def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -148,8 +148,8 @@ class AdapterProposer(TokenByToken):
     def next_token(self, drafts: Sequence[int]) -> int | None:
         if self.needs_verifier and self.verifier_states.length == 0:
             raise ParameterError(
-                "this adapter reads verifier states and none exist yet; draft in the prefill with "
-                "a first_proposer instead")
+                "this adapter reads verifier states and none exist yet; in the prefill another "
+                "proposer may draft (TwoPhase)")
         text, drafter_states = [*self.known, *drafts], None
         if self.track is not None:
             self.track.follow(text)

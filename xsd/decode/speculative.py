@@ -28,21 +28,21 @@ from torch import Tensor
 from xsd.core import DecoderHandle, Generation, ParameterError, Round
 from xsd.decode import overlap as lanes
 from xsd.decode.autoregressive import check_length
-from xsd.decode.proposers import Proposer, TwoPhase
+from xsd.decode.proposers import Proposer
 
 
 @torch.inference_mode()
 def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma: int,
              max_new_tokens: int, hide_prefill: bool = True, gamma_prefill: int | None = None,
-             first_proposer: Proposer | None = None, overlap: lanes.Overlap = "threads",
+             overlap: lanes.Overlap = "threads",
              clock: Callable[[], float] = time.perf_counter) -> Generation:
     """Greedy continuation of ``sample``, token for token the verifier's own, drafted by
     ``proposer``.
 
     gamma: drafts a round. hide_prefill: draft while the verifier prefills, as many tokens as fit
     until it is done, at most ``gamma_prefill`` (default: the whole answer; with overlap="serial",
-    where nothing ends the drafting, gamma). first_proposer drafts that phase in place of
-    ``proposer``. overlap: "threads" (really concurrent) or "serial".
+    where nothing ends the drafting, gamma); proposers.TwoPhase has another proposer for that phase.
+    overlap: "threads" (really concurrent) or "serial".
 
     Returns: Generation. ``sum(n_accepted + (bonus is not None)) == len(ids)`` over its rounds, the
     first of phase "prefill_hiding" (with no drafts where none were ready). ``first_token_s`` is the
@@ -53,8 +53,6 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
         raise ParameterError(
             f"gamma is {gamma} and gamma_prefill {gamma_prefill}; draft at least 1 token, or use "
             "autoregressive.generate")
-    if first_proposer is not None:
-        proposer = TwoPhase(first_proposer, proposer)
     timeline, eos = lanes.Timeline(clock), verifier.eos_token_ids
     room = max_new_tokens - 1  # the bonus fills the last place
     hidden_drafts = min(room, gamma_prefill or (gamma if overlap == "serial" else room))

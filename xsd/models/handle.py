@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -189,14 +189,19 @@ class ModelHandle(batched.BatchedAnswers):
         """SHA-256 over names, dtypes, shapes and bytes of all weights as held in memory (so a
         quantised model has its own)."""
         if self._hash is None:
-            digest = hashlib.sha256()
-            for name, tensor in sorted(self.model.state_dict().items()):
-                if isinstance(tensor, Tensor):
-                    digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-                    raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-                    digest.update(raw.numpy().data)
-            self._hash = digest.hexdigest()
+            self._hash = tensors_hash(self.model.state_dict())
         return self._hash
+
+
+def tensors_hash(state: Mapping[str, Any]) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes of a state dict's tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(state.items()):
+        if isinstance(tensor, Tensor):
+            digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+            raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+            digest.update(raw.numpy().data)
+    return digest.hexdigest()
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
