@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 
-from xsd.core import Batch, ParameterError, Sample
+from xsd.core import Batch, ParameterError
 from xsd.evaluate.held_out import HeldOut
 from xsd.models import loading
 from xsd.models.batched import Forced
@@ -90,24 +90,20 @@ def force(drafter: ModelHandle, pairs: HeldOut, names: Sequence[str],
     others = donors(pairs.clusters) if "other scene" in names else []
     for start in range(0, len(pairs), batch_size):
         places = range(start, min(start + batch_size, len(pairs)))
-        answers = [torch.tensor(pairs.answers[i]) for i in places]
         samples = [pairs.load(i) for i in places]
+        answers = [torch.tensor(pairs.answers[i]) for i in places]
+        frames = {name: [one.event_frames for one in samples] for name in names}
+        if "other scene" in names:
+            frames["other scene"] = [pairs.load(others[i]).event_frames for i in places]
+        if "blank events" in names:
+            frames["blank events"] = [[np.full_like(frame, 255) for frame in one.event_frames]
+                                      for one in samples]  # fmt: skip
         for name in names:
-            seen = samples
-            if name == "blank events":
-                seen = [_painted(sample, [np.full_like(frame, 255)
-                                          for frame in sample.event_frames])
-                        for sample in samples]  # fmt: skip
-            elif name == "other scene":
-                seen = [_painted(sample, pairs.load(others[i]).event_frames)
-                        for i, sample in zip(places, samples, strict=True)]  # fmt: skip
+            seen = [dataclasses.replace(sample, event_frames=own)
+                    for sample, own in zip(samples, frames[name], strict=True)]  # fmt: skip
             handle = blind if name == "text only" else drafter
             out[name] += handle.force(seen, answers, batch_size=batch_size)
     return out
-
-
-def _painted(sample: Sample, event_frames: Sequence[np.ndarray]) -> Sample:
-    return dataclasses.replace(sample, event_frames=event_frames)
 
 
 def without_pictures(drafter: ModelHandle) -> ModelHandle:
