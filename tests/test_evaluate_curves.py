@@ -72,7 +72,7 @@ def test_histograms_and_bands_hold_every_token():
 
 
 def test_a_table_without_the_columns_is_named():
-    with pytest.raises(MetricError, match=r"lacks the column\(s\) cosine, match"):
+    with pytest.raises(MetricError, match=r"lacks the column\(s\) match; it needs level"):
         curves.by_position(_table([[1]]).drop(columns=["cosine", "match"]))
     with pytest.raises(MetricError, match="no row"):
         curves.by_position(_table([[1]]).head(0))

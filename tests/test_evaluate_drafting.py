@@ -137,7 +137,7 @@ def test_closed_form_of_the_next_state_rolls_out():
 
 def test_what_cannot_be_measured_is_explained():
     head, batch = torch.randn(VOCABULARY, WIDTH), make_batch([3])
-    with pytest.raises(MetricError, match="gamma must be at least 1 .* not 0"):
+    with pytest.raises(MetricError, match=r"gamma must be at least 1 .* not 0"):
         table.of_batches({"B1": make("B1")}, [batch], head, gamma=0)
     with pytest.raises(MetricError, match="no batch held a token to predict"):
         table.of_batches({"L1": make("L1")}, [], head, gamma=2)

@@ -10,7 +10,7 @@ from views_examples import lengths_table, live_runs, speedups, token_table
 
 from xsd.core import ParameterError
 from xsd.runs import demo, demo_page, folder, numbers, report
-from xsd.steps import acceptance
+from xsd.steps import evaluation
 
 
 def interval(value, width=0.1, n=24):
@@ -79,7 +79,7 @@ def finished(tmp_path):
         ]))
     kept = folder.save_live(run_dir, live_runs(), {token: f" word{token}" for token in range(12)},
                             question="What is moving?")
-    found["tokens"]["test"]["simulated"] |= acceptance.drawn(token_table())
+    found["tokens"]["test"]["simulated"] |= evaluation.drawn(token_table())
     found["live"]["timeline"] = json.loads(kept.read_text())
     for name, values in found.items():
         folder.save_results(run_dir, name, values)

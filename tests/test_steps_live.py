@@ -12,12 +12,12 @@ from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.runs import demo_page, folder, parameters, report
 from xsd.steps import (
-    acceptance,
     compare,
     extraction,
     held_out,
     live,
     lossless,
+    ready,
     training,
 )
 from xsd.views import cost_figures, figures, timeline, tokens
@@ -44,7 +44,7 @@ def place(tmp_path_factory):
         parameters.ExtractParameters.checked({"run_dir": run, "pair": str(pair), **sizes}))
     training.run(parameters.TrainParameters.checked({"run_dir": run, "levels": LEVELS,
                                                      "epochs": 1}))
-    acceptance.tokens(
+    ready.token_table(
         parameters.TokenParameters.checked({"run_dir": run, "levels": LEVELS, "resamples": 50}))
     return place
 

@@ -7,16 +7,13 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
-import torch
 from tiny_pair import make_tiny_pair
 
 from xsd.core import ParameterError
-from xsd.evaluate import table as token_table
-from xsd.evaluate.acceptance import rounds_from_lists
+from xsd.evaluate import curves, hidden, table, tables
 from xsd.models import loading
 from xsd.runs import demo_page, folder, parameters, report
-from xsd.steps import acceptance, drafts, evaluation, extraction, training, words
-from xsd.train import rollout
+from xsd.steps import evaluation, extraction, ready, training
 from xsd.views import figures
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
@@ -38,19 +35,30 @@ def run_dir(tmp_path_factory):
     return run
 
 
+@dataclasses.dataclass
+class Found:
+    """What notebooks 03 and 04 hold of the run."""
+
+    adapters: dict
+    pairs: dict
+    states: dict
+    hidden: dict
+    tokens: dict
+
+
 @pytest.fixture(scope="module")
 def found(run_dir):
-    hidden = evaluation.hidden(
-        parameters.HiddenParameters.checked({"run_dir": run_dir, "levels": LEVELS,
-                                             "resamples": 50}))
-    tokens = acceptance.tokens(
+    given = parameters.HiddenParameters.checked({"run_dir": run_dir, "levels": LEVELS})
+    adapters = training.load(run_dir, LEVELS)
+    pairs = evaluation.held_out_sets(run_dir, given.test_data, given.mode)
+    states = {name: table.measure(adapters, one, gamma=None) for name, one in pairs.items()}
+    figures_of = {name: hidden.figures(one, thresholds=given.thresholds, n_resamples=50)
+                  for name, one in states.items()}  # fmt: skip
+    results = evaluation.hidden(figures_of, adapters, pairs, threshold=0.9)
+    evaluation.save(run_dir, "hidden", results, pairs, given.model_dump(), figures_of)
+    tokens = ready.token_table(
         parameters.TokenParameters.checked({"run_dir": run_dir, "levels": LEVELS, "resamples": 50}))
-    return hidden, tokens
-
-
-def held_out_and_adapters(run_dir):
-    return evaluation.held_out(run_dir, "simulated",
-                               "teacher_forced"), training.load(run_dir, LEVELS)
+    return Found(adapters, pairs, states, results, tokens)
 
 
 def test_the_results_say_what_was_extracted(run_dir):
@@ -77,68 +85,58 @@ def test_a_finished_run_is_found_again(run_dir):
     assert [one["epochs"] for one in again["levels"].values()] == [2, 2, 2, 2]
 
 
-def test_a_loop_of_the_levels_that_feed_on_themselves_is_their_self_rollout(run_dir):
-    held_out, adapters = held_out_and_adapters(run_dir)
-    for level in ("L5F", "B1"):
-        for gamma in (1, 3, 5):
-            own = drafts.drafts_of(adapters[level], held_out, gamma=gamma, batch_size=5)
-            rolled = rollout.self_rollout(adapters[level], held_out.batches(5), held_out.head,
-                                          gamma=gamma).rounds()
-            for match, accepted in zip(own.match, rolled, strict=True):
-                assert (rounds_from_lists([match], gamma).accepted.tolist()
-                        if len(match) else []) == accepted
-
-
 def test_a_missing_training_is_made_on_the_data_of_the_run(run_dir, monkeypatch):
     asked = []
-    monkeypatch.setattr(extraction, "ensure",
-                        lambda run_dir, seed, **options: asked.append(options.get("data")))
-    monkeypatch.setattr(training, "ensure",
-                        lambda run_dir, seed, levels, **options: asked.append(options.get("data")))
-    evaluation.pairs_and_adapters(
-        parameters.TokenParameters.checked(
-            {"run_dir": run_dir, "levels": LEVELS, "data": "own/drives"}))
-    evaluation.pairs_and_adapters(
-        parameters.HiddenParameters.checked({"run_dir": run_dir, "levels": LEVELS}))
-    assert asked == ["own/drives", "own/drives", None, "simulated"]
+    for step in (extraction, training):
+        monkeypatch.setattr(step, "ensure",
+                            lambda *_, **options: asked.append(options.get("data")))
+    given = {"run_dir": run_dir, "levels": LEVELS}
+    ready.ensure(parameters.TokenParameters.checked({**given, "data": "own/drives"}), adapters=True)
+    ready.ensure(parameters.HiddenParameters.checked(given), adapters=True)
+    assert asked == ["own/drives", "own/drives", "simulated", "simulated"]
 
 
-def test_answers_of_a_single_token_have_no_draft(run_dir, monkeypatch):
-    held_out, adapters = held_out_and_adapters(run_dir)
-    whole = next(iter(held_out.batches(4)))
-    cut = {
-        name: getattr(whole, name)[:, :1]
-        for name in ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
-    }
-    batch = dataclasses.replace(whole, **cut)
-    for adapter in adapters.values():
-        assert drafts.loop_states(adapter, batch, held_out.head, 5).shape == batch.verifier.shape
-        found = drafts.Drafts([], [], [], [])
-        with torch.no_grad():
-            drafts._collect(found, drafts.loop_states(adapter, batch, held_out.head, 5), batch,
-                            held_out.head)
-        assert [len(one) for one in found.match] == [0] * 4
-    monkeypatch.setattr(extraction, "answers", lambda dataset: [[5]] * len(dataset))
+def test_token_ids_are_read_without_states(found, monkeypatch):
+    own = evaluation.held_out(found.pairs["simulated"].dataset.folder.parents[2], "simulated")
+    monkeypatch.setattr(type(own.dataset), "batches",
+                        lambda *_, **__: pytest.fail("a state was read"))
+    monkeypatch.setattr(type(own.dataset), "__getitem__",
+                        lambda *_: pytest.fail("a state was read"))
+    assert [len(ids) for ids in own.answers] == own.samples["n_tokens_verifier"].tolist()
+    assert [len(ids) for ids in own.ids_by_drafter] == own.samples["n_tokens_drafter"].tolist()
+    assert len(own.prompts) == len(own) == 12
+    assert own.reference(0, 1) == tuple(own.answers[0][:1])
+    whole = own.answers[0][-1] in own.eos
+    assert (own.reference(0, 10_000) is None) != whole
+
+
+def test_answers_of_a_single_token_have_no_draft(found):
+    class Short:
+        name, answers, clusters, prompts = "simulated", [[5]] * 3, ["a", "b", "c"], [[1]] * 3
+
     with pytest.raises(ParameterError,
                        match="every answer held out of simulated is a single token"):
-        acceptance.tokens(
-            parameters.TokenParameters.checked(
-                {"run_dir": run_dir, "levels": LEVELS, "resamples": 50}))
+        evaluation.floor_rows(Short(), [[5]], 5)
 
 
-def test_a_loop_of_the_others_is_one_step_after_the_verified_prefix(run_dir):
-    held_out, adapters = held_out_and_adapters(run_dir)
-    own = drafts.drafts_of(adapters["L4"], held_out, gamma=5, batch_size=64)
-    batch = next(held_out.batches(64))
-    with torch.no_grad():
-        said = (adapters["L4"].align(batch).aligned @ held_out.head.T).argmax(-1)
-    for row, ids in enumerate(own.ids):
-        np.testing.assert_array_equal(ids, said[row][batch.mask[row]][1:])
-        assert np.all((own.probability[row] > 0) & (own.probability[row] <= 1))
+def lengths_of(tokens):
+    """Mean number of characters of a draft's text: a user's metric column."""
+    return tokens["draft_token"].astype(str).str.len()
+
+
+def test_a_users_own_column_joins_the_table(found):
+    own = {"columns": ["test_steps_run:lengths_of", twice_the_position]}
+    tokens = table.measure({"L1": found.adapters["L1"]}, found.pairs["simulated"], gamma=5, **own)
+    assert tokens["lengths_of"].tolist() == [len(text) for text in tokens["draft_token"]]
+    assert tokens["twice_the_position"].equals(tokens["position"] * 2)
+
+
+def twice_the_position(tokens):
+    return tokens["position"] * 2
 
 
 def test_every_row_of_the_token_results_is_measured_on_the_same_tokens(found):
-    for here in found[1].results["test"].values():
+    for here in found.tokens["test"].values():
         rows = here["rows"]
         assert set(rows) == {*LEVELS, "drafter_tokens", "position_mode", "ngram", "prompt_lookup"}
         assert len({row["token_acceptance"]["n"] for row in rows.values()}) == 1
@@ -153,34 +151,49 @@ def test_every_row_of_the_token_results_is_measured_on_the_same_tokens(found):
 
 
 def test_the_recordings_intervals_draw_clips(found):
-    here = found[1].results["test"]
+    here = found.tokens["test"]
     assert (here["davis_road"]["cluster"], here["davis_road"]["n_clusters"]) == ("clip", 3)
     assert (here["simulated"]["cluster"], here["simulated"]["n_clusters"]) == ("sequence", 2)
 
 
 def test_the_token_table_is_one_that_the_views_read(found, run_dir):
-    table = folder.load_tokens(run_dir)
-    token_table.check(table)
-    assert set(table["level"]) == {*LEVELS, "drafter_tokens"} and set(
-        table["data"]) == {"simulated", "davis_road"}
-    l4 = table[(table["level"] == "L4") & (table["data"] == "simulated")]
-    here = found[1].results["test"]["simulated"]["rows"]["L4"]["token_acceptance"]
+    tokens = table.check(folder.load_tokens(run_dir), "cosine", "match", "draft_token", "kind")
+    assert set(tokens["level"]) == {*LEVELS, "drafter_tokens"}
+    assert set(tokens["data"]) == {"simulated", "davis_road"}
+    l4 = tokens[(tokens["level"] == "L4") & (tokens["data"] == "simulated")]
+    here = found.tokens["test"]["simulated"]["rows"]["L4"]["token_acceptance"]
     assert l4["match"].mean() == pytest.approx(here["value"]) and len(l4) == here["n"]
     assert l4.groupby("sample")["position"].apply(lambda at: list(at) == list(range(len(at)))).all()
 
 
-def test_hidden_results_hold_every_level_with_its_interval(found):
-    hidden = found[0]
-    levels = hidden.results["test"]["simulated"]["levels"]
+def test_the_table_names_each_sample_and_token_as_they_are_stored(found):
+    own = found.pairs["simulated"]
+    tokens = table.measure({"L1": found.adapters["L1"]}, own, gamma=5, batch_size=5, drafter=False,
+                           kinds=evaluation.token_kinds)
+    assert tokens["sample"].drop_duplicates().tolist() == own.keys
+    parts = tokens.groupby("sample", sort=False)
+    assert parts["verifier_id"].agg(list).tolist() == own.answers
+    said = [[own.texts[token] for token in ids] for ids in own.answers]
+    assert parts["verifier_token"].agg(list).tolist() == said
+    assert parts["kind"].agg(list).tolist() == [evaluation.token_kinds(texts) for texts in said]
+    assert parts["question"].first().tolist() == own.samples["question"].tolist()
+
+
+def test_hidden_results_hold_every_level_with_its_interval(found, run_dir):
+    levels = found.hidden["test"]["simulated"]["levels"]
     assert list(levels) == LEVELS
     assert all(one["cosine"]["low"] <= one["cosine"]["value"] <= one["cosine"]["high"]
                for one in levels.values())
-    curve = hidden.by_position("simulated", 0.9, 5, 50)
-    assert curve.groupby("level")["position"].min().to_dict() == {
-        "L1": 0, "L4": 0, "L5F": 1, "B1": 1
-    }
-    histogram = hidden.cosine_histogram("simulated", bins=10)
+    states = found.states["simulated"]
+    curve = curves.by_position(states, 0.9, cosine="one_step_cosine", max_positions=5, resamples=50)
+    first = {"L1": -1, "L4": -1, "L5F": 0, "B1": 0}
+    assert curve.groupby("level")["position"].min().to_dict() == first
+    histogram = curves.cosine_histogram(states, "one_step_cosine", bins=10)
     assert histogram.groupby("level")["share"].sum().round(6).eq(1).all()
+    shown = evaluation.hidden_table(found.hidden["test"]["simulated"])
+    assert shown["level"].tolist() == LEVELS and shown["accept"].between(0, 1).all()
+    written = pd.read_csv(folder.resolve(run_dir) / "tables" / "hidden_simulated.csv")
+    assert written["value"].notna().all() and set(written["level"]) == set(LEVELS)
 
 
 def test_the_demo_page_reads_these_results(found, run_dir):
@@ -208,35 +221,37 @@ def test_a_token_has_the_kind_of_the_word_it_belongs_to():
         " A", " red", " v", "an", " is", " coming", " towards", " us", ",", " and", " we", " are",
         " turning", " left", ".", "</s>"
     ]
-    kinds = words.token_kinds(pieces)
+    kinds = evaluation.token_kinds(pieces)
     assert kinds[1:4] == ["colour", "object", "object"] and kinds[5:8] == ["motion"] * 3
     assert kinds[10:14] == ["ego motion"
                             ] * 4 and kinds[-1] == "end" and kinds[0] == kinds[8] == "function"
 
 
-def test_kinds_of_words_are_drawn_with_their_intervals(found):
-    by_kind = found[1].by_kind
-    figure = figures.acceptance_by_kind(by_kind[by_kind["data"] == "simulated"])
+def test_kinds_of_words_are_drawn_with_their_intervals(found, run_dir):
+    tokens = folder.load_tokens(run_dir)
+    by_kind = curves.by_kind(tokens[tokens["data"] == "simulated"], n_resamples=50)
+    figure = figures.acceptance_by_kind(by_kind)
     assert [trace.name for trace in figure.data] == sorted([*LEVELS, "drafter_tokens"])
-    assert by_kind.groupby(["data", "level"])["n"].sum().groupby("data").nunique().eq(1).all()
+    assert by_kind.groupby("level")["n"].sum().nunique() == 1
+    kept = found.tokens["words"]["simulated"]["L4"]
+    own = by_kind[by_kind["level"] == "L4"].set_index("kind")
+    assert {kind: one["value"] for kind, one in kept.items()} == own["value"].to_dict()
 
 
 def test_intervals_are_written_beside_their_value():
     frame = pd.DataFrame(
         {"a": [0.5, 0.25], "a low": [0.4, np.nan], "a high": [0.6, np.nan], "n": [3, 4]})
-    assert evaluation.with_intervals(
+    assert tables.with_intervals(
         frame, percent=("a",))["a"].tolist() == ["50.0 % [40.0, 60.0]", "25.0 % [–]"]
-    assert evaluation.with_intervals(frame)["a"].tolist() == ["0.50 [0.40, 0.60]", "0.25 [–]"]
+    assert tables.with_intervals(frame)["a"].tolist() == ["0.50 [0.40, 0.60]", "0.25 [–]"]
 
 
 def test_a_late_notebook_makes_what_an_empty_run_lacks(tmp_path, monkeypatch):
     monkeypatch.setattr(loading, "EMBEDDED", make_tiny_pair(tmp_path / "pair", seed=4))
     run = str(tmp_path / "empty")
     given = {"run_dir": run, "levels": ["L1"], "test_data": ["davis_road"], "resamples": 50}
-    found = acceptance.tokens(parameters.TokenParameters.checked(given))
-    assert list(found.results["test"]) == ["davis_road"] and set(
-        folder.load_results(run)) == {"extract", "train", "tokens"}
+    found = ready.token_table(parameters.TokenParameters.checked(given))
+    assert list(found["test"]) == ["davis_road"]
+    assert set(folder.load_results(run)) == {"extract", "train", "tokens"}
     with pytest.raises(ParameterError, match=r"no teacher_forced pairs of test simulated"):
-        evaluation.hidden(
-            parameters.HiddenParameters.checked(
-                {"run_dir": run, "levels": ["L1"], "test_data": ["simulated"]}))
+        evaluation.held_out_sets(run, ["simulated"], "teacher_forced")

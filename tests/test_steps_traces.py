@@ -58,7 +58,7 @@ def test_a_floor_never_sees_the_sequence_it_is_tried_on(tmp_path):
 
 def test_the_run_holds_the_projects_token_table(trace_file, tmp_path):
     traces.run(trace_file, tmp_path / "run", resamples=50)
-    tokens = token_table.check(folder.load_tokens(tmp_path / "run"))
+    tokens = token_table.check(folder.load_tokens(tmp_path / "run"), "cosine", "match")
     assert set(tokens["level"]) == {"drafter tokens", "position mode", "4-gram"
                                     } and len(tokens) == 3 * 20
     assert curves.by_position(tokens)["marginal"].between(0, 1).all()

@@ -163,9 +163,7 @@ def test_a_sequence_in_training_and_in_the_test_is_refused_from_the_manifests(ru
     shutil.copytree(copied / "shards" / "test_simulated" / "teacher_forced",
                     copied / "shards" / "train_mixed" / "teacher_forced")
     with pytest.raises(MetricError, match="3 sequences are in training and in test"):
-        evaluation.hidden(
-            parameters.HiddenParameters.checked(
-                {"run_dir": str(copied), "levels": LEVELS, "test_data": ["simulated"]}))
+        evaluation.held_out_sets(copied, ["simulated"], "teacher_forced")
     for place in (copied / "shards").glob("train_*"):
         shutil.rmtree(place)
     with pytest.raises(MetricError, match="one side is empty"):

@@ -18,25 +18,24 @@ from xsd.evaluate.statistics import LEVEL, Interval, bootstrap_columns, bootstra
 RESAMPLES = 400
 
 
-def right(tokens: pd.DataFrame, tau: float | None = None) -> np.ndarray:
-    """bool [rows]: same token (``tau=None``) or cosine > tau."""
+def right(tokens: pd.DataFrame, tau: float | None = None, cosine: str = "cosine") -> np.ndarray:
+    """bool [rows]: same token (``tau=None``) or cosine > tau. cosine: the column of it."""
+    table.check(tokens, "match" if tau is None else cosine)
     if tau is None:
         return tokens["match"].to_numpy(bool)
-    return tokens["cosine"].to_numpy(float) > tau
+    return tokens[cosine].to_numpy(float) > tau
 
 
-def _levels(tokens: pd.DataFrame, tau: float | None):
-    """Of each level: its name, its answers (DataFrame), right bool [N, S] (False in the padding),
+def _levels(tokens: pd.DataFrame, ok: np.ndarray):
+    """Of each level: its name, its answers (DataFrame), ok [rows] as [N, S] (False in the padding),
     lengths [N], and the first position."""
-    table.check(tokens)
-    for level, part in tokens.assign(_right=right(tokens, tau)).groupby("level", sort=False,
-                                                                        observed=True):
+    for level, part in tokens.assign(_right=ok).groupby("level", sort=False, observed=True):
         about, (ok,), lengths = table.answers(part, "_right")
         yield level, about, ok, lengths, int(part["position"].min())
 
 
-def by_position(tokens: pd.DataFrame, tau: float | None = None, *, max_positions: int = 30,
-                resamples: int = RESAMPLES, confidence: float = LEVEL,
+def by_position(tokens: pd.DataFrame, tau: float | None = None, *, cosine: str = "cosine",
+                max_positions: int = 30, resamples: int = RESAMPLES, confidence: float = LEVEL,
                 seed: int = 0) -> pd.DataFrame:
     """Acceptance at each position of each level.
 
@@ -48,7 +47,7 @@ def by_position(tokens: pd.DataFrame, tau: float | None = None, *, max_positions
     survival_low, survival_high. Raises: MetricError if the table is not a token table.
     """
     pieces = []
-    for level, about, ok, lengths, first in _levels(tokens, tau):
+    for level, about, ok, lengths, first in _levels(tokens, right(tokens, tau, cosine)):
         width = max(0, min(ok.shape[1], max_positions - first))
         if not width:
             continue
@@ -77,7 +76,7 @@ def unbroken_prefix(tokens: pd.DataFrame, tau: float | None = None, *, resamples
     """Mean number of tokens right from the start before the first wrong one, one row per level:
     level, value, low, high, n (samples)."""
     rows = []
-    for level, about, ok, _, _ in _levels(tokens, tau):
+    for level, about, ok, _, _ in _levels(tokens, right(tokens, tau)):
         prefix = np.cumprod(ok, axis=1, dtype=np.int64).sum(axis=1)
         found = bootstrap_mean(prefix, about["sequence"], n_resamples=resamples, level=confidence,
                                seed=seed)
@@ -90,7 +89,7 @@ def unbroken_prefix_histogram(tokens: pd.DataFrame, tau: float | None = None) ->
     """How many samples had 0, 1, 2 … tokens right before the first wrong one: level, length, n,
     share."""
     pieces = []
-    for level, _, ok, _, _ in _levels(tokens, tau):
+    for level, _, ok, _, _ in _levels(tokens, right(tokens, tau)):
         n = np.bincount(np.cumprod(ok, axis=1, dtype=np.int64).sum(axis=1))
         length = np.flatnonzero(n)
         pieces.append(pd.DataFrame({"level": level, "length": length, "n": n[length],
@@ -129,3 +128,21 @@ def by_draft(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
             rows.append({"level": level, "draft": k, "n": int(here.sum()), "marginal": marginal,
                          "conditional": conditional})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def by_kind(tokens: pd.DataFrame, *, n_resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+    """Acceptance within each kind of word, of what a loop drafts: level, kind, value, low, high, n
+    (tokens), n_clusters; the most frequent kinds first."""
+    rows = []
+    for level, part in table.drafted(tokens).groupby("level", sort=False, observed=True):
+        sums = part.groupby(["sequence", "kind"], observed=True)["match"].agg(["sum", "size"])
+        sums = sums.unstack(fill_value=0)
+        drawn = bootstrap_columns(sums["sum"], sums["size"], sums.index, n_resamples=n_resamples,
+                                  seed=seed)
+        rows += [{"level": level, "kind": kind, **vars(one)}
+                 for kind, one in zip(sums["size"], drawn, strict=True)]  # fmt: skip
+    found = pd.DataFrame(rows)
+    order = found.groupby("kind")["n"].max().sort_values(ascending=False, kind="stable").index
+    found["place"] = order.get_indexer(found["kind"])
+    found = found.sort_values(["level", "place"], kind="stable", ignore_index=True)
+    return found[["level", "kind", "value", "low", "high", "n", "n_clusters"]]

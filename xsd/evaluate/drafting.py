@@ -30,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xsd.adapters import heads
 from xsd.core import Batch, ParameterError
 from xsd.evaluate import rounds
 from xsd.evaluate.kernels import HeadTokens, cosines, head_tokens
@@ -72,6 +73,10 @@ def one_step(adapter: Drafts, batch: Batch, head: Tensor | None = None,
     }
     if head is not None:
         columns |= _say(aligned[mask], head, ids[mask], top_k, getattr(adapter, "draft_ids", None))
+    return _arrays(columns)
+
+
+def _arrays(columns: dict[str, Tensor]) -> Columns:
     return {name: values.cpu().numpy() for name, values in columns.items()}
 
 
@@ -115,7 +120,7 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
         raise ParameterError(f"{adapter.level} predicts the next state but cannot be unrolled; "
                              "give it an unroll() as in adapters/eagle.py")
     lengths = (batch.mask.sum(dim=-1) - 1).cpu().numpy()
-    ids, probability, steps = from_every_start(adapter, batch, head, gamma + 1)
+    ids, steps = from_every_start(adapter, batch, head, gamma + 1)
     truth = np.stack([_later(batch.ids_by_verifier, k, -2) for k in range(1, gamma + 1)], axis=-1)
     run = (ids[..., :gamma] == truth).cumprod(axis=-1).sum(axis=-1)
     found = rounds.walk(run, lengths, gamma)
@@ -130,32 +135,30 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
         chosen = np.flatnonzero(step == k)
         states[chosen] = predicted[row[chosen], start[chosen]].to(states.dtype)
     target = batch.verifier[row, at + 1]
+    said, best = _among(states, head, adapter.draft_ids)
     real = torch.ones(1, len(at), dtype=torch.bool)
-    draft = ids[row, start, step]
-    return {
-        "draft_id": draft,
-        "draft_probability": probability[row, start, step],
-        "match": draft == batch.ids_by_verifier.cpu().numpy()[row, at + 1],
-        "cosine": cosines(states[None], target[None], real)[0].cpu().numpy(),
-        "accepted": run[row, at],
+    columns = {
+        "draft_id": best[:, 0],
+        "draft_probability": (said.top_logits[:, 0] - said.logsumexp).exp(),
+        "match": best[:, 0] == batch.ids_by_verifier[row, at + 1],
+        "cosine": cosines(states[None], target[None], real)[0],
     }
+    return _arrays(columns) | {"accepted": run[row, at]}
 
 
 def from_every_start(adapter: Any, batch: Batch, head: Tensor,
-                     n: int) -> tuple[np.ndarray, np.ndarray, list[Tensor]]:
-    """n drafts on own predictions from every position: their ids and probabilities, [B, S, n], and
-    the states behind them, n × [B, S, D]. Entry [b, s, k - 1] is draft k when s is the last
-    verified position; -1 beyond the answer."""
+                     n: int) -> tuple[np.ndarray, list[Tensor]]:
+    """n drafts on own predictions from every position: their ids [B, S, n], and the states behind
+    them, n × [B, S, D]. Entry [b, s, k - 1] is draft k when s is the last verified position; -1
+    beyond the answer."""
     known = batch.ids_by_verifier if adapter.fuses_tokens else None
     steps = adapter.unroll(batch.drafter, batch.verifier, n, known)
-    ids = torch.full((*batch.mask.shape, n), -1)
-    probability = torch.full(ids.shape, torch.nan)
+    rows = heads.head_of(adapter, head.to(batch.verifier.device))
+    ids = np.full((*batch.mask.shape, n), -1)
     for k, states in enumerate(steps):
-        there = torch.from_numpy(_later(batch.mask, k + 1, False))
-        said, best = _among(states[there], head, adapter.draft_ids)
-        ids[there, k] = best[:, 0].cpu()
-        probability[there, k] = (said.top_logits[:, 0] - said.logsumexp).exp().cpu()
-    return ids.numpy(), probability.numpy(), steps
+        there = _later(batch.mask, k + 1, False)
+        ids[there, k] = heads.top_tokens(rows, states[torch.from_numpy(there)]).cpu().numpy()
+    return ids, steps
 
 
 def _later(values: Tensor, k: int, fill: Any) -> np.ndarray:

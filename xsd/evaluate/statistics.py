@@ -15,6 +15,7 @@ from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from xsd.core import MetricError
 
@@ -132,6 +133,14 @@ def bootstrap_mean(values: Any, clusters: Sequence[Any], *, n_resamples: int = N
     values = np.asarray(values, dtype=np.float64).reshape(-1)
     return bootstrap_ratio(values, np.ones_like(values), clusters, n_resamples=n_resamples,
                            level=level, seed=seed)
+
+
+def bootstrap_rows(values: Any, clusters: Any, **options: Any) -> Interval:
+    """Mean over the rows of a table (tokens, say), those of a cluster added up before anything is
+    drawn. options: as bootstrap_ratio."""
+    codes, names = pd.factorize(clusters)
+    sums = np.bincount(codes, weights=np.asarray(values, dtype=np.float64))
+    return bootstrap_ratio(sums, np.bincount(codes), names, **options)
 
 
 def bootstrap_ratio(numerator: Any, denominator: Any, clusters: Sequence[Any], *,

@@ -44,7 +44,7 @@ from xsd.evaluate.kernels import cosines
 from xsd.files import import_object
 
 DRAFTER = "drafter_tokens"
-REQUIRED = ("level", "sample", "sequence", "position", "cosine", "match")
+KEYS = ("level", "sample", "sequence", "position")
 """What a table of any origin holds."""
 Column = Callable[[pd.DataFrame], pd.Series]
 
@@ -216,15 +216,16 @@ def drafted(tokens: pd.DataFrame) -> pd.DataFrame:
     return tokens[tokens["position"] >= 0]
 
 
-def check(tokens: pd.DataFrame) -> pd.DataFrame:
-    """The table itself, once it is known to be one.
+def check(tokens: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """The table itself, once it is known to hold KEYS and these columns.
 
     Raises: MetricError naming the missing columns, or when there is no row.
     """
-    missing = [name for name in REQUIRED if name not in tokens.columns]
+    needed = [*KEYS, *columns]
+    missing = [name for name in needed if name not in tokens.columns]
     if missing:
         raise MetricError(f"the token table lacks the column(s) {', '.join(missing)}; it needs "
-                          f"{', '.join(REQUIRED)}, one row per token")
+                          f"{', '.join(needed)}, one row per token")
     if tokens.empty:
         raise MetricError(
             "the token table has no row; choose a level and a run that were evaluated")

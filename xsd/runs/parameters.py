@@ -100,6 +100,8 @@ class TokenParameters(NotebookParameters):
     top_k: typed.TopK = 5
     threshold: typed.Threshold = Field(
         0.9, description="cosine threshold τ compared with the token truth")
+    columns: list[str] = Field(
+        [], description="own columns of the token table, each as module:function")
     max_positions: typed.Positions = 20
     resamples: typed.Resamples = 400
     batch_size: typed.AtATime = 64

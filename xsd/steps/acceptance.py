@@ -23,8 +23,9 @@ from xsd.evaluate import reliability as bands
 from xsd.evaluate.counterfactual import Counts, compare_with_floors
 from xsd.files import provenance
 from xsd.runs import folder, parameters
-from xsd.steps import drafts, evaluation, extraction, words
-from xsd.steps.evaluation import HeldOut, interval
+from xsd.steps import drafts, extraction, words
+from xsd.steps import evaluation_old as evaluation
+from xsd.steps.evaluation_old import HeldOut, interval
 
 POSITIONS = 24
 """Positions of an answer that the report draws."""

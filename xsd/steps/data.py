@@ -13,12 +13,16 @@ clips, which overlap: weak intervals.
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from xsd.core import ROOT, DatasetError, ParameterError
+import pandas as pd
+
+from xsd.core import ROOT, DatasetError, ParameterError, Sample
 from xsd.embedded import drive, language
 from xsd.extract import plan
 from xsd.runs import folder as run_folder
@@ -139,6 +143,29 @@ def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[
               for record in folder.open_folder(root, split)
               if (record.sequence, record.clip) in clips]
     return {"stored": sum(stored), "painted": len(stored) - sum(stored), "canvas": canvas}
+
+
+def pictures(run_dir: str | os.PathLike[str], data: str, samples: pd.DataFrame, *,
+             n_event_frames: int, canvas: str) -> Callable[[int], Sample]:
+    """A function that reads the held-out sample in a row of ``samples`` (sequence, clip, question)
+    with its pictures; canvas: as in :func:`samples`."""
+
+    @functools.cache
+    def records() -> dict[tuple[str, str], folder.ClipRecord]:
+        found = folder.open_folder(root_of(run_dir, data, "test"), "test")
+        return {(one.sequence, one.clip): one for one in found}
+
+    @functools.lru_cache(maxsize=2)
+    def clip(sequence: str, name: str) -> Sample:
+        record = records()[sequence, name]
+        painted = None if folder.stored_frames(record, n_event_frames) else canvas
+        return folder.load_sample(record, "?", n_event_frames=n_event_frames, canvas=painted)
+
+    def load(index: int) -> Sample:
+        line = samples.iloc[index]
+        return dataclasses.replace(clip(line["sequence"], line["clip"]), question=line["question"])
+
+    return load
 
 
 def clusters(sequences: Sequence[str], clips: Sequence[str]) -> list[str]:

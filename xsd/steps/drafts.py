@@ -31,7 +31,7 @@ from xsd.evaluate.acceptance import rounds_from_lists
 from xsd.evaluate.counterfactual import Counts
 from xsd.evaluate.hidden import cosines
 from xsd.evaluate.tokens import head_tokens
-from xsd.steps.evaluation import HeldOut
+from xsd.steps.evaluation_old import HeldOut
 
 
 @dataclass(frozen=True)

@@ -1,93 +1,88 @@
-"""Step 03: how close the aligned states come to the verifier's, and what the cosine says about the
-token."""
+"""Steps 03 and 04: how close the aligned states come to the verifier's, and which draft tokens are
+the verifier's own, against floors that need no adapter, on exactly the same tokens.
+
+A notebook measures with :mod:`xsd.evaluate.table` and looks at what it sees; here is what knows the
+run folder: its held-out sets, its training answers, and what it keeps of the figures.
+
+The first token of each answer is the verifier's own, from its prefill; every later position is
+drafted, by the floors too. Token acceptance is the share of drafts that are the verifier's token;
+accepted drafts per round leave the bonus token out. Both stand beside their paired distance above
+the best floor.
+"""
 
 from __future__ import annotations
 
-import dataclasses
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from torch import Tensor
 
 from xsd.adapters.base import Adapter
-from xsd.core import Batch, ParameterError
-from xsd.evaluate import evaluate, statistics, tables
-from xsd.evaluate.evaluate import Evaluation
-from xsd.evaluate.statistics import Interval
-from xsd.evaluate.tables import with_intervals  # noqa: F401 - read by the notebooks as evaluation.with_intervals
+from xsd.core import ParameterError
+from xsd.embedded import language
+from xsd.evaluate import curves, floors, reliability, statistics, table, tables
+from xsd.evaluate import held_out as pairs_of
+from xsd.evaluate.counterfactual import compare_with_floors
+from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
-from xsd.runs import folder, parameters
+from xsd.runs import folder
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
-from xsd.steps import extraction, training
+from xsd.steps import extraction
+
+POSITIONS = 24
+"""Positions of an answer that the report draws."""
+FLOORS = {"position_mode": "position mode", "ngram": "4-gram", "prompt_lookup": "prompt lookup",
+          table.DRAFTER: "drafter tokens"}  # fmt: skip
+"""Rows that no adapter drafts: their name in the results → in tables."""
+
+# --- what a run holds
+# ------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class HeldOut:
-    """One held-out set of a run. name: short name. clusters: what intervals draw, a name a sample.
-    keys: core.Sample.key of each sample."""
+def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None, *,
+             n_event_frames: int = 5) -> HeldOut:
+    """A held-out set that notebook 01 extracted. mode: by default teacher_forced where the run
+    holds it. n_event_frames: of the pictures that ``load`` reads.
 
-    name: str
-    dataset: ShardDataset
-    head: Tensor
-    clusters: list[str]
-    keys: list[str]
-
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The pairs in their order, ``sequence`` replaced by the clusters."""
-        for batch in self.dataset.batches(batch_size):
-            yield dataclasses.replace(batch, sequence=[self.clusters[i] for i in batch.index])
-
-
-def held_out(run_dir: str | os.PathLike[str], data: str, mode: str) -> HeldOut:
-    """A held-out set that notebook 01 extracted. Raises: ParameterError when the run does not hold
-    it."""
-    dataset = extraction.open_pairs(run_dir, "test", data, mode)
-    table = dataset.table()
-    keys = [
-        key_of(*line)
-        for line in zip(table["sequence"], table["clip"], table["question"], strict=True)
-    ]
-    clusters = datasets.clusters(table["sequence"].tolist(), table["clip"].tolist())
-    return HeldOut(datasets.name_of(data), dataset, dataset.head("verifier"), clusters, keys)
-
-
-def key_of(sequence: str, clip: str, question: str) -> str:
-    """core.Sample.key without the pictures."""
-    from xsd.core import Sample
-
-    return Sample(sequence, clip, question, (), None).key  # type: ignore[arg-type]
-
-
-def pairs_and_adapters(given: parameters.HiddenParameters | parameters.TokenParameters
-                       | parameters.TruthParameters,
-                       mode: str | None = None) -> tuple[list[HeldOut], dict[str, Adapter]]:
-    """What steps 03, 04 and 13 read, made with the smoke parameters in a run that holds nothing
-    yet. mode: the held-out pairs', by default as given.
-
-    Raises: ParameterError for a data set that was not extracted or a level that was not trained,
-    MetricError when a held-out sequence is
-    among the training ones.
+    Raises: ParameterError when the run does not hold the set.
     """
-    asked = {} if isinstance(given, parameters.HiddenParameters) else {"data": given.data}
-    extraction.ensure(given.run_dir, given.seed, test_data=given.test_data, **asked)
-    data = asked.get("data") or extraction.pair_file(given.run_dir).get("data", datasets.SIMULATED)
-    training.ensure(given.run_dir, given.seed, given.levels, data=data)
-    adapters = training.load(given.run_dir, given.levels)
-    sets = [held_out(given.run_dir, name, mode or given.mode) for name in given.test_data]
-    check_leakage(given.run_dir, sets)
-    if len({one.name for one in sets}) < len(sets):
-        raise ParameterError(
-            f"two of the held-out sets {', '.join(given.test_data)} share a name; rename one of "
-            "the folders"
-        )
-    return sets, adapters
+    dataset = extraction.open_pairs(run_dir, "test", data, mode or mode_of(run_dir, "test", data))
+    about = extraction.pair_file(run_dir)
+    load = datasets.pictures(run_dir, data, dataset.table(), n_event_frames=n_event_frames,
+                             canvas=about.get("event_canvas", "slice"))
+    return pairs_of.of(datasets.name_of(data), dataset, texts=about["token_texts"],
+                       prompt_ids=about["prompt_ids"], eos=about["eos"], load=load)
 
 
-def check_leakage(run_dir: str | os.PathLike[str], sets: Sequence[HeldOut]) -> dict[str, int]:
+def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str],
+                  mode: str | None = None) -> dict[str, HeldOut]:
+    """The held-out sets by their short names.
+
+    Raises: ParameterError for a set that was not extracted, or two of one name; MetricError when a
+    held-out sequence is among the training ones.
+    """
+    found = [held_out(run_dir, name, mode) for name in names]
+    check_leakage(run_dir, found)
+    by_name = {one.name: one for one in found}
+    if len(by_name) < len(found):
+        raise ParameterError(f"two of the held-out sets {', '.join(names)} share a name; rename "
+                             "one of the folders")
+    return by_name
+
+
+def mode_of(run_dir: str | os.PathLike[str], split: str, data: str) -> str:
+    """The mode that the run holds of a data set: teacher_forced before free_running."""
+    modes = ("teacher_forced", "free_running")
+    held = [one for one in modes if extraction.shard_folder(run_dir, split, data, one).is_dir()]
+    return held[0] if held else modes[0]
+
+
+def check_leakage(run_dir: str | os.PathLike[str], sets: Iterable[HeldOut]) -> dict[str, int]:
     """Compare the sequences in the manifests of every training set of the run with those of the
     held-out sets.
 
@@ -96,119 +91,218 @@ def check_leakage(run_dir: str | os.PathLike[str], sets: Sequence[HeldOut]) -> d
     nothing).
     """
     places = sorted((folder.resolve(run_dir) / "shards").glob("train_*/*/"))
-    train = {
-        name for place in places
-        for name in ShardDataset(place, unfinished=True).table()["sequence"]
-    }
-    test = {name for one in sets for name in one.dataset.table()["sequence"]}
+    train = {name for place in places
+             for name in ShardDataset(place, unfinished=True).table()["sequence"]}  # fmt: skip
+    test = {name for one in sets for name in one.samples["sequence"]}
     statistics.check_disjoint(train, test)
     return {"training": len(train), "held_out": len(test)}
 
 
-def interval(value: Interval) -> dict[str, Any]:
-    """value, low, high, n and n_clusters, as the results hold a figure."""
-    return dataclasses.asdict(value)
+def training_answers(run_dir: str | os.PathLike[str], data: str,
+                     mode: str = "teacher_forced") -> list[list[int]]:
+    """The verifier's answers of the training set, which make the floors."""
+    dataset = extraction.open_pairs(run_dir, "train", data, mode)
+    return [ids.tolist() for ids in dataset.ids("verifier")]
 
 
-@dataclasses.dataclass(frozen=True)
-class Hidden:
-    """What step 03 found. results: as written. evaluations: (data, level) → the metrics
-    themselves."""
-
-    results: dict[str, Any]
-    evaluations: Mapping[tuple[str, str], Evaluation]
-
-    def table(self, data: str) -> pd.DataFrame:
-        """Level, mean cosine and share above τ, each with its interval."""
-        rows = []
-        for level, found in self.results["test"][data]["levels"].items():
-            line: dict[str, Any] = {"level": level, "reads": found["reads"]}
-            for name in ("cosine", "accept"):
-                line |= {
-                    name: found[name]["value"], f"{name} low": found[name]["low"],
-                    f"{name} high": found[name]["high"]
-                }
-            rows.append(
-                {**line, "unbroken": found["unbroken_prefix"]["value"], "tokens": found["cosine"]["n"]})
-        return pd.DataFrame(rows)
-
-    def cosine_histogram(self, data: str, bins: int = 40) -> pd.DataFrame:
-        """Share of tokens in each cosine bin, as ``views.figures.cosine_histogram`` reads it."""
-        chosen = {
-            level: found.hidden.values() for (name, level), found in self.evaluations.items()
-            if name == data
-        }
-        low = min(0.9, np.floor(10 * min(values.min() for values in chosen.values())) / 10)
-        edges, pieces = np.linspace(low, 1.0, bins + 1), []
-        for level, values in chosen.items():
-            counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-            share = counts / len(values)
-            pieces.append(
-                pd.DataFrame({
-                    "level": level, "cosine_low": edges[:-1], "cosine_high": edges[1:], "n": counts,
-                    "share": share
-                }))
-        return pd.concat(pieces, ignore_index=True)
-
-    def by_position(self, data: str, threshold: float, max_positions: int,
-                    resamples: int) -> pd.DataFrame:
-        """``cosine > τ`` at each position of each level, as
-        ``views.figures.acceptance_by_position`` reads it."""
-        rows = []
-        for (name, level), found in self.evaluations.items():
-            if name != data:
-                continue
-            shift = found.shift
-            for at in found.hidden.result(n_resamples=resamples).positions[:max_positions]:
-                marginal, survival = at.acceptance[threshold], at.survival[threshold]
-                rows.append({
-                    "level": level, "position": at.position + shift, "n": at.n,
-                    "marginal": marginal.value, "marginal_low": marginal.low,
-                    "marginal_high": marginal.high, "survival": survival.value,
-                    "survival_low": survival.low, "survival_high": survival.high,
-                })
-        return pd.DataFrame(rows)
+def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
+         pairs: Mapping[str, HeldOut], given: Mapping[str, Any],
+         figures: Mapping[str, pd.DataFrame] | None = None) -> dict[str, Any]:
+    """Write ``results/<name>.json`` with its provenance and return it; ``tables/<name>_<data>.csv``
+    of long tables by held-out set. given: the notebook's parameters."""
+    hashes = [str(one.dataset.manifest["config"].get("data_hash", ""))[:16]
+              for one in pairs.values()]  # fmt: skip
+    origin = provenance(seed=given["seed"], data_hash="+".join(hashes), parameters=dict(given))
+    found = {**results, "provenance": origin}
+    folder.save_results(run_dir, name, found)
+    for data, rows in (figures or {}).items():
+        tables.write(rows, folder.resolve(run_dir) / "tables" / f"{name}_{data}", kinds=("csv",))
+    return found
 
 
-def hidden(given: parameters.HiddenParameters) -> Hidden:
-    """Cosines of every level on every held-out set; writes ``results/hidden.json`` and
-    ``tables/hidden_<data>.csv``.
+# --- 03: states
+# ------------------------------------------------------------------------------------------------
 
-    One step: each prediction follows the verified states before it, for the levels that read them
-    too.
-    """
-    sets, adapters = pairs_and_adapters(given)
-    thresholds = tuple(sorted({*given.thresholds, given.threshold}))
-    evaluations: dict[tuple[str, str], Evaluation] = {}
-    results: dict[str, Any] = {"mode": given.mode, "threshold": given.threshold, "test": {}}
-    for one in sets:
-        rows, levels = [], {}
-        for level, adapter in adapters.items():
-            found = evaluate.evaluate(adapter, one.batches(given.batch_size), one.head,
-                                      thresholds=thresholds, gamma=given.gamma,
-                                      max_positions=given.max_positions,
-                                      )
-            evaluations[one.name, level] = found
-            measured = found.hidden.result(n_resamples=given.resamples, seed=given.seed)
+
+def hidden(figures: Mapping[str, pd.DataFrame], adapters: Mapping[str, Adapter],
+           pairs: Mapping[str, HeldOut], *, threshold: float) -> dict[str, Any]:
+    """What ``results/hidden.json`` keeps of ``evaluate.hidden.figures`` of each held-out set."""
+    found: dict[str, Any] = {}
+    for name, rows in figures.items():
+        levels = {}
+        for level, part in rows[rows["position"].isna()].groupby("level", sort=False):
+            by_metric = {key: some.set_index("threshold") for key, some in part.groupby("metric")}
+            accept = by_metric["accept_at"]
             levels[level] = {
-                "reads": adapter.reads, "cosine": interval(measured.cosine_mean),
-                "accept": interval(measured.acceptance[given.threshold]), "accept_at": {
-                    f"{tau:.2f}": interval(measured.acceptance[tau]) for tau in thresholds
-                }, "unbroken_prefix": interval(measured.unbroken_prefix_mean[given.threshold]),
+                "reads": adapters[level].reads,
+                "cosine": figure(by_metric["cosine_mean"].iloc[0]),
+                "accept": figure(accept.loc[threshold]),
+                "accept_at": {f"{tau:.2f}": figure(accept.loc[tau]) for tau in accept.index},
+                "unbroken_prefix": figure(by_metric["unbroken_prefix_mean"].loc[threshold]),
             }
-            rows += [{"level": level, **row} for row in measured.rows()]
-        results["test"][one.name] = {
-            "threshold": given.threshold, "n_clusters": len(set(one.clusters)), "levels": levels
+        clusters = len(set(pairs[name].clusters))
+        found[name] = {"threshold": threshold, "n_clusters": clusters, "levels": levels}
+    return {"threshold": threshold, "test": found}
+
+
+def figure(value: statistics.Interval | Mapping[str, Any]) -> dict[str, Any]:
+    """value, low, high, n and n_clusters, as the results hold a figure."""
+    known = vars(value) if isinstance(value, statistics.Interval) else value
+    counts = {name: int(known[name]) for name in ("n", "n_clusters")}
+    return {name: float(known[name]) for name in ("value", "low", "high")} | counts
+
+
+def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
+    """For reading: level, mean cosine, share above τ and mean unbroken prefix of one held-out set
+    in the results of 03."""
+    return pd.DataFrame([{
+        "level": level,
+        "reads": one["reads"],
+        **tables.sides("cosine", one["cosine"]),
+        **tables.sides("accept", one["accept"]),
+        "unbroken": one["unbroken_prefix"]["value"],
+        "tokens": one["cosine"]["n"],
+    } for level, one in found["levels"].items()])
+
+
+# --- 04: tokens
+# ------------------------------------------------------------------------------------------------
+
+
+def token_kinds(token_texts: Sequence[str]) -> list[str]:
+    """The kind of word that each token of an answer belongs to: colour, object, motion, …,
+    function; "end" for the end of the answer.
+
+    token_texts: texts that join to the answer, word starts carrying their space.
+    """
+    text, of_characters = "".join(token_texts), []
+    for word, kind in language.word_kinds(text):
+        space = text.index(word, len(of_characters)) - len(of_characters)
+        of_characters += [""] * space + [kind] * len(word)
+    kinds, at = [], 0
+    for token in token_texts:
+        most = Counter(filter(None, of_characters[at:at + len(token)])).most_common(1)
+        kinds.append("end" if token == "</s>" else most[0][0] if most else "function")
+        at += len(token)
+    return kinds
+
+
+def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) -> pd.DataFrame:
+    """The floors that look at nothing, as rows of a token table: position mode, 4-gram, prompt
+    lookup.
+
+    Raises: ParameterError when no answer of the set has a second token.
+    """
+    if not any(len(ids) > 1 for ids in pairs.answers):
+        raise ParameterError(
+            f"every answer held out of {pairs.name} is a single token, so nothing is drafted and "
+            "there is no acceptance to measure; extract with a larger max_new_tokens in notebook "
+            "01, or other test_data")
+    tried = {
+        "position_mode": floors.PositionMode(training),
+        "ngram": floors.NGram(training, 4),
+        "prompt_lookup": floors.PromptLookup(pairs.prompts),
+    }
+    return pd.concat([
+        table.answers_as_rows(floor.match(pairs.answers), gamma, level=name, first=-1,
+                              clusters=pairs.clusters) for name, floor in tried.items()
+    ], ignore_index=True)
+
+
+def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mapping[str, Adapter],
+               *, gamma: int, top_k: int, threshold: float, n_resamples: int,
+               seed: int) -> dict[str, Any]:
+    """What ``results/tokens.json`` keeps of one held-out set: every level, the drafter alone and
+    the floors with token acceptance and accepted drafts per round, each above the best floor; and
+    of the levels one step after the verified prefix, the top k, and by how much cosine > threshold
+    overstates."""
+    options = {"n_resamples": n_resamples, "seed": seed}
+    each = pd.concat([table.counts(one, gamma) for one in (tokens, floor_tokens)])
+    counted = dict(iter(each.astype({"level": str}).groupby("level", sort=False)))
+    clusters = counted[table.DRAFTER]["sequence"].tolist()
+    rows: dict[str, Any] = {}
+    for name in [*adapters, table.DRAFTER, *(one for one in FLOORS if one != table.DRAFTER)]:
+        matched, accepted = (
+            compare_with_floors(_columns(counted[name], unit),
+                                {one: _columns(counted[one], unit) for one in FLOORS}, clusters,
+                                **options)
+            for unit in (("matched", "positions"), ("accepted", "rounds")))
+        rows[name] = {
+            **about(name, adapters),
+            "token_acceptance": figure(matched.arm),
+            "token_acceptance_above_floor": figure(matched.above_best),
+            "accepted_per_round": figure(accepted.arm),
+            "above_floor": figure(accepted.above_best),
         }
-        tables.write(tables.frame(rows),
-                     folder.resolve(given.run_dir) / "tables" / f"hidden_{one.name}",
-                     kinds=("csv",))
-    results["provenance"] = provenance(seed=given.seed, data_hash=pairs_hash(sets),
-                                       parameters=given.model_dump())
-    folder.save_results(given.run_dir, "hidden", results)
-    return Hidden(results, evaluations)
+    for level in adapters:
+        part = tokens[tokens["level"] == level]
+        rank, right = part["one_step_rank"], part["one_step_match"].to_numpy(int)
+        above = part["one_step_cosine"].to_numpy(np.float32) > np.float32(threshold)
+        of_rows = functools.partial(statistics.bootstrap_rows, clusters=part["sequence"], **options)
+        rows[level] |= {
+            "one_step": figure(of_rows(rank == 0)),
+            "top_k": figure(of_rows(rank < top_k)),
+            "cosine_overstates": {"threshold": threshold, **figure(of_rows(above - right))},
+        }
+    reading = [level for level in adapters if rows[level]["kind"] == "adapter"]
+    return {
+        "rows": rows,
+        "best_floor": accepted.best,
+        "best_adapter": max(reading or adapters,
+                            key=lambda level: rows[level]["accepted_per_round"]["value"]),
+        "n_samples": len(clusters),
+        "n_clusters": len(set(clusters)),
+        **drawn(table.drafted(tokens)),
+    }
 
 
-def pairs_hash(sets: Sequence[HeldOut]) -> str:
-    """One hash of the held-out sets: their own data hashes in order."""
-    return "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16] for one in sets)
+def _columns(counted: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray, ...]:
+    return tuple(counted[name].to_numpy() for name in names)
+
+
+def drawn(tokens: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
+    """What the report draws of one token table, as columns; reliability is empty where no row has a
+    cosine."""
+    bands = reliability.curve(tokens)
+    kept = ["level", "cosine", "cosine_low", "cosine_high", "n", "rate", "low", "high"]
+    return {
+        "by_position": curves.by_position(tokens, max_positions=POSITIONS).to_dict("list"),
+        "reliability": bands[kept].to_dict("list") if len(bands) else {},
+    }
+
+
+def about(row: str, adapters: Mapping[str, Adapter]) -> dict[str, str]:
+    """label: how a row is called in tables. kind: adapter, ceiling (reads the verifier's own states
+    alone), drafter or floor."""
+    if row not in adapters:
+        return {"label": FLOORS[row], "kind": "drafter" if row == table.DRAFTER else "floor"}
+    if adapters[row].reads == "verifier":
+        return {"label": f"{row} (reads the verifier)", "kind": "ceiling"}
+    return {"label": row, "kind": "adapter"}
+
+
+def token_results(found: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, HeldOut],
+                  kinds: pd.DataFrame) -> dict[str, Any]:
+    """``results/tokens.json`` from the sets' :func:`acceptance` and their kinds of words (a column
+    ``data`` says which)."""
+    test = {}
+    for name, one in found.items():
+        whole = set(pairs[name].clusters) <= set(pairs[name].samples["sequence"])
+        test[name] = {**one, "cluster": "sequence" if whole else "clip"}
+    words: dict[str, Any] = {}
+    for row in kinds.to_dict("records"):
+        words.setdefault(row["data"], {}).setdefault(row["level"], {})[row["kind"]] = figure(row)
+    return {"test": test, "words": words}
+
+
+def acceptance_table(found: Mapping[str, Any]) -> pd.DataFrame:
+    """For reading: row, kind, token acceptance, accepted drafts per round and distance above the
+    best floor of one held-out set in the results of 04."""
+    return pd.DataFrame([{
+        "row": one["label"],
+        "kind": one["kind"],
+        **tables.sides("token_acceptance", one["token_acceptance"]),
+        **tables.sides("accepted_per_round", one["accepted_per_round"]),
+        **tables.sides("above_floor", one["above_floor"]),
+        "n": one["accepted_per_round"]["n"],
+    } for one in found["rows"].values()])

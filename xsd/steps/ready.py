@@ -6,10 +6,14 @@ One call in a notebook's set-up cell; the steps below only read, and say what is
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import pandas as pd
+
+from xsd.evaluate import curves, table
 from xsd.runs import folder, parameters, typed
-from xsd.steps import acceptance, extraction, training
 from xsd.steps import data as datasets
+from xsd.steps import evaluation, extraction, training
 
 
 def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
@@ -41,4 +45,27 @@ def _ensure_tokens(P: parameters.CompareParameters | parameters.ExploreParameter
     about = extraction.pair_file(own) if begun else {}
     known = {name: about[name] for name in ("data", "test_data") if name in about}
     given = {"run_dir": P.run_dir, "seed": P.seed, **known}
-    acceptance.tokens(parameters.TokenParameters.checked(given))
+    token_table(parameters.TokenParameters.checked(given))
+
+
+def token_table(P: parameters.TokenParameters) -> dict[str, Any]:
+    """What notebook 04 measures and writes, without its pictures: the token table and
+    ``results/tokens.json``, which are returned."""
+    ensure(P, adapters=True)
+    adapters = training.load(P.run_dir, P.levels)
+    pairs = evaluation.held_out_sets(P.run_dir, P.test_data, P.mode)
+    answers = evaluation.training_answers(P.run_dir, P.data)
+    options = {"n_resamples": P.resamples, "seed": P.seed}
+    found, kept, kinds = {}, {}, []
+    for name, one in pairs.items():
+        tokens = table.measure(adapters, one, gamma=P.gamma, top_k=P.top_k, columns=P.columns,
+                               batch_size=P.batch_size, kinds=evaluation.token_kinds)
+        floors = evaluation.floor_rows(one, answers, P.gamma)
+        found[name] = evaluation.acceptance(tokens, floors, adapters, gamma=P.gamma, top_k=P.top_k,
+                                            threshold=P.threshold, **options)
+        kinds.append(curves.by_kind(tokens, **options).assign(data=name))
+        kept[name] = table.drafted(tokens)
+    folder.save_tokens(P.run_dir, table.join(kept))
+    results = evaluation.token_results(found, pairs, pd.concat(kinds, ignore_index=True))
+    return evaluation.save(P.run_dir, "tokens", {"mode": P.mode, "gamma": P.gamma, **results},
+                           pairs, P.model_dump())

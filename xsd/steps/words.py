@@ -12,7 +12,7 @@ from xsd.embedded import language
 from xsd.evaluate import decomposition
 from xsd.steps import extraction
 from xsd.steps.drafts import Drafts
-from xsd.steps.evaluation import HeldOut
+from xsd.steps.evaluation_old import HeldOut
 
 
 def token_kinds(token_texts: Sequence[str]) -> list[str]:

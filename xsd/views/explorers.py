@@ -32,7 +32,7 @@ class ExplorerData:
     samples: Mapping[str, Sample] | Callable[[str], Sample | None] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        token_table.check(self.tokens)
+        token_table.check(self.tokens, "cosine", "match")
         missing = {"run", "draft_token", "verifier_token"} - set(self.tokens.columns)
         if missing:
             raise MetricError(

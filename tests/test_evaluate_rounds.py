@@ -4,25 +4,18 @@ import dataclasses
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError, Round
-from xsd.evaluate.acceptance import (
-    Acceptance,
-    Rounds,
-    rounds_from_lists,
-    rounds_from_matches,
-    rounds_from_requests,
-)
+from xsd.evaluate.rounds import Acceptance, Rounds, from_matches, from_requests, runs_of, walk
 
 
 @settings(max_examples=60, deadline=None)
 @given(matches=st.lists(st.lists(st.booleans(), min_size=1, max_size=12), min_size=1, max_size=6),
        gamma=st.integers(1, 6))
 def test_replayed_rounds_equal_the_plain_loop_and_cover_the_answer(matches, gamma):
-    rounds = rounds_from_lists(matches, gamma)
+    rounds = from_matches(matches, gamma)
     expected = []
     for i, hit in enumerate(matches):
         at = 0
@@ -43,8 +36,8 @@ def test_replayed_rounds_equal_the_plain_loop_and_cover_the_answer(matches, gamm
 
 def test_a_worked_example():
     #            a b x · ·   then bonus c; d e f accepted at gamma 3, bonus g; h accepted, answer over
-    match = torch.tensor([[1, 1, 0, 1, 1, 1, 0, 1]], dtype=torch.bool)
-    figures = Acceptance.of(rounds_from_matches(match, torch.ones_like(match), gamma=3))
+    match = [[True, True, False, True, True, True, False, True]]
+    figures = Acceptance.of(from_matches(match, gamma=3))
     assert figures.histogram == (0, 1, 1, 1)
     assert figures.marginal == (1.0, 2 / 3, 1 / 3)
     assert figures.conditional == (
@@ -64,7 +57,7 @@ def test_a_worked_example():
 
 
 def test_per_request_and_per_round_means_differ_as_they_should():
-    figures = Acceptance.of(rounds_from_lists(
+    figures = Acceptance.of(from_matches(
         [[True] * 5, [False] * 4], gamma=5))  # one round of 5 accepted; four rounds of none
     assert (figures.mean_accepted, figures.mean_accepted_per_request) == (1.0, 2.5)
     assert figures.request_histogram == (1, 0, 0, 0, 0, 1)
@@ -76,22 +69,22 @@ def test_live_rounds_enter_the_same_schema():
         Round((4, 5, 6), n_accepted=2, bonus=9, **times),
         Round((7,), n_accepted=1, bonus=None, **times)
     ], []]
-    figures = Acceptance.of(rounds_from_requests(live, gamma=3))
+    figures = Acceptance.of(from_requests(live, gamma=3))
     assert (figures.n_rounds, figures.n_requests, figures.n_accepted, figures.n_bonus,
             figures.n_drafted) == (2, 1, 3, 1, 4)
     live[0].insert(0, Round(tuple(range(9)), n_accepted=4, bonus=1, phase="prefill_hiding",
                             **times))
-    assert rounds_from_requests(live).gamma == 9
-    assert Acceptance.of(rounds_from_requests(live, gamma=3, phase="decode")) == figures
+    assert from_requests(live).gamma == 9
+    assert Acceptance.of(from_requests(live, gamma=3, phase="decode")) == figures
     with pytest.raises(MetricError, match="drafted 9 tokens but gamma is 2"):
-        rounds_from_requests(live, gamma=2)
+        from_requests(live, gamma=2)
 
 
 @pytest.mark.parametrize("change", [{"mean_accepted": 1.9}, {"histogram":
     (0, 2, 0, 1)}, {"n_bonus": 7}, {"marginal": (0.5, 1.0, 0.5)}, {"n_drafted": 70}])
 def test_figures_that_contradict_each_other_are_refused(change):
     figures = Acceptance.of(
-        rounds_from_lists([[True, True, False, True, True, True, False, True]], gamma=3))
+        from_matches([[True, True, False, True, True, True, False, True]], gamma=3))
     with pytest.raises(MetricError, match="contradict each other"):
         dataclasses.replace(figures, **change)
 
@@ -100,9 +93,61 @@ def test_impossible_rounds_are_refused():
     one = np.array([1])
     with pytest.raises(MetricError, match="accepted 1 of 0 drafted tokens"):
         Acceptance.of(Rounds(one, one * 0, one, one * 0, 1, 5))
-    with pytest.raises(MetricError, match="gamma must be at least 1"):
-        rounds_from_lists([[True]], gamma=0)
-    with pytest.raises(MetricError, match="have no real position"):
-        rounds_from_lists([[True], []], gamma=2)
+    with pytest.raises(MetricError, match="at least 1 token, but gamma is 0"):
+        from_matches([[True]], gamma=0)
+    for nothing in ([], [[], []]):
+        with pytest.raises(MetricError, match="no answer has a position to draft"):
+            from_matches(nothing, gamma=2)
     with pytest.raises(MetricError, match="no round was recorded"):
-        rounds_from_requests([[]], gamma=2)
+        from_requests([[]], gamma=2)
+
+
+def test_an_answer_without_a_position_has_no_round():
+    rounds = from_matches([[True], [], [False]], gamma=2)
+    assert rounds.request.tolist() == [0, 2] and rounds.n_requests == 3
+    assert rounds.per_request()["rounds"].tolist() == [1, 0, 1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=st.integers(0, 10_000), n_first=st.integers(1, 9), gamma=st.integers(1, 4))
+def test_a_walk_that_another_drafter_opens_equals_the_plain_loop(seed, n_first, gamma):
+    draw = np.random.default_rng(seed)
+    lengths = draw.integers(1, 9, 5)
+    inside = np.arange(8) < lengths[:, None]
+    first, second = (draw.random((2, 5, 8)) < 0.6) & inside
+    rounds = walk(runs_of(second, gamma), lengths, gamma, first=runs_of(first, n_first)[:, 0],
+                  n_first=n_first)
+    expected = []
+    for i, n in enumerate(lengths):
+        at, drafts, hit = 0, n_first, first[i]
+        while at < n:
+            k = 0
+            while k < drafts and at + k < n and hit[at + k]:
+                k += 1
+            expected.append((k, min(drafts, n - at), int(at + k < n), i))
+            at, drafts, hit = at + k + 1, gamma, second[i]
+    assert list(zip(rounds.accepted, rounds.drafted, rounds.bonus, rounds.request,
+                    strict=True)) == expected
+    assert rounds.gamma == max(gamma, n_first)
+
+
+def test_a_round_accepts_what_its_own_start_gives_not_what_one_step_says():
+    """Answer of 8: the first round accepts 3 of 5, then runs of 2 (from position 4) and 0 (from
+    position 7)."""
+    rounds = walk([[0, 0, 0, 0, 2, 5, 5, 0]], [8], 5, first=[3], n_first=5)
+    assert list(zip(rounds.accepted, rounds.drafted, rounds.bonus,
+                    strict=True)) == [(3, 5, 1), (2, 4, 1), (0, 1, 1)]
+
+
+@pytest.mark.parametrize(("first", "runs", "lengths", "n_first", "gamma", "message"), [
+    ([3], [[0] * 8], [8], 0, 2, "the first round's is 0"),
+    ([3], [[0] * 8], [8], 5, 0, "gamma is 0"),
+    ([3], [[0] * 8], [8, 8], 5, 2, "do not fit"),
+    ([3], [[0] * 4], [8], 5, 2, "do not fit"),
+    ([3], [[0] * 8], [0], 5, 2, "no answer has a position"),
+    ([6], [[0] * 8], [8], 5, 2, "a run is longer than its draft"),
+    ([3], [[3] * 8], [8], 5, 2, "a run is longer than its draft"),
+])  # fmt: skip
+def test_runs_that_cannot_be_are_refused(first, runs, lengths, n_first, gamma, message):
+    with pytest.raises(MetricError, match=message):
+        walk(runs, lengths, gamma, first=first, n_first=n_first)
