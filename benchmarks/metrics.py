@@ -21,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
 from benchmarks import ratios
 from xsd.core import StorageError
-from xsd.evaluate.hidden import HiddenStateMetrics
-from xsd.evaluate.reliability_old import Reliability
+from xsd.evaluate import hidden, reliability, tokens
+from xsd.evaluate.kernels import cosines, head_tokens
 from xsd.evaluate.statistics import bootstrap_ratio
-from xsd.evaluate.tokens import TokenMetrics, head_tokens
 from xsd.models import planning
 
 FULL = 11_000
@@ -100,16 +100,23 @@ class StateFile:
                 yield buffer
 
 
-def hidden_pass(file: StateFile, n_batches: int | None = None) -> HiddenStateMetrics:
-    """All that the hidden-state metrics keep of the streamed set; every sample its own cluster, the
-    dearest case."""
-    metrics, done = HiddenStateMetrics(), 0
+def hidden_pass(file: StateFile, n_batches: int | None = None) -> np.ndarray:
+    """All that the hidden-state figures keep of the streamed set: the cosine of every position,
+    float32 [answers, S]."""
     mask = torch.ones(file.shape[1:3], dtype=torch.bool)
-    for buffer in file.batches(n_batches):
-        aligned, target = torch.from_numpy(buffer).view(torch.bfloat16)
-        metrics.update(aligned, target, mask, [f"s{done + i:06d}" for i in range(len(mask))])
-        done += len(mask)
-    return metrics
+    states = (torch.from_numpy(buffer).view(torch.bfloat16) for buffer in file.batches(n_batches))
+    return np.concatenate([cosines(aligned, target, mask).numpy() for aligned, target in states])
+
+
+def token_table(**columns: np.ndarray) -> pd.DataFrame:
+    """Columns [answers, S] as a token table; every answer its own cluster, the dearest case."""
+    n, size = next(iter(columns.values())).shape
+    answer = np.repeat(np.arange(n), size)
+    names = pd.Categorical.from_codes(answer, [f"s{i:06d}" for i in range(n)])
+    return pd.DataFrame({
+        "level": "", "sample": answer, "sequence": names, "position": np.tile(np.arange(size), n),
+        **{name: values.reshape(-1) for name, values in columns.items()}
+    })  # fmt: skip
 
 
 def read_and_sum_words(file: StateFile) -> int:
@@ -199,11 +206,11 @@ def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any
     before, start = _peak_mb(), time.perf_counter()
     whole = hidden_pass(file, -(-sizes.full // sizes.batch))
     passed = time.perf_counter() - start
-    whole.result()
+    hidden.figures(token_table(one_step_cosine=whole))
     facts = {
         "file_gb": file.n_bytes / 1e9, "file_samples": file.n_samples,
-        "full_pass_samples": len(whole.table()),
-        "full_pass_gb": file.n_bytes / 1e9 * len(whole.table()) / file.n_samples,
+        "full_pass_samples": len(whole),
+        "full_pass_gb": file.n_bytes / 1e9 * len(whole) / file.n_samples,
         "full_pass_s": passed, "full_result_s": time.perf_counter() - start - passed,
         "full_pass_peak_growth_mb": _peak_mb() - before,
     }
@@ -215,15 +222,12 @@ def _head(sizes: Sizes) -> list[ratios.Ratio]:
     states = torch.randn(sizes.head_samples, sizes.positions, sizes.width, generator=generator)
     weight = torch.randn(sizes.vocabulary, sizes.width, generator=generator).mul_(0.02)
     ids = torch.randint(0, sizes.vocabulary, states.shape[:2], generator=generator)
-    mask, names = torch.ones(ids.shape, dtype=torch.bool), [f"s{i}" for i in range(len(ids))]
-    seconds = ratios.interleave(
-        {
-            "token metrics": lambda: TokenMetrics(
-                (1, 5)).update_states(states, ids, mask, names, weight),
-            "bare matrix product": lambda: states.flatten(0, 1) @ weight.T,
-        }, repeats=max(1, sizes.repeats - 2),
-    )
-    note = f"top-5, cross-entropy; {mask.numel()} × {sizes.width} × {sizes.vocabulary}"
+    flat, targets = states.flatten(0, 1), ids.flatten()
+    seconds = ratios.interleave({
+        "token metrics": lambda: head_tokens(flat, weight, top_k=5, targets=targets),
+        "bare matrix product": lambda: flat @ weight.T,
+    }, repeats=max(1, sizes.repeats - 2))  # fmt: skip
+    note = f"top-5, cross-entropy; {len(flat)} × {sizes.width} × {sizes.vocabulary}"
     return [
         ratios.ratio("token metrics", seconds, "token metrics", "bare matrix product", target=0.7,
                      note=note)
@@ -236,17 +240,19 @@ def _statistics(sizes: Sizes) -> dict[str, Any]:
     n, names = sizes.full, [f"s{i:06d}" for i in range(sizes.full)]
     length = np.full(n, sizes.positions)
     matched = rng.binomial(length, 0.7)
-    mask = torch.ones(n, sizes.positions, dtype=torch.bool)
-    ids = torch.zeros(n, sizes.positions, dtype=torch.int64)
-    tokens, reliability = TokenMetrics(), Reliability()
-    match = tokens.update(torch.from_numpy(rng.binomial(1, 0.3, ids.shape)), ids, mask, names)
-    reliability.update(torch.from_numpy(rng.uniform(0.5, 1.0, ids.shape).astype(np.float32)), match,
-                       mask, names)
+    shape = n, sizes.positions
+    match = rng.binomial(1, 0.7, shape).astype(bool)
+    table = token_table(
+        one_step_match=match, one_step_rank=np.where(match, 0, 255),
+        cross_entropy=np.full(shape, np.nan, np.float32),
+        one_step_cosine=rng.uniform(0.5, 1.0, shape).astype(np.float32))  # fmt: skip
+    resamples = {"n_resamples": sizes.resamples}
     return {
-        "bootstrap_samples": n, "bootstrap_resamples": sizes.resamples, "bootstrap_s":
-            _median_s(lambda: bootstrap_ratio(matched, length, names, n_resamples=sizes.resamples)),
-        "token_result_s": _median_s(tokens.result),
-        "reliability_result_s": _median_s(reliability.result),
+        "bootstrap_samples": n,
+        "bootstrap_resamples": sizes.resamples,
+        "bootstrap_s": _median_s(lambda: bootstrap_ratio(matched, length, names, **resamples)),
+        "token_result_s": _median_s(lambda: tokens.figures(table)),
+        "reliability_result_s": _median_s(lambda: reliability.figures(table)),
     }
 
 

@@ -7,7 +7,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import metrics as bench_metrics
-from xsd.evaluate.tokens import TokenMetrics, head_tokens
+from xsd.core import Batch
+from xsd.evaluate import drafting
+from xsd.evaluate.kernels import head_tokens
 
 SMALL = bench_metrics.Sizes(n_samples=8, full=20, positions=4, width=32, batch=4, vocabulary=50,
                             head_samples=2, vocabularies=(64, 128), memory_rows=8, loop_positions=6,
@@ -28,7 +30,7 @@ def test_the_table_names_every_comparison_and_the_file_holds_the_facts(tmp_path)
 def test_the_streamed_pass_measures_what_the_plain_loop_defines(tmp_path):
     file = bench_metrics.StateFile(tmp_path / "states.bin", SMALL, 8)
     assert file.n_samples == 8 and file.n_bytes == file.path.stat().st_size
-    values = bench_metrics.hidden_pass(file).values()
+    values = bench_metrics.hidden_pass(file).reshape(-1)
     batches = [torch.from_numpy(buffer.copy()).view(torch.bfloat16) for buffer in file.batches()]
     plain = [
         value for batch in batches
@@ -41,7 +43,7 @@ def test_the_streamed_pass_measures_what_the_plain_loop_defines(tmp_path):
         sum(float(batch.double().sum()) for batch in batches), abs=1e-2)
     assert bench_metrics.read_and_sum_words(file) == sum(
         int(batch.view(torch.int64).sum()) for batch in batches)
-    assert len(bench_metrics.hidden_pass(file, 5).table()) == 20  # the file again from its start
+    assert len(bench_metrics.hidden_pass(file, 5)) == 20  # the file again from its start
 
 
 def test_the_file_is_sized_to_the_machine():
@@ -82,14 +84,20 @@ def test_memory_of_the_head_pass_does_not_grow_with_the_vocabulary():
                                               torch.bfloat16)  # converted chunk by chunk, too
 
 
-def test_token_metrics_of_states_do_not_grow_with_the_vocabulary_either():
+def test_what_the_table_keeps_of_states_does_not_grow_with_the_vocabulary_either():
+    class Identity:
+        shift = 0
+
+        def align(self, batch):
+            return batch.drafter, batch.verifier, batch.ids_by_verifier, batch.mask
+
     def growth(vocabulary):
         states, mask = torch.randn(4, 10, 16), torch.ones(4, 10, dtype=torch.bool)
         with LargestTensor() as count:
             ids = torch.zeros(4, 10, dtype=torch.int64)
-            TokenMetrics((1, 5)).update_states(states, ids, mask, list("abcd"),
-                                               torch.ones(vocabulary, 16), chunk=64)
+            batch = Batch(states, states, ids, ids, mask, list("abcd"), range(4), "teacher_forced")
+            drafting.one_step(Identity(), batch, torch.ones(vocabulary, 16), top_k=5)
         # the head itself was made inside, and is the largest
         return count.bytes - 4 * 16 * vocabulary
 
-    assert growth(5_000) == growth(20_000) == 0
+    assert growth(20_000) == growth(80_000) == 0

@@ -14,7 +14,6 @@ from xsd.runs import demo_page, folder, parameters, report
 from xsd.steps import (
     compare,
     extraction,
-    held_out,
     live,
     lossless,
     ready,
@@ -117,27 +116,29 @@ def test_a_name_of_another_form_is_refused(name):
 
 
 def test_the_recordings_clips_are_its_clusters(bench):
-    assert {one.cluster.count("/") for one in bench.samples["davis_road"]} == {1}
-    assert {one.cluster for one in bench.samples["simulated"]
-            } == {one.sequence for one in bench.samples["simulated"]}
+    assert {name.count("/") for name in bench.samples["davis_road"].clusters} == {1}
+    simulated = bench.samples["simulated"]
+    assert simulated.clusters == simulated.samples["sequence"].tolist()
 
 
 def test_samples_on_the_clock_come_from_as_many_clusters_as_there_are(bench):
     for some in bench.samples.values():
-        clusters = {one.cluster for one in some}
-        picked = held_out.chosen(some, len(clusters), seed=3)
-        assert {one.cluster for one in picked} == clusters
-        assert held_out.chosen(some, len(clusters), seed=3) == picked
-        assert len(held_out.chosen(some, 10_000, seed=0)) == len(some)
+        clusters = set(some.clusters)
+        picked = some.choose(len(clusters), seed=3)
+        assert {some.clusters[i] for i in picked} == clusters
+        assert some.choose(len(clusters), seed=3) == picked == sorted(picked)
+        assert some.choose(10_000, seed=0) == list(range(len(some)))
 
 
 def test_a_sample_is_the_one_that_was_extracted(bench):
-    one = bench.samples["davis_road"][0]
-    sample = one.load()
-    assert (sample.key, sample.question) == (one.key, one.question) and len(
-        sample.event_frames) == 5 and sample.video.shape[0] == 8
-    whole = [one for some in bench.samples.values() for one in some if one.reference is not None]
-    assert all(len(one.reference) == 12 or one.reference[-1] == 2 for one in whole)
+    own = bench.samples["davis_road"]
+    sample = own.load(0)
+    assert (sample.key, sample.question) == (own.keys[0], own.samples["question"].iloc[0])
+    assert len(sample.event_frames) == 5 and sample.video.shape[0] == 8
+    references = [some.reference(i, 12) for some in bench.samples.values()
+                  for i in range(len(some))]  # fmt: skip
+    whole = [ids for ids in references if ids is not None]
+    assert whole and all(len(ids) == 12 or ids[-1] == 2 for ids in whole)
 
 
 def test_every_held_out_answer_is_checked_at_every_limit(bench):
@@ -184,7 +185,7 @@ def test_a_wrong_answer_is_counted_as_one(bench, monkeypatch):
 
 
 def measured(bench):
-    sample = bench.timed["simulated"][0].load()
+    sample = bench.timed["simulated"][0]
     curve = costs.verification_curve(bench.pair.verifier, sample, rows=live.widths(bench.given),
                                      repeats=1)
     steps = costs.step_costs(bench.pair.drafter, bench.pair.verifier, bench.adapters, sample,
@@ -213,9 +214,9 @@ def test_costs_predictions_and_pictures(bench, records):
 def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, place):
     found = live.summary(records, LEVELS, resamples=50, seed=0)
     one, best = bench.timed["simulated"][0], found["simulated"]["best_arm"]
-    generations = {arms.label_of(arm.name): arm.run(one.load(), 12)
+    generations = {arms.label_of(arm.name): arm.run(one, 12)
                    for arm in bench.arms([best, "ar"])}
-    live.save_one(bench, one, generations, best)
+    live.save_one(bench, "simulated", one, generations, best)
     said = bench.pair.verifier.token_text
     assert len({g.ids
                 for g in generations.values()}) == 1 and list(generations)[-1] == "own greedy loop"

@@ -16,7 +16,7 @@ from tiny_pair import make_samples, make_tiny_pair
 from xsd.core import MetricError, ParameterError
 from xsd.models import loading
 from xsd.runs import doctor, folder, notebooks, parameters
-from xsd.steps import counterfactual, evaluation, extraction, full_report, held_out, training
+from xsd.steps import counterfactual, evaluation, extraction, full_report, training
 from xsd.views import truth_figures
 
 NOTEBOOK = notebooks.NOTEBOOK_FOLDER / "13_truth.ipynb"
@@ -178,7 +178,7 @@ def test_another_drafter_than_the_runs_own_is_refused(run_dir, tmp_path):
     results = json.loads(path.read_text())
     results["weights"]["drafter"] = "0" * 64
     path.write_text(json.dumps(results))
-    pairs = held_out.pairs(copied, "simulated")
+    pairs = evaluation.held_out(copied, "simulated")
     with pytest.raises(ParameterError, match="extracted with another drafter"):
         counterfactual.arms(copied, pairs, ["blank events"])
     assert list(counterfactual.arms(copied, pairs, [])) == ["real events"]

@@ -18,15 +18,6 @@ import pandas as pd
 
 from xsd.core import MetricError
 from xsd.evaluate import table, tables
-from xsd.evaluate.hidden_old import (  # noqa: F401 - until step 13 reads the table
-    DraftAcceptance,
-    HiddenStateMetrics,
-    HiddenStateResult,
-    PositionRow,
-    Summary,
-    cosines,
-    unbroken_prefix,
-)
 from xsd.evaluate.statistics import bootstrap_columns
 from xsd.evaluate.tables import row
 

@@ -19,13 +19,6 @@ from xsd.evaluate.drafting import MISSED
 from xsd.evaluate.hidden import summary
 from xsd.evaluate.statistics import bootstrap_columns
 from xsd.evaluate.tables import row
-from xsd.evaluate.tokens_old import (  # noqa: F401 - until step 13 reads the table
-    HeadTokens,
-    TokenMetrics,
-    TokenResult,
-    drafted_ids,
-    head_tokens,
-)
 
 
 def figures(tokens: pd.DataFrame, *, top_k: Sequence[int] = (1, 5), gamma: int = 5,

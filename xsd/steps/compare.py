@@ -16,10 +16,11 @@ import plotly.graph_objects as go
 
 from xsd.core import MetricError, ParameterError, Sample
 from xsd.evaluate import statistics, table
+from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.runs import folder
 from xsd.steps import data as datasets
-from xsd.steps import extraction, held_out, training
+from xsd.steps import evaluation, extraction, training
 from xsd.views import explorers, figures
 
 METRICS = {
@@ -247,17 +248,18 @@ class Pictures:
 
     def __init__(self, runs: Sequence[str]) -> None:
         self._runs = runs
-        self._samples: dict[str, held_out.HeldOut] | None = None
+        self._places: dict[str, tuple[HeldOut, int]] | None = None
         self._read: dict[str, Sample] = {}
 
     def __call__(self, key: str) -> Sample | None:
-        if self._samples is None:
+        if self._places is None:
             # as notebook 01 was given them: a dataset folder is found again by its path
-            places = [(run, data) for run in self._runs
-                      for data in extraction.pair_file(run)["test_data"]]
-            self._samples = {one.key: one for place in places for one in held_out.read(*place)}
-        if key in self._samples and key not in self._read:
-            self._read[key] = self._samples[key].load()
+            sets = [evaluation.held_out(run, data) for run in self._runs
+                    for data in extraction.pair_file(run)["test_data"]]
+            self._places = {name: (one, i) for one in sets for i, name in enumerate(one.keys)}
+        if key in self._places and key not in self._read:
+            pairs, index = self._places[key]
+            self._read[key] = pairs.load(index)
         return self._read.get(key)
 
 

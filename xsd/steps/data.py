@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,21 +145,26 @@ def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[
     return {"stored": sum(stored), "painted": len(stored) - sum(stored), "canvas": canvas}
 
 
-def pictures(run_dir: str | os.PathLike[str], data: str, samples: pd.DataFrame, *,
-             n_event_frames: int, canvas: str) -> Callable[[int], Sample]:
+def pictures(run_dir: str | os.PathLike[str], data: str, samples: pd.DataFrame,
+             about: Mapping[str, Any]) -> Callable[[int], Sample]:
     """A function that reads the held-out sample in a row of ``samples`` (sequence, clip, question)
-    with its pictures; canvas: as in :func:`samples`."""
+    with its pictures. about: the run's pair file, which names the pair and its canvas."""
 
     @functools.cache
-    def records() -> dict[tuple[str, str], folder.ClipRecord]:
+    def records() -> tuple[dict[tuple[str, str], folder.ClipRecord], int]:
+        from xsd.models import loading  # brings the models' libraries, which few readers need
+
+        _, info = loading.pair_folder(about["pair"])
         found = folder.open_folder(root_of(run_dir, data, "test"), "test")
-        return {(one.sequence, one.clip): one for one in found}
+        return {(one.sequence, one.clip): one for one in found}, info.get("n_event_frames", 5)
 
     @functools.lru_cache(maxsize=2)
     def clip(sequence: str, name: str) -> Sample:
-        record = records()[sequence, name]
-        painted = None if folder.stored_frames(record, n_event_frames) else canvas
-        return folder.load_sample(record, "?", n_event_frames=n_event_frames, canvas=painted)
+        known, n = records()
+        record = known[sequence, name]
+        stored = folder.stored_frames(record, n)
+        canvas = None if stored else about.get("event_canvas", "slice")
+        return folder.load_sample(record, "?", n_event_frames=n, canvas=canvas)
 
     def load(index: int) -> Sample:
         line = samples.iloc[index]

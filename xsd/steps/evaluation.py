@@ -36,25 +36,22 @@ from xsd.steps import extraction
 
 POSITIONS = 24
 """Positions of an answer that the report draws."""
-FLOORS = {"position_mode": "position mode", "ngram": "4-gram", "prompt_lookup": "prompt lookup",
-          table.DRAFTER: "drafter tokens"}  # fmt: skip
-"""Rows that no adapter drafts: their name in the results → in tables."""
+FLOORS = {"position_mode": "position mode", "ngram": "4-gram", "prompt_lookup": "prompt lookup"}
+"""Floors that look at nothing: a row of the results → the floor's own name."""
 
 # --- what a run holds
 # ------------------------------------------------------------------------------------------------
 
 
-def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None, *,
-             n_event_frames: int = 5) -> HeldOut:
-    """A held-out set that notebook 01 extracted. mode: by default teacher_forced where the run
-    holds it. n_event_frames: of the pictures that ``load`` reads.
+def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None) -> HeldOut:
+    """A held-out set that notebook 01 extracted, with all that is known of it; pictures are read
+    when asked for. mode: by default teacher_forced where the run holds it.
 
     Raises: ParameterError when the run does not hold the set.
     """
     dataset = extraction.open_pairs(run_dir, "test", data, mode or mode_of(run_dir, "test", data))
     about = extraction.pair_file(run_dir)
-    load = datasets.pictures(run_dir, data, dataset.table(), n_event_frames=n_event_frames,
-                             canvas=about.get("event_canvas", "slice"))
+    load = datasets.pictures(run_dir, data, dataset.table(), about)
     return pairs_of.of(datasets.name_of(data), dataset, texts=about["token_texts"],
                        prompt_ids=about["prompt_ids"], eos=about["eos"], load=load)
 
@@ -98,10 +95,9 @@ def check_leakage(run_dir: str | os.PathLike[str], sets: Iterable[HeldOut]) -> d
     return {"training": len(train), "held_out": len(test)}
 
 
-def training_answers(run_dir: str | os.PathLike[str], data: str,
-                     mode: str = "teacher_forced") -> list[list[int]]:
+def training_answers(run_dir: str | os.PathLike[str], data: str) -> list[list[int]]:
     """The verifier's answers of the training set, which make the floors."""
-    dataset = extraction.open_pairs(run_dir, "train", data, mode)
+    dataset = extraction.open_pairs(run_dir, "train", data, mode_of(run_dir, "train", data))
     return [ids.tolist() for ids in dataset.ids("verifier")]
 
 
@@ -189,7 +185,7 @@ def token_kinds(token_texts: Sequence[str]) -> list[str]:
 
 def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) -> pd.DataFrame:
     """The floors that look at nothing, as rows of a token table: position mode, 4-gram, prompt
-    lookup.
+    lookup. training: the answers of the training set.
 
     Raises: ParameterError when no answer of the set has a second token.
     """
@@ -198,14 +194,11 @@ def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) ->
             f"every answer held out of {pairs.name} is a single token, so nothing is drafted and "
             "there is no acceptance to measure; extract with a larger max_new_tokens in notebook "
             "01, or other test_data")
-    tried = {
-        "position_mode": floors.PositionMode(training),
-        "ngram": floors.NGram(training, 4),
-        "prompt_lookup": floors.PromptLookup(pairs.prompts),
-    }
+    tried = (floors.PositionMode(training), floors.NGram(training, 4),
+             floors.PromptLookup(pairs.prompts))  # fmt: skip
     return pd.concat([
-        table.answers_as_rows(floor.match(pairs.answers), gamma, level=name, first=-1,
-                              clusters=pairs.clusters) for name, floor in tried.items()
+        table.answers_as_rows(floor.match(pairs.answers), gamma, level=floor.name, first=-1,
+                              clusters=pairs.clusters) for floor in tried
     ], ignore_index=True)
 
 
@@ -221,11 +214,12 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
     counted = dict(iter(each.astype({"level": str}).groupby("level", sort=False)))
     clusters = counted[table.DRAFTER]["sequence"].tolist()
     rows: dict[str, Any] = {}
-    for name in [*adapters, table.DRAFTER, *(one for one in FLOORS if one != table.DRAFTER)]:
+    below = {**FLOORS, table.DRAFTER: table.DRAFTER}
+    for name in [*adapters, table.DRAFTER, *FLOORS]:
         matched, accepted = (
-            compare_with_floors(_columns(counted[name], unit),
-                                {one: _columns(counted[one], unit) for one in FLOORS}, clusters,
-                                **options)
+            compare_with_floors(_columns(counted[below.get(name, name)], unit),
+                                {row: _columns(counted[level], unit)
+                                 for row, level in below.items()}, clusters, **options)
             for unit in (("matched", "positions"), ("accepted", "rounds")))
         rows[name] = {
             **about(name, adapters),
@@ -274,8 +268,10 @@ def drawn(tokens: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
 def about(row: str, adapters: Mapping[str, Adapter]) -> dict[str, str]:
     """label: how a row is called in tables. kind: adapter, ceiling (reads the verifier's own states
     alone), drafter or floor."""
-    if row not in adapters:
-        return {"label": FLOORS[row], "kind": "drafter" if row == table.DRAFTER else "floor"}
+    if row in FLOORS:
+        return {"label": FLOORS[row], "kind": "floor"}
+    if row == table.DRAFTER:
+        return {"label": "drafter tokens", "kind": "drafter"}
     if adapters[row].reads == "verifier":
         return {"label": f"{row} (reads the verifier)", "kind": "ceiling"}
     return {"label": row, "kind": "adapter"}

@@ -24,7 +24,7 @@ from xsd.core import ParameterError
 from xsd.evaluate import curves, reliability, report_text, rounds, speedup, table, tables
 from xsd.files import atomic_write, write_json
 from xsd.runs import doctor, folder, numbers, parameters
-from xsd.steps import acceptance, training
+from xsd.steps import evaluation, training
 from xsd.steps.counterfactual import REAL
 from xsd.views import figures, truth_figures
 
@@ -87,7 +87,7 @@ def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, foun
                live: Mapping[str, Any]) -> dict[str, go.Figure]:
     """Name → figure of one held-out set. own: the token table of the adapters' levels."""
     drafted = table.drafted(own)
-    positions = curves.by_position(drafted, max_positions=acceptance.POSITIONS,
+    positions = curves.by_position(drafted, max_positions=evaluation.POSITIONS,
                                    resamples=P.resamples, seed=P.seed)
     histogram, taus = curves.cosine_histogram(drafted), tuple(P.thresholds)
     gap = found["gap"].query("level == @P.waterfall and unit == 'token_acceptance'")

@@ -19,27 +19,28 @@ import torch
 from xsd.adapters.base import Adapter
 from xsd.bench import arms, records
 from xsd.bench import run as bench
-from xsd.core import Generation, ParameterError
+from xsd.core import Generation, ParameterError, Sample
 from xsd.decode import rules
+from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.steps import data as datasets
-from xsd.steps import extraction, held_out, training
+from xsd.steps import evaluation, training
 
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
     """What live decoding works on. given: what it was opened with, so that another process can open
     it too. adapters: by level. table: the n-gram table of the training answers, where an arm wants
-    one. samples: data set → its held-out samples; timed: data set → the few that are timed."""
+    one. samples: data set → its held-out set; timed: data set → the few samples that are timed."""
 
     given: parameters.LiveParameters
     pair: loading.Pair
     adapters: Mapping[str, Adapter]
     table: rules.NGramTable | None
-    samples: Mapping[str, list[held_out.HeldOut]]
-    timed: Mapping[str, list[held_out.HeldOut]]
+    samples: Mapping[str, HeldOut]
+    timed: Mapping[str, list[Sample]]
 
     def arms(self, names: Sequence[str], *, pair: loading.Pair | None = None,
              **options: Any) -> list[arms.Arm]:
@@ -63,21 +64,15 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
     torch.set_num_threads(given.threads)
     pair = loading.load_pair(given.pair)
     _check_pair(given, pair)
-    samples = {
-        datasets.name_of(name): held_out.read(given.run_dir, name,
-                                              max_new_tokens=given.max_new_tokens,
-                                              n_event_frames=pair.n_event_frames)
-        for name in given.test_data
-    }
+    sets = [evaluation.held_out(given.run_dir, name) for name in given.test_data]
+    samples = {one.name: one for one in sets}
     timed = {}
     for place, (name, some) in enumerate(samples.items()):
         n = given.n_samples_others if place and given.n_samples_others else given.n_samples
-        timed[name] = held_out.chosen(some, n, given.seed)
+        timed[name] = [some.load(index) for index in some.choose(n, given.seed)]
     table = None
     if any("ngram" in name for name in named):
-        stored = extraction.open_pairs(given.run_dir, "train", given.data,
-                                       held_out.mode_of(given.run_dir, "train", given.data))
-        table = rules.NGramTable(extraction.answers(stored))
+        table = rules.NGramTable(evaluation.training_answers(given.run_dir, given.data))
     adapters = training.load(given.run_dir, arms.levels_of(named))
     return Bench(given, pair, adapters, table, samples, timed)
 
@@ -103,8 +98,9 @@ def measure(opened: Bench, made: Sequence[arms.Arm], *,
     """
     given = opened.given
     path = folder.resolve(given.run_dir) / "records.jsonl"
-    timed = {one.key: one for some in opened.timed.values() for one in some}
-    samples = [one.load() for one in timed.values()]
+    samples = [sample for some in opened.timed.values() for sample in some]
+    known = {key: {"data": pairs.name, "sequence": cluster} for pairs in opened.samples.values()
+             for key, cluster in zip(pairs.keys, pairs.clusters, strict=True)}  # fmt: skip
     about = {"threads": given.threads, "parameters": given.model_dump(),
              "data_hash": folder.data_hash(given.run_dir)}
 
@@ -118,8 +114,8 @@ def measure(opened: Bench, made: Sequence[arms.Arm], *,
     except records.OtherConfiguration:
         os.replace(path, path.with_name("records.before.jsonl"))
         found = run()
-    return [{**one, "data": timed[one["sample"]].data, "sequence": timed[one["sample"]].cluster}
-            for one in found if one["sample"] in timed]
+    timed = {sample.key for sample in samples}
+    return [{**one, **known[one["sample"]]} for one in found if one["sample"] in timed]
 
 
 def summary(found: Sequence[records.Record], levels: Collection[str], *, resamples: int,
@@ -211,15 +207,15 @@ def widths(given: parameters.LiveParameters) -> list[int]:
     return sorted({1, 2, 4, given.gamma + 1, 2 * given.gamma, given.gamma_prefill, longest + 1})
 
 
-def save_one(opened: Bench, one: held_out.HeldOut, generations: Mapping[str, Generation],
+def save_one(opened: Bench, data: str, sample: Sample, generations: Mapping[str, Generation],
              arm: str) -> None:
-    """Keep one sample's generations, by label, in the run's ``live.json``: every bar measured, with
-    the texts of their tokens."""
+    """Keep the generations of one sample of a data set, by label, in the run's ``live.json``: every
+    bar measured, with the texts of their tokens."""
     seen = {token for g in generations.values()
             for token in (*g.ids, *(t for r in g.rounds for t in r.drafted))}
     texts = {token: opened.pair.verifier.token_text(token) for token in sorted(seen)}
-    folder.save_live(opened.given.run_dir, generations, texts, question=one.question,
-                     sequence=one.sequence, clip=one.load().clip, data=one.data, arm=arm)
+    folder.save_live(opened.given.run_dir, generations, texts, question=sample.question,
+                     sequence=sample.sequence, clip=sample.clip, data=data, arm=arm)
 
 
 def save(given: parameters.LiveParameters, found: Mapping[str, Mapping[str, Any]],

@@ -15,7 +15,7 @@ from xsd.core import Sample
 from xsd.decode import autoregressive, certificate
 from xsd.models.handle import DecoderState, ModelHandle
 from xsd.runs import parameters
-from xsd.steps import held_out, live
+from xsd.steps import live
 
 LIMITS = (1, 2, 7)
 """Short maximum lengths that the first samples are also checked with."""
@@ -88,9 +88,9 @@ def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
                                verifier=_OnePrompt(opened.pair.verifier))
     made = opened.arms(given.check_arms, pair=pair, overlap="serial")
     for data, place in jobs:
-        one = opened.samples[data][place]
-        sample = one.load()
-        reference, agrees = _reference(opened, pair.verifier, one, sample, place % EVERY == 0)
+        sample = opened.samples[data].load(place)
+        stored = opened.samples[data].reference(place, given.max_new_tokens)
+        reference, agrees = _reference(opened, pair.verifier, stored, sample, place % EVERY == 0)
         in_turn = given.check_in_turns and place >= FIRST
         for arm in [made[place % len(made)]] if in_turn else made:
             for limit in (given.max_new_tokens, *(LIMITS if place < FIRST else ())):
@@ -102,7 +102,7 @@ def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
                 verdict = certificate.certify(pair.verifier, sample, own, run.ids)
                 hidden = [r.drafted for r in run.rounds if r.phase == "prefill_hiding"]
                 yield {
-                    "data": data, "sample": one.key, "sequence": one.sequence, "arm": arm.name,
+                    "data": data, "sample": sample.key, "sequence": sample.sequence, "arm": arm.name,
                     "limit": limit, "n_tokens": len(run.ids), "finish": run.finish,
                     "identical": verdict.outcome == "identical", "outcome": verdict.outcome,
                     "position": verdict.position, "margin": verdict.margin,
@@ -110,17 +110,17 @@ def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
                 }
 
 
-def _reference(opened: live.Bench, verifier: Any, one: held_out.HeldOut, sample: Sample,
+def _reference(opened: live.Bench, verifier: Any, stored: tuple[int, ...] | None, sample: Sample,
                ask_the_loop: bool) -> tuple[tuple[int, ...], bool | None]:
-    """The verifier's ids of a sample, and whether those extracted are the loop's where it was
-    asked."""
+    """The verifier's ids of a sample, and whether those extracted (stored) are the loop's where it
+    was asked."""
     n = opened.given.max_new_tokens
     if ask_the_loop:  # its own prefill, nothing reused
         loop = autoregressive.generate(opened.pair.verifier, sample, n).ids
-        return loop, None if one.reference is None else loop == one.reference
-    if one.reference is None:
+        return loop, None if stored is None else loop == stored
+    if stored is None:
         return autoregressive.generate(verifier, sample, n).ids, None
-    return one.reference, None
+    return stored, None
 
 
 def counts(rows: pd.DataFrame) -> dict[str, Any]:

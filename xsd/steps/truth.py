@@ -33,9 +33,8 @@ from xsd.evaluate import (
 )
 from xsd.evaluate.counterfactual import Counts
 from xsd.evaluate.held_out import HeldOut
-from xsd.files import provenance
-from xsd.runs import folder, parameters
-from xsd.steps import evaluation, extraction, held_out, words
+from xsd.runs import parameters
+from xsd.steps import evaluation, extraction
 from xsd.steps.counterfactual import AGAIN, REAL
 
 UNITS = {"token_acceptance": ("matched", "positions"), "accepted_per_round": ("accepted", "rounds")}
@@ -67,7 +66,7 @@ def token_tables(adapters: Mapping[str, Adapter], shown: Mapping[str, HeldOut],
         asked = {name: one for name, one in adapters.items()
                  if arm == REAL or one.reads != "verifier"}  # fmt: skip
         out[arm] = table.measure(asked, pairs, top_k=top_k if arm == REAL else 1,
-                                 kinds=words.token_kinds if arm == REAL else None, **options)
+                                 kinds=evaluation.token_kinds if arm == REAL else None, **options)
     readers = {name: one for name, one in adapters.items() if one.reads == "drafter"}
     if free is not None and readers:
         out[decomposition.FREE] = table.measure(readers, free, top_k=1, drafter=False, **options)
@@ -110,20 +109,9 @@ def _beside(rows: pd.DataFrame, other: pd.DataFrame, column: str,
     return here.merge(there, how="left", on=keys)[column].astype("boolean")
 
 
-def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) -> pd.DataFrame:
-    """The floors' rows of the token table; the drafter's own tokens are a level of it already.
-    training: the answers of the training set."""
-    made = (floors.PositionMode(training), floors.NGram(training, 4),
-            floors.PromptLookup(pairs.prompts))  # fmt: skip
-    return pd.concat([
-        table.answers_as_rows(one.match(pairs.answers), gamma, level=one.name, first=-1,
-                              clusters=pairs.clusters) for one in made
-    ], ignore_index=True)  # fmt: skip
-
-
 def counts(drafted: pd.DataFrame, floor_rows: pd.DataFrame, gamma: int) -> pd.DataFrame:
     """One row per level, arm and answer: matched of positions, accepted in rounds. The floors
-    (token tables of floors.rows) are levels with the one arm LOOP."""
+    (evaluation.floor_rows) are levels with the one arm LOOP."""
     parts = [table.counts(floor_rows, gamma).assign(arm=LOOP)]
     for arm in drafted.columns.drop(KEYS):
         own = drafted[drafted[arm].notna()]
@@ -280,7 +268,7 @@ def free_running(run_dir: str | os.PathLike[str], data: str, pairs: HeldOut) -> 
     ParameterError when they are pairs of other samples."""
     if not extraction.shard_folder(run_dir, "test", data, "free_running").is_dir():
         return None
-    free = held_out.pairs(run_dir, data, "free_running")
+    free = evaluation.held_out(run_dir, data, "free_running")
     if set(free.keys) != set(pairs.keys):
         raise ParameterError(f"the free-running pairs of {pairs.name} are of other samples than "
                              "the teacher-forced; extract both")
@@ -292,9 +280,7 @@ def save(P: parameters.TruthParameters, sets: Sequence[HeldOut], sequences: Mapp
     """Write ``results/truth.json``: gamma, waterfall, sequences, provenance and of each held-out
     set its tables as rows, the best floor and every level's distance above it."""
     results: dict[str, Any] = {
-        "gamma": P.gamma, "waterfall": P.waterfall, "sequences": dict(sequences), "test": {},
-        "provenance": provenance(seed=P.seed, data_hash=evaluation.pairs_hash(sets),
-                                 parameters=P.model_dump()),
+        "gamma": P.gamma, "waterfall": P.waterfall, "sequences": dict(sequences), "test": {}
     }  # fmt: skip
     for name, each in found.items():
         heads = each["headline"].query("unit == 'token_acceptance'").rename(columns={
@@ -306,5 +292,5 @@ def save(P: parameters.TruthParameters, sets: Sequence[HeldOut], sequences: Mapp
             **{key: frame.to_dict("records") for key, frame in each.items()},
             "best_floor": heads["best floor"].iloc[0], "above_floor": above
         }  # fmt: skip
-    folder.save_results(P.run_dir, "truth", results)
-    return results
+    by_name = {one.name: one for one in sets}
+    return evaluation.save(P.run_dir, "truth", results, by_name, P.model_dump())
