@@ -25,7 +25,6 @@ from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.models import loading
 from xsd.runs import folder, parameters
-from xsd.steps import data as datasets
 from xsd.steps import evaluation, training
 
 
