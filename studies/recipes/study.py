@@ -20,7 +20,6 @@ from studies.parameters import StudyParameters
 from studies.recipes import grid, jobs, measure
 from studies.recipes.grid import CLOSED_FORM, FLOORS, Job
 from xsd.evaluate import statistics, tables
-from xsd.evaluate.tables import with_intervals
 from xsd.files import provenance
 from xsd.runs import folder, parameters
 from xsd.steps import extraction
