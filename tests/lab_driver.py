@@ -162,10 +162,11 @@ class Page:
         """Title and y values of every live plotly picture, read from the browser, not from the
         kernel."""
         return self.page.evaluate(
-            """() => [...document.querySelectorAll('.js-plotly-plot')].map(g => ({
-                title: (g.layout && g.layout.title && (g.layout.title.text || g.layout.title)) || '',
-                y: (g._fullData || []).map(t => Array.from(t.y || []).map(v => +Number(v).toFixed(4)))}))"""
-        )
+            """() => [...document.querySelectorAll('.js-plotly-plot')].map(g => {
+                const title = (g.layout && g.layout.title) || '';
+                const round = v => +Number(v).toFixed(4);
+                return {title: title.text || title,
+                        y: (g._fullData || []).map(t => Array.from(t.y || []).map(round))}})""")
 
     def changed(self, before, seconds=20):
         """Wait until the pictures are not those of ``before``; returns them."""

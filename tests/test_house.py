@@ -82,7 +82,8 @@ def imported_distributions(sources: list[str]) -> set[str]:
 def package_sources() -> list[str]:
     """Of the package and of what stands beside it."""
     rooms = ("xsd", "benchmarks", "studies")
-    return [path.read_text(encoding="utf-8") for room in rooms for path in (ROOT / room).rglob("*.py")]
+    return [path.read_text(encoding="utf-8") for room in rooms
+            for path in (ROOT / room).rglob("*.py")]
 
 
 def notebook_sources() -> list[str]:

@@ -69,7 +69,7 @@ def test_levels_are_open_to_ones_own():
     read = typed.read_values(["levels=L1,my_levels:Mine"], parameters.TrainParameters)
     assert read == {"levels": ["L1", "my_levels:Mine"]}
     parameters.TrainParameters.checked({"levels": ["L6"]})
-    with pytest.raises(ParameterError, match=r"one of L1, .*, B1, or a class of your own as module"):
+    with pytest.raises(ParameterError, match=r"one of L1, .*, B1, or a class of your own"):
         parameters.HiddenParameters.checked({"levels": ["L6"]})
 
 
@@ -84,7 +84,7 @@ def test_an_arm_is_a_name_of_ours_a_level_or_ones_own():
     arms = ["ar", "L1+ngram@3", "B1~0.6", "my_levels:Mine+L5F", "my_proposers:Echo"]
     assert parameters.LiveParameters.checked({"arms": arms}).arms == arms
     for wrong in ("L1+L4+L5F", "L9", 3, "mine:"):
-        with pytest.raises(ParameterError, match=r"input should be one of ar, .* such as L1\+ngram"):
+        with pytest.raises(ParameterError, match=r"should be one of ar, .* such as L1\+ngram"):
             parameters.LiveParameters.checked({"arms": [wrong]})
 
 

@@ -55,10 +55,8 @@ def find_python(own=None, candidates=CANDIDATES, runs=None):
             return found
     raise SetupError(
         f"Python {version_text(version)} is too old: {version_text(OLDEST)} or newer is needed and "
-        f"none of {', '.join(candidates)} "
-        "is on the PATH; install one (Debian: apt install python3.11 python3.11-venv, macOS: brew "
-        "install python@3.11) and run make again"
-    )
+        f"none of {', '.join(candidates)} is on the PATH; install one (Debian: apt install "
+        "python3.11 python3.11-venv, macOS: brew install python@3.11) and run make again")
 
 
 def python_version(path):
@@ -77,8 +75,7 @@ def check_disk(free_gb, folder, needed_gb=NEEDED_GB):
     if free_gb < needed_gb:
         raise SetupError(
             f"only {free_gb:.1f} GB are free in {folder} and the environment needs {needed_gb:.0f} "
-            "GB; "
-            "free some space or clone the project onto a larger disk, then run make again")
+            "GB; free some space or clone the project onto a larger disk, then run make again")
 
 
 def cuda_hint(free_gb, platform=sys.platform, has_gpu=None, environment=None):
@@ -87,15 +84,13 @@ def cuda_hint(free_gb, platform=sys.platform, has_gpu=None, environment=None):
     environment = os.environ if environment is None else environment
     indexes = environment.get("PIP_INDEX_URL", "") + environment.get("PIP_EXTRA_INDEX_URL", "")
     settled = "cpu" in indexes or "PIP_FIND_LINKS" in environment
-    if not platform.startswith("linux") or settled or (shutil.which("nvidia-smi")
-                                                       if has_gpu is None else has_gpu):
+    if has_gpu is None:
+        has_gpu = shutil.which("nvidia-smi")
+    if not platform.startswith("linux") or settled or has_gpu:
         return None
-    hint = (
-        "no NVIDIA driver here; unless your package index offers torch's CPU build, pip downloads "
-        "the CUDA build (several GB). "
-        "For the CPU build stop and run: PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's "
-        "installation page names> make"
-    )
+    hint = ("no NVIDIA driver here; unless your package index offers torch's CPU build, pip "
+            "downloads the CUDA build (several GB). For the CPU build stop and run: "
+            "PIP_EXTRA_INDEX_URL=<the CPU index that PyTorch's installation page names> make")
     if free_gb < NEEDED_CUDA_GB:
         hint += f" (only {free_gb:.1f} GB are free; the CUDA build wants {NEEDED_CUDA_GB:.0f})"
     return hint
@@ -113,10 +108,8 @@ def stamp_text(root, version):
 
 def failure_sentence(log_text, log_path):
     """Why an install failed, from pip's own output, and what to do."""
-    errors = [
-        line.strip() for line in log_text.splitlines()
-        if line.startswith("ERROR:") or "No space left" in line or "ensurepip" in line
-    ]
+    errors = [line.strip() for line in log_text.splitlines()
+              if line.startswith("ERROR:") or "No space left" in line or "ensurepip" in line]
     reason = errors[0][:240] if errors else "see the log"
     if "No space left" in log_text:
         way_out = "the disk is full: free some space"
@@ -170,8 +163,7 @@ def ensure(root=ROOT, python=None):
         free_gb = shutil.disk_usage(root).free / 1e9
         check_disk(free_gb, root)
         say(f"creating .venv with Python {version_text(python_version(python) or OLDEST)} "
-            f"({python})"
-            )
+            f"({python})")
         if os.path.exists(os.path.join(folder, "pyvenv.cfg")):
             shutil.rmtree(folder)
         os.makedirs(folder, exist_ok=True)
@@ -180,12 +172,9 @@ def ensure(root=ROOT, python=None):
         if hint:
             say(hint)
     say("installing the project and its pinned dependencies (about 170 wheels; minutes, once)")
-    pip = [
-        inside, "-m", "pip", "install", "--disable-pip-version-check", "--no-input",
-        "--only-binary", ":all:"
-    ]
-    run_logged([*pip, "--constraint", "constraints.txt", "--editable", ".[dev]"],
-               os.path.join(folder, "install.log"))
+    run_logged([inside, "-m", "pip", "install", "--disable-pip-version-check", "--no-input",
+                "--only-binary", ":all:", "--constraint", "constraints.txt",
+                "--editable", ".[dev]"], os.path.join(folder, "install.log"))
     with open(stamp, "w") as file:
         file.write(stamp_text(root, python_version(inside)))
     say(f"ready in {time.time() - started:.0f} s")
@@ -195,13 +184,12 @@ def ensure(root=ROOT, python=None):
 def lock(root=ROOT):
     """Write constraints.txt from what .venv holds, keeping its comments; torch without its local
     tag, so that every build satisfies it."""
-    pip = [
-        os.path.join(root, ".venv", "bin", "python"), "-m", "pip", "freeze", "--exclude-editable"
-    ]
-    lines = subprocess.check_output([*pip, "--exclude", "pip", "--exclude",
-                                     "setuptools"]).decode().splitlines()
-    lines = [line for line in lines if not line.startswith(("nvidia-", "cuda-", "triton"))
-             ]  # they come with torch's CUDA build only
+    python = os.path.join(root, ".venv", "bin", "python")
+    lines = subprocess.check_output([python, "-m", "pip", "freeze", "--exclude-editable",
+                                     "--exclude", "pip", "--exclude", "setuptools"]
+                                    ).decode().splitlines()
+    # What comes with torch's CUDA build only is left out.
+    lines = [line for line in lines if not line.startswith(("nvidia-", "cuda-", "triton"))]
     path = os.path.join(root, "constraints.txt")
     with open(path) as file:
         comments = [line.rstrip("\n") for line in file if line.startswith("#")]
