@@ -19,7 +19,7 @@ from xsd.evaluate.floors import (
     PromptLookup,
     duplicate_rate,
 )
-from xsd.evaluate.rounds import Acceptance
+from xsd.evaluate.rounds import Acceptance, from_matches
 
 TRAIN = [[1, 2, 3, 4, 9], [1, 2, 3, 5, 9], [1, 2, 3, 4, 9], [7, 2, 8, 9]]
 
@@ -43,7 +43,7 @@ def test_ngram_follows_context_and_backs_off():
 
 
 def test_ngram_rounds_roll_on_its_own_drafts():
-    rounds = NGram(TRAIN, n=3).rounds([[1, 2, 3, 5, 9]], gamma=5)
+    rounds = from_matches(NGram(TRAIN, n=3).match([[1, 2, 3, 5, 9]]), 5)
     assert rounds.accepted.tolist() == [3, 1] and rounds.drafted.tolist() == [
         5, 1
     ] and rounds.bonus.tolist() == [1, 0]
@@ -72,7 +72,7 @@ def test_a_rule_has_the_same_rounds_live_and_replayed():
     asked = answers[30:]
     for floor in (NGram(answers[:30], n=4), PositionMode(answers[:30]), PromptLookup(),
                   DrafterTokens([ids[1:] for ids in asked])):
-        rounds = floor.rounds(asked, 4)
+        rounds = from_matches(floor.match(asked), 4)
         replayed = list(zip(rounds.accepted.tolist(), rounds.bonus.tolist(), strict=True))
         assert replayed == drafted_live(floor, asked, 4)
 
@@ -82,7 +82,7 @@ def test_prompt_lookup_copies_from_prompt_and_answer():
     assert floor.draft([11, 12], 3, 0) == [13, 14, 11]
     assert floor.draft([50], 3, 0) == []
     assert PromptLookup().draft([1, 2, 3, 1, 2], 2, 0) == [3, 1]
-    rounds = floor.rounds([[12, 13, 14, 50]], gamma=3)
+    rounds = from_matches(floor.match([[12, 13, 14, 50]]), 3)
     assert rounds.accepted.tolist() == [0, 2]  # nothing for the first token; after 12: 13 14 12
     with pytest.raises(MetricError, match="'prompt lookup' was made for 1 answers but is asked a"):
         floor.match([[1], [2]])
@@ -92,7 +92,7 @@ def test_drafter_tokens_without_an_adapter():
     floor, answers = DrafterTokens([torch.tensor([1, 2, 9, 4]), [5]]), [[1, 2, 3, 4], [5, 6]]
     matches = floor.match([torch.tensor(ids) for ids in answers])
     assert [m.tolist() for m in matches] == [[True, True, False, True], [True, False]]
-    assert floor.rounds(answers, gamma=2).accepted.tolist() == [2, 1, 1]
+    assert from_matches(matches, 2).accepted.tolist() == [2, 1, 1]
     with pytest.raises(MetricError, match="'drafter tokens' was made for 1 answers but is asked a"):
         DrafterTokens([[1]]).match([[1], [2]])
 
@@ -108,7 +108,7 @@ def test_empty_input_is_named():
     with pytest.raises(MetricError, match=r"answers \[1\] have no token"):
         PositionMode([[1], []])
     with pytest.raises(MetricError, match="but gamma is 0"):
-        PositionMode([[1]]).rounds([[1]], gamma=0)
+        from_matches(PositionMode([[1]]).match([[1]]), 0)
 
 
 TRACES = os.environ.get("XSD_REFERENCE_TRACES", "")
@@ -127,7 +127,7 @@ def test_floors_on_published_traces_of_the_real_pair():
         floor = NGram([ids for ids, f in zip(answers, fold, strict=True) if f != k])
         held_out = [ids for ids, f in zip(answers, fold, strict=True) if f == k]
         hits += floor.match(held_out)
-        rounds = floor.rounds(held_out, 5)
+        rounds = from_matches(floor.match(held_out), 5)
         accepted, n_rounds = accepted + rounds.accepted.sum(), n_rounds + len(rounds.accepted)
     assert np.concatenate(hits).mean() == pytest.approx(0.73, abs=0.02)
     assert accepted / n_rounds == pytest.approx(1.99, abs=0.05)

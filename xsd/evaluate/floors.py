@@ -17,7 +17,6 @@ import numpy as np
 
 from xsd.core import MetricError
 from xsd.decode import rules
-from xsd.evaluate.rounds import Rounds, from_matches
 
 Ids = Sequence[int]
 
@@ -39,29 +38,17 @@ class Floor:
 
     def match(self, answers: Sequence[Ids]) -> list[np.ndarray]:
         """Per answer, bool [n]: is the floor's next token after the verifier's own prefix the
-        verifier's? Raises: MetricError for empty answers, or as many others as it has no rule for.
+        verifier's? Its draft–verify rounds follow from that exactly (rounds.from_matches).
+
+        Raises: MetricError for empty answers, or as many others as it has no rule for.
         """
-        return [
-            np.array([self.rule(i)(ids[:t]) == token for t, token in enumerate(ids)])
-            for i, ids in enumerate(self._checked(answers))
-        ]
-
-    def rounds(self, answers: Sequence[Ids], gamma: int = 5, *, start: int = 0) -> Rounds:
-        """Greedy draft–verify rounds at gamma, exact for rules (docs/teacher_forcing.md); a round
-        counts every position it covers as drafted, also where the rule has nothing to say. start:
-        tokens of each answer given for free.
-
-        Raises: MetricError as :meth:`match`, for gamma below 1 or no token after the given ones.
-        """
-        return from_matches([match[start:] for match in self.match(answers)], gamma)
-
-    def _checked(self, answers: Sequence[Ids]) -> list[list[int]]:
         lists = as_lists(answers)
         if not callable(self._rules) and len(self._rules) != len(lists):
             raise MetricError(
                 f"the floor {self.name!r} was made for {len(self._rules)} answers but is asked "
                 f"about {len(lists)}; give it one prompt, or one drafter answer, an answer")
-        return lists
+        return [np.array([self.rule(i)(ids[:t]) == token for t, token in enumerate(ids)])
+                for i, ids in enumerate(lists)]
 
 
 class PositionMode(Floor):

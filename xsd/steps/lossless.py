@@ -89,8 +89,12 @@ def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
     made = opened.arms(given.check_arms, pair=pair, overlap="serial")
     for data, place in jobs:
         sample = opened.samples[data].load(place)
-        stored = opened.samples[data].reference(place, given.max_new_tokens)
-        reference, agrees = _reference(opened, pair.verifier, stored, sample, place % EVERY == 0)
+        reference, agrees = opened.samples[data].reference(place, given.max_new_tokens), None
+        if place % EVERY == 0:  # the loop's own prefill, nothing reused
+            loop = autoregressive.generate(opened.pair.verifier, sample, given.max_new_tokens).ids
+            agrees, reference = None if reference is None else loop == reference, loop
+        elif reference is None:
+            reference = autoregressive.generate(pair.verifier, sample, given.max_new_tokens).ids
         in_turn = given.check_in_turns and place >= FIRST
         for arm in [made[place % len(made)]] if in_turn else made:
             for limit in (given.max_new_tokens, *(LIMITS if place < FIRST else ())):
@@ -102,25 +106,13 @@ def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
                 verdict = certificate.certify(pair.verifier, sample, own, run.ids)
                 hidden = [r.drafted for r in run.rounds if r.phase == "prefill_hiding"]
                 yield {
-                    "data": data, "sample": sample.key, "sequence": sample.sequence, "arm": arm.name,
-                    "limit": limit, "n_tokens": len(run.ids), "finish": run.finish,
+                    "data": data, "sample": sample.key, "sequence": sample.sequence,
+                    "arm": arm.name, "limit": limit, "n_tokens": len(run.ids),
+                    "finish": run.finish,
                     "identical": verdict.outcome == "identical", "outcome": verdict.outcome,
                     "position": verdict.position, "margin": verdict.margin,
                     "n_hidden": sum(map(len, hidden)), "reference_identical": agrees,
                 }
-
-
-def _reference(opened: live.Bench, verifier: Any, stored: tuple[int, ...] | None, sample: Sample,
-               ask_the_loop: bool) -> tuple[tuple[int, ...], bool | None]:
-    """The verifier's ids of a sample, and whether those extracted (stored) are the loop's where it
-    was asked."""
-    n = opened.given.max_new_tokens
-    if ask_the_loop:  # its own prefill, nothing reused
-        loop = autoregressive.generate(opened.pair.verifier, sample, n).ids
-        return loop, None if stored is None else loop == stored
-    if stored is None:
-        return autoregressive.generate(verifier, sample, n).ids, None
-    return stored, None
 
 
 def counts(rows: pd.DataFrame) -> dict[str, Any]:
