@@ -70,7 +70,8 @@ def imported_distributions(sources: list[str]) -> set[str]:
             elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
                 modules.add(node.module.split(".")[0])
     own = {
-        "xsd", "benchmarks", "studies", *(path.stem for path in (ROOT / "tests").glob("*.py")),
+        "xsd", "benchmarks", "studies", "tools",
+        *(path.stem for path in (ROOT / "tests").glob("*.py")),
         *(path.stem for path in (ROOT / "tools").glob("*.py"))
     }
     known = metadata.packages_distributions()
@@ -81,7 +82,7 @@ def imported_distributions(sources: list[str]) -> set[str]:
 
 def package_sources() -> list[str]:
     """Of the package and of what stands beside it."""
-    rooms = ("xsd", "benchmarks", "studies")
+    rooms = ("xsd", "benchmarks", "studies", "tools")
     return [path.read_text(encoding="utf-8") for room in rooms
             for path in (ROOT / room).rglob("*.py")]
 

@@ -9,8 +9,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook
 from pydantic import Field
 
+from tools import hygiene
 from xsd.core import ParameterError
-from xsd.runs import hygiene, notebooks, typed
+from xsd.runs import notebooks, typed
 
 
 class Toy(typed.NotebookParameters):

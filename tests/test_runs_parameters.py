@@ -6,8 +6,9 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
+from tools import hygiene
 from xsd.core import ParameterError
-from xsd.runs import hygiene, parameters, typed
+from xsd.runs import parameters, typed
 
 
 def test_every_notebook_has_a_model_whose_defaults_are_valid_and_described():

@@ -9,7 +9,7 @@ import torch
 from tiny_pair import make_tiny_pair
 
 from xsd.adapters import registry
-from xsd.core import CheckpointError, ParameterError, TrainingError
+from xsd.core import CheckpointError, TrainingError
 from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.steps import drafter_tuning, extraction, training

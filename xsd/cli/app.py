@@ -139,8 +139,9 @@ def keep_notebooks(action: Literal["check", "refresh", "normalise"] = Argument(
                    notebook: list[str] = Argument(None, help="default: all", autocompletion=_names),
                    ) -> None:
     """Keep the committed notebooks in the form that git and nbval need."""
-    from xsd.runs import hygiene, notebooks
+    from xsd.runs import notebooks
 
+    hygiene = _beside("tools.hygiene")
     paths = [notebooks.find(one) for one in notebook or []] or hygiene.committed()
     for path in paths:
         if action == "refresh":

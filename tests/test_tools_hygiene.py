@@ -9,8 +9,9 @@ import pytest
 from nbformat.v4 import new_code_cell, new_notebook, new_output
 from PIL import Image
 
+from tools import hygiene, pictures
 from xsd.core import ROOT, ParameterError
-from xsd.runs import doctor, hygiene, parameters, pictures
+from xsd.runs import doctor, parameters
 
 
 def defaults_cell(**changes):

@@ -16,9 +16,10 @@ from typing import Any
 
 import nbformat
 
+from tools import pictures
 from xsd.core import ParameterError, XsdError
 from xsd.files import atomic_write
-from xsd.runs import folder, notebooks, parameters, pictures
+from xsd.runs import folder, notebooks, parameters
 
 IGNORED = frozenset({"nbval-ignore-output", "nbval-skip"})
 COMPARABLE = frozenset({"text/plain", "text/markdown"})
