@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd import core, files
+from xsd.core import ParameterError
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -181,3 +182,25 @@ def test_inside_a_kernel_the_command_is_the_notebook(monkeypatch, tmp_path):
                       str(tmp_path / "kernel.json")])
     monkeypatch.setenv("XSD_NOTEBOOK", "04_tokens.ipynb")
     assert files.provenance()["command"] == ["notebook", "04_tokens.ipynb"]
+
+
+# --- objects named by a text
+
+
+def test_an_object_is_found_in_the_working_directory_and_where_a_run_was_started(
+        tmp_path, monkeypatch):
+    (tmp_path / "made_here.py").write_text("class Outer:\n    class Inner:\n        level = 'in'\n")
+    monkeypatch.delitem(sys.modules, "made_here", raising=False)
+    with pytest.raises(ParameterError, match="put made_here.py into the working directory"):
+        files.import_object("made_here:Outer")
+    monkeypatch.setenv("XSD_STARTED_IN", str(tmp_path))
+    before = list(sys.path)
+    found = files.import_object("made_here:Outer.Inner")
+    assert found.level == "in" and sys.path == before
+    assert files.name_of(found) == files.name_of(found()) == "in"
+    assert files.name_of(sys.modules["made_here"].Outer) == "made_here:Outer"
+    assert files.name_of("L4") == "L4"
+    for text, words in (("made_here", "names no object; write module:Name"),
+                        ("made_here:Other", "the module made_here holds no Other")):
+        with pytest.raises(ParameterError, match=words):
+            files.import_object(text)

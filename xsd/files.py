@@ -176,7 +176,9 @@ def import_object(text: str) -> Any:
     module, colon, name = text.partition(":")
     if not (module and colon and name):
         raise ParameterError(f"{text!r} names no object; write module:Name, such as my_levels:Mine")
-    added = [folder for folder in (os.getcwd(), str(ROOT)) if folder not in sys.path]
+    # a notebook runs in the checkout, but names what stands where its run was started
+    places = (os.environ.get("XSD_STARTED_IN"), os.getcwd(), str(ROOT))
+    added = [folder for folder in dict.fromkeys(places) if folder and folder not in sys.path]
     sys.path.extend(added)
     try:
         found: Any = importlib.import_module(module)

@@ -73,7 +73,8 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
     began, failed = time.perf_counter(), None
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        with mock.patch.dict(os.environ, {**QUIET, "XSD_NOTEBOOK": source.name}):
+        known = {"XSD_NOTEBOOK": source.name, "XSD_STARTED_IN": os.getcwd()}
+        with mock.patch.dict(os.environ, {**QUIET, **known}):
             papermill.execute_notebook(str(source), str(target), parameters=given,
                                        kernel_name="python3", language="python", cwd=str(ROOT),
                                        progress_bar=False, log_output=False)
