@@ -12,8 +12,8 @@ def made(monkeypatch):
     asked = []
     monkeypatch.setattr(extraction, "ensure", lambda run_dir, seed, data, test_data:
                         asked.append(("pairs", data, list(test_data))))
-    monkeypatch.setattr(training, "ensure", lambda run_dir, seed, levels, data:
-                        asked.append(("adapters", data, list(levels))))
+    monkeypatch.setattr(training, "run", lambda given:
+                        asked.append(("adapters", given.data, given.levels)))
     monkeypatch.setattr(extraction, "pair_file", lambda run_dir: {"data": "the/runs"})
     return asked
 

@@ -31,10 +31,11 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
     if pairs or adapters:
         extraction.ensure(P.run_dir, P.seed, data=data or datasets.SIMULATED,
                           test_data=getattr(P, "test_data", ()))
-    if adapters:
+    if adapters and not training.trained(P.run_dir):
         levels = P.levels if adapters is True else adapters  # type: ignore[attr-defined]
         data = data or extraction.pair_file(P.run_dir).get("data", datasets.SIMULATED)
-        training.ensure(P.run_dir, P.seed, levels, data=data)
+        training.run(parameters.TrainParameters.checked(
+            {"run_dir": P.run_dir, "seed": P.seed, "levels": list(levels), "data": data}))
 
 
 def _ensure_tokens(P: parameters.CompareParameters | parameters.ExploreParameters) -> None:

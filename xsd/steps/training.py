@@ -152,13 +152,6 @@ def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Ad
     }
 
 
-def ensure(run_dir: str, seed: int, levels: Sequence[Any], *, data: str = "simulated") -> None:
-    """Train with the smoke parameters when the run holds no adapter at all (steps.ready)."""
-    if not trained(run_dir):
-        run(parameters.TrainParameters.checked(
-            {"run_dir": run_dir, "seed": seed, "levels": list(levels), "data": data}))
-
-
 # --- tables
 
 
