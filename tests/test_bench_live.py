@@ -16,6 +16,7 @@ from xsd.bench import records as records_file
 from xsd.core import LosslessError, MetricError, ParameterError, StorageError
 from xsd.decode import autoregressive, certificate, proposers, rules, speculative, tracks
 from xsd.models import loading
+from xsd.runs import typed
 
 LENGTH = 12
 
@@ -257,6 +258,10 @@ def test_a_broken_arm_is_recorded_as_such_and_then_refused(pair, adapters, sampl
 def test_a_comparison_without_baseline_is_refused():
     with pytest.raises(MetricError, match="measure 'ar' beside the others"):
         run.summarise([record("L1", "x", 1.0)])
+
+
+def test_the_parameters_know_the_arms_there_are():
+    assert typed.ARMS == arms.PLAIN
 
 
 @pytest.mark.parametrize("name,message", [("L9", "it names L9"), ("L1+L4+L5", "three phases"),

@@ -264,12 +264,12 @@ def text(found: Mapping[str, Any]) -> str:
     accepted = f"accepted per round (γ={found['gamma']})"
     lines.append(f"{'drafted by':<16}{'right tokens':>26}{accepted:>32}{'tokens per pass':>17}"
                  "   % right at position 0, 1, …")
-    for name, arm in found["arms"].items():
-        row = table({"arms": {name: arm}}).iloc[0]
+    for row in table(found).to_dict("records"):
+        arm = found["arms"][row["arm"]]
         right = statistics.Interval(**arm["token_acceptance"]).text()
         drafts = statistics.Interval(**arm["mean_accepted"]).text(percent=False)
-        speed = (f"  predicted speed-up {row['predicted_speedup']:.2f}x"
-                 if "predicted_speedup" in row else "")
-        lines.append(f"{name:<16}{right:>26}{drafts:>32}{row['tokens_per_pass']:>17.2f}   "
+        told = row.get("predicted_speedup")
+        speed = "" if told is None else f"  predicted speed-up {told:.2f}x"
+        lines.append(f"{row['arm']:<16}{right:>26}{drafts:>32}{row['tokens_per_pass']:>17.2f}   "
                      f"{row['first_positions']}{speed}")
     return "\n".join(lines)
