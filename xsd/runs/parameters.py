@@ -100,7 +100,7 @@ class TokenParameters(NotebookParameters):
     top_k: typed.TopK = 5
     threshold: typed.Threshold = Field(
         0.9, description="cosine threshold τ compared with the token truth")
-    columns: list[str] = Field(
+    columns: list[typed.Column] = Field(
         [], description="own columns of the token table, each as module:function")
     max_positions: typed.Positions = 20
     resamples: typed.Resamples = 400
