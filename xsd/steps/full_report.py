@@ -98,7 +98,9 @@ def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, foun
             positions, title=f"Acceptance by position, {name}"),
         "survival": figures.acceptance_by_position(
             positions, curve="survival", title=f"Accepted up to here without a break, {name}"),
-        "reliability": reliability_figure(drafted, name, P.resamples, P.seed),
+        "reliability": figures.reliability_curve(
+            reliability.curve(drafted, n_resamples=P.resamples, seed=P.seed),
+            title=f"Does a high cosine mean the same token? {name}"),
         "waterfall": truth_figures.gap_waterfall(
             gap, title=f"Where {P.waterfall} loses acceptance, {name}"),
         "summary": figures.four_panels(
@@ -113,13 +115,6 @@ def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, foun
     if set(found["arms"]["arm"]) != {REAL}:
         out["arms"] = arms_figure(found, name)
     return out
-
-
-def reliability_figure(drafted: pd.DataFrame, name: str, resamples: int, seed: int) -> go.Figure:
-    """P(same token | cosine) of every level as a greedy loop drafts."""
-    bands = reliability.bands(drafted, reliability.CURVE, columns=("cosine", "match"),
-                              n_resamples=resamples, seed=seed)
-    return figures.reliability_curve(bands, title=f"Does a high cosine mean the same token? {name}")
 
 
 def arms_figure(found: Tables, name: str) -> go.Figure:

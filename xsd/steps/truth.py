@@ -42,11 +42,8 @@ UNITS = {"token_acceptance": ("matched", "positions"), "accepted_per_round": ("a
 B1, ONE_STEP, LOOP = "B1", decomposition.FORCED, decomposition.ROLLOUT
 SHOWN = (decomposition.FREE, ONE_STEP, LOOP, "drift", "rollout")
 """What docs/teacher_forcing.md sets side by side."""
-FLOORS = {"position mode": "position mode", "4-gram": "4-gram", "prompt lookup": "prompt lookup",
-          "drafter tokens": table.DRAFTER}  # fmt: skip
+FLOORS = {name: name for name in evaluation.FLOORS.values()} | {"drafter tokens": table.DRAFTER}
 """A floor's name → the level that it is in the counts."""
-
-
 KEYS = ["level", "sample", "sequence", "position", "kind"]
 """What says which token a row of the matches is; every other column is an arm."""
 
@@ -275,7 +272,7 @@ def free_running(run_dir: str | os.PathLike[str], data: str, pairs: HeldOut) -> 
     return free
 
 
-def save(P: parameters.TruthParameters, sets: Sequence[HeldOut], sequences: Mapping[str, int],
+def save(P: parameters.TruthParameters, sets: Mapping[str, HeldOut], sequences: Mapping[str, int],
          found: Mapping[str, Mapping[str, pd.DataFrame]]) -> dict[str, Any]:
     """Write ``results/truth.json``: gamma, waterfall, sequences, provenance and of each held-out
     set its tables as rows, the best floor and every level's distance above it."""
@@ -292,5 +289,4 @@ def save(P: parameters.TruthParameters, sets: Sequence[HeldOut], sequences: Mapp
             **{key: frame.to_dict("records") for key, frame in each.items()},
             "best_floor": heads["best floor"].iloc[0], "above_floor": above
         }  # fmt: skip
-    by_name = {one.name: one for one in sets}
-    return evaluation.save(P.run_dir, "truth", results, by_name, P.model_dump())
+    return evaluation.save(P.run_dir, "truth", results, sets, P.model_dump())
