@@ -1,5 +1,5 @@
-"""Levels of one's own: by module:Class, by class and as an object; checked, saved, loaded, unrolled;
-never imported because a file says so."""
+"""Levels of one's own: by module:Class, by class and as an object; checked, saved, loaded,
+unrolled; never imported because a file says so."""
 
 import sys
 

@@ -39,9 +39,9 @@ def test_pixel_baseline_is_saved_and_loaded_too(tmp_path):
 
 
 def test_unknown_names_are_explained():
-    with pytest.raises(ParameterError, match="unknown adapter level 'L9'; choose one of L1, L2, .* module:Class"):
+    with pytest.raises(ParameterError, match="level 'L9'; choose one of L1, L2, .* module:Class"):
         registry.create_adapter("L9")
-    with pytest.raises(ParameterError, match="adapter L1 cannot be made .* unexpected keyword argument 'heads'"):
+    with pytest.raises(ParameterError, match="L1 cannot be made .* unexpected keyword argument 'heads'"):
         registry.create_adapter("L1", 8, heads=2)
 
 
@@ -70,36 +70,35 @@ class HiddenAdapterConfig:
         self.__dict__.update(fields)
 
 
+LAYER = {
+    "layer.attention_norm": "layers.0.attn_norm", "layer.attention_out": "layers.0.attn.out_proj",
+    "layer.ffn_norm": "layers.0.ffn_norm", "layer.ffn_up": "layers.0.ffn.0",
+    "layer.ffn_down": "layers.0.ffn.3", "alpha": "alpha",
+    "layer.query_key_value.weight": "layers.0.attn.in_proj_weight",
+    "layer.query_key_value.bias": "layers.0.attn.in_proj_bias",
+}
+EAGLE = {**LAYER, "positions": "pos_embed", "final_norm": "output_norm",
+         "projection": "output_proj", "input_norm": "input_norm"}
+WIDE = {"input_norm": "input_norm", "final_norm": "final_norm"}
+for block in (0, 1):
+    WIDE |= {f"down.{block}": f"blocks.{block}.0", f"norms.{block}": f"blocks.{block}.1",
+             f"up.{block}": f"blocks.{block}.4", f"alphas.{block}": f"alphas.{block}"}
+THEIRS = {
+    "L3": WIDE, "L4": {**LAYER, "final_norm": "output_proj.0", "projection": "output_proj.1"},
+    "L5": EAGLE, "B1": EAGLE,
+    "L5F": {**EAGLE, "input_norm": "fusion_norm", "fusion": "fusion_proj", "gate": "gate.0"},
+}
+PARTS = {"norm": "layer_norm", "down": "down_proj", "up": "up_proj", "alpha": "alpha_param"}
+for level, blocks in (("L1", "layers"), ("L2", "blocks")):
+    THEIRS[level] = {"final_norm": "final_norm"} | {
+        f"blocks.{i}.{ours}": f"{blocks}.{i}.{theirs}"
+        for i in range(3) for ours, theirs in PARTS.items()}
+
+
 def _reference_names(adapter):
     """State dict of one of our adapters under the published file layout's names, written out by
     hand."""
-    blocks = "layers" if adapter.level == "L1" else "blocks"
-    layer = {
-        "layer.attention_norm": "layers.0.attn_norm",
-        "layer.attention_out": "layers.0.attn.out_proj", "layer.ffn_norm": "layers.0.ffn_norm",
-        "layer.ffn_up": "layers.0.ffn.0", "layer.ffn_down": "layers.0.ffn.3", "alpha": "alpha",
-        "layer.query_key_value.weight": "layers.0.attn.in_proj_weight",
-        "layer.query_key_value.bias": "layers.0.attn.in_proj_bias",
-    }  # fmt: skip
-    eagle = {
-        **layer, "positions": "pos_embed", "final_norm": "output_norm", "projection": "output_proj"
-    }
-    names = {
-        **{
-            f"blocks.{i}.{ours}": f"{blocks}.{i}.{theirs}" for i in range(3) for ours, theirs in (("norm", "layer_norm"), ("down", "down_proj"), ("up", "up_proj"), ("alpha", "alpha_param"))
-        }, "final_norm": "final_norm",
-    } if adapter.level in (
-        "L1", "L2"
-    ) else {**eagle, "input_norm": "input_norm"} if adapter.level in ("L5", "B1") else {
-        **eagle, "input_norm": "fusion_norm", "fusion": "fusion_proj", "gate": "gate.0",
-    } if adapter.level == "L5F" else {
-        "input_norm": "input_norm", "down.0": "blocks.0.0", "norms.0": "blocks.0.1",
-        "up.0": "blocks.0.4", "down.1": "blocks.1.0", "norms.1": "blocks.1.1", "up.1": "blocks.1.4",
-        "alphas.0": "alphas.0", "alphas.1": "alphas.1", "final_norm": "final_norm",
-    } if adapter.level == "L3" else {
-        **layer, "final_norm": "output_proj.0", "projection": "output_proj.1"
-    }  # fmt: skip
-    result = {}
+    names, result = THEIRS[adapter.level], {}
     for name, tensor in adapter.state_dict().items():
         stem, _, leaf = name.rpartition(".")
         result[names[name] if name in names else f"{names[stem]}.{leaf}"] = tensor

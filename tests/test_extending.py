@@ -1,5 +1,5 @@
-"""docs/extending.md as it stands: its files are written, its blocks run, and what they make goes from
-training to saving, loading and evaluation."""
+"""docs/extending.md as it stands: its files are written, its blocks run, and what they make goes
+from training to saving, loading and evaluation."""
 
 import re
 import sys

@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xsd import files
-from xsd.adapters import own, reference_files
+from xsd.adapters import linear, own, reference_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
 from xsd.adapters.bottleneck import BottleneckAdapter, WideBottleneckAdapter
 from xsd.adapters.eagle import EagleAdapter, FusedEagleAdapter
-from xsd.adapters.linear import LinearAdapter
 from xsd.adapters.pixel import PixelAlignment
 from xsd.core import CheckpointError, ParameterError
 
@@ -32,9 +31,7 @@ LEVELS: dict[str, type[Adapter]] = {
     "L4": AttentionAdapter, "L5": EagleAdapter, "B1": EagleAdapter, "L5F": FusedEagleAdapter,
 }
 """The levels that fit_adapter trains."""
-CLOSED_FORMS: dict[str, type[Adapter]] = {
-    "identity": LinearAdapter, "ridge": LinearAdapter, "procrustes": LinearAdapter
-}
+CLOSED_FORMS: dict[str, type[Adapter]] = dict.fromkeys(linear.KINDS, linear.LinearAdapter)
 NAMES = (*LEVELS, "P0", *CLOSED_FORMS)
 FORMAT = "xsd-adapter-1"
 

@@ -122,11 +122,6 @@ def size_of(hidden_size: int, layers: int, *, rank: int = 16,
     return layers * len(targets) * rank * 2 * hidden_size
 
 
-def trainable_parameters(model: nn.Module) -> int:
-    """Number of weights that a training would change."""
-    return sum(p.numel() for p in model.parameters() if p.requires_grad)
-
-
 def is_quantised(model: nn.Module) -> bool:
     """Whether the decoder's weights are held as 4-bit or 8-bit codes."""
     return not decoder_of(model)[1].layers[0].self_attn.q_proj.weight.is_floating_point()
