@@ -25,9 +25,8 @@ from xsd.models import layers as layer_states
 
 @dataclass(frozen=True)
 class Continuation:
-    """A greedy answer. ids: int64 [n], cut after the first EOS (EOS kept). hidden: [n, D],
-    post-norm, hidden[t] predicts ids[t]. layers: the same positions in other layers
-    (models.layers), [n, D] each."""
+    """A greedy answer. ids: int64 [n], cut after the first EOS (EOS kept). hidden: [n, D]. layers:
+    the same positions in other layers (models.layers), [n, D] each."""
 
     ids: Tensor
     hidden: Tensor
@@ -37,8 +36,8 @@ class Continuation:
 
 @dataclass(frozen=True)
 class Forced:
-    """A teacher-forced answer. hidden: [n, D] before each forced token. top_ids: int64 [n], the
-    model's own choice there. layers: as in :class:`Continuation`."""
+    """A teacher-forced answer. hidden, layers: as in :class:`Continuation`. top_ids: int64 [n], the
+    model's own choice before each forced token."""
 
     hidden: Tensor
     top_ids: Tensor
@@ -56,9 +55,8 @@ class BatchedAnswers:
         """Greedy answers, the same ids as one at a time.
 
         Prompts are padded on the left; a row leaves the batch at its EOS; questions on one clip
-        share its prefill when they stand in one batch. progress(n): called with the number of
-        samples just finished. layers: other layers to keep as well (models.layers; not -1, which
-        is ``hidden``).
+        share its prefill when they stand in one batch. progress(n): n samples are just finished.
+        layers: other layers to keep as well (models.layers; not -1, which is ``hidden``).
         """
         results: list[Continuation] = []
         for chunk in _chunks(samples, batch_size, progress):
@@ -70,20 +68,18 @@ class BatchedAnswers:
     def force(self, samples: Sequence[Sample], ids: Sequence[Tensor], *, batch_size: int = 16,
               progress: Callable[[int], None] | None = None,
               layers: Sequence[int] = ()) -> list[Forced]:
-        """States before each forced token, the whole answer in one forward pass.
+        """States before each forced token, the whole answer (prompt + ids[:-1]) in one pass.
 
-        The input is prompt + ids[:-1]. Rows are padded on the right, where a causal decoder's real
-        positions never look. progress, layers: as in :meth:`generate`.
-        Raises: ValueError if the two lists differ in length.
+        Rows are padded on the right, where a causal decoder's real positions never look. progress,
+        layers: as in :meth:`generate`. Raises: ValueError if the two lists differ in length.
         """
         if len(samples) != len(ids):
             raise ValueError(f"{len(samples)} samples but {len(ids)} answers to force; one answer "
                              "for each sample is expected")
         results: list[Forced] = []
-        answers = [torch.as_tensor(answer, dtype=torch.long) for answer in ids]
         for chunk in _chunks(samples, batch_size, progress):
             cache, tails = self._shared_prefill(chunk)
-            rows = list(zip(tails, answers[len(results):len(results) + len(chunk)], strict=True))
+            rows = list(zip(tails, ids[len(results):len(results) + len(chunk)], strict=True))
             lines = [torch.cat([tail, self._lookup(answer[:-1])]) for tail, answer in rows]
             embeds = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
             with layer_states.recorded(self.decoder, layers) as others:
@@ -91,16 +87,13 @@ class BatchedAnswers:
                                       use_cache=True).last_hidden_state
             for row, (tail, answer) in enumerate(rows):
                 cut = slice(len(tail) - 1, len(tail) - 1 + len(answer))
-                hidden = states[row, cut]
-                kept = {layer: other[row, cut].clone().cpu()
-                        for layer, other in zip(layers, others, strict=True)}
-                top_ids = self.lm_head(hidden).argmax(-1).cpu()
-                results.append(Forced(hidden.clone().cpu(), top_ids, kept))
+                hidden, *kept = (one[row, cut].clone().cpu() for one in (states, *others))
+                top_ids = self.lm_head(states[row, cut]).argmax(-1).cpu()
+                results.append(Forced(hidden, top_ids, dict(zip(layers, kept, strict=True))))
         return results
 
     def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
-        """A cache that holds each row's prompt up to its visual tokens, and what is still to be
-        fed, [L_i, D] a row.
+        """A cache with each row's prompt up to its visual tokens, and the rest of it [L_i, D].
 
             [ before | visual ] once a clip, then copied to its rows     [ after | answer ] by row
 
@@ -113,7 +106,7 @@ class BatchedAnswers:
         prefixes: dict[str, Tensor] = {}
         for sample, name, (before, _) in zip(samples, contents, split, strict=True):
             if name not in prefixes:
-                prefixes[name] = self._join(before, self.visual_tokens(sample), ())
+                prefixes[name] = self._join(before, self.visual_tokens(sample))
         lengths = {len(prefix) for prefix in prefixes.values()}
         longest = max(lengths) + max(len(after) for _, after in split)
         if (len(prefixes) == len(samples) or len(lengths) > 1
@@ -129,23 +122,22 @@ class BatchedAnswers:
     def _generate_batch(self, tails: list[Tensor], max_new_tokens: int, cache: DynamicCache,
                         layers: Sequence[int] = ()) -> list[Continuation]:
         embeds, positions, mask = _left_padded(tails, cache.get_seq_length())
-        batch = len(tails)
-        ids: list[list[int]] = [[] for _ in range(batch)]
-        states: list[list[Tensor]] = [[] for _ in range(batch)]
-        rows = list(range(batch))  # the answer that each row of the batch belongs to
+        ids: list[list[int]] = [[] for _ in tails]
+        states: list[list[Tensor]] = [[] for _ in tails]
+        rows = list(range(len(tails)))  # the answer that each row of the batch belongs to
         for step in range(max_new_tokens):
             with layer_states.recorded(self.decoder, layers) as others:
                 output = self.decoder(inputs_embeds=embeds, attention_mask=mask,
                                       position_ids=positions, past_key_values=cache, use_cache=True)
             hidden = output.last_hidden_state[:, -1]
             chosen = self.lm_head(hidden).argmax(-1)
-            kept = torch.stack([hidden, *(other[:, -1].to(hidden.device) for other in others)],
-                               dim=1)  # [B, 1 + layers, D]
-            for row, token, state in zip(rows, chosen.tolist(), kept, strict=True):
+            tokens = chosen.tolist()
+            others = [other[:, -1].to(hidden.device) for other in others]
+            kept = torch.stack([hidden, *others], dim=1)  # [B, 1 + layers, D]
+            for row, token, state in zip(rows, tokens, kept, strict=True):
                 ids[row].append(token)
                 states[row].append(state)
-            going = [i for i, token in enumerate(chosen.tolist())
-                     if token not in self.eos_token_ids]
+            going = [i for i, token in enumerate(tokens) if token not in self.eos_token_ids]
             if not going or step + 1 == max_new_tokens:
                 break
             positions = positions[:, -1:] + 1
@@ -158,19 +150,13 @@ class BatchedAnswers:
                 mask = None if mask is None else mask[index]
                 rows = [rows[i] for i in going]
             embeds = self._embed(chosen)[:, None]
-        return [self._continuation(*one, layers) for one in zip(ids, states, strict=True)]
-
-    def _continuation(self, ids: list[int], states: list[Tensor],
-                      layers: Sequence[int]) -> Continuation:
-        """states: [1 + layers, D] for each id."""
-        if states:
-            stacked = torch.stack(states).cpu()
-        else:
-            stacked = torch.zeros(0, 1 + len(layers), self.hidden_size)
-        finish = "eos" if ids and ids[-1] in self.eos_token_ids else "length"
-        return Continuation(torch.tensor(ids, dtype=torch.long), stacked[:, 0].contiguous(), finish,
-                            {layer: stacked[:, 1 + i].contiguous()
-                             for i, layer in enumerate(layers)})
+        found = []
+        for answer, at in zip(ids, states, strict=True):
+            hidden, *others = (one.contiguous() for one in torch.stack(at).cpu().unbind(1))
+            finish = "eos" if answer[-1] in self.eos_token_ids else "length"
+            found.append(Continuation(torch.tensor(answer, dtype=torch.long), hidden, finish,
+                                      dict(zip(layers, others, strict=True))))
+        return found
 
 
 def _chunks(samples: Sequence[Sample], size: int,
@@ -185,8 +171,7 @@ def _chunks(samples: Sequence[Sample], size: int,
 
 def _left_padded(tails: list[Tensor], cached: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """Embeddings [B, L, D], positions [B, L] and mask [B, cached + L] of rows [L_i, D] behind
-    ``cached`` positions; no mask for equal lengths: attention without one takes the faster
-    kernel."""
+    ``cached`` positions; no mask for equal lengths (attention is faster without)."""
     lengths = torch.tensor([len(tail) for tail in tails], device=tails[0].device)
     longest = int(lengths.max())
     padding = (longest - lengths)[:, None]

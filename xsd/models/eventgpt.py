@@ -19,16 +19,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    LlamaConfig,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, CLIPVisionConfig, CLIPVisionModel
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.models.llama.modeling_llama import LlamaModel, LlamaPreTrainedModel
+from transformers.models.llama import LlamaConfig, LlamaModel, LlamaPreTrainedModel
 
 from xsd.files import atomic_write
 
@@ -40,17 +34,17 @@ CLIP_VIT_L_14_336: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
     "hidden_act": "quick_gelu",
-}  # fmt: skip
+}
 """The tower of the released models; used where a configuration names none."""
 
 
 class EventGPTConfig(LlamaConfig):
     """LlamaConfig plus the vision side.
 
-    mm_visual_tower: path or name of the CLIP folder (in released files a path of somebody else's
-    machine). event_feature_adaptor: its presence counts, the value is ignored. vision_config:
-    CLIPVisionConfig fields, written by us, absent from official files.
-    tokenizer_model_max_length: a prompt with its event tokens is cut there.
+    mm_visual_tower: path or name of the CLIP folder (in released files of somebody else's machine).
+    event_feature_adaptor: its presence counts, not its value. vision_config: CLIPVisionConfig
+    fields, absent from official files. tokenizer_model_max_length: where a prompt with its event
+    tokens is cut.
     """
 
     model_type = "EventChat_llama"
@@ -131,20 +125,17 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         return torch.cat([features.mean(dim=-2), features.mean(dim=-3)], dim=-2)
 
     def embed_prompt(self, ids: Tensor, event_tokens: Tensor) -> Tensor:
-        """Embeddings of a prompt with the event tokens in place of id -200.
-
-        Args: ids: int64 [L] or [B,L], exactly one -200 a row. event_tokens: [E,D] or [B,E,D].
-        Returns: [L-1+E, D] or [B, L-1+E, D], cut at ``tokenizer_model_max_length``. Raises:
-        ValueError for another number of -200.
-        """
+        """Prompts int64 [L] or [B,L] with event_tokens [E,D] or [B,E,D] in place of id -200, as
+        embeddings [L-1+E, D] or [B, L-1+E, D], cut at ``tokenizer_model_max_length``. Raises:
+        ValueError unless a row holds one -200."""
         if ids.dim() == 1:
             return self.embed_prompt(ids[None], event_tokens[None])[0]
         words = self.get_input_embeddings()(ids.clamp(min=0))
         return self._splice(ids, words, event_tokens.to(words.dtype))
 
     def _splice(self, ids: Tensor, beside: Tensor, events: Tensor) -> Tensor:
-        """Values [B,L,...] that run beside the ids, with ``events`` [B,E,...] at the placeholder:
-        [B,L-1+E,...], cut at the maximum."""
+        """Values [B,L,...] beside the ids with ``events`` [B,E,...] at the placeholder, cut at the
+        maximum: [B,L-1+E,...]."""
         rows = []
         for row, values, inserted in zip(ids, beside, events, strict=True):
             places = (row == EVENT_TOKEN_ID).nonzero().flatten().tolist()
@@ -164,10 +155,9 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         widened the same way."""
         if event_pixels is not None:
             tokens = self.event_tokens(event_pixels)
-            shape = tokens.shape[:2]
-            if attention_mask is not None:
-                attention_mask = self._splice(input_ids, attention_mask,
-                                              attention_mask.new_ones(shape))
+            shape, mask = tokens.shape[:2], attention_mask
+            if mask is not None:
+                attention_mask = self._splice(input_ids, mask, mask.new_ones(shape))
             if labels is not None:
                 labels = self._splice(input_ids, labels, labels.new_full(shape, -100))
             inputs_embeds, input_ids = self.embed_prompt(input_ids, tokens), None
@@ -176,14 +166,10 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
                              inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels,
-                                      vocab_size=self.config.vocab_size)
-        return CausalLMOutputWithPast(loss=loss, logits=logits,
-                                      past_key_values=outputs.past_key_values,
-                                      hidden_states=outputs.hidden_states,
-                                      attentions=outputs.attentions)
+        loss = None if labels is None else self.loss_function(logits, labels,
+                                                              self.config.vocab_size)
+        return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states,
+                                      outputs.attentions)
 
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, event_pixels: Tensor | None = None,
@@ -202,10 +188,8 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         """As transformers', with the tower's configuration and the official architecture name."""
         if self.config.vision_config is None:
             self.config.vision_config = dict(CLIP_VIT_L_14_336)
-        # Names in memory are the official ones; transformers' own renaming for CLIP would add a
-        # second "vision_model.".
-        kwargs["save_original_format"] = False
-        super().save_pretrained(save_directory, **kwargs)
+        # transformers' renaming for CLIP would add a second "vision_model." to the official names.
+        super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
         path = Path(save_directory) / "config.json"
         written = json.loads(path.read_text())
         written["architectures"] = [OFFICIAL_ARCHITECTURE]

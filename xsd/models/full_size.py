@@ -2,8 +2,8 @@
 nothing is loaded, nothing allocated.
 
 Parameters are counted on a skeleton on the meta device, so the counts are those of the classes that
-will be loaded, and of the published files: 688 tensors and 7 079 684 096 parameters (EventGPT-7B),
-7 366 279 168 (Video-LLaVA-7B-hf, 14.7 GB in half precision).
+will be loaded and of the published files: 7 079 684 096 (EventGPT-7B), 7 366 279 168
+(Video-LLaVA-7B-hf, 14.7 GB in half precision).
 """
 
 from __future__ import annotations
@@ -15,14 +15,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    CLIPVisionConfig,
-    LlamaConfig,
-    VideoLlavaConfig,
-    VideoLlavaForConditionalGeneration,
-)
+from transformers import CLIPVisionConfig, LlamaConfig
+from transformers.models.video_llava import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
-from xsd.core import CheckpointError
 from xsd.models import loading
 from xsd.models.eventgpt import CLIP_VIT_L_14_336, EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import Role
@@ -31,22 +26,18 @@ from xsd.models.quantization import PROJECTORS, TOWERS
 FULL = "full"
 """Name of the pair EventGPT-7B and Video-LLaVA-7B."""
 N_EVENT_FRAMES, N_VIDEO_FRAMES = 5, 8
-_DECODER_7B = {
-    "hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
-    "num_attention_heads": 32, "num_key_value_heads": 32, "max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-5, "tie_word_embeddings": False,
-}
+_DECODER_7B = {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32,
+               "num_attention_heads": 32, "num_key_value_heads": 32,
+               "max_position_embeddings": 4096, "rms_norm_eps": 1e-5, "tie_word_embeddings": False}
 
 
 def drafter_config() -> EventGPTConfig:
-    """EventGPT-7B: a Llama decoder of 32 layers and width 4096 over 32 000 ids, CLIP ViT-L/14 at
-    336 px."""
+    """EventGPT-7B: a Llama decoder over 32 000 ids, CLIP ViT-L/14 at 336 px."""
     return EventGPTConfig(vocab_size=32_000, vision_config=dict(CLIP_VIT_L_14_336), **_DECODER_7B)
 
 
 def verifier_config() -> VideoLlavaConfig:
-    """Video-LLaVA-7B-hf: the same decoder over 32 064 ids, two CLIP ViT-L/14 towers at 224 px
-    (image and video)."""
+    """Video-LLaVA-7B-hf: the same decoder over 32 064 ids, an image and a video tower at 224 px."""
     return VideoLlavaConfig(
         vision_config=CLIPVisionConfig(**{**CLIP_VIT_L_14_336, "image_size": 224}),
         text_config=LlamaConfig(vocab_size=32_064, **_DECODER_7B),
@@ -90,25 +81,21 @@ class ModelSize:
 
 
 def sizes(pair: str | Path = FULL) -> tuple[ModelSize, ModelSize]:
-    """Drafter and verifier of ``"full"`` (both 7B models), ``"embedded"``, or a pair folder, from
-    their config.json alone. Raises: CheckpointError for a folder that is no pair."""
+    """Drafter and verifier of ``"full"``, ``"embedded"`` or a pair folder, from their config.json
+    alone. Raises: CheckpointError for a folder that is no pair."""
     if str(pair) == FULL:
         return (_size_of(EventGPTForCausalLM, drafter_config(), "drafter", "EventGPT-7B"),
                 _size_of(VideoLlavaForConditionalGeneration, verifier_config(), "verifier",
                          "Video-LLaVA-7B"))
     _, info = loading.pair_folder(pair, names="'full', 'embedded'")
-    for role in ("drafter", "verifier"):
-        if not (info[role] / "config.json").is_file():
-            raise CheckpointError(f"{info[role]} holds no config.json; give the directory of a "
-                                  "downloaded checkpoint")
-    drafter = EventGPTConfig.from_pretrained(info["drafter"])
-    verifier, model_class = loading.verifier_class(info["verifier"])
-    return (_size_of(EventGPTForCausalLM, drafter, "drafter", info["drafter"].name,
-                     n_event_frames=int(info.get("n_event_frames", N_EVENT_FRAMES))),
-            _size_of(model_class, verifier, "verifier", info["verifier"].name))
+    drafter, verifier = (loading.open_checkpoint(info[role])[0] for role in ("drafter", "verifier"))
+    config, model_class = loading.verifier_class(verifier)
+    return (_size_of(EventGPTForCausalLM, EventGPTConfig.from_pretrained(drafter), "drafter",
+                     drafter.name, int(info.get("n_event_frames", N_EVENT_FRAMES))),
+            _size_of(model_class, config, "verifier", verifier.name))
 
 
-def _size_of(model_class: type, config: Any, role: Role, name: str, *,
+def _size_of(model_class: type, config: Any, role: Role, name: str,
              n_event_frames: int = N_EVENT_FRAMES) -> ModelSize:
     with torch.device("meta"):
         model = model_class(config)

@@ -1,7 +1,4 @@
-"""A model behind the decoder-handle protocol: prefill, extend, rollback, lm_head over a KV cache.
-
-Answers to many samples: models.batched, whose methods a handle has too.
-"""
+"""A model behind the decoder-handle protocol: prefill, extend, rollback, lm_head, a KV cache."""
 
 from __future__ import annotations
 
@@ -25,8 +22,7 @@ _REMEMBERED_CLIPS = 64
 
 @dataclass
 class DecoderState:
-    """core.State. length: cached positions. hidden [D], logits [V]: what the last position said.
-    cache: keys and values."""
+    """core.State over a cache of keys and values."""
 
     length: int
     hidden: Tensor
@@ -35,11 +31,11 @@ class DecoderState:
 
 
 class ModelHandle(batched.BatchedAnswers):
-    """One loaded model (core.DecoderHandle). Build it with loading.load_drafter / load_verifier /
-    load_pair.
+    """One loaded model (core.DecoderHandle; models.batched for many samples), as models.loading
+    makes it.
 
-    draft_vocab_size: ids below it exist in the text vocabulary; ids above are padding or added
-    tokens and are never drafted. max_prompt: positions at which the drafter's prompt is cut.
+    draft_vocab_size: ids from it on are padding or added tokens and are never drafted. max_prompt:
+    positions at which the drafter's prompt is cut.
     """
 
     def __init__(self, model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, *,
@@ -63,22 +59,21 @@ class ModelHandle(batched.BatchedAnswers):
     # --- the prompt
 
     def images(self, sample: Sample) -> list[Any]:
-        """The pictures of the sample's own sensor. Raises: DatasetError without event frames,
+        """The pictures of the model's own sensor. Raises: DatasetError without event frames,
         VideoError without video frames."""
-        images = list(sample.event_frames if self.role == "drafter" else sample.video)
-        if not images:
-            error, what = (DatasetError, "event") if self.role == "drafter" else (VideoError,
-                                                                                  "video")
+        if self.role == "drafter":
+            images, what, error = sample.event_frames, "event", DatasetError
+        else:
+            images, what, error = sample.video, "video", VideoError
+        if len(images) == 0:
             raise error(f"{sample.sequence}/{sample.clip} has no {what} frame; check the clip's "
                         "files and read the dataset folder again")
-        return images
+        return list(images)
 
     def visual_tokens(self, sample: Sample, *, reuse: bool = True) -> Tensor:
-        """[E, D] tokens of the sample's own sensor: F + P event tokens, or frames × P video tokens.
-
-        With ``reuse`` they are remembered by what the images show, so that ten questions on a clip
-        run the tower once. Raises: as :meth:`images`.
-        """
+        """[E, D]: F + P event tokens, or frames × P video tokens. With ``reuse`` they are
+        remembered by what the images show: ten questions on a clip run the tower once. Raises: as
+        :meth:`images`."""
         images = self.images(sample)
         if not reuse:
             return self._encode_images(images)
@@ -114,11 +109,10 @@ class ModelHandle(batched.BatchedAnswers):
         """[L, D] input embeddings of the whole prompt, cut at ``max_prompt``."""
         before, after = self.prompt_ids(sample.question)
         visual = self.visual_tokens(sample, reuse=reuse_vision)
-        return self._join(before, visual, after)[:self.max_prompt]
+        return torch.cat([self._join(before, visual), self._lookup(after)])[:self.max_prompt]
 
-    def _join(self, before: Sequence[int], visual: Tensor, after: Sequence[int]) -> Tensor:
-        visual = visual.to(self._embed.weight.dtype)
-        return torch.cat([self._lookup(before), visual, self._lookup(after)])
+    def _join(self, before: Sequence[int], visual: Tensor) -> Tensor:
+        return torch.cat([self._lookup(before), visual.to(self._embed.weight.dtype)])
 
     def _lookup(self, ids: Sequence[int] | Tensor) -> Tensor:
         return self._embed(torch.as_tensor(ids, dtype=torch.long, device=self.device))
@@ -127,8 +121,8 @@ class ModelHandle(batched.BatchedAnswers):
 
     @torch.no_grad()
     def prefill(self, sample: Sample, *, reuse_vision: bool = False) -> DecoderState:
-        """Run the prompt. By default nothing is remembered from earlier calls, so its time is the
-        request's real prefill."""
+        """Run the prompt; by default nothing is reused, so its time is the request's real
+        prefill."""
         embeds = self.prompt_embeddings(sample, reuse_vision=reuse_vision)
         cache = DynamicCache(config=self.decoder.config)
         output = self.decoder(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
@@ -178,7 +172,7 @@ class ModelHandle(batched.BatchedAnswers):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
-        """One token as a token strip shows it: word starts carry their space, byte tokens their
+        """One token as a strip shows it: word starts carry their space, byte tokens their
         character."""
         token = self.tokenizer.convert_ids_to_tokens(int(token_id)) or f"<{int(token_id)}>"
         if len(token) == 6 and token.startswith("<0x"):
@@ -186,8 +180,7 @@ class ModelHandle(batched.BatchedAnswers):
         return token.replace("▁", " ")
 
     def weights_hash(self) -> str:
-        """SHA-256 over names, dtypes, shapes and bytes of all weights as held in memory (so a
-        quantised model has its own)."""
+        """:func:`tensors_hash` of the weights as held in memory (a quantised model has its own)."""
         if self._hash is None:
             self._hash = tensors_hash(self.model.state_dict())
         return self._hash
@@ -205,10 +198,9 @@ def tensors_hash(state: Mapping[str, Any]) -> str:
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
-    """The first end-of-answer ids named by the generation configuration, the configuration, the
-    tokenizer."""
-    for value in (model.generation_config.eos_token_id, model.config.get_text_config().eos_token_id,
-                  tokenizer.eos_token_id):
+    """The first end-of-answer ids that a configuration or the tokenizer names."""
+    for named in (model.generation_config, model.config.get_text_config(), tokenizer):
+        value = named.eos_token_id
         if value is not None and value != []:
             return frozenset([value] if isinstance(value, int) else value)
     return frozenset()

@@ -14,6 +14,7 @@ does not apply to it.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -38,19 +39,15 @@ def place(decoder: nn.Module, layer: int) -> int:
 @contextlib.contextmanager
 def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
     """While open, the list holds the states [B, S, D] of the decoder's latest call, one for each
-    layer, in the order given. layers: not -1, which the decoder returns itself. Raises:
-    ParameterError as :func:`place`."""
+    layer in the order given (not -1, which the decoder returns). Raises: as :func:`place`."""
     states: list[Any] = [None] * len(layers)
 
-    def keeper(index: int) -> Any:
-        def keep(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
-            states[index] = given[0] if given else named["hidden_states"]
-
-        return keep
+    def keep(index: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states[index] = given[0] if given else named["hidden_states"]
 
     with contextlib.ExitStack() as stack:
         for index, layer in enumerate(layers):
-            hook = decoder.layers[place(decoder, layer)].register_forward_pre_hook(
-                keeper(index), with_kwargs=True)
-            stack.callback(hook.remove)
+            entered = decoder.layers[place(decoder, layer)]
+            stack.callback(entered.register_forward_pre_hook(
+                functools.partial(keep, index), with_kwargs=True).remove)
         yield states

@@ -1,8 +1,8 @@
 """Checkpoint folders to decoder handles: the drafter (EventGPT), the verifier (a video model of
 transformers), and the pair.
 
-Whole files and the model type are checked before the weights are read; names and shapes of the
-tensors, and NaN, after it. Nothing is downloaded: a checkpoint is a folder on this machine.
+Files and the model type are checked before the weights are read; names, shapes and NaN after it.
+Nothing is downloaded: a checkpoint is a folder on this machine.
 """
 
 from __future__ import annotations
@@ -47,18 +47,16 @@ class Pair:
 
 
 def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, dict[str, Any]]:
-    """The folder of a pair, and what its pair.json says, with the folders of "drafter" and
-    "verifier" always in it. Raises: CheckpointError (naming ``names``) for a folder that is not
-    there."""
+    """The folder of a pair, and what its pair.json says, always with the folders of "drafter" and
+    "verifier". Raises: CheckpointError (naming ``names``) for a folder that is not there."""
     folder = EMBEDDED if str(profile) == "embedded" else Path(profile)
     if not folder.is_dir():
-        hint = (f"give {names} or a folder with drafter/ and verifier/" if folder != EMBEDDED else
-                "the embedded pair ships with the repository; clone it again or train it with "
-                "notebook 00")
+        hint = f"give {names} or a folder with drafter/ and verifier/"
+        if folder == EMBEDDED:
+            hint = "it ships with the repository; clone that again or train it with notebook 00"
         raise CheckpointError(f"no pair at {folder}: {hint}")
     info = keymap.read_json(folder / "pair.json") if (folder / "pair.json").is_file() else {}
-    return folder, {**info, **{role: folder / info.get(role, role)
-                               for role in ("drafter", "verifier")}}
+    return folder, info | {role: folder / info.get(role, role) for role in ("drafter", "verifier")}
 
 
 def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
@@ -93,23 +91,21 @@ def shared_vocabulary(drafter: ModelHandle, verifier: ModelHandle) -> int:
     if drafter.draft_vocab_size != verifier.draft_vocab_size:
         raise PairError(
             f"the tokenizers disagree in size: {sizes}; choose two models built on one vocabulary")
-    if drafter.eos_token_ids != verifier.eos_token_ids:
-        raise PairError(
-            f"the end-of-answer ids differ: {sorted(drafter.eos_token_ids)} for the drafter, "
-            f"{sorted(verifier.eos_token_ids)} for the verifier; correct eos_token_id in the "
-            "generation_config.json that is wrong")
+    ours, theirs = sorted(drafter.eos_token_ids), sorted(verifier.eos_token_ids)
+    if ours != theirs:
+        raise PairError(f"the end-of-answer ids differ: {ours} for the drafter, {theirs} for the "
+                        "verifier; correct eos_token_id in the wrong generation_config.json")
     return shared
 
 
 def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.dtype = "float32",
                  device: str = "cpu", vision_tower: str | Path | None = None) -> ModelHandle:
-    """An EventGPT checkpoint folder, official or ours.
+    """An EventGPT checkpoint folder, official or ours. quant: None, "4bit" or "8bit".
 
-    quant: None, "4bit" or "8bit". vision_tower: a CLIP folder, for a checkpoint that holds no tower
-    tensors or does not describe its tower. Raises: CheckpointError for anything missing, truncated,
-    of the wrong type or shape, or not finite.
+    vision_tower: a CLIP folder, for a checkpoint without tower tensors or their description.
+    Raises: CheckpointError for anything missing, truncated, of the wrong type or shape, not finite.
     """
-    folder, raw = _open(path)
+    folder, raw = open_checkpoint(path)
     if raw.get("model_type") != EventGPTConfig.model_type:
         raise CheckpointError(
             f"{folder} is of model type {raw.get('model_type')!r} but the drafter must be "
@@ -122,7 +118,7 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
     if config.vision_config is None:
         config.vision_config = tower.describe(folder, clip_folder, shapes)
     model = _from_pretrained(EventGPTForCausalLM, folder, dtype, device, quant, config=config,
-                             lacks="" if has_tower else keymap.TOWER)
+                             lacks=() if has_tower else keymap.TOWER)
     if not has_tower:
         tower.load_weights(model, clip_folder)
     pixels = read_pixel_spec(folder, clip_folder, image_size=config.tower_config().image_size)
@@ -139,12 +135,10 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
 
 def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch.dtype = "float32",
                   device: str = "cpu") -> ModelHandle:
-    """A video model that AutoModelForImageTextToText reads: Video-LLaVA, LLaVA-NeXT-Video.
-
-    An absent image tower (videos never use it) is filled from the video tower. Raises:
-    CheckpointError as load_drafter.
-    """
-    folder, raw = _open(path)
+    """A video model that AutoModelForImageTextToText reads: Video-LLaVA, LLaVA-NeXT-Video. An
+    absent image tower (videos never use it) is filled from the video tower. Raises: as
+    load_drafter."""
+    folder, raw = open_checkpoint(path)
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video "
                               "model such as Video-LLaVA as the verifier")
@@ -154,7 +148,7 @@ def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch
         _check_video_model(model_class(config), folder)
     has_tower = any("image_tower." in name for name in shapes)
     model = _from_pretrained(model_class, folder, dtype, device, quant,
-                             lacks="" if has_tower else "model.image_tower.")
+                             lacks=() if has_tower else "model.image_tower.")
     if not has_tower and hasattr(model.model, "image_tower"):
         model.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
     pixels = read_pixel_spec(folder, image_size=config.vision_config.image_size)
@@ -177,7 +171,7 @@ def verifier_class(folder: Path) -> tuple[Any, type]:
 
 def _check_video_model(model: nn.Module, folder: Path) -> None:
     features = getattr(getattr(model, "model", None), "get_video_features", None)
-    reads = [] if features is None else list(inspect.signature(features).parameters)
+    reads = inspect.signature(features).parameters if features else ()
     if not reads or "video_grid_thw" in reads or not hasattr(model.model, "language_model"):
         raise CheckpointError(
             f"{folder} is of model type {model.config.model_type!r}, which does not read a video "
@@ -190,16 +184,16 @@ def _check_video_model(model: nn.Module, folder: Path) -> None:
 
 def save_checkpoint(folder: str | Path, model: nn.Module, tokenizer: Any,
                     pixels: PixelSpec) -> None:
-    """Write weights (safetensors), configuration, tokenizer and preprocessor so that load_drafter /
-    load_verifier read them."""
+    """Write what load_drafter / load_verifier read: weights (safetensors), configuration,
+    tokenizer, preprocessor."""
     with _quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     pixels.write(folder)
 
 
-def _open(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint's folder and its config.json."""
+def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's folder and its config.json. Raises: CheckpointError where one is missing."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}; give the directory of a "
@@ -218,26 +212,19 @@ def _handle(model: Any, role: Role, pixels: PixelSpec, folder: Path,
                               "tokenizer files of the original checkpoint there")
     with _quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder)
-    handle = ModelHandle(model, tokenizer, role, pixels, name=folder.name,
-                         draft_vocab_size=_text_tokens(tokenizer, model))
+    base = tokenizer.vocab_size  # without added special tokens, and the padding rows of the head
+    while base - 1 in tokenizer.added_tokens_decoder:
+        base -= 1
+    base = min(base, model.get_output_embeddings().weight.shape[0])
+    handle = ModelHandle(model, tokenizer, role, pixels, name=folder.name, draft_vocab_size=base)
     if quant is not None and handle.device.type == "cpu":
         handle.weights_hash()  # bitsandbytes repacks 4-bit weights at the first CPU forward
     return handle
 
 
-def _text_tokens(tokenizer: Any, model: nn.Module) -> int:
-    """Ids of the base vocabulary: without added special tokens and without the padding rows of the
-    head."""
-    text = tokenizer.vocab_size
-    while text - 1 in tokenizer.added_tokens_decoder:
-        text -= 1
-    return min(text, model.get_output_embeddings().weight.shape[0])
-
-
 def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, device: str,
-                     quant: str | None, *, lacks: str, **kwargs: Any) -> Any:
-    """The model, its tensors those of the folder. lacks: beginning of the names that may be
-    missing, because they are filled afterwards."""
+                     quant: str | None, *, lacks: str | tuple[()], **kwargs: Any) -> Any:
+    """The model with the folder's tensors. lacks: how names begin that are filled afterwards."""
     dtype = dtype_of(dtype)
     if quant is not None:
         kwargs |= {"quantization_config": quantization_config(quant, dtype),
@@ -251,7 +238,7 @@ def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, d
         reason = str(error).strip().splitlines()[0]
         raise CheckpointError(f"{folder} could not be loaded: {reason}; check its files against "
                               "the original") from error
-    missing = [name for name in info["missing_keys"] if not (lacks and name.startswith(lacks))]
+    missing = [name for name in info["missing_keys"] if not name.startswith(lacks)]
     if wrong := keymap.differences(missing, info["unexpected_keys"], info["mismatched_keys"]):
         raise CheckpointError(f"{folder} does not fit {model_class.__name__}: {wrong}; check "
                               "config.json (of the drafter: or give the matching CLIP folder as "
@@ -261,8 +248,7 @@ def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, d
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """transformers' progress bars and loading notes off for a while: this module checks and reports
-    by itself."""
+    """transformers' progress bars and notes off for a while: this module checks by itself."""
     bars = transformers_logging.is_progress_bar_enabled()
     level = transformers_logging.get_verbosity()
     transformers_logging.disable_progress_bar()

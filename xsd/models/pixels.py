@@ -1,5 +1,5 @@
-"""Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them. Here and not in
-``sensors``, because the sizes, means and deviations belong to a checkpoint."""
+"""Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them; sizes, means
+and deviations belong to a checkpoint, so not in ``sensors``."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "process
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """How a checkpoint wants its images. resize: shortest edge in pixels; crop: side of the centre
-    crop. mean, std: per RGB channel."""
+    """How a checkpoint wants its images. resize: shortest edge; crop: side of the centre crop
+    (pixels). mean, std: per RGB channel."""
 
     resize: int
     crop: int
@@ -42,17 +42,13 @@ class PixelSpec:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise DatasetError(
                     f"an image is {image.dtype} {list(image.shape)}; uint8 [H, W, 3] is expected")
-            height, width = image.shape[:2]
             # transformers truncates the longer edge (int), it does not round.
-            if height <= width:
-                new_height, new_width = self.resize, int(self.resize * width / height)
-            else:
-                new_height, new_width = int(self.resize * height / width), self.resize
-            if (new_height, new_width) != (height, width):
-                resized = Image.fromarray(image).resize((new_width, new_height),
-                                                        Image.Resampling.BICUBIC)
-                image = np.asarray(resized)
-            top, left = (new_height - self.crop) // 2, (new_width - self.crop) // 2
+            sides, short = image.shape[:2], min(image.shape[:2])
+            height, width = (int(self.resize * side / short) for side in sides)
+            if (height, width) != sides:
+                picture = Image.fromarray(image)
+                image = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+            top, left = (height - self.crop) // 2, (width - self.crop) // 2
             rows.append(image[top:top + self.crop, left:left + self.crop])
         whole = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(torch.float64)
         pixels = whole.mul(1 / 255).to(torch.float32)
@@ -61,13 +57,12 @@ class PixelSpec:
 
     def write(self, folder: str | Path) -> None:
         """Write preprocessor_config.json in transformers' layout."""
+        crop = {"height": self.crop, "width": self.crop}
         write_json(Path(folder) / _FILES[0], {
-            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True,
-            "do_resize": True, "size": {"shortest_edge": self.resize}, "resample": 3,
-            "do_center_crop": True, "crop_size": {"height": self.crop, "width": self.crop},
-            "do_rescale": True, "rescale_factor": 1 / 255,
-            "do_normalize": True, "image_mean": list(self.mean), "image_std": list(self.std),
-        })
+            "image_processor_type": "CLIPImageProcessor", "do_convert_rgb": True, "resample": 3,
+            "do_resize": True, "size": {"shortest_edge": self.resize}, "do_center_crop": True,
+            "crop_size": crop, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
+            "image_mean": self.mean, "image_std": self.std})
 
 
 def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
@@ -86,9 +81,8 @@ def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
         crop = found.get("crop_size", size) if found.get("do_center_crop", True) else size
         crop = crop if isinstance(crop, int) else crop["height"]
         if crop != image_size:
-            raise CheckpointError(
-                f"{path} crops to {crop} pixels but the vision tower reads {image_size}; use the "
-                "preprocessor file of this tower")
+            raise CheckpointError(f"{path} crops to {crop} pixels but the vision tower reads "
+                                  f"{image_size}; use the preprocessor file of this tower")
         return PixelSpec(size, crop, tuple(found.get("image_mean", CLIP_MEAN)),
                          tuple(found.get("image_std", CLIP_STD)))
     return PixelSpec(image_size, image_size)

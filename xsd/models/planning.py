@@ -1,9 +1,6 @@
-"""What a run of a pair will take, from the models' sizes alone: memory, disk and hours.
-
-Everything here is *predicted*, by the formulas in the docstrings, from counted parameters
-(models.full_size) and a stated machine speed. docs/models.md, "Planning", says how far the
-predictions were checked.
-"""
+"""What a run of a pair will take: memory, disk and hours, *predicted* by the formulas in the
+docstrings from counted parameters (models.full_size) and a stated machine speed. How far they were
+checked: docs/models.md, "Planning"."""
 
 from __future__ import annotations
 
@@ -18,14 +15,13 @@ from xsd.models.quantization import dtype_of
 
 Sizes = tuple[ModelSize, ModelSize]
 STATE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
-"""A stored number; int8 rows carry one float32 scale each."""
+"""Of a stored number; int8 rows carry one float32 scale each."""
 PROMPT_TOKENS = {"drafter": 59, "verifier": 22}
 """Text positions of a prompt with a question of nine words (EventGPT: 641 positions in all)."""
 TEXT_BYTES_PER_SAMPLE = 700
 """Question, both answers and names in the parquet file beside a shard, roughly."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
-"""A 4-bit weight with its share of the quantised block constants (blocks of 64, second level of
-256)."""
+"""A 4-bit weight with its share of the quantised constants (blocks of 64, second level of 256)."""
 PEAK = "peak: both weights, larger cache + activations"
 
 # --- the machine
@@ -33,12 +29,9 @@ PEAK = "peak: both weights, larger cache + activations"
 
 @dataclass(frozen=True)
 class Machine:
-    """Speed as used in the predictions. tflops: matrix products in half precision; tflops32: in
-    float32; gb_s: memory bandwidth. memory_gb: of the device; None if unknown.
-
-    compute_share, bandwidth_share: how much of it plain transformers code reaches.
-    source: "data sheet" (quoted), "given", or "measured" on this machine.
-    """
+    """Speed as used in the predictions: matrix products in half precision and in float32, memory
+    bandwidth, and the shares of them that plain transformers code reaches. memory_gb: None if
+    unknown. source: "data sheet" (quoted), "given", or "measured" on this machine."""
 
     name: str
     tflops: float
@@ -55,14 +48,9 @@ class Machine:
                 raise ParameterError(f"{name} must be above 0, not {getattr(self, name)}")
 
     def flops(self, dtype: str) -> float:
-        """Floating-point operations a second that are reckoned with."""
+        """Operations a second that are reckoned with."""
         peak = self.tflops32 if dtype_of(dtype) == torch.float32 else self.tflops
         return 1e12 * self.compute_share * peak
-
-    @property
-    def bytes_s(self) -> float:
-        """Bytes a second from device memory that are reckoned with."""
-        return 1e9 * self.bandwidth_share * self.gb_s
 
     def reaching(self, *, tflops: float | None = None, gb_s: float | None = None,
                  memory_gb: float | None = None) -> Machine:
@@ -90,11 +78,8 @@ MEASURED_SHARES = (0.75, 0.6)
 
 def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -> Machine:
     """Time square matrix products, and a matrix times a vector for the bandwidth, on this machine:
-    a second or two. memory_gb: what is free now.
-
-    size: side of the products on a CPU (8 times that on a GPU); the bandwidth's matrix has 10 times
-    the side, 240 MB, so that no cache holds it.
-    """
+    a second or two. memory_gb: what is free now. size: side of the products on a CPU (8 times that
+    on a GPU); the bandwidth's matrix has 10 times the side, 240 MB, so that no cache holds it."""
     place, threads = torch.device(device), torch.get_num_threads()
 
     def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -102,23 +87,20 @@ def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -
         return min(timer.timeit(1).median for _ in range(repeats))
 
     on_cpu = place.type == "cpu"
-    side = size if on_cpu else 8 * size
-    wide = 10 * size if on_cpu else 3 * side
-    tflops = {}
+    side, wide = (size, 10 * size) if on_cpu else (8 * size, 24 * size)
+    tflops = []
     for dtype in (torch.bfloat16, torch.float32):
         square = torch.ones(side, side, dtype=dtype, device=place)
-        tflops[dtype] = 2 * side**3 / seconds(square, square) / 1e12
+        tflops.append(2 * side**3 / seconds(square, square) / 1e12)
     block, vector = torch.ones(wide, wide, device=place), torch.ones(wide, device=place)
     gb_s = block.nbytes / seconds(block, vector) / 1e9
     free = free_bytes(device)
     name = f"this CPU, {threads} threads" if on_cpu else torch.cuda.get_device_name(place)
-    return Machine(name, tflops[torch.bfloat16], tflops[torch.float32], gb_s, free and free / 1e9,
-                   *MEASURED_SHARES, "measured")
+    return Machine(name, *tflops, gb_s, free and free / 1e9, *MEASURED_SHARES, "measured")
 
 
 def free_bytes(device: str = "cpu") -> int | None:
-    """Bytes that can be allocated now on a CUDA device or in main memory; None where the system
-    does not say."""
+    """Free on a CUDA device or in main memory now; None where the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -133,8 +115,8 @@ def free_bytes(device: str = "cpu") -> int | None:
 
 
 def weight_bytes(size: ModelSize, dtype: str, quant: str | None = None) -> float:
-    """Σ parameters · bytes; with quant only the decoder's linear layers shrink (4bit: NF4_BYTES;
-    8bit: 1, and 4 bytes a row)."""
+    """Σ parameters · bytes; quant shrinks the decoder's linear layers alone (4bit: NF4_BYTES; 8bit:
+    1, and 4 bytes a row)."""
     linear, number = size.parameters["linear"], dtype_of(dtype).itemsize
     in_linear = {None: linear * number, "4bit": linear * NF4_BYTES,
                  "8bit": linear + 4 * size.linear_rows}
@@ -155,18 +137,16 @@ def kv_bytes(size: ModelSize, positions: int, batch: int, dtype: str) -> int:
 
 def activation_bytes(size: ModelSize, batch: int, dtype: str, quant: str | None = None) -> int:
     """The widest moment of a forward pass without gradients: the tower over one clip's pictures, or
-    the decoder's gated layer.
+    the decoder's gated layer over ``batch`` prompts (an upper bound: those of a clip run once).
 
-    (2·width + 3·inner) numbers a position: residual, normed input, gate, up, product. Prompts that
-    share their clip are run once, yet the bound takes ``batch`` of them. Attention is taken to be
-    fused (no L × L matrix). 4-bit adds one unpacked weight.
+    (2·width + 3·inner) numbers a position: residual, normed input, gate, up, product. Attention is
+    taken to be fused (no L × L matrix). 4-bit adds one unpacked weight.
     """
-    number = dtype_of(dtype).itemsize
     in_tower = 2 * size.tower_hidden + 3 * size.tower_intermediate
     in_decoder = 2 * size.hidden + 3 * size.intermediate
-    tower = size.n_frames * size.frame_tokens * in_tower * number
-    decoder = batch * prompt_positions(size) * in_decoder * number
-    return max(tower, decoder) + (size.largest_linear * number if quant == "4bit" else 0)
+    widest = max(size.n_frames * size.frame_tokens * in_tower,
+                 batch * prompt_positions(size) * in_decoder)
+    return (widest + (size.largest_linear if quant == "4bit" else 0)) * dtype_of(dtype).itemsize
 
 
 def memory(pair: Sizes, *, dtype: str, quant: str | None, batch: int,
@@ -174,23 +154,21 @@ def memory(pair: Sizes, *, dtype: str, quant: str | None, batch: int,
     """Bytes of both models on one device, ``batch`` answers of ``new_tokens`` at a time: weights,
     KV cache and activations of each, and their PEAK (the models do not run at the same time)."""
     found: dict[str, float] = {}
-    working = []
+    weights, working = 0.0, 0
     for size in pair:
+        own = weight_bytes(size, dtype, quant)
         cache = kv_bytes(size, prompt_positions(size) + new_tokens, batch, dtype)
         activations = activation_bytes(size, batch, dtype, quant)
-        found |= {f"{size.role}: weights": weight_bytes(size, dtype, quant),
-                  f"{size.role}: KV cache": cache, f"{size.role}: activations": activations}
-        working.append(cache + activations)
-    weights = sum(found[f"{size.role}: weights"] for size in pair)
-    return {**found, PEAK: weights + max(working)}
+        found |= {f"{size.role}: weights": own, f"{size.role}: KV cache": cache,
+                  f"{size.role}: activations": activations}
+        weights, working = weights + own, max(working, cache + activations)
+    return {**found, PEAK: weights + working}
 
 
 def shard_bytes(pair: Sizes, *, samples: int, tokens: int, modes: int, stored: str,
                 dtype: str) -> int:
-    """Paired states, ids and texts of ``modes`` run folders, each with both LM heads.
-
-    A position of one model is D numbers and an 8-byte id (int8: and a 4-byte scale).
-    """
+    """Paired states, ids and texts of ``modes`` run folders, each with both LM heads. A position of
+    one model is D numbers and an 8-byte id (int8: and a 4-byte scale)."""
     if stored not in STATE_BYTES:
         raise ParameterError(
             f"states cannot be stored as {stored!r}; choose one of {', '.join(STATE_BYTES)}")
@@ -204,8 +182,7 @@ def shard_bytes(pair: Sizes, *, samples: int, tokens: int, modes: int, stored: s
 
 
 def prefill_flops(size: ModelSize, positions: int) -> float:
-    """2 · linear parameters · positions, and 2 · layers · width · positions² of causal
-    attention."""
+    """2 · linear parameters · positions, and 2 · layers · width · positions² (causal attention)."""
     attention = 2.0 * size.layers * size.hidden * positions**2
     return 2.0 * size.parameters["linear"] * positions + attention
 
@@ -227,18 +204,16 @@ def step_seconds(size: ModelSize, machine: Machine, dtype: str, quant: str | Non
     read = weight_bytes(size, dtype, quant) - not_read * dtype_of(dtype).itemsize
     read += kv_bytes(size, positions, batch, dtype)
     compute = 2.0 * batch * (size.parameters["linear"] + size.vocab * size.hidden)
-    return max(read / machine.bytes_s, compute / machine.flops(dtype))
+    bytes_s = 1e9 * machine.bandwidth_share * machine.gb_s
+    return max(read / bytes_s, compute / machine.flops(dtype))
 
 
 def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str | None, clips: int,
                        questions: int, new_tokens: int, batch: int,
                        modes: tuple[str, ...]) -> dict[str, float]:
     """By what is done. A clip's pictures and the prompt up to its questions run once a batch; then
-    ``new_tokens`` steps for each batch of answers.
-
-    teacher_forced: the verifier generates, the drafter is forced in one pass. free_running: the
-    drafter generates too.
-    """
+    ``new_tokens`` steps for each batch of answers. teacher_forced: the verifier generates, the
+    drafter is forced in one pass; free_running: the drafter generates too."""
     drafter, verifier = pair
     samples, prompts = clips * questions, clips * -(-questions // batch)
     steps = -(-samples // batch) * new_tokens
@@ -248,11 +223,9 @@ def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str 
         return steps * step_seconds(size, machine, dtype, quant, batch=min(batch, samples),
                                     positions=middle)
 
-    found = {
-        "verifier prefill": prompts * prompt_seconds(verifier, machine, dtype),
-        "verifier answers": answers(verifier),
-        "drafter prefill": prompts * prompt_seconds(drafter, machine, dtype),
-    }
+    found = {"verifier prefill": prompts * prompt_seconds(verifier, machine, dtype),
+             "verifier answers": answers(verifier),
+             "drafter prefill": prompts * prompt_seconds(drafter, machine, dtype)}
     if "teacher_forced" in modes:
         forced = samples * prefill_flops(drafter, new_tokens)
         found["drafter forced"] = forced / machine.flops(dtype)
@@ -263,12 +236,9 @@ def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str 
 
 def training(parameters: int, verifier: ModelSize, machine: Machine, *, samples: int, tokens: int,
              epochs: int, batch: int) -> tuple[float, float]:
-    """Seconds and peak bytes of training an adapter of so many parameters with float32 AdamW.
-
-    6 · parameters operations a position forward and backward, 4 · V · D for the frozen head under a
-    token loss; 16 bytes a parameter (weight, gradient, two moments), the head, and per position 3
-    rows of logits and 24 states.
-    """
+    """Seconds and peak bytes of training an adapter with float32 AdamW: 6 · parameters operations a
+    position, 4 · V · D for the frozen head under a token loss; 16 bytes a parameter (weight,
+    gradient, two moments), the head, and per position 3 rows of logits and 24 states."""
     head = verifier.vocab * verifier.hidden
     seconds = samples * tokens * epochs * (6.0 * parameters + 4.0 * head) / machine.flops("float32")
     rows = 3 * verifier.vocab + 24 * verifier.hidden

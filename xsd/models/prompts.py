@@ -1,5 +1,4 @@
-"""The two prompts as token ids, split at the place of the visual tokens (docs/models.md,
-"Prompts")."""
+"""The two prompts as token ids, split at the visual tokens (docs/models.md, "Prompts")."""
 
 from __future__ import annotations
 
@@ -16,8 +15,8 @@ VIDEO_TOKEN = "<video>"
 def drafter_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     """Ids before the event tokens (BOS first) and after them, each side tokenised by itself, as
     the official code does. Raises: DatasetError for an empty question."""
-    return ([*_bos(tokenizer), *_plain(tokenizer, f"{DRAFTER_SYSTEM} USER: <ev_start>")],
-            _plain(tokenizer, f"<ev_end>\n{_checked(question)} ASSISTANT:"))
+    after = _ids(tokenizer, f"<ev_end>\n{_checked(question)} ASSISTANT:")
+    return _bos(tokenizer) + _ids(tokenizer, f"{DRAFTER_SYSTEM} USER: <ev_start>"), after
 
 
 def verifier_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
@@ -25,12 +24,12 @@ def verifier_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[
     ``<video>`` as one special token, as the model's processor does, then split there. Raises:
     DatasetError for an empty question; CheckpointError if the tokenizer has no ``<video>``."""
     place = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    ids = _plain(tokenizer, f"USER: {VIDEO_TOKEN}\n{_checked(question)} ASSISTANT:")
+    ids = _ids(tokenizer, f"USER: {VIDEO_TOKEN}\n{_checked(question)} ASSISTANT:")
     if place is None or ids.count(place) != 1:
         raise CheckpointError(f"the verifier's tokenizer does not know {VIDEO_TOKEN} as one token; "
                               "use the tokenizer saved with the video checkpoint")
     at = ids.index(place)
-    return [*_bos(tokenizer), *ids[:at]], ids[at + 1:]
+    return _bos(tokenizer) + ids[:at], ids[at + 1:]
 
 
 def _checked(question: str) -> str:
@@ -40,7 +39,7 @@ def _checked(question: str) -> str:
     return question
 
 
-def _plain(tokenizer: Any, text: str) -> list[int]:
+def _ids(tokenizer: Any, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False).input_ids
 
 

@@ -20,9 +20,8 @@ DTYPES: dict[str, torch.dtype] = {
 TOWERS = ("visual_tower", "video_tower", "image_tower", "vision_tower")
 PROJECTORS = ("visual_projector", "feature_adaptor", "multi_modal_projector")
 KEPT_WHOLE = ("lm_head", *(f"model.{name}" for name in (*TOWERS, *PROJECTORS)))
-"""Modules never quantised (bitsandbytes leaves only ``lm_head`` alone by itself). By full name:
-transformers matches from the start of the path, so a bare "video_tower" would match nothing below
-``model.`` and the tower would be quantised without a word."""
+"""Modules never quantised, by full name: transformers matches from the start of the path, so a bare
+"video_tower" would match nothing and the tower would be quantised without a word."""
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
@@ -35,23 +34,18 @@ def dtype_of(name: str | torch.dtype) -> torch.dtype:
     return DTYPES[name]
 
 
-def quantization_config(quant: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """``None``, ``"4bit"`` (NF4, double quantisation) or ``"8bit"`` (LLM.int8). dtype: the compute
-    dtype of 4-bit layers. Raises: ParameterError for another name."""
-    if quant is None:
-        return None
-    if quant == "4bit":
-        return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                                  bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
-                                  llm_int8_skip_modules=list(KEPT_WHOLE))
-    if quant == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=list(KEPT_WHOLE))
-    raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
+def quantization_config(quant: str, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """``"4bit"`` (NF4, double quantisation) or ``"8bit"`` (LLM.int8). dtype: in which 4-bit layers
+    compute. Raises: ParameterError for another name."""
+    if quant not in ("4bit", "8bit"):
+        raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
+    return BitsAndBytesConfig(load_in_4bit=quant == "4bit", load_in_8bit=quant == "8bit",
+                              bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=list(KEPT_WHOLE))
 
 
 def dtype_map(model: nn.Module) -> dict[str, dict[str, int]]:
-    """Per top module (two levels of names) the number of stored values by dtype: what was quantised
-    and what was not."""
+    """Per top module (two levels of names) the number of stored values by dtype."""
     found: dict[str, Counter[str]] = {}
     for name, parameter in model.named_parameters():
         parts = name.split(".")

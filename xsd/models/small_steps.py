@@ -4,8 +4,8 @@ costs that dominate small models on a CPU.
 A decode step of a small model is memory traffic and bookkeeping. Here the projections that read one
 input are one matrix (q, k, v; gate, up), stored input-major (faster for few rows); the rotary table
 is made once; keys and values stand in one buffer that grows in place, so that a step copies its own
-rows alone and a rollback is an assignment. Used only where that is the same computation
-(:func:`fits`), by both models of a pair and the autoregressive baseline alike.
+rows alone and a rollback is an assignment. Used where that is the same computation (:func:`fits`),
+by both models of a pair and the autoregressive baseline alike.
 """
 
 from __future__ import annotations
@@ -17,8 +17,7 @@ from transformers import DynamicCache, LlamaModel
 
 _ROOM = 64
 _WIDEST = 1024
-"""Above this width a step is bound by its weights, and copies of them would cost memory for
-nothing."""
+"""Wider, a step is bound by its weights, and copies of them would cost memory for nothing."""
 
 
 def fits(decoder: nn.Module) -> bool:
@@ -26,23 +25,22 @@ def fits(decoder: nn.Module) -> bool:
     grouping, bias, or scaled rotary)."""
     if not isinstance(decoder, LlamaModel):
         return False
-    config = decoder.config
-    heads, head_dim = config.num_attention_heads, decoder.layers[0].self_attn.head_dim
+    config, heads = decoder.config, decoder.config.num_attention_heads
     linears = [one for one in decoder.layers.modules() if isinstance(one, nn.Linear)]
-    return (config.num_key_value_heads == heads and heads * head_dim == config.hidden_size
+    return (config.num_key_value_heads == heads
+            and heads * decoder.layers[0].self_attn.head_dim == config.hidden_size <= _WIDEST
             and config.rope_parameters.get("rope_type") == "default"
-            and config.hidden_act == "silu" and config.hidden_size <= _WIDEST
+            and config.hidden_act == "silu"
             and all(type(one) is nn.Linear and one.bias is None for one in linears)
             and all(weight.dtype == torch.float32 and weight.device.type == "cpu"
                     for weight in (*decoder.layers.parameters(), decoder.norm.weight)))
 
 
 class GrowingCache:
-    """Keys and values of one sequence, one buffer [heads, room, head_dim] for each layer;
-    positions from ``length`` on are free."""
+    """Keys and values of one sequence, one buffer [heads, room, head_dim] for each layer; positions
+    from ``length`` on are free. prompt: a cache of one row, as a prefill leaves it."""
 
     def __init__(self, prompt: DynamicCache) -> None:
-        """prompt: a cache of one row, as a prefill leaves it."""
         self.length = prompt.get_seq_length()
         self.keys = [self._roomy(layer.keys[0]) for layer in prompt.layers]
         self.values = [self._roomy(layer.values[0]) for layer in prompt.layers]
@@ -68,38 +66,34 @@ class GrowingCache:
 
 
 class Steps:
-    """Weights of a decoder that :func:`fits`, arranged for small calls. They are copies;
-    :meth:`current` says whether they still agree."""
+    """Copies of the weights of a decoder that :func:`fits`, arranged for small calls."""
 
     def __init__(self, decoder: LlamaModel) -> None:
         config = decoder.config
         self._decoder = decoder
         self._version = self._versions()
         self.heads, self.width = config.num_attention_heads, config.hidden_size
-        self.eps = config.rms_norm_eps
-        self.norm = decoder.norm.weight.detach()
+        self.eps, self.norm = config.rms_norm_eps, decoder.norm.weight.detach()
         self.layers: list[tuple[Tensor, ...]] = []
         for layer in decoder.layers:
-            attention, mlp = layer.self_attn, layer.mlp
-            three = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
-            two = [mlp.gate_proj.weight, mlp.up_proj.weight]
-            weights = (layer.input_layernorm.weight, torch.cat(three).t(),
-                       attention.o_proj.weight.t(), layer.post_attention_layernorm.weight,
-                       torch.cat(two).t(), mlp.down_proj.weight.t())
+            mix, mlp = layer.self_attn, layer.mlp
+            qkv = torch.cat([mix.q_proj.weight, mix.k_proj.weight, mix.v_proj.weight])
+            gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
+            weights = (layer.input_layernorm.weight, qkv.t(), mix.o_proj.weight.t(),
+                       layer.post_attention_layernorm.weight, gate_up.t(), mlp.down_proj.weight.t())
             self.layers.append(tuple(weight.detach().contiguous() for weight in weights))
         positions = torch.arange(config.max_position_embeddings)[None]
         cos, sin = decoder.rotary_emb(self.norm, positions)
-        half = cos.shape[-1] // 2
+        first, second = sin[0].chunk(2, -1)
         self._cos = cos[0, :, None]
         # With the sign of rotate_half, so that a roll suffices.
-        self._sin = torch.cat([-sin[0, :, :half], sin[0, :, half:]], -1)[:, None]
+        self._sin = torch.cat([-first, second], -1)[:, None]
 
     def _versions(self) -> list[tuple[int, int]]:
-        return [(parameter.data_ptr(), parameter._version)
-                for parameter in self._decoder.parameters()]
+        return [(weight.data_ptr(), weight._version) for weight in self._decoder.parameters()]
 
     def current(self) -> bool:
-        """False once a weight of the model was changed in place (training, loading)."""
+        """False once a weight of the model has changed (training, loading)."""
         return self._version == self._versions()
 
     def __call__(self, embeds: Tensor, cache: GrowingCache) -> Tensor:

@@ -1,5 +1,5 @@
-"""The drafter's vision tower: where it is, how it is built, and its weights when the checkpoint
-leaves them out."""
+"""The drafter's vision tower: where it is, how it is built, its weights where a checkpoint has
+none."""
 
 from __future__ import annotations
 
@@ -20,9 +20,8 @@ _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
          needed: bool) -> Path | None:
-    """The CLIP folder: ``override``, or what the checkpoint's raw config names, here or beside the
-    checkpoint. Raises: CheckpointError if the override is no folder, or a needed tower is not on
-    this machine."""
+    """The CLIP folder: ``override``, or what the checkpoint's raw config names, here or beside it.
+    Raises: CheckpointError if the override is no folder, or a needed tower is nowhere here."""
     if override is not None:
         if not Path(override).is_dir():
             raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the "
@@ -41,7 +40,7 @@ def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
 
 
 def describe(folder: Path, clip_folder: Path | None,
-             shapes: dict[str, keymap.Shape]) -> dict[str, Any]:
+             shapes: dict[str, list[int]]) -> dict[str, Any]:
     """CLIPVisionConfig fields: from the CLIP folder, else read off the tensors (64 channels a head,
     as CLIP ViT-B and -L have). Raises: CheckpointError if neither says enough."""
     if clip_folder is not None:
@@ -50,10 +49,11 @@ def describe(folder: Path, clip_folder: Path | None,
         return {name: found[name] for name in _FIELDS if name in found}
     prefix = next((name.partition("embeddings.")[0] for name in shapes
                    if name.startswith(keymap.TOWER) and "embeddings." in name), "")
+    layers = prefix + "encoder.layers."
     try:
         width, _, patch, _ = shapes[prefix + "embeddings.patch_embedding.weight"]
         positions = shapes[prefix + "embeddings.position_embedding.weight"][0]
-        inner = shapes[prefix + "encoder.layers.0.mlp.fc1.weight"][0]
+        inner = shapes[layers + "0.mlp.fc1.weight"][0]
     except KeyError as error:
         raise CheckpointError(f"{folder} lacks the vision-tower tensor {error.args[0]}; download "
                               "it again or pass vision_tower") from error
@@ -61,14 +61,11 @@ def describe(folder: Path, clip_folder: Path | None,
         raise CheckpointError(
             f"{folder} does not say how its vision tower is built (width {width} is no CLIP of 64 "
             "channels a head); pass vision_tower=<its CLIP folder>")
-    layers = prefix + "encoder.layers."
-    numbers = [int(name.removeprefix(layers).partition(".")[0])
-               for name in shapes if name.startswith(layers)]
-    return {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": 1 + max(numbers),
-        "num_attention_heads": width // 64, "patch_size": patch,
-        "image_size": patch * round((positions - 1)**0.5), "hidden_act": "quick_gelu",
-    }
+    depth = len({name.removeprefix(layers).partition(".")[0]
+                 for name in shapes if name.startswith(layers)})
+    return {"hidden_size": width, "intermediate_size": inner, "num_hidden_layers": depth,
+            "num_attention_heads": width // 64, "patch_size": patch,
+            "image_size": patch * round((positions - 1)**0.5), "hidden_act": "quick_gelu"}
 
 
 def load_weights(model: EventGPTForCausalLM, folder: Path) -> None:
@@ -85,10 +82,9 @@ def load_weights(model: EventGPTForCausalLM, folder: Path) -> None:
                               "'vision_model.'); give the folder of a CLIP model")
     clip = model.model.visual_tower.clip
     expected = clip.state_dict()
-    missing = expected.keys() - weights.keys()
     mismatched = [(name, tensor.shape, expected[name].shape) for name, tensor in weights.items()
                   if name in expected and tensor.shape != expected[name].shape]
-    if wrong := keymap.differences(missing, (), mismatched):
+    if wrong := keymap.differences(expected.keys() - weights.keys(), (), mismatched):
         raise CheckpointError(f"the CLIP in {folder} does not fit this checkpoint: {wrong}; give "
                               "the CLIP the checkpoint was trained with")
     clip.load_state_dict(weights, strict=False)
