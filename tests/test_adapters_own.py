@@ -65,12 +65,12 @@ def test_what_is_no_adapter_is_told_in_one_sentence(name, why):
 
 
 def test_other_mistakes_are_explained():
-    with pytest.raises(ParameterError, match="Linear.reads is None; say what forward takes"):
+    with pytest.raises(ParameterError, match=r"Linear.reads is None; say what forward takes"):
         registry.resolve(torch.nn.Linear(2, 2), WIDTH)
     with pytest.raises(ParameterError, match="forward does not run on one tensor"):
         checks.check_adapter(registry.resolve(
             my_levels.Mine(hidden_size=WIDTH, drafter_size=3), WIDTH))
-    with pytest.raises(ParameterError, match="Mine cannot be made .* 'depth'"):
+    with pytest.raises(ParameterError, match=r"Mine cannot be made .* 'depth'"):
         registry.resolve("my_levels:Mine", WIDTH, depth=3)
     with pytest.raises(ParameterError, match="is made already; give its class"):
         registry.resolve(my_levels.Mine(hidden_size=4, drafter_size=4), 4, width=3)

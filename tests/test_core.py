@@ -191,7 +191,7 @@ def test_an_object_is_found_in_the_working_directory_and_where_a_run_was_started
         tmp_path, monkeypatch):
     (tmp_path / "made_here.py").write_text("class Outer:\n    class Inner:\n        level = 'in'\n")
     monkeypatch.delitem(sys.modules, "made_here", raising=False)
-    with pytest.raises(ParameterError, match="put made_here.py into the working directory"):
+    with pytest.raises(ParameterError, match=r"put made_here.py into the working directory"):
         files.import_object("made_here:Outer")
     monkeypatch.setenv("XSD_STARTED_IN", str(tmp_path))
     before = list(sys.path)
