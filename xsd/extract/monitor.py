@@ -177,14 +177,14 @@ def events(folder: str | Path) -> list[Event]:
     return sorted(found, key=lambda event: event.time_s)
 
 
-def report(folder: str | Path, *, last: int = 10) -> str:
-    """The page that ``xsd data status`` prints: one line per run, then the latest errors."""
+def report(folder: str | Path) -> str:
+    """The page that ``xsd data status`` prints: one line per run, then the ten latest errors."""
     states, found = status(folder), events(folder)
     lines = [str(one) for one in states]
     if found:
-        shown = f", the last {last}" if len(found) > last else ""
+        shown = ", the last 10" if len(found) > 10 else ""
         lines.append(f"errors and restarts ({len(found)}{shown}):")
-        lines += [f"  {event}" for event in found[-last:]]
+        lines += [f"  {event}" for event in found[-10:]]
     if any(one.state == "stopped" for one in states):
         lines.append("stopped runs are continued by the command that began them")
     return "\n".join(lines)

@@ -29,6 +29,7 @@ from xsd.shards import format as layout
 from xsd.shards import lock
 
 PARTS = "part-*-of-*"
+_WAIT_S = 120.0
 _SETTINGS = ("mode", "tap", "dtype", "samples_per_shard", "hidden_size_drafter",
              "hidden_size_verifier", "token_ids", "heads")
 
@@ -110,17 +111,15 @@ def check_begun(folder: Path, rank: Rank, settings: Mapping[str, Any]) -> bool:
     return False
 
 
-def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int, *,
-         wait_s: float = 120.0) -> bool:
+def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int) -> bool:
     """Make one run of the parts once all of them are finished; True when the folder holds that run.
-    Killed half-way, it is continued.
+    Killed half-way, it is continued. Another process that joins just now is waited for.
 
-    wait_s: how long to wait for another process that joins just now. Raises: ShardError if parts
-    differ in their settings or a file is missing; StorageError.
+    Raises: ShardError if parts differ in their settings or a file is missing; StorageError.
     """
     ranks = [Rank(number, world_size) for number in range(world_size)]
     parts = [rank.part(folder) for rank in ranks if rank.share(n_samples, samples_per_shard)]
-    end = time.monotonic() + wait_s
+    end = time.monotonic() + _WAIT_S
     while True:
         if finished(folder) and not any(part.exists() for part in parts):
             return True

@@ -218,12 +218,9 @@ class ShardWriter:
         atomic_write(path, data)
         self._update(heads={**self.manifest["heads"], role: entry})
 
-    def rewrite_shard(self, number: int, pairs: Sequence[PairedStates]) -> bool:
-        """Replace a damaged shard by the same samples extracted again. Returns whether it is the
-        same bytes as the lost one.
-
-        Raises: ShardError for another number of samples; StorageError.
-        """
+    def rewrite_shard(self, number: int, pairs: Sequence[PairedStates]) -> None:
+        """Replace a damaged shard by the same samples extracted again. Raises: ShardError for
+        another number of samples; StorageError."""
         before = self.manifest["shards"][number]
         if len(pairs) != before["n_samples"]:
             raise ShardError(f"{self.folder / before['file']} holds {before['n_samples']} samples "
@@ -234,7 +231,6 @@ class ShardWriter:
             shards = [*self.manifest["shards"]]
             shards[number] = entry
             self._update(shards=shards)
-        return entry == before
 
     def forget_times(self) -> None:
         """Drop a damaged file of times; the table then says NaN for the seconds."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -64,21 +64,19 @@ def root_of(run_dir: str | os.PathLike[str], data: str, split: str) -> Path:
 
 
 def prepare(run_dir: str | os.PathLike[str], data: str, split: str, *, n_sequences: int,
-            seed: int = 0, workers: int = 2,
-            progress: Callable[[int], None] | None = None) -> Path:
+            seed: int = 0, workers: int = 2) -> Path:
     """Make sure that the data set is there and return its folder; simulated drives are made once
     and found again.
 
-    workers: processes that simulate (the drives do not depend on it). progress: called with the
-    number of finished drives. Raises: ParameterError when the run folder holds other drives than
-    asked for, and as :func:`root_of`.
+    workers: processes that simulate (the drives do not depend on it). Raises: ParameterError when
+    the run folder holds other drives than asked for, and as :func:`root_of`.
     """
     root = root_of(run_dir, data, split)
     if data != SIMULATED:
         return root
     if not (root / folder.INDEX).is_file():
         drive.write_dataset(root, split=split, n_sequences=n_sequences, seed=SEED_OFFSET + seed,
-                            workers=workers, progress=progress)
+                            workers=workers)
         return root
     wanted = simulated_sequences(split, n_sequences, seed)
     found = sorted({record.sequence for record in folder.open_folder(root)})
