@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from studies.embedded_pair import recipe as pair
 from xsd.core import MetricError, ParameterError
-from xsd.evaluate import statistics
+from xsd.evaluate import held_out, statistics
 from xsd.sensors import folder
 from xsd.steps import data
 
@@ -48,8 +48,8 @@ def test_every_clip_of_a_single_sequence_is_asked_everything():
 
 
 def test_clusters_are_sequences_unless_there_is_but_one():
-    assert data.clusters(["a", "a", "b"], ["0", "1", "0"]) == ["a", "a", "b"]
-    assert data.clusters(["road", "road"], ["0", "1"]) == ["road/0", "road/1"]
+    assert held_out.clusters(["a", "a", "b"], ["0", "1", "0"]) == ["a", "a", "b"]
+    assert held_out.clusters(["road", "road"], ["0", "1"]) == ["road/0", "road/1"]
 
 
 def test_simulated_drives_are_made_once_and_other_ones_are_refused(tmp_path):
@@ -81,7 +81,7 @@ def test_the_recording_is_for_testing_and_its_clips_are_the_clusters():
     samples = data.samples(data.root_of("unused", "davis_road", "test"), "test",
                            questions_per_sequence=2)
     assert len(samples) == 6 and {sample.sequence for sample in samples} == {"davis_road"}
-    assert len(set(data.clusters([one.sequence for one in samples],
+    assert len(set(held_out.clusters([one.sequence for one in samples],
                                  [one.clip for one in samples]))) == 3
 
 

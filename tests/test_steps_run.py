@@ -85,17 +85,6 @@ def test_a_finished_run_is_found_again(run_dir):
     assert [one["epochs"] for one in again["levels"].values()] == [2, 2, 2, 2]
 
 
-def test_a_missing_training_is_made_on_the_data_of_the_run(run_dir, monkeypatch):
-    asked = []
-    for step in (extraction, training):
-        monkeypatch.setattr(step, "ensure",
-                            lambda *_, **options: asked.append(options.get("data")))
-    given = {"run_dir": run_dir, "levels": LEVELS}
-    ready.ensure(parameters.TokenParameters.checked({**given, "data": "own/drives"}), adapters=True)
-    ready.ensure(parameters.HiddenParameters.checked(given), adapters=True)
-    assert asked == ["own/drives", "own/drives", "simulated", "simulated"]
-
-
 def test_token_ids_are_read_without_states(found, monkeypatch):
     own = evaluation.held_out(found.pairs["simulated"].dataset.folder.parents[2], "simulated")
     monkeypatch.setattr(type(own.dataset), "batches",

@@ -13,10 +13,9 @@ clips, which overlap: weak intervals.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,32 +146,17 @@ def pictures(run_dir: str | os.PathLike[str], data: str, samples: pd.DataFrame,
              about: Mapping[str, Any]) -> Callable[[int], Sample]:
     """A function that reads the held-out sample in a row of ``samples`` (sequence, clip, question)
     with its pictures. about: the run's pair file, which names the pair and its canvas."""
+    names = list(zip(samples["sequence"], samples["clip"], samples["question"], strict=True))
 
     @functools.cache
-    def records() -> tuple[dict[tuple[str, str], folder.ClipRecord], int]:
+    def lazily() -> dict[tuple[str, str, str], plan.LazySample]:
         from xsd.models import loading  # brings the models' libraries, which few readers need
 
         _, info = loading.pair_folder(about["pair"])
-        found = folder.open_folder(root_of(run_dir, data, "test"), "test")
-        return {(one.sequence, one.clip): one for one in found}, info.get("n_event_frames", 5)
+        grid = plan.folder_samples(folder.open_folder(root_of(run_dir, data, "test"), "test"),
+                                   sorted({question for *_, question in names}),
+                                   n_event_frames=info.get("n_event_frames", 5),
+                                   canvas=about.get("event_canvas", "slice"))
+        return {(one.sequence, one.clip, one.question): one for one in grid}
 
-    @functools.lru_cache(maxsize=2)
-    def clip(sequence: str, name: str) -> Sample:
-        known, n = records()
-        record = known[sequence, name]
-        stored = folder.stored_frames(record, n)
-        canvas = None if stored else about.get("event_canvas", "slice")
-        return folder.load_sample(record, "?", n_event_frames=n, canvas=canvas)
-
-    def load(index: int) -> Sample:
-        line = samples.iloc[index]
-        return dataclasses.replace(clip(line["sequence"], line["clip"]), question=line["question"])
-
-    return load
-
-
-def clusters(sequences: Sequence[str], clips: Sequence[str]) -> list[str]:
-    """What intervals draw: the sequences, or ``sequence/clip`` where there is but one sequence."""
-    if len(set(sequences)) > 1:
-        return list(sequences)
-    return [f"{sequence}/{clip}" for sequence, clip in zip(sequences, clips, strict=True)]
+    return lambda index: lazily()[names[index]].load()

@@ -124,7 +124,8 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
     for (split, name), counted in counts.items():
         found = dict(counted)
         short, hashes[split, name] = datasets.name_of(name), found.pop("data_hash")
-        own = answers(open_pairs(given.run_dir, split, name, found["modes"][0]))
+        stored = open_pairs(given.run_dir, split, name, found["modes"][0])
+        own = [ids.tolist() for ids in stored.ids("verifier")]
         if split == "train":
             results["train"], training = found, own
             continue
@@ -183,17 +184,3 @@ def open_pairs(run_dir: str | os.PathLike[str], split: str, data: str, mode: str
             f"holds: {', '.join(held) or 'none'}); run notebook 01 with this data set and mode "
             "first")
     return ShardDataset(place, expected_mode=mode)  # type: ignore[arg-type]
-
-
-def answers(dataset: ShardDataset) -> list[list[int]]:
-    """The verifier's token ids of every sample, as lists; no state is read."""
-    return [ids.tolist() for ids in dataset.ids("verifier")]
-
-
-def ensure(run_dir: str, seed: int, *, data: str = datasets.SIMULATED,
-           test_data: Sequence[str] = ()) -> None:
-    """Extract with the smoke parameters when the run holds nothing at all (ready.ensure)."""
-    if not (folder.resolve(run_dir) / PAIR_FILE).is_file():
-        held_out = {"test_data": list(test_data)} if test_data else {}
-        values = {"run_dir": run_dir, "seed": seed, "data": data, **held_out}
-        run(parameters.ExtractParameters.checked(values))

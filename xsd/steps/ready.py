@@ -27,15 +27,16 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
     if tokens:
         _ensure_tokens(P)
         return
-    data = getattr(P, "data", None)
-    if pairs or adapters:
-        extraction.ensure(P.run_dir, P.seed, data=data or datasets.SIMULATED,
-                          test_data=getattr(P, "test_data", ()))
+    own = {"run_dir": P.run_dir, "seed": P.seed}
+    if (pairs or adapters) and not (folder.resolve(P.run_dir) / extraction.PAIR_FILE).is_file():
+        sets = {name: getattr(P, name) for name in ("data", "test_data") if hasattr(P, name)}
+        extraction.run(parameters.ExtractParameters.checked({**own, **sets}))
     if adapters and not training.trained(P.run_dir):
         levels = P.levels if adapters is True else adapters  # type: ignore[attr-defined]
-        data = data or extraction.pair_file(P.run_dir).get("data", datasets.SIMULATED)
+        data = P.data if hasattr(P, "data") else extraction.pair_file(P.run_dir).get(
+            "data", datasets.SIMULATED)
         training.run(parameters.TrainParameters.checked(
-            {"run_dir": P.run_dir, "seed": P.seed, "levels": list(levels), "data": data}))
+            {**own, "levels": list(levels), "data": data}))
 
 
 def _ensure_tokens(P: parameters.CompareParameters | parameters.ExploreParameters) -> None:
