@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import os
 import random
 from collections import defaultdict
@@ -60,18 +61,18 @@ def measure(arms: Sequence[Arm], samples: Sequence[Sample], *, path: str | os.Pa
     with open_records(Path(path), header, about) as (records, append):
         done = {(r["arm"], r["sample"], r["repeat"]) for r in records}
         own = {r["sample"]: r["ids"] for r in records if r["arm"] == "ar"}
-        wanted = {sample.key: [(number + k, k) for k in range(repeats)]
-                  for number, sample in enumerate(samples)}
-        todo = [sample for sample in samples
+        todo = (sample for sample in samples
                 if any((name, sample.key, k) not in done
-                       for name in names for k in range(repeats))]
-        for sample in todo[:warmup]:
+                       for name in names for k in range(repeats)))
+        for sample in itertools.islice(todo, warmup):
             for arm in order:
                 arm.run(sample, max_new_tokens)
-        for sample in todo:
+        for number, sample in enumerate(samples):
             made = [(arm, k, arm.run(sample, max_new_tokens))
-                    for turn, k in wanted[sample.key] for arm in _rotated(order, turn)
+                    for k in range(repeats) for arm in _rotated(order, number + k)
                     if (arm.name, sample.key, k) not in done]
+            if not made:
+                continue
             reference = own.get(sample.key) or next(
                 (list(g.ids) for arm, _, g in made if arm.name == "ar"), None)
             if reference is None:
