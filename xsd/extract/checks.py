@@ -21,11 +21,8 @@ _BLOCK = 4096
 
 
 def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
-    """Problems of every run in a folder, by run; an empty list where all is well.
-
-    Raises: ShardError if there is no run. A damaged manifest is a problem of its run, with the
-    sentence of its error.
-    """
+    """Problems of every run in a folder (a damaged manifest is one), by run; an empty list where
+    all is well. Raises: ShardError if there is no run."""
     found: dict[Path, list[store.Problem]] = {}
     for place in monitor.runs(folder):
         try:

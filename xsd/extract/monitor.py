@@ -145,8 +145,7 @@ def _status(folder: Path) -> Status:
 
 def note(folder: str | Path, kind: str, what: str, *, pid: int | None = None,
          part: str = "") -> None:
-    """Add one line to the errors of a run; where even that cannot be written (a full disk), only
-    this line is lost."""
+    """Add one line to the errors of a run; on a full disk, only this line is lost."""
     line = {"kind": kind, "what": " ".join(what.split()), "pid": pid or os.getpid(), "part": part,
             "time_s": round(time.time(), 3)}
     with contextlib.suppress(OSError):
@@ -167,8 +166,7 @@ def recording(folder: str | Path, part: str = "") -> Iterator[None]:
 
 
 def events(folder: str | Path) -> list[Event]:
-    """Errors and restarts of the runs in a folder (or of the run that the folder is one kind of
-    pairs of), oldest first."""
+    """Errors and restarts of the runs in a folder, or of the run it is part of; oldest first."""
     kinds = [place.parent if place.match(ranks.PARTS) else place for place in runs(folder)]
     files = dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
     fields = ("kind", "what", "pid", "part", "time_s")

@@ -49,10 +49,7 @@ class Rank:
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] | None = None) -> Rank:
         """The rank in torch.distributed where a process group was made, else RANK and WORLD_SIZE as
-        torchrun and accelerate set them.
-
-        Raises: ParameterError if they are no numbers.
-        """
+        torchrun and accelerate set them. Raises: ParameterError if they are no numbers."""
         distributed = torch.distributed
         if environment is None and distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
@@ -88,12 +85,8 @@ def finished(folder: Path) -> dict[str, Any] | None:
 
 
 def check_begun(folder: Path, rank: Rank, settings: Mapping[str, Any]) -> bool:
-    """True if ``folder`` holds the finished run already. settings: mode, tap, dtype,
-    samples_per_shard, config.
-
-    Raises: ShardError if it was begun by another number of processes, or holds a finished run of
-    other settings.
-    """
+    """True if ``folder`` holds the finished run already. settings: those of a ShardWriter. Raises:
+    ShardError if it was begun by another number of processes, or finished with other settings."""
     if done := finished(folder):
         wanted = json.loads(json.dumps(dict(settings)))
         if difference := layout.first_difference({key: done[key] for key in wanted}, wanted):
@@ -113,10 +106,8 @@ def check_begun(folder: Path, rank: Rank, settings: Mapping[str, Any]) -> bool:
 
 def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int) -> bool:
     """Make one run of the parts once all of them are finished; True when the folder holds that run.
-    Killed half-way, it is continued. Another process that joins just now is waited for.
-
-    Raises: ShardError if parts differ in their settings or a file is missing; StorageError.
-    """
+    Killed half-way, it is continued; another process that joins just now is waited for. Raises:
+    ShardError if parts differ in their settings or a file is missing; StorageError."""
     ranks = [Rank(number, world_size) for number in range(world_size)]
     parts = [rank.part(folder) for rank in ranks if rank.share(n_samples, samples_per_shard)]
     end = time.monotonic() + _WAIT_S

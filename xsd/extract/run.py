@@ -190,12 +190,8 @@ def _open_writers(stack: contextlib.ExitStack, folders: Mapping[Kind, Path],
 def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
              writers: Mapping[Kind, ShardWriter], answers: Answers,
              settings: Mapping[str, Any]) -> None:
-    """Extract the batch that begins at sample ``first`` of the common plan; only what lies in
-    ``share`` is this process's to write.
-
-    It is always computed whole, so that a resumed run, or one of several processes, gives the same
-    bytes.
-    """
+    """Extract the batch that begins at sample ``first`` of the common plan: always whole, so that a
+    resumed run, or one of several processes, gives the same bytes. Only ``share`` is written."""
     began, longest = time.perf_counter(), settings["max_new_tokens"]
     loaded = plan.load(items[first:first + settings["batch_size"]])
     verifier = answers(loaded)
@@ -235,11 +231,8 @@ def _save_heads(pair: Pair, writers: Mapping[Kind, ShardWriter]) -> None:
 
 
 def check_head(handle: ModelHandle, answers: Sequence[Continuation]) -> None:
-    """Compare ``states @ head.T`` in float32 with the model's own logits. Raises: PairError with
-    the difference.
-
-    The tolerance is the rounding of the model's dtype over a sum of D products.
-    """
+    """Compare ``states @ head.T`` in float32 with the model's own logits, up to the rounding of the
+    model's dtype over a sum of D products. Raises: PairError with the difference."""
     weight = handle.head.weight
     hidden = torch.cat([answer.hidden for answer in answers]).to(weight.device)
     own = handle.lm_head(hidden).float()

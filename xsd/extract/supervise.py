@@ -42,10 +42,7 @@ def _on_stop(act: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
     """An event that SIGINT or SIGTERM sets, so that the batch at hand is finished; a second signal
-    acts as usual.
-
-    Outside the main thread signals are left alone and the event is never set.
-    """
+    acts as usual. Outside the main thread signals are left alone."""
     stop = threading.Event()
 
     def told(number: int, restore: Callable[[], None]) -> None:

@@ -128,10 +128,8 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
 
 
 def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
-    """The bytes of a safetensors file; the same rows give the same bytes.
-
-    with_text: keep the texts inside, as pending pieces do.
-    """
+    """The bytes of a safetensors file; the same rows give the same bytes. with_text: texts inside,
+    as in pending pieces."""
     tensors: dict[str, Tensor] = {}
     for role in ROLES:
         lengths = torch.tensor([0, *(len(row.ids[role]) for row in rows)], dtype=torch.int64)
@@ -178,10 +176,8 @@ def pack_metadata(rows: Sequence[Row]) -> bytes:
 
 
 def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file that hold all the keys; none where there is no file.
-
-    Others are left out: a killed writer may have written half of its last line.
-    """
+    """The lines of a JSON-lines file that hold all the keys, if there is one. Others are left out:
+    a killed writer may have written half of its last line."""
     found = []
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         try:

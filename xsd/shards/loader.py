@@ -86,26 +86,20 @@ class Loader(IterableDataset[Batch]):
     # --- position
 
     def set_epoch(self, epoch: int) -> None:
-        """Begin this epoch at its first batch. A DataLoader's workers do not count epochs: call it
-        before each one."""
+        """Begin this epoch; needed before each one where DataLoader workers read."""
         self.epoch, self._base, self._taken = epoch, 0, 0
 
     def state(self, taken: int | None = None) -> dict[str, Any]:
-        """Where the stream stands, as JSON: the batch after the one given out last, and the
-        settings that decide the order.
+        """Where the stream stands, as JSON: the next batch, and what decides the order.
 
-        taken: batches received since the iteration began, counted by the caller, where DataLoader
-        workers give them out.
+        taken: batches received since the iteration began, where DataLoader workers give them out.
         """
         taken = self._taken if taken is None else taken
         return {"epoch": self.epoch, "batch": self._base + taken * self.world_size, **self._order()}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on where ``state()`` was taken: exactly the batches that were left. The number of
-        ranks and workers may be another one.
-
-        Raises: ShardError naming the first setting, or the data, that differs.
-        """
+        """Go on where ``state()`` was taken, with any number of ranks and workers. Raises:
+        ShardError naming the first setting, or the data, that differs."""
         now = self._order()
         if difference := layout.first_difference({key: state.get(key) for key in now}, now):
             what = difference.replace("in the folder", "in the state")
@@ -125,8 +119,7 @@ class Loader(IterableDataset[Batch]):
         worker, n_workers = (info.id, info.num_workers) if info is not None else (0, 1)
         if info is None and self._memory is None:
             self._memory = {role: Memory(self.prefetch + 2) for role in layout.ROLES}
-        # A DataLoader's worker sends whole blocks to the main process, so it takes just what a
-        # batch needs.
+        # A DataLoader's worker sends whole blocks to the main process: just what a batch needs.
         reader = self._reader(self._memory if info is None else None)
 
         def read(chosen: list[int]) -> Batch:
@@ -160,8 +153,7 @@ class Loader(IterableDataset[Batch]):
                 mine = None
 
     def _planned(self, reader: ShardReader) -> Iterator[list[int]]:
-        """The epoch's batches of all ranks, as indices; reads the offsets of shards whose turn
-        comes."""
+        """The epoch's batches of all ranks, as indices; a shard's offsets are read in its turn."""
         def items_of(number: int) -> Iterator[batching.Item]:
             lengths = reader.shard(number).lengths
             return ((index, lengths[self.dataset.locate(index)[1]])
@@ -183,13 +175,8 @@ class Loader(IterableDataset[Batch]):
         return n // self.world_size + (not self.drop_uneven and self.rank < n % self.world_size)
 
     def memory_bound(self) -> int:
-        """Bytes that an iteration holds at most, besides the interpreter; the same for any number
-        of shards. Reads all offsets once.
-
-        Batches: those read ahead, the one being handed over and the one in the consumer's hands.
-        What a reading thread converts at a time. Offsets, ids, scales and names of the open shards
-        (128 at most). Manifest and index lists are the dataset's own.
-        """
+        """Bytes that an iteration holds at most, for any number of shards (docs/shards.md, Memory).
+        Reads all offsets once."""
         reader, shards = self._reader(), self.dataset.manifest["shards"]
         longest = max(max(reader.shard(number).lengths, default=0) for number in self._by_shard)
         positions = min(unit * self.bounds[name]

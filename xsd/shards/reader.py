@@ -31,8 +31,7 @@ from xsd.shards import format as layout
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What states may be delivered in."""
 SCRATCH = 1 << 20
-"""Bytes that are read before they are converted: few enough to be still in the processor's cache
-then."""
+"""Bytes read before they are converted: few enough to be still in the processor's cache then."""
 _SAFETENSORS = {
     "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
     "I64": torch.int64

@@ -81,8 +81,7 @@ class ShardDataset:
 
     @property
     def has_token_ids(self) -> bool:
-        """False where the source kept no token ids; they then read as -1 and no token metric can be
-        computed."""
+        """False where the source kept no token ids; they then read as -1."""
         return self.manifest["token_ids"]
 
     @property
@@ -115,11 +114,8 @@ class ShardDataset:
         return number, position - self._firsts[number]
 
     def by_shard(self, indices: Sequence[int] | None = None) -> Mapping[int, Sequence[int]]:
-        """Number of a shard → the indices that lie in it, ascending in both; all samples, or those
-        at ``indices``.
-
-        Of a whole run these are ranges, so that nothing grows with the number of samples.
-        """
+        """Number of a shard → the indices that lie in it (all, or of ``indices``), ascending in
+        both. Of a whole run these are ranges, so that nothing grows with the number of samples."""
         if indices is None and self.is_whole:
             return {number: range(shard["first"], shard["first"] + shard["n_samples"])
                     for number, shard in enumerate(self.manifest["shards"])}
@@ -132,10 +128,7 @@ class ShardDataset:
 
     def ids(self, role: str) -> list[np.ndarray]:
         """The token ids [S] of every sample, int64, by "drafter" or "verifier"; no state is read.
-
-        Kept once asked for: 8 bytes a token. Not to be changed. Raises: ShardError for a shard that
-        cannot be read.
-        """
+        Kept once asked for. Raises: ShardError for a shard that cannot be read."""
         if role not in self._ids:
             found: dict[int, list[np.ndarray]] = {}
             for number in self.by_shard():
@@ -247,8 +240,7 @@ def collate(pairs: Sequence[PairedStates], index: Sequence[int]) -> Batch:
 
 @dataclass(frozen=True)
 class Problem:
-    """One damaged file. shard: its number where a repair is to extract that shard again, else
-    None."""
+    """One damaged file. shard: its number, where a repair extracts that shard again."""
 
     file: Path
     what: str

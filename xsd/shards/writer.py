@@ -89,8 +89,7 @@ class ShardWriter:
         self.manifest = manifest
 
     def _read_pieces(self) -> None:
-        """Take over what a stopped run left; a damaged piece and all after it are dropped, to be
-        extracted again."""
+        """Take over what a stopped run left, up to the first damaged piece."""
         whole = True
         for path in sorted(self.folder.glob("pending-*.safetensors")):
             _, first, check = path.stem.split("-")
@@ -150,11 +149,8 @@ class ShardWriter:
             self.flush()
 
     def flush(self, seconds: float | None = None) -> None:
-        """Make everything written so far survive a kill.
-
-        seconds: what the samples since the last such call took, for the table. Raises:
-        StorageError.
-        """
+        """Make everything written so far survive a kill. seconds: what the samples since the last
+        such call took, for the table. Raises: StorageError."""
         while len(self._rows) >= self.samples_per_shard:
             self._commit(self.samples_per_shard)
         if rest := self._rows[self._durable:]:
@@ -238,8 +234,7 @@ class ShardWriter:
         (self.folder / layout.TIMES).unlink(missing_ok=True)
 
     def mark_ids_absent(self) -> None:
-        """Say that the source had no token ids (they are -1 in the shards), so that token metrics
-        refuse this run."""
+        """Say that the source had no token ids (-1 in the shards): token metrics refuse the run."""
         self._update(token_ids=False)
 
     def close(self, finished: bool = True) -> None:
