@@ -177,7 +177,7 @@ def train(P: StorageParameters, level: str, dtype: str, dataset: ShardDataset) -
                        learning_rate=P.learning_rate)
     fit.fit_adapter(level, source.open_states(dataset), folder=place, config=config,
                     head=dataset.head("verifier"), seed=P.seed)
-    return registry.load_any_adapter(place / "best.safetensors").eval()
+    return registry.load_any_adapter(place / "best.safetensors", level=level)
 
 
 # --- the results as tables

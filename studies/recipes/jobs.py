@@ -116,7 +116,7 @@ def _train(job: Job, data: Data, config: FitConfig, place: Path) -> tuple[Any, d
     used, _ = source.split_by_sequence(states.sequence, config.validation_share, job.seed)
     batches = math.ceil(len(used) / config.batch_size)
     epochs = len(result.history)
-    return registry.load_any_adapter(result.best_path), {
+    return registry.load_any_adapter(result.best_path, level=job.level), {
         "seconds": seconds, "steps": epochs * math.ceil(batches / config.accumulation),
         "epochs": epochs, "best_epoch": result.best_epoch, "pairs": len(states),
     }  # fmt: skip
