@@ -162,13 +162,13 @@ class Page:
         """Title and y values of every live plotly picture, read from the browser, not from the
         kernel."""
         return self.page.evaluate(
-            """() => [...document.querySelectorAll('.js-plotly-plot')].map(g => {
+            """() => [...document.querySelectorAll('.jupyter-widgets .js-plotly-plot')].map(g => {
                 const title = (g.layout && g.layout.title) || '';
                 const round = v => +Number(v).toFixed(4);
                 return {title: title.text || title,
                         y: (g._fullData || []).map(t => Array.from(t.y || []).map(round))}})""")
 
-    def changed(self, before, seconds=20):
+    def changed(self, before, seconds=90):
         """Wait until the pictures are not those of ``before``; returns them."""
         _until(lambda: self.plots() != before, seconds, "the picture did not change")
         self.page.wait_for_timeout(500)

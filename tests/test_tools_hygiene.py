@@ -25,9 +25,21 @@ def golden(text="7\n"):
                          execution_count=2)
 
 
-def stored(tmp_path, *cells, normal=True):
+def picture(colour="white", width=8):
+    held = io.BytesIO()
+    Image.new("RGB", (width, 6), colour).save(held, "PNG")
+    return base64.b64encode(held.getvalue()).decode()
+
+
+def ignored(data, source="figure"):
+    return new_code_cell(source, outputs=[new_output("display_data", data)],
+                         metadata={"tags": ["nbval-ignore-output"]})
+
+
+def stored(tmp_path, *cells, normal=True, shown=True):
     path = tmp_path / "06_compare.ipynb"
-    nbformat.write(new_notebook(cells=list(cells)), path)
+    seen = ignored({"image/png": picture(), "text/plain": "<picture>"}, "seen")
+    nbformat.write(new_notebook(cells=[*cells, *[seen] * shown]), path)
     if normal:
         hygiene.normalise(path)
     return path
@@ -69,17 +81,6 @@ def test_each_fault_is_named(tmp_path, cells, words):
         hygiene.check([path])
 
 
-def picture(colour="white", width=8):
-    held = io.BytesIO()
-    Image.new("RGB", (width, 6), colour).save(held, "PNG")
-    return base64.b64encode(held.getvalue()).decode()
-
-
-def ignored(data, source="figure"):
-    return new_code_cell(source, outputs=[new_output("display_data", data)],
-                         metadata={"tags": ["nbval-ignore-output"]})
-
-
 FIGURE = {"application/vnd.plotly.v1+json": {"data": [], "layout": {}}, "text/plain": "Figure"}
 
 
@@ -94,7 +95,8 @@ def test_figures_and_film_strips_of_ignored_cells_are_stored_as_small_pictures(
                         lambda drawn: [Image.new("RGB", (900, 90)) for _ in drawn])
     strip = "".join(f'<img src="data:image/png;base64,{picture(width=300)}">' for _ in range(3))
     path = stored(tmp_path, defaults_cell(), golden(), ignored(FIGURE),
-                  ignored({"text/html": strip}, "strip"), ignored({"text/plain": "7"}, "time"))
+                  ignored({"text/html": strip}, "strip"), ignored({"text/plain": "7"}, "time"),
+                  shown=False)
     sizes = [Image.open(io.BytesIO(base64.b64decode(one))).size for one in kept(path)]
     assert sizes == [(pictures.WIDTH, 76), (604, 16)]
     assert hygiene.problems(path) == []
@@ -110,16 +112,24 @@ def test_without_a_browser_the_pictures_of_before_stay(tmp_path, monkeypatch):
     hygiene._keep_pictures(book, hygiene._pictures_of(new_notebook(cells=[cells[0]])), print)
     assert book.cells[0].outputs == cells[0].outputs
     said = []
-    path = stored(tmp_path, defaults_cell(), golden(), ignored(FIGURE, "another"), normal=False)
+    path = stored(tmp_path, defaults_cell(), golden(), ignored(FIGURE, "another"), normal=False,
+                  shown=False)
     hygiene.normalise(path, say=said.append)
     assert kept(path) == [] and "figures need a Chromium" in said[0]
 
 
 def test_pictures_that_do_not_fit_are_left_out(tmp_path, monkeypatch):
     monkeypatch.setattr(hygiene, "PICTURE_BYTES", 150)  # each has about 120
-    path = stored(tmp_path, defaults_cell(), golden(), *(
-        ignored({"image/png": picture(colour)}, colour) for colour in ("red", "blue")))
+    path = stored(tmp_path, defaults_cell(), golden(),
+                  ignored({"image/png": picture("red")}, "red"))
     assert len(kept(path)) == 1
+
+
+def test_a_notebook_without_a_picture_is_named(tmp_path):
+    path = stored(tmp_path, defaults_cell(), golden(), shown=False)
+    assert hygiene.problems(path) == [
+        "stores no picture for GitHub to show; run xsd notebooks refresh where a Chromium is "
+        "installed"]
 
 
 def test_another_form_than_the_committed_one_is_named(tmp_path):

@@ -180,6 +180,9 @@ def problems(path: str | os.PathLike[str]) -> list[str]:
                 found.append(f"cell {cell.id} stores an error or stderr")
             if rich := sorted(set(output.get("data", {})) - COMPARABLE):
                 found.append(f"cell {cell.id} stores {', '.join(rich)}; tag it nbval-ignore-output")
+    if not _pictures_of(notebook):
+        found.append("stores no picture for GitHub to show; run xsd notebooks refresh where a "
+                     "Chromium is installed")
     if text_of(notebook) != path.read_text(encoding="utf-8"):
         found.append("is not in its committed form; run xsd notebooks refresh")
     return found

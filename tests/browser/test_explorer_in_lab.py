@@ -15,6 +15,8 @@ from xsd.runs import doctor
 
 CHROMIUM = doctor.browser_path()
 NOTEBOOK = ROOT / "notebooks" / "07_explore.ipynb"
+PLOT = ".jupyter-widgets .js-plotly-plot"
+"""The explorer's own picture; the notebook also shows a still one."""
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None,
                                 reason="no Chromium is installed (set BROWSER_PATH to one)")
@@ -56,9 +58,8 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
         assert view.failures() == []
         page = view.page
         page.locator(".widget-slider").first.wait_for(timeout=60_000)
-        page.wait_for_function("() => document.querySelectorAll('.js-plotly-plot').length > 0",
-                               timeout=60_000)
-        page.locator(".js-plotly-plot").last.scroll_into_view_if_needed()
+        page.locator(PLOT).first.wait_for(timeout=60_000)
+        page.locator(PLOT).last.scroll_into_view_if_needed()
         page.wait_for_timeout(1500)
         page.screenshot(path=str(shots / f"{which}_1_start.png"))
 
@@ -76,7 +77,7 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
         page.screenshot(path=str(shots / f"{which}_2_threshold.png"))
 
         strips = page.locator(".token-pairs").first.inner_text()
-        point = page.locator(".js-plotly-plot").last.locator(
+        point = page.locator(PLOT).last.locator(
             ".scatterlayer .trace .points path").nth(2)
         box = point.bounding_box()
         page.mouse.click(box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 
@@ -17,11 +17,6 @@ def tqdm(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
 
     options.setdefault("disable", os.environ.get("TQDM_DISABLE", "0") not in ("", "0"))
     return bar(iterable, **options)
-
-
-def counted(iterable: Iterable[Any], what: str, total: int | None = None) -> Iterator[Any]:
-    """The items of ``iterable`` under a bar named ``what``."""
-    yield from tqdm(iterable, desc=what, total=total)
 
 
 def lines(prefix: str = "", every_s: float = 10.0) -> Callable[[Any], None]:
