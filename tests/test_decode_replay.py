@@ -71,7 +71,8 @@ def test_a_pass_is_a_straight_line_between_measured_widths_and_refused_beyond():
 
 
 @pytest.mark.parametrize(("values", "message"), [
-    ({"verify": {}}, "verification_curve from K = 1 on"), ({"verify": {2: 3.0}}, "single-token pass"),
+    ({"verify": {}}, "verification_curve from K = 1 on"),
+    ({"verify": {2: 3.0}}, "single-token pass"),
     ({"draft_s": float("nan")}, "finite times"), ({"overlap": 1.2}, r"overlap in \[0, 1\]"),
     ({"contention": 0.5}, "contention at least 1")])
 def test_prices_that_are_none_are_refused(values, message):

@@ -35,7 +35,7 @@ def test_replayed_rounds_equal_the_plain_loop_and_cover_the_answer(matches, gamm
 
 
 def test_a_worked_example():
-    #            a b x · ·   then bonus c; d e f accepted at gamma 3, bonus g; h accepted, answer over
+    # a b x · · then bonus c; d e f accepted at gamma 3, bonus g; h accepted, answer over
     match = [[True, True, False, True, True, True, False, True]]
     figures = Acceptance.of(from_matches(match, gamma=3))
     assert figures.histogram == (0, 1, 1, 1)

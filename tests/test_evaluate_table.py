@@ -86,7 +86,8 @@ def test_without_gamma_no_head_is_applied(head):
 def test_tables_of_several_sets_are_one_with_a_column_that_says_which(head):
     adapters = {"L1": create_adapter("L1", hidden_size=D)}
     tokens = table.of_batches(adapters, make_batches(head), head, gamma=3)
-    whole = table.join({"a": tokens, "b": tokens.assign(level=pd.Categorical(["L4"] * len(tokens)))})
+    other = tokens.assign(level=pd.Categorical(["L4"] * len(tokens)))
+    whole = table.join({"a": tokens, "b": other})
     assert whole["data"].tolist() == ["a"] * len(tokens) + ["b"] * len(tokens)
     assert isinstance(whole["level"].dtype, pd.CategoricalDtype)
     counted = table.counts(whole, 3)

@@ -250,8 +250,8 @@ def test_floors_are_checked_both_ways():
 
 
 def test_the_package_does_not_know_what_stands_beside_it():
-    """Benchmarks, studies and tools import the package; only a verb reaches for them, when called."""
-    wrong = []
+    """Benchmarks, studies and tools import the package; only a verb reaches for them."""
+    wrong, beside = [], ("benchmarks", "studies", "tools")
     for path in SOURCES:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         verbs = inner_nodes(tree) if room_of(module_name(path)) == "cli" else set()
@@ -259,7 +259,7 @@ def test_the_package_does_not_know_what_stands_beside_it():
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [
                 node.module or ""] if isinstance(node, ast.ImportFrom) else []
             wrong += [f"{module_name(path)}:{node.lineno} imports {name}" for name in names
-                      if name.split(".")[0] in ("benchmarks", "studies", "tools") and node not in verbs]
+                      if name.split(".")[0] in beside and node not in verbs]
     assert not wrong, "\n".join(wrong)
 
 

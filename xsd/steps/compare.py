@@ -111,8 +111,8 @@ def _speedups(run: str) -> pd.DataFrame:
         seconds = part.groupby(["arm", "sample"], sort=False)["total_s"].median().unstack("arm")
         baselines = part.loc[part["baseline"], "arm"].unique()
         if not len(baselines):
-            raise ParameterError(f"the live records of {run} hold no baseline; run notebook 05 with "
-                                 "ar among its arms")
+            raise ParameterError(f"the live records of {run} hold no baseline; run notebook 05 "
+                                 "with ar among its arms")
         fastest = seconds[seconds[baselines].sum().idxmin()]
         own = seconds.melt(var_name="level", value_name="below", ignore_index=False)
         own = own.reset_index()

@@ -89,7 +89,8 @@ def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
     """Acceptance by position of the chosen levels (``curves.by_position``), levels in the order
     chosen."""
     chosen = rows(data, selection)
-    order = pd.Categorical(chosen["level"].astype(str), categories=list(selection.levels), ordered=True)
+    levels = chosen["level"].astype(str)
+    order = pd.Categorical(levels, categories=list(selection.levels), ordered=True)
     return curves.by_position(chosen.iloc[order.argsort()], selection.tau)
 
 
