@@ -63,6 +63,7 @@ def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence
         names = (AGAIN, *drafter_sees)
         forced = force(drafter_of(run_dir), pairs, names, batch_size)
         about = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(HeldOut)}
+        about["texts"] = None  # their words are the stored pairs'
         out |= {name: Shown(**about, forced=forced[name]) for name in names}
     return out
 

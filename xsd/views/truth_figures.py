@@ -19,6 +19,7 @@ ARMS = {
 }  # fmt: skip
 """Colour and mark of what the drafter saw."""
 LOSS = "#C0504D"
+WHISKERS = {"thickness": 1.3, "width": 4}
 UNITS = {
     "token_acceptance": ("share of tokens that are the verifier's", ".0%"),
     "accepted_per_round": ("accepted drafts per round", ".1f"),
@@ -36,23 +37,24 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
     """
     label, form = _unit(frame, "there is no step to draw; measure the gap first")
     figure = theme.figure(title, y=label, height=460)
-    steps = frame.assign(x=_places(frame["metric"].tolist()))
+    steps = frame.astype({"low": float, "high": float}).assign(x=_places(frame["metric"].tolist()))
     top = float(frame[["start", "end"]].max(axis=None))
     for kind, own in steps.groupby("metric", sort=False):
-        up, down = _spread(own)
-        whiskers = (up, down) if kind == "level" else (down, up)  # a larger loss ends lower
+        whiskers = theme.interval(own, color=theme.INK, **WHISKERS)
+        if kind == "loss":  # a larger loss ends lower
+            whiskers |= {"array": whiskers["arrayminus"], "arrayminus": whiskers["array"]}
         colours = [_colour(row) for row in own.to_dict("records")]
         figure.add_bar(
             x=own["x"].tolist(), y=(own["end"] - own["start"]).tolist(), width=0.62,
             base=own["start"].tolist(), name={"level": "accepted", "loss": "lost"}[kind],
             marker={"color": colours, "opacity": 0.9 if kind == "level" else 0.75},
-            error_y=_whiskers(*whiskers, theme.INK), showlegend=False,
+            error_y=whiskers, showlegend=False,
             customdata=own[["name", "value", "low", "high"]].to_numpy().tolist(),
             hovertemplate=f"<b>%{{customdata[0]}}</b><br>%{{customdata[1]:{form}}} "
             f"[%{{customdata[2]:{form}}}, %{{customdata[3]:{form}}}]<extra>%{{fullData.name}}"
             "</extra>")  # fmt: skip
-        for row, above in zip(own.to_dict("records"), up, strict=True):
-            _write_beside(figure, row, above if kind == "level" else 0.0, top, form)
+        for row in own.to_dict("records"):
+            _write_beside(figure, row, top, form)
     places = steps["x"].tolist()
     names = [name.replace("-", "-<br>").replace(" ", "<br>") for name in frame["name"]]
     figure.update_xaxes(tickvals=places, ticktext=names, tickfont={"size": 12}, showgrid=False,
@@ -78,14 +80,15 @@ def _colour(row: dict[str, Any]) -> str:
     return theme.DRAFTER if row["name"] == "free-running" else theme.ADAPTER
 
 
-def _write_beside(figure: go.Figure, row: dict[str, Any], above: float, top: float,
-                  form: str) -> None:
+def _write_beside(figure: go.Figure, row: dict[str, Any], top: float, form: str) -> None:
     """The number of a bar: inside a loss that is tall enough, else on top (of its whisker)."""
     value, rise = row["value"], row["end"] - row["start"]
     sign = "" if row["metric"] == "level" else "−" if value > 0 else "+" if value < 0 else "±"
     number = f"{abs(value):.1%}" if form.endswith("%") else f"{abs(value):.2f}"
     inside = row["metric"] == "loss" and abs(rise) > 0.12 * top
-    y = row["start"] + rise / 2 if inside else max(row["start"], row["end"]) + above
+    y = row["start"] + rise / 2 if inside else max(row["start"], row["end"])
+    if row["metric"] == "level" and not pd.isna(row["high"]):
+        y = max(y, row["high"])
     figure.add_annotation(x=row["x"], y=y, text=f"<b>{sign}{number}</b>", showarrow=False,
                           font={"size": 12}, yanchor="middle" if inside else "bottom",
                           yshift=0 if inside else 3)
@@ -98,6 +101,7 @@ def arms(frame: pd.DataFrame, *, floor: float | None = None,
     frame: level, unit (one of them), arm, value, low, high, n (xsd/steps/truth.py, table arms).
     """
     label, form = _unit(frame, "there is no arm to draw; measure the counterfactual arms first")
+    frame = frame.astype({"low": float, "high": float})
     levels = list(dict.fromkeys(frame["level"]))[::-1]
     names = [name for name in dict.fromkeys(frame["arm"]) if name != "real events again"]
     figure = theme.figure(title, x=label, height=190 + 52 * len(levels))
@@ -108,7 +112,7 @@ def arms(frame: pd.DataFrame, *, floor: float | None = None,
         figure.add_scatter(
             x=part["value"].tolist(), y=[levels.index(level) + shift for level in part["level"]],
             mode="markers", name=name, marker={"color": colour, "symbol": symbol, "size": 10},
-            error_x=_whiskers(*_spread(part), theme.rgba(colour, 0.6)),
+            error_x=theme.interval(part, color=theme.rgba(colour, 0.6), **WHISKERS),
             customdata=part[["level", "low", "high", "n"]].to_numpy().tolist(),
             hovertemplate=f"<b>%{{customdata[0]}}</b>, {name}<br>%{{x:{form}}} "
             f"[%{{customdata[1]:{form}}}, %{{customdata[2]:{form}}}]<br>n = %{{customdata[3]:.0f}}"
@@ -129,18 +133,6 @@ def _unit(frame: pd.DataFrame, lacking: str) -> tuple[str, str]:
     if frame.empty:
         raise MetricError(lacking)
     return UNITS[str(frame["unit"].iloc[0])]
-
-
-def _spread(frame: pd.DataFrame) -> tuple[list[float], list[float]]:
-    """(above, below) each value; 0 where the interval is unknown."""
-    value = frame["value"].astype(float)
-    low, high = (frame[side].astype(float).fillna(value) for side in ("low", "high"))
-    return (high - value).clip(lower=0).tolist(), (value - low).clip(lower=0).tolist()
-
-
-def _whiskers(above: list[float], below: list[float], colour: str) -> dict[str, Any]:
-    return {"type": "data", "symmetric": False, "array": above, "arrayminus": below,
-            "color": colour, "thickness": 1.3, "width": 4}  # fmt: skip
 
 
 def losses_by_kind(frame: pd.DataFrame, *, least: int = 5,
