@@ -76,3 +76,14 @@ def test_a_table_without_the_columns_is_named():
         curves.by_position(_table([[1]]).drop(columns=["cosine", "match"]))
     with pytest.raises(MetricError, match="no row"):
         curves.by_position(_table([[1]]).head(0))
+
+
+def test_acceptance_by_word_kind_counts_what_is_drafted():
+    table = _table([[True, False, True], [True, True]])
+    kinds = ["function", "colour", "function", "colour", "function"]
+    first = table.head(1).assign(position=-1, match=False)  # the answer's first token is no draft
+    table = pd.concat([first.assign(kind="colour"), table.assign(kind=kinds)], ignore_index=True)
+    found = curves.by_kind(table, n_resamples=50)
+    assert found["kind"].tolist() == ["function", "colour"]  # the most frequent first
+    assert found["value"].tolist() == [1.0, 0.5] and found["n"].tolist() == [3, 2]
+    assert found["n_clusters"].tolist() == [2, 2]

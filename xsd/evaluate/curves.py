@@ -130,7 +130,8 @@ def by_draft(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def by_kind(tokens: pd.DataFrame, *, n_resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
+def by_kind(tokens: pd.DataFrame, *, n_resamples: int = RESAMPLES,
+            seed: int = 0) -> pd.DataFrame:
     """Acceptance within each kind of word, of what a loop drafts: level, kind, value, low, high, n
     (tokens), n_clusters; the most frequent kinds first."""
     rows = []

@@ -102,20 +102,6 @@ def counts_by_group(matches: Any, groups: Sequence[str],
             for name in sums["size"]}  # fmt: skip
 
 
-def gap_by_group(arms: Mapping[str, Any], groups: Sequence[str], clusters: Sequence[str], *,
-                 n_resamples: int = 2000, seed: int = 0) -> list[dict[str, Any]]:
-    """Acceptance of each arm within each group of tokens (colour, motion, time of day, function
-    words …): what can an event camera not know?
-
-    arms: name → matches, bool [N] over tokens. Returns rows with ``arm`` and ``group``.
-    """
-    names, options = sorted(set(clusters)), {"n_resamples": n_resamples, "seed": seed}
-    return [row("token_acceptance", bootstrap_ratio(*counts, names, **options),
-                arm=arm, group=group)
-            for arm, matches in arms.items()
-            for group, counts in counts_by_group(matches, groups, clusters).items()]  # fmt: skip
-
-
 def loss_by_group(arms: Mapping[str, Any], losses: Iterable[tuple[str, str, str]],
                   groups: Sequence[str], clusters: Sequence[str], *, n_resamples: int = 2000,
                   seed: int = 0) -> list[dict[str, Any]]:

@@ -126,13 +126,10 @@ def resampled_sums(sums: np.ndarray, *, n_resamples: int = N_RESAMPLES,
     return out
 
 
-def bootstrap_mean(values: Any, clusters: Sequence[Any], *, n_resamples: int = N_RESAMPLES,
-                   level: float = LEVEL, seed: int = 0) -> Interval:
-    """Mean over samples with its interval. values: n numbers. clusters: n sequence names. Raises:
-    MetricError (see cluster_sums)."""
-    values = np.asarray(values, dtype=np.float64).reshape(-1)
-    return bootstrap_ratio(values, np.ones_like(values), clusters, n_resamples=n_resamples,
-                           level=level, seed=seed)
+def bootstrap_mean(values: Any, clusters: Sequence[Any], **options: Any) -> Interval:
+    """Mean over samples with its interval. values: n numbers. clusters: n sequence names. options:
+    as bootstrap_columns. Raises: MetricError (see cluster_sums)."""
+    return bootstrap_ratio(values, np.ones(len(_column(values))), clusters, **options)
 
 
 def bootstrap_rows(values: Any, clusters: Any, **options: Any) -> Interval:
@@ -143,16 +140,14 @@ def bootstrap_rows(values: Any, clusters: Any, **options: Any) -> Interval:
     return bootstrap_ratio(sums, np.bincount(codes), names, **options)
 
 
-def bootstrap_ratio(numerator: Any, denominator: Any, clusters: Sequence[Any], *,
-                    n_resamples: int = N_RESAMPLES, level: float = LEVEL,
-                    seed: int = 0) -> Interval:
+def bootstrap_ratio(numerator: Any, denominator: Any, clusters: Sequence[Any],
+                    **options: Any) -> Interval:
     """Σ numerator / Σ denominator (accepted tokens over tokens), both resampled together. n of the
-    result is Σ denominator.
+    result is Σ denominator. options: as bootstrap_columns.
 
     Raises: MetricError when the denominators sum to zero, and as cluster_sums.
     """
-    return bootstrap_columns(_column(numerator), _column(denominator), clusters,
-                             n_resamples=n_resamples, level=level, seed=seed)[0]
+    return bootstrap_columns(_column(numerator), _column(denominator), clusters, **options)[0]
 
 
 def bootstrap_columns(numerators: Any, denominators: Any, clusters: Sequence[Any], *,
@@ -162,70 +157,58 @@ def bootstrap_columns(numerators: Any, denominators: Any, clusters: Sequence[Any
     per-position curve with its band).
 
     denominators: [n, C], or fewer columns that stand for all of them in turn ([n, 1]; [n, S] under
-    several curves of S positions).
-    Raises: MetricError when C is no multiple of the denominators' columns, a denominator sums to
-    zero, and as cluster_sums.
+    several curves of S positions). Raises: MetricError when C is no multiple of the denominators'
+    columns, a denominator sums to zero, and as cluster_sums.
     """
-    numerators, denominators = np.asarray(numerators, dtype=np.float64), np.asarray(
-        denominators, dtype=np.float64)
-    if len(numerators) != len(denominators):
-        raise MetricError(
-            f"{len(numerators)} numerators but {len(denominators)} denominators; a ratio needs "
-            "both of every sample"
-        )
-    n_ratios, n_below = numerators.shape[1], denominators.shape[1]
-    if n_ratios % n_below:
-        raise MetricError(
-            f"{n_ratios} columns of numerators cannot share {n_below} columns of denominators; "
-            "give one each, or one for all"
-        )
-    sums = cluster_sums(np.concatenate([numerators, denominators], axis=1), clusters)
-    total = sums.sum(axis=0)
-    below = np.tile(total[n_ratios:], n_ratios // n_below)
-    if (below <= 0).any():
-        raise MetricError(
-            "a ratio has nothing below the line (Σ denominator = 0); leave out positions or groups "
-            "without samples"
-        )
+    above, below = (np.asarray(one, dtype=np.float64) for one in (numerators, denominators))
+    if len(above) != len(below):
+        raise MetricError(f"{len(above)} numerators but {len(below)} denominators; a ratio needs "
+                          "both of every sample")
+    n, n_below = above.shape[1], below.shape[1]
+    if n % n_below:
+        raise MetricError(f"{n} columns of numerators cannot share {n_below} columns of "
+                          "denominators; give one each, or one for all")
+    sums = cluster_sums(np.concatenate([above, below], axis=1), clusters)
+    total, turns = sums.sum(axis=0), n // n_below
+    of = np.tile(total[n:], turns)
+    if (of <= 0).any():
+        raise MetricError("a ratio has nothing below the line (Σ denominator = 0); leave out "
+                          "positions or groups without samples")
+    drawn = resampled_sums(sums, n_resamples=n_resamples, seed=seed)
     with np.errstate(invalid="ignore", divide="ignore"):
-        drawn = resampled_sums(sums, n_resamples=n_resamples, seed=seed)
-        ratios = drawn[:, :n_ratios] / np.tile(drawn[:, n_ratios:], (1, n_ratios // n_below))
+        ratios = drawn[:, :n] / np.tile(drawn[:, n:], (1, turns))
     low, high = _percentiles(ratios, len(sums), level)
-    return [Interval(*map(float, (total[i] / below[i], low[i], high[i])), round(float(below[i])),
-                     len(sums)) for i in range(n_ratios)]  # fmt: skip
+    return [Interval(*map(float, (total[i] / of[i], low[i], high[i])), round(float(of[i])),
+                     len(sums)) for i in range(n)]  # fmt: skip
 
 
-def bootstrap_difference(first: Any, second: Any, clusters: Sequence[Any], *,
-                         n_resamples: int = N_RESAMPLES, level: float = LEVEL,
-                         seed: int = 0) -> Interval:
-    """Paired: mean of first − second over the same samples in the same order."""
-    first, second = np.asarray(first, dtype=np.float64).reshape(-1), np.asarray(
-        second, dtype=np.float64).reshape(-1)
+def bootstrap_difference(first: Any, second: Any, clusters: Sequence[Any],
+                         **options: Any) -> Interval:
+    """Paired: mean of first − second over the same samples in the same order. Of one arm measured
+    twice (A/A) the interval must hold zero, or the measurement itself is off."""
+    first, second = (np.asarray(one, dtype=np.float64).reshape(-1) for one in (first, second))
     _paired(len(first), len(second))
-    return bootstrap_mean(first - second, clusters, n_resamples=n_resamples, level=level, seed=seed)
+    return bootstrap_mean(first - second, clusters, **options)
 
 
 def bootstrap_ratio_difference(first: tuple[Any, Any], second: tuple[Any, Any],
                                clusters: Sequence[Any], *, n_resamples: int = N_RESAMPLES,
-                               level: float = LEVEL, seed: int = 0,
-                               ) -> Interval:
+                               level: float = LEVEL, seed: int = 0) -> Interval:
     """Paired: Σa/Σb of the first arm minus Σc/Σd of the second, the same sequences drawn for both.
     Each arm is (numerator, denominator)."""
     columns = [_column(values) for values in (*first, *second)]
     for column in columns[1:]:
         _paired(len(columns[0]), len(column))
     sums = cluster_sums(np.concatenate(columns, axis=1), clusters)
-    total = sums.sum(axis=0)
-    if total[1] <= 0 or total[3] <= 0:
-        raise MetricError(
-            "an arm of the comparison has nothing below the line (Σ denominator = 0); evaluate "
-            "both arms on the same samples"
-        )
+    a, b, c, d = sums.sum(axis=0)
+    if b <= 0 or d <= 0:
+        raise MetricError("an arm of the comparison has nothing below the line (Σ denominator = "
+                          "0); evaluate both arms on the same samples")
     drawn = resampled_sums(sums, n_resamples=n_resamples, seed=seed)
     with np.errstate(invalid="ignore", divide="ignore"):
         ratios = drawn[:, 0] / drawn[:, 1] - drawn[:, 2] / drawn[:, 3]
-    value = float(total[0] / total[1] - total[2] / total[3])
-    return interval_of(value, ratios, n=round(float(total[1])), n_clusters=len(sums), level=level)
+    return interval_of(float(a / b - c / d), ratios, n=round(float(b)), n_clusters=len(sums),
+                       level=level)
 
 
 def interval_of(value: float, resampled: np.ndarray, *, n: int, n_clusters: int,
@@ -286,23 +269,6 @@ def minimum_detectable_effect(differences: Any, clusters: Sequence[Any], *, powe
                       (len(sums) - 1) * float(residual @ residual)) / float(sums[:, 1].sum())
     normal = NormalDist()
     return (normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)) * error
-
-
-@dataclass(frozen=True)
-class SameArmCheck:
-    """One arm measured twice. passed: the interval of the difference contains zero, as it must when
-    nothing was changed."""
-
-    difference: Interval
-    passed: bool
-
-
-def aa_check(first: Any, second: Any, clusters: Sequence[Any], *, n_resamples: int = N_RESAMPLES,
-             seed: int = 0) -> SameArmCheck:
-    """A/A check: the same arm twice on the same samples; a difference that excludes zero means the
-    measurement itself is off."""
-    difference = bootstrap_difference(first, second, clusters, n_resamples=n_resamples, seed=seed)
-    return SameArmCheck(difference, not difference.excludes(0.0))
 
 
 def check_disjoint(train_sequences: Iterable[str], test_sequences: Iterable[str]) -> None:
