@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import ratios
-from xsd.core import StorageError
+from xsd.core import ROOT, StorageError
 from xsd.evaluate import hidden, reliability, tokens
 from xsd.evaluate.kernels import cosines, head_tokens
 from xsd.evaluate.statistics import bootstrap_ratio
@@ -261,10 +261,10 @@ def head_memory(sizes: Sizes) -> dict[str, float]:
     head's own weight is there before."""
     found = {}
     for vocabulary in sizes.vocabularies:
-        code = ("from xsd.steps import bench_metrics; "
-                f"print(bench_metrics.head_growth_mb({sizes.memory_rows}, 128, {vocabulary}))")
+        code = ("from benchmarks import metrics; "
+                f"print(metrics.head_growth_mb({sizes.memory_rows}, 128, {vocabulary}))")
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                              check=True)
+                              check=True, cwd=ROOT)
         found[str(vocabulary)] = float(done.stdout)
     return found
 
