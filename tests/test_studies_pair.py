@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from studies.embedded_pair import grounding, language, reading
+from studies.embedded_pair import card, grounding, language, reading
 from studies.embedded_pair import models as embedded
 from studies.embedded_pair import recipe as step
 from studies.embedded_pair.language import LanguageConfig, Segment
@@ -194,12 +194,12 @@ def test_the_smoke_profile_trains_a_pair_that_loads(tmp_path):
         pair.verifier.model.model.video_tower.state_dict()
     ]
     assert all(torch.equal(weight, towers[1][name]) for name, weight in towers[0].items())
-    table = step.answer_table(pair, step.held_out(1, seed=9)[:2], max_new_tokens=4)
+    table = card.answer_table(pair, card.held_out(1, seed=9)[:2], max_new_tokens=4)
     assert set(table["role"]) == {"drafter", "verifier"} and (table["right"]
                                                               <= table["expected"]).all()
-    card = step.score(written, n_sequences=1, command="make pair").read_text()
-    assert "| verifier | **all** |" in card and "Duplicate answers" in card
-    assert "profile smoke" in card
+    text = card.score(written, n_sequences=1, command="make pair").read_text()
+    assert "| verifier | **all** |" in text and "Duplicate answers" in text
+    assert " ".join(text.split()).count("profile smoke") == 1
 
 
 def test_a_seed_of_the_held_out_drives_is_refused(tmp_path):

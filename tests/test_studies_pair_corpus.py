@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 
-from studies.embedded_pair import corpus, recipe
+from studies.embedded_pair import card, corpus
 from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive
 from xsd.embedded.facts import seen_by_events
@@ -21,8 +21,8 @@ def test_duplicate_rate_counts_every_member_of_a_group():
         "role": "verifier", "sequence": "s", "clip": list("0123"), "kind": "people",
         "answer": ["a", "a", "b", "c"],
     })  # fmt: skip
-    assert recipe.duplicate_rate(table) == 0.5
-    assert recipe.duplicate_rate(table.drop_duplicates("answer")) == 0.0
+    assert card.duplicate_rate(table) == 0.5
+    assert card.duplicate_rate(table.drop_duplicates("answer")) == 0.0
 
 
 def test_labels_hide_from_the_drafter_what_events_cannot_show():

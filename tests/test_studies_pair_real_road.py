@@ -4,8 +4,7 @@ sees."""
 import pytest
 from tiny_pair import make_tiny_pair
 
-from studies.embedded_pair import real_road
-from studies.embedded_pair import recipe as step
+from studies.embedded_pair import card, real_road
 from xsd.models import loading
 
 
@@ -23,7 +22,7 @@ def test_only_what_can_be_told_by_eye_is_judged(text, stated):
 
 def test_every_model_and_fact_has_a_row_beside_what_chance_would_give(tmp_path):
     pair = loading.load_pair(str(make_tiny_pair(tmp_path / "pair", seed=4)))
-    rows = step.held_out(1, seed=2003)
+    rows = card.held_out(1, seed=2003)
     table = real_road.judge(pair, rows, max_new_tokens=4).set_index(["role", "fact"])
     assert len(table) == 2 * len(real_road.SEEN) and (table["right"] <= table["stated"]).all()
     assert table.loc[("verifier", "ego"), "by_chance"] in (0.0, 1.0)  # one drive has one ego motion

@@ -24,16 +24,7 @@ from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive, language, render, scenes
 from xsd.embedded.answers import answers
 from xsd.embedded.facts import centre_square, seen_by_events
-from xsd.embedded.scenes import (
-    COLOURS,
-    EGO,
-    LIGHTS,
-    SKIES,
-    SURROUNDINGS,
-    TIMES,
-    VEHICLE_MOTIONS,
-    VEHICLES,
-)
+from xsd.embedded.scenes import COLOURS, SURROUNDINGS, VEHICLE_MOTIONS, VEHICLES
 from xsd.files import atomic_write
 from xsd.sensors import frames
 
@@ -41,14 +32,14 @@ _PLACES = ("left", "ahead", "right")
 _PEDESTRIAN = ("none", "crossing_right", "crossing_left", "standing_left", "standing_right")
 
 LABELS: dict[str, tuple[str, ...]] = {
-    "time": TIMES, "sky": SKIES, "ego": tuple(EGO), "left": SURROUNDINGS, "right": SURROUNDINGS,
-    "light":
-        ("none", *LIGHTS, "unknown"), **{f"{place}_kind": ("none", *VEHICLES) for place in _PLACES},
+    "time": scenes.TIMES, "sky": scenes.SKIES, "ego": tuple(scenes.EGO),
+    "left": SURROUNDINGS, "right": SURROUNDINGS, "light": ("none", *scenes.LIGHTS, "unknown"),
+    **{f"{place}_kind": ("none", *VEHICLES) for place in _PLACES},
     **{f"{place}_colour": tuple(COLOURS) for place in _PLACES},
     **{f"{place}_motion": VEHICLE_MOTIONS for place in _PLACES},
-    **{f"{place}_distance": ("near", "far") for place in _PLACES}, "pedestrian": _PEDESTRIAN,
-    "pedestrian_colour": tuple(COLOURS), "cyclist":
-        ("none", "left", "right"), "cyclist_colour": tuple(COLOURS),
+    **{f"{place}_distance": ("near", "far") for place in _PLACES},
+    "pedestrian": _PEDESTRIAN, "pedestrian_colour": tuple(COLOURS),
+    "cyclist": ("none", "left", "right"), "cyclist_colour": tuple(COLOURS),
 }  # fmt: skip
 """The facts as classification targets; -1 where a clip (or an event camera) does not decide one."""
 
@@ -66,18 +57,22 @@ def layout(seed: int, split: str, index: int) -> np.ndarray:
     rng = np.random.default_rng([seed, drive.SPLIT_CODE[split], index])
     scene = scenes.sample_scene(rng)
     renderer = render.Renderer(scene, _CELLS * 16 // 3, _CELLS * 4)
-    codes = np.zeros((2, 256), np.uint16)
+    static = scene.ego == "stopped"
+    codes = np.zeros((2, 256), np.uint16)  # by identity: for the video, and for the events
+
+    def set_code(number: int, kind: str, colour: str | None, motion: str = "none",
+                 still: bool = True) -> None:
+        code = LAYOUT_KINDS.index(kind) << 6 | LAYOUT_MOTIONS.index(motion)
+        painted = 0 if colour is None else 1 + list(COLOURS).index(colour) << 3
+        codes[:, number] = code | painted, 0 if static and still else code
+
     for number, actor in enumerate(scene.actors, start=1):
-        code = LAYOUT_KINDS.index(actor.kind) << 6 | LAYOUT_MOTIONS.index(actor.motion)
-        still = scene.ego == "stopped" and actor.motion in ("parked", "waiting", "standing")
-        codes[:, number] = code | 1 + list(COLOURS).index(actor.colour) << 3, 0 if still else code
-    if scene.light:
-        kind = LAYOUT_KINDS.index("light") << 6
-        codes[:, render.LIGHT_ID] = kind | 1 + list(COLOURS).index(
-            scene.light) << 3, 0 if scene.ego == "stopped" else kind
+        still = actor.motion in ("parked", "waiting", "standing")
+        set_code(number, actor.kind, actor.colour, actor.motion, still)
     for i, name in enumerate(SURROUNDINGS):
-        kind = LAYOUT_KINDS.index(name) << 6
-        codes[:, render.SCENERY_ID + i] = kind, 0 if scene.ego == "stopped" else kind
+        set_code(render.SCENERY_ID + i, name, None)
+    if scene.light:
+        set_code(render.LIGHT_ID, "light", scene.light)
     out = np.empty((4, 13, _CELLS, _CELLS), np.uint16)
     video = [i / drive.VIDEO_HZ for i in frames.uniform_indices(drive.VIDEO_HZ, 8)]
     fifths = [0.1 + 0.2 * i for i in range(5)]
@@ -92,21 +87,21 @@ def labels(facts: dict[str, Any], dialect: language.Dialect) -> dict[str, int]:
     """Class numbers of every fact, -1 for what that sensor cannot know or what has no value
     here."""
     seen = facts if dialect == "verifier" else seen_by_events(facts)
-    values: dict[str,
-                 str | None] = {key: seen[key] for key in ("time", "sky", "ego", "left", "right")}
+    values = {name: seen[name] for name in ("time", "sky", "ego", "left", "right")}
     values["light"] = seen["light"] or "none"
     for place in _PLACES:
         thing = next((v for v in seen["vehicles"] if v["place"] == place), None)
         values[f"{place}_kind"] = thing["kind"] if thing else "none"
-        for key in ("colour", "motion", "distance"):
-            values[f"{place}_{key}"] = thing[key] if thing else None
-    walker = next((p for p in seen["people"] if p["kind"] == "pedestrian"), None)
-    rider = next((p for p in seen["people"] if p["kind"] == "cyclist"), None)
-    values["pedestrian"] = "none" if not walker else (
-        f"standing_{walker['place']}" if walker["motion"] == "standing" else walker["motion"])
+        for name in ("colour", "motion", "distance"):
+            values[f"{place}_{name}"] = thing and thing[name]
+    people = {person["kind"]: person for person in reversed(seen["people"])}
+    walker, rider = people.get("pedestrian"), people.get("cyclist")
+    values["pedestrian"] = walker["motion"] if walker else "none"
+    if values["pedestrian"] == "standing":
+        values["pedestrian"] += f"_{walker['place']}"
     values["cyclist"] = rider["place"] if rider else "none"
-    values["pedestrian_colour"], values[
-        "cyclist_colour"] = walker and walker["colour"], rider and rider["colour"]
+    values["pedestrian_colour"] = walker and walker["colour"]
+    values["cyclist_colour"] = rider and rider["colour"]
     return {
         name: allowed.index(values[name]) if values[name] in allowed else -1
         for name, allowed in LABELS.items()
@@ -145,9 +140,8 @@ class Corpus:
     24]. facts and sequence: N entries.
 
     layout: what stands in each of 24x24 cells at the 8 video times and in the middle of 5 fifths of
-    the clip:
-    ``kind << 6 | colour << 3 | motion`` (kinds as in LAYOUT_KINDS, motions as in LAYOUT_MOTIONS;
-    colour 0 none, else 1 + its place in COLOURS).
+    the clip: ``kind << 6 | colour << 3 | motion`` (kinds as in LAYOUT_KINDS, motions as in
+    LAYOUT_MOTIONS; colour 0 none, else 1 + its place in COLOURS).
     """
 
     video: np.ndarray
@@ -167,20 +161,17 @@ class Corpus:
     def dialogues(self, dialect: language.Dialect) -> list[list[Dialogue]]:
         """Per clip the ten questions with their answers, in the order of language.questions()."""
         asked = language.questions()
-        return [[
-            Dialogue(q.text, text, language.fact_spans(text))
-            for q, text in zip(asked, answers, strict=True)
-        ] for answers in self.answers(dialect)]
+        return [[Dialogue(q.text, text, language.fact_spans(text))
+                 for q, text in zip(asked, texts, strict=True)] for texts in self.answers(dialect)]
 
     def label_matrix(self, dialect: language.Dialect) -> np.ndarray:
         """int64 [N, len(LABELS)]."""
-        return np.array([list(labels(facts, dialect).values()) for facts in self.facts],
-                        dtype=np.int64)
+        rows = [list(labels(facts, dialect).values()) for facts in self.facts]
+        return np.array(rows, dtype=np.int64)
 
 
 def build(folder: str | Path, *, split: str, n_sequences: int, seed: int, size: int = 96,
-          workers: int = 1, progress: Callable[[int], None] | None = None,
-          ) -> Corpus:
+          workers: int = 1, progress: Callable[[int], None] | None = None) -> Corpus:
     """Simulate (or reopen, if the folder holds exactly this corpus) and return the memory-mapped
     corpus.
 
@@ -190,38 +181,32 @@ def build(folder: str | Path, *, split: str, n_sequences: int, seed: int, size: 
     folder = Path(folder)
     wanted = {"split": split, "n_sequences": n_sequences, "seed": seed, "size": size, "version": 3}
     done = folder / "corpus.json"
+    paths = [folder / f"{name}.npy" for name in ("video", "events", "layout")]
     if done.exists():
         found = json.loads(done.read_text())
         if found["config"] != wanted:
-            raise DatasetError(
-                f"{folder} holds the corpus {found['config']}, not {wanted}; choose another folder "
-                "or delete it"
-            )
-        arrays = (np.load(folder / f"{name}.npy", mmap_mode="r")
-                  for name in ("video", "events", "layout"))
+            raise DatasetError(f"{folder} holds the corpus {found['config']}, not {wanted}; choose "
+                               "another folder or delete it")
+        arrays = (np.load(path, mmap_mode="r") for path in paths)
         return Corpus(*arrays, found["facts"], found["sequence"])
     folder.mkdir(parents=True, exist_ok=True)
-    for name in (
-            "video", "events", "layout"
-    ):  # of a simulation that was cut short: they would count against the free space below
-        (folder / f"{name}.npy").unlink(missing_ok=True)
+    for path in paths:  # of a simulation that was cut short: it would count against the free space
+        path.unlink(missing_ok=True)
     n_clips = n_sequences * 4
     needed, free = n_clips * 13 * (3 * size**2 + 2 * _CELLS**2), shutil.disk_usage(folder).free
     if free < needed:  # writing to a memory map on a full disk would end the process without a word
         raise StorageError(
             f"{n_sequences} simulated drives take {needed / 1e9:.1f} GB in {folder}, where "
-            f"{free / 1e9:.1f} GB are free; free some space, "
-            "choose another folder or fewer drives")
-    video = np.lib.format.open_memmap(folder / "video.npy", mode="w+", dtype=np.uint8,
-                                      shape=(n_clips, 8, size, size, 3))
-    events = np.lib.format.open_memmap(folder / "events.npy", mode="w+", dtype=np.uint8,
-                                       shape=(n_clips, 5, size, size, 3))
+            f"{free / 1e9:.1f} GB are free; free some space, choose another folder or fewer drives")
+    video, events = (np.lib.format.open_memmap(path, mode="w+", dtype=np.uint8,
+                                               shape=(n_clips, n, size, size, 3))
+                     for path, n in zip(paths, (8, 5), strict=False))
     facts, sequence = [], []
-    for n, simulated in enumerate(drive.simulate(seed, split, n_sequences, workers=workers),
-                                  start=1):
+    drives = drive.simulate(seed, split, n_sequences, workers=workers)
+    for n, simulated in enumerate(drives, start=1):
         for clip in simulated.clips:
-            video[len(facts)], events[len(facts)] = square(clip.video,
-                                                           size), square(clip.event_frames, size)
+            video[len(facts)] = square(clip.video, size)
+            events[len(facts)] = square(clip.event_frames, size)
             facts.append(clip.facts)
             sequence.append(simulated.sequence)
         if progress:
@@ -229,8 +214,9 @@ def build(folder: str | Path, *, split: str, n_sequences: int, seed: int, size: 
     video.flush()
     events.flush()
     with ProcessPoolExecutor(workers) as pool:
+        numbers = range(n_sequences)
         codes = np.concatenate(
-            list(pool.map(layout, repeat(seed), repeat(split), range(n_sequences), chunksize=8)))
-    np.save(folder / "layout.npy", codes)
+            list(pool.map(layout, repeat(seed), repeat(split), numbers, chunksize=8)))
+    np.save(paths[2], codes)
     atomic_write(done, json.dumps({"config": wanted, "facts": facts, "sequence": sequence}))
     return Corpus(video, events, codes, facts, sequence)

@@ -2,9 +2,9 @@
 
 Grounding comes slowly through the language loss alone, so tower and projector first learn two
 things at once: what stands in every patch and how it moves (linear classifiers on the tower's
-states), and every fact of the clip (one learned query a fact, two layers of
-cross-attention to the visual tokens, a linear classifier: read as a decoder would read them). Both
-heads are thrown away afterwards.
+states), and every fact of the clip (a learned query for each, two layers of cross-attention to the
+visual tokens, a linear classifier: read as a decoder would read them). Both heads are thrown away
+afterwards.
 """
 
 from __future__ import annotations
@@ -18,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from studies.embedded_pair.models import Parts
 from studies.embedded_pair.stage import StageConfig, run
+from studies.embedded_pair.views import Material
+from xsd.models.pixels import CLIP_MEAN, CLIP_STD
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,9 @@ class PatchReader(nn.Module):
     def __init__(self, width: int, n_kinds: int, n_colours: int, n_motions: int) -> None:
         super().__init__()
         self.norm = nn.LayerNorm(width)
-        self.kinds, self.colours, self.motions = nn.Linear(width, n_kinds), nn.Linear(
-            width, n_colours), nn.Linear(width, n_motions)
+        self.kinds = nn.Linear(width, n_kinds)
+        self.colours = nn.Linear(width, n_colours)
+        self.motions = nn.Linear(width, n_motions)
 
     def forward(self, states: Tensor, codes: Tensor, colour_known: Tensor) -> Tensor:
         """Summed mean cross-entropies; background weighs a tenth among the kinds, colour and motion
@@ -81,17 +85,17 @@ class GroundingHead(nn.Module):
         self.names = list(classes)
         self.queries = nn.Parameter(torch.randn(len(self.names), width) * 0.02)
         self.positions = nn.Parameter(torch.randn(n_tokens, width) * 0.02)
-        self.readers = nn.TransformerDecoder(
-            nn.TransformerDecoderLayer(width, 6, 2 * width, 0.0, "gelu", batch_first=True,
-                                       norm_first=True), 2)
+        layer = nn.TransformerDecoderLayer(width, 6, 2 * width, 0.0, "gelu", batch_first=True,
+                                           norm_first=True)
+        self.readers = nn.TransformerDecoder(layer, 2)
         self.norm = nn.LayerNorm(width)
         self.classifiers = nn.ModuleDict({name: nn.Linear(width, n) for name, n in classes.items()})
         self.patches = patches
 
     def forward(self, tokens: Tensor) -> dict[str, Tensor]:
         """tokens: [B, T, D] → {fact: [B, classes]}."""
-        x = self.norm(
-            self.readers(self.queries.expand(tokens.shape[0], -1, -1), tokens + self.positions))
+        queries = self.queries.expand(tokens.shape[0], -1, -1)
+        x = self.norm(self.readers(queries, tokens + self.positions))
         return {name: self.classifiers[name](x[:, i]) for i, name in enumerate(self.names)}
 
 
@@ -100,22 +104,23 @@ def patch_codes(layout: np.ndarray, grid: int) -> np.ndarray:
     scenery that fills half of it, else 0."""
     batch, n_frames, cells, _ = layout.shape
     k = cells // grid
-    blocks = layout.reshape(batch, n_frames, grid, k, grid,
-                            k).swapaxes(3, 4).reshape(batch, n_frames, grid * grid, k * k)
+    blocks = layout.reshape(batch, n_frames, grid, k, grid, k).swapaxes(3, 4)
+    blocks = blocks.reshape(batch, n_frames, grid * grid, k * k)
     kind = blocks >> 6
     objects = np.sort(np.where((kind >= 1) & (kind <= 7), blocks, 0), axis=-1)
     scenery = np.sort(np.where(kind > 7, blocks, 0), axis=-1)
     n_objects, n_scenery = (objects > 0).sum(-1), (scenery > 0).sum(-1)
     middle = np.clip(k * k - 1 - n_objects // 2, 0, k * k - 1)
     pick = np.take_along_axis(objects, middle[..., None], -1)[..., 0]
-    return np.where(n_objects >= max(1, k * k // 8), pick,
-                    np.where(n_scenery * 2 >= k * k, scenery[..., -1], 0)).astype(np.int64)
+    background = np.where(n_scenery * 2 >= k * k, scenery[..., -1], 0)
+    return np.where(n_objects >= max(1, k * k // 8), pick, background).astype(np.int64)
 
 
-def normalise(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise(images: np.ndarray) -> Tensor:
     """uint8 [B, F, s, s, 3] → float32 [B, F, 3, s, s], CLIP-normalised."""
     pixels = torch.from_numpy(np.array(images)).permute(0, 1, 4, 2, 3).float() / 255
-    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+    mean, std = torch.tensor(CLIP_MEAN).view(3, 1, 1), torch.tensor(CLIP_STD).view(3, 1, 1)
+    return (pixels - mean) / std
 
 
 def loss_of(logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]) -> Tensor:
@@ -128,42 +133,30 @@ def loss_of(logits: Mapping[str, Tensor], labels: Tensor, names: Sequence[str]) 
     return total / len(names)
 
 
-def train_tower(features: Callable[[Tensor], Tensor], project: Callable[[Tensor], Tensor],
-                modules: Sequence[nn.Module], head: GroundingHead, images: np.ndarray,
-                labels: np.ndarray, layout: np.ndarray, colour_known: np.ndarray, *,
-                mean: Sequence[float], std: Sequence[float], config: GroundingConfig,
-                frames: Sequence[int] | None = None, checkpoint: Path | None = None,
-                progress: Callable[[int, int, float], None] | None = None,
-                ) -> list[float]:
-    """Train tower, projector and head; resumes from ``checkpoint`` when it is there.
-
-    Args:
-        features: pixels [B, F, 3, s, s] → tower states [B, F, P, C]. project: those → visual tokens
-        [B, T, D]; both through ``modules``,
-            whose parameters are trained with the head's.
-        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts], -1 unknown. layout: uint16 [N, F,
-        c, c]. colour_known: bool [N].
-        frames: which of the F are looked at; None: all.
-        progress: called with (step, total, loss).
+def train_tower(parts: Parts, material: Material, head: GroundingHead, config: GroundingConfig, *,
+                checkpoint: Path | None = None,
+                progress: Callable[[int, int, float], None] | None = None) -> list[float]:
+    """Train a model's tower and projector, and the head, on the frames that ``parts`` says; resumes
+    from ``checkpoint`` when it is there. progress: called with (step, total, loss).
 
     Returns: the loss of every step. Raises: TrainingError as stage.run.
     """
-    chosen = list(range(images.shape[1]) if frames is None else frames)
-    parts, device, truth = nn.ModuleList([*modules,
-                                          head]), head.queries.device, torch.from_numpy(labels)
-    per_epoch, stage = len(images) // config.batch_size, config.stage(len(images))
+    images, frames = material.images, list(parts.grounding_frames)
+    trained = nn.ModuleList([parts.tower, parts.projector, head])
+    device, truth = head.queries.device, torch.from_numpy(material.labels)
+    per_epoch = len(images) // config.batch_size
 
     def loss_at(step: int) -> Tensor:
         epoch, at = divmod(step, per_epoch)
         order = np.random.default_rng([config.seed, epoch]).permutation(len(images))
         rows = np.sort(order[at * config.batch_size:(at + 1) * config.batch_size])
-        states = features(normalise(images[rows][:, chosen], mean, std).to(device))
-        logits = head(project(states))
-        grid = int((states.shape[2] - 1)**0.5)
-        cells = patch_codes(layout[rows][:, chosen], grid)
-        codes, known = (torch.from_numpy(a).to(device) for a in (cells, colour_known[rows]))
+        states = parts.features(normalise(images[rows][:, frames]).to(device))
+        logits = head(parts.project(states))
+        cells = patch_codes(material.layout[rows][:, frames], int((states.shape[2] - 1)**0.5))
+        codes = torch.from_numpy(cells).to(device)
+        known = torch.from_numpy(material.colour_known[rows]).to(device)
         loss = loss_of(logits, truth[rows].to(device), head.names)
         return loss + config.patch_weight * head.patches(states[:, :, 1:], codes, known)
 
-    return run("tower's", [(parts, 1.0)], loss_at, stage, device=device.type, checkpoint=checkpoint,
-               progress=progress)
+    return run("tower's", [(trained, 1.0)], loss_at, config.stage(len(images)),
+               device=device.type, checkpoint=checkpoint, progress=progress)

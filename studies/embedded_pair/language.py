@@ -27,7 +27,7 @@ from studies.embedded_pair.stage import StageConfig, run
 @dataclass(frozen=True)
 class Segment:
     """One question with its answer as ids. question: ids after the visual tokens. answer: ids
-    ending in EOS. weight: one a answer id."""
+    ending in EOS. weight: one per answer id."""
 
     question: list[int]
     answer: list[int]
@@ -47,10 +47,7 @@ class LanguageConfig(StageConfig):
 @dataclass(frozen=True)
 class PackedRow:
     """ids: int64 [L] (0 where visual tokens stand). segment: int64 [L], 0 prefix, 1… questions.
-    position: int64 [L].
-
-    target, weight: [L].
-    """
+    position: int64 [L]. target, weight: [L]."""
 
     ids: np.ndarray
     segment: np.ndarray
@@ -82,45 +79,37 @@ def collate(rows: Sequence[PackedRow]) -> tuple[Tensor, Tensor, Tensor, Tensor, 
     length = max(len(row.ids) for row in rows)
 
     def padded(name: str, value: float) -> Tensor:
-        return torch.from_numpy(
-            np.stack([
-                np.pad(getattr(r, name), (0, length - len(r.ids)), constant_values=value)
-                for r in rows
-            ]))
+        columns = [getattr(row, name) for row in rows]
+        return torch.from_numpy(np.stack([
+            np.pad(column, (0, length - len(column)), constant_values=value) for column in columns
+        ]))
 
-    segment = padded("segment", -1)
-    order = torch.arange(length)
-    seen = (order[:, None] >= order[None, :]) & ((segment[:, None, :] == 0) |
-                                                 (segment[:, None, :] == segment[:, :, None]))
-    seen |= torch.eye(
-        length, dtype=torch.bool)  # padding sees itself, so that no row of the softmax is empty
-    return padded("ids", 0), padded("position",
-                                    0), padded("target", -100), padded("weight", 0.0), seen[:, None]
+    segment, order = padded("segment", -1), torch.arange(length)
+    earlier = order[:, None] >= order[None, :]
+    own_or_prefix = (segment[:, None, :] == 0) | (segment[:, None, :] == segment[:, :, None])
+    # padding sees itself, so that no row of the softmax is empty
+    seen = earlier & own_or_prefix | torch.eye(length, dtype=torch.bool)
+    return (padded("ids", 0), padded("position", 0), padded("target", -100), padded("weight", 0.0),
+            seen[:, None])
 
 
-def train_decoder(*, embed: Callable[[Tensor], Tensor], visual: Callable[[np.ndarray], Tensor],
-                  decode: Callable[[Tensor, Tensor, Tensor],
-                                   Tensor], lm_head: Callable[[Tensor], Tensor], trained: nn.Module,
-                  tower: nn.Module, readers: Readers, before: list[int], n_visual: int,
-                  segments: Callable[[int, np.random.Generator], Sequence[Segment]], n_clips: int,
-                  config: LanguageConfig, device: str = "cpu", checkpoint: Path | None = None,
-                  progress: Callable[[int, int, float], None] | None = None,
-                  ) -> list[float]:
+def train_decoder(
+    *, embed: Callable[[Tensor], Tensor], visual: Callable[[np.ndarray], Tensor],
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor], lm_head: Callable[[Tensor], Tensor],
+    trained: nn.Module, tower: nn.Module, readers: Readers, before: list[int], n_visual: int,
+    segments: Callable[[int, np.random.Generator], Sequence[Segment]], n_clips: int,
+    config: LanguageConfig, device: str = "cpu", checkpoint: Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
     """Train a decoder (and its projector) on packed rows; resumes from ``checkpoint``.
 
-    Args:
-        embed: ids [B, L] → [B, L, D]. visual: clip numbers [B] → visual tokens [B, n_visual, D],
-        with gradient to
-            projector and tower.
-        decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm
-        states [B, L, D].
-        lm_head: states [N, D] → logits [N, V]. trained: the module that owns the decoder's and the
-        projector's parameters; tower: the
-            tower, trained along at ``tower_rate`` of the learning rate: what still asks for
-            comparison over time must be written into it.
-        readers: what the lower half is asked beside the language.
-        before: ids before the visual tokens. segments: clip number, generator → the questions of
-        this step.
+    embed: ids [B, L] → [B, L, D]. visual: clip numbers [B] → visual tokens [B, n_visual, D], with
+    gradient to projector and tower. decode: embeddings [B, L, D], additive mask [B, 1, L, L],
+    positions [B, L] → post-norm states [B, L, D]. lm_head: states [N, D] → logits [N, V]. trained:
+    owns the decoder's and the projector's parameters. tower: trained along at ``tower_rate`` of the
+    learning rate, as what still asks for comparison over time must be written into it. readers:
+    what the lower half is asked beside the language. before: ids before the visual tokens.
+    segments: clip number, generator → the questions of this step.
 
     Returns: the loss of every step. Raises: TrainingError when the loss is not finite.
     """
@@ -135,17 +124,15 @@ def train_decoder(*, embed: Callable[[Tensor], Tensor], visual: Callable[[np.nda
         tokens = visual(clips).to(embeddings.dtype)
         embeddings = torch.cat([embeddings[:, :len(before)], tokens, embeddings[:, prefix:]], dim=1)
         kind = torch.bfloat16 if config.bf16 else embeddings.dtype
-        mask = torch.zeros(seen.shape, device=seen.device,
-                           dtype=kind).masked_fill(~seen,
-                                                   torch.finfo(kind).min)
+        mask = torch.zeros(seen.shape, device=seen.device, dtype=kind)
+        mask = mask.masked_fill(~seen, torch.finfo(kind).min)
         states = decode(embeddings, mask, positions)
         asked = targets >= 0
         weight = weights[asked]
         each = F.cross_entropy(lm_head(states[asked]).float(), targets[asked], reduction="none")
-        return (each * weight).sum() / weight.sum() + readers.loss(clips, slice(
-            len(before), prefix))
+        asked_of_readers = readers.loss(clips, slice(len(before), prefix))
+        return (each * weight).sum() / weight.sum() + asked_of_readers
 
     with readers.listening():
         return run("language", [(trained, 1.0), (readers, 1.0), (tower, config.tower_rate)],
-                   loss_at, config, device=device, checkpoint=checkpoint, progress=progress,
-                   )  # fmt: skip
+                   loss_at, config, device=device, checkpoint=checkpoint, progress=progress)

@@ -53,29 +53,31 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
     alphabet = [chr(c) for c in range(33, 127)] + ["\n", "▁"]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"],
                                   initial_alphabet=alphabet, show_progress=False)
-    fixed = [f"{prompts.DRAFTER_SYSTEM} USER: <ev_start>", "<ev_end>\n", " ASSISTANT:", "USER: "
-             ] * 50
-    tokenizer.train_from_iterator([*fixed, *texts], trainer)
+    fixed = [f"{prompts.DRAFTER_SYSTEM} USER: <ev_start>", "<ev_end>\n", " ASSISTANT:", "USER: "]
+    tokenizer.train_from_iterator([*fixed * 50, *texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A",
                                                              special_tokens=[("<s>", 1)])
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>",
                                    eos_token="</s>", pad_token="<unk>", model_max_length=2048,
-                                   clean_up_tokenization_spaces=False,
-                                   )  # fmt: skip
+                                   clean_up_tokenization_spaces=False)
+
+
+def _llama(vocab_size: int, layers: int, pad: int) -> dict[str, Any]:
+    return {
+        "vocab_size": vocab_size, "hidden_size": HIDDEN_SIZE, "intermediate_size": _INTERMEDIATE,
+        "num_hidden_layers": layers, "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS,
+        "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
+        "pad_token_id": pad, "tie_word_embeddings": False,
+    }  # fmt: skip
 
 
 def new_drafter(vocab_size: int, *, seed: int, layers: int = 4) -> EventGPTForCausalLM:
     """A drafter with random weights: 5 event frames of 65 patches → 70 event tokens, ``layers``
     decoder layers."""
     torch.manual_seed(seed)
-    config = EventGPTConfig(vocab_size=vocab_size, hidden_size=HIDDEN_SIZE,
-                            intermediate_size=_INTERMEDIATE, num_hidden_layers=layers,
-                            num_attention_heads=_HEADS, num_key_value_heads=_HEADS,
-                            max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1,
-                            eos_token_id=2, pad_token_id=0, tie_word_embeddings=False,
-                            vision_config={**_TOWER, "patch_size": 12, "num_hidden_layers": 4},
-                            )  # fmt: skip
-    return EventGPTForCausalLM(config)
+    tower = {**_TOWER, "patch_size": 12, "num_hidden_layers": 4}
+    return EventGPTForCausalLM(EventGPTConfig(**_llama(vocab_size, layers, 0),
+                                              vision_config=tower))
 
 
 def new_verifier(text_vocab_size: int, *, seed: int,
@@ -83,21 +85,13 @@ def new_verifier(text_vocab_size: int, *, seed: int,
     """A verifier with random weights: 8 frames of 37 states → 296 video tokens; ids text_vocab_size
     … +2 are image, video and padding."""
     torch.manual_seed(seed)
-    text = LlamaConfig(vocab_size=text_vocab_size + 64, hidden_size=HIDDEN_SIZE,
-                       intermediate_size=_INTERMEDIATE, num_hidden_layers=layers,
-                       num_attention_heads=_HEADS, num_key_value_heads=_HEADS,
-                       max_position_embeddings=1024, rms_norm_eps=1e-5, bos_token_id=1,
-                       eos_token_id=2, pad_token_id=text_vocab_size + 2, tie_word_embeddings=False,
-                       )  # fmt: skip
+    text = LlamaConfig(**_llama(text_vocab_size + 64, layers, text_vocab_size + 2))
     tower = CLIPVisionConfig(**_TOWER, patch_size=16, num_hidden_layers=5)
-    config = VideoLlavaConfig(vision_config=tower, text_config=text,
-                              image_token_index=text_vocab_size,
-                              video_token_index=text_vocab_size + 1, vision_feature_layer=-2,
-                              vision_feature_select_strategy="default", image_seq_length=36,
-                              video_seq_length=8 * 37, projector_hidden_act="gelu",
-                              tie_word_embeddings=False,
-                              )  # fmt: skip
-    return VideoLlavaForConditionalGeneration(config)
+    return VideoLlavaForConditionalGeneration(VideoLlavaConfig(
+        vision_config=tower, text_config=text, image_token_index=text_vocab_size,
+        video_token_index=text_vocab_size + 1, vision_feature_layer=-2,
+        vision_feature_select_strategy="default", image_seq_length=36, video_seq_length=8 * 37,
+        projector_hidden_act="gelu", tie_word_embeddings=False))
 
 
 @dataclass(frozen=True)
@@ -105,48 +99,51 @@ class Parts:
     """A model taken apart for its training (studies.embedded_pair.stages).
 
     features: pixels [B, F, 3, s, s] → tower states [B, F, P, C]. project: those → visual tokens [B,
-    n_visual, D].
-    decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] → post-norm states
-    [B, L, D]. decode_lower: the same, through
-    the layers up to ``middle`` only and without the norm.
-    middle, early: the decoder layers half and a third of the way up.
-    patches: visual tokens [B, n_visual, D] → [B, F, P, D], one a patch, CLS left out; patch_frames:
-    which frames those F are.
-    grounding_frames: which frames the tower's pretraining looks at (neighbouring video frames teach
-    a per-frame tower little).
+    n_visual, D]. decode: embeddings [B, L, D], additive mask [B, 1, L, L], positions [B, L] →
+    post-norm states [B, L, D]. decode_lower: the same, through the layers up to ``middle`` only and
+    without the norm. middle, early: the decoder layers half and a third of the way up.
+    patches: visual tokens [B, n_visual, D] → [B, F, P, D], one per patch, CLS left out;
+    patch_frames: which frames those F are. grounding_frames: which frames the tower's pretraining
+    looks at (neighbouring video frames teach a per-frame tower little).
     """
 
     role: str
-    model: nn.Module
+    tower: nn.Module
     features: Callable[[Tensor], Tensor]
     project: Callable[[Tensor], Tensor]
+    projector: nn.ModuleList
     decode: Callable[[Tensor, Tensor, Tensor], Tensor]
     decode_lower: Callable[[Tensor, Tensor, Tensor], Tensor]
-    tower: nn.Module
-    projector: nn.ModuleList
     decoder: nn.ModuleList
+    embed: nn.Embedding
+    lm_head: nn.Linear
     middle: nn.Module
     early: nn.Module
     patches: Callable[[Tensor], Tensor]
     patch_frames: tuple[int, ...]
-    embed: nn.Embedding
-    lm_head: nn.Linear
+    grounding_frames: tuple[int, ...]
     n_visual: int
     tower_width: int
-    grounding_frames: tuple[int, ...]
     prompt_ids: Callable[[Any, str], tuple[list[int], list[int]]]
 
 
-def _decode(body: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    return lambda x, mask, positions: body(inputs_embeds=x, attention_mask=mask, position_ids=
-                                           positions, use_cache=False).last_hidden_state
+def _decoder_parts(body: nn.Module, lm_head: nn.Linear) -> dict[str, Any]:
+    """The fields of Parts that any decoder has. The lower half shares the body's parameters."""
+    lower, n_layers = copy.copy(body), len(body.layers)
+    lower._modules = dict(body._modules) | {"layers": body.layers[:n_layers // 2],
+                                            "norm": nn.Identity()}
 
+    def through(module: nn.Module) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda x, mask, positions: module(
+            inputs_embeds=x, attention_mask=mask, position_ids=positions,
+            use_cache=False).last_hidden_state
 
-def _lower(body: nn.Module, n_layers: int) -> nn.Module:
-    """The same body, the same parameters, cut off after ``n_layers``."""
-    lower = copy.copy(body)
-    lower._modules = dict(body._modules) | {"layers": body.layers[:n_layers], "norm": nn.Identity()}
-    return lower
+    return {
+        "decode": through(body), "decode_lower": through(lower), "lm_head": lm_head,
+        "embed": body.embed_tokens, "middle": body.layers[n_layers // 2 - 1],
+        "early": body.layers[max(0, n_layers // 3 - 1)],
+        "decoder": nn.ModuleList([body.embed_tokens, body.layers, body.norm, lm_head]),
+    }  # fmt: skip
 
 
 def drafter_parts(model: EventGPTForCausalLM) -> Parts:
@@ -162,57 +159,35 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
         return torch.cat([tokens.mean(dim=-2), tokens.mean(dim=-3)], dim=-2)
 
     return Parts(
-        role="drafter",
-        model=model,
-        project=project,
-        tower=tower,
-        embed=body.embed_tokens,
-        lm_head=model.lm_head,
+        role="drafter", tower=tower, project=project,
         features=lambda pixels: tower(pixels.flatten(0, 1)).unflatten(0, pixels.shape[:2]),
-        decode=_decode(body),
-        decode_lower=_decode(_lower(body,
-                                    len(body.layers) // 2)),
         projector=nn.ModuleList([body.visual_projector, body.feature_adaptor]),
-        decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head]),
-        middle=body.layers[len(body.layers) // 2 - 1],
-        early=body.layers[max(0,
-                              len(body.layers) // 3 - 1)],
         patches=lambda tokens: tokens[:, None, N_EVENT_FRAMES + 1:],
         patch_frames=(N_EVENT_FRAMES // 2,),  # its patch tokens are averages over the frames
-        n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens,
-        tower_width=_TOWER["hidden_size"],
-        grounding_frames=tuple(range(N_EVENT_FRAMES)),
-        prompt_ids=prompts.drafter_prompt_ids,
-    )  # fmt: skip
+        n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
+        grounding_frames=tuple(range(N_EVENT_FRAMES)), prompt_ids=prompts.drafter_prompt_ids,
+        **_decoder_parts(body, model.lm_head))  # fmt: skip
 
 
 def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
     """Video-LLaVA taken apart; its image tower is not trained: save_pair gives it the video tower's
     weights."""
-    tower, projector, body = model.model.video_tower, model.model.multi_modal_projector, model.model.language_model
+    tower, projector = model.model.video_tower, model.model.multi_modal_projector
     model.set_attn_implementation("eager")
     layer = model.config.vision_feature_layer
 
     def features(pixels: Tensor) -> Tensor:
-        states = tower(pixel_values=pixels.flatten(0, 1),
-                       output_hidden_states=True).hidden_states[layer]
-        return states.unflatten(0, pixels.shape[:2])
+        seen = tower(pixel_values=pixels.flatten(0, 1), output_hidden_states=True)
+        return seen.hidden_states[layer].unflatten(0, pixels.shape[:2])
 
-    return Parts(role="verifier", model=model, features=features,
-                 project=lambda states: projector(states).flatten(1, 2), tower=tower,
-                 decode=_decode(body), decode_lower=_decode(_lower(body,
-                                                                   len(body.layers) // 2)),
-                 projector=nn.ModuleList([projector
-                                          ]), embed=body.embed_tokens, lm_head=model.lm_head,
-                 decoder=nn.ModuleList([body.embed_tokens, body.layers, body.norm, model.lm_head
-                                        ]), middle=body.layers[len(body.layers) // 2 - 1],
-                 early=body.layers[max(0,
-                                       len(body.layers) // 3 - 1)],
-                 patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:],
-                 patch_frames=tuple(range(8)), n_visual=model.config.video_seq_length,
-                 tower_width=_TOWER["hidden_size"], grounding_frames=(0, 2, 5, 7),
-                 prompt_ids=prompts.verifier_prompt_ids,
-                 )  # fmt: skip
+    return Parts(
+        role="verifier", tower=tower, features=features,
+        project=lambda states: projector(states).flatten(1, 2),
+        projector=nn.ModuleList([projector]),
+        patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:], patch_frames=tuple(range(8)),
+        n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"],
+        grounding_frames=(0, 2, 5, 7), prompt_ids=prompts.verifier_prompt_ids,
+        **_decoder_parts(model.model.language_model, model.lm_head))  # fmt: skip
 
 
 def verifier_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -231,10 +206,10 @@ def save_pair(folder: str | Path, drafter: EventGPTForCausalLM,
     """Write both models (weights as float16), tokenizers, pixel preprocessing and pair.json in the
     layout load_pair reads."""
     folder = Path(folder)
-    verifier.model.image_tower.load_state_dict(
-        verifier.model.video_tower.state_dict())  # a picture is read as a frame is
-    for name, model, words in (("drafter", drafter, tokenizer), ("verifier", verifier,
-                                                                 verifier_tokenizer(tokenizer))):
+    # a picture is read as a frame is
+    verifier.model.image_tower.load_state_dict(verifier.model.video_tower.state_dict())
+    for name, model, words in (("drafter", drafter, tokenizer),
+                               ("verifier", verifier, verifier_tokenizer(tokenizer))):
         model.to(torch.float16).save_pretrained(folder / name)
         model.to(torch.float32)
         words.save_pretrained(folder / name)

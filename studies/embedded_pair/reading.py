@@ -23,6 +23,9 @@ from torch.nn import functional as F
 from studies.embedded_pair.grounding import PatchReader, loss_of
 from studies.embedded_pair.stage import StageConfig, run
 
+SCENE_WEIGHT = 0.5
+"""Of what the patches are asked, beside the facts."""
+
 
 @dataclass(frozen=True)
 class ReadingConfig(StageConfig):
@@ -47,10 +50,7 @@ class FactRegisters(nn.Module):
         """Mean cross-entropy. states: [B, n_facts, D]. labels: int64 [B, n_facts], -1 where a fact
         is not asked."""
         x = self.norm(states.float())
-        logits = {
-            name: classifier(x[:, i])
-            for i, (name, classifier) in enumerate(self.classifiers.items())
-        }
+        logits = {name: read(x[:, i]) for i, (name, read) in enumerate(self.classifiers.items())}
         return loss_of(logits, labels, list(self.classifiers))
 
 
@@ -65,15 +65,14 @@ class SceneReader(nn.Module):
         """Summed mean cross-entropies.
 
         states: [B, F, P, D] without CLS; codes, colour_known: as PatchReader's. ego: int64 [B], -1
-        unknown; asked for at every patch of
-        the later half of the frames, which have something to look back at.
+        unknown; asked for at every patch of the later half of the frames, which have something to
+        look back at.
         """
-        loss = self.patches(states, codes, colour_known)
-        if (ego >= 0).any():
-            later = self.ego(self.norm(states[ego >= 0][:, states.shape[1] // 2:].float()))
-            loss = loss + F.cross_entropy(
-                later.flatten(0, 2).float(), ego[ego >= 0].repeat_interleave(
-                    later.shape[1] * later.shape[2]))
+        loss, known = self.patches(states, codes, colour_known), ego >= 0
+        if known.any():
+            later = self.ego(self.norm(states[known][:, states.shape[1] // 2:].float()))
+            wanted = ego[known].repeat_interleave(later.shape[1] * later.shape[2])
+            loss = loss + F.cross_entropy(later.flatten(0, 2).float(), wanted)
         return loss
 
 
@@ -82,8 +81,7 @@ class ClipTruths:
     """What the readers are asked about N clips.
 
     labels: int64 [N, n_facts], -1 not asked. ego: int64 [N], -1 not known. colour_known: bool [N].
-    codes: clip numbers, patches a side →
-    int64 [B, F, P], the layout's code in every patch.
+    codes: clip numbers, patches per side → int64 [B, F, P], the layout's code in every patch.
     """
 
     labels: np.ndarray
@@ -95,16 +93,14 @@ class ClipTruths:
 class Readers(nn.Module):
     """Both readers, the two decoder layers they listen to, and the truth."""
     def __init__(self, registers: FactRegisters, scene: SceneReader, truths: ClipTruths, *,
-                 middle: nn.Module, early: nn.Module, patches: Callable[[Tensor], Tensor],
-                 register_weight: float = 1.0, patch_weight: float = 0.5,
-                 ) -> None:
+                 middle: nn.Module, early: nn.Module,
+                 patches: Callable[[Tensor], Tensor]) -> None:
         """patches: states of the visual positions [B, n_visual, D] → [B, F, P, D]. middle and early
         belong to the decoder."""
         super().__init__()
         self.registers, self.scene = registers, scene
-        self._layers, self._truths, self._patches = (
-            middle, early), truths, patches  # a tuple: not this module's own parameters
-        self._weights = register_weight, patch_weight
+        self._layers = (middle, early)  # a tuple: not this module's own parameters
+        self._truths, self._patches = truths, patches
         self._tapped: dict[nn.Module, Tensor] = {}
 
     @contextmanager
@@ -133,16 +129,16 @@ class Readers(nn.Module):
         asked = (truths.codes(clips, int(seen.shape[2]**0.5)), truths.colour_known[clips],
                  truths.ego[clips])
         scene = self.scene(seen, *(torch.from_numpy(truth).to(device) for truth in asked))
-        return self._weights[0] * facts + self._weights[1] * scene
+        return facts + SCENE_WEIGHT * scene
 
 
-def train_lower_half(*, embed: Callable[[Tensor], Tensor], visual: Callable[[np.ndarray], Tensor],
-                     decode: Callable[[Tensor, Tensor, Tensor],
-                                      Tensor], trained: nn.Module, tower: nn.Module,
-                     readers: Readers, before: Sequence[int], n_visual: int, n_clips: int,
-                     config: ReadingConfig, device: str = "cpu", checkpoint: Path | None = None,
-                     progress: Callable[[int, int, float], None] | None = None,
-                     ) -> list[float]:
+def train_lower_half(
+    *, embed: Callable[[Tensor], Tensor], visual: Callable[[np.ndarray], Tensor],
+    decode: Callable[[Tensor, Tensor, Tensor], Tensor], trained: nn.Module, tower: nn.Module,
+    readers: Readers, before: Sequence[int], n_visual: int, n_clips: int, config: ReadingConfig,
+    device: str = "cpu", checkpoint: Path | None = None,
+    progress: Callable[[int, int, float], None] | None = None,
+) -> list[float]:
     """Train tower, projector and the decoder's lower half on what the readers ask; resumes from
     ``checkpoint``.
 
@@ -151,24 +147,22 @@ def train_lower_half(*, embed: Callable[[Tensor], Tensor], visual: Callable[[np.
     Returns: the loss of every step. Raises: TrainingError when the loss is not finite.
     """
     prefix = len(before) + n_visual
-    start, positions = torch.tensor([list(before)],
-                                    device=device), torch.arange(prefix, device=device)[None]
+    start = torch.tensor([list(before)], device=device)
+    positions = torch.arange(prefix, device=device)[None]
     hidden = ~torch.ones(prefix, prefix, dtype=torch.bool, device=device).tril()
     kind = torch.bfloat16 if config.bf16 else torch.float32
-    mask = torch.zeros(1, 1, prefix, prefix, device=device,
-                       dtype=kind).masked_fill(hidden,
-                                               torch.finfo(kind).min)
+    mask = torch.zeros(1, 1, prefix, prefix, device=device, dtype=kind)
+    mask = mask.masked_fill(hidden, torch.finfo(kind).min)
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, step])
         clips = np.sort(rng.choice(n_clips, size=min(config.batch_size, n_clips), replace=False))
         tokens = visual(clips)
-        embeddings = torch.cat([embed(start).expand(len(clips), -1, -1).to(tokens.dtype), tokens],
-                               dim=1)
+        opening = embed(start).expand(len(clips), -1, -1).to(tokens.dtype)
+        embeddings = torch.cat([opening, tokens], dim=1)
         decode(embeddings, mask.expand(len(clips), -1, -1, -1), positions.expand(len(clips), -1))
         return readers.loss(clips, slice(len(before), prefix))
 
     with readers.listening():
         return run("readers'", [(trained, 1.0), (readers, 1.0), (tower, config.tower_rate)],
-                   loss_at, config, device=device, checkpoint=checkpoint, progress=progress,
-                   )  # fmt: skip
+                   loss_at, config, device=device, checkpoint=checkpoint, progress=progress)

@@ -33,13 +33,11 @@ def judge(pair: Any, simulated: Iterable[tuple[Any, dict[str, Any], str]], *,
           max_new_tokens: int = 64) -> pd.DataFrame:
     """Both models' ten answers about each of the recording's three clips.
 
-    simulated: (sample, facts, kind of question) of simulated drives, as steps.pair.held_out gives
-    them: how often the right answers there
+    simulated: of simulated drives, as card.held_out gives them: how often the right answers there
     state the same values is what a model that ignores its sensor would reach (``by_chance``).
 
-    Returns: a row a role and fact: role, fact, right, stated, share, by_chance (NaN where never
-    stated). 30 answers of three overlapping
-    clips of one scene: too few for an interval.
+    Returns: one row per role and fact: role, fact, right, stated, share, by_chance (NaN where never
+    stated). 30 answers of three overlapping clips of one scene: too few for an interval.
     """
     rows = list(simulated)
     asked = [lazy.load() for lazy in data.samples(data.root_of("", data.RECORDED, "test"), "test")]
@@ -49,16 +47,11 @@ def judge(pair: Any, simulated: Iterable[tuple[Any, dict[str, Any], str]], *,
         with torch.inference_mode():
             answers = handle.generate(asked, max_new_tokens)
         said = [one for answer in answers for one in stated(handle.text(answer.ids.tolist()))]
-        usual = [
-            one for _, facts, kind in rows for one in stated(language.answer(facts, kind, role))
-        ]
+        usual = [one for _, facts, kind in rows
+                 for one in stated(language.answer(facts, kind, role))]
         for fact, values in SEEN.items():
-            own, there = ([value in values for name, value in some if name == fact]
-                          for some in (said, usual))
-            share, by_chance = (sum(some) / len(some) if some else float("nan")
-                                for some in (own, there))
-            lines.append({
-                "role": role, "fact": fact, "right": sum(own), "stated": len(own), "share": share,
-                "by_chance": by_chance
-            })
+            own, there = (pd.Series([value in values for name, value in some if name == fact],
+                                    dtype=float) for some in (said, usual))
+            lines.append({"role": role, "fact": fact, "right": int(own.sum()), "stated": len(own),
+                          "share": own.mean(), "by_chance": there.mean()})
     return pd.DataFrame(lines)

@@ -22,8 +22,7 @@ def run(task: Callable[..., Any], each: Sequence[tuple], *, threads: int = 1,
     for all of them.
 
     task: a function of a module; what it returns is dropped, so it leaves its result on disk.
-    progress: called here, with what the tasks
-    report. threads: of every process.
+    progress: called here, with what the tasks report. threads: of every process.
 
     Raises: TrainingError with the first failing task's own sentence, or its exit code; the others
     are stopped at their last checkpoint.
@@ -45,8 +44,8 @@ def run(task: Callable[..., Any], each: Sequence[tuple], *, threads: int = 1,
                 if failed:
                     raise TrainingError(
                         f"a training process ended with exit code {failed[0].exitcode}; run the "
-                        "same command again to go on from its last "
-                        "checkpoint, and if it was killed, leave it more memory") from None
+                        "same command again to go on from its last checkpoint, and if it was "
+                        "killed, leave it more memory") from None
                 continue
             if kind == "error":
                 raise TrainingError(report)

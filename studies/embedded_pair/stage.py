@@ -34,15 +34,13 @@ def schedule(step: int, total: int, warmup: int) -> float:
     """Linear warm-up, then cosine to 5 %."""
     if step < warmup:
         return (step + 1) / warmup
-    return 0.05 + 0.95 * 0.5 * (1 +
-                                math.cos(math.pi * min(1.0,
-                                                       (step - warmup) / max(1, total - warmup))))
+    done = min(1.0, (step - warmup) / max(1, total - warmup))
+    return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
 
 
 def run(what: str, modules: Sequence[tuple[nn.Module, float]], loss_at: Callable[[int], Tensor],
         config: StageConfig, *, device: str = "cpu", checkpoint: Path | None = None,
-        progress: Callable[[int, int, float], None] | None = None,
-        ) -> list[float]:
+        progress: Callable[[int, int, float], None] | None = None) -> list[float]:
     """Take ``config.steps`` steps down ``loss_at(step)``; resumes from ``checkpoint`` when it is
     there.
 
@@ -73,9 +71,9 @@ def run(what: str, modules: Sequence[tuple[nn.Module, float]], loss_at: Callable
         history = saved["history"]
     owners.train()
     while (step := len(history)) < config.steps:
+        share = schedule(step, config.steps, config.warmup_steps)
         for group in optimiser.param_groups:
-            group["lr"] = group["scale"] * config.learning_rate * schedule(
-                step, config.steps, config.warmup_steps)
+            group["lr"] = group["scale"] * config.learning_rate * share
         with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.bf16):
             loss = loss_at(step)
         if not torch.isfinite(loss):
@@ -89,12 +87,10 @@ def run(what: str, modules: Sequence[tuple[nn.Module, float]], loss_at: Callable
         history.append(float(loss.detach()))
         if progress:
             progress(len(history), config.steps, history[-1])
-        if checkpoint is not None and (len(history) % config.save_every == 0
-                                       or len(history) == config.steps):
+        due = len(history) % config.save_every == 0 or len(history) == config.steps
+        if checkpoint is not None and due:
+            state = {"model": owners.state_dict(), "optimiser": optimiser.state_dict(),
+                     "history": history, "config": asdict(config)}
             with atomic_path(checkpoint) as path:
-                state = {
-                    "model": owners.state_dict(), "optimiser": optimiser.state_dict(),
-                    "history": history, "config": asdict(config)
-                }
                 torch.save(state, path)
     return history

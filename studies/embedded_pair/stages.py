@@ -1,9 +1,8 @@
 """The training of one embedded model from scratch: tower on what is in the picture, the decoder's
 lower half on what moves, then language.
 
-Models and data come in as arguments (a model taken apart by ``studies.embedded_pair.models``, a
-corpus from ``studies.embedded_pair.corpus``). Every stage keeps a checkpoint in the run folder, so
-an interrupted training continues where it stopped.
+Every stage keeps a checkpoint in the run folder, so an interrupted training continues where it
+stopped; what a stage loses step by step stands in its checkpoint.
 """
 
 from __future__ import annotations
@@ -17,85 +16,70 @@ import torch
 from torch import Tensor, nn
 
 from studies.embedded_pair import grounding, language, reading
+from studies.embedded_pair.corpus import LABELS, LAYOUT_KINDS, LAYOUT_MOTIONS, Dialogue
 from studies.embedded_pair.grounding import GroundingConfig
 from studies.embedded_pair.language import LanguageConfig, Segment
+from studies.embedded_pair.models import Parts
 from studies.embedded_pair.reading import ReadingConfig
+from studies.embedded_pair.views import Material
+from xsd.embedded.scenes import COLOURS
 
 Progress = Callable[[str, int, int, float], None]
 """Called with (stage, step, total, loss)."""
+CLASSES = {name: len(values) for name, values in LABELS.items()}
+PATCH_CLASSES = (len(LAYOUT_KINDS), len(COLOURS), len(LAYOUT_MOTIONS) - 1)
+"""Kinds, colours and motions of what stands in a patch; what does not move has no motion class."""
 
 
-def segments_of(tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequence[Any]], *,
+def segments_of(tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequence[Dialogue]], *,
                 eos: int, fact_weight: float) -> list[list[Segment]]:
-    """Dialogues (question, answer, fact_spans, whole) as ids; tokens inside a fact's characters
-    weigh ``fact_weight``. Only a whole answer ends in EOS."""
+    """Per clip its dialogues as ids; tokens inside a fact's characters weigh ``fact_weight``. Only
+    a whole answer ends in EOS."""
     known: dict[tuple[str, str, bool], Segment] = {}
-    rows = []
-    for clip in dialogues:
-        row = []
-        for d in clip:
-            key = (d.question, d.answer, d.whole)
-            if key not in known:
-                encoded = tokenizer(d.answer, add_special_tokens=False, return_offsets_mapping=True)
-                facts = [
-                    any(a < end and b > start for start, end in d.fact_spans)
-                    for a, b in encoded.offset_mapping
-                ]
-                weight, end = [fact_weight if f else 1.0 for f in facts], [eos] if d.whole else []
-                known[key] = Segment(
-                    prompt_ids(tokenizer, d.question)[1], encoded.input_ids + end,
-                    weight + [1.0] * len(end))
-            row.append(known[key])
-        rows.append(row)
-    return rows
+
+    def segment(asked: Dialogue) -> Segment:
+        key = (asked.question, asked.answer, asked.whole)
+        if key not in known:
+            encoded = tokenizer(asked.answer, add_special_tokens=False, return_offsets_mapping=True)
+            weights = []
+            for a, b in encoded.offset_mapping:
+                states = any(a < end and b > start for start, end in asked.fact_spans)
+                weights.append(fact_weight if states else 1.0)
+            last = [eos] if asked.whole else []
+            known[key] = Segment(prompt_ids(tokenizer, asked.question)[1], encoded.input_ids + last,
+                                 weights + [1.0] * len(last))
+        return known[key]
+
+    return [[segment(asked) for asked in clip] for clip in dialogues]
 
 
-def train_model(parts: Any, *, tokenizer: Any, images: Any, labels: np.ndarray, layout: Any,
-                colour_known: np.ndarray, dialogues: Sequence[Sequence[Any]],
-                other_dialogues: Sequence[Sequence[Any]] | None, classes: dict[str, int],
-                n_kinds: int, n_colours: int, n_motions: int, mean: Sequence[float],
-                std: Sequence[float], folder: Path, grounding_config: GroundingConfig,
-                reading_config: ReadingConfig, language_config: LanguageConfig, device: str = "cpu",
-                progress: Progress | None = None,
-                ) -> None:
-    """Train one model in place.
+def train_model(parts: Parts, material: Material, tokenizer: Any, folder: Path, *,
+                configs: tuple[GroundingConfig, ReadingConfig, LanguageConfig],
+                mixed_in: Sequence[Sequence[Dialogue]] | None = None, device: str = "cpu",
+                progress: Progress | None = None) -> None:
+    """Train one model in place, with checkpoints in ``folder``.
 
-    Args:
-        parts: features, project, decode, decode_lower, tower, projector, decoder, early, middle,
-        patches, patch_frames, embed, lm_head,
-            n_visual, tower_width, grounding_frames, prompt_ids, role, model
-            (models.embedded.Parts).
-        images: uint8 [N, F, s, s, 3]. labels: int64 [N, n_facts]. layout: uint16 [N, F, c, c].
-        colour_known: bool [N]. images and layout:
-            arrays, or what gives rows as an array does (views.Viewed).
-        dialogues: per clip its questions and answers. other_dialogues: the other model's answers;
-        one such segment a clip and step is
-            mixed in, as both real models share a language-model ancestor that knows either style.
-        classes: facts and their number of classes; n_kinds, n_colours, n_motions: patch classes.
-
-    Raises: TrainingError as stage.run. What the stages lose step by step stands in their
-    checkpoints.
+    mixed_in: per clip the other model's dialogues; one such answer is asked per clip and step,
+    beside the model's own. Raises: TrainingError as stage.run.
     """
-    def report(stage: str) -> Callable[[int, int, float], None] | None:
-        return None if progress is None else lambda step, total, loss: progress(
-            f"{parts.role} {stage}", step, total, loss)
+    tower_config, reading_config, language_config = configs
+    torch.manual_seed(tower_config.seed)
+    width, n_frames = parts.embed.embedding_dim, material.images.shape[1]
+    n_tokens = parts.n_visual * len(parts.grounding_frames) // n_frames
+    patches = grounding.PatchReader(parts.tower_width, *PATCH_CLASSES)
+    head = grounding.GroundingHead(width, n_tokens, CLASSES, patches).to(device)
 
-    frames = list(parts.grounding_frames)
-    torch.manual_seed(grounding_config.seed)
-    tokens_per_frame = parts.n_visual * len(frames) // images.shape[1] if len(
-        frames) != images.shape[1] else parts.n_visual
-    width, kinds = parts.embed.embedding_dim, (n_kinds, n_colours, n_motions)
-    head = grounding.GroundingHead(width, tokens_per_frame, classes,
-                                   grounding.PatchReader(parts.tower_width, *kinds)).to(device)
-    grounding.train_tower(parts.features, parts.project, [parts.tower, parts.projector], head,
-                          images, labels, layout, colour_known, frames=frames, mean=mean, std=std,
-                          config=grounding_config, checkpoint=folder / f"{parts.role}-tower.pt",
-                          progress=report("tower"),
-                          )  # fmt: skip
-    own = segments_of(tokenizer, parts.prompt_ids, dialogues, eos=tokenizer.eos_token_id,
+    def kept(stage: str) -> dict[str, Any]:
+        report = None if progress is None else (
+            lambda step, total, loss: progress(f"{parts.role} {stage}", step, total, loss))
+        return {"checkpoint": folder / f"{parts.role}-{stage}.pt", "progress": report}
+
+    grounding.train_tower(parts, material, head, tower_config, **kept("tower"))
+    eos = tokenizer.eos_token_id
+    own = segments_of(tokenizer, parts.prompt_ids, material.dialogues, eos=eos,
                       fact_weight=language_config.fact_weight)
-    other = other_dialogues and segments_of(tokenizer, parts.prompt_ids, other_dialogues,
-                                            eos=tokenizer.eos_token_id, fact_weight=1.0)
+    other = mixed_in and segments_of(tokenizer, parts.prompt_ids, mixed_in, eos=eos,
+                                     fact_weight=1.0)
 
     def choose(clip: int, rng: np.random.Generator) -> list[Segment]:
         picked = rng.permutation(len(own[clip]))[:language_config.questions_per_clip]
@@ -103,30 +87,26 @@ def train_model(parts: Any, *, tokenizer: Any, images: Any, labels: np.ndarray, 
         return [own[clip][int(i)] for i in picked] + extra
 
     def visual(clips: np.ndarray) -> Tensor:
-        return parts.project(
-            parts.features(grounding.normalise(images[clips], mean, std).to(device)))
+        pixels = grounding.normalise(material.images[clips]).to(device)
+        return parts.project(parts.features(pixels))
 
     def codes(clips: np.ndarray, grid: int) -> np.ndarray:
-        return grounding.patch_codes(layout[clips][:, list(parts.patch_frames)], grid)
+        return grounding.patch_codes(material.layout[clips][:, list(parts.patch_frames)], grid)
 
-    truths = reading.ClipTruths(labels, labels[:, list(classes).index("ego")], colour_known, codes)
+    ego = material.labels[:, list(CLASSES).index("ego")]
     readers = reading.Readers(
-        reading.FactRegisters(width, classes),
-        reading.SceneReader(width, grounding.PatchReader(width, *kinds), classes["ego"]), truths,
+        reading.FactRegisters(width, CLASSES),
+        reading.SceneReader(width, grounding.PatchReader(width, *PATCH_CLASSES), CLASSES["ego"]),
+        reading.ClipTruths(material.labels, ego, material.colour_known, codes),
         middle=parts.middle, early=parts.early, patches=parts.patches,
     ).to(device)  # fmt: skip
     common = {
-        "embed": parts.embed, "visual": visual,
-        "trained": nn.ModuleList([parts.decoder,
-                                  parts.projector]), "tower": parts.tower, "readers": readers,
-        "before": parts.prompt_ids(tokenizer, "?")
-                  [0], "n_visual": parts.n_visual, "n_clips": len(images), "device": device,
+        "embed": parts.embed, "visual": visual, "tower": parts.tower, "readers": readers,
+        "trained": nn.ModuleList([parts.decoder, parts.projector]),
+        "before": parts.prompt_ids(tokenizer, "?")[0], "n_visual": parts.n_visual,
+        "n_clips": len(material.images), "device": device,
     }  # fmt: skip
     reading.train_lower_half(**common, decode=parts.decode_lower, config=reading_config,
-                             checkpoint=folder / f"{parts.role}-reading.pt",
-                             progress=report("reading"),
-                             )  # fmt: skip
+                             **kept("reading"))
     language.train_decoder(**common, decode=parts.decode, lm_head=parts.lm_head, segments=choose,
-                           config=language_config, checkpoint=folder / f"{parts.role}-language.pt",
-                           progress=report("language"),
-                           )  # fmt: skip
+                           config=language_config, **kept("language"))

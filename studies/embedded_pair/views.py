@@ -26,8 +26,7 @@ _EGO = ("stopped", "left", "right")
 @dataclass(frozen=True)
 class View:
     """zoom: 1 is the whole picture. roll_degrees: of the camera. right, down: of the view's centre,
-    as shares of the room that is left.
-    gain: of the grey values."""
+    as shares of the room that is left. gain: of the grey values."""
 
     zoom: float
     roll_degrees: float
@@ -54,9 +53,8 @@ class View:
         below, aside = (row - top).astype(np.float32), (column - left).astype(np.float32)
         upper = grey[:, top, left] * (1 - aside) + grey[:, top, left + 1] * aside
         lower = grey[:, top + 1, left] * (1 - aside) + grey[:, top + 1, left + 1] * aside
-        seen = np.clip((upper * (1 - below) + lower * below) * self.gain + 0.5, 0,
-                       255).astype(np.uint8)
-        return np.repeat(seen[..., None], 3, axis=-1)
+        seen = (upper * (1 - below) + lower * below) * self.gain + 0.5
+        return np.repeat(np.clip(seen, 0, 255).astype(np.uint8)[..., None], 3, axis=-1)
 
     def of_layout(self, codes: np.ndarray) -> np.ndarray:
         """uint16 [F, c, c] → the same: what stands in each cell of the view."""
@@ -76,8 +74,8 @@ class Viewed:
     they are asked for."""
     def __init__(self, array: np.ndarray, of: Sequence[int], seed: int,
                  see: Callable[[View, np.ndarray], np.ndarray]) -> None:
-        self._array, self._of, self._seed, self._see = array, np.asarray(of,
-                                                                         dtype=np.int64), seed, see
+        self._array, self._of = array, np.asarray(of, dtype=np.int64)
+        self._seed, self._see = seed, see
         self.shape = (len(array) + len(self._of), *array.shape[1:])
 
     def __len__(self) -> int:
@@ -92,8 +90,8 @@ class Viewed:
         source[behind] = self._of[rows[behind] - n]
         out = np.array(self._array[source])
         for at in behind:
-            out[at] = self._see(random_view(np.random.default_rng([self._seed,
-                                                                   int(rows[at])])), out[at])
+            view = random_view(np.random.default_rng([self._seed, int(rows[at])]))
+            out[at] = self._see(view, out[at])
         return out
 
 
@@ -130,11 +128,10 @@ def with_views(drives: Corpus, *, share: float, seed: int) -> Material:
     turns = np.array([drives.facts[i]["ego"] in _EGO for i in of], dtype=bool)
     kept[:, names.index("ego")] = np.where(turns, labels[of, names.index("ego")], -1)
     colours = np.array([not facts["grey"] for facts in drives.facts] + [False] * len(of))
+    dialogues = drives.dialogues("verifier") + [_asked_of_a_view(drives.facts[i]) for i in of]
     return Material(Viewed(drives.video, of, seed, View.of_pictures),
                     Viewed(drives.layout[:, :8], of, seed, View.of_layout),
-                    np.concatenate([labels, kept]), colours,
-                    drives.dialogues("verifier") + [_asked_of_a_view(drives.facts[i]) for i in of],
-                    )
+                    np.concatenate([labels, kept]), colours, dialogues)
 
 
 def _asked_of_a_view(facts: dict[str, Any]) -> list[Dialogue]:
@@ -142,8 +139,8 @@ def _asked_of_a_view(facts: dict[str, Any]) -> list[Dialogue]:
     fact it states."""
     asked = []
     for question in language.questions():
-        if question.kind == "time_of_day" or (question.kind == "ego_motion"
-                                              and facts["ego"] in _EGO):
+        turns = question.kind == "ego_motion" and facts["ego"] in _EGO
+        if question.kind == "time_of_day" or turns:
             text = language.answer(facts, question.kind, "verifier")
             start, end = language.fact_spans(text)[0]
             asked.append(Dialogue(question.text, text[:end], ((start, end),), whole=False))

@@ -256,17 +256,18 @@ def train(profile: Literal["smoke", "quick", "full"] = Option(
 
     written = recipe.train(out or recipe.default_folder(profile, seed), profile, seed=seed,
                            device=device, workers=workers, progress=show)
-    card = recipe.score(written, n_sequences=sequences,
-                        command=f"`xsd pair train --profile {profile} --seed {seed}`")
-    print(f"the pair: {written}; its card: {card}")
+    card = _beside("studies.embedded_pair.card")
+    about = card.score(written, n_sequences=sequences,
+                       command=f"`xsd pair train --profile {profile} --seed {seed}`")
+    print(f"the pair: {written}; its card: {about}")
 
 
 @pair_app.command(epilog=examples("xsd pair card runs/pair_full_0/pair"))
 def card(folder: Path = Argument(help="a trained embedded pair"),
          sequences: int = SEQUENCES) -> None:
     """Judge a trained pair on held-out drives and write its card."""
-    recipe = _beside("studies.embedded_pair.recipe")
-    print(recipe.score(folder, n_sequences=sequences, command=f"`xsd pair card {folder}`"))
+    judge = _beside("studies.embedded_pair.card")
+    print(judge.score(folder, n_sequences=sequences, command=f"`xsd pair card {folder}`"))
 
 
 def _beside(module: str) -> Any:
