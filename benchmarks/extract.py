@@ -61,15 +61,16 @@ def extraction_ratios(pair: loading.Pair, samples: list[Sample],
             pairs.teacher_forced_pairs(pair, samples[part], longest, batch_size,
                                        verifier=known[part])
 
-    seconds = ratios.interleave(
-        {
-            "free, batched": lambda: free(n), "free, one at a time": lambda: free(1),
-            "forced, batched": lambda: forced(n), "forced, one at a time": lambda: forced(1),
-            "forced, token by token": lambda: token_by_token(pair, samples, known),
-            "forced, token by token in transformers": lambda: token_by_token(
-                pair, samples, known, plain=True),
-        }, repeats=sizes.repeats,
-    )
+    contenders = {
+        "free, batched": lambda: free(n),
+        "free, one at a time": lambda: free(1),
+        "forced, batched": lambda: forced(n),
+        "forced, one at a time": lambda: forced(1),
+        "forced, token by token": lambda: token_by_token(pair, samples, known),
+        "forced, token by token in transformers":
+            lambda: token_by_token(pair, samples, known, plain=True),
+    }
+    seconds = ratios.interleave(contenders, repeats=sizes.repeats)
     about = f"{n} pairs"
     found = [
         ratios.ratio("free-running pairs/s", seconds, "free, batched", "free, one at a time",
@@ -99,17 +100,15 @@ def token_by_token(pair: loading.Pair, samples: list[Sample], known: list[Contin
     drafter's cache. A list of [n, D].
 
     plain: call the decoder as any user of transformers would, without the handle's fused steps
-    (models.small_steps). As in
-    pairs.teacher_forced_pairs, an answer ends with the position that predicts a token the drafter
-    does not know.
+    (models.small_steps). As in pairs.teacher_forced_pairs, an answer ends with the position that
+    predicts a token the drafter does not know.
     """
     found = []
     for sample, answer in zip(samples, known, strict=True):
         foreign = (answer.ids[:-1] >= pair.draft_vocab_size).nonzero()
         given = answer.ids[:int(foreign[0]) if len(foreign) else -1]
-        found.append(
-            _plain_steps(pair.drafter, sample, given
-                         ) if plain else _own_steps(pair.drafter, sample, given))
+        steps = _plain_steps if plain else _own_steps
+        found.append(steps(pair.drafter, sample, given))
     return found
 
 
@@ -148,10 +147,11 @@ def run(out: Path, sizes: Sizes | None = None) -> str:
         counted = bench_streaming.bytes_per_pair(folder, sizes.streaming)
         memory = bench_streaming.peak_memory(folder, sizes.streaming)
     found += streamed
-    ratios.save(
-        out, found, facts={
-            "extraction": facts, "streaming": read_facts, "bytes_per_pair": counted,
-            "memory": memory
-        })
+    ratios.save(out, found, facts={"extraction": facts, "streaming": read_facts,
+                                   "bytes_per_pair": counted, "memory": memory})
     return "\n\n".join((ratios.table(found), bench_streaming.bytes_table(counted),
                         bench_streaming.memory_table(memory)))
+
+
+if __name__ == "__main__":
+    ratios.main("extract", run)

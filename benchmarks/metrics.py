@@ -8,14 +8,12 @@ the metrics and by the bare read alike, in the same rounds.
 
 from __future__ import annotations
 
-import math
-import resource
 import statistics as plain_statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,10 +21,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
-from benchmarks import ratios
-from xsd.core import ROOT, StorageError
+from benchmarks import ratios, states
+from xsd.core import ROOT
 from xsd.evaluate import hidden, reliability, tokens
 from xsd.evaluate.kernels import cosines, head_tokens
 from xsd.evaluate.statistics import bootstrap_ratio
@@ -42,8 +39,7 @@ class Sizes:
     at most 640 and at least 64.
 
     vocabularies: the sizes at which the memory of the head pass over memory_rows states is
-    compared. loop_positions: what the plain
-    Python loop gets through.
+    compared. loop_positions: what the plain Python loop gets through.
     """
 
     n_samples: int | None = None
@@ -60,47 +56,7 @@ class Sizes:
     repeats: int = 4
 
 
-class StateFile:
-    """Aligned and target states, bf16, batch after batch on disk: ``aligned [batch, S, D] | target
-    [batch, S, D]`` and so on."""
-    def __init__(self, path: Path, sizes: Sizes, n_samples: int, *, seed: int = 0) -> None:
-        """Generate the file. Raises: StorageError when the disk is full."""
-        self.path, self.shape = path, (2, sizes.batch, sizes.positions, sizes.width)
-        self.n_batches = n_samples // sizes.batch
-        generator = torch.Generator().manual_seed(seed)
-        try:
-            with path.open("wb") as file:
-                for _ in range(self.n_batches):
-                    states = torch.randn(self.shape, generator=generator)
-                    states[0].mul_(0.4).add_(states[1])  # cosines around 0.93
-                    file.write(states.bfloat16().view(torch.int16).numpy().tobytes())
-        except OSError as error:
-            raise StorageError(
-                f"the generated set does not fit into {path.parent} ({error.strerror}); free space "
-                "there"
-            ) from error
-
-    @property
-    def n_samples(self) -> int:
-        return self.n_batches * self.shape[1]
-
-    @property
-    def n_bytes(self) -> int:
-        return 2 * self.n_batches * math.prod(self.shape)
-
-    def batches(self, n_batches: int | None = None) -> Iterator[np.ndarray]:
-        """int16 [2, batch, S, D], always the same buffer; from the file's start again where
-        n_batches asks for more than it holds."""
-        buffer = np.empty(self.shape, np.int16)
-        with self.path.open("rb", buffering=0) as file:
-            for at in range(n_batches or self.n_batches):
-                if at % self.n_batches == 0:
-                    file.seek(0)
-                file.readinto(memoryview(buffer).cast("B"))
-                yield buffer
-
-
-def hidden_pass(file: StateFile, n_batches: int | None = None) -> np.ndarray:
+def hidden_pass(file: states.StateFile, n_batches: int | None = None) -> np.ndarray:
     """All that the hidden-state figures keep of the streamed set: the cosine of every position,
     float32 [answers, S]."""
     mask = torch.ones(file.shape[1:3], dtype=torch.bool)
@@ -117,40 +73,6 @@ def token_table(**columns: np.ndarray) -> pd.DataFrame:
         "level": "", "sample": answer, "sequence": names, "position": np.tile(np.arange(size), n),
         **{name: values.reshape(-1) for name, values in columns.items()}
     })  # fmt: skip
-
-
-def read_and_sum_words(file: StateFile) -> int:
-    """The same bytes read in the same batches and summed as 64-bit integers: no number is looked
-    at, memory sets the pace."""
-    return sum(int(buffer.view(np.int64).sum()) for buffer in file.batches())
-
-
-def read_and_sum(file: StateFile) -> float:
-    """The bare alternative: the same bytes read in the same batches and summed in float32, in
-    pieces that fit a core's cache (a whole tensor's ``sum(dtype=float32)`` takes five times as
-    long)."""
-    total, width = 0.0, file.shape[-1]
-    for buffer in file.batches():
-        for rows in torch.from_numpy(buffer).view(torch.bfloat16).view(-1, width).split(64):
-            total += float(rows.float().sum())
-    return total
-
-
-def plain_loop(aligned: list[list[float]], target: list[list[float]]) -> list[float]:
-    """The definition, number by number: the cosine of every position."""
-    out = []
-    for a, v in zip(aligned, target, strict=True):
-        dot = sum(x * y for x, y in zip(a, v, strict=True))
-        out.append(dot / math.sqrt(sum(x * x for x in a)) / math.sqrt(sum(y * y for y in v)))
-    return out
-
-
-def loop_of_tensors(aligned: Tensor, target: Tensor) -> list[float]:
-    """One position after the other with tensor operations. aligned, target: bf16 [N, D]."""
-    return [
-        float(a @ v / (a.norm() * v.norm()))
-        for a, v in ((a.float(), v.float()) for a, v in zip(aligned, target, strict=True))
-    ]
 
 
 def run(out: Path, sizes: Sizes | None = None) -> str:
@@ -178,17 +100,18 @@ def n_samples_for(free_bytes: float | None, sizes: Sizes) -> int:
 
 
 def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any]]:
-    file = StateFile(path, sizes, n_samples_for(planning.free_bytes("cpu"), sizes))
+    file = states.StateFile(path, (sizes.batch, sizes.positions, sizes.width),
+                     n_samples_for(planning.free_bytes("cpu"), sizes))
     first = torch.from_numpy(next(file.batches()).copy()).view(torch.bfloat16).reshape(
         2, -1, sizes.width)[:, :sizes.loop_positions]
     one_pass = file.n_samples * sizes.positions
     seconds = ratios.interleave(
         {
             "hidden pass": lambda: hidden_pass(file),
-            "read and sum as float32": lambda: read_and_sum(file),
-            "read and sum as words": lambda: read_and_sum_words(file),
-            "plain loop": lambda: plain_loop(*first.tolist()),
-            "loop of tensor operations": lambda: loop_of_tensors(*first),
+            "read and sum as float32": lambda: states.read_and_sum(file),
+            "read and sum as words": lambda: states.read_and_sum_words(file),
+            "plain loop": lambda: states.plain_loop(*first.tolist()),
+            "loop of tensor operations": lambda: states.loop_of_tensors(*first),
         }, repeats=sizes.repeats,
     )
 
@@ -203,7 +126,7 @@ def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any
         against("plain loop", 100, f"Python, {len(first[0])} positions", len(first[0])),
         against("loop of tensor operations", None, "a position at a time", len(first[0])),
     ]
-    before, start = _peak_mb(), time.perf_counter()
+    before, start = ratios.peak_bytes() / 1e6, time.perf_counter()
     whole = hidden_pass(file, -(-sizes.full // sizes.batch))
     passed = time.perf_counter() - start
     hidden.figures(token_table(one_step_cosine=whole))
@@ -212,7 +135,7 @@ def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any
         "full_pass_samples": len(whole),
         "full_pass_gb": file.n_bytes / 1e9 * len(whole) / file.n_samples,
         "full_pass_s": passed, "full_result_s": time.perf_counter() - start - passed,
-        "full_pass_peak_growth_mb": _peak_mb() - before,
+        "full_pass_peak_growth_mb": ratios.peak_bytes() / 1e6 - before,
     }
     return measured, facts
 
@@ -276,9 +199,9 @@ def head_growth_mb(rows: int, width: int, vocabulary: int) -> float:
     weight, states = torch.ones(vocabulary, width), torch.ones(rows, width)
     head_tokens(states[:2], weight[:64], top_k=5,
                 targets=torch.zeros(2, dtype=torch.int64))  # libraries are loaded before the count
-    before = _peak_mb()
+    before = ratios.peak_bytes() / 1e6
     head_tokens(states, weight, top_k=5, targets=torch.zeros(rows, dtype=torch.int64))
-    return _peak_mb() - before
+    return ratios.peak_bytes() / 1e6 - before
 
 
 def sentences(facts: dict[str, Any], sizes: Sizes) -> list[str]:
@@ -312,12 +235,5 @@ def _median_s(call: Callable[[], object], repeats: int = 3) -> float:
     return plain_statistics.median(seconds)
 
 
-def _peak_mb() -> float:
-    """The most memory that this process has held, in MB. getrusage alone would start from the
-    parent's peak in a new process."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        return next(
-            int(line.split()[1])
-            for line in status.read_text().splitlines() if line.startswith("VmHWM")) * 1024 / 1e6
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+if __name__ == "__main__":
+    ratios.main("metrics", run)

@@ -9,13 +9,15 @@ prints and writes it.
 from __future__ import annotations
 
 import gc
+import resource
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from xsd.core import ParameterError
+from xsd.core import ROOT, ParameterError
 from xsd.files import provenance, write_json
 
 
@@ -70,34 +72,30 @@ def interleave(contenders: Mapping[str, Callable[[], object]], *, repeats: int =
 
 def ratio(name: str, seconds: Mapping[str, Sequence[float]], ours: str, alternative: str, *,
           ours_work: float = 1.0, alternative_work: float = 1.0, target: float | None = None,
-          note: str = "",
-          ) -> Ratio:  # fmt: skip
+          note: str = "") -> Ratio:
     """Throughput of ours over the alternative's, round by round.
 
     ours_work, alternative_work: how much each did in one call (pairs, bytes), where that differs.
     """
     each = [(b / alternative_work) / (a / ours_work)
             for a, b in zip(seconds[ours], seconds[alternative], strict=True)]
-    return Ratio(name, ours, alternative, statistics.median(each), min(each), max(each), len(each),
-                 statistics.median(seconds[ours]), statistics.median(seconds[alternative]), target,
-                 note,
-                 )  # fmt: skip
+    middle = statistics.median
+    return Ratio(name, ours, alternative, middle(each), min(each), max(each), len(each),
+                 middle(seconds[ours]), middle(seconds[alternative]), target, note)
 
 
 def table(ratios: Sequence[Ratio]) -> str:
     """The ratios as a Markdown table, the aim and whether it is met beside each."""
     lines = [
         "| what | ours / alternative | ratio (median) | smallest … largest round | aim | met |",
-        "|---|---|---|---|---|---|"
+        "|---|---|---|---|---|---|",
     ]
     for r in ratios:
-        aim, met = ("", "") if r.target is None else (f"≥ {r.target:g}",
-                                                      "yes" if r.met else "**no**")
+        aim = "" if r.target is None else f"≥ {r.target:g}"
+        met = "" if r.met is None else "yes" if r.met else "**no**"
         about = r.name + (f" ({r.note})" if r.note else "")
-        lines.append(
-            f"| {about} | {r.ours} / {r.alternative} | {r.value:.2f}× | {r.low:.2f} … {r.high:.2f} "
-            f"| {aim} | {met} |"
-        )
+        lines.append(f"| {about} | {r.ours} / {r.alternative} | {r.value:.2f}× | "
+                     f"{r.low:.2f} … {r.high:.2f} | {aim} | {met} |")
     return "\n".join(lines)
 
 
@@ -107,8 +105,21 @@ def save(folder: str | Path, ratios: Sequence[Ratio], *, facts: Mapping[str, obj
     its path."""
     target = Path(folder) / "ratios.json"
     rows = [asdict(r) | {"met": r.met} for r in ratios]
-    write_json(target, {
-        "ratios": rows, "facts": dict(facts or {}), "provenance": provenance(
-            seed=seed, device="cpu")
-    })
+    write_json(target, {"ratios": rows, "facts": dict(facts or {}),
+                        "provenance": provenance(seed=seed, device="cpu")})
     return target
+
+
+def peak_bytes() -> int:
+    """The most memory that this process has held. getrusage alone would start from the parent's
+    peak in a new process."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
+        return 1024 * int(lines["VmHWM"].split()[0])
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def main(name: str, run: Callable[[Path], str]) -> None:
+    """``python -m benchmarks.<name> [folder]``: measure, write, print."""
+    print(run(Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "reports" / f"bench_{name}"))

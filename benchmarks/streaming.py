@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from benchmarks import ratios
-from xsd.core import PairedStates
+from xsd.core import ROOT, PairedStates
 from xsd.shards.loader import Loader
 from xsd.shards.store import ShardDataset
 from xsd.shards.writer import ShardWriter
@@ -143,19 +143,19 @@ def streaming_ratios(folder: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], di
         name: sum(path.stat().st_size for path in paths)
         for name, paths in (*files.items(), ("chunks", chunks))
     }
-    seconds = ratios.interleave(
-        {
-            "stream as stored": _stream(wide, sizes, "float16"), "stream as float32": _stream(
-                wide, sizes, "float32"), "plain read": _read_shards(
-                    files["wide"]), "read of 1 MiB blocks": lambda: _read_blocks(files["wide"]),
-            "read into new memory": lambda: deque(
-                (path.read_bytes() for path in files["wide"]), maxlen=0),
-            "torch.load of padded chunks": lambda: deque(
-                (torch.load(path, weights_only=True)
-                 for path in chunks), maxlen=0), "narrow stream": _stream(
-                     narrow, sizes, "float32"), "narrow plain read": _read_shards(files["narrow"]),
-        }, repeats=sizes.repeats, warmup=2,
-    )
+    contenders = {
+        "stream as stored": _stream(wide, sizes, "float16"),
+        "stream as float32": _stream(wide, sizes, "float32"),
+        "plain read": _read_shards(files["wide"]),
+        "read of 1 MiB blocks": lambda: _read_blocks(files["wide"]),
+        "read into new memory":
+            lambda: deque((path.read_bytes() for path in files["wide"]), maxlen=0),
+        "torch.load of padded chunks":
+            lambda: deque((torch.load(path, weights_only=True) for path in chunks), maxlen=0),
+        "narrow stream": _stream(narrow, sizes, "float32"),
+        "narrow plain read": _read_shards(files["narrow"]),
+    }
+    seconds = ratios.interleave(contenders, repeats=sizes.repeats, warmup=2)
     note = f"{n_bytes['wide'] / 1e6:.0f} MB, width {sizes.width}"
     found = [
         ratios.ratio("streaming bytes/s, as stored", seconds, "stream as stored", "plain read",
@@ -207,25 +207,17 @@ def bytes_per_pair(folder: Path, sizes: Sizes, n: int = 64) -> dict[str, Any]:
 
 
 _PEAK = """
-import resource
 import sys
 from collections import deque
-from pathlib import Path
+from benchmarks.ratios import peak_bytes
 from xsd.shards.loader import Loader
 from xsd.shards.store import ShardDataset
 dataset = ShardDataset(sys.argv[1])
 loader = Loader(dataset, batch_size=int(sys.argv[2]), shuffle_seed=0, prefetch=2)
 if sys.argv[3] == "stream":
     deque(loader, maxlen=0)
-status = Path("/proc/self/status")
-if status.exists():
-    peak = next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-else:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-print(1024 * peak, loader.memory_bound())
+print(peak_bytes(), loader.memory_bound())
 """
-"""Prints the peak of the resident set in bytes. ru_maxrss only where there is no /proc: Linux lets
-a child begin with its parent's peak."""
 
 
 def peak_memory(folder: Path, sizes: Sizes, times: tuple[int, ...] = (1, 2, 4)) -> dict[str, Any]:
@@ -233,7 +225,7 @@ def peak_memory(folder: Path, sizes: Sizes, times: tuple[int, ...] = (1, 2, 4)) 
     only opens the smallest. In bytes."""
     def peak(place: Path, what: str) -> tuple[int, int]:
         command = [sys.executable, "-c", _PEAK, str(place), str(sizes.batch_size), what]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT)
         return tuple(int(value) for value in done.stdout.split())  # type: ignore[return-value]
 
     rows, opened = [], 0

@@ -2,11 +2,11 @@
 data already in memory.
 
 Counted: one pass over the same answers in the same batches. Ours is
-:meth:`xsd.train.fit.Training.train_pass` as in a real training:
-gathering and padding each batch from the packed states, the named objective with its curves,
-clipping, the NaN check, the optimiser. The bare loop has the padded batches ready in a list and
-does forward, the reference's loss, backward and the same AdamW step, no more. Evaluation and
-writing checkpoints are not training and are not in it. Both train; their weights are thrown away.
+:meth:`xsd.train.fit.Training.train_pass` as in a real training: gathering and padding each batch
+from the packed states, the named objective with its curves, clipping, the NaN check, the optimiser.
+The bare loop has the padded batches ready in a list and does forward, the reference's loss,
+backward and the same AdamW step, no more. Evaluation and writing checkpoints are not training and
+are not in it. Both train; their weights are thrown away.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Size:
     batch_size: int
 
 
-SIZES = (Size("D = 192, as the embedded pair", 128, 192, 142, 32,
-              64), Size("D = 1024", 1024, 1024, 36, 16, 16))
+SIZES = (Size("D = 192, as the embedded pair", 128, 192, 142, 32, 64),
+         Size("D = 1024", 1024, 1024, 36, 16, 16))
 
 
 def answers(size: Size, seed: int = 0) -> list[PairedStates]:
@@ -77,8 +77,8 @@ def contenders(level: str, size: Size, states: source.PackedStates,
             optimiser.step()
             optimiser.zero_grad(set_to_none=True)
 
-    return {"trainer": lambda: training.train_pass(0),
-            "bare loop": bare_pass}, sum(int(batch.mask.sum()) for batch in batches)
+    tokens = sum(int(batch.mask.sum()) for batch in batches)
+    return {"trainer": lambda: training.train_pass(0), "bare loop": bare_pass}, tokens
 
 
 def run(out: Path, *, sizes: tuple[Size, ...] = SIZES, levels: tuple[str, ...] = LEVELS,
@@ -101,3 +101,7 @@ def run(out: Path, *, sizes: tuple[Size, ...] = SIZES, levels: tuple[str, ...] =
                 }
     ratios.save(out, found, facts=facts | {"threads": torch.get_num_threads()})
     return ratios.table(found)
+
+
+if __name__ == "__main__":
+    ratios.main("train", run)

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import metrics as bench_metrics
+from benchmarks import states
 from xsd.core import Batch
 from xsd.evaluate import drafting
 from xsd.evaluate.kernels import head_tokens
@@ -28,20 +29,20 @@ def test_the_table_names_every_comparison_and_the_file_holds_the_facts(tmp_path)
 
 
 def test_the_streamed_pass_measures_what_the_plain_loop_defines(tmp_path):
-    file = bench_metrics.StateFile(tmp_path / "states.bin", SMALL, 8)
+    file = states.StateFile(tmp_path / "states.bin", (4, 4, 32), 8)
     assert file.n_samples == 8 and file.n_bytes == file.path.stat().st_size
     values = bench_metrics.hidden_pass(file).reshape(-1)
     batches = [torch.from_numpy(buffer.copy()).view(torch.bfloat16) for buffer in file.batches()]
     plain = [
         value for batch in batches
-        for value in bench_metrics.plain_loop(*batch.reshape(2, -1, 32).tolist())
+        for value in states.plain_loop(*batch.reshape(2, -1, 32).tolist())
     ]
     assert values.tolist() == pytest.approx(plain, abs=1e-6)
-    assert bench_metrics.loop_of_tensors(*batches[0].reshape(2, -1, 32)) == pytest.approx(
+    assert states.loop_of_tensors(*batches[0].reshape(2, -1, 32)) == pytest.approx(
         plain[:16], abs=1e-5)
-    assert bench_metrics.read_and_sum(file) == pytest.approx(
+    assert states.read_and_sum(file) == pytest.approx(
         sum(float(batch.double().sum()) for batch in batches), abs=1e-2)
-    assert bench_metrics.read_and_sum_words(file) == sum(
+    assert states.read_and_sum_words(file) == sum(
         int(batch.view(torch.int64).sum()) for batch in batches)
     assert len(bench_metrics.hidden_pass(file, 5)) == 20  # the file again from its start
 

@@ -152,9 +152,7 @@ def _words(facts: Facts, dialect: Dialect) -> dict[str, str | None]:
     brake = crossing and f"{article(name_of(crossing[0]))} {moving(crossing[0])}"
     nearest = sorted(traffic, key=lambda vehicle: vehicle["distance"] != "near")
     return {
-        "ego": say("ego", facts["ego"], dialect),
-        "time": say("time", facts["time"], dialect),
-        "sky": say("sky", facts["sky"], dialect),
+        **{fact: say(fact, facts[fact], dialect) for fact in ("ego", "time", "sky")},
         "opening": _OPENING.get(facts["time"], ""),
         "scenery": _scenery(facts, dialect),
         "light": light,
@@ -163,9 +161,8 @@ def _words(facts: Facts, dialect: Dialect) -> dict[str, str | None]:
         "events": join([f"{article(name_of(t))} is {moving(t)} {place(t)}" for t in both[:2]]),
         "number": _NUMBER.get(len(traffic)),
         "visible": join([told(vehicle, far=True) for vehicle in traffic]),
-        "driving": join([
-            f"the {name_of(v)} {place(v)} is {moving(v)}{distance(v)}" for v in traffic
-        ]),
+        "driving":
+            join([f"the {name_of(v)} {place(v)} is {moving(v)}{distance(v)}" for v in traffic]),
         "walking": join([told(person, motion=True) for person in persons]),
         "first": first(traffic),
         "first_moving": first(traffic, motion=True),
