@@ -61,16 +61,12 @@ def cluster_sums(columns: Any, clusters: Sequence[Any]) -> np.ndarray:
             "there is no sample to resample; check that the evaluation set is not empty")
     columns = columns.reshape(len(columns), -1)
     if len(columns) != len(names):
-        raise MetricError(
-            f"{len(columns)} values but {len(names)} clusters; each value needs the name of the "
-            "sequence it comes from"
-        )
+        raise MetricError(f"{len(columns)} values but {len(names)} clusters; each value needs the "
+                          "name of the sequence it comes from")
     if not np.isfinite(columns).all():
         row = int(np.argmin(np.isfinite(columns).all(axis=1)))
-        raise MetricError(
-            f"value {row} to resample is not finite; a NaN in one sample would silently become the "
-            "figure, so mend or drop that sample"
-        )
+        raise MetricError(f"value {row} to resample is not finite; a NaN in one sample would "
+                          "silently become the figure, so mend or drop that sample")
     order = np.argsort(names, kind="stable")
     starts = np.flatnonzero(np.concatenate([[True], names[order][1:] != names[order][:-1]]))
     if len(starts) == len(names):
@@ -259,10 +255,8 @@ def minimum_detectable_effect(differences: Any, clusters: Sequence[Any], *, powe
         [_column(differences), np.ones((len(_column(differences)), 1))], axis=1)
     sums = cluster_sums(columns, clusters)
     if len(sums) < 2:
-        raise MetricError(
-            "the minimum detectable effect needs at least two sequences; one sequence says nothing "
-            "about others"
-        )
+        raise MetricError("the minimum detectable effect needs at least two sequences; one "
+                          "sequence says nothing about others")
     mean = sums[:, 0].sum() / sums[:, 1].sum()
     residual = sums[:, 0] - mean * sums[:, 1]
     error = math.sqrt(len(sums) /
@@ -298,7 +292,5 @@ def _column(values: Any) -> np.ndarray:
 
 def _paired(n_first: int, n_second: int) -> None:
     if n_first != n_second:
-        raise MetricError(
-            f"a paired comparison needs the same samples in both arms but they hold {n_first} and "
-            f"{n_second}"
-        )
+        raise MetricError("a paired comparison needs the same samples in both arms but they hold "
+                          f"{n_first} and {n_second}")

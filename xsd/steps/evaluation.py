@@ -40,7 +40,6 @@ FLOORS = {"position_mode": "position mode", "ngram": "4-gram", "prompt_lookup": 
 """Floors that look at nothing: a row of the results → the floor's own name."""
 
 # --- what a run holds
-# ------------------------------------------------------------------------------------------------
 
 
 def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None) -> HeldOut:
@@ -65,11 +64,10 @@ def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str],
     """
     found = [held_out(run_dir, name, mode) for name in names]
     check_leakage(run_dir, found)
-    by_name = {one.name: one for one in found}
-    if len(by_name) < len(found):
+    if len({one.name for one in found}) < len(found):
         raise ParameterError(f"two of the held-out sets {', '.join(names)} share a name; rename "
                              "one of the folders")
-    return by_name
+    return {one.name: one for one in found}
 
 
 def mode_of(run_dir: str | os.PathLike[str], split: str, data: str) -> str:
@@ -117,7 +115,6 @@ def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
 
 
 # --- 03: states
-# ------------------------------------------------------------------------------------------------
 
 
 def hidden(figures: Mapping[str, pd.DataFrame], adapters: Mapping[str, Adapter],
@@ -162,7 +159,6 @@ def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
 
 
 # --- 04: tokens
-# ------------------------------------------------------------------------------------------------
 
 
 def token_kinds(token_texts: Sequence[str]) -> list[str]:
