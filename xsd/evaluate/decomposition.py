@@ -97,9 +97,9 @@ def counts_by_group(matches: Any, groups: Sequence[str],
             f"{len(matches)} matches but {len(groups)} group and {len(clusters)} cluster names; "
             "name the kind and the cluster of every token")
     tokens = pd.DataFrame({"match": matches, "group": groups, "cluster": clusters})
-    sums = tokens.groupby(["cluster", "group"])["match"].agg(["sum", "size"]).unstack(fill_value=0)
-    return {name: (sums["sum"][name].to_numpy(), sums["size"][name].to_numpy())
-            for name in sums["size"]}  # fmt: skip
+    sums = tokens.groupby(["cluster", "group"])["match"].agg(["sum", "size"])
+    hits, sizes = (sums[name].unstack(fill_value=0) for name in ("sum", "size"))
+    return {name: (hits[name].to_numpy(), sizes[name].to_numpy()) for name in sizes}
 
 
 def loss_by_group(arms: Mapping[str, Any], losses: Iterable[tuple[str, str, str]],

@@ -13,7 +13,7 @@ being the verifier's own::
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -117,30 +117,26 @@ def counts(drafted: pd.DataFrame, floor_rows: pd.DataFrame, gamma: int) -> pd.Da
     return pd.concat(parts, ignore_index=True).astype({"level": str, "sequence": str})
 
 
-def _of(counted: pd.DataFrame, level: str, unit: str) -> tuple[dict[str, Counts], list[str]]:
-    """Arm → counts of a level, and the clusters of its answers."""
-    own = counted[counted["level"] == level]
-    arms = {arm: tuple(part[name].to_numpy() for name in UNITS[unit])
-            for arm, part in own.groupby("arm", sort=False)}  # fmt: skip
-    return arms, own.loc[own["arm"] == LOOP, "sequence"].tolist()
-
-
-def _levels(counted: pd.DataFrame, also: Sequence[str] = ()) -> Iterator[tuple[str, str]]:
-    """(unit, level) of the adapters' levels, and of ``also``."""
-    found = [level for level in counted.loc[counted["arm"] != LOOP, "level"].unique()
-             if level not in FLOORS.values() or level in also]  # fmt: skip
-    yield from ((unit, level) for unit in UNITS for level in found)
+def _of(counted: pd.DataFrame, unit: str) -> tuple[dict[str, dict[str, Counts]], list[str]]:
+    """Level → arm → counts, and the clusters of the answers, the same for all of them."""
+    found: dict[str, dict[str, Counts]] = {}
+    for (level, arm), part in counted.groupby(["level", "arm"], sort=False):
+        found.setdefault(level, {})[arm] = tuple(part[name].to_numpy() for name in UNITS[unit])
+    own = counted[(counted["level"] == table.DRAFTER) & (counted["arm"] == LOOP)]
+    return found, own["sequence"].tolist()
 
 
 def gap(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     """The waterfall of every level in every unit: level, unit, and the rows of decomposition.gap.
     draws: n_resamples, seed."""
     rows = []
-    for unit, level in _levels(counted):
-        arms, clusters = _of(counted, level, unit)
-        chain = {arm: arms[arm] for arm in decomposition.CHAIN if arm in arms}
-        rows += [{"level": level, "unit": unit, **row}
-                 for row in decomposition.gap(chain, clusters, **draws)]  # fmt: skip
+    for unit in UNITS:
+        found, clusters = _of(counted, unit)
+        for level, own in found.items():
+            if level not in FLOORS.values():
+                chain = {arm: own[arm] for arm in decomposition.CHAIN if arm in own}
+                rows += [{"level": level, "unit": unit, **row}
+                         for row in decomposition.gap(chain, clusters, **draws)]  # fmt: skip
     return pd.DataFrame(rows)
 
 
@@ -184,33 +180,38 @@ def arms(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     """What the drafter saw: level, unit, arm, value, low, high, n, and for all but the real events
     the paired difference and what was detectable."""
     rows = []
-    for unit, level in _levels(counted, also=[table.DRAFTER]):
-        found, clusters = _of(counted, level, unit)
-        seen = {REAL: found[LOOP]} | {arm: each for arm, each in found.items()
-                                      if arm not in decomposition.CHAIN}  # fmt: skip
-        compared = counterfactual.compare_arms(seen, REAL, clusters, **draws)
-        rows += [{"level": level, "unit": unit, **row} for row in compared]
+    for unit in UNITS:
+        found, clusters = _of(counted, unit)
+        for level, own in found.items():
+            if level in evaluation.FLOORS.values():
+                continue  # they see nothing
+            seen = {REAL: own[LOOP]} | {arm: each for arm, each in own.items()
+                                        if arm not in decomposition.CHAIN}  # fmt: skip
+            compared = counterfactual.compare_arms(seen, REAL, clusters, **draws)
+            rows += [{"level": level, "unit": unit, **row} for row in compared]
     return pd.DataFrame(rows).drop(columns="metric")
 
 
 def headline(counted: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(one row per level and unit: its acceptance, the best floor and the distance above it, with
     intervals, and what was detectable; the floors themselves: unit, floor, value, low, high, n)."""
-    rows, of_floors = [], {}
-    for unit, level in _levels(counted):
-        own, clusters = _of(counted, level, unit)
-        below = {name: _of(counted, key, unit)[0][LOOP] for name, key in FLOORS.items()}
-        found = counterfactual.compare_with_floors(own[LOOP], below, clusters, **draws)
-        rows.append({
-            "level": level, "unit": unit, "best floor": found.best, "n": found.arm.n,
-            "clusters": found.arm.n_clusters, **tables.sides("acceptance", found.arm),
-            **tables.sides("floor", found.floors[found.best]),
-            **tables.sides("above floor", found.above_best), "detectable": found.detectable,
-        })  # fmt: skip
-        of_floors[unit] = found.floors
-    below = [tables.row("floor", value, unit=unit, floor=name)
-             for unit, each in of_floors.items() for name, value in each.items()]  # fmt: skip
-    return pd.DataFrame(rows), pd.DataFrame(below).drop(columns="metric")
+    rows, of_floors = [], []
+    for unit in UNITS:
+        levels, clusters = _of(counted, unit)
+        below = {name: levels[key][LOOP] for name, key in FLOORS.items()}
+        for level, own in levels.items():
+            if level in FLOORS.values():
+                continue
+            found = counterfactual.compare_with_floors(own[LOOP], below, clusters, **draws)
+            rows.append({
+                "level": level, "unit": unit, "best floor": found.best, "n": found.arm.n,
+                "clusters": found.arm.n_clusters, **tables.sides("acceptance", found.arm),
+                **tables.sides("floor", found.floors[found.best]),
+                **tables.sides("above floor", found.above_best), "detectable": found.detectable,
+            })  # fmt: skip
+        of_floors += [tables.row("floor", value, unit=unit, floor=name)
+                      for name, value in found.floors.items()]  # fmt: skip
+    return pd.DataFrame(rows), pd.DataFrame(of_floors).drop(columns="metric")
 
 
 def metrics(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[float], top_k: int,
@@ -248,7 +249,8 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
         {"check": "answers that stand in the training set", "value": rate.in_training,
          "n": rate.n},
     ]  # fmt: skip
-    own, clusters = _of(counted, level, "token_acceptance")
+    levels, clusters = _of(counted, "token_acceptance")
+    own = levels[level]
     if AGAIN in own:
         twice = (counterfactual.rates(own[arm]) for arm in (LOOP, AGAIN))
         found = statistics.bootstrap_difference(*twice, clusters, **draws)
