@@ -192,6 +192,7 @@ def test_a_full_disk_is_one_clear_sentence(tmp_path, monkeypatch):
     writer = folder.FolderWriter(tmp_path, "test")
     with pytest.raises(StorageError, match="the disk is full"):
         writer.add("a", "000000", events=stream(), video=video())
+    monkeypatch.setattr(folder.Image.Image, "save", full)
     with pytest.raises(StorageError, match=r"cannot write .*png: the disk is full"):
         folder._write_png(tmp_path / "a.png", video()[0])
 

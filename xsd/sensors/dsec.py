@@ -26,8 +26,8 @@ WIDTH, HEIGHT = event_files.DSEC_SENSOR.values()
 
 @dataclass(frozen=True)
 class DsecSequence:
-    """One raw sequence. image_times_us: int64 [T] absolute µs; image_paths: T files in the same
-    order. rectify_path: None where the map is missing."""
+    """One raw sequence. image_times_us: int64 [T] absolute µs, of image_paths. rectify_path: None
+    where the map is missing."""
 
     name: str
     events_path: Path
@@ -65,12 +65,11 @@ def open_sequence(folder_path: str | Path) -> DsecSequence:
 
 def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
                 rectify: bool = False) -> Events:
-    """Events with start_us <= t < end_us (absolute µs) on the image clock, read without loading the
-    whole file: ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms.
+    """Events with start_us <= t < end_us (absolute µs, image clock), read without loading the whole
+    file: ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms.
 
-    rectify: move each event to its rectified pixel (rounded; those that leave the sensor are
-    dropped). Raises: EventError when the file is unreadable; DatasetError when the rectify map is
-    wanted and missing.
+    rectify: move each event to its rectified pixel, dropping those that leave the sensor. Raises:
+    EventError when the file is unreadable; DatasetError when a wanted rectify map is missing.
     """
     try:
         with event_files.h5_module(sequence.events_path).File(sequence.events_path, "r") as file:
@@ -111,15 +110,13 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
             hop_us: int = 500_000, n_video: int = 8, video_size: tuple[int, int] | None = None,
             canvas: frames.Canvas = "slice", rectify: bool = False,
             progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
-    """Cut every raw sequence under ``source`` (or ``source`` itself) into a dataset folder.
+    """Cut every raw sequence under ``source`` (or ``source`` itself) into a dataset folder. A
+    sequence in the index is not made again, so a stopped run continues with the next one.
 
-    A finished sequence is in the index and is not made again, so a stopped run continues with the
-    next one. video_size: width and height to resize the images to. progress: called with sequence,
-    clips done, clips in all.
-
-    Returns: {sequences, clips, skipped (too few events), resumed (sequences that were there),
-    notes}. Raises: DatasetError when there is no raw sequence; what :func:`read_window` raises;
-    StorageError when the disk is full.
+    video_size: width and height to resize the images to. progress: called with sequence, clips
+    done, clips in all. Returns: {sequences, clips, skipped (too few events), resumed (sequences
+    that were there), notes}. Raises: DatasetError when there is no raw sequence; as
+    :func:`read_window`; StorageError.
     """
     root = Path(root)
     done: set[str] = set()
@@ -156,8 +153,7 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
 
 
 def sequence_folders(source: str | Path) -> list[Path]:
-    """The raw sequences under ``source``, or ``source`` itself. Raises: DatasetError when there is
-    none."""
+    """The raw sequences under ``source``, or itself. Raises: DatasetError when there is none."""
     source = Path(source)
     if (source / "events").is_dir():
         return [source]
@@ -170,6 +166,5 @@ def sequence_folders(source: str | Path) -> list[Path]:
 
 def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
     picture = frames.read_image(path)
-    if size is None:
-        return picture
-    return np.asarray(Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))
+    return picture if size is None else np.asarray(
+        Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))

@@ -1,5 +1,4 @@
-"""The columns of an event file of any kind: pickled dict, structured array, npz, aedat4, HDF5
-(docs/sensors.md, section 3).
+"""The columns of an event file of any kind (docs/sensors.md, section 3).
 
 The dataset keeps events as a pickled dict, and a pickle can run any code: it is read here by an
 unpickler that knows plain containers, numbers and numeric arrays, and nothing else.
@@ -43,23 +42,22 @@ def read_columns(path: Path) -> dict[str, Any]:
 
 
 def _read_npy(path: Path) -> Columns:
+    layout = np.lib.format
     with open(path, "rb") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = (np.lib.format.read_array_header_1_0 if version == (1, 0) else
-                       np.lib.format.read_array_header_2_0)
-        _, _, dtype = read_header(file)
-        if not dtype.hasobject:
-            file.seek(0)
-            array = np.lib.format.read_array(file, allow_pickle=False)
-            if array.dtype.names is None:
-                raise EventError(f"{path} holds a plain array of shape {array.shape}; expected a "
-                                 "dict or a structured array with x, y, t, p")
-            return {name: array[name] for name in array.dtype.names}
-        content = _unpickle(file, path)
-    if not isinstance(content, dict):
-        raise EventError(f"{path} holds a pickled {type(content).__name__}; expected a dict with "
-                         "x, y, t, p")
-    return content
+        old = layout.read_magic(file) == (1, 0)
+        header = (layout.read_array_header_1_0 if old else layout.read_array_header_2_0)(file)
+        if header[-1].hasobject:
+            content = _unpickle(file, path)
+            if not isinstance(content, dict):
+                raise EventError(f"{path} holds a pickled {type(content).__name__}; expected a "
+                                 "dict with x, y, t, p")
+            return content
+        file.seek(0)
+        array = layout.read_array(file, allow_pickle=False)
+    if array.dtype.names is None:
+        raise EventError(f"{path} holds a plain array of shape {array.shape}; expected a dict or a "
+                         "structured array with x, y, t, p")
+    return {name: array[name] for name in array.dtype.names}
 
 
 def _read_npz(path: Path) -> Columns:
@@ -80,14 +78,13 @@ def _read_aedat4(path: Path) -> Columns:
     packets = [packet["events"] for packet in decoder if "events" in packet]
     if not packets:
         raise EventError(f"{path} is empty: its event stream holds no packet")
-    array = np.concatenate(packets)
-    return {**{name: array[name] for name in ("x", "y", "t", "on")},
-            "width": streams[0]["width"], "height": streams[0]["height"]}
+    array, sensor = np.concatenate(packets), streams[0]
+    return {name: array[name] for name in ("x", "y", "t", "on")} | {
+        name: sensor[name] for name in ("width", "height")}
 
 
 def h5_module(path: Path) -> ModuleType:
-    """h5py, with the blosc filter DSEC is compressed with. Raises: EventError naming ``path`` when
-    a package is missing."""
+    """h5py with DSEC's blosc filter. Raises: EventError naming ``path`` without the packages."""
     try:
         import h5py
         import hdf5plugin  # noqa: F401  registers the filter
@@ -112,7 +109,7 @@ _READERS = {".npy": _read_npy, ".npz": _read_npz, ".aedat4": _read_aedat4, ".h5"
 
 
 class _Dtype:
-    """Stands in for numpy.dtype: a kind and a size, nothing that could reach memory otherwise."""
+    """Stands in for numpy.dtype: a kind and a size, nothing that could reach memory."""
 
     known = ("b1", "O8", "O", *(kind + size for kind in "iuf" for size in "1248"))
 
@@ -154,8 +151,7 @@ def _array(content: Any, dtype: _Dtype, shape: Sequence[int], order: str) -> np.
 
 
 class _Unpickler(pickle.Unpickler):
-    """Only numpy's own names for rebuilding arrays are known, and each is answered by a stand-in of
-    ours."""
+    """Only numpy's names for rebuilding arrays are known, each answered by a stand-in of ours."""
 
     known: ClassVar[dict[tuple[str, str], Any]] = {
         ("multiarray", "_reconstruct"): lambda *_: _Array(),

@@ -84,20 +84,19 @@ def from_columns(columns: Mapping[str, Any], *, width: int | None = None, height
         if values.ndim != 1 or values.dtype.kind not in "biu":
             raise EventError(f"{name}: column {column!r} is {values.dtype} of shape "
                              f"{values.shape}; expected whole numbers [N] (t in microseconds)")
-    lengths = {column: len(values) for column, values in found.items()}
-    if len(set(lengths.values())) > 1:
-        said = ", ".join(f"{column} {length}" for column, length in lengths.items())
+    if len({len(values) for values in found.values()}) > 1:
+        said = ", ".join(f"{column} {len(values)}" for column, values in found.items())
         raise EventError(f"{name}: columns differ in length ({said})")
-    found["p"] = found["p"].astype(np.int8)  # an unsigned byte of 255 is a -1
+    x, y, t, p = found.values()
+    p = p.astype(np.int8)  # an unsigned byte of 255 is a -1
     in_sensor = "pixel coordinates must lie in the sensor, from 0 on"
-    for column, what, lowest, highest, hint in (
-            ("x", "x", 0, 65535, in_sensor), ("y", "y", 0, 65535, in_sensor),
-            ("p", "polarity", -1, 1, "expected 0 or -1 (OFF) and 1 (ON)")):
-        values = found[column]
+    for what, values, lowest, highest, hint in (
+            ("x", x, 0, 65535, in_sensor), ("y", y, 0, 65535, in_sensor),
+            ("polarity", p, -1, 1, "expected 0 or -1 (OFF) and 1 (ON)")):
         if values.size and (values.min() < lowest or values.max() > highest):
             raise EventError(f"{name}: {what} runs from {values.min()} to {values.max()}; {hint}")
-    return Events(found["x"].astype(np.uint16), found["y"].astype(np.uint16),
-                  found["t"].astype(np.int64), (found["p"] > 0).astype(np.uint8), width, height)
+    return Events(x.astype(np.uint16), y.astype(np.uint16), t.astype(np.int64),
+                  (p > 0).astype(np.uint8), width, height)
 
 
 def check_events(events: Events, name: str = "the event stream") -> None:
@@ -106,24 +105,23 @@ def check_events(events: Events, name: str = "the event stream") -> None:
     if len(events) == 0:
         raise EventError(f"{name} is empty; at least one event is needed (choose another clip or a "
                          "longer window)")
-    backwards = np.flatnonzero(np.diff(events.t_us) < 0)
+    times = events.t_us
+    backwards = np.flatnonzero(np.diff(times) < 0)
     if backwards.size:
-        first = int(backwards[0])
-        raise EventError(f"{name} is not sorted by time: event {first + 1} at "
-                         f"{events.t_us[first + 1]} µs follows {events.t_us[first]} µs; sort by t "
-                         "before saving")
-    if events.t_us[0] < 0:
-        raise EventError(f"{name} begins at {events.t_us[0]} µs; times must not be negative")
+        first = backwards[0]
+        raise EventError(f"{name} is not sorted by time: event {first + 1} at {times[first + 1]} "
+                         f"µs follows {times[first]} µs; sort by t before saving")
+    if times[0] < 0:
+        raise EventError(f"{name} begins at {times[0]} µs; times must not be negative")
     for axis, values, size in (("x", events.x, events.width), ("y", events.y, events.height)):
         if size is not None and values.max() >= size:
-            raise EventError(f"{name}: {axis} reaches {values.max()} but the sensor is "
-                             f"{events.width}x{events.height} (width x height); give its right "
-                             "size")
+            raise EventError(
+                f"{name}: {axis} reaches {values.max()} but the sensor is {events.width}x"
+                f"{events.height} (width x height); give its right size")
 
 
 def official_limit_note(events: Events) -> str | None:
-    """A sentence when the official EventGPT code would refuse the stream (100 ms or longer); it is
-    used all the same."""
+    """A sentence when the official EventGPT code would refuse the stream (100 ms or longer)."""
     duration = int(events.t_us[-1] - events.t_us[0]) if len(events) else 0
     if duration < OFFICIAL_LIMIT_US:
         return None
@@ -136,26 +134,24 @@ def official_limit_note(events: Events) -> str | None:
 
 def read_events(path: str | Path, *, width: int | None = None, height: int | None = None) -> Events:
     """Read and check an event file: the dataset's pickled-dict ``.npy``, a structured ``.npy``,
-    ``.npz``, ``.aedat4``, DSEC's ``.h5``.
+    ``.npz``, ``.aedat4``, DSEC's ``.h5``; t in µs as in the file, DSEC's with its ``t_offset``.
 
-    width, height: of the sensor, if the file does not say (or says something else).
-    Returns: events in order of time; ``t`` in µs as in the file (zero-based or absolute), DSEC's
-    with its ``t_offset`` added. Raises: EventError when the file is missing, unreadable, holds
-    anything but numbers, or fails :func:`check_events`.
+    width, height: of the sensor, if the file does not say (or says something else). Raises:
+    EventError when the file is missing, unreadable, holds anything but numbers, or fails
+    :func:`check_events`.
     """
     columns = event_files.read_columns(Path(path))
-    sides = (columns.get("width") if width is None else width,
-             columns.get("height") if height is None else height)
-    width, height = (None if side is None else int(side) for side in sides)
-    events = from_columns(columns, width=width, height=height, name=str(path))
+    sides = {"width": columns.get("width") if width is None else width,
+             "height": columns.get("height") if height is None else height}
+    known = {name: int(side) for name, side in sides.items() if side is not None}
+    events = from_columns(columns, name=str(path), **known)
     check_events(events, str(path))
     return events
 
 
 def write_events(path: str | Path, events: Events) -> None:
-    """Write the dataset's file: ``.npy`` holding a pickled dict of x, y, t, p (t int64 µs), with
-    width and height where known. The same events give the same bytes. Raises: StorageError when the
-    disk is full."""
+    """Write the dataset's file: ``.npy`` with a pickled dict of x, y, t, p (t int64 µs), width and
+    height where known. The same events give the same bytes. Raises: StorageError."""
     content: dict[str, Any] = {
         "x": np.array(events.x, np.uint16), "y": np.array(events.y, np.uint16),
         "t": np.array(events.t_us, np.int64), "p": np.array(events.p, np.uint8)}

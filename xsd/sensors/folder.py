@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,8 +37,7 @@ _CONTENT = ("event_npy", "event_image", "event_image_1f", "video", "mp4")
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """Where one clip's files are. Only ``root`` and the index have been looked at: a file may be
-    missing until it is asked for."""
+    """Where one clip's files should be: only ``root`` and the index have been looked at."""
 
     root: Path
     split: str | None
@@ -59,12 +57,11 @@ class ClipRecord:
 
 
 def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
-    """The clips of a dataset folder, in the order of its index.
+    """The clips of a dataset folder, in the order of its index. With a split: of ``root/<split>``
+    where it has an index, else the entries of ``root`` with that split. Without one: of ``root``,
+    else of all its subfolders with an index, in order of name.
 
-    With a split: of ``root/<split>`` where it has an index, else the entries of ``root`` with that
-    split. Without one: of ``root``, else of all its subfolders that have an index, in order of
-    name. Raises: DatasetError for a missing folder or index, a malformed entry, a split without
-    clips.
+    Raises: DatasetError for a missing folder or index, a malformed entry, a split without clips.
     """
     root = Path(root)
     if not root.is_dir():
@@ -79,12 +76,10 @@ def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
                            f"{f' (splits found: {there})' if there else ''}; give the folder that "
                            "holds it")
     records = _records(root)
-    chosen = [record for record in records if record.split == split]
-    if not chosen:
-        splits = ", ".join(sorted({str(record.split) for record in records}))
-        raise DatasetError(f"{root / INDEX} has no clip of split {split!r}; it has: "
-                           f"{splits or 'no clip at all'}")
-    return chosen
+    if chosen := [record for record in records if record.split == split]:
+        return chosen
+    splits = ", ".join(sorted({str(record.split) for record in records})) or "no clip at all"
+    raise DatasetError(f"{root / INDEX} has no clip of split {split!r}; it has: {splits}")
 
 
 def _indexed(root: Path) -> list[Path]:
@@ -97,18 +92,17 @@ def _indexed(root: Path) -> list[Path]:
 
 
 def _records(root: Path) -> list[ClipRecord]:
-    entries = read_json(root / INDEX, DatasetError, "write it again")
+    index, records = root / INDEX, []
+    entries = read_json(index, DatasetError, "write it again")
     if not isinstance(entries, list):
-        raise DatasetError(
-            f"{root / INDEX} holds a {type(entries).__name__}; expected a list of clips")
-    records = []
+        raise DatasetError(f"{index} holds a {type(entries).__name__}; expected a list of clips")
     for number, entry in enumerate(entries):
         try:
             records.append(_record(root, entry))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise DatasetError(f"{root / INDEX}: entry {number} is malformed ({reason}); a clip "
-                               "needs id, event_data and video_data") from error
+            raise DatasetError(f"{index}: entry {number} is malformed ({reason}); a clip needs id, "
+                               "event_data and video_data") from error
     return records
 
 
@@ -138,8 +132,7 @@ def load_events(record: ClipRecord) -> Events:
 
 
 def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
-    """The clip's stored event images where there are ``n_event_frames`` of them and all files are
-    there, else none."""
+    """The clip's stored event images where all ``n_event_frames`` of them are there, else none."""
     for paths in (record.event_images_1f, record.event_images):
         if len(paths) == n_event_frames and all(path.is_file() for path in paths):
             return paths
@@ -148,13 +141,10 @@ def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
 
 def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
                 canvas: frames.Canvas | None = None) -> Sample:
-    """One clip with one question, as both models see it.
-
-    Event frames are the stored images where there are ``n_event_frames`` of them and no canvas is
-    asked for, else painted from the events on ``canvas`` (``slice`` by default). Raises:
-    DatasetError for a question of zero length or missing files; EventError and VideoError for bad
-    ones.
-    """
+    """One clip with one question, as both models see it. Event frames are the stored images where
+    no canvas is asked for (:func:`stored_frames`), else painted on ``canvas`` (``slice`` by
+    default). Raises: DatasetError for a question of zero length or missing files; EventError and
+    VideoError for bad ones."""
     if not question.strip():
         raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
     stored = stored_frames(record, n_event_frames) if canvas is None else ()
@@ -166,8 +156,8 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
 
 
 def load_video(record: ClipRecord, n_frames: int = 8) -> np.ndarray:
-    """uint8 [n_frames, H, W, 3] from the folder of images, else from the mp4. Raises: DatasetError
-    when the clip has neither."""
+    """uint8 [n_frames, H, W, 3] from the folder of images or the mp4. Raises: DatasetError when the
+    clip has neither."""
     for path in (record.video_dir, record.mp4_path):
         if path.exists():
             return frames.read_video(path, n_frames)
@@ -182,8 +172,8 @@ def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> N
 
 
 def read_questions(path: str | Path, n: int = 10) -> list[str]:
-    """The n most frequent questions of a file (or of a folder's questions.json). Raises:
-    DatasetError for a malformed or empty list."""
+    """The n most frequent questions of a file, or of a folder's. Raises: DatasetError for a
+    malformed or empty list."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
     entries, questions = read_json(path, DatasetError, "write it again"), []
     with contextlib.suppress(KeyError, TypeError, AttributeError):
@@ -196,8 +186,7 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
 
 
 def read_facts(root: str | Path) -> dict[str, Any]:
-    """What is true of each clip, by its id; empty where the folder does not say (real
-    recordings)."""
+    """What is true of each clip, by its id; empty where the folder does not say."""
     path = Path(root) / FACTS
     return read_json(path, DatasetError, "write it again") if path.is_file() else {}
 
@@ -205,16 +194,16 @@ def read_facts(root: str | Path) -> dict[str, Any]:
 def data_hash(root: str | Path) -> str:
     """sha256 over names and bytes of the index, questions, facts and every file of the layout, in
     order of name."""
-    root = Path(root)
-    files = []
+    root, files = Path(root), {}
     for place in _indexed(root):
-        files += [place / name for name in (INDEX, QUESTIONS, FACTS) if (place / name).is_file()]
-        files += [path for name in _CONTENT for path in (place / name).rglob("*")
-                  if path.is_file() and not path.name.startswith(".")]
+        found = [place / name for name in (INDEX, QUESTIONS, FACTS)]
+        found += [path for name in _CONTENT for path in (place / name).rglob("*")
+                  if not path.name.startswith(".")]
+        files |= {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
     digest = hashlib.sha256()
-    for path in sorted(files, key=lambda path: path.relative_to(root).as_posix()):
+    for name, path in sorted(files.items()):
         content = path.read_bytes()
-        digest.update(f"{path.relative_to(root).as_posix()}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -222,9 +211,9 @@ def data_hash(root: str | Path) -> str:
 
 
 class FolderWriter:
-    """Write clips into ``root``; the index comes last, so a broken run leaves no half clip in it. A
-    folder that already has an index is added to; a clip of the same name is replaced. Use as a
-    context manager, or call :meth:`close`."""
+    """Write clips into ``root``, as a context manager (or call :meth:`close`). The index comes
+    last, so a broken run leaves no half clip in it; one that is there is added to, a clip of the
+    same name replaced."""
 
     def __init__(self, root: str | Path, split: str, *, source: str | None = None) -> None:
         self.root, self.split, self.source = Path(root), split, source
@@ -241,12 +230,11 @@ class FolderWriter:
     def add(self, sequence: str, clip: str, *, events: Events, video: np.ndarray,
             event_frames: Sequence[np.ndarray] | None = None, t_us: tuple[int, int] | None = None,
             facts: Any = None) -> str:
-        """Write one clip's files and remember its entry. video: uint8 [n, H, W, 3]. event_frames:
-        the five pictures; painted on the sensor canvas if not given. t_us: start and end on the
-        sensor clock. facts: anything JSON can hold.
+        """Write one clip's files and remember its entry. Returns: the clip's id.
 
-        Returns: the clip's id. Raises: DatasetError when the sequence is already in another split;
-        StorageError when the disk is full.
+        video: uint8 [n, H, W, 3]. event_frames: painted on the sensor canvas if not given. t_us:
+        start and end on the sensor clock. facts: anything JSON can hold. Raises: DatasetError when
+        the sequence is already in another split; StorageError when the disk is full.
         """
         other = self._splits.setdefault(sequence, self.split)
         if other != self.split:
@@ -265,11 +253,14 @@ class FolderWriter:
         _write_png(self.root / "event_image_1f" / f"{place}_0.png", single)
         for i, picture in enumerate(video):
             _write_png(self.root / "video" / place / f"{i:06d}.png", picture)
-        entry = {"id": place, "split": self.split, "event_data": f"{place}.npy",
-                 "video_data": place, "mp4_data": f"{place}.mp4", "event_image": names,
-                 "event_image_1f": [f"{place}_0.png"], "conversations": [],
-                 "t_us": None if t_us is None else list(map(int, t_us)), "source": self.source}
-        self._entries[place] = {key: said for key, said in entry.items() if said is not None}
+        self._entries[place] = entry = {
+            "id": place, "split": self.split, "event_data": f"{place}.npy", "video_data": place,
+            "mp4_data": f"{place}.mp4", "event_image": names,
+            "event_image_1f": [f"{place}_0.png"], "conversations": []}
+        if t_us is not None:
+            entry["t_us"] = list(map(int, t_us))
+        if self.source is not None:
+            entry["source"] = self.source
         if facts is not None:
             self._facts[place] = facts
         return place
@@ -289,12 +280,9 @@ class FolderWriter:
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:
-    """Plain writing, without a temporary name: nothing reads the file before the index lists it,
-    and a clip has fourteen of them."""
-    buffer = io.BytesIO()
-    Image.fromarray(picture).save(buffer, format="PNG", compress_level=1)
+    """Without a temporary name: nothing reads the file before the index lists it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(buffer.getvalue())
+        Image.fromarray(picture).save(path, format="PNG", compress_level=1)
     except OSError as error:
         raise storage_error(path, error) from error

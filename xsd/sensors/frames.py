@@ -23,15 +23,13 @@ Canvas = Literal["slice", "sensor"]
 
 def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
                  by: Literal["count", "time"] = "count") -> list[np.ndarray]:
-    """Cut a stream into slices and paint each one.
+    """Cut a stream into slices and paint each one: n_frames images uint8 [H, W, 3].
 
     canvas: ``slice`` is the official picture size (the slice's largest x and y, plus one),
     ``sensor`` the sensor's (the stream's largest x and y where its size is unknown). by: ``count``
-    is the official cut, N // n_frames events each and the rest in the last; ``time`` cuts the span
-    from first to last event into equal durations.
-
-    Returns: n_frames images uint8 [H, W, 3]. Raises: EventError for fewer events than frames,
-    events outside the sensor, or an empty slice on the slice canvas.
+    is the official cut, N // n_frames events each and the rest in the last; ``time`` equal
+    durations. Raises: EventError for fewer events than frames, events outside the sensor, or an
+    empty slice on the slice canvas.
     """
     if n_frames < 1:
         raise EventError(f"{n_frames} event frames were asked for; at least one is needed")
@@ -43,11 +41,12 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
     else:
         edges = np.linspace(events.t_us[0], events.t_us[-1], n_frames + 1)[1:-1]
         bounds = [0, *np.searchsorted(events.t_us, edges).tolist(), len(events)]
-    width = events.width if events.width is not None else int(events.x.max()) + 1
-    height = events.height if events.height is not None else int(events.y.max()) + 1
-    if events.x.max() >= width or events.y.max() >= height:
-        raise EventError(f"events reach x {events.x.max()}, y {events.y.max()} but the sensor is "
-                         f"{width}x{height} (width x height)")
+    right, lowest = int(events.x.max()), int(events.y.max())
+    width = right + 1 if events.width is None else events.width
+    height = lowest + 1 if events.height is None else events.height
+    if right >= width or lowest >= height:
+        raise EventError(f"events reach x {right}, y {lowest} but the sensor is {width}x{height} "
+                         "(width x height)")
     cuts = list(itertools.pairwise(bounds))
     sizes = [(width, height)] * n_frames
     if canvas == "slice":
@@ -57,8 +56,7 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
                                  "no size; use canvas='sensor' or by='count'")
             sizes[k] = int(events.x[first:last].max()) + 1, int(events.y[first:last].max()) + 1
 
-    # One block for all pictures and one channel at a time: many times as fast as a picture and a
-    # colour at a time.
+    # One block for all pictures and one channel at a time: many times as fast.
     offsets = [0, *itertools.accumulate(3 * width * height for width, height in sizes)]
     block = np.full(offsets[-1], 255, np.uint8)
     pictures = []
@@ -74,8 +72,7 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
 
 
 def uniform_indices(n_available: int, n_frames: int) -> list[int]:
-    """floor(linspace(0, n_available - 1, n_frames)), the same in extraction, training and
-    benchmark. Raises: VideoError when nothing is available.
+    """floor(linspace(0, n_available - 1, n_frames)). Raises: VideoError when nothing is available.
 
     >>> uniform_indices(20, 8)
     [0, 2, 5, 8, 10, 13, 16, 19]
@@ -97,8 +94,7 @@ def windows(times_us: np.ndarray, clip_us: int = 1_000_000,
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """One image file as uint8 [H, W, 3]. Raises: VideoError when it is missing or does not
-    decode."""
+    """One image file as uint8 [H, W, 3]. Raises: VideoError when missing or undecodable."""
     try:
         with Image.open(path) as image:
             return np.asarray(image.convert("RGB"))
@@ -124,8 +120,7 @@ def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
             raise VideoError(
                 f"{path}: the images differ in size; the frames of a video must all have the same")
     else:
-        # Counting first keeps one frame in memory at a time; the container's own count is often
-        # wrong or missing.
+        # Counted first: one frame in memory at a time, and a container's own count is often wrong.
         with timed_video.decoded(path) as (_, frames):
             n_available = sum(1 for _ in frames)
         if n_available == 0:

@@ -1,5 +1,5 @@
-"""Video files: their frames one after the other, and the start of one with the time of each frame,
-which is what the event-camera model needs of a real video."""
+"""Video files: their frames one after the other, and with their times (for the event-camera
+model)."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @contextlib.contextmanager
 def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """A video file's stream and its frames (PyAV's). Raises: VideoError when the file is missing,
-    holds no video, or does not decode while it is read."""
+    """A video file's stream and frames (PyAV's). Raises: VideoError when it is missing, holds no
+    video, or does not decode while it is read."""
     try:
         import av
     except ImportError as error:
@@ -41,23 +41,19 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
 
 def read(path: str | Path, *, max_seconds: float = 10.0,
          max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``max_seconds`` of a video file. max_side: longer sides are scaled down to it.
-
-    Returns: frames uint8 [T, H, W, 3]; times_us int64 [T], rising, 0 at the first frame. A frame
-    without a time gets the next one by the average rate. Raises: VideoError when it is missing,
-    holds no frame or does not decode.
-    """
+    """The first ``max_seconds`` of a video file: frames uint8 [T, H, W, 3], longer sides scaled
+    down to max_side; times_us int64 [T], rising, 0 at the first frame. A frame without a time gets
+    the next one by the average rate. Raises: as :func:`decoded`."""
     pictures: list[np.ndarray] = []
     times: list[int] = []
     with decoded(Path(path)) as (stream, frames):
         step_us = int(1e6 / float(stream.average_rate)) if stream.average_rate else 40_000
         for frame in frames:
-            next_us = times[-1] + step_us if times else 0
-            time_us = next_us
+            time_us = None
             if frame.pts is not None and frame.time_base is not None:
                 time_us = int(frame.pts * frame.time_base * 1_000_000)
-            if times and time_us <= times[-1]:
-                time_us = next_us
+            if time_us is None or (times and time_us <= times[-1]):
+                time_us = times[-1] + step_us if times else 0
             if times and time_us - times[0] > max_seconds * 1e6:
                 break
             pictures.append(_small(frame.to_ndarray(format="rgb24"), max_side))
@@ -68,10 +64,10 @@ def read(path: str | Path, *, max_seconds: float = 10.0,
 
 
 def _small(picture: np.ndarray, max_side: int | None) -> np.ndarray:
-    longest = max(picture.shape[:2])
-    if max_side is None or longest <= max_side:
+    sides = picture.shape[:2]
+    if max_side is None or max(sides) <= max_side:
         return picture
-    height, width = (max(1, round(side * max_side / longest)) for side in picture.shape[:2])
+    height, width = (max(1, round(side * max_side / max(sides))) for side in sides)
     return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
 
 

@@ -1,5 +1,4 @@
-"""What ``xsd doctor --pair`` looks at beyond the machine: does the pair fit, load, agree, run one
-request, and in which number formats."""
+"""``xsd doctor --pair``: does the pair fit, load, agree, run one request, in which formats."""
 
 from __future__ import annotations
 
@@ -31,9 +30,8 @@ def examine(pair: str, *, dtype: str = "float32", quant: str | None = None,
         if found[0].state == "bad":
             return found
         loaded = loading.load_pair(pair, dtype=dtype, quant=quant, device=device)
-        found += [agreement(loaded),
-                  *(weights(getattr(loaded, size.role), size, dtype, quant) for size in sizes),
-                  request(loaded), peak(device)]
+        stored = [weights(getattr(loaded, size.role), size, dtype, quant) for size in sizes]
+        found += [agreement(loaded), *stored, request(loaded), peak(device)]
     except XsdError as error:
         found.append(Finding("bad", "the pair does not load or run", str(error)))
     return found
@@ -41,8 +39,7 @@ def examine(pair: str, *, dtype: str = "float32", quant: str | None = None,
 
 def fits(sizes: planning.Sizes, free: int | None, *, dtype: str, quant: str | None,
          device: str) -> Finding:
-    """Predicted peak of one answer at a time against what is free. free: bytes, None if the system
-    does not say."""
+    """Predicted peak of one answer at a time against free bytes (None: the system does not say)."""
 
     def gb(dtype: str, quant: str | None) -> float:
         need = planning.memory(sizes, dtype=dtype, quant=quant, batch=1, new_tokens=64)
@@ -52,28 +49,27 @@ def fits(sizes: planning.Sizes, free: int | None, *, dtype: str, quant: str | No
     what = f"predicted memory {gb(dtype, quant):.2f} GB ({form}, one answer at a time)"
     if free is None:
         return Finding("note", what, f"how much {device} has free is not known here")
-    if gb(dtype, quant) <= free / GB:
-        return Finding("ok", f"{what}, {free / GB:.1f} GB free on {device}")
+    there = free / GB
+    if gb(dtype, quant) <= there:
+        return Finding("ok", f"{what}, {there:.1f} GB free on {device}")
     forms = {"": None, " --quant 8bit": "8bit", " --quant 4bit": "4bit"}
     ways = [f"--dtype bfloat16{option} needs {gb('bfloat16', less):.1f} GB"
-            for option, less in forms.items() if gb("bfloat16", less) <= free / GB]
-    return Finding("bad", f"{what}, but only {free / GB:.1f} GB are free on {device}",
+            for option, less in forms.items() if gb("bfloat16", less) <= there]
+    return Finding("bad", f"{what}, but only {there:.1f} GB are free on {device}",
                    "; ".join(ways) or "use a larger device (xsd plan)")
 
 
 def agreement(pair: loading.Pair) -> Finding:
     """What load_pair has checked, in one line."""
     drafter, verifier = pair.drafter, pair.verifier
-    return Finding(
-        "ok", f"pair {pair.name}: {drafter.hidden_size} and {verifier.hidden_size} wide, "
-        f"{pair.draft_vocab_size} ids are the same text to both and may be drafted (heads of "
-        f"{drafter.vocab_size} and {verifier.vocab_size} rows), end of answer "
-        f"{sorted(verifier.eos_token_ids)}")
+    return Finding("ok", f"pair {pair.name}: {drafter.hidden_size} and {verifier.hidden_size} wide, "
+                   f"{pair.draft_vocab_size} ids are the same text to both and may be drafted "
+                   f"(heads of {drafter.vocab_size} and {verifier.vocab_size} rows), end of answer "
+                   f"{sorted(verifier.eos_token_ids)}")
 
 
 def weights(handle: ModelHandle, size: ModelSize, dtype: str, quant: str | None) -> Finding:
-    """Stored numbers by dtype and top module, and the bytes the weights take against the
-    prediction."""
+    """Stored numbers by dtype and top module, and the weights' bytes against the prediction."""
     forms = []
     for module, counts in quantization.dtype_map(handle.model).items():
         kinds = [f"{kind} {count:,}".replace(",", " ") for kind, count in counts.items()]

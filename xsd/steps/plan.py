@@ -1,5 +1,5 @@
-"""``xsd plan``: what a run will take, as a table and as text, with every assumption, and what to do
-where it does not fit (the arithmetic: models.planning)."""
+"""``xsd plan``: what a run will take, with every assumption, and what to do where it does not fit
+(the arithmetic: models.planning)."""
 
 from __future__ import annotations
 
@@ -28,11 +28,10 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
     """Plan extraction and training of a pair on a machine.
 
     pair: "full", "embedded" or a folder. batch: answers at a time. stored: dtype of the shards.
-    disk_free: bytes free where the shards go.
-    Returns: {table: section, what, value, unit (GB, h or empty), kind (counted | predicted) as a
-    DataFrame; advice: what fits and what to do; assumptions}.
-    Raises: ParameterError for a number below 1, an unknown format or level; CheckpointError for a
-    folder that is no pair.
+    disk_free: bytes free where the shards go. Returns: {table: section, what, value, unit (GB, h or
+    empty), kind (counted | predicted); advice: what fits and what to do; assumptions}. Raises:
+    ParameterError for a number below 1, an unknown format or level; CheckpointError for a folder
+    that is no pair.
     """
     counts = {"clips": clips, "questions": questions, "new_tokens": new_tokens, "batch": batch,
               "epochs": epochs, "train_batch": train_batch}
@@ -46,7 +45,8 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
     seconds = planning.extraction_seconds(sizes, machine, dtype=dtype, quant=quant, clips=clips,
                                           questions=questions, new_tokens=new_tokens, batch=batch,
                                           modes=modes)
-    seconds = {**seconds, "in all": sum(seconds.values())}
+    seconds["in all"] = sum(seconds.values())
+    times = [(f"time: {what}", took / HOUR, "h", "predicted") for what, took in seconds.items()]
     form = dtype + (f", {quant}" if quant else "")
     asked = f"{clips} clips x {questions} questions, {new_tokens} tokens"
     sections = {
@@ -54,14 +54,11 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
         f"Memory on the device ({form}, {batch} answers at a time)":
             [(what, number / GB, "GB", "predicted") for what, number in need.items()],
         f"Extraction ({asked}) on {machine.name}":
-            [("disk: shards and heads", disk / GB, "GB", "predicted"),
-             *((f"time: {what}", took / HOUR, "h", "predicted")
-               for what, took in seconds.items())],
+            [("disk: shards and heads", disk / GB, "GB", "predicted"), *times],
         f"Training (at most {epochs} epochs, batch {train_batch}) on {machine.name}":
             [row for level in levels
              for row in _training(level, sizes, machine, samples=samples, tokens=new_tokens,
-                                  epochs=epochs, batch=train_batch)],
-    }
+                                  epochs=epochs, batch=train_batch)]}
     table = pd.DataFrame([(section, *row) for section, rows in sections.items() for row in rows],
                          columns=["section", "what", "value", "unit", "kind"])
     advice = [_fit(sizes, machine, need[PEAK] / GB, dtype, batch, new_tokens)]
@@ -86,10 +83,10 @@ def text(plan: dict[str, Any]) -> str:
 
 
 def _parameters(size: ModelSize) -> list[tuple[str, float, str, str]]:
-    return [(f"{size.name} ({size.role})", size.total, "", "counted"),
-            *((f"   {part}", count, "", "counted") for part, count in size.parameters.items()),
-            ("   positions of a prompt", planning.prompt_positions(size), "",
-             "counted, text assumed")]
+    parts = [(f"   {part}", count, "", "counted") for part, count in size.parameters.items()]
+    positions = planning.prompt_positions(size)
+    return [(f"{size.name} ({size.role})", size.total, "", "counted"), *parts,
+            ("   positions of a prompt", positions, "", "counted, text assumed")]
 
 
 def _training(level: str, sizes: Sizes, machine: Machine,

@@ -1,5 +1,4 @@
-"""Raw DSEC sequences into a dataset folder, with progress and a summary: ``xsd data prepare-dsec``
-and notebook 08."""
+"""Raw DSEC sequences into a dataset folder: ``xsd data prepare-dsec`` and notebook 08."""
 
 from __future__ import annotations
 
@@ -33,13 +32,11 @@ def size_of(text: str) -> tuple[int, int] | None:
 def prepare(source: str | Path, root: str | Path, *, split: str = "train", clip_ms: int = 1000,
             hop_ms: int = 500, video_size: tuple[int, int] | None = None,
             canvas: frames.Canvas = "slice", rectify: bool = False) -> dict[str, Any]:
-    """sensors.dsec.prepare under one bar per sequence; a stopped run continues with the next
-    unfinished sequence. How the clips were cut is kept in ``preparation.json``, so that one folder
-    never mixes two ways.
+    """sensors.dsec.prepare under one bar per sequence. How the clips were cut is kept in
+    ``preparation.json``, so that one folder never mixes two ways.
 
-    Returns: {sequences, clips, skipped, resumed, notes, gb (of the whole folder)}.
-    Raises: ParameterError for a clip or hop that is not positive, or a folder begun with other
-    settings; as sensors.dsec.prepare.
+    Returns: its summary and gb (of the whole folder). Raises: ParameterError for a clip or hop that
+    is not positive, or a folder begun with other settings; as sensors.dsec.prepare.
     """
     if clip_ms < 1 or hop_ms < 1:
         raise ParameterError(
@@ -84,8 +81,7 @@ def sentence(summary: Mapping[str, Any], root: str | Path) -> str:
 
 def simulated_source(source: str | Path, *, n_sequences: int = 2, seed: int = 0,
                      duration_s: float = 1.5) -> None:
-    """Make sure that ``source`` holds simulated sequences in DSEC's raw format, made once and found
-    again."""
+    """Make sure that ``source`` holds simulated sequences in DSEC's raw format."""
     for index in range(n_sequences):
         place = Path(source) / f"simulated_{seed:02d}_{index:02d}"
         if not (place / "images" / "timestamps.txt").is_file():  # written last
@@ -99,9 +95,10 @@ def table(root: str | Path) -> pd.DataFrame:
     for record in folder.open_folder(root):
         events = folder.load_events(record)
         start_us, end_us = record.t_us or (int(events.t_us[0]), int(events.t_us[-1]) + 1)
-        rows.append([record.sequence, record.clip, start_us, len(events),
-                     len(events) / ((end_us - start_us) / 1e6), events.width, events.height])
-    frame = pd.DataFrame(rows, columns=["sequence", "clip", "start_s", "events", "events_per_s",
-                                        "width", "height"])
+        seconds = (end_us - start_us) / 1e6
+        rows.append([record.sequence, record.clip, start_us, len(events), len(events) / seconds,
+                     events.width, events.height])
+    columns = ["sequence", "clip", "start_s", "events", "events_per_s", "width", "height"]
+    frame = pd.DataFrame(rows, columns=columns)
     first_us = frame.groupby("sequence")["start_s"].transform("min")
     return frame.assign(start_s=(frame["start_s"] - first_us) / 1e6)

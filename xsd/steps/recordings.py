@@ -1,13 +1,10 @@
-"""Any event recording or any video before the pair: samples for the two models, and plain warnings
-where it is out of their depth.
-
-What is missing is made, and said so: a video gets events from the event-camera model, run on its
-luminance; an event file without pictures shows the verifier its painted events, which it was never
-trained on.
-"""
+"""Any event recording or any video before the pair, and plain warnings where it is out of their
+depth. What is missing is made, and said so: a video gets events from the event-camera model; an
+event file without pictures shows the verifier its painted events."""
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,14 +27,13 @@ from xsd.steps.traces import Trace
 EVENT_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".aedat4")
 N_VIDEO = 8
 SHIPPED = "davis_road"
-"""Name of the recording that comes with the project: a DAVIS346 beside a road, events and grey
-pictures."""
+"""The recording that comes with the project: a DAVIS346 beside a road, events and grey pictures."""
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A recording on one clock. pictures: uint8 [T, H, W, 3] and times_us int64 [T], or None for an
-    event file without any. kind: which of the two was made here."""
+    """A recording on one clock. pictures: uint8 [T, H, W, 3] at times_us int64 [T], or None. kind:
+    which of the two was made here."""
 
     name: str
     events: Events
@@ -76,11 +72,8 @@ def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 
                                    np.random.default_rng(seed))
         return Source(path.stem, made, pictures, times, "events from the video")
     if path.suffix.lower() == ".aedat4":
-        try:
+        with contextlib.suppress(VideoError):  # events alone, from a sensor that takes no pictures
             found = recording.read_aedat4(path)
-        except VideoError:  # events alone, from a sensor that takes no pictures
-            pass
-        else:
             grey = found.frames.ndim == 3
             pictures = np.repeat(found.frames[..., None], 3, axis=3) if grey else found.frames
             return Source(path.stem, found.events, pictures, found.times_us, "both recorded")
@@ -91,12 +84,8 @@ def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 
 def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: int = 6,
         canvas: frames.Canvas = "sensor") -> list[Sample]:
     """One sample per clip (its question still empty): event frames and 8 pictures of every whole
-    window, at most ``max_clips``.
-
-    A recording shorter than a clip is one clip. Windows with fewer than five events are left out.
-    Raises: ParameterError for a clip, hop or number below 1; EventError when no window has enough
-    events.
-    """
+    window with five events, at most ``max_clips``. A recording shorter than a clip is one clip.
+    Raises: ParameterError for a clip, hop or number below 1; EventError when no window is left."""
     if min(clip_ms, hop_ms, max_clips) < 1:
         raise ParameterError(f"clips of {clip_ms} ms every {hop_ms} ms, {max_clips} of them: each "
                              "must be at least 1")
@@ -123,24 +112,20 @@ def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: in
 
 
 def known(n_sequences: int = 12, seed: int = 0) -> dict[str, Any]:
-    """The world the embedded pair was trained on, seen in its first ``n_sequences`` training drives
-    (a third of a second each).
-
-    Returns: {rate: lowest and highest events per pixel and second, sizes: (width, height) of the
-    sensors, clip_ms: length of every clip, grey_share: of the drives}.
-    """
+    """The world the embedded pair was trained on, seen in ``n_sequences`` training drives: {rate:
+    lowest and highest events per pixel and second, sizes: (width, height) of the sensors, clip_ms:
+    length of every clip, grey_share: of the drives}."""
     clips = [clip for one in drive.simulate(seed, "train", n_sequences) for clip in one.clips]
-    rates = [_rate(clip.events, (clip.events.width, clip.events.height), clip.t_us)
-             for clip in clips]
+    sizes = [(clip.events.width, clip.events.height) for clip in clips]
+    rates = [_rate(clip.events, size, clip.t_us) for clip, size in zip(clips, sizes, strict=True)]
     start, end = clips[0].t_us
-    return {"rate": (min(rates), max(rates)),
-            "sizes": {(clip.events.width, clip.events.height) for clip in clips},
+    return {"rate": (min(rates), max(rates)), "sizes": set(sizes),
             "clip_ms": (end - start) / 1000, "grey_share": drive.DriveConfig().grey_fraction}
 
 
 def warnings(source: Source, clips: Sequence[Sample], world: dict[str, Any]) -> list[str]:
-    """Where the recording lies outside the world of :func:`known`, a sentence each. Nothing is
-    refused. clips: as :func:`cut` gives them."""
+    """Where the recording and its clips (:func:`cut`) lie outside the world of :func:`known`, a
+    sentence each. Nothing is refused."""
     said = []
     if source.kind == "pictures from the events":
         said.append("there is no video: the verifier is shown painted events, which it was not "
@@ -161,8 +146,7 @@ def warnings(source: Source, clips: Sequence[Sample], world: dict[str, Any]) -> 
     if abs(length - usual) > 0.1 * usual:
         said.append(f"a clip lasts {length:.0f} ms, the pair knows {usual:.0f} ms: it will "
                     "misjudge speed")
-    limit = event_streams.official_limit_note(source.events.between(start, end))
-    if limit:
+    if limit := event_streams.official_limit_note(source.events.between(start, end)):
         said.append(limit)
     rates = [_rate(source.events.between(*clip.t_us), source.size, clip.t_us) for clip in clips]
     low, high = world["rate"]
@@ -197,11 +181,7 @@ def held_out_pairs(pair: Pair, pairs: Sequence[PairedStates]) -> held_out.HeldOu
 def summary(tokens: pd.DataFrame, *, gamma: int = 5, resamples: int = 400,
             seed: int = 0) -> pd.DataFrame:
     """One row per level: token acceptance and accepted drafts per round, each with its interval
-    over clips, median cosine, tokens, answers.
-
-    The clips of one recording overlap, so the intervals are too narrow: they say what this
-    recording said, no more.
-    """
+    over clips (too narrow: the clips of one recording overlap), median cosine, tokens, answers."""
     cosine = table.drafted(tokens).groupby("level", observed=True)["cosine"].median()
     rows = []
     for level, part in table.counts(tokens, gamma).groupby("level", sort=False, observed=True):
@@ -217,8 +197,7 @@ def summary(tokens: pd.DataFrame, *, gamma: int = 5, resamples: int = 400,
 
 
 def as_traces(pairs: Sequence[PairedStates]) -> list[Trace]:
-    """Free-running answers in the form of steps.traces: what another machine would have handed
-    over."""
+    """Free-running answers as traces: what another machine would have handed over."""
     return [Trace(one.clip, f"{one.sequence}/{one.clip}", one.question,
                   tuple(one.ids_by_drafter.tolist()), tuple(one.ids_by_verifier.tolist()))
             for one in pairs if len(one.ids_by_verifier)]
