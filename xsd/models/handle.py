@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -51,7 +50,7 @@ class ModelHandle(batched.BatchedAnswers):
         self.max_prompt: int | None = getattr(model.config, "tokenizer_model_max_length", None)
         self.device = self.head.weight.device
         self._embed = model.get_input_embeddings()
-        self._vision: OrderedDict[str, Tensor] = OrderedDict()
+        self._vision: dict[str, Tensor] = {}
         self._hash: str | None = None
         self._small_steps: small_steps.Steps | None = None
         self._steps_fit = small_steps.fits(self.decoder)
@@ -79,10 +78,9 @@ class ModelHandle(batched.BatchedAnswers):
             return self._encode_images(images)
         key = batched.content(images)
         if key not in self._vision:
+            if len(self._vision) == _REMEMBERED_CLIPS:
+                del self._vision[next(iter(self._vision))]  # the oldest
             self._vision[key] = self._encode_images(images)
-            while len(self._vision) > _REMEMBERED_CLIPS:
-                self._vision.popitem(last=False)
-        self._vision.move_to_end(key)
         return self._vision[key]
 
     @torch.no_grad()

@@ -39,6 +39,12 @@ class Events:
     def __len__(self) -> int:
         return len(self.t_us)
 
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height of the sensor; where unknown, the largest x and y plus one."""
+        return (int(self.x.max()) + 1 if self.width is None else self.width,
+                int(self.y.max()) + 1 if self.height is None else self.height)
+
     def between(self, start_us: int, end_us: int) -> Events:
         """Events with start_us <= t < end_us; the stream must be in order of time."""
         first, last = np.searchsorted(self.t_us, [start_us, end_us], side="left")

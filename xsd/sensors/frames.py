@@ -41,9 +41,7 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
     else:
         edges = np.linspace(events.t_us[0], events.t_us[-1], n_frames + 1)[1:-1]
         bounds = [0, *np.searchsorted(events.t_us, edges).tolist(), len(events)]
-    right, lowest = int(events.x.max()), int(events.y.max())
-    width = right + 1 if events.width is None else events.width
-    height = lowest + 1 if events.height is None else events.height
+    right, lowest, (width, height) = events.x.max(), events.y.max(), events.size
     if right >= width or lowest >= height:
         raise EventError(f"events reach x {right}, y {lowest} but the sensor is {width}x{height} "
                          "(width x height)")

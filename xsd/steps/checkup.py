@@ -31,10 +31,13 @@ def examine(pair: str, *, dtype: str = "float32", quant: str | None = None,
             return found
         loaded = loading.load_pair(pair, dtype=dtype, quant=quant, device=device)
         stored = [weights(getattr(loaded, size.role), size, dtype, quant) for size in sizes]
-        found += [agreement(loaded), *stored, request(loaded), peak(device)]
+        found += [agreement(loaded), *stored, request(loaded)]
     except XsdError as error:
-        found.append(Finding("bad", "the pair does not load or run", str(error)))
-    return found
+        return [*found, Finding("bad", "the pair does not load or run", str(error))]
+    where = "process" if torch.device(device).type == "cpu" else device
+    taken = quantization.peak_memory_bytes(device) / GB  # since this process began
+    return [*found, Finding("ok", f"measured peak memory of the {where}: {taken:.2f} GB, libraries "
+                            "included")]
 
 
 def fits(sizes: planning.Sizes, free: int | None, *, dtype: str, quant: str | None,
@@ -61,11 +64,11 @@ def fits(sizes: planning.Sizes, free: int | None, *, dtype: str, quant: str | No
 
 def agreement(pair: loading.Pair) -> Finding:
     """What load_pair has checked, in one line."""
-    drafter, verifier = pair.drafter, pair.verifier
-    return Finding("ok", f"pair {pair.name}: {drafter.hidden_size} and {verifier.hidden_size} wide, "
+    ours, theirs = pair.drafter, pair.verifier
+    return Finding("ok", f"pair {pair.name}: {ours.hidden_size} and {theirs.hidden_size} wide, "
                    f"{pair.draft_vocab_size} ids are the same text to both and may be drafted "
-                   f"(heads of {drafter.vocab_size} and {verifier.vocab_size} rows), end of answer "
-                   f"{sorted(verifier.eos_token_ids)}")
+                   f"(heads of {ours.vocab_size} and {theirs.vocab_size} rows), end of answer "
+                   f"{sorted(theirs.eos_token_ids)}")
 
 
 def weights(handle: ModelHandle, size: ModelSize, dtype: str, quant: str | None) -> Finding:
@@ -98,10 +101,3 @@ def request(pair: loading.Pair) -> Finding:
                            "its states are not those after the norm")
     return Finding("ok", "both models answered a question about blank pictures with finite numbers "
                    f"({PROBE_TOKENS} tokens)")
-
-
-def peak(device: str) -> Finding:
-    """Highest memory since this process began (on a GPU: of torch's allocator)."""
-    where = "process" if torch.device(device).type == "cpu" else device
-    taken = quantization.peak_memory_bytes(device) / GB
-    return Finding("ok", f"measured peak memory of the {where}: {taken:.2f} GB, libraries included")

@@ -63,7 +63,10 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
                          columns=["section", "what", "value", "unit", "kind"])
     advice = [_fit(sizes, machine, need[PEAK] / GB, dtype, batch, new_tokens)]
     if disk_free is not None:
-        advice.append(_disk(disk / GB, disk_free / GB))
+        shards, free = f"{disk / GB:.1f} GB of shards", f"the {disk_free / GB:.1f} GB free here"
+        advice.append(f"{shards} fit onto {free}" if disk <= MOST_OF_DISK * disk_free else
+                      f"{shards} do not fit onto {free}; store int8, extract one mode, or choose "
+                      "fewer questions (--stored, --modes, --questions)")
     return {"table": table, "advice": advice,
             "assumptions": _assumptions(machine, new_tokens, batch, epochs)}
 
@@ -121,13 +124,6 @@ def _fit(sizes: Sizes, machine: Machine, need: float, dtype: str, batch: int,
                 ways.append(f"{form} with --batch {fewer} needs {less:.1f} GB")
     hint = "; ".join(ways) or "no number format fits: use a larger device"
     return f"{need:.1f} GB do not fit into {place}: {hint}"
-
-
-def _disk(need: float, free: float) -> str:
-    if need <= MOST_OF_DISK * free:
-        return f"{need:.1f} GB of shards fit onto the {free:.1f} GB free here"
-    return (f"{need:.1f} GB of shards do not fit onto the {free:.1f} GB free here; store int8, "
-            "extract one mode, or choose fewer questions (--stored, --modes, --questions)")
 
 
 def _assumptions(machine: Machine, new_tokens: int, batch: int, epochs: int) -> list[str]:

@@ -49,12 +49,6 @@ class Source:
         gap = int(np.median(np.diff(self.times_us))) if len(self.times_us) > 1 else 40_000
         return int(self.times_us[0]), int(self.times_us[-1]) + gap
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of the sensor, in pixels."""
-        events = self.events
-        return events.width or int(events.x.max()) + 1, events.height or int(events.y.max()) + 1
-
 
 def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 346,
                 seed: int = 0) -> Source:
@@ -116,10 +110,9 @@ def known(n_sequences: int = 12, seed: int = 0) -> dict[str, Any]:
     lowest and highest events per pixel and second, sizes: (width, height) of the sensors, clip_ms:
     length of every clip, grey_share: of the drives}."""
     clips = [clip for one in drive.simulate(seed, "train", n_sequences) for clip in one.clips]
-    sizes = [(clip.events.width, clip.events.height) for clip in clips]
-    rates = [_rate(clip.events, size, clip.t_us) for clip, size in zip(clips, sizes, strict=True)]
+    rates = [_rate(clip.events, clip.t_us, clip.events.size) for clip in clips]
     start, end = clips[0].t_us
-    return {"rate": (min(rates), max(rates)), "sizes": set(sizes),
+    return {"rate": (min(rates), max(rates)), "sizes": {clip.events.size for clip in clips},
             "clip_ms": (end - start) / 1000, "grey_share": drive.DriveConfig().grey_fraction}
 
 
@@ -134,7 +127,7 @@ def warnings(source: Source, clips: Sequence[Sample], world: dict[str, Any]) -> 
         gap = float(np.median(np.diff(source.times_us))) / 1000
         said.append(f"the events are simulated from pictures {gap:.0f} ms apart; what moves far "
                     "between two of them jumps")
-    (width, height), largest = source.size, max(world["sizes"])
+    (width, height), largest = source.events.size, max(world["sizes"])
     if width > 1.5 * largest[0] or height > 1.5 * largest[1]:
         said.append(f"the sensor has {width}x{height} pixels, the pair knows up to "
                     f"{largest[0]}x{largest[1]}: events are painted thinner")
@@ -148,7 +141,8 @@ def warnings(source: Source, clips: Sequence[Sample], world: dict[str, Any]) -> 
                     "misjudge speed")
     if limit := event_streams.official_limit_note(source.events.between(start, end)):
         said.append(limit)
-    rates = [_rate(source.events.between(*clip.t_us), source.size, clip.t_us) for clip in clips]
+    rates = [_rate(source.events.between(*clip.t_us), clip.t_us, (width, height))
+             for clip in clips]
     low, high = world["rate"]
     if max(rates) > 1.5 * high or min(rates) < low / 1.5:
         said.append(f"{min(rates):.2f} to {max(rates):.2f} events per pixel and second; the pair "
@@ -161,7 +155,7 @@ def warnings(source: Source, clips: Sequence[Sample], world: dict[str, Any]) -> 
     return said
 
 
-def _rate(events: Events, size: tuple[int, int], span_us: tuple[int, int]) -> float:
+def _rate(events: Events, span_us: tuple[int, int], size: tuple[int, int]) -> float:
     """Events per pixel and second."""
     return len(events) / (size[0] * size[1]) * 1e6 / (span_us[1] - span_us[0])
 
