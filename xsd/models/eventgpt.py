@@ -137,13 +137,13 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         """Values [B,L,...] beside the ids with ``events`` [B,E,...] at the placeholder, cut at the
         maximum: [B,L-1+E,...]."""
         rows = []
-        for row, values, inserted in zip(ids, beside, events, strict=True):
-            places = (row == EVENT_TOKEN_ID).nonzero().flatten().tolist()
-            if len(places) != 1:
-                raise ValueError(
-                    f"a prompt holds {len(places)} event placeholders (id {EVENT_TOKEN_ID}); "
-                    "exactly one is expected")
-            rows.append(torch.cat([values[:places[0]], inserted, values[places[0] + 1:]]))
+        for row, values, inserted in zip(ids.tolist(), beside, events, strict=True):
+            found = row.count(EVENT_TOKEN_ID)
+            if found != 1:
+                raise ValueError(f"a prompt holds {found} event placeholders (id "
+                                 f"{EVENT_TOKEN_ID}); exactly one is expected")
+            at = row.index(EVENT_TOKEN_ID)
+            rows.append(torch.cat([values[:at], inserted, values[at + 1:]]))
         return torch.stack(rows)[:, :self.config.tokenizer_model_max_length]
 
     def forward(self, input_ids: Tensor | None = None, event_pixels: Tensor | None = None,
@@ -166,8 +166,8 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
                              inputs_embeds=inputs_embeds, use_cache=use_cache, **kwargs)
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, keep])
-        loss = None if labels is None else self.loss_function(logits, labels,
-                                                              self.config.vocab_size)
+        vocabulary = self.config.vocab_size
+        loss = None if labels is None else self.loss_function(logits, labels, vocabulary)
         return CausalLMOutputWithPast(loss, logits, outputs.past_key_values, outputs.hidden_states,
                                       outputs.attentions)
 

@@ -49,11 +49,10 @@ def verifier_config() -> VideoLlavaConfig:
 class ModelSize:
     """What a plan needs of one model.
 
-    parameters: by part (tower, projector, embeddings, linear, norms, head), each counted once.
-    linear: the decoder's linear layers, the only part that quantisation changes; linear_rows: their
-    output rows together; largest_linear: the most parameters in one of them. kv_width: key (or
-    value) numbers a position and layer. frame_tokens: tower states of one picture, CLS included;
-    tower_layers: layers that run. visual_tokens: positions of the prompt that the pictures take.
+    parameters: by part (tower, projector, embeddings, linear, norms, head). linear: the decoder's
+    linear layers, which alone are quantised; linear_rows: their output rows together;
+    largest_linear: parameters of the largest. kv_width: key (or value) numbers a position and
+    layer. frame_tokens: tower states of one picture. visual_tokens: prompt positions of them all.
     """
 
     name: str
@@ -129,9 +128,8 @@ def _by_part(model: nn.Module, linear: list[nn.Linear]) -> dict[str, int]:
     parts[id(model.get_input_embeddings().weight)] = "embeddings"  # a tied head counts as these
     counts: Counter[str] = Counter()
     for key, parameter in model.named_parameters():
-        path = key.split(".")
-        part = parts.get(id(parameter)) or (
-            "tower" if any(name in path for name in TOWERS) else
-            "projector" if any(name in path for name in PROJECTORS) else "norms")
-        counts[part] += parameter.numel()
+        path = set(key.split("."))
+        other = ("tower" if path & set(TOWERS) else
+                 "projector" if path & set(PROJECTORS) else "norms")
+        counts[parts.get(id(parameter), other)] += parameter.numel()
     return dict(counts)

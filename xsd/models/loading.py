@@ -106,10 +106,10 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
     Raises: CheckpointError for anything missing, truncated, of the wrong type or shape, not finite.
     """
     folder, raw = open_checkpoint(path)
-    if raw.get("model_type") != EventGPTConfig.model_type:
-        raise CheckpointError(
-            f"{folder} is of model type {raw.get('model_type')!r} but the drafter must be "
-            f"{EventGPTConfig.model_type!r}; give an EventGPT checkpoint")
+    model_type = EventGPTConfig.model_type
+    if raw.get("model_type") != model_type:
+        raise CheckpointError(f"{folder} is of model type {raw.get('model_type')!r} but the "
+                              f"drafter must be {model_type!r}; give an EventGPT checkpoint")
     shapes = keymap.tensor_shapes(folder)
     has_tower = any(name.startswith(keymap.TOWER) for name in shapes)
     clip_folder = tower.find(folder, raw, vision_tower, needed=not has_tower)
@@ -142,11 +142,10 @@ def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video "
                               "model such as Video-LLaVA as the verifier")
-    shapes = keymap.tensor_shapes(folder)
+    has_tower = any("image_tower." in name for name in keymap.tensor_shapes(folder))
     config, model_class = verifier_class(folder)
     with _quiet(), torch.device("meta"):
         _check_video_model(model_class(config), folder)
-    has_tower = any("image_tower." in name for name in shapes)
     model = _from_pretrained(model_class, folder, dtype, device, quant,
                              lacks=() if has_tower else "model.image_tower.")
     if not has_tower and hasattr(model.model, "image_tower"):

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from xsd.core import DatasetError, EventError
 from xsd.sensors import event_files, folder, frames
@@ -118,10 +117,8 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
     that were there), notes}. Raises: DatasetError when there is no raw sequence; as
     :func:`read_window`; StorageError.
     """
-    root = Path(root)
-    done: set[str] = set()
-    if (root / folder.INDEX).is_file():
-        done = {record.sequence for record in folder.open_folder(root)}
+    begun = (Path(root) / folder.INDEX).is_file()
+    done = {record.sequence for record in folder.open_folder(root)} if begun else set()
     summary: dict[str, Any] = {"sequences": 0, "clips": 0, "skipped": 0, "resumed": 0, "notes": []}
     for place in sequence_folders(source):
         if place.name in done:
@@ -141,8 +138,8 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
                 if note and not summary["notes"]:
                     summary["notes"].append(f"{place.name}/{k:06d}: {note}")
                 chosen = inside[frames.uniform_indices(len(inside), n_video)]
-                video = np.stack([_image(sequence.image_paths[i], video_size) for i in chosen])
-                writer.add(place.name, f"{k:06d}", events=events, video=video,
+                pictures = [frames.read_image(sequence.image_paths[i], video_size) for i in chosen]
+                writer.add(place.name, f"{k:06d}", events=events, video=np.stack(pictures),
                            event_frames=frames.event_frames(events, 5, canvas=canvas),
                            t_us=(start_us, end_us))
                 summary["clips"] += 1
@@ -162,9 +159,3 @@ def sequence_folders(source: str | Path) -> list[Path]:
         raise DatasetError(f"there is no raw DSEC sequence in {source}; expected "
                            "<sequence>/events/left/events.h5")
     return found
-
-
-def _image(path: Path, size: tuple[int, int] | None) -> np.ndarray:
-    picture = frames.read_image(path)
-    return picture if size is None else np.asarray(
-        Image.fromarray(picture).resize(size, Image.Resampling.BICUBIC))

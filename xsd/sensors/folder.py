@@ -243,9 +243,8 @@ class FolderWriter:
         place = f"{sequence}/{clip}"
         if event_frames is None:
             event_frames = frames.event_frames(events, 5, canvas="sensor")
-        single = np.full_like(event_frames[0], 255)
-        if len(events):
-            single = frames.event_frames(events, 1, canvas="sensor")[0]
+        single = (frames.event_frames(events, 1, canvas="sensor")[0] if len(events) else
+                  np.full_like(event_frames[0], 255))
         event_streams.write_events(self.root / "event_npy" / f"{place}.npy", events)
         names = [f"{place}_{i}.png" for i in range(len(event_frames))]
         for name, picture in zip(names, event_frames, strict=True):

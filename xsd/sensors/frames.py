@@ -91,11 +91,13 @@ def windows(times_us: np.ndarray, clip_us: int = 1_000_000,
     return [(start, start + clip_us) for start in range(int(times_us[0]), last + 1, hop_us)]
 
 
-def read_image(path: str | Path) -> np.ndarray:
-    """One image file as uint8 [H, W, 3]. Raises: VideoError when missing or undecodable."""
+def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
+    """One image file as uint8 [H, W, 3], resized to ``size`` (width, height) where one is given.
+    Raises: VideoError when it is missing or does not decode."""
     try:
         with Image.open(path) as image:
-            return np.asarray(image.convert("RGB"))
+            picture = image.convert("RGB")
+            return np.asarray(picture.resize(size, Image.Resampling.BICUBIC) if size else picture)
     except FileNotFoundError as error:
         raise VideoError(f"{path}: there is no such image") from error
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
@@ -115,8 +117,7 @@ def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
         wanted = uniform_indices(len(images), n_frames)
         pictures = {i: read_image(images[i]) for i in dict.fromkeys(wanted)}
         if len({picture.shape for picture in pictures.values()}) > 1:
-            raise VideoError(
-                f"{path}: the images differ in size; the frames of a video must all have the same")
+            raise VideoError(f"{path}: the images differ in size; a video's frames must all agree")
     else:
         # Counted first: one frame in memory at a time, and a container's own count is often wrong.
         with timed_video.decoded(path) as (_, frames):
