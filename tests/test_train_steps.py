@@ -56,7 +56,8 @@ def test_l6_trains_merges_is_judged_on_held_out_tokens_and_is_found_again(run_di
     assert registry.load_any_adapter(place / "map").level == "ridge"
     again = training.run(given(run_dir, levels=["L6"]),
                          progress=lambda level, row: rows.append(level))
-    assert again["levels"]["L6"] == line and len(rows) == 4
+    # as texts, for an unknown end of an interval is NaN, which equals nothing
+    assert json.dumps(again["levels"]["L6"]) == json.dumps(line) and len(rows) == 4
     table = training.table(results["levels"]).set_index("level")
     assert table.loc["L6", "parameters at 4096"] == 16_777_216 and table.loc[
         "L1", "parameters at 4096"] == 2_113_537
