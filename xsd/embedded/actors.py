@@ -135,8 +135,9 @@ def _pedestrian(brush: Brush, actor: Actor, x: float, z: float, colour: Colour) 
     stride = 0.12 if stands else 0.32 * np.sin(8.0 * brush.t_s + actor.phase)
     for side, swing in ((-0.12, stride), (0.12, -stride)):
         hip = side * 0.5
-        leg = [(-0.1 + hip, 0.85), (0.1 + hip, 0.85), (0.1 + swing, 0), (-0.1 + swing, 0)]
-        brush.outline(x, z, leg, (45, 50, 75))
+        leg = [(x - 0.1 + hip, 0.85), (x + 0.1 + hip, 0.85), (x + 0.1 + swing, 0),
+               (x - 0.1 + swing, 0)]
+        brush.outline(0, z, leg, (45, 50, 75))
     brush.facing(x, z, -0.28, 0.28, 0.75, 1.5, colour)
     heading = {"crossing_right": 1, "crossing_left": -1}.get(actor.motion, 0)
     if heading:  # a rucksack on the back, an arm ahead

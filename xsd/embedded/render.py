@@ -101,7 +101,8 @@ class Renderer:
         height = (13.0 if tower else 3.6) * self.size[side, index]
         x = sign * 7.6
         brush.wall(x, near, far, 0, height, colour)
-        brush.facing(x, far, 0, sign * 6, 0, height, scaled(colour, 0.8))
+        across = [(0, 0), (0, height), (sign * 6, height), (sign * 6, 0)]
+        brush.outline(x, far, across, scaled(colour, 0.8))
         if not tower:
             ridge = brush.point(x + sign * 1.5, height + 2.0, (near + far) / 2)
             brush.polygon([brush.point(x, height, near), ridge, brush.point(x, height, far)],
@@ -118,12 +119,14 @@ class Renderer:
     def _tree(self, brush: Brush, sign: int, index: int, near: float, far: float) -> None:
         size, shade = self.size[max(sign, 0), index], self.shade[max(sign, 0), index]
         z = max((near + far) / 2, 5.0)
-        unit = brush.focal / z
         brush.facing(sign * 6.8, z, -0.25, 0.25, 0, 2.6, (90, 60, 35))
         x, y = brush.point(sign * 6.8, 4.2 * size, z)
         green = scaled((35, 115, 40), shade)
-        brush.ellipse((x, y), unit * 2.0 * size, unit * 2.3 * size, green)
-        brush.ellipse((x - unit * 0.6, y - unit * 0.5), unit * 0.9, unit * 0.8, scaled(green, 1.3))
+        # products in this order: another one rounds otherwise and moves a pixel now and then
+        focal = brush.focal
+        brush.ellipse((x, y), focal * 2.0 * size / z, focal * 2.3 * size / z, green)
+        brush.ellipse((x - focal * 0.6 / z, y - focal * 0.5 / z), focal * 0.9 / z, focal * 0.8 / z,
+                      scaled(green, 1.3))
 
     def _fence(self, brush: Brush, sign: int, index: int, near: float, far: float) -> None:
         brush.facing(sign * 6.4, near, -0.12, 0.12, 0, 1.2, (200, 190, 170))
@@ -137,7 +140,11 @@ class Renderer:
             z = (length - brush.travelled) % 40 + 3.0
             level = int(grey + contrast)
             if z < 26:
-                brush.ground(x - half, x + half, z, z + half * 2, (level, level, level))
+                # corners in this order: in another one an edge falls on another pixel now and then
+                far = z + half * 2
+                corners = ((x - half, z), (x + half, z), (x + half, far), (x - half, far))
+                brush.polygon([brush.point(across, 0, ahead) for across, ahead in corners],
+                              (level, level, level))
         period = self.scene.lanes_dash_m
         for boundary in (-1.75, 1.75):
             start = -(brush.travelled % period) + 3.2
