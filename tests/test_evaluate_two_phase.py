@@ -3,36 +3,10 @@
 import numpy as np
 import pandas as pd
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from xsd.core import MetricError
 from xsd.evaluate import rounds
 from xsd.evaluate.two_phase import every_pair, phases
-
-
-@settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, 10_000), n_first=st.integers(1, 9), gamma=st.integers(1, 4))
-def test_equals_the_plain_loop(seed, n_first, gamma):
-    rng = np.random.default_rng(seed)
-    lengths = rng.integers(1, 9, 5)
-    inside = np.arange(8) < lengths[:, None]
-    first, second = (rng.random((5, 8)) < 0.6) & inside, (rng.random((5, 8)) < 0.6) & inside
-    opening = rounds.runs_of(first, n_first)[:, 0]
-    walked = rounds.walk(rounds.runs_of(second, gamma), lengths, gamma, first=opening,
-                         n_first=n_first)
-    expected = []
-    for i, n in enumerate(lengths):
-        at, drafts, hit = 0, n_first, first[i]
-        while at < n:
-            k = 0
-            while k < drafts and at + k < n and hit[at + k]:
-                k += 1
-            expected.append((k, min(drafts, n - at), int(at + k < n), i))
-            at, drafts, hit = at + k + 1, gamma, second[i]
-    assert list(zip(walked.accepted, walked.drafted, walked.bonus, walked.request,
-                    strict=True)) == expected
-    assert rounds.Acceptance.of(walked).n_accepted == sum(row[0] for row in expected)
 
 
 def test_every_combination_has_its_rows():

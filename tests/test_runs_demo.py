@@ -156,7 +156,7 @@ def test_the_recording_comes_second_and_its_intervals_are_called_weak():
     found["tokens"] = {"gamma": 5, "test": sets}
     page = body(found)
     lead = page[:page.index("<nav>")]
-    assert re.search(r'accepted drafts a round \(at γ = <span[^>]*data-key="tokens/gamma"', lead)
+    assert re.search(r'accepted drafts per round \(at γ = <span[^>]*data-key="tokens/gamma"', lead)
     assert lead.index("held-out simulated drives") < lead.index("a real road")
     captions = [one for one in re.findall(r"<caption>(.*?)</caption>", page, re.DOTALL)
                 if "Intervals draw" in one]
