@@ -98,6 +98,28 @@ def test_control_arm_is_identical_and_the_noise_floor_small(pair, samples):
     assert certificate.noise_floor(pair.verifier, samples[:2], answers).largest < 1e-3
 
 
+def test_a_handle_that_swaps_the_best_two_in_wide_passes_is_caught(pair, samples):
+    class Swapping(type(pair.verifier)):
+        def extend(self, state, ids):
+            hidden, logits = super().extend(state, ids)
+            if len(ids) > 1:
+                values, best = logits.topk(2)
+                logits = logits.scatter(1, best, values.flip(1))
+            return hidden, logits
+
+    own = pair.verifier
+    engine = Swapping(own.model, own.tokenizer, own.role, own.pixels,
+                      draft_vocab_size=own.draft_vocab_size)
+    for sample in samples[:3]:
+        reference = autoregressive.generate(engine, sample, LENGTH).ids
+        right = OracleProposer(
+            lambda known, gamma, ids=reference: ids[len(known):len(known) + gamma])
+        wrong = speculative.generate(engine, right, sample, gamma=3, max_new_tokens=LENGTH).ids
+        verdict = certificate.certify(engine, sample, reference, wrong)
+        assert wrong != reference and verdict.outcome == "divergence"
+        assert verdict.floor.largest < 1e-3
+
+
 def test_records_are_complete_and_a_second_run_measures_nothing(pair, adapters, samples, tmp_path):
     chosen = [build(name, pair, adapters) for name in ("ar", "hf_generate", "L1")]
     path = tmp_path / "records.jsonl"

@@ -19,6 +19,9 @@ class RoundingDecoder(ToyDecoder):
         super().__init__()
         self.tie_at, self.margin, self.defect = tie_at, margin, defect
 
+    def plain(self):
+        return self  # its rounding is honest
+
     def extend(self, state, ids):
         start = len(state.ids)
         hidden, _ = super().extend(state, ids)
@@ -86,6 +89,29 @@ def test_a_defect_of_the_many_row_pass_does_not_raise_its_own_tolerance():
 def test_an_answer_that_only_ends_elsewhere_is_a_divergence(candidate, longer):
     verdict = certificate.certify(ToyDecoder(), BODY, BODY, candidate)
     assert verdict.outcome == "divergence" and verdict.reason.startswith(f"the {longer} goes on")
+
+
+def test_an_engine_cannot_raise_the_tolerance_it_is_judged_by():
+    class Swapping(RoundingDecoder):
+        """Wide passes swap the two best logits, here 0.1 apart: well within a quarter of the
+        spread."""
+        def extend(self, state, ids):
+            hidden, logits = super().extend(state, ids)
+            if len(ids) > 1:
+                values, best = logits.topk(2)
+                logits.scatter_(1, best, values.flip(1))
+            return hidden, logits
+
+        def plain(self):
+            return RoundingDecoder(self.tie_at, self.margin)
+
+    engine = Swapping(tie_at=5, margin=0.1)
+    reference, candidate = autoregressive.generate(engine, BODY, 8).ids, speculate(engine)
+    verdict = certificate.certify(engine, BODY, reference, candidate)
+    assert candidate != reference and verdict.outcome == "divergence"
+    no_clean_form = ToyDecoder()
+    verdict = certificate.certify(no_clean_form, BODY, BODY, (*BODY[:5], 10, *BODY[6:]))
+    assert verdict.outcome == "divergence" and verdict.floor.largest == 0
 
 
 def test_negative_control_a_broken_rollback_is_found():

@@ -1,13 +1,10 @@
 """Is this output the verifier's own? Identical ids; or a tie that is proven by its margin; or a
 divergence.
 
-A pass over many rows and a pass over one row add the same numbers in another order, so their logits
-differ in the last bits, and where the two best tokens are closer than that, both are "the argmax"
-(docs/decoding.md, "Losslessness"). A real bug looks the same from outside. So a tie is never
-assumed: the difference between the two kinds of pass is measured on this machine (the noise floor),
-and a token other than the reference's counts as a near-tie only if the verifier puts it within
-twice that floor of its best one, and everything the candidate says afterwards is again the
-verifier's own choice after the candidate's prefix.
+One-row and many-row passes round differently, so where the two best tokens are closer than that,
+either may win (docs/decoding.md, "Losslessness"). A real bug looks the same from outside, so a tie
+is never assumed: it is judged by a *clean* handle of the same checkpoint (``plain()``), never by
+the passes that are on trial.
 """
 
 from __future__ import annotations
@@ -31,8 +28,7 @@ _ROUNDING = 0.25
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Largest |logit of a one-row pass − logit of a many-row pass| over n positions (all vocabulary
-    entries), and its mean."""
+    """Largest and mean |logit of a one-row pass − logit of a many-row pass| over n positions."""
 
     largest: float
     mean: float
@@ -41,11 +37,10 @@ class NoiseFloor:
 
 @dataclass(frozen=True)
 class Verdict:
-    """position: index of the first token that differs (None when identical). margin: top-1 minus
-    top-2 logit there, one-row pass. gap: best logit minus the candidate's token's there. worst_gap:
-    the largest such gap over the candidate's whole answer, each after the candidate's own prefix.
-    floor: the noise floor it was held against. reason: one clause for a person.
-    """
+    """position: of the first token that differs (None when identical). margin: top-1 minus top-2
+    logit there, one-row pass. gap: best logit minus the candidate's token's there. worst_gap: the
+    largest such gap over the candidate's whole answer, each after its own prefix. floor: the noise
+    floor it was held against. reason: one clause for a person."""
 
     outcome: Outcome
     position: int | None = None
@@ -61,9 +56,10 @@ class Verdict:
 @torch.inference_mode()
 def noise_floor(verifier: DecoderHandle, samples: Iterable[Any],
                 answers: Iterable[Sequence[int]]) -> NoiseFloor:
-    """Calibrate on this machine: the same answer one row at a time and in one pass, compared logit
-    by logit. Raises: ParameterError when no answer has a second token (nothing was compared)."""
-    floors = [_floor(_one_row(verifier, sample, ids), _many_rows(verifier, sample, ids))
+    """Calibrate on this machine, with the handle's clean form where it has one. Raises:
+    ParameterError when no answer has a second token (nothing was compared)."""
+    judge = getattr(verifier, "plain", lambda: verifier)()
+    floors = [_floor(_one_row(judge, sample, ids), _many_rows(judge, sample, ids))
               for sample, ids in zip(samples, answers, strict=True)]
     n = sum(floor.n for floor in floors)
     if not n:
@@ -78,10 +74,10 @@ def noise_floor(verifier: DecoderHandle, samples: Iterable[Any],
 def certify(verifier: DecoderHandle, sample: Any, reference: Sequence[int],
             candidate: Sequence[int], *, floor: NoiseFloor | None = None) -> Verdict:
     """Compare ``candidate`` with ``reference`` (both answers' ids; the reference is the verifier's
-    greedy one).
+    greedy one). Costs nothing when they are identical.
 
-    floor: a calibrated noise floor; by default it is measured on this very sample. Costs nothing
-    when the ids are identical.
+    floor: a calibrated noise floor; by default it is measured on this very sample with
+    ``verifier.plain()``, which also judges. Of a handle without that nothing is a near-tie.
     """
     reference, candidate = [int(i) for i in reference], [int(i) for i in candidate]
     if reference == candidate:
@@ -94,67 +90,58 @@ def certify(verifier: DecoderHandle, sample: Any, reference: Sequence[int],
             longer, shorter = shorter, longer
         return Verdict("divergence", position, reason=f"the {longer} goes on where the {shorter} "
                        f"ends, after {both} equal tokens")
-    one_row = _one_row(verifier, sample, candidate)
-    floor = floor or _floor(one_row, _many_rows(verifier, sample, candidate))
+    clean = hasattr(verifier, "plain")
+    judge = verifier.plain() if clean else verifier
+    one_row = _one_row(judge, sample, candidate)
+    if floor is None:
+        measured = _many_rows(judge, sample, candidate) if clean else one_row
+        floor = _floor(one_row, measured)
     said = torch.tensor(candidate, device=one_row.device)[:, None]
     gaps = (one_row.amax(-1) - one_row.gather(-1, said)[:, 0]).tolist()
     top = one_row[position].topk(2).values
     reference_gap = float(top[0] - one_row[position, reference[position]])
-    ended = reference[-1] in verifier.eos_token_ids
-    defect = (_defect_of_the_pass(floor, float(one_row.std()))
-              or _not_a_tie(position, gaps, reference_gap, 2 * floor.largest)
-              or _ends_elsewhere(position, candidate, len(reference), ended,
-                                 verifier.eos_token_ids))
-    reason = defect or (f"the two tokens at {position} are {gaps[position] + reference_gap:.3g} "
-                        f"apart, the noise allows {2 * floor.largest:.3g}")
-    return Verdict("divergence" if defect else "near-tie", position, reference[position],
-                   candidate[position], float(top[0] - top[1]), gaps[position], max(gaps), floor,
-                   reason)
-
-
-def _defect_of_the_pass(floor: NoiseFloor, scale: float) -> str:
-    if floor.largest <= _ROUNDING * scale:
-        return ""
-    return (f"one-row and many-row passes differ by {floor.largest:.3g} where logits spread by "
-            f"{scale:.3g}: that is no rounding")
-
-
-def _not_a_tie(position: int, gaps: Sequence[float], reference_gap: float, bound: float) -> str:
-    """bound: twice the floor, for each of the two logits may move by it, towards the other."""
-    gap = max(gaps[position], reference_gap)
-    if gap > bound:
-        return f"token {position} is {gap:.3g} below the best, the noise allows {bound:.3g}"
+    # twice the floor: each of the two logits may move by it, towards the other
+    bound, scale = 2 * floor.largest, float(one_row.std())
+    apart = max(gaps[position], reference_gap)
     late = next((i for i in range(position + 1, len(gaps)) if gaps[i] > bound), None)
-    if late is None:
-        return ""
-    return (f"a tie at {position}, but token {late} is {gaps[late]:.3g} below the best after the "
-            "candidate's own prefix")
+    outcome: Outcome = "divergence"
+    if floor.largest > _ROUNDING * scale:
+        reason = (f"one-row and many-row passes differ by {floor.largest:.3g} where logits spread "
+                  f"by {scale:.3g}: that is no rounding")
+    elif apart > bound:
+        reason = f"token {position} is {apart:.3g} below the best, the noise allows {bound:.3g}"
+    elif late is not None:
+        reason = (f"a tie at {position}, but token {late} is {gaps[late]:.3g} below the best after "
+                  "the candidate's own prefix")
+    elif not _ends_rightly(candidate, reference, verifier.eos_token_ids):
+        reason = (f"a tie at {position}, but the candidate stops after {len(candidate)} tokens "
+                  "without EOS or goes on after it")
+    else:
+        outcome = "near-tie"
+        reason = (f"the two tokens at {position} are {gaps[position] + reference_gap:.3g} apart, "
+                  f"the noise allows {bound:.3g}")
+    return Verdict(outcome, position, reference[position], candidate[position],
+                   float(top[0] - top[1]), gaps[position], max(gaps), floor, reason)
 
 
-def _ends_elsewhere(position: int, candidate: Sequence[int], reference_length: int,
-                    reference_ended: bool, eos: frozenset[int]) -> str:
+def _ends_rightly(candidate: Sequence[int], reference: Sequence[int], eos: frozenset[int]) -> bool:
     """After a tie the answers may have other lengths; each must still end at its first EOS or at
     the common maximum."""
-    n = len(candidate)
+    n, most, ended = len(candidate), len(reference), reference[-1] in eos
     if any(token in eos for token in candidate[:-1]):
-        right = False
-    elif candidate[-1] in eos:
-        right = reference_ended or n <= reference_length
-    else:
-        right = n >= reference_length if reference_ended else n == reference_length
-    return "" if right else (f"a tie at {position}, but the candidate stops after {n} tokens "
-                             "without EOS or goes on after it")
+        return False
+    if candidate[-1] in eos:
+        return ended or n <= most
+    return n >= most if ended else n == most
 
 
 def control(verifier: DecoderHandle, samples: Iterable[Any], max_new_tokens: int) -> list[Verdict]:
-    """The verifier's greedy output against itself, twice. Anything but "identical" means the
-    machine itself is not repeatable."""
-    verdicts = []
-    for sample in samples:
-        first, second = (autoregressive.generate(verifier, sample, max_new_tokens).ids
-                         for _ in range(2))
-        verdicts.append(certify(verifier, sample, first, second))
-    return verdicts
+    """The verifier's greedy output against itself, twice: anything but "identical" means that the
+    machine is not repeatable."""
+    def said(sample: Any) -> tuple[int, ...]:
+        return autoregressive.generate(verifier, sample, max_new_tokens).ids
+
+    return [certify(verifier, sample, said(sample), said(sample)) for sample in samples]
 
 
 def require_lossless(verdicts: Iterable[tuple[str, Verdict]], *,

@@ -1,11 +1,6 @@
-"""Two lanes at once: the verifier prefills here while the drafter works in a second thread, and
-every bar is measured.
-
-Nothing is modelled: the time saved by hiding the drafter behind the verifier's prefill is what the
-clock says, contention included
-(docs/decoding.md, "Prefill hiding"). torch releases the interpreter lock inside its operators,
-which is what makes two threads worth it.
-"""
+"""Two lanes at once: the verifier prefills here while the drafter works in a second thread, on one
+clock (docs/decoding.md, "Prefill hiding"). torch releases the interpreter lock inside its
+operators, which is what makes two threads worth it."""
 
 from __future__ import annotations
 
@@ -61,12 +56,9 @@ def run_lanes(prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted]
               overlap: Overlap = "threads") -> tuple[Prefilled, Drafted]:
     """Run the verifier's ``prefill`` and the drafter's ``draft(stop)`` and return both results.
 
-    "threads": at the same time; ``stop()`` turns True the moment the prefill is done (or has
-    failed). "serial": one after the other, ``draft`` first and ``stop()`` always False, so that
-    both modes compute the same thing.
-
-    Raises: whatever either lane raised (the prefill's error first), after both lanes have come to
-    rest; ParameterError for another mode.
+    "threads": at the same time; ``stop()`` turns True the moment the prefill is done or has failed.
+    "serial": ``draft`` first, ``stop()`` always False. Raises: whatever either lane raised (the
+    prefill's error first), after both have come to rest; ParameterError for another mode.
     """
     if overlap == "serial":
         drafted = draft(lambda: False)
@@ -83,27 +75,21 @@ def run_lanes(prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted]
     return prefilled, future.result()
 
 
+@torch.inference_mode()  # it is per thread, as the stream is
 def _draft_lane(draft: Callable[[Stop], Drafted], stop: Stop) -> Drafted:
-    with torch.inference_mode(), _own_stream():  # both are per thread
-        return draft(stop)
-
-
-@contextlib.contextmanager
-def _own_stream() -> Iterator[None]:
-    """On CUDA the lane needs a stream of its own, or it would queue behind the prefill; its results
-    are complete on exit."""
+    """On CUDA the lane needs a stream of its own, or it would queue behind the prefill."""
     if not torch.cuda.is_initialized():
-        yield
-        return
+        return draft(stop)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.default_stream())
     with torch.cuda.stream(stream):
-        yield
+        drafted = draft(stop)
     stream.synchronize()
+    return drafted
 
 
 @functools.lru_cache(maxsize=1)
 def _worker(process: int) -> ThreadPoolExecutor:
-    """One lasting thread a process (a new one for each request would build a new OpenMP team);
-    keyed by process, as threads do not fork."""
+    """One lasting thread a process (each new one would build an OpenMP team); threads do not
+    fork."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="xsd-drafter")

@@ -1,9 +1,5 @@
-"""What the parts of a request cost, and the one way in which the curve v(K) is read.
-
-v(K) is the time of one verifier pass over K rows; gamma drafts are verified by K = gamma + 1 rows.
-Between two measured widths it is taken to be a straight line. Outside them it is refused, because
-kernels change with the row count and v may jump there: measure up to the widest pass that occurs.
-"""
+"""What the parts of a request cost, and the one way in which the curve v(K), one verifier pass over
+K rows, is read: a straight line between measured widths, refused outside them."""
 
 from __future__ import annotations
 
@@ -18,8 +14,7 @@ from xsd.core import ParameterError
 
 @dataclass(frozen=True)
 class Prices:
-    """Measured costs of one machine and one pair, in seconds (bench.costs). A schedule
-    (decode.replay) and a survival curve (evaluate.speedup) are both priced with them.
+    """Measured costs of one machine and one pair, in seconds (bench.costs).
 
     draft_s: one draft, that is a drafter step, the adapter and the LM head. verify: {K: seconds of
     one verifier pass over K rows}, K = 1 (its ordinary step) included. round_s: what a round costs

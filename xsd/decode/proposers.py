@@ -1,10 +1,6 @@
-"""What drafts: adapters over the drafter's or the verifier's own states, the drafter's own head,
-rules over token ids, and what a researcher brings.
-
-A proposer is told what has been verified and offers draft tokens; it never decides. Position t of
-an answer means the same thing for both models: ``hidden[t]`` *predicts* token t (it was read after
-token t-1), in every room of this project.
-"""
+"""What drafts: adapters, the drafter's own head, rules over token ids, and what a researcher brings
+(docs/decoding.md, "Who drafts"). A proposer is told what has been verified and offers draft tokens;
+it never decides. ``hidden[t]`` *predicts* token t."""
 
 from __future__ import annotations
 
@@ -59,11 +55,11 @@ class Adapter(Protocol):
 
 
 class TokenByToken:
-    """The loop that all proposers of one token after another share: a subclass says
-    :meth:`next_token`, and gamma, EOS or ``stop()`` end the drafting.
+    """One token after another: a subclass says :meth:`next_token`, and gamma, EOS or ``stop()`` end
+    the drafting.
 
-    track: the drafter's cache, where the proposer needs one. min_probability: a draft whose own
-    probability is lower ends the round's drafting (drafts behind the prefill are free and go on).
+    track: the drafter's cache, where the proposer needs one. min_probability: a less likely draft
+    ends the round's drafting (drafts behind the prefill are free and go on).
     """
 
     needs_verifier = False
@@ -113,8 +109,7 @@ class AdapterProposer(TokenByToken):
 
     track: None only for adapters that read the verifier alone. lm_head: the verifier's, [..., D_v]
     → [..., V]. draft_vocab_size: ids below it may be drafted. Own predictions stand in for verifier
-    states that do not exist yet (self-rollout); a verified state replaces its prediction as soon as
-    it is known. An adapter with ``draft_ids`` (int64 [k], its reduced draft vocabulary) drafts
+    states until these are known (self-rollout). An adapter with ``draft_ids`` (int64 [k]) drafts
     among those; ``lm_head`` may then give their k logits alone, in that order.
     """
     def __init__(self, track: DrafterTrack | None, adapter: Adapter,
@@ -165,8 +160,7 @@ class AdapterProposer(TokenByToken):
         return token
 
     def _draft_logits(self, logits: Tensor) -> Tensor:
-        """Of the tokens that may be drafted, from all [V] or from the draft vocabulary's own
-        [k]."""
+        """Of what may be drafted, from all [V] or the draft vocabulary's own [k] logits."""
         if self.draft_ids is None:
             return logits[:self.draft_vocab_size]
         own = self.adapter.draft_ids
@@ -176,8 +170,7 @@ class AdapterProposer(TokenByToken):
 
 
 class DrafterTokens(TokenByToken):
-    """The drafter's own head, no adapter: plain speculative decoding, and the floor under every
-    adapter."""
+    """The drafter's own head, no adapter: the floor under every adapter."""
     def __init__(self, track: DrafterTrack, draft_vocab_size: int,
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.track, self.draft_vocab_size = track, draft_vocab_size
@@ -189,11 +182,8 @@ class DrafterTokens(TokenByToken):
 
 
 class RuleProposer(TokenByToken):
-    """A rule over token ids (:mod:`xsd.decode.rules`), made for each request: ``rule_of(sample)``.
-
-    An n-gram table, ``RuleProposer(lambda sample: table)``, is the floor that costs nothing; with
-    the sample's prompt in hand the rule may be ``rules.prompt_lookup``.
-    """
+    """A rule over token ids (:mod:`xsd.decode.rules`), made for each request: ``rule_of(sample)``,
+    an n-gram table for all of them or a prompt lookup in the sample's own."""
     def __init__(self, rule_of: Callable[[Any], rules.Rule],
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.rule_of, self.eos_token_ids = rule_of, eos_token_ids
@@ -208,8 +198,8 @@ class RuleProposer(TokenByToken):
 
 
 class TwoPhase:
-    """One proposer for the prefill, another for the rounds after it (e.g. L4, then L5F); a shared
-    drafter is prefilled once."""
+    """One proposer for the prefill, another for the rounds after it; a shared drafter is prefilled
+    once."""
     def __init__(self, first: Proposer, second: Proposer) -> None:
         self.first, self.second = first, second
         self.needs_verifier = first.needs_verifier
@@ -225,18 +215,14 @@ class TwoPhase:
         return self._active.propose(gamma, stop)
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
-        """The first observation ends the first phase; only the second proposer needs to be told
-        anything from then on."""
+        """The first observation ends the first phase: only the second proposer is told."""
         self._active = self.second
         self.second.observe(tokens, hidden)
 
 
 class Checked:
-    """A proposer from outside this project, its drafts checked before they are verified.
-
-    Raises: ParameterError when it lacks a part of :class:`Proposer`, and while decoding when it
-    drafts too much, or something that is no id below ``vocab_size``.
-    """
+    """A proposer from outside this project. Raises: ParameterError when it lacks a part of
+    :class:`Proposer`, drafts too much, or something that is no id below ``vocab_size``."""
     def __init__(self, proposer: Proposer, vocab_size: int) -> None:
         self.name = type(proposer).__name__
         missing = [part for part in ("begin", "propose", "observe", "needs_verifier")

@@ -1,11 +1,6 @@
 """Schedules without models: walk draft-verify rounds over stored answers, and price them with
-measured costs.
-
-``draft(prefix, gamma)`` says what would be drafted after a prefix of the verifier's answer: a rule
-over token ids (:mod:`xsd.decode.rules`), or a trace of a model that ran elsewhere. The walk is the
-one of :mod:`xsd.decode.speculative` (same cuts, same bonus), so a replay of a deterministic
-proposer gives the rounds of the live run.
-"""
+measured costs. The walk is the one of :mod:`xsd.decode.speculative`, so a replay of a deterministic
+proposer gives the rounds of the live run."""
 
 from __future__ import annotations
 
@@ -34,12 +29,11 @@ class ReplayedRound:
 def replay(answer: Sequence[int], draft: Draft, *, gamma: int, gamma_prefill: int = 0,
            eos_token_ids: frozenset[int] = frozenset(), max_new_tokens: int | None = None,
            ) -> list[ReplayedRound]:
-    """The rounds that ``draft`` would have had on the verifier's ``answer`` (its greedy ids, with
-    EOS if it ended by EOS).
+    """The rounds that ``draft(prefix, gamma) -> ids`` would have had on the verifier's ``answer``
+    (its greedy ids, with EOS if it ended by EOS).
 
     gamma_prefill: drafts made behind the prefill (0: none). max_new_tokens: the limit of the run to
-    replay (default: the answer's length).
-    Raises: ParameterError for gamma < 1 or an empty answer.
+    replay (default: the answer's length). Raises: ParameterError for gamma < 1, an empty answer.
     """
     if gamma < 1 or not answer:
         raise ParameterError(

@@ -1,9 +1,6 @@
-"""Drafting rules over token ids alone: no model, no tokenizer, no file.
-
-A rule is a function ``prefix ids -> next id, or None``. Live, ``proposers.RuleProposer`` asks it
-after the verified tokens and the drafts before; offline, :mod:`xsd.evaluate.floors` asks the same
-rule after every prefix of a stored answer. So a floor is what would really have been drafted.
-"""
+"""Drafting rules over token ids alone: functions ``prefix ids -> next id, or None``. Live,
+``proposers.RuleProposer`` asks them; offline, :mod:`xsd.evaluate.floors` asks the same rule after
+every prefix of a stored answer, so a floor is what would really have been drafted."""
 
 from __future__ import annotations
 
@@ -18,8 +15,7 @@ _START = -1
 
 
 def draft(rule: Rule, prefix: Sequence[int], gamma: int) -> list[int]:
-    """At most gamma tokens after the prefix, each asked for with the drafts before it; fewer where
-    the rule has nothing to say."""
+    """At most gamma tokens after the prefix, fewer where the rule has nothing to say."""
     text = list(prefix)
     for _ in range(gamma):
         token = rule(text)
@@ -31,10 +27,7 @@ def draft(rule: Rule, prefix: Sequence[int], gamma: int) -> list[int]:
 
 class NGramTable:
     """The most frequent token after the last n-1 tokens of the training answers (the lowest id on a
-    tie), backing off to shorter contexts.
-
-    The start of the answer counts as context. n = 4: three tokens decide the fourth.
-    """
+    tie), backing off to shorter contexts. The start of the answer counts as context."""
     def __init__(self, answers: Iterable[Iterable[int]], n: int = 4) -> None:
         """Raises: ParameterError for n below 1."""
         if n < 1:
@@ -58,28 +51,22 @@ class NGramTable:
 def position_modes(answers: Iterable[Iterable[int]]) -> list[int]:
     """The most frequent token at each position of the answers (the lowest id on a tie), whatever
     came before: :func:`stored` makes it a rule."""
-    counts: list[Counter[int]] = []
+    counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for ids in answers:
         for t, token in enumerate(ids):
-            if t == len(counts):
-                counts.append(Counter())
             counts[t][token] += 1
-    return [_most_frequent(counter) for counter in counts]
+    return [_most_frequent(counts[t]) for t in range(len(counts))]
 
 
 def stored(ids: Sequence[int]) -> Rule:
-    """The token that a stored answer has at this position, whatever the prefix says; nothing beyond
-    its end."""
+    """The token that a stored answer has at this position, whatever the prefix says."""
     return lambda prefix: ids[len(prefix)] if len(prefix) < len(ids) else None
 
 
 def prompt_lookup(prompt: Sequence[int] = (), longest: int = 3) -> Rule:
     """What followed the last tokens where they stood before, in the prompt or the answer so far
-    (Saxena 2023, apoorvumang/prompt-lookup-decoding).
-
-    The longest match of at most ``longest`` tokens decides, the latest one among equals
-    (transformers' own prompt lookup takes the earliest). Raises: ParameterError for longest < 1.
-    """
+    (Saxena 2023, apoorvumang/prompt-lookup-decoding): the longest match of at most ``longest``
+    tokens, the latest among equals (transformers' takes the earliest). Raises: ParameterError."""
     if longest < 1:
         raise ParameterError(
             f"prompt lookup needs a match of at least 1 token but longest is {longest}")

@@ -1,19 +1,8 @@
 """Lossless cross-modal speculative decoding: draft during the verifier's prefill, verify in one
-pass, then rounds to the end.
-
-The verifier's cache, with P prompt positions and drafts x y z (docs/decoding.md draws it in full):
-
-    prefill      [P]                      its last row predicts token 0: x is checked for free
-    hiding       [P | x y z]              one extend; row i predicts the token after draft i
-      x y accepted, z refused for b:
-                 [P | x y]         b      roll back; b, the verifier's own token, waits outside
-    round        [P | x y | b u v w]      one extend of gamma + 1 rows: b and the next drafts
-      u accepted, v refused for c:
-                 [P | x y b u]     c
+pass, then rounds to the end (docs/decoding.md draws the cache at every step).
 
 Whatever is drafted, every token that leaves is the argmax of a verifier row after exactly the
-tokens before it; that is the whole proof of losslessness. What remains is rounding between one-row
-and many-row passes, which :mod:`xsd.decode.certificate` measures.
+tokens before it; that is the whole proof of losslessness.
 """
 
 from __future__ import annotations
@@ -36,13 +25,11 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
              max_new_tokens: int, hide_prefill: bool = True, gamma_prefill: int | None = None,
              overlap: lanes.Overlap = "threads",
              clock: Callable[[], float] = time.perf_counter) -> Generation:
-    """Greedy continuation of ``sample``, token for token the verifier's own, drafted by
-    ``proposer``.
+    """Greedy continuation of ``sample``, token for token the verifier's own.
 
     gamma: drafts a round. hide_prefill: draft while the verifier prefills, as many tokens as fit
     until it is done, at most ``gamma_prefill`` (default: the whole answer; with overlap="serial",
-    where nothing ends the drafting, gamma); proposers.TwoPhase has another proposer for that phase.
-    overlap: "threads" (really concurrent) or "serial".
+    where nothing ends the drafting, gamma). overlap: "threads" (really concurrent) or "serial".
 
     Returns: Generation. ``sum(n_accepted + (bonus is not None)) == len(ids)`` over its rounds, the
     first of phase "prefill_hiding" (with no drafts where none were ready). ``first_token_s`` is the
@@ -92,8 +79,8 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
 def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts: int,
              timeline: lanes.Timeline, overlap: lanes.Overlap,
              ) -> tuple[tuple[Any, int, float], tuple[Sequence[int], float, float]]:
-    """Both lanes of the prefill phase. Returns: (state, token 0, when it was known) of the verifier
-    and (drafts, start, end) of the drafter, in seconds."""
+    """(state, token 0, when it was known) of the verifier and (drafts, start, end) of the drafter,
+    in seconds."""
     def prefill() -> tuple[Any, int, float]:
         with timeline.span("verifier", "prefill"):
             state = verifier.prefill(sample)
@@ -111,11 +98,9 @@ def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts:
 
 def _verify(verifier: DecoderHandle, state: Any, drafts: Sequence[int], last: int, hiding: bool,
             timeline: lanes.Timeline) -> tuple[list[int], Tensor]:
-    """One pass over what has to be fed. last: the verifier's own last token, which waits outside
-    the cache; behind the prefill (hiding) it is token 0, which the first draft must be.
-
-    Returns: its tokens from the first draft's place on, and the states [n, D_v] that predict them.
-    """
+    """The verifier's tokens from the first draft's place on, and the states [n, D_v] that predict
+    them. last: its own last token, which waits outside the cache; behind the prefill (hiding) it is
+    token 0, which the first draft must be."""
     rows = list(worth_feeding(drafts, verifier.eos_token_ids))
     predicted, hidden = [], []
     if hiding:
@@ -132,18 +117,11 @@ def _verify(verifier: DecoderHandle, state: Any, drafts: Sequence[int], last: in
 
 
 def judge(drafts: Sequence[int], predicted: Sequence[int]) -> tuple[int, int | None]:
-    """Length of the correct prefix of ``drafts``, and the verifier's own token after it.
+    """Length of the correct prefix of ``drafts``, and the verifier's own token after it (None where
+    the last draft was EOS, which is never fed). ``predicted[i]`` stands where ``drafts[i]`` does.
 
-    ``predicted[i]`` is the verifier's token where ``drafts[i]`` stands; one prediction more than
-    drafts gives the bonus after full acceptance, none more (the last draft was EOS and never fed)
-    gives None.
-
-    >>> judge([5, 6, 7], [5, 6, 9, 1])
-    (2, 9)
-    >>> judge([5, 6], [5, 6, 8])
-    (2, 8)
-    >>> judge([5, 0], [5, 0])
-    (2, None)
+    >>> judge([5, 6, 7], [5, 6, 9, 1]), judge([5, 6], [5, 6, 8]), judge([5, 0], [5, 0])
+    ((2, 9), (2, 8), (2, None))
     """
     n = 0
     while n < len(drafts) and n < len(predicted) and drafts[n] == predicted[n]:

@@ -159,6 +159,14 @@ class ModelHandle(batched.BatchedAnswers):
         """[..., D] post-norm states to [..., V] logits, in the head's dtype."""
         return self.head(hidden.to(self.head.weight.device, self.head.weight.dtype))
 
+    def plain(self) -> ModelHandle:
+        """A fresh handle on the same weights whose every pass is transformers' own: it judges what
+        a faster one said (decode.certificate)."""
+        other = ModelHandle(self.model, self.tokenizer, self.role, self.pixels,
+                            draft_vocab_size=self.draft_vocab_size, name=self.name)
+        other._steps_fit = False
+        return other
+
     # --- text and identity
 
     def encode(self, text: str) -> list[int]:
