@@ -1,8 +1,9 @@
-"""What the studies of notebooks 10 and 12 found, as pictures: pure functions from a table."""
+"""What the studies of notebooks 00, 10 and 12 found, as pictures: pure functions from a table."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import html
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import pandas as pd
@@ -148,3 +149,42 @@ def learning_curve(frame: pd.DataFrame, *,
     drives = sorted(set(frame["sequences"].tolist()))
     figure.update_xaxes(type="log", tickvals=drives, ticktext=[str(one) for one in drives])
     return figure
+
+
+def facts_right(frame: pd.DataFrame, *, by: str = "kind",
+                title: str = "Facts stated rightly on held-out drives") -> go.Figure:
+    """One dot with its interval per model and category.
+
+    frame: role ("drafter" | "verifier"), ``by`` (the category), right, low, high (shares), facts
+    (how many were counted).
+    """
+    figure = theme.figure(title, x="share of facts right, with 95 % interval over drives",
+                          height=160 + 30 * frame[by].nunique())
+    for role, part in frame.groupby("role", sort=True):
+        colour = theme.LANES[str(role)]
+        symbol = "circle" if role == "verifier" else "diamond"
+        figure.add_scatter(
+            x=part["right"].tolist(), y=part[by].str.replace("_", " ").tolist(), mode="markers",
+            name=f"{role} (of what its sensor can know)",
+            marker={"size": 11, "color": colour, "symbol": symbol},
+            error_x=theme.interval(part, "right", color=colour), customdata=part["facts"].tolist(),
+            hovertemplate="%{y}: %{x:.1%} of %{customdata} facts<extra></extra>")
+    figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
+    return figure
+
+
+def transcript(rows: Iterable[tuple[str, str, str, Sequence[tuple[str, bool]]]]) -> str:
+    """Questions and answers: rows (question, role, what it is, [(word, right?)]); wrong words are
+    struck in grey."""
+    parts, last = ['<div style="font-family:sans-serif;line-height:1.6">'], None
+    wrong = f'<span style="color:{theme.REJECTED};text-decoration:line-through">'
+    for question, role, note, words in rows:
+        if question != last:
+            parts.append(f'<div style="margin-top:.6em"><b>{html.escape(question)}</b></div>')
+            last = question
+        said = " ".join(html.escape(word) if right else f"{wrong}{html.escape(word)}</span>"
+                        for word, right in words)
+        colour = theme.LANES.get(role, theme.INK)
+        parts.append(f'<div><span style="color:{colour};font-weight:600">{html.escape(role)}</span>'
+                     f" <small>{html.escape(note)}</small> {said}</div>")
+    return "".join(parts) + "</div>"

@@ -12,7 +12,7 @@ from xsd.views import explorers, theme
 @pytest.fixture(scope="module")
 def data():
     tokens = pd.concat([token_table(), token_table(3, run="other", levels=("L1", "L4"))])
-    return explorers.ExplorerData(tokens, {"s0/0": sample()})
+    return explorers.ExplorerData(tokens, {"s0/0": sample()}.get)
 
 
 def test_a_selection_shows_the_curve_of_its_rows(data):

@@ -62,7 +62,7 @@ def answer_table(pair: Any, rows: Sequence[Asked], *, max_new_tokens: int = 64,
 
 def spoken(table: pd.DataFrame, *, sequence: str,
            questions: int = 10) -> list[tuple[str, str, str, list[tuple[str, bool]]]]:
-    """Rows for views.tokens.transcript: (question, role, note, [(word, right?)]) of one drive's
+    """Rows for studies.figures.transcript: (question, role, note, [(word, right?)]) of one drive's
     first questions."""
     texts = dict(language.questions()[:questions])
     order = list(texts)

@@ -1,16 +1,11 @@
-"""The acceptance explorer of notebook 07: what a selection shows (plain functions) and the widgets
-that choose it.
-
-``ExplorerData`` and the functions on it know nothing of widgets, so a test or a notebook cell can
-ask what any selection shows; ``AcceptanceExplorer`` only wires controls to them. plotly's
-FigureWidget needs the package anywidget.
-"""
+"""The acceptance explorer of notebook 07: plain functions of what a selection shows, and the
+widgets that choose it (``AcceptanceExplorer``)."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import pandas as pd
 
@@ -22,14 +17,11 @@ from xsd.views import figures, images, theme, tokens
 
 @dataclass(frozen=True)
 class ExplorerData:
-    """What there is to explore.
-
-    tokens: the token table with ``run``, ``draft_token`` and ``verifier_token``. samples: sample
-    key → Sample, or a function that loads one; without it no pictures are shown.
-    """
+    """What there is to explore: the token table with ``run``, ``draft_token`` and
+    ``verifier_token``, and what loads the clip behind a sample key (None: not at hand)."""
 
     tokens: pd.DataFrame
-    samples: Mapping[str, Sample] | Callable[[str], Sample | None] = field(default_factory=dict)
+    sample: Callable[[str], Sample | None] = lambda key: None
 
     def __post_init__(self) -> None:
         token_table.check(self.tokens, "cosine", "match")
@@ -48,15 +40,10 @@ class ExplorerData:
         """Levels evaluated in a run, as they come."""
         return list(dict.fromkeys(self.tokens.loc[self.tokens["run"] == run, "level"]))
 
-    def sample(self, key: str) -> Sample | None:
-        """The clip behind a sample key, or None where it is not at hand."""
-        return self.samples(key) if callable(self.samples) else self.samples.get(key)
-
 
 @dataclass(frozen=True)
 class Selection:
-    """What is being looked at. tau: None for the token truth, else a cosine threshold. sample: key,
-    or None for the first of the list."""
+    """What is being looked at. tau: None for the token truth, else a cosine threshold."""
 
     run: str
     levels: tuple[str, ...]
@@ -67,10 +54,7 @@ class Selection:
 
 
 def rows(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """The token rows of the chosen run and levels.
-
-    Raises: MetricError when the run or a level is not in the data.
-    """
+    """The token rows of the chosen run and levels. Raises: MetricError when one is not there."""
     if selection.run not in data.runs:
         raise MetricError(
             f"there is no run named {selection.run!r} here; choose from {', '.join(data.runs)}")
@@ -79,15 +63,13 @@ def rows(data: ExplorerData, selection: Selection) -> pd.DataFrame:
     if unknown or not selection.levels:
         raise MetricError(
             f"run {selection.run!r} has no level {', '.join(unknown) or '(none chosen)'}; choose "
-            f"from {', '.join(known)}"
-        )
-    return data.tokens[(data.tokens["run"] == selection.run)
-                       & data.tokens["level"].isin(selection.levels)]
+            f"from {', '.join(known)}")
+    own = data.tokens["run"] == selection.run
+    return data.tokens[own & data.tokens["level"].isin(selection.levels)]
 
 
 def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """Acceptance by position of the chosen levels (``curves.by_position``), levels in the order
-    chosen."""
+    """Acceptance by position (``curves.by_position``), levels in the order chosen."""
     chosen = rows(data, selection)
     levels = chosen["level"].astype(str)
     order = pd.Categorical(levels, categories=list(selection.levels), ordered=True)
@@ -104,8 +86,8 @@ def headline(data: ExplorerData, selection: Selection) -> str:
 
 
 def samples_at(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """Samples of the first chosen level that have the chosen position, the rejected first, then by
-    cosine: sample, question (if known), draft_token, verifier_token, cosine, accepted."""
+    """Samples of the first chosen level that have the chosen position, with their texts there; the
+    rejected first, then by cosine."""
     first = rows(data, replace(selection, levels=selection.levels[:1]))
     here = first[first["position"] == selection.position]
     here = here.assign(accepted=curves.right(here, selection.tau))
@@ -115,10 +97,9 @@ def samples_at(data: ExplorerData, selection: Selection) -> pd.DataFrame:
 
 
 def strips(data: ExplorerData, selection: Selection) -> str:
-    """HTML: draft over verifier of the chosen sample, one strip per chosen level, and what the
-    colours mean."""
-    chosen = rows(data, selection)
-    own = chosen[chosen["sample"] == selection.sample]
+    """HTML: draft over verifier of the chosen sample, one strip per chosen level."""
+    own = rows(data, selection)
+    own = own[own["sample"] == selection.sample]
     parts = [tokens.pairs(own[own["level"] == level], selection.tau, here=selection.position,
                           label=f"{level}: draft above, verifier below")
              for level in selection.levels if (own["level"] == level).any()]
@@ -128,8 +109,7 @@ def strips(data: ExplorerData, selection: Selection) -> str:
 
 
 def pictures(data: ExplorerData, selection: Selection) -> str:
-    """HTML: event frames and video frames of the chosen sample, or a line that says they are not at
-    hand."""
+    """HTML: event frames and video frames of the chosen sample, or why not."""
     sample = data.sample(selection.sample) if selection.sample else None
     if sample is None:
         return tokens.caption(f"The pictures of {selection.sample} are not at hand.")
@@ -137,22 +117,20 @@ def pictures(data: ExplorerData, selection: Selection) -> str:
 
 
 class AcceptanceExplorer:
-    """Run, levels, rule and threshold above; curve left; click a position (or move its slider) for
-    its samples; strips and pictures below.
+    """Run, levels, rule and threshold left; the curve right; click a position (or move its slider)
+    for its samples; strips and pictures below. ``widget`` is shown in a notebook; ``selection`` is
+    the current :class:`Selection`. Raises: MetricError if there is nothing to show."""
 
-    ``explorer.widget`` is shown in a notebook; ``explorer.selection`` is the current
-    :class:`Selection`.
-    Raises: MetricError if the data hold nothing to show; ImportError if anywidget is missing.
-    """
     def __init__(self, data: ExplorerData, *, levels: Sequence[str] | None = None,
                  tau: float = 0.9):
-        import ipywidgets as widgets  # here so that reading a selection needs no widget packages
+        # here so that reading a selection needs no widget packages
+        import ipywidgets as widgets
         import plotly.graph_objects as go
 
         self.data = data
         run = data.runs[0]
         chosen = tuple(levels or data.levels(run)[:2])
-        self.selection = Selection(run, chosen, None)
+        self.selection = Selection(run, chosen)
         self.run = widgets.Dropdown(options=data.runs, value=run, description="run")
         self.levels = widgets.SelectMultiple(options=data.levels(run), value=chosen,
                                              description="levels", rows=6)
@@ -175,7 +153,7 @@ class AcceptanceExplorer:
         controls = [self.run, self.levels, self.rule, self.tau, self.curve, self.position]
         for control in (*controls, self.samples):
             control.observe(self._changed, names="value")
-        self._show(redraw=True)
+        self._show()
         left = widgets.VBox(controls, layout=widgets.Layout(width="36%", min_width="320px"))
         right = widgets.Box([self.figure], layout=widgets.Layout(width="64%"))
         self.widget = widgets.VBox([self.title, widgets.HBox([left, right]), self.samples,
@@ -203,12 +181,10 @@ class AcceptanceExplorer:
             run=self.run.value, levels=tuple(self.levels.value),
             tau=None if self.rule.value == "token" else round(self.tau.value, 4),
             curve=self.curve.value, position=self.position.value,
-            sample=self.samples.value if owner is self.samples else self.selection.sample,
-        )
+            sample=self.samples.value if owner is self.samples else self.selection.sample)
         self._set(self.position, max=self._last_position())
         self.selection = replace(self.selection, position=self.position.value)
-        self._show(redraw=owner not in (self.position, self.samples),
-                   refill=owner is not self.samples, moved=owner is self.position)
+        self._show(owner)
 
     def _set(self, control: object, **values: object) -> None:
         """Change a control without hearing it ourselves."""
@@ -219,17 +195,17 @@ class AcceptanceExplorer:
         finally:
             self._quiet = False
 
-    def _show(self, *, redraw: bool, refill: bool = True, moved: bool = False) -> None:
-        if refill:
+    def _show(self, owner: object = None) -> None:
+        if owner is not self.samples:
             listed = samples_at(self.data, self.selection)
             names = listed["sample"].tolist()
             labels = [_line(row) for row in listed.to_dict("records")]
             # another position shows its first, worst sample
-            kept = self.selection.sample in names and not moved
-            sample = self.selection.sample if kept else (names[0] if names else None)
+            kept = self.selection.sample in names and owner is not self.position
+            sample = self.selection.sample if kept else next(iter(names), None)
             self._set(self.samples, options=list(zip(labels, names, strict=True)), value=sample)
             self.selection = replace(self.selection, sample=sample)
-        if redraw:
+        if owner not in (self.position, self.samples):
             self._draw()
         self.figure.update_shapes({"x0": self.selection.position, "x1": self.selection.position})
         line = html.escape(headline(self.data, self.selection))

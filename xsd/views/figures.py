@@ -1,5 +1,4 @@
-"""Acceptance as pictures: pure functions from a tidy table to a plotly figure. Nothing is computed
-or displayed here; the tables come from xsd/evaluate."""
+"""Acceptance as pictures: pure functions from a tidy table of xsd/evaluate to a plotly figure."""
 
 from __future__ import annotations
 
@@ -16,19 +15,18 @@ CURVES = {
     "marginal": "share of tokens accepted at this position",
     "survival": "share of answers accepted up to here without a break",
 }
-HATCHED = {"fgcolor": "white", "fillmode": "overlay"}
+_HATCHED = {"fgcolor": "white", "fillmode": "overlay"}
 SOURCES = {
     "measured": {"opacity": 1.0},
-    "predicted": {"opacity": 0.75, "pattern": {"shape": "/", **HATCHED}},
-    "quoted": {"opacity": 0.5, "pattern": {"shape": "x", **HATCHED}},
+    "predicted": {"opacity": 0.75, "pattern": {"shape": "/", **_HATCHED}},
+    "quoted": {"opacity": 0.5, "pattern": {"shape": "x", **_HATCHED}},
 }
-"""How a bar shows where its number comes from: plain if measured here, hatched if a model predicts
-it, pale if another work says so."""
+"""How a bar shows where its number comes from: here, a model, another work."""
 
 
 def curve_traces(frame: pd.DataFrame, curve: str = "marginal") -> list[go.Scatter]:
-    """Two traces per level, its band then its line, for one of ``CURVES``. The line carries n, low
-    and high for the hover. Raises: MetricError for another curve."""
+    """Two traces per level, its band then its line, for one of ``CURVES``. Raises: MetricError for
+    another curve."""
     if curve not in CURVES:
         raise MetricError(
             f"there is no acceptance curve named {curve!r}; choose from {', '.join(CURVES)}")
@@ -42,8 +40,7 @@ def curve_traces(frame: pd.DataFrame, curve: str = "marginal") -> list[go.Scatte
             hoverinfo="skip", showlegend=False, legendgroup=level, name=f"{level} interval")
         line = go.Scatter(
             x=x, y=part[curve].tolist(), mode="lines+markers", name=level, legendgroup=level,
-            line={"color": mark.colour, "dash": mark.dash, "width": 2},
-            marker={"symbol": mark.symbol, "size": 8, "color": mark.colour},
+            line=mark.line, marker=mark.marker(8),
             customdata=pd.concat([part["n"], low, high], axis=1).to_numpy().tolist(),
             hovertemplate=f"<b>{level}</b> · position %{{x}}<br>%{{y:.1%}} "
             "[%{customdata[1]:.1%}, %{customdata[2]:.1%}]<br>n = %{customdata[0]:.0f}"
@@ -54,10 +51,8 @@ def curve_traces(frame: pd.DataFrame, curve: str = "marginal") -> list[go.Scatte
 
 def acceptance_by_position(frame: pd.DataFrame, *, curve: str = "marginal",
                            title: str = "") -> go.Figure:
-    """Acceptance at each position: a line and a 95 % band per level.
-
-    frame: level, position, n, <curve>, <curve>_low, <curve>_high. curve: marginal or survival.
-    """
+    """Acceptance at each position: a line and a 95 % band per level. frame: level, position, n,
+    <curve>, <curve>_low, <curve>_high; curve: of ``CURVES``."""
     figure = theme.figure(title or f"Acceptance by position · {curve}", height=420,
                           x="position in the answer (0 is the first drafted token)")
     figure.add_traces(curve_traces(frame, curve))
@@ -72,29 +67,25 @@ def accepted_per_round_dots(
         frame: pd.DataFrame, *, x: str = "accepted drafts per round, mean and 95 % interval",
         title: str = "What counts is the distance above the best floor") -> go.Figure:
     """The headline: one dot with its interval per level, floor and ceiling; a line at the best
-    floor.
-
-    frame: name, kind ("adapter" | "floor" | "drafter" | "ceiling"), value, low, high, n (what was
-    counted). Rows are drawn in groups (ceiling, adapters, drafter, floors), the largest on top.
-    """
-    rank = {"ceiling": 0, "adapter": 1, "drafter": 2, "floor": 3}
-    ordered = frame.assign(_rank=frame["kind"].map(rank)).sort_values(
-        ["_rank", "value"], ascending=[True, False], kind="stable")
+    floor. frame: name, kind ("ceiling" | "adapter" | "drafter" | "floor": drawn in this order, the
+    largest value on top), value, low, high, n (what was counted)."""
+    rank = frame["kind"].map({"ceiling": 0, "adapter": 1, "drafter": 2, "floor": 3})
+    ordered = frame.assign(_rank=rank).sort_values(["_rank", "value"], ascending=[True, False],
+                                                   kind="stable")
     figure = theme.figure(title, x=x, height=150 + 34 * len(frame))
     for kind, part in ordered.groupby("kind", sort=False, observed=True):
-        colour = theme.KINDS[str(kind)]
-        symbol = "diamond" if kind == "floor" else "circle"
+        mark = theme.Mark(theme.KINDS[kind], symbol="diamond" if kind == "floor" else "circle")
         figure.add_scatter(
-            x=part["value"].tolist(), y=part["name"].tolist(), mode="markers", name=str(kind),
-            marker={"size": 12, "color": colour, "symbol": symbol},
-            error_x=theme.interval(part, thickness=2, width=5, color=colour),
+            x=part["value"].tolist(), y=part["name"].tolist(), mode="markers", name=kind,
+            marker=mark.marker(12),
+            error_x=theme.interval(part, thickness=2, width=5, color=mark.colour),
             customdata=part[["low", "high", "n"]].to_numpy().tolist(),
             hovertemplate="<b>%{y}</b><br>%{x:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]"
             "<br>n = %{customdata[2]}<extra></extra>")
     floors = ordered.loc[ordered["kind"].isin(["floor", "drafter"]), "value"]
     if len(floors):
         best = float(floors.max())
-        figure.add_vline(x=best, line={"dash": "dash", "color": theme.SOFT_INK, "width": 1.5})
+        figure.add_vline(x=best, line=theme.DASHED)
         figure.add_annotation(x=best, y=1, yref="paper", yanchor="bottom", text="best floor",
                               showarrow=False, font={"size": 12, "color": theme.SOFT_INK})
     figure.update_yaxes(categoryorder="array", categoryarray=ordered["name"].tolist()[::-1],
@@ -107,10 +98,8 @@ def accepted_per_round_dots(
 def acceptance_by_kind(frame: pd.DataFrame, *, title: str = "Which words are accepted",
                        least: int = 1) -> go.Figure:
     """A dot with its interval for each level in each kind of word; the kinds accepted best on top.
-
     frame: level, kind, value, low, high, n (tokens). least: kinds with fewer tokens are left out.
-    Raises: MetricError when no kind has that many tokens.
-    """
+    Raises: MetricError when no kind has that many tokens."""
     frame = frame[frame.groupby("kind")["n"].transform("max") >= least]
     if frame.empty:
         raise MetricError(
@@ -124,8 +113,7 @@ def acceptance_by_kind(frame: pd.DataFrame, *, title: str = "Which words are acc
         offset = (index - (n_levels - 1) / 2) * 0.6 / n_levels
         figure.add_scatter(
             x=part["value"].tolist(), y=[order.index(kind) - offset for kind in part["kind"]],
-            mode="markers", name=level,
-            marker={"color": mark.colour, "symbol": mark.symbol, "size": 9},
+            mode="markers", name=level, marker=mark.marker(9),
             error_x=theme.interval(part, thickness=1, width=0, color=theme.rgba(mark.colour, 0.5)),
             customdata=part[["kind", "low", "high", "n"]].to_numpy().tolist(),
             hovertemplate=f"<b>{level}</b> · %{{customdata[0]}}<br>%{{x:.1%}} "
@@ -136,40 +124,17 @@ def acceptance_by_kind(frame: pd.DataFrame, *, title: str = "Which words are acc
     return figure
 
 
-def facts_right(frame: pd.DataFrame, *, by: str = "kind",
-                title: str = "Facts stated rightly on held-out drives") -> go.Figure:
-    """One dot with its interval per model and category.
-
-    frame: role ("drafter" | "verifier"), ``by`` (the category), right, low, high (shares), facts
-    (how many were counted).
-    """
-    figure = theme.figure(title, x="share of facts right, with 95 % interval over drives",
-                          height=160 + 30 * frame[by].nunique())
-    for role, part in frame.groupby("role", sort=True):
-        colour = theme.LANES[str(role)]
-        symbol = "circle" if role == "verifier" else "diamond"
-        figure.add_scatter(
-            x=part["right"].tolist(), y=part[by].str.replace("_", " ").tolist(), mode="markers",
-            name=f"{role} (of what its sensor can know)",
-            marker={"size": 11, "color": colour, "symbol": symbol},
-            error_x=theme.interval(part, "right", color=colour), customdata=part["facts"].tolist(),
-            hovertemplate="%{y}: %{x:.1%} of %{customdata} facts<extra></extra>")
-    figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
-    return figure
-
-
 def cosine_histogram(frame: pd.DataFrame, *, thresholds: tuple[float, ...] = (0.8, 0.85, 0.9, 0.95),
                      title: str = "How close the aligned states come") -> go.Figure:
-    """Cosine of aligned and verifier states, one step line per level; dotted lines at the
-    thresholds. frame: level, cosine_low, cosine_high, n, share."""
+    """One step line per level, dotted lines at the thresholds. frame: level, cosine_low,
+    cosine_high, share."""
     figure = theme.figure(title, x="cosine to the verifier's state", y="share of tokens")
     for level, part, mark in theme.by_level(frame):
         figure.add_scatter(
             x=part[["cosine_low", "cosine_high"]].mean(axis=1).tolist(), y=part["share"].tolist(),
             name=level, mode="lines",
-            line={"shape": "hvh", "color": mark.colour, "dash": mark.dash, "width": 2},
-            hovertemplate=f"<b>{level}</b> · cosine %{{x:.3f}}<br>%{{y:.1%}} of tokens"
-            "<extra></extra>")
+            line={"shape": "hvh", **mark.line}, hovertemplate=f"<b>{level}</b> · cosine "
+            "%{x:.3f}<br>%{y:.1%} of tokens<extra></extra>")
     for tau in thresholds:
         figure.add_vline(x=tau, line={"dash": "dot", "color": theme.REJECTED, "width": 1})
     figure.update_yaxes(tickformat=".0%", rangemode="tozero")
@@ -178,18 +143,15 @@ def cosine_histogram(frame: pd.DataFrame, *, thresholds: tuple[float, ...] = (0.
 
 def reliability_curve(frame: pd.DataFrame, *,
                       title: str = "Does a high cosine mean the same token?") -> go.Figure:
-    """P(same token) against cosine, with intervals: how far a cosine may be trusted.
-
-    frame: level, cosine, cosine_low, cosine_high, n, rate, low, high. Marker area grows with n.
-    """
+    """P(same token) against cosine: how far a cosine may be trusted. frame: level, cosine,
+    cosine_low, cosine_high, n (area of the marker), rate, low, high."""
     figure = theme.figure(title, x="cosine to the verifier's state", y="P(same token)")
     largest = max(int(frame["n"].max()), 1)
     for level, part, mark in theme.by_level(frame):
         sizes = [5 + 11 * math.sqrt(n / largest) for n in part["n"]]
         figure.add_scatter(
             x=part["cosine"].tolist(), y=part["rate"].tolist(), mode="lines+markers", name=level,
-            line={"color": mark.colour, "dash": mark.dash, "width": 2},
-            marker={"color": mark.colour, "symbol": mark.symbol, "size": sizes},
+            line=mark.line, marker=mark.marker(sizes),
             error_y=theme.interval(part, "rate", thickness=1, width=3,
                                    color=theme.rgba(mark.colour, 0.6)),
             customdata=part[["cosine_low", "cosine_high", "n"]].to_numpy().tolist(),
@@ -203,24 +165,21 @@ def reliability_curve(frame: pd.DataFrame, *,
 def speedup_bars(
         frame: pd.DataFrame, *,
         title: str = "Speed-up against the verifier's own decoding, same run") -> go.Figure:
-    """Horizontal bars around 1×, the first row on top.
-
-    frame: name, value, low, high (ratios; low and high may be NaN), kind ("measured" | "predicted"
-    | "quoted"). Raises: MetricError for another kind.
-    """
+    """Horizontal bars around 1×, the first row on top. frame: name, value, low, high (ratios; low
+    and high may be NaN), kind (of ``SOURCES``). Raises: MetricError for another kind."""
     figure = theme.figure(title, x="times as fast as the baseline", height=150 + 40 * len(frame))
     for kind, part in frame.groupby("kind", sort=False, observed=True):
         if kind not in SOURCES:
             raise MetricError(f"a speed-up is measured, predicted or quoted, not {kind!r}")
         colour = theme.VERIFIER if kind == "measured" else theme.REJECTED
         figure.add_bar(
-            x=part["value"].tolist(), y=part["name"].tolist(), orientation="h", name=str(kind),
-            marker={"color": colour, **SOURCES[str(kind)]},
+            x=part["value"].tolist(), y=part["name"].tolist(), orientation="h", name=kind,
+            marker={"color": colour, **SOURCES[kind]},
             error_x=theme.interval(part, thickness=1.5, width=5, color=theme.INK),
             text=[f"{value:.2f}×" for value in part["value"]], textposition="inside",
             insidetextanchor="start",
             hovertemplate=f"<b>%{{y}}</b><br>%{{x:.3f}}×<extra>{kind}</extra>")
-    figure.add_vline(x=1, line={"dash": "dash", "color": theme.SOFT_INK, "width": 1.5})
+    figure.add_vline(x=1, line=theme.DASHED)
     figure.update_yaxes(categoryorder="array", categoryarray=frame["name"].tolist()[::-1],
                         showgrid=False)
     figure.update_xaxes(rangemode="tozero")
@@ -230,11 +189,8 @@ def speedup_bars(
 
 def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = "") -> go.Figure:
     """One line per level and split over epochs; validation solid, training pale; a star at the
-    best validation epoch.
-
-    history: level, epoch, split ("train" | "validation") and the column named by ``value``; lower
-    is better if the name holds "loss".
-    """
+    best validation epoch. history: level, epoch, split ("train" | "validation") and the column
+    named by ``value``; lower is better if the name holds "loss"."""
     called = value.replace("_", " ")
     figure = theme.figure(title or f"Training · {called}", x="epoch", y=called)
     groups = history.groupby(["level", "split"], sort=False, observed=True)
@@ -257,14 +213,11 @@ def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = 
 
 def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.DataFrame,
                 speedups: pd.DataFrame, title: str = "Summary") -> go.Figure:
-    """Histogram of cosines, acceptance by position, unbroken prefixes and speed-up in one picture.
-
-    cosines: as :func:`cosine_histogram`. positions: as :func:`acceptance_by_position`. lengths:
-    level, length, share (a histogram of unbroken prefixes). speedups: as :func:`speedup_bars`.
-    """
+    """The frames of :func:`cosine_histogram`, :func:`acceptance_by_position` and
+    :func:`speedup_bars`, and unbroken prefixes (lengths: level, length, share), in one picture."""
     names = ("cosine of the states", "acceptance by position (token truth)",
              "unbroken prefix: tokens before the first wrong one", "speed-up")
-    figure = make_subplots(rows=2, cols=2, subplot_titles=names, horizontal_spacing=0.1,
+    figure = make_subplots(2, 2, subplot_titles=names, horizontal_spacing=0.1,
                            vertical_spacing=0.16)
     figure.update_layout(template=theme.template(), title={"text": title}, height=760,
                          margin={"t": 90}, legend={"y": -0.08}, barmode="group")
@@ -281,8 +234,7 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
         figure.add_trace(trace.update(showlegend=False, text=labels), row=2, col=2)
     figure.update_yaxes(categoryorder="array", categoryarray=speedups["name"].tolist()[::-1],
                         showticklabels=False, showgrid=False, row=2, col=2)
-    figure.add_vline(x=1, line={"dash": "dash", "color": theme.SOFT_INK, "width": 1.5},
-                     row=2, col=2)
+    figure.add_vline(x=1, line=theme.DASHED, row=2, col=2)
     for row, column in ((1, 1), (1, 2), (2, 1)):
         figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=row, col=column)
     return figure

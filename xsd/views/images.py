@@ -1,5 +1,4 @@
-"""Event frames and video frames as inline pictures (PNG data URIs), so that a page carries them
-without a file beside it."""
+"""Event frames and video frames as inline pictures, so that a page needs no file beside it."""
 
 from __future__ import annotations
 
@@ -17,17 +16,13 @@ from xsd.views import theme
 
 def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
     """uint8 [H, W, 3] or [H, W] as ``data:image/png;base64,…``; larger pictures are scaled down,
-    small ones up by whole factors.
-
-    Raises: VideoError when the array is not a picture.
-    """
+    small ones up by whole factors. Raises: VideoError when the array is not a picture."""
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape or (
             array.ndim == 3 and array.shape[2] != 3):
         raise VideoError(
             "a picture is uint8 [H, W, 3] or [H, W] with at least one pixel; this array is "
-            f"{array.dtype} {list(array.shape)}"
-        )
+            f"{array.dtype} {list(array.shape)}")
     picture = Image.fromarray(array)
     if max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)
@@ -42,8 +37,7 @@ def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
 
 def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = theme.SOFT_INK,
               side: int = 128) -> str:
-    """A row of small pictures with a label in the sensor's colour. side: the longer side in
-    pixels."""
+    """A row of small pictures with a label in the sensor's colour; side: the longer one, pixels."""
     cells = "".join(
         f'<img alt="{html.escape(label)} {index}" src="{png_uri(image, max_side=side)}" '
         'style="margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%">'
@@ -54,12 +48,11 @@ def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = th
 
 
 def sensors(sample: Sample, *, side: int = 128, n_video: int = 8) -> str:
-    """What both models saw: event frames (drafter) above video frames (verifier), with the
-    question."""
-    question = (f'<div style="font:14px {theme.FONT};margin:4px '
-                f'0"><b>{html.escape(sample.question)}</b> ')
-    question += (f'<span style="color:{theme.SOFT_INK}">{html.escape(sample.sequence)} / '
-                 f'{html.escape(sample.clip)}</span></div>')
+    """What both models saw: event frames above video frames, with the question."""
+    clip = f"{html.escape(sample.sequence)} / {html.escape(sample.clip)}"
+    question = (f'<div style="font:14px {theme.FONT};margin:4px 0"><b>'
+                f'{html.escape(sample.question)}</b> <span style="color:{theme.SOFT_INK}">'
+                f"{clip}</span></div>")
     events = filmstrip(sample.event_frames, label="event frames: the drafter's eyes",
                        colour=theme.DRAFTER, side=side)
     video = filmstrip(list(sample.video[:n_video]), label="video frames: the verifier's eyes",

@@ -1,9 +1,6 @@
-"""Colours, marks and the one plotly template that every picture of the project shares.
-
-Drafter orange, verifier blue, adapter green, rejected grey, everywhere. The hues are those of Okabe
-and Ito ("Color universal design", 2008), which stay apart under the common kinds of colour
-blindness; levels also differ in dash and marker, so that no reading depends on hue alone.
-"""
+"""Colours, marks and the plotly template of every picture: drafter orange, verifier blue, adapter
+green, rejected grey. The hues are those of Okabe and Ito ("Color universal design", 2008), apart
+under the common kinds of colour blindness; levels also differ in dash and marker."""
 
 from __future__ import annotations
 
@@ -19,29 +16,37 @@ DRAFTER = "#E07B00"
 VERIFIER = "#0072B2"
 ADAPTER = "#009E73"
 REJECTED = "#9AA0A6"
-BONUS = "#5B8FC7"
 INK = "#202124"
 SOFT_INK = "#5F6368"
 GRID = "#E6E8EB"
+DASHED = {"dash": "dash", "color": SOFT_INK, "width": 1.5}
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 LANES = {"drafter": DRAFTER, "adapter": ADAPTER, "verifier": VERIFIER}
 KINDS = {"adapter": ADAPTER, "floor": SOFT_INK, "drafter": DRAFTER, "ceiling": VERIFIER}
-"""Colour by what a row of an acceptance table is; a floor is what an adapter must beat, a ceiling
-what it may not exceed."""
+"""Colour by what a row of an acceptance table is: an adapter must beat a floor and may not exceed a
+ceiling."""
 
 
 @dataclass(frozen=True)
 class Mark:
     """How one level is drawn."""
-
     colour: str
     dash: str = "solid"
     symbol: str = "circle"
 
+    @property
+    def line(self) -> dict[str, Any]:
+        """plotly's line."""
+        return {"color": self.colour, "dash": self.dash, "width": 2}
+
+    def marker(self, size: Any) -> dict[str, Any]:
+        """plotly's marker. size: pixels, one or a list."""
+        return {"color": self.colour, "symbol": self.symbol, "size": size}
+
 
 LEVELS = {
-    "L1": Mark("#8BC34A", "solid", "circle"),
+    "L1": Mark("#8BC34A"),
     "L2": Mark("#4CAF7A", "dash", "square"),
     "L3": Mark("#009E73", "dot", "diamond"),
     "L4": Mark("#00796B", "dashdot", "triangle-up"),
@@ -57,10 +62,8 @@ _OTHERS = (Mark("#CC79A7", "dash", "cross"), Mark("#7F6A00", "dot", "pentagon"),
 
 
 def mark(level: str, index: int = 0) -> Mark:
-    """The mark of a level; names outside the table get one by ``index``, so the same call gives the
-    same picture."""
-    base = level.split(" ")[0]
-    return LEVELS.get(base, _OTHERS[index % len(_OTHERS)])
+    """The mark of a level; names outside the table get one by ``index``."""
+    return LEVELS.get(level.split(" ")[0], _OTHERS[index % len(_OTHERS)])
 
 
 def by_level(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, Mark]]:
@@ -82,8 +85,7 @@ def rgba(colour: str, alpha: float) -> str:
 
 
 def template() -> go.layout.Template:
-    """The shared look: white ground, readable font, light grid, legend below the plot. Small on
-    purpose (it is stored with each figure)."""
+    """The shared look: small on purpose, as it is stored with each figure."""
     axis = {"gridcolor": GRID, "linecolor": SOFT_INK, "zeroline": False, "ticks": "outside",
             "tickcolor": GRID, "automargin": True, "title": {"standoff": 10, "font": {"size": 13}}}
     legend = {"orientation": "h", "yanchor": "top", "y": -0.2, "x": 0, "xanchor": "left",
@@ -100,15 +102,13 @@ def template() -> go.layout.Template:
 
 
 def register() -> None:
-    """Make the template plotly's ``xsd`` and its default. Called by whoever wants it (a notebook's
-    set-up cell), never at import."""
+    """Make the template plotly's ``xsd`` and its default: a notebook's set-up cell does."""
     pio.templates["xsd"] = template()
     pio.templates.default = "xsd"
 
 
 def figure(title: str, *, x: str = "", y: str = "", height: int = 400) -> go.Figure:
-    """An empty figure in the shared look. title and axis titles are plain text; height in
-    pixels."""
+    """An empty figure in the shared look; height in pixels."""
     drawn = go.Figure(layout={"template": template(), "title": {"text": title}, "height": height})
     drawn.update_xaxes(title_text=x)
     drawn.update_yaxes(title_text=y)

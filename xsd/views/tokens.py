@@ -1,5 +1,5 @@
-"""Token strips: the words of draft and verifier as coloured boxes. Plain HTML with a title on
-hover: no script, nothing loaded from elsewhere; every text is escaped."""
+"""Token strips: the words of draft and verifier as coloured boxes. Plain HTML, every text escaped,
+facts on hover."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ _BOX = ("display:inline-block;padding:1px 5px;border-radius:4px;border:1px solid
 
 
 def visible(text: str) -> str:
-    """A token's text with its white space shown: a leading word boundary is dropped, newlines, tabs
-    and empty tokens get a sign."""
+    """A token's text: a leading word boundary dropped, other white space and nothing as signs."""
     shown = text.replace("\u2581", " ").replace("\n", "⏎").replace("\t", "⇥")
     return shown.strip(" ") or ("␣" if shown else "∅")
 
@@ -44,7 +43,7 @@ def box(text: str, state: str, hover: Sequence[str] = ()) -> str:
     ink = theme.SOFT_INK if state in ("rejected", "unused") else theme.INK
     struck = "text-decoration:line-through;" if state == "rejected" else ""
     style = f"{_BOX}background:{ground};border-color:{edge};color:{ink};{struck}"
-    title = html.escape("\n".join(hover), quote=True)
+    title = html.escape("\n".join(hover))
     return (f'<span class="token {state}" style="{style}" title="{title}">'
             f"{html.escape(visible(text))}</span>")
 
@@ -59,15 +58,14 @@ def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "",
           here: int | None = None) -> str:
     """Draft above verifier, one column per position, wrapping as text does.
 
-    tokens: rows of one sample and level of the token table (``position``, ``cosine``, ``match``,
-    ``draft_token``, ``verifier_token``, optional ``draft_probability``). tau: None for the token
-    truth, else the cosine threshold that colours the draft. here: a position to underline.
+    tokens: rows of one sample and level of the token table, with its texts. tau: None for the
+    token truth, else the cosine threshold that colours the draft. here: a position to underline.
     """
     columns, unbroken = [], True
     for row in tokens.sort_values("position", kind="stable").to_dict("records"):
-        ok = bool(row["match"] if tau is None else row["cosine"] > tau)
-        unbroken, state = unbroken and ok, "accepted" if unbroken and ok else (
-            "unused" if ok else "rejected")
+        right = bool(row["match"] if tau is None else row["cosine"] > tau)
+        unbroken = unbroken and right
+        state = "accepted" if unbroken else "unused" if right else "rejected"
         facts = _facts(row)
         line = theme.INK if row["position"] == here else "transparent"
         columns.append(
@@ -89,8 +87,7 @@ def _facts(row: dict) -> list[str]:
 
 
 def rounds(generation: Generation, token_text: Callable[[int], str]) -> str:
-    """A live run as it happened, one strip per round: accepted and rejected draft tokens, then the
-    verifier's bonus token."""
+    """A live run, one strip per round: accepted and rejected draft tokens, then the bonus."""
     strips = []
     for number, one in enumerate(generation.rounds):
         boxes = []
@@ -112,20 +109,3 @@ def legend(states: Iterable[str] = tuple(COLOURS)) -> str:
              f"{html.escape(MEANING[state])}</span>" for state in states]
     style = f"font:12px/2.1 {theme.FONT};color:{theme.SOFT_INK}"
     return f'<div class="token-legend" data-plain="1" style="{style}">{" ".join(parts)}</div>'
-
-
-def transcript(rows: Iterable[tuple[str, str, str, Sequence[tuple[str, bool]]]]) -> str:
-    """Questions and answers: rows (question, role, what it is, [(word, right?)]); wrong words are
-    struck in grey."""
-    parts, last = ['<div style="font-family:sans-serif;line-height:1.6">'], None
-    wrong = f'<span style="color:{theme.REJECTED};text-decoration:line-through">'
-    for question, role, note, words in rows:
-        if question != last:
-            parts.append(f'<div style="margin-top:.6em"><b>{html.escape(question)}</b></div>')
-            last = question
-        said = " ".join(html.escape(word) if right else f"{wrong}{html.escape(word)}</span>"
-                        for word, right in words)
-        colour = theme.LANES.get(role, theme.INK)
-        parts.append(f'<div><span style="color:{colour};font-weight:600">{html.escape(role)}</span>'
-                     f" <small>{html.escape(note)}</small> {said}</div>")
-    return "".join(parts) + "</div>"
