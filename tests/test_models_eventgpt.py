@@ -55,8 +55,8 @@ def test_event_tokens_are_frame_means_then_position_means():
 
 
 def test_prompt_ids_equal_the_official_tokenisation():
-    before, after = prompts.drafter_prompt_ids(reference_drafter().tokenizer,
-                                               "Describe in detail what happened in the scene.")
+    before, after = prompts.prompt_ids("drafter", reference_drafter().tokenizer,
+                                       "Describe in detail what happened in the scene.")
     assert [*before, EVENT_TOKEN_ID, *after] == OFFICIAL["input_ids"][0].tolist()
 
 

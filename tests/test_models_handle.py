@@ -131,7 +131,7 @@ def test_forced_states_are_the_greedy_states_on_its_own_answer(role):
     ragged = [answer.ids[:3 + row] for row, answer in enumerate(answers)]
     for answer, ids, forced in zip(answers, ragged, handle.force(SAMPLES, ragged, batch_size=4),
                                    strict=True):
-        assert torch.equal(forced.top_ids, ids)
+        assert torch.equal(forced.ids, ids)
         torch.testing.assert_close(forced.hidden, answer.hidden[:len(ids)], atol=5e-5, rtol=0)
 
 
@@ -183,7 +183,7 @@ def test_questions_on_one_clip_share_its_prefill(role, monkeypatch):
     for sample, answer, forced in zip(SAMPLES, answers, batched, strict=True):
         alone = handle.force([sample], [answer.ids])[0]
         torch.testing.assert_close(forced.hidden, alone.hidden, atol=5e-5, rtol=0)
-        assert torch.equal(forced.top_ids, answer.ids)
+        assert torch.equal(forced.ids, answer.ids)
 
 
 def test_clips_of_one_and_five_frames_go_in_one_batch():
@@ -218,9 +218,8 @@ def test_one_frame_or_five_change_the_prompt_length():
 
 def test_both_prompts_have_one_bos_and_the_questions_own_words():
     pair = tiny_pair()
-    for handle, split in ((pair.drafter, prompts.drafter_prompt_ids),
-                          (pair.verifier, prompts.verifier_prompt_ids)):
-        before, after = split(handle.tokenizer, "What is on the road?")
+    for handle in (pair.drafter, pair.verifier):
+        before, after = prompts.prompt_ids(handle.role, handle.tokenizer, "What is on the road?")
         assert before[0] == 1 and (before + after).count(1) == 1
         assert "What is on the road? ASSISTANT:" in handle.text(after)
     assert pair.verifier.tokenizer.convert_tokens_to_ids("<video>") not in before + after

@@ -1,6 +1,8 @@
 """Views by other cameras: what they show, what is asked of them, and that plain clips stay as they
 are."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -95,8 +97,8 @@ def test_an_answer_that_goes_on_does_not_end_in_eos(drives):
     material = views.with_views(drives, share=1.0, seed=0)
     words = embedded.train_tokenizer(step.training_texts(drives))
     tokenizer = embedded.verifier_tokenizer(words)
-    rows = training.segments_of(tokenizer, prompts.verifier_prompt_ids, material.dialogues,
-                                eos=words.eos_token_id, fact_weight=3.0)
+    rows = training.segments_of(tokenizer, partial(prompts.prompt_ids, "verifier"),
+                                material.dialogues, eos=words.eos_token_id, fact_weight=3.0)
     whole, cut = rows[0][0], rows[20][0]
     assert whole.answer[-1] == words.eos_token_id and words.eos_token_id not in cut.answer
     assert cut.weight[-1] == 3.0 and len(cut.weight) == len(cut.answer)

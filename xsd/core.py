@@ -1,10 +1,9 @@
-"""The words every room shares: records, the decoder-handle protocol, the error tree.
-
-Only the standard library is imported here; torch and numpy appear in annotations alone.
+"""The words every room shares: records, the decoder-handle protocol, the error tree. Only the
+standard library is imported here.
 
 Letters in shapes: B batch, S positions of the answer, D hidden width (D_d drafter, D_v verifier), V
-vocabulary, F event frames, H and W pixels. ``gamma`` is the number of draft tokens per round,
-``tau`` a cosine threshold.
+vocabulary, F event frames, H and W pixels. ``gamma``: draft tokens per round; ``tau``: a cosine
+threshold.
 """
 
 from __future__ import annotations
@@ -20,14 +19,12 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout: notebooks, data and reports are resolved from here, never from the working
-directory."""
+"""The checkout: notebooks, data and reports are resolved from here."""
 
 Mode = Literal["free_running", "teacher_forced"]
 """Whose tokens stood before each state: each model's own, or the verifier's for both."""
 Tap = Literal["post_norm", "pre_norm"]
-"""Which side of the decoder's final norm the states were taken; ``lm_head(state)`` is the logits
-only for post_norm."""
+"""On which side of the decoder's final norm; only ``lm_head`` of post_norm is the logits."""
 
 # --- errors: each message names the thing, what was expected and the way out
 
@@ -110,13 +107,13 @@ class Sample:
 
 @dataclass(frozen=True)
 class PairedStates:
-    """Hidden states of both decoders at the positions of one answer.
+    """Hidden states [S_d, D_d] and [S_v, D_v] of both decoders at the positions of one answer, and
+    ids int64 [S_d] and [S_v].
 
-    hidden_by_drafter: [S_d, D_d]. hidden_by_verifier: [S_v, D_v]. ids_by_*: int64 [S_d] and [S_v].
-    ``hidden[t]`` is the state that *predicts* token t (read one position before it), so
-    argmax(lm_head(hidden[t])) == ids[t] for a model's own greedy tokens. In teacher_forced mode S_d
-    == S_v, position t of both follows the verifier's tokens 0…t-1, and ids_by_drafter[t] is what
-    the drafter's own head would have said there.
+    ``hidden[t]`` *predicts* token t (read one position before it): argmax(lm_head(hidden[t])) ==
+    ids[t] for a model's own greedy tokens. In teacher_forced mode S_d == S_v, position t of both
+    follows the verifier's tokens 0…t-1, and ids_by_drafter[t] is what the drafter's own head would
+    have said there.
     """
 
     sequence: str
@@ -136,9 +133,9 @@ class PairedStates:
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded on the right. drafter: [B, S, D_d], verifier: [B, S, D_v], ids_by_*: int64 [B, S],
-    mask: bool [B, S] True on real positions. sequence: B names, the cluster of every statistic.
-    index: B positions in the dataset."""
+    """Padded on the right. drafter [B, S, D_d], verifier [B, S, D_v], ids_by_* int64 [B, S], mask
+    [B, S] True on real positions. sequence: B names, the cluster of every statistic. index: B
+    positions in the dataset."""
 
     drafter: Tensor
     verifier: Tensor
@@ -152,9 +149,9 @@ class Batch:
 
 @dataclass(frozen=True)
 class Round:
-    """One draft-verify round. drafted: the draft tokens; n_accepted: how many the verifier agreed
-    with; bonus: its own next token, None when the request ended inside the accepted draft. Times
-    are seconds since the request began, on one clock."""
+    """One draft-verify round. n_accepted: how many drafted tokens the verifier agreed with; bonus:
+    its own next token, None when the request ended before it. Times: seconds since the request
+    began."""
 
     drafted: tuple[int, ...]
     n_accepted: int
@@ -193,8 +190,7 @@ class Generation:
 
 
 class State(Protocol):
-    """A decoder's KV cache. length: cached positions. hidden [D], logits [V]: what the last one
-    said."""
+    """A decoder's KV cache of ``length`` positions; hidden [D], logits [V]: of the last one."""
 
     length: int
     hidden: Tensor

@@ -14,7 +14,7 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
@@ -25,30 +25,22 @@ from xsd.core import ROOT, ParameterError, StorageError, XsdError
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary name beside ``target``; on success sync and rename, on failure remove it
-    and leave the target as it was. Raises: StorageError when the disk is full or the folder cannot
-    be written."""
+    """Yield a temporary file beside ``target``; on success sync and rename it, on failure leave the
+    target as it was. Raises: StorageError when it cannot be written or the disk is full."""
     target = Path(target)
+    temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.",
-                                        suffix=".part")
-        os.close(handle)
-    except OSError as error:
-        raise storage_error(target, error) from error
-    temporary = Path(name)
-    try:
+        temporary.touch()
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     except OSError as error:
         raise storage_error(target, error) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # gone, or the folder never was one
+            temporary.unlink()
 
 
 def storage_error(target: str | os.PathLike[str], error: OSError) -> StorageError:
@@ -84,8 +76,7 @@ def _plain(value: Any) -> Any:
 
 
 def read_json(path: str | os.PathLike[str], error: type[XsdError], way_out: str) -> Any:
-    """A JSON file. Raises: ``error``, with its name and the way out, when it is missing or
-    damaged."""
+    """A JSON file. Raises: ``error``, with the way out, when it is missing or damaged."""
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError as problem:
@@ -112,10 +103,8 @@ _PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bits
 def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu",
                **extra: Any) -> dict[str, Any]:
     """Git revision (and whether the tree was dirty), versions, machine, seed, data hash, device,
-    command: the verb and its arguments, or ``["notebook", <its file>]`` inside a kernel.
-
-    Paths are :func:`portable`, since reports with these records are published.
-    """
+    command (``["notebook", <its file>]`` inside a kernel); paths :func:`portable`, since reports
+    with these records are published."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -129,9 +118,8 @@ def provenance(*, seed: int | None = None, data_hash: str | None = None, device:
 
 
 def portable(value: Any) -> Any:
-    """Texts of nested records without this machine's folders: a path under the checkout becomes
-    relative to it, another absolute one its last name. Looks at whole texts and at the parts
-    between ``=`` and ``,`` (``run_dir=…``, ``a,b``)."""
+    """Nested records without this machine's folders: a path under the checkout becomes relative to
+    it, another absolute one its last name, also between ``=`` and ``,`` (``run_dir=…``)."""
     if isinstance(value, Mapping):
         return {key: portable(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
@@ -168,11 +156,8 @@ def _git(*arguments: str) -> str:
 
 def import_object(text: str) -> Any:
     """What ``"module:Name"`` names: a researcher's own class or function, from an installed module
-    or one in the working directory or the checkout.
-
-    Naming a module runs it: call this with what the user typed, never with what a file says.
-    Raises: ParameterError for another form, a module that cannot be imported or lacks the name.
-    """
+    or one in the working directory or the checkout. Naming a module runs it: call this with what
+    the user typed, never with what a file says. Raises: ParameterError where it names none."""
     module, colon, name = text.partition(":")
     if not (module and colon and name):
         raise ParameterError(f"{text!r} names no object; write module:Name, such as my_levels:Mine")
@@ -198,8 +183,7 @@ def import_object(text: str) -> Any:
 
 
 def name_of(spec: Any) -> str:
-    """What a part given by name, class or object is called in tables and folders: its text, else
-    its own ``level``, else ``module:Class``."""
+    """A part (name, class or object) in tables and folders: its text, ``level``, or class."""
     if isinstance(spec, str):
         return spec
     built = spec if isinstance(spec, type) else type(spec)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +166,8 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
         patches=lambda tokens: tokens[:, None, N_EVENT_FRAMES + 1:],
         patch_frames=(N_EVENT_FRAMES // 2,),  # its patch tokens are averages over the frames
         n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
-        grounding_frames=tuple(range(N_EVENT_FRAMES)), prompt_ids=prompts.drafter_prompt_ids,
+        grounding_frames=tuple(range(N_EVENT_FRAMES)),
+        prompt_ids=partial(prompts.prompt_ids, "drafter"),
         **_decoder_parts(body, model.lm_head))  # fmt: skip
 
 
@@ -186,7 +188,7 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
         projector=nn.ModuleList([projector]),
         patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:], patch_frames=tuple(range(8)),
         n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"],
-        grounding_frames=(0, 2, 5, 7), prompt_ids=prompts.verifier_prompt_ids,
+        grounding_frames=(0, 2, 5, 7), prompt_ids=partial(prompts.prompt_ids, "verifier"),
         **_decoder_parts(model.model.language_model, model.lm_head))  # fmt: skip
 
 

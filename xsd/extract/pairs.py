@@ -80,15 +80,13 @@ def by_layer(mode: Mode, pair: Pair, samples: Sequence[Sample], max_new_tokens: 
     found: dict[int, list[PairedStates]] = {layer: [] for layer in layers}
     for sample, ours, theirs in zip(samples, drafter, verifier, strict=True):
         about = {"finish_by_verifier": theirs.finish, "source": sample.source, "t_us": sample.t_us}
-        if isinstance(ours, Continuation):
-            ids, about["finish_by_drafter"] = ours.ids, ours.finish
-        else:
-            ids = ours.top_ids
-        texts = pair.drafter.text(ids), pair.verifier.text(theirs.ids)
+        if mode == "free_running":
+            about["finish_by_drafter"] = ours.finish
+        texts = pair.drafter.text(ours.ids), pair.verifier.text(theirs.ids)
         for layer in layers:
             states = (one.hidden if layer == LAST else one.layers[layer] for one in (ours, theirs))
             found[layer].append(
-                PairedStates(sample.sequence, sample.clip, sample.question, *states, ids,
+                PairedStates(sample.sequence, sample.clip, sample.question, *states, ours.ids,
                              theirs.ids, mode, tap_of(layer), *texts, sample.split or "", about))
     return found
 

@@ -1,12 +1,5 @@
-"""Greedy answers and teacher-forced states of many samples, a batch at a time.
-
-``hidden`` is always after the final norm and read at the position *before* its token:
-argmax(lm_head(hidden[t])) == ids[t].
-
-    prompt (L positions)            answer
-    [ . . . . . . . . . p ]         [ a    b    c ]
-                        hidden[0] predicts a; the position of a holds hidden[1], which predicts b
-"""
+"""Greedy answers and teacher-forced states of many samples, a batch at a time. ``hidden`` is after
+the final norm, read at the position *before* its token: argmax(lm_head(hidden[t])) == ids[t]."""
 
 from __future__ import annotations
 
@@ -17,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
 from xsd.core import Sample
@@ -25,39 +19,27 @@ from xsd.models import layers as layer_states
 
 @dataclass(frozen=True)
 class Continuation:
-    """A greedy answer. ids: int64 [n], cut after the first EOS (EOS kept). hidden: [n, D]. layers:
-    the same positions in other layers (models.layers), [n, D] each."""
+    """An answer of n tokens. ids: int64 [n], the model's own choices: its greedy answer, cut after
+    the first EOS (EOS kept), or what it would have said before each forced token. hidden: [n, D].
+    layers: the same positions in other layers (models.layers), [n, D] each. finish: of a greedy
+    answer."""
 
     ids: Tensor
     hidden: Tensor
-    finish: Literal["eos", "length"]
-    layers: Mapping[int, Tensor] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Forced:
-    """A teacher-forced answer. hidden, layers: as in :class:`Continuation`. top_ids: int64 [n], the
-    model's own choice before each forced token."""
-
-    hidden: Tensor
-    top_ids: Tensor
+    finish: Literal["eos", "length", "forced"]
     layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
 class BatchedAnswers:
-    """What a :class:`~xsd.models.handle.ModelHandle` does with many samples. Results are on the
-    CPU, in the order given."""
+    """What a ModelHandle does with many samples; results on the CPU, in the order given."""
 
     @torch.no_grad()
     def generate(self, samples: Sequence[Sample], max_new_tokens: int, *, batch_size: int = 16,
                  progress: Callable[[int], None] | None = None,
                  layers: Sequence[int] = ()) -> list[Continuation]:
-        """Greedy answers, the same ids as one at a time.
-
-        Prompts are padded on the left; a row leaves the batch at its EOS; questions on one clip
-        share its prefill when they stand in one batch. progress(n): n samples are just finished.
-        layers: other layers to keep as well (models.layers; not -1, which is ``hidden``).
-        """
+        """Greedy answers, the same ids as one at a time: prompts padded on the left, rows leaving
+        at their EOS, one prefill for a batch's questions on one clip. progress(n): n samples just
+        finished. layers: others to keep (models.layers; not -1, which is ``hidden``)."""
         results: list[Continuation] = []
         for chunk in _chunks(samples, batch_size, progress):
             cache, tails = self._shared_prefill(chunk)
@@ -67,21 +49,19 @@ class BatchedAnswers:
     @torch.no_grad()
     def force(self, samples: Sequence[Sample], ids: Sequence[Tensor], *, batch_size: int = 16,
               progress: Callable[[int], None] | None = None,
-              layers: Sequence[int] = ()) -> list[Forced]:
-        """States before each forced token, the whole answer (prompt + ids[:-1]) in one pass.
-
-        Rows are padded on the right, where a causal decoder's real positions never look. progress,
-        layers: as in :meth:`generate`. Raises: ValueError if the two lists differ in length.
-        """
+              layers: Sequence[int] = ()) -> list[Continuation]:
+        """States before each forced token, the whole answer (prompt + ids[:-1]) in one pass, padded
+        on the right, where a causal decoder's real positions never look. progress, layers: as in
+        :meth:`generate`. Raises: ValueError if the two lists differ in length."""
         if len(samples) != len(ids):
             raise ValueError(f"{len(samples)} samples but {len(ids)} answers to force; one answer "
                              "for each sample is expected")
-        results: list[Forced] = []
+        results: list[Continuation] = []
         for chunk in _chunks(samples, batch_size, progress):
             cache, tails = self._shared_prefill(chunk)
             rows = list(zip(tails, ids[len(results):len(results) + len(chunk)], strict=True))
             lines = [torch.cat([tail, self._lookup(answer[:-1])]) for tail, answer in rows]
-            embeds = torch.nn.utils.rnn.pad_sequence(lines, batch_first=True)
+            embeds = pad_sequence(lines, batch_first=True)
             with layer_states.recorded(self.decoder, layers) as others:
                 states = self.decoder(inputs_embeds=embeds, past_key_values=cache,
                                       use_cache=True).last_hidden_state
@@ -89,17 +69,14 @@ class BatchedAnswers:
                 cut = slice(len(tail) - 1, len(tail) - 1 + len(answer))
                 hidden, *kept = (one[row, cut].clone().cpu() for one in (states, *others))
                 top_ids = self.lm_head(states[row, cut]).argmax(-1).cpu()
-                results.append(Forced(hidden, top_ids, dict(zip(layers, kept, strict=True))))
+                results.append(Continuation(top_ids, hidden, "forced",
+                                            dict(zip(layers, kept, strict=True))))
         return results
 
     def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
-        """A cache with each row's prompt up to its visual tokens, and the rest of it [L_i, D].
-
-            [ before | visual ] once a clip, then copied to its rows     [ after | answer ] by row
-
-        The cache is empty, and the rows are whole prompts, where no two rows share a clip,
-        prefixes differ in length, or a prompt would be cut.
-        """
+        """A cache with each row's prompt up to its visual tokens, run once a clip, and the rest of
+        it [L_i, D]. The cache is empty, and the rows are whole prompts, where no two rows share a
+        clip, prefixes differ in length, or a prompt would be cut."""
         cache = DynamicCache(config=self.decoder.config)
         contents = [content(self.images(sample)) for sample in samples]
         split = [self.prompt_ids(sample.question) for sample in samples]
@@ -161,7 +138,7 @@ class BatchedAnswers:
 
 def _chunks(samples: Sequence[Sample], size: int,
             progress: Callable[[int], None] | None) -> Iterator[Sequence[Sample]]:
-    """The samples ``size`` at a time; progress hears of a chunk when the next one is asked for."""
+    """``size`` at a time; progress hears of a chunk when the next one is asked for."""
     for start in range(0, len(samples), size):
         chunk = samples[start:start + size]
         yield chunk
@@ -170,12 +147,12 @@ def _chunks(samples: Sequence[Sample], size: int,
 
 
 def _left_padded(tails: list[Tensor], cached: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Embeddings [B, L, D], positions [B, L] and mask [B, cached + L] of rows [L_i, D] behind
-    ``cached`` positions; no mask for equal lengths (attention is faster without)."""
+    """Embeddings [B, L, D], positions [B, L] and mask [B, cached + L] of rows [L_i, D]; no mask for
+    equal lengths (attention is faster without)."""
     lengths = torch.tensor([len(tail) for tail in tails], device=tails[0].device)
     longest = int(lengths.max())
     padding = (longest - lengths)[:, None]
-    embeds = torch.nn.utils.rnn.pad_sequence(tails, batch_first=True, padding_side="left")
+    embeds = pad_sequence(tails, batch_first=True, padding_side="left")
     columns = torch.arange(longest, device=lengths.device)
     positions = cached + (columns - padding).clamp(min=0)
     if not padding.any():

@@ -1,15 +1,7 @@
 """EventGPT as a transformers model: a Llama decoder that reads event frames through CLIP, a
-projector and an adaptor (docs/models.md, "The drafter").
-
-F event frames, each P = (side / patch)² + 1 CLIP states, CLS kept:
-
-    frames [F,3,h,w] -> CLIP, last layer, no post_layernorm [F,P,C] -> projector -> adaptor [F,P,D]
-        -> F temporal tokens (means over a frame's P) and P spatial tokens (means over frames)
-
-The F + P event tokens take the place of id -200 in the prompt. Tensor names on disk are the
-official ones (``model_type`` ``EventChat_llama``), so both read each other's checkpoints. Importing
-this module registers both classes with transformers' Auto classes.
-"""
+projector and an adaptor (docs/models.md, "The drafter"), F frames of P CLIP states each becoming
+F + P event tokens in the place of id -200. Tensor names on disk are the official ones, so both read
+each other's checkpoints. Importing this module registers it with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -28,8 +20,6 @@ from xsd.files import atomic_write
 
 EVENT_TOKEN_ID = -200
 """Placeholder id in the prompt; never looked up in the embedding table."""
-OFFICIAL_ARCHITECTURE = "EventChatModel"
-"""What the official code writes into ``architectures``."""
 CLIP_VIT_L_14_336: dict[str, Any] = {
     "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24,
     "num_attention_heads": 16, "image_size": 336, "patch_size": 14, "projection_dim": 768,
@@ -39,13 +29,10 @@ CLIP_VIT_L_14_336: dict[str, Any] = {
 
 
 class EventGPTConfig(LlamaConfig):
-    """LlamaConfig plus the vision side.
-
-    mm_visual_tower: path or name of the CLIP folder (in released files of somebody else's machine).
-    event_feature_adaptor: its presence counts, not its value. vision_config: CLIPVisionConfig
-    fields, absent from official files. tokenizer_model_max_length: where a prompt with its event
-    tokens is cut.
-    """
+    """LlamaConfig plus the vision side. mm_visual_tower: path or name of the CLIP folder (in
+    released files of somebody else's machine). event_feature_adaptor: only its presence counts.
+    vision_config: CLIPVisionConfig fields, absent from official files. tokenizer_model_max_length:
+    where a prompt with its event tokens is cut."""
 
     model_type = "EventChat_llama"
 
@@ -117,29 +104,26 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def event_tokens(self, pixels: Tensor) -> Tensor:
-        """[F,3,h,w] (or [B,F,3,h,w]) pixels to [F+P, D] (or [B,F+P,D]) event tokens: temporal
-        tokens, then spatial tokens."""
+        """[F,3,h,w] (or [B,F,3,h,w]) pixels to [F+P, D] (or [B,F+P,D]) event tokens: temporal ones
+        (means over a frame's P), then spatial ones (means over frames)."""
         weight = self.model.feature_adaptor.weight  # never quantised: its dtype is the model's own
         frames = pixels.to(weight.device, weight.dtype).flatten(0, -4)
         features = self.model.event_features(frames).unflatten(0, pixels.shape[:-3])
         return torch.cat([features.mean(dim=-2), features.mean(dim=-3)], dim=-2)
 
     def embed_prompt(self, ids: Tensor, event_tokens: Tensor) -> Tensor:
-        """Prompts int64 [L] or [B,L] with event_tokens [E,D] or [B,E,D] in place of id -200, as
-        embeddings [L-1+E, D] or [B, L-1+E, D], cut at ``tokenizer_model_max_length``. Raises:
-        ValueError unless a row holds one -200."""
+        """Prompts int64 [L] or [B,L] with event_tokens [E,D] or [B,E,D] in place of their one -200
+        (else ValueError), as embeddings [L-1+E, D] or [B, L-1+E, D], cut at the maximum."""
         if ids.dim() == 1:
             return self.embed_prompt(ids[None], event_tokens[None])[0]
         words = self.get_input_embeddings()(ids.clamp(min=0))
         return self._splice(ids, words, event_tokens.to(words.dtype))
 
     def _splice(self, ids: Tensor, beside: Tensor, events: Tensor) -> Tensor:
-        """Values [B,L,...] beside the ids with ``events`` [B,E,...] at the placeholder, cut at the
-        maximum: [B,L-1+E,...]."""
+        """Values [B,L,...] with ``events`` [B,E,...] at the ids' placeholder: [B,L-1+E,...]."""
         rows = []
         for row, values, inserted in zip(ids.tolist(), beside, events, strict=True):
-            found = row.count(EVENT_TOKEN_ID)
-            if found != 1:
+            if (found := row.count(EVENT_TOKEN_ID)) != 1:
                 raise ValueError(f"a prompt holds {found} event placeholders (id "
                                  f"{EVENT_TOKEN_ID}); exactly one is expected")
             at = row.index(EVENT_TOKEN_ID)
@@ -192,7 +176,7 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         super().save_pretrained(save_directory, **{**kwargs, "save_original_format": False})
         path = Path(save_directory) / "config.json"
         written = json.loads(path.read_text())
-        written["architectures"] = [OFFICIAL_ARCHITECTURE]
+        written["architectures"] = ["EventChatModel"]
         atomic_write(path, json.dumps(written, indent=2, sort_keys=True) + "\n")
 
 

@@ -1,10 +1,5 @@
 """The two 7B models as configurations, and what any pair's configurations say about its size:
-nothing is loaded, nothing allocated.
-
-Parameters are counted on a skeleton on the meta device, so the counts are those of the classes that
-will be loaded and of the published files: 7 079 684 096 (EventGPT-7B), 7 366 279 168
-(Video-LLaVA-7B-hf, 14.7 GB in half precision).
-"""
+counted on a skeleton on the meta device, nothing loaded."""
 
 from __future__ import annotations
 
@@ -47,13 +42,11 @@ def verifier_config() -> VideoLlavaConfig:
 
 @dataclass(frozen=True)
 class ModelSize:
-    """What a plan needs of one model.
-
-    parameters: by part (tower, projector, embeddings, linear, norms, head). linear: the decoder's
-    linear layers, which alone are quantised; linear_rows: their output rows together;
-    largest_linear: parameters of the largest. kv_width: key (or value) numbers a position and
-    layer. frame_tokens: tower states of one picture. visual_tokens: prompt positions of them all.
-    """
+    """What a plan needs of one model. parameters: by part (tower, projector, embeddings, linear,
+    norms, head). linear: the decoder's linear layers, which alone are quantised; linear_rows: their
+    output rows together; largest_linear: parameters of the largest. kv_width: key (or value)
+    numbers a position and layer. frame_tokens: tower states of one picture. visual_tokens: prompt
+    positions of them all. vision: the tower's configuration."""
 
     name: str
     role: Role
@@ -67,10 +60,8 @@ class ModelSize:
     vocab: int
     n_frames: int
     frame_tokens: int
-    tower_parameters_run: int
-    tower_layers: int
-    tower_hidden: int
-    tower_intermediate: int
+    tower_parameters: int
+    vision: CLIPVisionConfig
     visual_tokens: int
 
     @property
@@ -117,9 +108,8 @@ def _size_of(model_class: type, config: Any, role: Role, name: str,
         layers=text.num_hidden_layers, hidden=text.hidden_size,
         intermediate=text.intermediate_size, kv_width=heads * head_width,
         vocab=model.get_output_embeddings().weight.shape[0], n_frames=n_frames,
-        frame_tokens=frame_tokens, tower_parameters_run=sum(p.numel() for p in tower.parameters()),
-        tower_layers=vision.num_hidden_layers, tower_hidden=vision.hidden_size,
-        tower_intermediate=vision.intermediate_size, visual_tokens=int(visual_tokens))
+        frame_tokens=frame_tokens, tower_parameters=sum(p.numel() for p in tower.parameters()),
+        vision=vision, visual_tokens=int(visual_tokens))
 
 
 def _by_part(model: nn.Module, linear: list[nn.Linear]) -> dict[str, int]:

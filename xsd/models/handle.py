@@ -30,12 +30,9 @@ class DecoderState:
 
 
 class ModelHandle(batched.BatchedAnswers):
-    """One loaded model (core.DecoderHandle; models.batched for many samples), as models.loading
-    makes it.
-
-    draft_vocab_size: ids from it on are padding or added tokens and are never drafted. max_prompt:
-    positions at which the drafter's prompt is cut.
-    """
+    """One loaded model (core.DecoderHandle; models.batched for many samples). draft_vocab_size: ids
+    from it on are padding or added tokens, never drafted. max_prompt: where the drafter's prompt is
+    cut."""
 
     def __init__(self, model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, *,
                  draft_vocab_size: int, name: str = "") -> None:
@@ -58,21 +55,17 @@ class ModelHandle(batched.BatchedAnswers):
     # --- the prompt
 
     def images(self, sample: Sample) -> list[Any]:
-        """The pictures of the model's own sensor. Raises: DatasetError without event frames,
-        VideoError without video frames."""
-        if self.role == "drafter":
-            images, what, error = sample.event_frames, "event", DatasetError
-        else:
-            images, what, error = sample.video, "video", VideoError
+        """The pictures of the model's own sensor. Raises: DatasetError or VideoError for none."""
+        images, what, error = ((sample.event_frames, "event", DatasetError)
+                               if self.role == "drafter" else (sample.video, "video", VideoError))
         if len(images) == 0:
             raise error(f"{sample.sequence}/{sample.clip} has no {what} frame; check the clip's "
                         "files and read the dataset folder again")
         return list(images)
 
     def visual_tokens(self, sample: Sample, *, reuse: bool = True) -> Tensor:
-        """[E, D]: F + P event tokens, or frames × P video tokens. With ``reuse`` they are
-        remembered by what the images show: ten questions on a clip run the tower once. Raises: as
-        :meth:`images`."""
+        """[E, D]: F + P event tokens, or frames × P video tokens; with ``reuse`` remembered by what
+        the images show. Raises: as :meth:`images`."""
         images = self.images(sample)
         if not reuse:
             return self._encode_images(images)
@@ -85,10 +78,9 @@ class ModelHandle(batched.BatchedAnswers):
 
     @torch.no_grad()
     def _encode_images(self, images: Sequence[Any]) -> Tensor:
-        pixels = self.pixels(images).to(self.device)
+        pixels, model = self.pixels(images).to(self.device), self.model.model
         if self.role == "drafter":
             return self.model.event_tokens(pixels)
-        model = self.model.model
         tower = getattr(model, "video_tower", None) or model.vision_tower
         features = model.get_video_features(pixels[None].to(tower.dtype),
                                             return_dict=True).pooler_output
@@ -98,9 +90,7 @@ class ModelHandle(batched.BatchedAnswers):
 
     def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
         """Ids before (BOS first) and after the visual tokens."""
-        drafter = self.role == "drafter"
-        split = prompts.drafter_prompt_ids if drafter else prompts.verifier_prompt_ids
-        return split(self.tokenizer, question)
+        return prompts.prompt_ids(self.role, self.tokenizer, question)
 
     @torch.no_grad()
     def prompt_embeddings(self, sample: Sample, *, reuse_vision: bool = True) -> Tensor:
@@ -119,8 +109,7 @@ class ModelHandle(batched.BatchedAnswers):
 
     @torch.no_grad()
     def prefill(self, sample: Sample, *, reuse_vision: bool = False) -> DecoderState:
-        """Run the prompt; by default nothing is reused, so its time is the request's real
-        prefill."""
+        """Run the prompt; by default nothing is reused: its time is a request's real prefill."""
         embeds = self.prompt_embeddings(sample, reuse_vision=reuse_vision)
         cache = DynamicCache(config=self.decoder.config)
         output = self.decoder(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
@@ -133,8 +122,7 @@ class ModelHandle(batched.BatchedAnswers):
 
     @torch.no_grad()
     def extend(self, state: DecoderState, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ids int64 [n] (n ≥ 1) in place; hidden [n, D] and logits [n, V], row i predicting
-        the token after ids[i]."""
+        """Append ids int64 [n] (n ≥ 1) in place: hidden [n, D] and logits [n, V] after each."""
         if isinstance(state.cache, small_steps.GrowingCache):
             hidden = self._small_steps(self._lookup(ids), state.cache)
         else:
@@ -146,8 +134,7 @@ class ModelHandle(batched.BatchedAnswers):
         return hidden, logits
 
     def rollback(self, state: DecoderState, length: int) -> None:
-        """Forget every position >= length, in place: ``[prompt | a b c] -> [prompt | a b]``.
-        Raises: ValueError outside 0…state.length."""
+        """Forget every position >= length, in place. Raises: ValueError outside 0…state.length."""
         if not 0 <= length <= state.length:
             raise ValueError(
                 f"cannot roll back to length {length}: the cache holds {state.length} positions")
@@ -178,15 +165,14 @@ class ModelHandle(batched.BatchedAnswers):
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
 
     def token_text(self, token_id: int) -> str:
-        """One token as a strip shows it: word starts carry their space, byte tokens their
-        character."""
+        """One token as a strip shows it: word starts with their space, bytes as characters."""
         token = self.tokenizer.convert_ids_to_tokens(int(token_id)) or f"<{int(token_id)}>"
         if len(token) == 6 and token.startswith("<0x"):
             return bytes([int(token[3:5], 16)]).decode("latin-1")
         return token.replace("▁", " ")
 
     def weights_hash(self) -> str:
-        """:func:`tensors_hash` of the weights as held in memory (a quantised model has its own)."""
+        """:func:`tensors_hash` of the weights in memory (a quantised model has its own)."""
         if self._hash is None:
             self._hash = tensors_hash(self.model.state_dict())
         return self._hash

@@ -1,5 +1,4 @@
-"""What tensors a checkpoint folder holds, read without loading them, and how they differ from what
-a model expects."""
+"""What tensors a checkpoint folder holds, and how they differ from what a model expects."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ IGNORED = ("position_ids", "rotary_emb.inv_freq")
 
 def differences(missing: Iterable[str], unexpected: Iterable[str],
                 mismatched: Iterable[tuple[str, Sequence[int], Sequence[int]]]) -> str:
-    """How a checkpoint's tensors differ from a model's, in words; empty where they do not.
-    mismatched: (name, shape on disk, shape expected)."""
+    """In words; empty for none. mismatched: (name, shape on disk, shape expected)."""
     kinds = {"missing": list(missing),
              "unexpected": [name for name in unexpected if not name.endswith(IGNORED)],
              "of another shape": [f"{name} is {list(disk)}, expected {list(model)}"
@@ -42,8 +40,8 @@ def read_json(path: Path) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """One file or the shards of an index, safetensors before .bin. Raises: CheckpointError if there
-    are none, an index is damaged or a shard it names is missing."""
+    """One file or the shards of an index, safetensors before .bin. Raises: CheckpointError if one
+    is missing or an index damaged."""
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = single.with_name(f"{single.name}.index.json")
         if index.is_file():
@@ -53,9 +51,8 @@ def weight_files(folder: Path) -> list[Path]:
                 raise CheckpointError(f"{index} is not a shard index with a 'weight_map'; download "
                                       "it again") from error
             if absent := [name for name in shards if not (folder / name).is_file()]:
-                raise CheckpointError(
-                    f"{folder} lacks {len(absent)} of {len(shards)} weight shards "
-                    f"({_few(absent)}); download the missing files")
+                raise CheckpointError(f"{folder} lacks {len(absent)} of {len(shards)} weight shards"
+                                      f" ({_few(absent)}); download the missing files")
             return [folder / name for name in shards]
         if single.is_file():
             return [single]
@@ -65,7 +62,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
     """Name → shape of every tensor in the folder's weight files, from their headers. Raises:
-    CheckpointError if a file is truncated, damaged, or a pickle that holds more than tensors."""
+    CheckpointError if a file is damaged or a pickle of more than tensors."""
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
@@ -84,7 +81,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
     """Tensors of a .bin file, memory-mapped where its format allows. Raises: CheckpointError if it
-    is damaged or holds anything but tensors (nothing else is unpickled)."""
+    is damaged or holds anything else, which is not unpickled."""
     try:
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"

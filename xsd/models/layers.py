@@ -1,15 +1,6 @@
-"""Hidden states of several layers of a decoder, read where they enter a layer.
-
-Layers are numbered as in transformers' ``hidden_states``, from either end of each model's own stack
-of L decoder layers::
-
-    embeddings -> [layer 0] -> [layer 1] -> … -> [layer L-1] -> final norm -> LM head
-             0            1            2            (no index)           -1
-        -(L+1)           -L       -(L-1) …  -2 enters layer L-1
-
--1 is after the final norm; every other index is the residual stream before any norm, so the LM head
-does not apply to it.
-"""
+"""Hidden states of several layers of a decoder, numbered as in transformers' ``hidden_states`` from
+either end of its L layers: 0 … L-1 or -(L+1) … -2 enter a layer (the residual stream, to which the
+LM head does not apply), -1 is after the final norm."""
 
 from __future__ import annotations
 
@@ -26,8 +17,8 @@ LAST = -1
 
 
 def place(decoder: nn.Module, layer: int) -> int:
-    """The decoder layer that ``layer`` enters. Raises: ParameterError for the last state (-1, which
-    enters none) and outside the stack."""
+    """The decoder layer that ``layer`` enters. Raises: ParameterError for -1, which enters none,
+    and outside the stack."""
     depth = len(decoder.layers)
     if layer == LAST or not -depth - 1 <= layer < depth:
         raise ParameterError(
@@ -38,8 +29,8 @@ def place(decoder: nn.Module, layer: int) -> int:
 
 @contextlib.contextmanager
 def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-    """While open, the list holds the states [B, S, D] of the decoder's latest call, one for each
-    layer in the order given (not -1, which the decoder returns). Raises: as :func:`place`."""
+    """While open, the list holds the states [B, S, D] of the decoder's latest call in the layers
+    given (not -1, which the decoder returns). Raises: as :func:`place`."""
     states: list[Any] = [None] * len(layers)
 
     def keep(index: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

@@ -1,9 +1,6 @@
-"""Checkpoint folders to decoder handles: the drafter (EventGPT), the verifier (a video model of
-transformers), and the pair.
-
-Files and the model type are checked before the weights are read; names, shapes and NaN after it.
-Nothing is downloaded: a checkpoint is a folder on this machine.
-"""
+"""Checkpoint folders on this machine to decoder handles: the drafter (EventGPT), the verifier (a
+video model of transformers), and the pair. Files and the model type are checked before the weights
+are read; names, shapes and NaN after it."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-from transformers.utils import logging as transformers_logging
+from transformers.utils import logging as hf_logging
 
 from xsd.core import ROOT, CheckpointError, PairError
 from xsd.models import keymap, tower
@@ -35,7 +32,7 @@ EMBEDDED = ROOT / "data" / "pair"
 @dataclass(frozen=True)
 class Pair:
     """Two models that work together. n_event_frames, event_canvas: how the drafter's frames are
-    made. draft_vocab_size: ids below it mean the same to both and may be drafted."""
+    made. draft_vocab_size: ids below it mean the same to both."""
 
     name: str
     drafter: ModelHandle
@@ -47,8 +44,8 @@ class Pair:
 
 
 def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, dict[str, Any]]:
-    """The folder of a pair, and what its pair.json says, always with the folders of "drafter" and
-    "verifier". Raises: CheckpointError (naming ``names``) for a folder that is not there."""
+    """A pair's folder and what its pair.json says, always with the folders of "drafter" and
+    "verifier". Raises: CheckpointError (naming ``names``) where there is none."""
     folder = EMBEDDED if str(profile) == "embedded" else Path(profile)
     if not folder.is_dir():
         hint = f"give {names} or a folder with drafter/ and verifier/"
@@ -61,9 +58,8 @@ def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, d
 
 def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
               device: str = "cpu", quant: str | None = None) -> Pair:
-    """``"embedded"`` or a folder with drafter/ and verifier/ (pair.json may name other folders:
-    ``{"drafter": ..., "verifier": ...}``). Raises: CheckpointError for a folder that is no pair;
-    PairError if the models do not share a vocabulary."""
+    """``"embedded"`` or a folder with drafter/ and verifier/ (its pair.json may name others).
+    Raises: CheckpointError for a folder that is no pair; as :func:`shared_vocabulary`."""
     folder, info = pair_folder(profile)
     options = {"dtype": dtype, "device": device, "quant": quant}
     drafter = load_drafter(info["drafter"], vision_tower=info.get("vision_tower"), **options)
@@ -76,8 +72,8 @@ def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "f
 
 
 def shared_vocabulary(drafter: ModelHandle, verifier: ModelHandle) -> int:
-    """Number of leading ids that are the same text token in both models. Raises: PairError, with
-    the first difference."""
+    """Leading ids that are the same text token in both models. Raises: PairError, with the first
+    difference."""
     shared = min(drafter.draft_vocab_size, verifier.draft_vocab_size)
     sizes = f"{drafter.draft_vocab_size} text tokens against {verifier.draft_vocab_size}"
     ours, theirs = (handle.tokenizer.convert_ids_to_tokens(list(range(shared)))
@@ -100,11 +96,9 @@ def shared_vocabulary(drafter: ModelHandle, verifier: ModelHandle) -> int:
 
 def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.dtype = "float32",
                  device: str = "cpu", vision_tower: str | Path | None = None) -> ModelHandle:
-    """An EventGPT checkpoint folder, official or ours. quant: None, "4bit" or "8bit".
-
-    vision_tower: a CLIP folder, for a checkpoint without tower tensors or their description.
-    Raises: CheckpointError for anything missing, truncated, of the wrong type or shape, not finite.
-    """
+    """An EventGPT checkpoint folder, official or ours. quant: None, "4bit" or "8bit". vision_tower:
+    a CLIP folder, for a checkpoint without tower tensors or their description. Raises:
+    CheckpointError for anything missing, truncated, of the wrong type or shape, not finite."""
     folder, raw = open_checkpoint(path)
     model_type = EventGPTConfig.model_type
     if raw.get("model_type") != model_type:
@@ -135,9 +129,8 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
 
 def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch.dtype = "float32",
                   device: str = "cpu") -> ModelHandle:
-    """A video model that AutoModelForImageTextToText reads: Video-LLaVA, LLaVA-NeXT-Video. An
-    absent image tower (videos never use it) is filled from the video tower. Raises: as
-    load_drafter."""
+    """A video model that AutoModelForImageTextToText reads: Video-LLaVA, LLaVA-NeXT-Video. Raises:
+    as load_drafter."""
     folder, raw = open_checkpoint(path)
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video "
@@ -148,15 +141,14 @@ def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch
         _check_video_model(model_class(config), folder)
     model = _from_pretrained(model_class, folder, dtype, device, quant,
                              lacks=() if has_tower else "model.image_tower.")
-    if not has_tower and hasattr(model.model, "image_tower"):
+    if not has_tower and hasattr(model.model, "image_tower"):  # which videos never use
         model.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
     pixels = read_pixel_spec(folder, image_size=config.vision_config.image_size)
     return _handle(model, "verifier", pixels, folder, quant)
 
 
 def verifier_class(folder: Path) -> tuple[Any, type]:
-    """A verifier's configuration and its class of transformers. Raises: CheckpointError where
-    transformers knows it as no image-text model."""
+    """A verifier's configuration and class. Raises: CheckpointError for no image-text model."""
     try:
         with _quiet():
             config = AutoConfig.from_pretrained(folder)
@@ -183,8 +175,7 @@ def _check_video_model(model: nn.Module, folder: Path) -> None:
 
 def save_checkpoint(folder: str | Path, model: nn.Module, tokenizer: Any,
                     pixels: PixelSpec) -> None:
-    """Write what load_drafter / load_verifier read: weights (safetensors), configuration,
-    tokenizer, preprocessor."""
+    """Write what load_drafter / load_verifier read."""
     with _quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
@@ -192,7 +183,7 @@ def save_checkpoint(folder: str | Path, model: nn.Module, tokenizer: Any,
 
 
 def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint's folder and its config.json. Raises: CheckpointError where one is missing."""
+    """A checkpoint's folder and config.json. Raises: CheckpointError where one is missing."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}; give the directory of a "
@@ -223,7 +214,7 @@ def _handle(model: Any, role: Role, pixels: PixelSpec, folder: Path,
 
 def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, device: str,
                      quant: str | None, *, lacks: str | tuple[()], **kwargs: Any) -> Any:
-    """The model with the folder's tensors. lacks: how names begin that are filled afterwards."""
+    """lacks: how names of tensors begin that are filled afterwards."""
     dtype = dtype_of(dtype)
     if quant is not None:
         kwargs |= {"quantization_config": quantization_config(quant, dtype),
@@ -248,15 +239,13 @@ def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, d
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """transformers' progress bars and notes off for a while: this module checks by itself."""
-    bars = transformers_logging.is_progress_bar_enabled()
-    level = transformers_logging.get_verbosity()
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
+    hf_logging.disable_progress_bar()
+    hf_logging.set_verbosity_error()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+        with warnings.catch_warnings(action="ignore", category=FutureWarning):
             yield
     finally:
-        transformers_logging.set_verbosity(level)
+        hf_logging.set_verbosity(level)
         if bars:
-            transformers_logging.enable_progress_bar()
+            hf_logging.enable_progress_bar()

@@ -1,5 +1,4 @@
-"""Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them; sizes, means
-and deviations belong to a checkpoint, so not in ``sensors``."""
+"""Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them."""
 
 from __future__ import annotations
 
@@ -23,8 +22,7 @@ _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "process
 
 @dataclass(frozen=True)
 class PixelSpec:
-    """How a checkpoint wants its images. resize: shortest edge; crop: side of the centre crop
-    (pixels). mean, std: per RGB channel."""
+    """resize: shortest edge; crop: side of the centre crop (pixels); mean, std of RGB."""
 
     resize: int
     crop: int
@@ -33,7 +31,7 @@ class PixelSpec:
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
         """N images uint8 [H,W,3] to float32 [N,3,crop,crop]: bicubic to the shortest edge, centre
-        crop, /255, normalised. Raises: DatasetError for no image or one that is not uint8 RGB."""
+        crop, /255, normalised. Raises: DatasetError for none or one that is not uint8 RGB."""
         if len(images) == 0:
             raise DatasetError("there is no image to preprocess: a sample needs at least one event "
                                "frame and one video frame")

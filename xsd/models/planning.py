@@ -1,6 +1,5 @@
-"""What a run of a pair will take: memory, disk and hours, *predicted* by the formulas in the
-docstrings from counted parameters (models.full_size) and a stated machine speed. How far they were
-checked: docs/models.md, "Planning"."""
+"""Memory, disk and hours of a run, *predicted* by the formulas in the docstrings from counted
+parameters and a stated machine speed; how far they were checked: docs/models.md, "Planning"."""
 
 from __future__ import annotations
 
@@ -19,7 +18,7 @@ STATE_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "int8": 1}
 PROMPT_TOKENS = {"drafter": 59, "verifier": 22}
 """Text positions of a prompt with a question of nine words (EventGPT: 641 positions in all)."""
 TEXT_BYTES_PER_SAMPLE = 700
-"""Question, both answers and names in the parquet file beside a shard, roughly."""
+"""Question, answers and names in the parquet file beside a shard, roughly."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A 4-bit weight with its share of the quantised constants (blocks of 64, second level of 256)."""
 PEAK = "peak: both weights, larger cache + activations"
@@ -29,9 +28,8 @@ PEAK = "peak: both weights, larger cache + activations"
 
 @dataclass(frozen=True)
 class Machine:
-    """Speed as used in the predictions: matrix products in half precision and in float32, memory
-    bandwidth, and the shares of them that plain transformers code reaches. memory_gb: None if
-    unknown. source: "data sheet" (quoted), "given", or "measured" on this machine."""
+    """Speed of matrix products (half precision, float32) and memory, and the shares that plain
+    transformers code reaches. source: "data sheet" (quoted), "given", or "measured" here."""
 
     name: str
     tflops: float
@@ -54,8 +52,7 @@ class Machine:
 
     def reaching(self, *, tflops: float | None = None, gb_s: float | None = None,
                  memory_gb: float | None = None) -> Machine:
-        """The machine with what the user knows better; a given speed is what is reached, so no
-        share is taken off it."""
+        """With what the user knows better; a given speed is reached, no share is taken off it."""
         known: dict[str, float | str] = {} if memory_gb is None else {"memory_gb": memory_gb}
         if tflops is not None:
             known |= {"tflops": tflops, "tflops32": min(tflops, self.tflops32),
@@ -77,9 +74,8 @@ MEASURED_SHARES = (0.75, 0.6)
 
 
 def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -> Machine:
-    """Time square matrix products, and a matrix times a vector for the bandwidth, on this machine:
-    a second or two. memory_gb: what is free now. size: side of the products on a CPU (8 times that
-    on a GPU); the bandwidth's matrix has 10 times the side, 240 MB, so that no cache holds it."""
+    """Time square matrix products, and for the bandwidth a matrix (240 MB, more than a cache holds)
+    times a vector: a second or two. size: side of the products on a CPU (8 times that on a GPU)."""
     place, threads = torch.device(device), torch.get_num_threads()
 
     def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -100,7 +96,7 @@ def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -
 
 
 def free_bytes(device: str = "cpu") -> int | None:
-    """Free on a CUDA device or in main memory now; None where the system does not say."""
+    """Free on a CUDA device or in main memory; None where the system does not say."""
     if torch.device(device).type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:
@@ -137,12 +133,9 @@ def kv_bytes(size: ModelSize, positions: int, batch: int, dtype: str) -> int:
 
 def activation_bytes(size: ModelSize, batch: int, dtype: str, quant: str | None = None) -> int:
     """The widest moment of a forward pass without gradients: the tower over one clip's pictures, or
-    the decoder's gated layer over ``batch`` prompts (an upper bound: those of a clip run once).
-
-    (2·width + 3·inner) numbers a position: residual, normed input, gate, up, product. Attention is
-    taken to be fused (no L × L matrix). 4-bit adds one unpacked weight.
-    """
-    in_tower = 2 * size.tower_hidden + 3 * size.tower_intermediate
+    the decoder's gated layer over ``batch`` prompts (an upper bound), (2·width + 3·inner) numbers a
+    position: residual, normed input, gate, up, product. 4-bit adds one unpacked weight."""
+    in_tower = 2 * size.vision.hidden_size + 3 * size.vision.intermediate_size
     in_decoder = 2 * size.hidden + 3 * size.intermediate
     widest = max(size.n_frames * size.frame_tokens * in_tower,
                  batch * prompt_positions(size) * in_decoder)
@@ -151,8 +144,8 @@ def activation_bytes(size: ModelSize, batch: int, dtype: str, quant: str | None 
 
 def memory(pair: Sizes, *, dtype: str, quant: str | None, batch: int,
            new_tokens: int) -> dict[str, float]:
-    """Bytes of both models on one device, ``batch`` answers of ``new_tokens`` at a time: weights,
-    KV cache and activations of each, and their PEAK (the models do not run at the same time)."""
+    """Bytes of both models, ``batch`` answers at a time: weights, KV cache and activations of each,
+    and their PEAK (the models do not run at the same time)."""
     found: dict[str, float] = {}
     weights, working = 0.0, 0
     for size in pair:
@@ -167,8 +160,8 @@ def memory(pair: Sizes, *, dtype: str, quant: str | None, batch: int,
 
 def shard_bytes(pair: Sizes, *, samples: int, tokens: int, modes: int, stored: str,
                 dtype: str) -> int:
-    """Paired states, ids and texts of ``modes`` run folders, each with both LM heads. A position of
-    one model is D numbers and an 8-byte id (int8: and a 4-byte scale)."""
+    """Paired states, ids and texts of ``modes`` run folders with both LM heads: D numbers and an
+    8-byte id (int8: and a 4-byte scale) a position and model."""
     if stored not in STATE_BYTES:
         raise ParameterError(
             f"states cannot be stored as {stored!r}; choose one of {', '.join(STATE_BYTES)}")
@@ -190,16 +183,15 @@ def prefill_flops(size: ModelSize, positions: int) -> float:
 def prompt_seconds(size: ModelSize, machine: Machine, dtype: str) -> float:
     """Tower over every picture of a clip (2 · parameters · states, and attention), projector, and
     prefill, bound by compute."""
-    states = size.n_frames * size.frame_tokens
-    attention = 4.0 * size.tower_layers * size.tower_hidden * size.n_frames * size.frame_tokens**2
-    vision = 2.0 * (size.tower_parameters_run + size.parameters["projector"]) * states + attention
+    states, tower = size.n_frames * size.frame_tokens, size.vision
+    attention = 4.0 * tower.num_hidden_layers * tower.hidden_size * states * size.frame_tokens
+    vision = 2.0 * (size.tower_parameters + size.parameters["projector"]) * states + attention
     return (vision + prefill_flops(size, prompt_positions(size))) / machine.flops(dtype)
 
 
 def step_seconds(size: ModelSize, machine: Machine, dtype: str, quant: str | None, *, batch: int,
                  positions: int) -> float:
-    """One decode step of ``batch`` rows: the longer of reading (linear weights, head, caches) and
-    computing."""
+    """Of ``batch`` rows: the longer of reading (linear, head, caches) and computing."""
     not_read = size.total - size.parameters["linear"] - size.parameters.get("head", 0)
     read = weight_bytes(size, dtype, quant) - not_read * dtype_of(dtype).itemsize
     read += kv_bytes(size, positions, batch, dtype)
@@ -211,9 +203,9 @@ def step_seconds(size: ModelSize, machine: Machine, dtype: str, quant: str | Non
 def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str | None, clips: int,
                        questions: int, new_tokens: int, batch: int,
                        modes: tuple[str, ...]) -> dict[str, float]:
-    """By what is done. A clip's pictures and the prompt up to its questions run once a batch; then
-    ``new_tokens`` steps for each batch of answers. teacher_forced: the verifier generates, the
-    drafter is forced in one pass; free_running: the drafter generates too."""
+    """By what is done: a clip's prompt up to its questions once a batch, then ``new_tokens`` steps
+    for each batch of answers. teacher_forced: the drafter is forced in one pass; free_running: it
+    generates too."""
     drafter, verifier = pair
     samples, prompts = clips * questions, clips * -(-questions // batch)
     steps = -(-samples // batch) * new_tokens
@@ -236,9 +228,9 @@ def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str 
 
 def training(parameters: int, verifier: ModelSize, machine: Machine, *, samples: int, tokens: int,
              epochs: int, batch: int) -> tuple[float, float]:
-    """Seconds and peak bytes of training an adapter with float32 AdamW: 6 · parameters operations a
-    position, 4 · V · D for the frozen head under a token loss; 16 bytes a parameter (weight,
-    gradient, two moments), the head, and per position 3 rows of logits and 24 states."""
+    """Seconds and peak bytes of an adapter under float32 AdamW: 6 · parameters operations a
+    position, 4 · V · D for the frozen head; 16 bytes a parameter, the head, and per position 3 rows
+    of logits and 24 states."""
     head = verifier.vocab * verifier.hidden
     seconds = samples * tokens * epochs * (6.0 * parameters + 4.0 * head) / machine.flops("float32")
     rows = 3 * verifier.vocab + 24 * verifier.hidden

@@ -12,36 +12,26 @@ DRAFTER_SYSTEM = (
 VIDEO_TOKEN = "<video>"
 
 
-def drafter_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
-    """Ids before the event tokens (BOS first) and after them, each side tokenised by itself, as
-    the official code does. Raises: DatasetError for an empty question."""
-    after = _ids(tokenizer, f"<ev_end>\n{_checked(question)} ASSISTANT:")
-    return _bos(tokenizer) + _ids(tokenizer, f"{DRAFTER_SYSTEM} USER: <ev_start>"), after
-
-
-def verifier_prompt_ids(tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
-    """Ids before the video tokens (BOS first) and after them: the prompt is tokenised whole with
-    ``<video>`` as one special token, as the model's processor does, then split there. Raises:
-    DatasetError for an empty question; CheckpointError if the tokenizer has no ``<video>``."""
-    place = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
-    ids = _ids(tokenizer, f"USER: {VIDEO_TOKEN}\n{_checked(question)} ASSISTANT:")
-    if place is None or ids.count(place) != 1:
-        raise CheckpointError(f"the verifier's tokenizer does not know {VIDEO_TOKEN} as one token; "
-                              "use the tokenizer saved with the video checkpoint")
-    at = ids.index(place)
-    return _bos(tokenizer) + ids[:at], ids[at + 1:]
-
-
-def _checked(question: str) -> str:
+def prompt_ids(role: str, tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
+    """Ids before the visual tokens (BOS first) and after them. The drafter's sides are tokenised
+    each by itself, as the official code does; the verifier's prompt whole, with ``<video>`` as one
+    special token, and split there. Raises: DatasetError for an empty question; CheckpointError if
+    the verifier's tokenizer has no ``<video>``."""
     if not question.strip():
         raise DatasetError(
             "a question has zero length; give each sample a question with at least one word")
-    return question
 
+    def ids(text: str) -> list[int]:
+        return tokenizer(text, add_special_tokens=False).input_ids
 
-def _ids(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False).input_ids
-
-
-def _bos(tokenizer: Any) -> list[int]:
-    return [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    if role == "drafter":
+        after = ids(f"<ev_end>\n{question} ASSISTANT:")
+        return bos + ids(f"{DRAFTER_SYSTEM} USER: <ev_start>"), after
+    place = tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    whole = ids(f"USER: {VIDEO_TOKEN}\n{question} ASSISTANT:")
+    if place is None or whole.count(place) != 1:
+        raise CheckpointError(f"the verifier's tokenizer does not know {VIDEO_TOKEN} as one token; "
+                              "use the tokenizer saved with the video checkpoint")
+    at = whole.index(place)
+    return bos + whole[:at], whole[at + 1:]

@@ -1,5 +1,4 @@
-"""Number formats of the weights: dtype names, bitsandbytes configurations, and what a loaded model
-weighs (docs/models.md, "Number formats")."""
+"""Number formats of the weights (docs/models.md, "Number formats")."""
 
 from __future__ import annotations
 
@@ -13,30 +12,24 @@ from transformers import BitsAndBytesConfig
 
 from xsd.core import ParameterError
 
-DTYPES: dict[str, torch.dtype] = {
-    "float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16,
-}
+DTYPES = {"float32": torch.float32, "fp32": torch.float32, "bfloat16": torch.bfloat16,
+          "bf16": torch.bfloat16, "float16": torch.float16, "fp16": torch.float16}
 TOWERS = ("visual_tower", "video_tower", "image_tower", "vision_tower")
 PROJECTORS = ("visual_projector", "feature_adaptor", "multi_modal_projector")
 KEPT_WHOLE = ("lm_head", *(f"model.{name}" for name in (*TOWERS, *PROJECTORS)))
-"""Modules never quantised, by full name: transformers matches from the start of the path, so a bare
-"video_tower" would match nothing and the tower would be quantised without a word."""
+"""Modules never quantised, by full name: transformers matches from the start of the path."""
 
 
 def dtype_of(name: str | torch.dtype) -> torch.dtype:
-    """``"float32" | "bfloat16" | "float16"`` (or fp32, bf16, fp16) to a torch dtype. Raises:
-    ParameterError for another name."""
-    if isinstance(name, torch.dtype):
-        return name
-    if name not in DTYPES:
+    """A name of ``DTYPES`` as a torch dtype. Raises: ParameterError for another name."""
+    if not isinstance(name, torch.dtype) and name not in DTYPES:
         raise ParameterError(f"dtype {name!r} is unknown; choose one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    return DTYPES.get(name, name)
 
 
 def quantization_config(quant: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """``"4bit"`` (NF4, double quantisation) or ``"8bit"`` (LLM.int8). dtype: in which 4-bit layers
-    compute. Raises: ParameterError for another name."""
+    """``"4bit"`` (NF4, double quantisation; computing in ``dtype``) or ``"8bit"`` (LLM.int8).
+    Raises: ParameterError for another name."""
     if quant not in ("4bit", "8bit"):
         raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
     return BitsAndBytesConfig(load_in_4bit=quant == "4bit", load_in_8bit=quant == "8bit",
@@ -62,7 +55,7 @@ def weight_bytes(model: nn.Module) -> int:
 
 
 def peak_memory_bytes(device: str | torch.device = "cpu") -> int:
-    """Peak since start: of the CUDA allocator on a GPU, of the process (resident set) on a CPU."""
+    """Peak since start: of the CUDA allocator, or of the process (resident set) on a CPU."""
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -1,12 +1,7 @@
 """The decoder stack for a few rows a call: what transformers' LlamaModel computes, without the
-costs that dominate small models on a CPU.
-
-A decode step of a small model is memory traffic and bookkeeping. Here the projections that read one
-input are one matrix (q, k, v; gate, up), stored input-major (faster for few rows); the rotary table
-is made once; keys and values stand in one buffer that grows in place, so that a step copies its own
-rows alone and a rollback is an assignment. Used where that is the same computation (:func:`fits`),
-by both models of a pair and the autoregressive baseline alike.
-"""
+memory traffic and bookkeeping that dominate small models on a CPU. Projections that read one input
+are one matrix, stored input-major; the rotary table is made once; keys and values stand in a buffer
+that grows in place, so a rollback is an assignment."""
 
 from __future__ import annotations
 
@@ -21,8 +16,7 @@ _WIDEST = 1024
 
 
 def fits(decoder: nn.Module) -> bool:
-    """True for an unquantised float32 Llama on the CPU, at most 1024 wide, with plain attention (no
-    grouping, bias, or scaled rotary)."""
+    """True for an unquantised float32 Llama on the CPU, at most 1024 wide, with plain attention."""
     if not isinstance(decoder, LlamaModel):
         return False
     config, heads = decoder.config, decoder.config.num_attention_heads
@@ -37,8 +31,8 @@ def fits(decoder: nn.Module) -> bool:
 
 
 class GrowingCache:
-    """Keys and values of one sequence, one buffer [heads, room, head_dim] for each layer; positions
-    from ``length`` on are free. prompt: a cache of one row, as a prefill leaves it."""
+    """Keys and values of one sequence, a buffer [heads, room, head_dim] for each layer, free from
+    ``length`` on. prompt: a cache of one row, as a prefill leaves it."""
 
     def __init__(self, prompt: DynamicCache) -> None:
         self.length = prompt.get_seq_length()

@@ -1,5 +1,4 @@
-"""The drafter's vision tower: where it is, how it is built, its weights where a checkpoint has
-none."""
+"""The drafter's vision tower: where it is, how it is built, its weights."""
 
 from __future__ import annotations
 
@@ -20,8 +19,8 @@ _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attenti
 
 def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
          needed: bool) -> Path | None:
-    """The CLIP folder: ``override``, or what the checkpoint's raw config names, here or beside it.
-    Raises: CheckpointError if the override is no folder, or a needed tower is nowhere here."""
+    """The CLIP folder: ``override``, or what the raw config names, here or beside it. Raises:
+    CheckpointError if the override is no folder, or a needed tower is nowhere here."""
     if override is not None:
         if not Path(override).is_dir():
             raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the "
@@ -41,8 +40,8 @@ def find(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
 
 def describe(folder: Path, clip_folder: Path | None,
              shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """CLIPVisionConfig fields: from the CLIP folder, else read off the tensors (64 channels a head,
-    as CLIP ViT-B and -L have). Raises: CheckpointError if neither says enough."""
+    """CLIPVisionConfig fields: from the CLIP folder, else read off the tensors (64 channels a
+    head). Raises: CheckpointError if neither says enough."""
     if clip_folder is not None:
         found = keymap.read_json(clip_folder / "config.json")
         found = found.get("vision_config", found)
@@ -69,8 +68,8 @@ def describe(folder: Path, clip_folder: Path | None,
 
 
 def load_weights(model: EventGPTForCausalLM, folder: Path) -> None:
-    """Copy a CLIP folder's vision weights (whole CLIP or vision model alone) into the model.
-    Raises: CheckpointError if there are none or they do not fit."""
+    """Copy a CLIP folder's vision weights into the model. Raises: CheckpointError if they do not
+    fit."""
     keymap.tensor_shapes(folder)  # says what is wrong with a damaged file
     weights: dict[str, torch.Tensor] = {}
     for path in keymap.weight_files(folder):

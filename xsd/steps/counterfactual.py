@@ -22,7 +22,7 @@ import torch
 from xsd.core import Batch, ParameterError
 from xsd.evaluate.held_out import HeldOut
 from xsd.models import loading
-from xsd.models.batched import Forced
+from xsd.models.batched import Continuation
 from xsd.models.handle import ModelHandle
 from xsd.runs import folder
 from xsd.steps import extraction
@@ -37,7 +37,7 @@ class Shown(HeldOut):
     """A held-out set whose drafter saw something else. forced: of every sample its states and
     tokens after the verifier's."""
 
-    forced: Sequence[Forced] = ()
+    forced: Sequence[Continuation] = ()
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """The stored pairs with the drafter's side replaced."""
@@ -46,7 +46,7 @@ class Shown(HeldOut):
             lengths = batch.mask.sum(dim=1).tolist()
             for row, (place, length) in enumerate(zip(batch.index, lengths, strict=True)):
                 states[row, :length] = self.forced[place].hidden[:length].to(states.dtype)
-                ids[row, :length] = self.forced[place].top_ids[:length]
+                ids[row, :length] = self.forced[place].ids[:length]
             yield dataclasses.replace(batch, drafter=states, ids_by_drafter=ids)
 
 
@@ -83,10 +83,10 @@ def drafter_of(run_dir: str | os.PathLike[str]) -> ModelHandle:
 
 
 def force(drafter: ModelHandle, pairs: HeldOut, names: Sequence[str],
-          batch_size: int) -> dict[str, list[Forced]]:
+          batch_size: int) -> dict[str, list[Continuation]]:
     """The drafter's states along the answers in every arm. Pictures are read once for all arms, a
     batch at a time."""
-    out: dict[str, list[Forced]] = {name: [] for name in names}
+    out: dict[str, list[Continuation]] = {name: [] for name in names}
     blind = without_pictures(drafter)
     others = donors(pairs.clusters) if "other scene" in names else []
     for start in range(0, len(pairs), batch_size):
