@@ -16,7 +16,7 @@ from xsd.extract import pairs
 from xsd.models import loading
 from xsd.sensors import events as event_streams
 from xsd.sensors import timed_video
-from xsd.shards import memory
+from xsd.shards import store
 from xsd.shards.store import ShardDataset
 from xsd.shards.writer import ShardWriter
 from xsd.steps import recordings, traces
@@ -155,7 +155,7 @@ def test_free_running_answers_are_handed_on_as_traces(tmp_path, pair):
 def test_pairs_in_memory_read_like_a_run_folder(tmp_path, pair):
     samples = make_samples(3)
     forced = pairs.teacher_forced_pairs(pair, samples, 5)
-    held = memory.MemoryPairs(forced)
+    held = store.MemoryPairs(forced)
     with ShardWriter(tmp_path / "run", mode="teacher_forced", dtype="fp32", config={}) as writer:
         for one in forced:
             writer.write(one)

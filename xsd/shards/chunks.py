@@ -1,15 +1,10 @@
 """Hidden states as the first scripts for this task left them (padded .pt files), read safely and
 converted to a run folder.
 
-    chunked_train_1s_4bit/index.json          {"total_samples", "chunk_size", "config",
-                                               "chunks": [{"path", "start_idx", "n_samples"}]}
-    chunked_train_1s_4bit/chunks/chunk_000000.pt
-        {"egpt_hidden", "vl_hidden": [n, S, D] float32, "seq_lens": [n], "metadata": n dicts}
-    hidden_states_train_1s_4bit_20260131_top10q.pt   one such dict with "config"
-
-Both models ran freely and each answer was cut to the shorter of the two, so the mode is
-free_running; the states are those that predict their token, after the final norm. Token ids were
-not kept: they read as -1 and the run is marked as having none.
+A folder holds index.json ({"config", "chunks": [{"path", "n_samples"}]}) and chunks/*.pt, each a
+dict {"egpt_hidden", "vl_hidden": [n, S, D] float32, "seq_lens": [n], "metadata": n dicts}; a single
+file is one such dict with "config". Both models ran freely and each answer was cut to the shorter
+of the two: free_running, after the final norm. Token ids were not kept: -1, and marked as absent.
 """
 
 from __future__ import annotations
@@ -33,11 +28,11 @@ _NEEDED = ("egpt_hidden", "vl_hidden", "seq_lens")
 def _load(path: Path) -> Any:
     """Tensors, numbers and texts only; nothing in the file is executed. Mapped, so that a chunk of
     1.6 GB is not held at once."""
-    if not path.is_file():
-        raise ShardError(
-            f"{path} is missing; copy it beside the others, or extract those samples again")
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except FileNotFoundError as error:
+        raise ShardError(f"{path} is missing; copy it beside the others, or extract those samples "
+                         "again") from error
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ShardError(f"{path} cannot be read ({str(error).strip().splitlines()[0]}); it is "
                          "truncated or not such a file") from error
@@ -69,14 +64,14 @@ def _index(path: Path) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
     if not path.is_dir():
         data = _load_chunk(path)
         return [(path, len(data["seq_lens"]))], dict(data.get("config") or {})
+    if not (path / "index.json").is_file():
+        raise ShardError(f"{path} has no index.json; give the folder that holds it and chunks/, or "
+                         "one .pt file")
     try:
         index = json.loads((path / "index.json").read_text())
         chunks = [(path / "chunks" / Path(chunk["path"]).name, int(chunk["n_samples"]))
                   for chunk in index["chunks"]]
         return chunks, dict(index.get("config") or {})
-    except FileNotFoundError as error:
-        raise ShardError(f"{path} has no index.json; give the folder that holds it and chunks/, or "
-                         "one .pt file") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path / 'index.json'} is not an index of chunks ({error!r}); restore it "
                          "from a copy") from error
@@ -84,13 +79,12 @@ def _index(path: Path) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
 
 def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = None, first: int = 0,
                 progress: Callable[[int], None] | None = None) -> Iterator[PairedStates]:
-    """The samples from number ``first`` on, one chunk mapped at a time. path: a chunked folder or a
-    single .pt file.
+    """The samples from number ``first`` on of a chunked folder or a single .pt file, one chunk
+    mapped at a time.
 
     clips: (sequence, clip) of every scene of the dataset folder, by which ``sample_idx`` is named;
-    without it the sequence is "unknown" (neighbouring scenes overlap, so they may not pass as
-    independent). progress(n): after n more samples.
-    Raises: ShardError for missing, truncated, foreign or inconsistent files.
+    without it the sequence is "unknown" (neighbouring scenes overlap: they may not pass as
+    independent). Raises: ShardError for missing, truncated, foreign or inconsistent files.
     """
     chunks, config = _index(Path(path))
     done = 0
@@ -113,14 +107,13 @@ def _sample(data: Mapping[str, Any], row: int, number: int, config: Mapping[str,
                          f"{len(clips)}; give the one it was extracted from")
     sequence, clip = clips[scene] if clips is not None else ("unknown", f"{scene:06d}")
     n = int(data["seq_lens"][row])
+    states = (data[name][row, :n].clone() for name in _NEEDED[:2])
     absent = torch.full((n,), -1, dtype=torch.int64)
+    question, *texts = (str(line.get(key, "")) for key in ("question", "egpt_text", "vl_text"))
     kept = {key: line[key] for key in ("sample_idx", "question_idx", "event_image_key")
             if key in line}
-    return PairedStates(sequence, clip, str(line.get("question", "")),
-                        data["egpt_hidden"][row, :n].clone(), data["vl_hidden"][row, :n].clone(),
-                        absent, absent.clone(), "free_running", "post_norm",
-                        str(line.get("egpt_text", "")), str(line.get("vl_text", "")),
-                        str(config.get("split", "")), kept)
+    return PairedStates(sequence, clip, question, *states, absent, absent.clone(), "free_running",
+                        "post_norm", *texts, str(config.get("split", "")), kept)
 
 
 def import_chunks(path: str | Path, folder: str | Path, *, dtype: str = "fp32",
@@ -129,35 +122,26 @@ def import_chunks(path: str | Path, folder: str | Path, *, dtype: str = "fp32",
                   progress: Callable[[int], None] | None = None) -> int:
     """Convert to a run folder; a second call continues. Returns the number of samples.
 
-    dtype: fp32 keeps every bit; so does fp16 for models that ran in float16, at half the size.
-    head: the verifier's LM head, a tensor [V, D] or a .pt file holding one. Raises: ShardError as
-    read_chunks and ShardWriter, StorageError.
+    dtype: fp32 keeps every bit. head: the verifier's LM head, a tensor [V, D] or a .pt file holding
+    one. progress(n): after n more samples. Raises: as read_chunks and ShardWriter.
     """
     path = Path(path)
-    config = {
-        "imported_from": path.name, "clips": clips is not None, "source_config": _index(path)[1],
-        "source_hash": sha256_of(path / "index.json" if path.is_dir() else path)
-    }
-    writer = ShardWriter(folder, mode="free_running", dtype=dtype, config=config,
-                         samples_per_shard=samples_per_shard)
-    finished = writer.finished
-    try:
-        if not finished:
-            writer.mark_ids_absent()
+    config = {"imported_from": path.name, "clips": clips is not None,
+              "source_config": _index(path)[1],
+              "source_hash": sha256_of(path / "index.json" if path.is_dir() else path)}
+    with ShardWriter(folder, mode="free_running", dtype=dtype, config=config, token_ids=False,
+                     samples_per_shard=samples_per_shard) as writer:
+        if not writer.finished:
             if head is not None:
                 weight = head if isinstance(head, Tensor) else read_head(head)
                 writer.save_head("verifier", weight, len(weight))
             for states in read_chunks(path, clips=clips, first=writer.n_written, progress=progress):
                 writer.write(states)
-            finished = True
-    finally:
-        writer.close(finished=finished)
     return writer.n_written
 
 
 def read_head(path: str | Path) -> Tensor:
-    """The one matrix [V, D] in a .pt file (a tensor, or a dict that holds one). Raises: ShardError
-    otherwise."""
+    """The one matrix [V, D] in a .pt file. Raises: ShardError if there is not just one."""
     data = _load(Path(path))
     values = data.values() if isinstance(data, dict) else [data]
     matrices = [value for value in values if isinstance(value, Tensor) and value.dim() == 2]

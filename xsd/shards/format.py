@@ -1,12 +1,8 @@
-"""What a run folder holds, byte by byte: stored samples, shard files, manifest (docs/shards.md).
-
-A shard is ragged: the states of all its answers one below the other, with offsets, no padding::
-
-    hidden_by_verifier [sum S_v, D_v]  | a a a | b b | c c c c |  offsets_verifier [n + 1] = 0 3 5 9
-"""
+"""What a run folder holds, byte by byte: stored samples, shard files, manifest (docs/shards.md)."""
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import re
@@ -32,15 +28,16 @@ ROLES = ("drafter", "verifier")
 
 StoredDtype = Literal["fp32", "bf16", "fp16", "int8"]
 """How states are stored. int8: each row divided by its own float32 scale, max|row| / 127."""
-TORCH_DTYPES = {
-    "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "int8": torch.int8
-}
-_LONG_NAMES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
+                "int8": torch.int8}
+_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+KINDS = {"mode": get_args(Mode), "tap": get_args(Tap), "dtype": get_args(StoredDtype)}
+"""What a run may be."""
 
 TEXT_COLUMNS = ("sequence", "clip", "question", "split", "mode", "text_by_drafter",
                 "text_by_verifier", "extra")
-_SCHEMA = pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS),
-                     *((f"n_tokens_{role}", pa.int64()) for role in ROLES)])
+SCHEMA = pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS),
+                    *((f"n_tokens_{role}", pa.int64()) for role in ROLES)])
 _OWN_NAME = re.compile(
     r"(shard-\d{6}\.(safetensors|parquet)|head-(drafter|verifier)\.safetensors|times\.jsonl)")
 
@@ -57,12 +54,12 @@ class Row:
 
 
 def short_dtype(name: str) -> str:
-    """``float32`` is ``fp32``, and so on; other names stay as they are."""
-    return _LONG_NAMES.get(name, name)
+    """``fp32`` for ``float32``, and so on; other names as they are."""
+    return _SHORT.get(name, name)
 
 
 def shard_name(number: int, kind: str = "safetensors") -> str:
-    """``shard-000007.safetensors``, and ``.parquet`` of its metadata."""
+    """File of a shard; kind ``parquet``: of its metadata."""
     return f"shard-{number:06d}.{kind}"
 
 
@@ -91,11 +88,8 @@ def decode_states(stored: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
-    """Check one sample and bring it to its stored form.
-
-    Raises: ShardError for states and ids of other lengths, unequal lengths under teacher forcing,
-    NaN or infinity, or values that overflow the dtype.
-    """
+    """One sample in its stored form. Raises: ShardError for states and ids of other lengths,
+    unequal lengths under teacher forcing, NaN or infinity, or an overflow of the dtype."""
     name = f"{pair.sequence}/{pair.clip} {pair.question!r}"
     states, ids, scales = {}, {}, {}
     for role in ROLES:
@@ -128,8 +122,7 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
 
 
 def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
-    """The bytes of a safetensors file; the same rows give the same bytes. with_text: texts inside,
-    as in pending pieces."""
+    """The bytes of a safetensors file. with_text: texts inside, as in pending pieces."""
     tensors: dict[str, Tensor] = {}
     for role in ROLES:
         lengths = torch.tensor([0, *(len(row.ids[role]) for row in rows)], dtype=torch.int64)
@@ -138,10 +131,9 @@ def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
         tensors[f"ids_by_{role}"] = torch.cat([row.ids[role] for row in rows])
         if rows[0].scales:
             tensors[f"scale_by_{role}"] = torch.cat([row.scales[role] for row in rows])
-    if not with_text:
-        return save(tensors)
     # One metadata entry only: the library writes several in no fixed order.
-    return save(tensors, {"text": json.dumps([dict(row.text) for row in rows], sort_keys=True)})
+    text = json.dumps([dict(row.text) for row in rows], sort_keys=True)
+    return save(tensors, {"text": text} if with_text else None)
 
 
 def unpack(data: bytes) -> list[Row]:
@@ -171,22 +163,18 @@ def pack_metadata(rows: Sequence[Row]) -> bytes:
     for role in ROLES:
         columns[f"n_tokens_{role}"] = [len(row.ids[role]) for row in rows]
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pydict(columns, schema=_SCHEMA), out)
+    pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), out)
     return out.getvalue()
 
 
 def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file that hold all the keys, if there is one. Others are left out:
-    a killed writer may have written half of its last line."""
+    """The lines of a JSON-lines file, if there is one, that hold all the keys: a killed writer may
+    have written half of its last line."""
     found = []
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        try:
-            line = json.loads(text)
-        except ValueError:
-            continue
-        if isinstance(line, dict) and set(keys) <= set(line):
-            found.append(line)
-    return found
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(text))
+    return [line for line in found if isinstance(line, dict) and set(keys) <= set(line)]
 
 
 def read_times(folder: Path) -> list[dict[str, Any]]:
@@ -202,7 +190,7 @@ def entry_of(name: str, data: bytes) -> dict[str, Any]:
     return {"file": name, "bytes": len(data), "sha256": sha256(data).hexdigest()}
 
 
-def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
+def _manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
     """Sorted JSON with the digest of itself, so that a changed byte is seen."""
     body = {key: value for key, value in manifest.items() if key != "digest"}
     digest = sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
@@ -211,12 +199,12 @@ def manifest_bytes(manifest: Mapping[str, Any]) -> bytes:
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
     """Atomic. Raises: StorageError."""
-    atomic_write(folder / MANIFEST, manifest_bytes(manifest))
+    atomic_write(folder / MANIFEST, _manifest_bytes(manifest))
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Raises: ShardError if there is none, or it is of another format or version, was changed, or
-    names an unknown mode, tap, dtype or file."""
+    """Raises: ShardError if there is none, it is of another version, was changed, or names an
+    unknown mode, tap, dtype or file."""
     path = Path(folder) / MANIFEST
     try:
         data = path.read_bytes()
@@ -227,20 +215,20 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         raise ShardError(f"no {MANIFEST} in {folder}; {hint}") from error
     try:
         manifest = json.loads(data)
-        known, version = manifest["format"] == FORMAT, manifest["version"]
+        kind = manifest["format"], manifest["version"]
     except (ValueError, KeyError, TypeError) as error:
         raise ShardError(f"{path} is not a manifest of hidden states; restore it from a copy or "
                          "extract again into a new folder") from error
-    if not known or version != VERSION:
-        raise ShardError(f"{path} is of format {manifest['format']!r} version {version!r} but this "
-                         f"code reads {FORMAT!r} version {VERSION}")
-    if manifest_bytes(manifest) != data:
+    if kind != (FORMAT, VERSION):
+        raise ShardError(f"{path} is of format {kind[0]!r} version {kind[1]!r} but this code reads "
+                         f"{FORMAT!r} version {VERSION}")
+    if _manifest_bytes(manifest) != data:
         raise ShardError(f"{path} was changed after it was written (its digest differs); restore "
                          "it or extract again into a new folder")
-    for field, kind in (("mode", Mode), ("tap", Tap), ("dtype", StoredDtype)):
-        if manifest.get(field) not in get_args(kind):
+    for field, known in KINDS.items():
+        if manifest.get(field) not in known:
             raise ShardError(f"{path} says {field}={manifest.get(field)!r}; expected one of "
-                             f"{', '.join(get_args(kind))}")
+                             f"{', '.join(known)}")
     for name, _, _ in listed_files(manifest):
         if not _OWN_NAME.fullmatch(name):
             raise ShardError(f"{path} names the file {name!r}, which no writer of this format "
@@ -260,10 +248,9 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
 def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:
     """``"config.quant is '4bit' in the folder but None now"`` for the first field (by name) that
     differs, else None."""
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        for key in sorted({*stored, *wanted}):
-            inner = f"{name}.{key}" if name else str(key)
-            if found := first_difference(stored.get(key), wanted.get(key), inner):
-                return found
-        return None
-    return None if stored == wanted else f"{name} is {stored!r} in the folder but {wanted!r} now"
+    if not (isinstance(stored, Mapping) and isinstance(wanted, Mapping)):
+        same = stored == wanted
+        return None if same else f"{name} is {stored!r} in the folder but {wanted!r} now"
+    found = (first_difference(stored.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+             for key in sorted({*stored, *wanted}))
+    return next(filter(None, found), None)

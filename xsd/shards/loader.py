@@ -1,16 +1,6 @@
 """A stream of shuffled batches over a run folder of any size: read ahead in the background, split
-by rank and worker, resumable.
-
-One epoch is one numbered sequence of batches (batching.py), whoever reads it::
-
-    batch    0 1 2 3 4 5 6 7 …
-    rank     0 1 0 1 0 1 0 1        world_size = 2
-    worker   0 0 1 1 0 0 1 1        two DataLoader workers per rank, taken in turn by DataLoader:
-                                    rank 0 sees 0 2 4 6 in order
-
-So the batches do not depend on the number of ranks or workers, ranks are disjoint and together
-complete, and a position is one number.
-"""
+by rank and worker, resumable. One epoch is one numbered sequence of batches (batching.py), whoever
+reads it; rank r of W takes every W-th, its DataLoader workers take those in turn."""
 
 from __future__ import annotations
 
@@ -36,14 +26,12 @@ class Loader(IterableDataset[Batch]):
 
     batch_size, tokens_per_batch, max_padding: what a batch may hold (batching.check_bounds).
     shuffle_seed: None reads in the order written. shuffle_buffer: answers from which the next is
-    drawn; shards are drawn too, so a few shards' worth mixes well. rank, world_size: this process
-    of how many. drop_uneven: leave out the last batches where not every rank gets one. indices:
-    these samples only. prefetch: batches read ahead. readers: threads that read. dtype: float32, or
-    bfloat16 or float16 for a device that casts itself.
+    drawn; a few shards' worth mixes well. rank, world_size: this process of how many. drop_uneven:
+    leave out the last batches where not every rank gets one. indices: these samples only. prefetch:
+    batches read ahead, by so many ``readers`` (threads). dtype: float32, bfloat16 or float16.
 
-    In a torch DataLoader (``batch_size=None``) the workers share the rank's batches. One iterator
-    at a time; broken off, it is continued by the next. Raises: ShardError for settings that allow
-    no batch, and while iterating for a file that cannot be read.
+    One iterator at a time; broken off, it is continued by the next. Raises: ShardError for settings
+    that allow no batch, and while iterating for a file that cannot be read.
     """
 
     def __init__(self, dataset: ShardDataset, *, batch_size: int | None = None,
@@ -74,9 +62,8 @@ class Loader(IterableDataset[Batch]):
         if indices is not None or not dataset.is_whole:
             part = json.dumps([list(places) for places in self._by_shard.values()])
             self._part = hashlib.sha256(part.encode()).hexdigest()
-        per_shard = max(1, dataset.manifest["samples_per_shard"])
         ahead = shuffle_buffer if shuffle_seed is not None else 1
-        self._n_open = min(128, 8 + 4 * -(-ahead // per_shard))
+        self._n_open = min(128, 8 + 4 * -(-ahead // dataset.manifest["samples_per_shard"]))
         self._memory: dict[str, Memory] | None = None
         self._reader()  # an unknown dtype is refused here
 
@@ -90,10 +77,8 @@ class Loader(IterableDataset[Batch]):
         self.epoch, self._base, self._taken = epoch, 0, 0
 
     def state(self, taken: int | None = None) -> dict[str, Any]:
-        """Where the stream stands, as JSON: the next batch, and what decides the order.
-
-        taken: batches received since the iteration began, where DataLoader workers give them out.
-        """
+        """Where the stream stands, as JSON: the next batch, and what decides the order. taken:
+        batches received since the iteration began, where DataLoader workers give them out."""
         taken = self._taken if taken is None else taken
         return {"epoch": self.epoch, "batch": self._base + taken * self.world_size, **self._order()}
 
@@ -143,29 +128,24 @@ class Loader(IterableDataset[Batch]):
     def _own(self, reader: ShardReader) -> Iterator[list[int]]:
         """This rank's batches from the present position on."""
         start = self._base + self._taken * self.world_size
-        mine: list[int] | None = None
-        for number, chosen in enumerate(islice(self._planned(reader), start, None)):
-            turn = number % self.world_size
-            if turn == self.rank:
-                mine = chosen
-            if mine is not None and (turn == self.world_size - 1 or not self.drop_uneven):
-                yield mine
-                mine = None
+        planned = islice(self._planned(reader), start, None)
+        while turn := list(islice(planned, self.world_size)):  # a batch for each rank
+            if len(turn) > self.rank and not (self.drop_uneven and len(turn) < self.world_size):
+                yield turn[self.rank]
 
     def _planned(self, reader: ShardReader) -> Iterator[list[int]]:
         """The epoch's batches of all ranks, as indices; a shard's offsets are read in its turn."""
         def items_of(number: int) -> Iterator[batching.Item]:
-            lengths = reader.shard(number).lengths
-            return ((index, lengths[self.dataset.locate(index)[1]])
-                    for index in self._by_shard[number])
+            lengths, chosen = reader.shard(number).lengths, self._by_shard[number]
+            return ((index, lengths[self.dataset.locate(index)[1]]) for index in chosen)
 
         order = batching.shuffled(list(self._by_shard), items_of, seed=self.shuffle_seed,
                                   epoch=self.epoch, buffer=self.shuffle_buffer)
         return batching.batched(order, **self.bounds)
 
     def _reader(self, memory: Mapping[str, Memory] | None = None) -> ShardReader:
-        return ShardReader(self.dataset.folder, self.dataset.manifest, dtype=self.dtype,
-                           n_open=self._n_open, memory=memory)
+        own = {"dtype": self.dtype, "n_open": self._n_open, "memory": memory}
+        return ShardReader(self.dataset.folder, self.dataset.manifest, **own)
 
     # --- size
 
@@ -175,8 +155,8 @@ class Loader(IterableDataset[Batch]):
         return n // self.world_size + (not self.drop_uneven and self.rank < n % self.world_size)
 
     def memory_bound(self) -> int:
-        """Bytes that an iteration holds at most, for any number of shards (docs/shards.md, Memory).
-        Reads all offsets once."""
+        """Bytes that an iteration holds at most (docs/shards.md, Memory). Reads all offsets once.
+        """
         reader, shards = self._reader(), self.dataset.manifest["shards"]
         longest = max(max(reader.shard(number).lengths, default=0) for number in self._by_shard)
         positions = min(unit * self.bounds[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 from pathlib import Path
@@ -52,15 +53,11 @@ class FolderLock:
 
 
 def lock_holder(folder: str | Path) -> int | None:
-    """Process id of the writer at work in the folder, None if there is none (a killed writer holds
-    nothing)."""
-    try:
-        with open(Path(folder) / LOCK) as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                text = file.read().strip()
-                return int(text) if text.isdigit() else 0
-    except FileNotFoundError:
-        pass
+    """Process id of the writer at work in the folder; None if there is none, a killed one too."""
+    with contextlib.suppress(FileNotFoundError), open(Path(folder) / LOCK) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read().strip()
+            return int(text) if text.isdigit() else 0
     return None

@@ -1,10 +1,6 @@
 """Reading straight from shard files: one positioned read per answer and model, into the padded
-batch itself.
-
-Nothing is mapped and no shard is held: what a reader keeps of a shard are its offsets, ids, scales
-and sequence names (8 to 40 bytes a position, where the states have thousands). Any number of
-threads may read at the same time.
-"""
+batch itself. A reader keeps only offsets, ids, scales and sequence names of a shard (8 to 40 bytes
+a position); any number of threads may read."""
 
 from __future__ import annotations
 
@@ -32,10 +28,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """What states may be delivered in."""
 SCRATCH = 1 << 20
 """Bytes read before they are converted: few enough to be still in the processor's cache then."""
-_SAFETENSORS = {
-    "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I8": torch.int8,
-    "I64": torch.int64
-}
+_SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
+                "I8": torch.int8, "I64": torch.int64}
 _WAY_OUT = "run verify and repair, or extract again"
 
 
@@ -44,13 +38,17 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
-class ShardFile:
-    """One open shard: where its tensors lie, and its offsets by role.
+def read_metadata(path: Path, columns: list[str] | None = None) -> pa.Table:
+    """Of a shard, one line per sample. Raises: ShardError naming a file that cannot be read."""
+    try:
+        return pq.read_table(path, columns=columns, use_threads=False)
+    except (pa.ArrowException, OSError) as error:
+        raise ShardError(f"{path} cannot be read ({error}); {_WAY_OUT}") from error
 
-    stored, widths: dtype and width of the states by role, as the manifest has them. lengths: per
-    sample, positions that both models have. Raises: ShardError naming the file when it is no such
-    shard.
-    """
+
+class ShardFile:
+    """One open shard. offsets: by role. lengths: per sample, positions that both models have.
+    stored, widths: what the manifest says. Raises: ShardError for a file that is no such shard."""
 
     def __init__(self, path: Path, metadata_path: Path, stored: torch.dtype,
                  widths: Mapping[str, int]) -> None:
@@ -64,10 +62,9 @@ class ShardFile:
             whole = size < os.fstat(self._file).st_size
             header = json.loads(os.pread(self._file, size, 8)) if whole else {}
             header.pop("__metadata__", None)
-            self._tensors = {
-                name: (_SAFETENSORS[entry["dtype"]], list(entry["shape"]),
-                       8 + size + int(entry["data_offsets"][0])) for name, entry in header.items()
-            }
+            self._tensors = {name: (_SAFETENSORS[entry["dtype"]], list(entry["shape"]),
+                                    8 + size + int(entry["data_offsets"][0]))
+                             for name, entry in header.items()}
             self.offsets: dict[str, list[int]] = {
                 role: self.column(f"offsets_{role}").tolist() for role in layout.ROLES}
             found = {role: self._tensors[f"hidden_by_{role}"] for role in layout.ROLES}
@@ -105,20 +102,12 @@ class ShardFile:
     @functools.cached_property
     def sequence(self) -> list[str]:
         """The sequence of each sample."""
-        try:
-            table = pq.read_table(self._metadata_path, columns=["sequence"], use_threads=False)
-        except (pa.ArrowException, OSError) as error:
-            raise ShardError(
-                f"{self._metadata_path} cannot be read ({error}); {_WAY_OUT}") from error
-        return table["sequence"].to_pylist()
+        return read_metadata(self._metadata_path, columns=["sequence"])["sequence"].to_pylist()
 
 
 class Memory:
-    """Blocks of memory used again as soon as no tensor stands on them any more: new memory costs
-    more than filling it.
-
-    At most ``n_blocks`` are kept; all are as large as the largest that was asked for.
-    """
+    """At most ``n_blocks`` blocks of memory, each used again once no tensor stands on it: new
+    memory costs more than filling it. All are as large as the largest that was asked for."""
 
     def __init__(self, n_blocks: int) -> None:
         self._n_blocks, self._size = n_blocks, 0
@@ -128,8 +117,8 @@ class Memory:
         """An uninitialised tensor."""
         n = math.prod(shape) * dtype.itemsize
         self._size = max(self._size, n)
-        block = None
-        while block is None or len(block) < n:
+        block = np.empty(0, dtype=np.uint8)
+        while len(block) < self._size:
             try:
                 block = self._free.popleft()
             except IndexError:
@@ -145,10 +134,9 @@ class Memory:
 
 
 class ShardReader:
-    """Samples and padded batches of a run folder by (number of the shard, row in it).
+    """Samples and padded batches of a run folder by (number of the shard, row in it), as ``dtype``.
 
-    dtype: a key of ``DTYPES``. n_open: shards used last that stay open. memory: where the states of
-    batches are put, by role; None for new memory.
+    n_open: shards used last that stay open. memory: of batches' states, by role; None for new.
     """
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], *, dtype: str = "float32",
@@ -163,7 +151,7 @@ class ShardReader:
         self._lock = threading.Lock()
 
     def shard(self, number: int) -> ShardFile:
-        """A shard by its number in the manifest."""
+        """An open shard, by its number in the manifest."""
         with self._lock:
             if number not in self._open:
                 entry = self._manifest["shards"][number]
@@ -184,32 +172,26 @@ class ShardReader:
         return found
 
     def batch(self, places: Sequence[tuple[int, int]], index: Sequence[int]) -> Batch:
-        """The samples at these places, as ``store.collate`` pads them: positions that both models
-        have, 0 and False behind.
-
-        drafter, verifier: [B, S, D] of the chosen dtype. index: their names in the batch. Raises:
-        ShardError naming a file that cannot be read.
-        """
+        """The samples at these places, as ``store.collate`` pads them, with states of the chosen
+        dtype. index: their names. Raises: ShardError naming a file that cannot be read."""
         rows = [(self.shard(number), row) for number, row in places]
         lengths = [file.lengths[row] for file, row in rows]
-        ids = {role: np.zeros((len(rows), max(lengths)), dtype=np.int64) for role in layout.ROLES}
-        for role, lines in ids.items():
+        ids = torch.zeros(2, len(rows), max(lengths), dtype=torch.int64)
+        for role, lines in zip(layout.ROLES, ids.numpy(), strict=True):
             for line, (file, row), n in zip(lines, rows, lengths, strict=True):
                 start = file.offsets[role][row]
                 line[:n] = file.column(f"ids_by_{role}")[start:start + n]
         mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
         names = [file.sequence[row] for file, row in rows]
-        return Batch(*(self._states(role, rows, lengths) for role in layout.ROLES),
-                     *map(torch.from_numpy, ids.values()), mask, names, list(index),
-                     self._manifest["mode"])
+        return Batch(*(self._states(role, rows, lengths) for role in layout.ROLES), *ids, mask,
+                     names, list(index), self._manifest["mode"])
 
     def _states(self, role: str, rows: Sequence[tuple[ShardFile, int]],
                 lengths: Sequence[int]) -> Tensor:
-        """[B, S, D] of one model: read in place where the dtype is the stored one, else a group of
-        answers at a time through a scratch where they are converted."""
+        """[B, S, D] of one model: read in place where the dtype is the stored one, else converted,
+        a group of answers at a time in a scratch."""
         shape = len(rows), max(lengths), self._widths[role]
-        out = self.memory[role].take(shape, self.dtype) if self.memory else torch.empty(
-            shape, dtype=self.dtype)
+        out = (self.memory[role].take if self.memory else torch.empty)(shape, dtype=self.dtype)
         row_bytes = shape[2] * self._stored.itemsize
         line_bytes = shape[1] * row_bytes
         scratch, group = out, len(rows)
@@ -226,8 +208,8 @@ class ShardReader:
                 file.read(line[:n * row_bytes], f"hidden_by_{role}", start, row_bytes)
                 line[n * row_bytes:] = 0
                 if scales is not None:
-                    scales[at, :n] = torch.from_numpy(
-                        file.column(f"scale_by_{role}")[start:start + n])
+                    own = file.column(f"scale_by_{role}")[start:start + n]
+                    scales[at, :n] = torch.from_numpy(own)
             if scales is not None:
                 out[first:first + group] = layout.decode_states(scratch[:len(part)], scales)
             elif scratch is not out:

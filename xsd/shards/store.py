@@ -1,4 +1,4 @@
-"""Reading a run folder: any sample by index, ids without states, padded batches; and checking it
+"""Reading a run folder (any sample by index, ids without states, padded batches) and checking it
 file by file. Nothing in it is executed."""
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -23,17 +22,17 @@ from torch.nn.utils.rnn import pad_sequence
 from xsd.core import Batch, Mode, PairedStates, ShardError, Tap
 from xsd.files import sha256_of
 from xsd.shards import format as layout
-from xsd.shards.reader import ShardReader
+from xsd.shards.reader import ShardReader, read_metadata
 
 
 class ShardDataset:
     """The samples of a finished run folder, in the order written: ``len``, ``[i]``
     (core.PairedStates, float32 states), iteration.
 
-    manifest: its JSON. mode, tap, drafter_size, verifier_size, has_token_ids: of all its samples.
-    Raises: ShardError if the folder is no run, is unfinished (unless ``unfinished``: then its
-    complete shards), is not of the expected mode or tap, or lacks a shard or holds a truncated one.
-    Contents are compared with their checksums by :func:`verify`.
+    drafter_size, verifier_size: widths D_d, D_v of the states. has_token_ids: False where the
+    source kept none; they read as -1. Raises: ShardError if the folder is no run, is unfinished
+    (unless ``unfinished``: then its complete shards), is not of the expected mode or tap, or lacks
+    a shard or holds a truncated one. :func:`verify` compares checksums.
     """
 
     def __init__(self, folder: str | Path, *, expected_mode: Mode | None = None,
@@ -42,6 +41,9 @@ class ShardDataset:
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.mode: Mode = self.manifest["mode"]
         self.tap: Tap = self.manifest["tap"]
+        self.drafter_size: int = self.manifest["hidden_size_drafter"]
+        self.verifier_size: int = self.manifest["hidden_size_verifier"]
+        self.has_token_ids: bool = self.manifest["token_ids"]
         if expected_mode not in (None, self.mode):
             raise ShardError(
                 f"{self.folder} holds {self.mode} pairs but {expected_mode} ones are needed here; "
@@ -56,7 +58,7 @@ class ShardDataset:
                 "shards); run the same extraction again to continue it, or open it with "
                 "unfinished=True")
         if broken := list(_wrong_sizes(self.folder, self.manifest)):
-            raise ShardError("; ".join(str(problem) for problem in broken[:3]))
+            raise ShardError("; ".join(map(str, broken[:3])))
         self._firsts = [shard["first"] for shard in self.manifest["shards"]]
         self._indices: list[int] | None = None  # a subset's places in the whole run
         self._reader = ShardReader(self.folder, self.manifest)
@@ -68,21 +70,6 @@ class ShardDataset:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__ = {**state, "_reader": ShardReader(state["folder"], state["manifest"])}
-
-    @property
-    def drafter_size(self) -> int:
-        """Width D_d of the drafter's states."""
-        return self.manifest["hidden_size_drafter"]
-
-    @property
-    def verifier_size(self) -> int:
-        """Width D_v of the verifier's states."""
-        return self.manifest["hidden_size_verifier"]
-
-    @property
-    def has_token_ids(self) -> bool:
-        """False where the source kept no token ids; they then read as -1."""
-        return self.manifest["token_ids"]
 
     @property
     def n_tokens(self) -> int:
@@ -102,9 +89,8 @@ class ShardDataset:
 
     def __getitem__(self, index: int) -> PairedStates:
         position = range(len(self))[index]  # IndexError out of range
-        line = self.table().iloc[position]
-        text = {name: line[name] for name in layout.TEXT_COLUMNS}
-        values = {**text, "mode": self.mode, "tap": self.tap, "extra": json.loads(line["extra"])}
+        values = self.table().iloc[position][list(layout.TEXT_COLUMNS)].to_dict()
+        values |= {"tap": self.tap, "extra": json.loads(values["extra"])}
         return PairedStates(**values, **self._reader.sample(*self.locate(position)))
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -119,16 +105,15 @@ class ShardDataset:
         if indices is None and self.is_whole:
             return {number: range(shard["first"], shard["first"] + shard["n_samples"])
                     for number, shard in enumerate(self.manifest["shards"])}
-        every = range(len(self))
-        chosen = every if indices is None else [every[int(i)] for i in indices]
+        chosen = self._chosen(indices)
         found: dict[int, list[int]] = {}
         for (number, _), index in sorted((self.locate(i), i) for i in chosen):
             found.setdefault(number, []).append(index)
         return found
 
     def ids(self, role: str) -> list[np.ndarray]:
-        """The token ids [S] of every sample, int64, by "drafter" or "verifier"; no state is read.
-        Kept once asked for. Raises: ShardError for a shard that cannot be read."""
+        """The token ids [S] of every sample, int64, by "drafter" or "verifier", kept once asked
+        for; no state is read. Raises: ShardError for a shard that cannot be read."""
         if role not in self._ids:
             found: dict[int, list[np.ndarray]] = {}
             for number in self.by_shard():
@@ -140,11 +125,8 @@ class ShardDataset:
         return self._ids[role]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every sample once and in order, ``batch_size`` at a time, as :func:`collate` pads them;
-        the last batch may be smaller. Shuffled, by rank, read ahead: loader.Loader.
-
-        Raises: ShardError for a batch size below 1.
-        """
+        """Every sample once and in order, ``batch_size`` at a time, as :func:`collate` pads them.
+        Shuffled, by rank, read ahead: loader.Loader. Raises: ShardError for a size below 1."""
         if batch_size < 1:
             raise ShardError(f"batch_size={batch_size}; expected at least 1")
         for start in range(0, len(self), batch_size):
@@ -155,16 +137,9 @@ class ShardDataset:
         """One line per sample: sequence, clip, question, split, mode, text_by_*, extra (JSON),
         n_tokens_*, seconds (NaN if unknown)."""
         if self._table is None:
-            frames = []
-            for shard in self.manifest["shards"]:
-                path = self.folder / shard["metadata_file"]
-                try:
-                    frames.append(pq.read_table(path).to_pandas())
-                except (pa.ArrowException, OSError) as error:
-                    raise ShardError(f"{path} cannot be read ({error}); run verify and repair, or "
-                                     "extract again") from error
-            empty = pd.DataFrame(columns=[*layout.TEXT_COLUMNS, "n_tokens_verifier"])
-            table = pd.concat(frames, ignore_index=True) if frames else empty
+            parts = (read_metadata(self.folder / shard["metadata_file"])
+                     for shard in self.manifest["shards"])
+            table = pa.concat_tables([layout.SCHEMA.empty_table(), *parts]).to_pandas()
             seconds = np.full(len(table), np.nan)
             for line in layout.read_times(self.folder):
                 seconds[line["first"]:line["first"] + line["n"]] = line["seconds"] / line["n"]
@@ -172,8 +147,8 @@ class ShardDataset:
         return self._table.copy(deep=False)
 
     def head(self, role: str) -> Tensor:
-        """Stage 0: the LM head's weight, float32 [V, D]; ``states @ head.T`` are the logits.
-        Raises: ShardError if none was saved, or the states were taken before the final norm."""
+        """The LM head's weight, float32 [V, D]; ``states @ head.T`` are the logits. Raises:
+        ShardError if none was saved, or the states were taken before the final norm."""
         path = self.folder / self._head(role)["file"]
         if self.tap != "post_norm":
             raise ShardError(
@@ -198,8 +173,7 @@ class ShardDataset:
                indices: Sequence[int] | None = None) -> ShardDataset:
         """The same files with fewer samples: those of the sequences, or at the indices, or both.
         Order is kept. Raises: ShardError for a sequence that is not there."""
-        every = range(len(self))
-        chosen = list(every) if indices is None else [every[i] for i in indices]
+        chosen = self._chosen(indices)
         if sequences is not None:
             column = self.table()["sequence"].tolist()
             if unknown := sorted(set(sequences) - set(column)):
@@ -212,13 +186,36 @@ class ShardDataset:
         view._indices = chosen if self._indices is None else [self._indices[i] for i in chosen]
         return view
 
+    def _chosen(self, indices: Sequence[int] | None) -> list[int]:
+        """The indices counted from 0, all of them for None."""
+        every = range(len(self))
+        return [every[int(i)] for i in (every if indices is None else indices)]
+
+
+class MemoryPairs(list[PairedStates]):
+    """Pairs in memory with table, ids and batches as ShardDataset has them: for the few samples of
+    a cell of one's own."""
+
+    def table(self) -> pd.DataFrame:
+        """One row per sample: sequence, clip, question, text_by_drafter, text_by_verifier."""
+        columns = ["sequence", "clip", "question", "text_by_drafter", "text_by_verifier"]
+        return pd.DataFrame([[getattr(one, name) for name in columns] for one in self],
+                            columns=columns)
+
+    def ids(self, role: str) -> list[np.ndarray]:
+        """The token ids [S] of every sample by "drafter" or "verifier"."""
+        return [getattr(one, f"ids_by_{role}").numpy() for one in self]
+
+    def batches(self, batch_size: int) -> Iterator[Batch]:
+        """Every sample once and in order, ``batch_size`` at a time."""
+        for start in range(0, len(self), batch_size):
+            chunk = self[start:start + batch_size]
+            yield collate(chunk, range(start, start + len(chunk)))
+
 
 def collate(pairs: Sequence[PairedStates], index: Sequence[int]) -> Batch:
-    """Samples in memory to one batch: padded on the right with 0, False in the mask; float32.
-
-    Position t of both models is kept where both have one: in free_running mode a sample has
-    min(S_d, S_v) positions. Raises: ShardError if their modes differ.
-    """
+    """Samples in memory to one batch of float32 states: positions that both models have, padded on
+    the right with 0 and False. Raises: ShardError if their modes differ."""
     modes = {pair.mode for pair in pairs}
     if len(modes) != 1:
         raise ShardError(f"a batch mixes {' and '.join(sorted(modes)) or 'no'} pairs; read one run "
@@ -252,20 +249,19 @@ class Problem:
 
 
 def verify(folder: str | Path) -> list[Problem]:
-    """Every missing, truncated or changed file of a run, in order; empty when all is well. A
-    damaged manifest is a ShardError."""
-    folder = Path(folder)
+    """Every missing, truncated or changed file of a run, in order. A damaged manifest is a
+    ShardError."""
+    folder, changed = Path(folder), "does not match its checksum"
     manifest = layout.read_manifest(folder)
     found = list(_wrong_sizes(folder, manifest))
     bad = {problem.file.name for problem in found}
     for name, _, digest in layout.listed_files(manifest):
         if name not in bad and sha256_of(folder / name) != digest:
-            found.append(_damaged(folder / name, "does not match its checksum"))
-    for path in sorted(folder.glob("pending-*.safetensors")):
-        if not sha256_of(path).startswith(path.stem.split("-")[-1]):
-            way_out = "run the same extraction again; these samples are extracted anew"
-            found.append(Problem(path, "does not match its checksum", way_out))
-    return found
+            found.append(_damaged(folder / name, changed))
+    again = "run the same extraction again; these samples are extracted anew"
+    return found + [Problem(path, changed, again)
+                    for path in sorted(folder.glob("pending-*.safetensors"))
+                    if not sha256_of(path).startswith(path.stem.split("-")[-1])]
 
 
 def _wrong_sizes(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:

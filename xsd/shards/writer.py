@@ -1,11 +1,8 @@
 """Writing a run folder: durable after every flush, resumable after any kill, one writer at a time.
 
-    write … write  →  flush: pending-<first>-<check>.safetensors   (what is not yet a whole shard)
-                   →  samples_per_shard reached: shard, its parquet, then the manifest (the point of
-                      commitment), pieces removed
-
-Whatever was flushed before the process died is found again; shard files are the same bytes as those
-of an uninterrupted run.
+What is not yet a whole shard is flushed into pieces (``pending-<first>-<check>.safetensors``); a
+whole one is its two files, then the manifest (the point of commitment), then pieces are removed.
+Shard files are the same bytes as those of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -15,14 +12,13 @@ import json
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from types import TracebackType
-from typing import Any, get_args
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
 from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap
-from xsd.files import atomic_write, provenance, sha256_of
+from xsd.files import atomic_write, provenance, sha256_of, storage_error
 from xsd.shards import format as layout
 from xsd.shards.lock import FolderLock
 
@@ -30,41 +26,39 @@ from xsd.shards.lock import FolderLock
 class ShardWriter:
     """Write paired states into ``folder``; opening it again with the same settings continues it.
 
-    n_written: samples in shards and pieces, where a resumed run goes on. finished: the run is
-    complete and takes no more. dtype: a format.StoredDtype, or torch's name of it (float32 for
-    fp32). Memory: at most samples_per_shard encoded samples, about three times that while a shard
-    is written.
-    Raises: ShardError naming the setting that differs from the folder's; StorageError when another
-    process writes there or the disk is full (the folder stays resumable).
+    dtype: a format.StoredDtype, or torch's name of it. token_ids: False where the source had none
+    (-1 in the shards): token metrics refuse the run. Memory: samples_per_shard encoded samples,
+    three times that while a shard is written. Raises: ShardError naming the setting that differs
+    from the folder's; StorageError when another process writes there or the disk is full (the
+    folder stays resumable).
     """
 
     def __init__(self, folder: str | Path, *, mode: Mode, tap: Tap = "post_norm",
                  dtype: str = "fp16", config: Mapping[str, Any] | None = None,
-                 samples_per_shard: int = 256) -> None:
+                 samples_per_shard: int = 256, token_ids: bool = True) -> None:
         dtype = layout.short_dtype(dtype)
-        for name, value, kind in (("mode", mode, Mode), ("tap", tap, Tap),
-                                  ("dtype", dtype, layout.StoredDtype)):
-            if value not in get_args(kind):
+        settings = {"mode": mode, "tap": tap, "dtype": dtype,
+                    "samples_per_shard": samples_per_shard, "config": dict(config or {})}
+        for name, known in layout.KINDS.items():
+            if settings[name] not in known:
                 raise ShardError(
-                    f"{name}={value!r} is unknown; expected one of {', '.join(get_args(kind))}")
+                    f"{name}={settings[name]!r} is unknown; expected one of {', '.join(known)}")
         if samples_per_shard < 1:
             raise ShardError(f"samples_per_shard={samples_per_shard}; expected at least 1")
-        self.folder, self.mode, self.tap, self.dtype = Path(folder), mode, tap, dtype
+        self.folder, self.dtype = Path(folder), dtype
         self.samples_per_shard = samples_per_shard
         self._rows: list[layout.Row] = []
         self._durable = 0  # how many of _rows are already in pieces
         self._pieces: list[tuple[Path, int]] = []  # and the sample after each piece's last
         self._untimed = 0  # first sample without a line in the times
         self._lock = FolderLock(self.folder)
-        settings = {"mode": mode, "tap": tap, "dtype": dtype,
-                    "samples_per_shard": samples_per_shard, "config": dict(config or {})}
         try:
-            self._open(json.loads(json.dumps(settings)))  # as JSON gives it back: tuples are lists
+            self._open(json.loads(json.dumps(settings)), token_ids)  # as JSON gives tuples back
         except BaseException:
             self._lock.release()
             raise
 
-    def _open(self, settings: dict[str, Any]) -> None:
+    def _open(self, settings: dict[str, Any], token_ids: bool) -> None:
         for left in self.folder.glob(".*.part"):  # half-written files of a killed process
             left.unlink()
         if (self.folder / layout.MANIFEST).exists():
@@ -77,10 +71,9 @@ class ShardWriter:
             self._untimed = self.n_written
             return
         self.manifest = {}
-        self._update(format=layout.FORMAT, version=layout.VERSION, **settings,
-                     hidden_size_drafter=None, hidden_size_verifier=None, token_ids=True,
-                     n_samples=0, shards=[], heads={}, files={}, finished=False,
-                     provenance=provenance())
+        self._update(format=layout.FORMAT, version=layout.VERSION, **settings, token_ids=token_ids,
+                     hidden_size_drafter=None, hidden_size_verifier=None, n_samples=0, shards=[],
+                     heads={}, files={}, finished=False, provenance=provenance())
 
     def _update(self, **changes: Any) -> None:
         """Change the manifest, on disk first."""
@@ -110,7 +103,7 @@ class ShardWriter:
 
     @property
     def n_written(self) -> int:
-        """Samples taken so far, those of earlier runs included."""
+        """Samples in shards and pieces, those of earlier runs included: where to go on."""
         return self.committed + len(self._rows)
 
     @property
@@ -131,19 +124,18 @@ class ShardWriter:
         if self.finished:
             raise ShardError(
                 f"{self.folder} is finished with {self.committed} samples; write to another folder")
-        for field, wanted in (("mode", self.mode), ("tap", self.tap)):
-            if getattr(pair, field) != wanted:
+        for field in ("mode", "tap"):
+            own, wanted = getattr(pair, field), self.manifest[field]
+            if own != wanted:
                 raise ShardError(
-                    f"{name} is of {field}={getattr(pair, field)!r} but {self.folder} holds "
-                    f"{wanted!r}; one folder holds one kind of pair, so write the other to its own")
+                    f"{name} is of {field}={own!r} but {self.folder} holds {wanted!r}; one folder "
+                    "holds one kind of pair, so write the other to its own")
         row = layout.encode(pair, self.dtype)
-        for role in layout.ROLES:
-            width, before = row.states[role].shape[1], self.manifest[f"hidden_size_{role}"]
-            if before is None and self._rows:
-                before = self._rows[0].states[role].shape[1]
-            if before not in (None, width):
-                raise ShardError(f"{name}: the {role}'s states are {width} wide but {self.folder} "
-                                 f"holds {before}")
+        before = _widths(self._rows[0]) if self._rows else self.manifest
+        for key, width in _widths(row).items():
+            if before[key] not in (None, width):
+                raise ShardError(f"{name}: the {key.removeprefix('hidden_size_')}'s states are "
+                                 f"{width} wide but {self.folder} holds {before[key]}")
         self._rows.append(row)
         if len(self._rows) - self._durable >= self.samples_per_shard:
             self.flush()
@@ -163,12 +155,12 @@ class ShardWriter:
         if seconds is not None and self.n_written > self._untimed:
             line = {"first": self._untimed, "n": self.n_written - self._untimed,
                     "seconds": round(seconds, 4)}
+            times = self.folder / layout.TIMES
             try:
-                with open(self.folder / layout.TIMES, "a") as file:
+                with open(times, "a") as file:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
-                raise StorageError(f"cannot write {self.folder / layout.TIMES}: {error.strerror}; "
-                                   "free space and run again") from error
+                raise storage_error(times, error) from error
             self._untimed = self.n_written
 
     def _write_shard(self, number: int, first: int, rows: Sequence[layout.Row]) -> dict[str, Any]:
@@ -185,34 +177,28 @@ class ShardWriter:
 
     def _commit(self, n: int) -> None:
         """The first n rows as a shard."""
-        rows = self._rows[:n]
-        entry = self._write_shard(len(self.manifest["shards"]), self.committed, rows)
-        sizes = {f"hidden_size_{role}": rows[0].states[role].shape[1] for role in layout.ROLES}
-        self._update(**sizes, shards=[*self.manifest["shards"], entry],
-                     n_samples=self.committed + n)
+        rows, shards = self._rows[:n], self.manifest["shards"]
+        entry = self._write_shard(len(shards), self.committed, rows)
+        self._update(**_widths(rows[0]), shards=[*shards, entry], n_samples=self.committed + n)
         self._rows = self._rows[n:]
         self._durable = max(self._durable - n, 0)
-        for path, end in self._pieces:
-            if end <= self.committed:
-                path.unlink(missing_ok=True)
-        self._pieces = [(path, end) for path, end in self._pieces if end > self.committed]
+        while self._pieces and self._pieces[0][1] <= self.committed:
+            self._pieces.pop(0)[0].unlink(missing_ok=True)
 
     def save_head(self, role: str, weight: Tensor, draft_vocab_size: int) -> None:
         """Stage 0: a model's LM head, weight [V, D], beside its states. Raises: ShardError if the
         run has another head already."""
-        data = save({"weight": weight.detach().cpu().contiguous()})
+        data, heads = save({"weight": weight.detach().cpu().contiguous()}), self.manifest["heads"]
         path = self.folder / layout.head_name(role)
         entry = {**layout.entry_of(path.name, data), "vocab_size": weight.shape[0],
                  "draft_vocab_size": int(draft_vocab_size)}
-        before = self.manifest["heads"].get(role, entry)
-        if before != entry:
+        if heads.get(role, entry) != entry:
             raise ShardError(f"{self.folder} holds another LM head of the {role}; these states "
                              "come from another model, so use another folder")
-        if (role in self.manifest["heads"] and path.is_file()
-                and sha256_of(path) == entry["sha256"]):
+        if role in heads and path.is_file() and sha256_of(path) == entry["sha256"]:
             return
         atomic_write(path, data)
-        self._update(heads={**self.manifest["heads"], role: entry})
+        self._update(heads={**heads, role: entry})
 
     def rewrite_shard(self, number: int, pairs: Sequence[PairedStates]) -> None:
         """Replace a damaged shard by the same samples extracted again. Raises: ShardError for
@@ -224,18 +210,13 @@ class ShardWriter:
         rows = [layout.encode(pair, self.dtype) for pair in pairs]
         entry = self._write_shard(number, before["first"], rows)
         if entry != before:  # another machine or library rounds otherwise
-            shards = [*self.manifest["shards"]]
-            shards[number] = entry
-            self._update(shards=shards)
+            shards = self.manifest["shards"]
+            self._update(shards=[*shards[:number], entry, *shards[number + 1:]])
 
     def forget_times(self) -> None:
         """Drop a damaged file of times; the table then says NaN for the seconds."""
         self._update(files={})
         (self.folder / layout.TIMES).unlink(missing_ok=True)
-
-    def mark_ids_absent(self) -> None:
-        """Say that the source had no token ids (-1 in the shards): token metrics refuse the run."""
-        self._update(token_ids=False)
 
     def close(self, finished: bool = True) -> None:
         """Flush and let others write. finished=False leaves the run to be continued. Raises:
@@ -260,10 +241,12 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
-                 trace: TracebackType | None) -> None:
-        if kind is None:
-            self.close()
-            return
-        with contextlib.suppress(StorageError):  # the first error is the one to tell
-            self.close(finished=False)
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # after an error, that one is to be told
+        with contextlib.suppress(StorageError) if kind else contextlib.nullcontext():
+            self.close(finished=kind is None)
+
+
+def _widths(row: layout.Row) -> dict[str, int]:
+    """Width of the states of both models, as the manifest names them."""
+    return {f"hidden_size_{role}": row.states[role].shape[1] for role in layout.ROLES}

@@ -21,7 +21,7 @@ from xsd.runs import folder
 from xsd.sensors import events as event_streams
 from xsd.sensors import frames, timed_video
 from xsd.sensors.events import Events
-from xsd.shards.memory import MemoryPairs
+from xsd.shards.store import MemoryPairs
 from xsd.steps.traces import Trace
 
 EVENT_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".aedat4")
