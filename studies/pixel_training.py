@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xsd.adapters import registry
-from xsd.adapters.pixel import PixelAlignment
+from xsd.adapters.bottleneck import PixelAlignment
 from xsd.core import ParameterError, TrainingError
 from xsd.train import source
 

@@ -25,7 +25,7 @@ from studies import pixel_training
 from studies.parameters import PixelParameters
 from studies.pixel_training import PixelPairs
 from xsd.adapters import registry
-from xsd.adapters.pixel import PixelAlignment
+from xsd.adapters.bottleneck import PixelAlignment
 from xsd.core import ParameterError
 from xsd.evaluate import statistics
 from xsd.evaluate.tables import sides

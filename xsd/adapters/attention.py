@@ -15,18 +15,15 @@ from xsd.core import ParameterError
 
 class TransformerLayer(nn.Module):
     """Pre-norm layer: x + attention(LayerNorm(x)), then x + down(dropout(GELU(up(LayerNorm(x))))),
-    dropout 0.1, biases everywhere.
-
-    The same function as ``torch.nn.TransformerEncoderLayer(norm_first=True)`` (held together by a
-    test), written out because the rollout of eagle.py needs keys and values one by one.
+    dropout 0.1, biases everywhere: ``torch.nn.TransformerEncoderLayer(norm_first=True)`` (a test
+    holds them together), written out because eagle.py's rollout needs keys and values one by one.
     """
 
     def __init__(self, hidden_size: int, *, n_heads: int, ffn: int, dropout: float) -> None:
         super().__init__()
         if hidden_size % n_heads:
-            raise ParameterError(
-                f"{n_heads} attention heads do not divide the hidden size {hidden_size}; choose "
-                "n_heads among its divisors")
+            raise ParameterError(f"{n_heads} attention heads do not divide the hidden size "
+                                 f"{hidden_size}; choose n_heads among its divisors")
         self.n_heads, self.dropout = n_heads, dropout
         self.attention_norm = nn.LayerNorm(hidden_size)
         self.query_key_value = nn.Linear(hidden_size, 3 * hidden_size)
@@ -40,10 +37,8 @@ class TransformerLayer(nn.Module):
 
     def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """[B, S, D] → queries, keys, values, each [B, heads, S, D / heads]."""
-        batch, size, width = x.shape
         packed = self.query_key_value(self.attention_norm(x))
-        packed = packed.view(batch, size, 3, self.n_heads, width // self.n_heads)
-        queries, keys, values = packed.permute(2, 0, 3, 1, 4)
+        queries, keys, values = packed.unflatten(-1, (3, self.n_heads, -1)).permute(2, 0, 3, 1, 4)
         return queries, keys, values
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
@@ -75,10 +70,10 @@ class TransformerLayer(nn.Module):
     def attend_with(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor,
                     own: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attention over shared keys, and for each query over further keys of its own (eagle.py's
-        rollout).
+        rollout) → [B, H, S, d].
 
         queries, keys, values: [B, H, S, d]; allowed: bool [S, S]; own: (key, value) pairs, each [B,
-        H, S, d]: row s is for query s alone.   Returns: [B, H, S, d].
+        H, S, d]: row s is for query s alone.
         """
         scale = 1 / math.sqrt(queries.shape[-1])
         shared = (queries @ keys.transpose(-1, -2) * scale).masked_fill(~allowed, float("-inf"))
@@ -96,11 +91,8 @@ class TransformerLayer(nn.Module):
 def allowed_keys(size: int, mask: Tensor | None, *, causal: bool,
                  device: torch.device) -> Tensor | None:
     """Which keys each query may see, bool broadcastable to [B, 1, S, S]. mask: bool [B, S], True on
-    real positions.
-
-    A padded query still sees itself, so that no row is empty (an empty row would be NaN and spread
-    through the gradient).
-    """
+    real positions. A padded query still sees itself: an empty row would be NaN and spread through
+    the gradient."""
     if mask is None:
         return causal_mask(size, device) if causal else None
     allowed = mask.bool()[:, None, None, :]
@@ -109,15 +101,29 @@ def allowed_keys(size: int, mask: Tensor | None, *, causal: bool,
     return allowed | torch.eye(size, dtype=torch.bool, device=device)
 
 
-class AttentionAdapter(Adapter):
-    """L4: one transformer layer, LayerNorm, eye-initialised projection, out = x + α (projection -
-    x).
+class LayerAdapter(Adapter):
+    """What L4, L5, B1 and L5F share: a transformer layer, LayerNorm, eye-initialised projection,
+    out = x + α (projection - x)."""
 
-    ``causal=True`` is this project's default: position t uses drafter states 0…t, all that exist
-    while drafting. ``causal=False`` is the reference's: trained on whole answers; evaluated here on
-    prefixes all the same (with one layer a prefix's last position is exactly what the causal mask
-    gives, because keys and values come from the inputs alone).
-    """
+    def _make_layer(self, n_heads: int | None, ffn: int | None, dropout: float,
+                    alpha: float) -> None:
+        size = self.hidden_size
+        n_heads, ffn = n_heads or math.gcd(8, size), ffn or default_sizes(size)["ffn"]
+        self.options |= {"n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha}
+        self.layer = TransformerLayer(size, n_heads=n_heads, ffn=ffn, dropout=dropout)
+        self.final_norm = nn.LayerNorm(size)
+        self.projection = eye_linear(size, size)
+        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+
+    def _leave(self, x: Tensor, residual: Tensor) -> Tensor:
+        return residual + self.alpha * (self.projection(self.final_norm(x)) - residual)
+
+
+class AttentionAdapter(LayerAdapter):
+    """L4. ``causal=True`` is this project's default: position t uses drafter states 0…t, all that
+    exist while drafting. ``causal=False`` is the reference's: trained on whole answers; evaluated
+    here on prefixes all the same (with one layer a prefix's last position is exactly what the
+    causal mask gives, because keys and values come from the inputs alone)."""
 
     def __init__(self, hidden_size: int = 4096, *, level: str = "L4",
                  drafter_size: int | None = None, input_map: bool = False, causal: bool = True,
@@ -125,22 +131,15 @@ class AttentionAdapter(Adapter):
                  alpha: float = 0.1) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level, self.causal = level, causal
-        n_heads = n_heads or math.gcd(8, hidden_size)
-        ffn = ffn or default_sizes(hidden_size)["ffn"]
-        self.options |= {"causal": causal, "n_heads": n_heads, "ffn": ffn, "dropout": dropout,
-                         "alpha": alpha}
-        self.layer = TransformerLayer(hidden_size, n_heads=n_heads, ffn=ffn, dropout=dropout)
-        self.final_norm = nn.LayerNorm(hidden_size)
-        self.projection = eye_linear(hidden_size, hidden_size)
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self._make_layer(n_heads, ffn, dropout, alpha)
+        self.options["causal"] = causal
 
     @torch.no_grad()
     def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
              tokens: Tensor | None = None) -> Tensor:
-        """As Adapter.step; with one layer only the last row is carried beyond the keys and
-        values."""
+        """As Adapter.step; only the last row is carried beyond the keys and values."""
         x = self.input_map(self._need(drafter_states, "drafter", 1))
-        return x[-1] + self.alpha * (self.projection(self.final_norm(self.layer.last(x))) - x[-1])
+        return self._leave(self.layer.last(x), x[-1])
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *,
                 causal: bool | None = None) -> Tensor:
@@ -149,4 +148,4 @@ class AttentionAdapter(Adapter):
         x = self.input_map(x)
         causal = self.causal if causal is None else causal
         allowed = allowed_keys(x.shape[1], mask, causal=causal, device=x.device)
-        return x + self.alpha * (self.projection(self.final_norm(self.layer(x, allowed))) - x)
+        return self._leave(self.layer(x, allowed), x)

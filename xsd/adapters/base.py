@@ -1,7 +1,5 @@
-"""What every adapter is: a module from hidden states to the verifier's hidden states, with its
-shift and its mask applied in one place.
-
-Which states an adapter reads and what it predicts (t is a position of the answer; ``hidden[t]`` is
+"""What every adapter is: a module from hidden states to the verifier's, with its shift and its mask
+applied in one place. What it reads and predicts (t is a position of the answer; ``hidden[t]`` is
 the state that predicts token t)::
 
     reads      shift  input at t                              output at t          levels
@@ -9,10 +7,8 @@ the state that predicts token t)::
     verifier   1      verifier[0…t]                           verifier[t+1]        B1
     both       1      verifier[0…t], drafter[0…t+lead]        verifier[t+1]        L5F
 
-With shift 1 the target is one position later than the last input, so no adapter ever sees the state
-it is to predict. L5F's ``drafter_lead`` is 1 by default: once verifier[t] is known, token t is
-known, so the drafter can have read it, and drafter[t+1] exists while drafting; 0 is the reference's
-alignment. See docs/adapters.md.
+With shift 1 the target is one position later than the last input, so no adapter sees the state that
+it is to predict (docs/adapters.md, section 2).
 """
 
 from __future__ import annotations
@@ -30,10 +26,8 @@ Reads = Literal["drafter", "verifier", "both"]
 
 class Aligned(NamedTuple):
     """Predicted beside true. aligned, target: [B, S', D_v]; ids: int64 [B, S'] the verifier's
-    tokens there; mask: bool [B, S'].
-
-    S' = S for shift 0 and S - 1 for shift 1, where index i stands for position i + 1 of the answer.
-    """
+    tokens there; mask: bool [B, S']. S' = S for shift 0, S - 1 for shift 1 (index i is position
+    i + 1)."""
 
     aligned: Tensor
     target: Tensor
@@ -59,10 +53,10 @@ def eye_linear(inputs: int, outputs: int) -> nn.Linear:
 
 def alignment_loss(aligned: Tensor, target: Tensor, mask: Tensor | None = None, *,
                    cosine_weight: float = 0.5) -> dict[str, Tensor]:
-    """The reference's loss, MSE + 0.5 (1 - cos), each a mean over the real positions.
+    """The reference's loss, MSE + 0.5 (1 - cos), each a mean over the real positions: total_loss,
+    mse_loss, cos_loss, cos_sim (scalars). aligned, target: [B, S, D]. mask: bool [B, S], True on
+    real positions; None means all.
 
-    Args: aligned, target: [B, S, D]. mask: bool [B, S], True on real positions; None means all.
-    Returns: total_loss, mse_loss, cos_loss, cos_sim (scalars).
     Raises: MetricError when the shapes differ or nothing is unmasked.
     """
     if aligned.shape != target.shape:
@@ -72,9 +66,8 @@ def alignment_loss(aligned: Tensor, target: Tensor, mask: Tensor | None = None, 
     if mask is not None:
         aligned, target = aligned[mask.bool()], target[mask.bool()]
     if aligned.numel() == 0:
-        raise MetricError(
-            "the alignment loss has no position left: the mask leaves none; drop empty answers "
-            "before training")
+        raise MetricError("the alignment loss has no position left: the mask leaves none; drop "
+                          "empty answers before training")
     mse = F.mse_loss(aligned, target)
     cosine = F.cosine_similarity(aligned, target, dim=-1).mean()
     total = mse + cosine_weight * (1 - cosine)
@@ -84,9 +77,9 @@ def alignment_loss(aligned: Tensor, target: Tensor, mask: Tensor | None = None, 
 class Adapter(nn.Module):
     """Base of all adapters.
 
-    hidden_size: D_v, the verifier's width. drafter_size: D_d; where it differs (or
-    ``input_map=True``) a linear map D_d → D_v comes first, the identity at initialisation as far as
-    the widths allow. ``options`` holds the constructor's arguments as saved beside the weights.
+    hidden_size: D_v. drafter_size: D_d; where it differs (or ``input_map=True``) a linear map
+    D_d → D_v comes first, the identity at initialisation as far as the widths allow. ``options``:
+    the constructor's arguments as saved beside the weights.
     """
 
     level: str = ""
@@ -98,20 +91,17 @@ class Adapter(nn.Module):
     drafter_lead: int = 0
     fuses_tokens: bool = False
     made_from: Any = None
-    """The researcher's own class it was made from (registry.create_adapter); None for our levels
-    and for objects."""
+    """The researcher's own class it was made from (registry.create_adapter), else None."""
     draft_ids: Tensor | None
-    """int64 [k], ascending: the only tokens it drafts; None: all (a reduced draft vocabulary,
-    docs/adapters.md, section 4)."""
+    """int64 [k], ascending: the only tokens it drafts; None: all (docs/adapters.md, section 4)."""
 
     def __init__(self, hidden_size: int, *, drafter_size: int | None = None,
                  input_map: bool = False) -> None:
         super().__init__()
         self.hidden_size, self.drafter_size = hidden_size, drafter_size or hidden_size
         if min(self.hidden_size, self.drafter_size) < 1:
-            raise ParameterError(
-                f"hidden sizes must be positive, not verifier {hidden_size} and drafter "
-                f"{drafter_size}")
+            raise ParameterError(f"hidden sizes must be positive, not verifier {hidden_size} and "
+                                 f"drafter {drafter_size}")
         self.options: dict[str, Any] = {"input_map": input_map}
         self.register_buffer("draft_ids", None)
         self.input_map: nn.Module = nn.Identity()
@@ -127,9 +117,8 @@ class Adapter(nn.Module):
         """Draft only the tokens ``ids``, int64 [k]; saved with the weights. Raises: ParameterError
         for none, or one twice."""
         if ids.numel() == 0 or len(ids.unique()) != ids.numel():
-            raise ParameterError(
-                f"a draft vocabulary is at least one id and none twice, not {ids.numel()}, "
-                f"{len(ids.unique())} different")
+            raise ParameterError(f"a draft vocabulary is at least one id and none twice, not "
+                                 f"{ids.numel()}, {len(ids.unique())} different")
         self.options["draft_vocabulary"] = ids.numel()
         self.register_buffer("draft_ids", ids.detach().to(torch.int64).flatten())
 
@@ -155,56 +144,50 @@ class Adapter(nn.Module):
 
     def align(self, batch: Batch) -> Aligned:
         """Predictions beside their targets, shifted once for training and evaluation alike, from
-        what exists while drafting.
-
-        A bidirectional adapter (L4 with causal=False) sees the whole answer in training mode only;
-        in eval mode position t is computed from the prefix 0…t, since later drafter states do not
-        exist yet when position t is drafted.
-        """
+        what exists while drafting: in eval mode a bidirectional adapter (L4 with causal=False)
+        computes position t from the prefix 0…t."""
         inputs, input_mask, target, ids, mask = self.inputs_of(batch)
-        keywords: dict[str, Any] = {}
+        keywords = {} if self.training else self._as_drafting()
         if self.fuses_tokens:  # the token before each predicted position, -1 where there is none
             before = batch.ids_by_verifier[:, :-1]
             keywords["tokens"] = before if self.shift else F.pad(before, (1, 0), value=-1)
-        if not self.causal and not self.training:
-            keywords["causal"] = True
         return Aligned(self(*inputs, mask=input_mask, **keywords), target, ids, mask)
+
+    def _as_drafting(self) -> dict[str, Any]:
+        return {} if self.causal else {"causal": True}
 
     # --- position by position
 
     @torch.no_grad()
     def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
              tokens: Tensor | None = None) -> Tensor:
-        """The next verifier state while drafting, from everything known of this answer so far.
+        """The next verifier state while drafting, from everything known of this answer so far; in
+        eval mode.
 
-        Args: drafter_states: [n, D_d], positions 0…n-1; unused (may be None) when reads ==
-        "verifier". verifier_states: [m, D_v], positions 0…m-1, known or predicted (the caller
-        appends what this returns); unused when reads == "drafter". tokens: int64, the answer's
-        tokens so far; only for adapters that fuse tokens (n - 1 of them for shift 0, m for
-        shift 1).
-        Returns: [D_v]: verifier state n - 1 when shift == 0, m when shift == 1.
-        Raises: ParameterError when a needed sequence is missing, empty or too short. Call in eval
-        mode.
+        Args: drafter_states: [n, D_d], positions 0…n-1. verifier_states: [m, D_v], positions
+        0…m-1, known or predicted (the caller appends what this returns). None where not read.
+        tokens: int64, the answer's tokens so far, for adapters that fuse them (n - 1 of them for
+        shift 0, m for shift 1).
+        Returns: [D_v]: verifier state n - 1 when shift == 0, m when shift == 1. Raises:
+        ParameterError when a needed sequence is missing, empty or too short.
         """
-        keywords: dict[str, Any] = {} if self.causal else {"causal": True}
+        keywords = self._as_drafting()
         if self.shift == 0:
             states = self._need(drafter_states, "drafter", 1)
             if self.fuses_tokens:
                 known = self._need(tokens, "token", len(states) - 1)[:len(states) - 1]
                 keywords["tokens"] = F.pad(known, (1, 0), value=-1)[None]
-            if self.pointwise:
-                states = states[-1:]
-            return self(states[None], **keywords)[0, -1]
+            return self(states[-1:][None] if self.pointwise else states[None], **keywords)[0, -1]
         known = self._need(verifier_states, "verifier", 1)
         if self.fuses_tokens:
-            if tokens is None:
-                tokens = self.tokens_said(known)
+            tokens = self.tokens_said(known) if tokens is None else tokens
             keywords["tokens"] = self._need(tokens, "token", len(known))[None, :len(known)]
-        if self.reads == "verifier":
-            return self(known[None], **keywords)[0, -1]
-        lead = self.drafter_lead
-        drafter = self._need(drafter_states, "drafter", len(known) + lead)[lead:][:len(known)]
-        return self(drafter[None], known[None], **keywords)[0, -1]
+        inputs = [known[None]]
+        if self.reads == "both":
+            lead = self.drafter_lead
+            drafter = self._need(drafter_states, "drafter", len(known) + lead)
+            inputs.insert(0, drafter[lead:][None, :len(known)])
+        return self(*inputs, **keywords)[0, -1]
 
     def _need(self, states: Tensor | None, whose: str, at_least: int) -> Tensor:
         have = 0 if states is None else len(states)
@@ -217,9 +200,8 @@ class Adapter(nn.Module):
     def tokens_said(self, states: Tensor) -> Tensor:
         """Token after each verifier state, for adapters that fuse tokens: [..., D_v] → int64
         [...]."""
-        raise ParameterError(
-            f"{self.level} holds no token table; create it with vocab_size and fill it from the LM "
-            "head")
+        raise ParameterError(f"{self.level} holds no token table; create it with vocab_size and "
+                             "fill it from the LM head")
 
     def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
                tokens: Tensor | None = None) -> list[Tensor]:
@@ -228,48 +210,40 @@ class Adapter(nn.Module):
 
         Row s of result k (k = 1…steps) predicts verifier[s + k] from the true verifier[0…s], the
         own predictions of s+1…s+k-1, and where the drafter is read too, its states up to s + k - 1
-        + drafter_lead (true as long as every draft before was accepted)::
+        + drafter_lead (true as long as every draft before was accepted); it means something only
+        where s + k is a real position. This is the plain way, one sequence for each start; eagle.py
+        has a faster one.
 
-            start s = 1     true[0] true[1]                   → p₁ ≈ true[2]
-                            true[0] true[1] p₁                → p₂ ≈ true[3]
-                            true[0] true[1] p₁      p₂        → p₃ ≈ true[4]
-
-        This is the plain way, one sequence for each start; eagle.py has a faster one.
-        Args: drafter: [B, S, D_d], not needed where only the verifier is read. verifier: [B, S,
-        D_v]. tokens: int64 [B, S] the verifier's tokens, for adapters that fuse them.
-        Returns: ``steps`` tensors [B, S, D_v]; row s of result k means something only where s + k
-        is a real position.   Raises: ParameterError for shift 0.
+        Args: drafter: [B, S, D_d], None where not read. verifier: [B, S, D_v]. tokens: int64
+        [B, S] the verifier's, for adapters that fuse them. Returns: ``steps`` tensors
+        [B, S, D_v]. Raises: ParameterError for shift 0.
         """
         self._refuse_unroll(drafter)
-        if self.pointwise:
-            return self._unroll_points(drafter, verifier, steps)
         size = verifier.shape[1]
         places = torch.arange(size + steps, device=verifier.device)
+        if self.pointwise:
+            state, results = verifier, []
+            for k in range(steps):
+                ahead = (places[:size] + k + self.drafter_lead).clamp_max(size - 1)
+                states = [drafter[:, ahead], state] if self.reads == "both" else [state]
+                results.append(state := self(*states))
+            return results
         rows, found = places[:size], []
         for answer in range(len(verifier)):  # one at a time: a line for each start is much already
             lines = F.pad(verifier[answer], (0, 0, 0, steps)).expand(size, -1, -1)
-            states: list[Tensor] = []
-            keywords: dict[str, Any] = {} if self.causal else {"causal": True}
+            states, keywords = [], self._as_drafting()
             for k in range(steps):
-                inputs = [lines[:, :size + k]]
+                inputs, here = [lines[:, :size + k]], places[:size + k]
                 if self.reads == "both":
-                    ahead = (places[:size + k] + self.drafter_lead).clamp_max(size - 1)
+                    ahead = (here + self.drafter_lead).clamp_max(size - 1)
                     inputs.insert(0, drafter[answer, ahead].expand(size, -1, -1))
                 if self.fuses_tokens:
-                    said = tokens[answer, places[:size + k].clamp_max(size - 1)]
+                    said = tokens[answer, here.clamp_max(size - 1)]
                     keywords["tokens"] = said.expand(size, -1)
                 states.append(self(*inputs, **keywords)[rows, rows + k])
                 lines = lines.index_put((rows, rows + k + 1), states[-1])
             found.append(torch.stack(states))
         return list(torch.stack(found, dim=1))
-
-    def _unroll_points(self, drafter: Tensor | None, state: Tensor, steps: int) -> list[Tensor]:
-        size, results = state.shape[1], []
-        for k in range(steps):
-            ahead = (torch.arange(size) + k + self.drafter_lead).clamp_max(size - 1)
-            state = self(state) if self.reads == "verifier" else self(drafter[:, ahead], state)
-            results.append(state)
-        return results
 
     def _refuse_unroll(self, drafter: Tensor | None) -> None:
         if self.shift != 1:

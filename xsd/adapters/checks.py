@@ -19,30 +19,24 @@ from xsd.core import Batch, CheckpointError, ParameterError
 
 
 def check_adapter(adapter: Adapter, *, positions: int = 6, seed: int = 0) -> None:
-    """Try an adapter on random states: shape, gradient, nothing read of what is not there yet, and
-    the same outputs after saving and loading. The caller's random stream stays as it was.
-
-    adapter: what registry.resolve made. Raises: ParameterError with one sentence that says what
-    does not hold.
-    """
+    """Try what registry.resolve made on random states: shape, gradient, nothing read of what is not
+    there yet, the same outputs after saving and loading. The caller's random stream stays as it
+    was. Raises: ParameterError with one sentence that says what does not hold."""
     training = adapter.training
+    where = next((p.device for p in adapter.parameters()), torch.device("cpu"))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        batch = _random_batch(adapter, positions)
+        drafter = torch.randn(2, positions, adapter.drafter_size, device=where)
+        verifier = torch.randn(2, positions, adapter.hidden_size, device=where)
+        ids = torch.zeros(2, positions, dtype=torch.int64, device=where)
+        batch = Batch(drafter, verifier, ids, ids, torch.ones_like(ids, dtype=torch.bool),
+                      ["a", "b"], [0, 1], "teacher_forced")
         _check_shape_and_gradient(adapter.train(), batch)
-        _check_causality(adapter.eval(), batch)
-        _check_file(adapter, batch)
+        with torch.no_grad():
+            _check_causality(adapter.eval(), batch)
+            _check_file(adapter, batch)
     adapter.zero_grad(set_to_none=True)
     adapter.train(training)
-
-
-def _random_batch(adapter: Adapter, positions: int) -> Batch:
-    where = next((p.device for p in adapter.parameters()), torch.device("cpu"))
-    drafter = torch.randn(2, positions, adapter.drafter_size, device=where)
-    verifier = torch.randn(2, positions, adapter.hidden_size, device=where)
-    ids = torch.zeros(2, positions, dtype=torch.int64, device=where)
-    return Batch(drafter, verifier, ids, ids, torch.ones_like(ids, dtype=torch.bool), ["a", "b"],
-                 [0, 1], "teacher_forced")
 
 
 def _aligned(adapter: Adapter, batch: Batch) -> torch.Tensor:
@@ -74,7 +68,6 @@ def _check_shape_and_gradient(adapter: Adapter, batch: Batch) -> None:
         raise ParameterError(f"{adapter.level}: the gradient on random states is not finite")
 
 
-@torch.no_grad()
 def _check_causality(adapter: Adapter, batch: Batch) -> None:
     """Everything that does not exist yet when the first half is predicted becomes noise."""
     cut = batch.mask.shape[1] // 2
@@ -89,11 +82,8 @@ def _check_causality(adapter: Adapter, batch: Batch) -> None:
             "exist while drafting; position t may use inputs 0…t only (a causal mask)")
 
 
-@torch.no_grad()
 def _check_file(adapter: Adapter, batch: Batch) -> None:
-    level = adapter.made_from or adapter
-    if adapter.level in registry.NAMES:
-        level = adapter.level
+    level = adapter.level if adapter.level in registry.NAMES else adapter.made_from or adapter
     with tempfile.TemporaryDirectory() as folder:
         path = registry.save_adapter(adapter, Path(folder))
         try:

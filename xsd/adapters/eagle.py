@@ -8,28 +8,25 @@ tokens by feeding on their own predictions: :meth:`EagleAdapter.unroll`.
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from xsd.adapters.attention import TransformerLayer, allowed_keys
-from xsd.adapters.base import Adapter, causal_mask, default_sizes, eye_linear
+from xsd.adapters.attention import LayerAdapter, allowed_keys
+from xsd.adapters.base import causal_mask, eye_linear
 from xsd.core import ParameterError
 
 
-class EagleAdapter(Adapter):
+class EagleAdapter(LayerAdapter):
     """LayerNorm, + learned position, causal layer, LayerNorm, projection, out = x + α (projection -
     x).
 
     vocab_size: fuses the embedding of the token before each predicted position, Linear₂D→D([state;
-    embedding]) in front (EAGLE's remedy for feature uncertainty; off by default). The embedding is
-    a frozen table, normally the LM head's rows (:meth:`set_token_embedding`).
+    embedding]) in front; the embedding is a frozen table (:meth:`set_token_embedding`).
     residual_map: a linear map of everything that is read stands where the residual is (B1: from
     verifier[t], L5F: from both), so that a closed form of the next state can be the start; begins
-    as the plain residual.
-    prediction_weight: weight of L5's loss against the next state (train/parts.py).
+    as the plain residual. prediction_weight: of L5's loss against the next state (train/parts.py).
     """
 
     def __init__(self, hidden_size: int = 4096, *, level: str = "L5",
@@ -42,29 +39,20 @@ class EagleAdapter(Adapter):
             self.reads, self.shift = "verifier", 1
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
         self.level, self.max_positions = level, max_positions
-        n_heads = n_heads or math.gcd(8, hidden_size)
-        ffn = ffn or default_sizes(hidden_size)["ffn"]
         if prediction_weight is None:
             prediction_weight = 0.5 if level == "L5" else 0.0
         self.prediction_weight = prediction_weight
-        self.options |= {
-            "n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha,
-            "max_positions": max_positions, "prediction_weight": prediction_weight,
-            "vocab_size": vocab_size, "residual_map": residual_map,
-        }
         self.input_norm = nn.LayerNorm(hidden_size)
         self.positions = nn.Parameter(torch.empty(1, max_positions, hidden_size))
         nn.init.trunc_normal_(self.positions, std=0.02)
-        self.layer = TransformerLayer(hidden_size, n_heads=n_heads, ffn=ffn, dropout=dropout)
-        self.final_norm = nn.LayerNorm(hidden_size)
-        self.projection = eye_linear(hidden_size, hidden_size)
-        self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+        self._make_layer(n_heads, ffn, dropout, alpha)
+        self.options |= {"max_positions": max_positions, "prediction_weight": prediction_weight,
+                         "vocab_size": vocab_size, "residual_map": residual_map}
         self.residual_map: nn.Linear | None = None
         if residual_map:
             if self.shift == 0:
-                raise ParameterError(
-                    f"{level} has its linear map in front (input_map=True); residual_map is for B1 "
-                    "and L5F")
+                raise ParameterError(f"{level} has its linear map in front (input_map=True); "
+                                     "residual_map is for B1 and L5F")
             front = self.drafter_size if self.reads == "both" else 0
             self.residual_map = eye_linear(front + hidden_size, hidden_size)
             with torch.no_grad():  # starts as the verifier's state, which comes last
@@ -77,8 +65,8 @@ class EagleAdapter(Adapter):
     def set_token_embedding(self, table: Tensor) -> None:
         """Fill the frozen embedding from ``table`` [V, D_v] (the LM head's rows), scaled to unit
         mean square so that it meets the LayerNormed state."""
-        if not self.fuses_tokens or self.token_embedding.shape != table.shape:
-            want = tuple(self.token_embedding.shape) if self.fuses_tokens else None
+        want = tuple(self.token_embedding.shape) if self.fuses_tokens else None
+        if tuple(table.shape) != want:
             raise ParameterError(
                 f"a token table of shape {tuple(table.shape)} does not fit this {self.level} "
                 f"(expects {want}); create it with vocab_size")
@@ -103,22 +91,17 @@ class EagleAdapter(Adapter):
     def _embed(self, states: tuple[Tensor, ...], first: int,
                tokens: Tensor | None) -> tuple[Tensor, Tensor]:
         base, residual = self._base(states)
-        size = base.shape[1]
-        if size + first > self.max_positions:
-            raise ParameterError(
-                f"{self.level} knows {self.max_positions} positions and was asked for "
-                f"{size + first}; create it with max_positions={size + first} or more")
+        end = first + base.shape[1]
+        if end > self.max_positions:
+            raise ParameterError(f"{self.level} knows {self.max_positions} positions and was asked "
+                                 f"for {end}; create it with max_positions={end} or more")
         if self.fuses_tokens:
             if tokens is None:
-                raise ParameterError(
-                    f"{self.level} fuses tokens: pass the int64 tokens [B, S] that stand before "
-                    "the predicted positions")
+                raise ParameterError(f"{self.level} fuses tokens: pass the int64 tokens [B, S] "
+                                     "that stand before the predicted positions")
             embedded = self.token_embedding[tokens.clamp_min(0)] * (tokens >= 0).unsqueeze(-1)
             base = self.token_map(torch.cat([base, embedded.to(base.dtype)], dim=-1))
-        return base + self.positions[:, first:first + size], residual
-
-    def _leave(self, x: Tensor, residual: Tensor) -> Tensor:
-        return residual + self.alpha * (self.projection(self.final_norm(x)) - residual)
+        return base + self.positions[:, first:end], residual
 
     def forward(self, *states: Tensor, mask: Tensor | None = None,
                 tokens: Tensor | None = None) -> Tensor:
@@ -139,8 +122,7 @@ class EagleAdapter(Adapter):
         size = verifier.shape[1]
         rows = torch.arange(size, device=verifier.device)
         allowed = causal_mask(size, verifier.device)
-        keys = values = None
-        own: list[tuple[Tensor, Tensor]] = []
+        seen: list[tuple[Tensor, Tensor]] = []  # keys and values: the true ones, then each start's
         results: list[Tensor] = []
         state = verifier
         for k in range(steps):
@@ -150,12 +132,9 @@ class EagleAdapter(Adapter):
                 states = (drafter[:, ahead], state)
             said = None if tokens is None else tokens[:, (rows + k).clamp_max(size - 1)]
             embedded, residual = self._embed(states, min(k, self.max_positions - size), said)
-            queries, new_keys, new_values = self.layer.project(embedded)
-            if keys is None:
-                keys, values = new_keys, new_values
-            else:
-                own.append((new_keys, new_values))
-            attended = self.layer.attend_with(queries, keys, values, allowed, own)
+            queries, *new = self.layer.project(embedded)
+            seen.append(tuple(new))
+            attended = self.layer.attend_with(queries, *seen[0], allowed, seen[1:])
             state = self._leave(self.layer.finish(embedded, attended), residual)
             results.append(state)
         return results
@@ -166,8 +145,7 @@ class FusedEagleAdapter(EagleAdapter):
     h_v])), then as L5; residual from h_v.
 
     drafter_lead=1 (default): beside verifier[t] stands drafter[t+1], which follows the verifier's
-    token t and exists while drafting. drafter_lead=0: the reference's alignment, drafter[t] beside
-    verifier[t].
+    token t and exists while drafting. 0: the reference's alignment, drafter[t] beside verifier[t].
     """
 
     reads = "both"
@@ -176,9 +154,9 @@ class FusedEagleAdapter(EagleAdapter):
     def __init__(self, hidden_size: int = 4096, *, level: str = "L5F", drafter_lead: int = 1,
                  **options: Any) -> None:
         if drafter_lead not in (0, 1):
-            raise ParameterError(
-                f"drafter_lead must be 0 (the reference's) or 1, not {drafter_lead!r}: further "
-                "drafter states do not exist while drafting")
+            raise ParameterError(f"drafter_lead must be 0 (the reference's) or 1, not "
+                                 f"{drafter_lead!r}: further drafter states do not exist while "
+                                 "drafting")
         super().__init__(hidden_size, level=level, **options)
         self.drafter_lead = self.options["drafter_lead"] = drafter_lead
         self.gate = nn.Linear(2 * hidden_size, hidden_size)

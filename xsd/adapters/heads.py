@@ -1,10 +1,5 @@
 """The verifier's LM head as adapters draft through it: some positions at a time, and where wanted
-some of its rows only.
-
-A reduced draft vocabulary (EAGLE-3, FR-Spec) is the k most frequent tokens: the head is most of a
-draft step's cost where the vocabulary is large, and answers use a small part of it. The verifier
-still says any token: one outside is never drafted, so it ends a round.
-"""
+some of its rows only (a reduced draft vocabulary: docs/adapters.md, section 4)."""
 
 from __future__ import annotations
 
@@ -19,8 +14,7 @@ from torch import Tensor
 from xsd.core import ParameterError
 
 CHUNK = 1024
-"""Positions whose logits exist at one time: 1024 × 32 000 × 4 bytes = 131 MB at the real pair's
-vocabulary."""
+"""Positions whose logits exist at one time: 131 MB in float32 at a vocabulary of 32 000."""
 
 
 @dataclass(frozen=True)
@@ -47,9 +41,8 @@ def draft_head(weight: Tensor, ids: Tensor) -> DraftHead:
     head or stands twice."""
     size = len(weight)
     if len(ids) == 0 or len(ids.unique()) != len(ids) or not 0 <= ids.min() <= ids.max() < size:
-        raise ParameterError(
-            f"a draft vocabulary is distinct ids below {size}, at least one; take "
-            "heads.most_frequent()")
+        raise ParameterError(f"a draft vocabulary is distinct ids below {size}, at least one; take "
+                             "heads.most_frequent()")
     rows = torch.full((size,), -1, dtype=torch.long, device=weight.device)
     rows[ids] = torch.arange(len(ids), device=weight.device)
     return DraftHead(weight[ids], ids, rows)
@@ -64,23 +57,14 @@ def head_of(adapter: Any, head: Head) -> Head:
     return draft_head(head, ids.to(head.device))
 
 
-def most_frequent(answers: Iterable[Sequence[int] | Tensor], k: int, *,
-                  always: Sequence[int] = ()) -> Tensor:
+def most_frequent(answers: Iterable[Sequence[int] | Tensor], k: int) -> Tensor:
     """The k most frequent ids of some answers, ascending, int64 [≤ k]; of two equally frequent ones
-    the smaller id.
-
-    always: ids that are among them whatever their count (end of sequence). Raises: ParameterError
-    for k < 1 or no token at all.
-    """
+    the smaller id. Raises: ParameterError for k < 1 or no token at all."""
     parts = [torch.as_tensor(answer, dtype=torch.long).flatten() for answer in answers]
     counts = torch.bincount(torch.cat(parts)) if parts else torch.zeros(0, dtype=torch.long)
     if k < 1 or not counts.any():
-        raise ParameterError(
-            f"a draft vocabulary needs at least one id and answers to count, not k = {k} of "
-            f"{int(counts.sum())} tokens")
-    if always:
-        counts = F.pad(counts, (0, max(0, max(always) + 1 - len(counts))))
-        counts[list(always)] = int(counts.max()) + 1
+        raise ParameterError(f"a draft vocabulary needs at least one id and answers to count, not "
+                             f"k = {k} of {int(counts.sum())} tokens")
     order = counts.argsort(descending=True, stable=True)[:k]
     return order[counts[order] > 0].sort().values
 

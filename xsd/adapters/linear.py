@@ -1,10 +1,6 @@
-"""Closed-form adapters, the cheap floors under every trained one: identity, ridge regression and
-orthogonal Procrustes.
-
-Fitted from streamed batches in float64: only sums of the size of the widths are kept, never the
-states. Ridge: Hoerl and Kennard 1970; orthogonal Procrustes: Schönemann 1966 (R = U Vᵀ of the
-centred cross-covariance).
-"""
+"""Closed-form adapters, the cheap floors under every trained one: identity, ridge regression
+(Hoerl and Kennard 1970) and orthogonal Procrustes (Schönemann 1966: R = U Vᵀ of the centred
+cross-covariance), fitted from streamed batches: only sums are kept, in float64."""
 
 from __future__ import annotations
 
@@ -49,13 +45,9 @@ class LinearAdapter(Adapter):
 
 def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
                ridge: float = 1e-3, scale: bool = True) -> LinearAdapter:
-    """Fit one closed form over a stream of batches (one pass, float64 sums).
-
-    Args: kind: "identity" | "ridge" | "procrustes". ridge: penalty as a share of the inputs' mean
-    variance. scale: let Procrustes also scale.
-    Raises: ParameterError for an unknown kind; TrainingError when the stream holds no real
-    position.
-    """
+    """Fit one of KINDS in one pass over batches. ridge: penalty as a share of the inputs' mean
+    variance. scale: let Procrustes also scale. Raises: ParameterError for an unknown kind;
+    TrainingError when the stream holds no real position."""
     if kind not in KINDS:
         raise ParameterError(f"unknown closed form {kind!r}; choose one of {', '.join(KINDS)}")
     count, adapter, sums = 0, None, {}
@@ -69,9 +61,8 @@ def fit_linear(kind: str, batches: Iterable[Batch], *, reads: Reads = "drafter",
         for name, term in {"x": x.sum(0), "y": y.sum(0), "xx": x.T @ x, "xy": x.T @ y}.items():
             sums[name] = sums[name] + term if name in sums else term
     if adapter is None or count == 0:
-        raise TrainingError(
-            f"no position to fit {kind!r} on: the stream of batches is empty; check the dataset "
-            "and its split")
+        raise TrainingError(f"no position to fit {kind!r} on: the stream of batches is empty; "
+                            "check the dataset and its split")
     if kind == "identity":
         return adapter.eval()
     mean_x, mean_y = sums["x"] / count, sums["y"] / count

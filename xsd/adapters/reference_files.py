@@ -1,10 +1,6 @@
 """Adapter files of the published reference code (.pt) under this project's names: L1–L5, B1, L5F
-(docs/adapters.md, section 1).
-
-Read with ``weights_only``: a pickle that would run code is refused. What a file says of itself is
-``adapter_type``, ``config`` and ``model_state_dict``; B1 is L5's class trained on verifier states,
-and its file says L5: the folder ``B1`` it was written to, or ``level="B1"``, tells the two apart.
-"""
+(docs/adapters.md, section 1). A pickle that would run code is refused. B1's file says L5: the
+folder ``B1`` it was written to, or ``level="B1"``, tells the two apart."""
 
 from __future__ import annotations
 
@@ -56,35 +52,28 @@ _NAMES = {"L1": _BOTTLENECK, "L2": _BOTTLENECK, "L3": _WIDE, "L4": _ATTENTION, "
 
 
 class _PlainConfig:
-    """Stands in for the configuration class pickled in the reference's L1 files: takes the fields,
-    has no behaviour."""
+    """Stands in for the configuration class pickled in the reference's L1 files."""
 
 
 def read(path: Path, *, level: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(level, hidden_size and options as create_adapter takes them, tensors by this project's
-    names).
-
-    level: "B1" or "L5" for a file that says L5. Raises: CheckpointError when it is damaged, would
-    run code, is no adapter, is another level than asked for, has more than one transformer layer,
-    or fuses tokens (in front of the norm there, behind it here).
-    """
+    names). level: "B1" or "L5" for a file that says L5. Raises: CheckpointError when it is damaged,
+    would run code, is no adapter or another level than asked for, has several transformer layers,
+    or fuses tokens (in front of the norm there, behind it here)."""
     stored = _load(path)
     if not isinstance(stored, Mapping) or "model_state_dict" not in stored:
-        raise CheckpointError(
-            f"{path} is no adapter checkpoint: it has no model_state_dict; give a file that "
-            "save_checkpoint wrote")
+        raise CheckpointError(f"{path} is no adapter checkpoint: it has no model_state_dict; give "
+                              "a file that save_checkpoint wrote")
     kind = stored.get("adapter_type", "L1_Bottleneck")
     if kind not in _LEVELS:
-        raise CheckpointError(
-            f"{path} holds a {kind!r}; .pt files are read for {', '.join(_LEVELS)}, retrain the "
-            "others")
+        raise CheckpointError(f"{path} holds a {kind!r}; .pt files are read for "
+                              f"{', '.join(_LEVELS)}, retrain the others")
     found = _LEVELS[kind]
     if found == "L5" and (level == "B1" or (level is None and "B1" in path.resolve().parts)):
         found = "B1"
     if level not in (None, found):
-        raise CheckpointError(
-            f"{path} holds an {found} ({kind}), not the {level} asked for; give another file or "
-            "leave level= out")
+        raise CheckpointError(f"{path} holds an {found} ({kind}), not the {level} asked for; give "
+                              "another file or leave level= out")
     raw = stored.get("config", {})
     raw = dict(raw) if isinstance(raw, Mapping) else dict(vars(raw))
     tensors = {_renamed(name, found): tensor for name, tensor in stored["model_state_dict"].items()}
@@ -114,14 +103,13 @@ def _options(path: Path, level: str, raw: Mapping[str, Any],
         return options
     layers = options.pop("n_blocks", 1)
     if layers != 1:
-        raise CheckpointError(
-            f"{path} has {layers} transformer layers and {level} has one here; retrain it with one")
+        raise CheckpointError(f"{path} has {layers} transformer layers and {level} has one here; "
+                              "retrain it with one")
     if level == "L4":
         return options | {"causal": False}  # as it was trained
     if raw.get("use_token_embed") or any(name.startswith("token_") for name in tensors):
-        raise CheckpointError(
-            f"{path} fuses tokens in front of its norm, {level} here behind it; train it again "
-            "with token_fusion=True")
+        raise CheckpointError(f"{path} fuses tokens in front of its norm, {level} here behind it; "
+                              "train it again with token_fusion=True")
     if "positions" in tensors:
         options["max_positions"] = tensors["positions"].shape[1]
     # beside verifier[t] stood drafter[t]

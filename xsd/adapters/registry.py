@@ -1,13 +1,13 @@
 """Every adapter by name: create, save, load, count. A dict one can read (docs/adapters.md).
 
-An adapter file is a safetensors file that carries its configuration in its own header; the same
-configuration lies beside it as JSON. Files of the published reference code (.pt) are read too
-(:mod:`xsd.adapters.reference_files`): no code in a file is ever run.
+An adapter file is a safetensors file that carries its configuration in its own header, and beside
+it as JSON; the published reference code's .pt is read too. No code in a file is ever run.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from xsd import files
-from xsd.adapters import linear, own, reference_files
+from xsd.adapters import linear, reference_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
-from xsd.adapters.bottleneck import BottleneckAdapter, WideBottleneckAdapter
+from xsd.adapters.bottleneck import BottleneckAdapter, PixelAlignment, WideBottleneckAdapter
 from xsd.adapters.eagle import EagleAdapter, FusedEagleAdapter
-from xsd.adapters.pixel import PixelAlignment
 from xsd.core import CheckpointError, ParameterError
 
 LEVELS: dict[str, type[Adapter]] = {
@@ -34,6 +33,42 @@ LEVELS: dict[str, type[Adapter]] = {
 CLOSED_FORMS: dict[str, type[Adapter]] = dict.fromkeys(linear.KINDS, linear.LinearAdapter)
 NAMES = (*LEVELS, "P0", *CLOSED_FORMS)
 FORMAT = "xsd-adapter-1"
+
+
+class OwnAdapter(Adapter):
+    """What every adapter can do (shift, steps, unrolling, files), around a researcher's plain
+    module (docs/extending.md).
+
+    The module says ``reads`` and ``shift``, and where they differ from the defaults ``causal``,
+    ``pointwise``, ``fuses_tokens`` and ``drafter_lead`` (1 for reads == "both"). Its forward takes
+    the states that it reads, and ``mask`` if it wants one.
+    """
+
+    def __init__(self, module: nn.Module, hidden_size: int,
+                 drafter_size: int | None = None) -> None:
+        reads, shift = getattr(module, "reads", None), getattr(module, "shift", None)
+        who = type(module).__name__
+        if reads not in ("drafter", "verifier", "both"):
+            raise ParameterError(f"{who}.reads is {reads!r}; say what forward takes: drafter, "
+                                 "verifier, both")
+        if shift != (0 if reads == "drafter" else 1):
+            raise ParameterError(
+                f"{who} reads {reads} with shift {shift!r}: shift is 0 where the drafter's states "
+                "alone are read and 1 where the verifier's are, or it would see what it predicts")
+        self.reads, self.shift = reads, shift
+        super().__init__(hidden_size)
+        self.drafter_size = drafter_size or hidden_size
+        self.drafter_lead = getattr(module, "drafter_lead", 1 if reads == "both" else 0)
+        for name in ("causal", "pointwise", "fuses_tokens"):
+            setattr(self, name, getattr(module, name, getattr(self, name)))
+        self._takes_mask = "mask" in inspect.signature(module.forward).parameters
+        self.module = module
+
+    def forward(self, *inputs: Tensor, mask: Tensor | None = None, **keywords: Any) -> Tensor:
+        """What the module says: [B, S, D] (or drafter and verifier) → [B, S, D_v]."""
+        if self._takes_mask:
+            keywords["mask"] = mask
+        return self.module(*inputs, **keywords)
 
 
 def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | None = None,
@@ -47,18 +82,19 @@ def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | N
     Raises: ParameterError naming the known levels, or the option that the level does not have.
     """
     reduced = options.pop("draft_vocabulary", None)
+    keywords: dict[str, Any] = {"hidden_size": hidden_size, "drafter_size": drafter_size}
     if level == "P0":
         build, keywords = PixelAlignment, {}
     elif level in NAMES:
         build = {**LEVELS, **CLOSED_FORMS}[level]
-        keywords = {"hidden_size": hidden_size, "level": level, "drafter_size": drafter_size}
+        keywords["level"] = level
     elif isinstance(level, str) and ":" not in level:
         raise ParameterError(
             f"unknown adapter level {level!r}; choose one of {', '.join(NAMES)}, or name a class "
             "of your own as module:Class")
     else:
         build = files.import_object(level) if isinstance(level, str) else level
-        keywords = {"hidden_size": hidden_size, "drafter_size": drafter_size or hidden_size}
+        keywords["drafter_size"] = drafter_size or hidden_size
     try:
         adapter = build(**keywords, **options)
     except TypeError as error:
@@ -75,29 +111,23 @@ def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | N
 
 def resolve(level: Any, hidden_size: int = 4096, *, drafter_size: int | None = None,
             **options: Any) -> Adapter:
-    """The adapter that a researcher means by ``levels=[…]``.
-
-    Args: level: as :func:`create_adapter` takes it, or an object: an Adapter comes back as it is,
-    another module with reads, shift and forward in an own.OwnAdapter around it.
-    Raises: ParameterError when it is none of these.
-    """
+    """The adapter that a researcher means by ``levels=[…]``: what :func:`create_adapter` makes of a
+    name or class; of an object, an Adapter as it is, another module with reads, shift and forward
+    in an OwnAdapter. Raises: ParameterError when it is none of these."""
     if not isinstance(level, nn.Module):
         return create_adapter(level, hidden_size, drafter_size=drafter_size, **options)
-    if set(options) - {"draft_vocabulary"}:
-        raise ParameterError(
-            f"{files.name_of(level)} is made already; give its class, or make it with "
-            f"{', '.join(options)}")
-    adapter = level
-    if not isinstance(level, Adapter):
-        adapter = own.OwnAdapter(level, hidden_size, drafter_size)
-        adapter.level = files.name_of(level)
-    if "draft_vocabulary" in options:
-        adapter.set_draft_vocabulary(torch.arange(options["draft_vocabulary"]))
-    adapter.level = adapter.level or files.name_of(adapter)
-    if adapter.level in NAMES and isinstance(adapter, own.OwnAdapter):
-        raise ParameterError(
-            f"{type(level).__name__} calls itself {adapter.level}, which is one of our levels; "
-            "give its level another name")
+    reduced = options.pop("draft_vocabulary", None)
+    if options:
+        raise ParameterError(f"{files.name_of(level)} is made already; give its class, or make it "
+                             f"with {', '.join(options)}")
+    ours = isinstance(level, Adapter)
+    adapter = level if ours else OwnAdapter(level, hidden_size, drafter_size)
+    adapter.level = adapter.level or files.name_of(level)
+    if adapter.level in NAMES and isinstance(adapter, OwnAdapter):
+        raise ParameterError(f"{type(level).__name__} calls itself {adapter.level}, which is one "
+                             "of our levels; give its level another name")
+    if reduced is not None:
+        adapter.set_draft_vocabulary(torch.arange(reduced))
     return adapter
 
 
@@ -110,11 +140,10 @@ def count_parameters(adapter: nn.Module) -> int:
 
 
 def save_adapter(adapter: nn.Module, path: str | Path, **info: Any) -> Path:
-    """Write weights and configuration; returns the safetensors path.
+    """Write weights and configuration, atomically; returns the safetensors path.
 
     path: a name ending in .safetensors, or a folder (then adapter.safetensors in it). info: JSON
-    values kept in the configuration under "info". Written atomically: weights first, then
-    ``<name>.json`` beside them.
+    values kept in the configuration under "info".
     """
     path = Path(path)
     if path.suffix != ".safetensors":
@@ -135,9 +164,9 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
     """The adapter in a file or run folder, whatever its level, in eval mode.
 
     path: a .safetensors file; a folder holding best.safetensors, adapter.safetensors or
-    final.safetensors; or a reference .pt.
-    level: what it is to be, as :func:`resolve` takes it (of an object a copy is filled). Needed for
-    a class of your own, which no file may name for you, and to tell B1 from L5 in a reference .pt.
+    final.safetensors; or a reference .pt. level: what it is to be, as :func:`resolve` takes it (of
+    an object a copy is filled); needed for a class of your own, which no file may name for you, and
+    to tell B1 from L5 in a reference .pt.
     Raises: CheckpointError when it is missing, damaged, no adapter, or does not fit its own
     configuration.
     """
@@ -160,9 +189,8 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
         with torch.random.fork_rng(devices=[]):
             adapter = resolve(held if level is None else copy.deepcopy(level), **sizes, **options)
     except (TypeError, ParameterError) as error:
-        raise CheckpointError(
-            f"{path} does not say which adapter it is ({error}); save it with save_adapter"
-        ) from error
+        raise CheckpointError(f"{path} does not say which adapter it is ({error}); save it with "
+                              "save_adapter") from error
     wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
     if missing or unexpected:
@@ -184,17 +212,15 @@ def read_config(path: str | Path) -> dict[str, Any]:
 
 
 def _resolve(path: Path) -> Path:
-    if path.is_dir():
-        for name in ("best.safetensors", "adapter.safetensors", "final.safetensors"):
-            if (path / name).exists():
-                return path / name
-        raise CheckpointError(
-            f"{path} holds no adapter (best.safetensors, adapter.safetensors or "
-            "final.safetensors); train one or give the file itself")
-    if not path.exists():
+    names = ("best.safetensors", "adapter.safetensors", "final.safetensors")
+    found = [path / name for name in names if (path / name).exists()] if path.is_dir() else [path]
+    if not found:
+        raise CheckpointError(f"{path} holds no adapter (best.safetensors, adapter.safetensors or "
+                              "final.safetensors); train one or give the file itself")
+    if not found[0].exists():
         raise CheckpointError(
             f"{path} does not exist; give an adapter's .safetensors file or its run folder")
-    return path
+    return found[0]
 
 
 def _read(path: Path, level: Any = None, *,
