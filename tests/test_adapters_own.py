@@ -20,7 +20,7 @@ def test_every_form_becomes_an_adapter_and_comes_back_from_its_file(name, form, 
     spec = {"text": f"my_levels:{name}", "class": built,
             "object": built(hidden_size=WIDTH, drafter_size=10)}[form]
     torch.manual_seed(0)
-    adapter = registry.resolve(spec, WIDTH, drafter_size=10).eval()
+    adapter = registry.create_adapter(spec, WIDTH, drafter_size=10).eval()
     assert isinstance(adapter, base.Adapter) and adapter.level == f"my_levels:{name}"
     checks.check_adapter(adapter)
     batch = make_batch([3, 5], drafter_size=10)
@@ -61,30 +61,30 @@ def test_a_file_imports_nothing(tmp_path, monkeypatch):
 def test_what_is_no_adapter_is_told_in_one_sentence(name, why):
     torch.manual_seed(0)
     with pytest.raises(ParameterError, match=why):
-        checks.check_adapter(registry.resolve(f"my_levels:{name}", WIDTH))
+        checks.check_adapter(registry.create_adapter(f"my_levels:{name}", WIDTH))
 
 
 def test_other_mistakes_are_explained():
     with pytest.raises(ParameterError, match=r"Linear.reads is None; say what forward takes"):
-        registry.resolve(torch.nn.Linear(2, 2), WIDTH)
+        registry.create_adapter(torch.nn.Linear(2, 2), WIDTH)
     with pytest.raises(ParameterError, match="forward does not run on one tensor"):
-        checks.check_adapter(registry.resolve(
+        checks.check_adapter(registry.create_adapter(
             my_levels.Mine(hidden_size=WIDTH, drafter_size=3), WIDTH))
     with pytest.raises(ParameterError, match=r"Mine cannot be made .* 'depth'"):
-        registry.resolve("my_levels:Mine", WIDTH, depth=3)
+        registry.create_adapter("my_levels:Mine", WIDTH, depth=3)
     with pytest.raises(ParameterError, match="is made already; give its class"):
-        registry.resolve(my_levels.Mine(hidden_size=4, drafter_size=4), 4, width=3)
+        registry.create_adapter(my_levels.Mine(hidden_size=4, drafter_size=4), 4, width=3)
     mine = my_levels.Mine(hidden_size=4, drafter_size=4)
     mine.level = "L1"
     with pytest.raises(ParameterError, match="which is one of our levels"):
-        registry.resolve(mine, 4)
+        registry.create_adapter(mine, 4)
 
 
 def test_names_for_tables_and_folders():
     mine = my_levels.Mine(hidden_size=4, drafter_size=4)
     assert files.name_of(mine) == files.name_of(my_levels.Mine) == "my_levels:Mine"
     mine.level = "mine, wide"
-    assert files.name_of(mine) == registry.resolve(mine, 4).level == "mine, wide"
+    assert files.name_of(mine) == registry.create_adapter(mine, 4).level == "mine, wide"
     assert files.name_of("L5F") == "L5F"
 
 

@@ -53,7 +53,7 @@ def pairs(tmp_path):
 
 
 def test_every_block_runs(here, pairs):
-    mine = registry.resolve("my_levels:Mine", examples.WIDTH, drafter_size=10)
+    mine = registry.create_adapter("my_levels:Mine", examples.WIDTH, drafter_size=10)
     for block in BLOCKS:
         exec(compile(block, "docs/extending.md", "exec"),
              {"__name__": "page", "pairs": pairs, "mine": mine})
@@ -77,7 +77,7 @@ def test_a_level_and_a_term_of_ones_own_train_are_saved_loaded_and_evaluated(her
 def test_a_level_of_ones_own_drafts_live_as_a_level_of_ours_does(here):
     pair = loading.load_pair(make_tiny_pair(here / "pair"))
     sizes = {"hidden_size": pair.verifier.hidden_size, "drafter_size": pair.drafter.hidden_size}
-    mine = registry.resolve("my_levels:Mine", **sizes).eval()
+    mine = registry.create_adapter("my_levels:Mine", **sizes).eval()
     [sample] = make_samples(1)
     own = autoregressive.generate(pair.verifier, sample, 12).ids
     arm = arms.build("my_levels:Mine", pair, {"my_levels:Mine": mine}, gamma=3)

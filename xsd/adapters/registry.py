@@ -73,62 +73,56 @@ class OwnAdapter(Adapter):
 
 def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | None = None,
                    **options: Any) -> Adapter:
-    """A new adapter, weights from torch's current seed.
+    """The adapter that a researcher means by ``levels=[…]``; a new one has weights from torch's
+    current seed.
 
     Args: level: a key of LEVELS or CLOSED_FORMS, "P0" (options image_size, channels, width,
     dropout), "module:Class" or your own class, which is called with hidden_size, drafter_size and
-    the options by name. hidden_size: D_v. drafter_size: D_d where it differs. options: saved with
-    the weights.
+    the options by name; or an object: an Adapter comes back as it is, another module with reads,
+    shift and forward in an OwnAdapter. hidden_size: D_v. drafter_size: D_d where it differs.
+    options: saved with the weights.
     Raises: ParameterError naming the known levels, or the option that the level does not have.
     """
     reduced = options.pop("draft_vocabulary", None)
-    keywords: dict[str, Any] = {"hidden_size": hidden_size, "drafter_size": drafter_size}
-    if level == "P0":
-        build, keywords = PixelAlignment, {}
-    elif level in NAMES:
-        build = {**LEVELS, **CLOSED_FORMS}[level]
-        keywords["level"] = level
-    elif isinstance(level, str) and ":" not in level:
-        raise ParameterError(
-            f"unknown adapter level {level!r}; choose one of {', '.join(NAMES)}, or name a class "
-            "of your own as module:Class")
-    else:
-        build = files.import_object(level) if isinstance(level, str) else level
-        keywords["drafter_size"] = drafter_size or hidden_size
-    try:
-        adapter = build(**keywords, **options)
-    except TypeError as error:
-        raise ParameterError(
-            f"adapter {files.name_of(level)} cannot be made ({error}); see docs/adapters.md for "
-            "the options of ours, docs/extending.md for what your own class must take") from error
-    if level not in NAMES:
-        adapter = resolve(adapter, **keywords)
-        adapter.level, adapter.options, adapter.made_from = files.name_of(level), options, build
+    adapter = level
+    if not isinstance(level, nn.Module):
+        adapter = _build(level, hidden_size, drafter_size, options)
+    elif options:
+        raise ParameterError(f"{files.name_of(level)} is made already; give its class, or make it "
+                             f"with {', '.join(options)}")
+    if not isinstance(adapter, (Adapter, PixelAlignment)):
+        adapter = OwnAdapter(adapter, hidden_size, drafter_size)
+        adapter.level = files.name_of(adapter.module)
+        if adapter.level in NAMES:
+            raise ParameterError(f"{type(adapter.module).__name__} calls itself {adapter.level}, "
+                                 "which is one of our levels; give its level another name")
+    if level not in NAMES and not isinstance(level, nn.Module):
+        adapter.level, adapter.options = files.name_of(level), options
+        adapter.made_from = files.import_object(level) if isinstance(level, str) else level
+    adapter.level = adapter.level or files.name_of(adapter)
     if reduced is not None:  # the ids come from the file, or from set_draft_vocabulary
         adapter.set_draft_vocabulary(torch.arange(reduced))
     return adapter
 
 
-def resolve(level: Any, hidden_size: int = 4096, *, drafter_size: int | None = None,
-            **options: Any) -> Adapter:
-    """The adapter that a researcher means by ``levels=[…]``: what :func:`create_adapter` makes of a
-    name or class; of an object, an Adapter as it is, another module with reads, shift and forward
-    in an OwnAdapter. Raises: ParameterError when it is none of these."""
-    if not isinstance(level, nn.Module):
-        return create_adapter(level, hidden_size, drafter_size=drafter_size, **options)
-    reduced = options.pop("draft_vocabulary", None)
-    if options:
-        raise ParameterError(f"{files.name_of(level)} is made already; give its class, or make it "
-                             f"with {', '.join(options)}")
-    ours = isinstance(level, Adapter)
-    adapter = level if ours else OwnAdapter(level, hidden_size, drafter_size)
-    adapter.level = adapter.level or files.name_of(level)
-    if adapter.level in NAMES and isinstance(adapter, OwnAdapter):
-        raise ParameterError(f"{type(level).__name__} calls itself {adapter.level}, which is one "
-                             "of our levels; give its level another name")
-    if reduced is not None:
-        adapter.set_draft_vocabulary(torch.arange(reduced))
-    return adapter
+def _build(level: Any, hidden_size: int, drafter_size: int | None,
+           options: dict[str, Any]) -> nn.Module:
+    sizes = {"hidden_size": hidden_size, "drafter_size": drafter_size}
+    try:
+        if level == "P0":
+            return PixelAlignment(**options)
+        if level in NAMES:
+            return {**LEVELS, **CLOSED_FORMS}[level](level=level, **sizes, **options)
+        if isinstance(level, str) and ":" not in level:
+            raise ParameterError(
+                f"unknown adapter level {level!r}; choose one of {', '.join(NAMES)}, or name a "
+                "class of your own as module:Class")
+        build = files.import_object(level) if isinstance(level, str) else level
+        return build(**sizes | {"drafter_size": drafter_size or hidden_size}, **options)
+    except TypeError as error:
+        raise ParameterError(
+            f"adapter {files.name_of(level)} cannot be made ({error}); see docs/adapters.md for "
+            "the options of ours, docs/extending.md for what your own class must take") from error
 
 
 def count_parameters(adapter: nn.Module) -> int:
@@ -164,9 +158,9 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
     """The adapter in a file or run folder, whatever its level, in eval mode.
 
     path: a .safetensors file; a folder holding best.safetensors, adapter.safetensors or
-    final.safetensors; or a reference .pt. level: what it is to be, as :func:`resolve` takes it (of
-    an object a copy is filled); needed for a class of your own, which no file may name for you, and
-    to tell B1 from L5 in a reference .pt.
+    final.safetensors; or a reference .pt. level: what it is to be, as :func:`create_adapter` takes
+    it (of an object a copy is filled); needed for a class of your own, which no file may name for
+    you, and to tell B1 from L5 in a reference .pt.
     Raises: CheckpointError when it is missing, damaged, no adapter, or does not fit its own
     configuration.
     """
@@ -187,20 +181,21 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
     try:
         # initial values are drawn and thrown away; the caller's random stream stays as it was
         with torch.random.fork_rng(devices=[]):
-            adapter = resolve(held if level is None else copy.deepcopy(level), **sizes, **options)
+            wanted = held if level is None else copy.deepcopy(level)
+            adapter = create_adapter(wanted, **sizes, **options)
     except (TypeError, ParameterError) as error:
         raise CheckpointError(f"{path} does not say which adapter it is ({error}); save it with "
                               "save_adapter") from error
-    wanted = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
-    missing, unexpected = sorted(wanted.keys() - tensors), sorted(tensors.keys() - wanted)
+    shapes = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
+    missing, unexpected = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
     if missing or unexpected:
         raise CheckpointError(
             f"{path} is no whole {held}: missing {missing[:3] or 'nothing'}, unexpected "
             f"{unexpected[:3] or 'nothing'}; save it again")
     for name, tensor in tensors.items():
-        if tuple(tensor.shape) != wanted[name]:
+        if tuple(tensor.shape) != shapes[name]:
             raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, {held} expects {wanted[name]}; "
+                f"{path}: {name} has shape {tuple(tensor.shape)}, {held} expects {shapes[name]}; "
                 "was it saved at another width?")
     adapter.load_state_dict(tensors)
     return adapter.to(device).eval()

@@ -138,8 +138,8 @@ def trained(run_dir: str | os.PathLike[str]) -> list[str]:
 
 
 def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Adapter]:
-    """The best checkpoint of each level, in eval mode, by its name. levels: as registry.resolve
-    takes them. Raises: ParameterError naming the trained levels when one is missing."""
+    """The best checkpoint of each level, in eval mode, by its name. levels: as create_adapter takes
+    them. Raises: ParameterError naming the trained levels when one is missing."""
     have = trained(run_dir)
     missing = [name for name in map(files.name_of, levels) if name not in have]
     if missing:

@@ -37,7 +37,7 @@ def fit_adapter(
 
     Args:
         level: of ours by name, or your own: "module:Class", a class, or an object, of which a copy
-        is trained from its present weights (registry.resolve; it is checked first).
+        is trained from its present weights (registry.create_adapter; it is checked first).
         dataset: a ShardDataset, a sequence of PairedStates, a list of Batch, or what
         source.open_states made of one (pack once, train many).
         folder: the run folder, created; an unfinished run of the same configuration, seed and data

@@ -76,7 +76,7 @@ def new_adapter(spec: Any, config: FitConfig, states: source.States, indices: Te
         options.setdefault("input_map", True)
     if ridge and level in ("B1", "L5F"):
         options.setdefault("residual_map", True)
-    adapter = registry.resolve(copy.deepcopy(spec), states.hidden_size,
+    adapter = registry.create_adapter(copy.deepcopy(spec), states.hidden_size,
                                drafter_size=states.drafter_size, **options)
     if not ours:
         checks.check_adapter(adapter)
