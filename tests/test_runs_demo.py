@@ -131,7 +131,8 @@ def test_a_run_with_less_says_less(finished):
 
 
 def test_a_live_run_comes_back_as_it_was(finished):
-    generations, texts, about = folder.load_live(finished / "run")
+    stored = json.loads((finished / "run" / "live.json").read_text())
+    generations, texts, about = folder.live_of(stored)
     assert generations == live_runs() and texts[3] == " word3" and about == {
         "question": "What is moving?"
     }
@@ -140,8 +141,7 @@ def test_a_live_run_comes_back_as_it_was(finished):
 
 def test_missing_parts_of_a_run_are_named(tmp_path):
     for load, words in ((folder.load_results, "holds no results"),
-                        (folder.load_tokens, "no token table"), (folder.load_live, "no live run"),
-                        ):
+                        (folder.load_tokens, "no token table")):
         with pytest.raises(ParameterError, match=words):
             load(tmp_path)
 

@@ -240,7 +240,8 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
     assert results["live"]["provenance"]["data_hash"] == "+".join(hashes) and hashes
     assert results["live"]["provenance"]["parameters"]["gamma"] == 3 and "git_revision" in results[
         "live"]["checked_with"]
-    assert folder.load_live(place / "run")[2]["question"] == one.question
+    stored = json.loads((place / "run" / "live.json").read_text())
+    assert folder.live_of(stored)[2]["question"] == one.question
     figures.speedup_bars(live.bars(found["simulated"]))
 
 

@@ -1,5 +1,4 @@
-"""The main job: notebooks 01 to 06 with one set of parameters, then the report. ``xsd demo`` and
-``make demo`` call :func:`run`."""
+"""The main job, ``xsd demo``: notebooks 01 to 06 with one set of parameters, then the report."""
 
 from __future__ import annotations
 
@@ -32,8 +31,7 @@ DEMO: dict[str, dict[str, Any]] = {
     "06_compare": {"resamples": 1000},
 }
 PROFILES = {"smoke": SMOKE, "demo": DEMO}
-"""What each notebook is given besides ``run_dir`` and ``seed``; the smoke profile is the notebooks'
-defaults."""
+"""What each notebook is given besides ``run_dir`` and ``seed``; smoke: the notebooks' defaults."""
 
 
 def given(step: str, profile: str, run_dir: Path, seed: int) -> dict[str, Any]:
@@ -47,15 +45,11 @@ def given(step: str, profile: str, run_dir: Path, seed: int) -> dict[str, Any]:
 
 
 def run(out_dir: str | Path, *, profile: str = "demo", seed: int = 0, say: Any = print) -> Path:
-    """Execute the notebooks into ``out_dir`` and build the report there; returns the path of
-    ``index.html``.
-
+    """Execute the notebooks into ``out_dir`` and build the report there; returns its index.html.
     Raises: ParameterError before anything runs; NotebookError when a notebook stops (what ran
-    before it is kept and found again).
-    """
+    before it is kept and found again)."""
     out_dir = folder.resolve(out_dir)
-    run_dir = out_dir / "run"
-    plan = {step: given(step, profile, run_dir, seed) for step in STEPS}
+    plan = {step: given(step, profile, out_dir / "run", seed) for step in STEPS}
     seconds: dict[str, float] = {}
     for number, step in enumerate(STEPS, 1):
         say(f"[{number}/{len(STEPS)}] {step}", flush=True)
@@ -68,8 +62,7 @@ def run(out_dir: str | Path, *, profile: str = "demo", seed: int = 0, say: Any =
 
 
 def build(out_dir: str | Path, *, profile: str, seed: int, seconds: Mapping[str, float]) -> Path:
-    """The report of a finished run in ``out_dir``: index.html, results.json, and the executed
-    notebooks as pages."""
+    """The report of a finished run: index.html, results.json, executed notebooks as pages."""
     out_dir = folder.resolve(out_dir)
     results = folder.load_results(out_dir / "run")
     results["provenance"] = provenance(

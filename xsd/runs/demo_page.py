@@ -1,10 +1,10 @@
-"""The pictures of the demo's page, drawn from what the page may show: the results of the run
-(``results.json``) and its token table. The words are in ``templates/demo.html.j2``.
-"""
+"""The pictures of the demo's page, of a run's results and its token table. The words are in
+``templates/demo.html.j2``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +14,8 @@ from xsd.runs import folder, report
 from xsd.views import figures, timeline, tokens
 
 TITLE = "Cross-modal speculative decoding on the embedded pair"
-NAMES = {
-    "simulated": "held-out simulated drives",
-    "davis_road": "a real road, recorded by an event camera"
-}
+NAMES = {"simulated": "held-out simulated drives",
+         "davis_road": "a real road, recorded by an event camera"}
 BOUNDS = ("marginal_low", "marginal_high", "survival_low", "survival_high")
 
 
@@ -78,8 +76,7 @@ def _rows(rows: Mapping[str, Any], metric: str) -> pd.DataFrame:
 
 
 def strips(run_dir: str | Path) -> list[str]:
-    """The legend and three samples of each held-out set, draft above verifier; nothing where no
-    token texts are known."""
+    """The legend and three samples of each held-out set; nothing where no texts are known."""
     if not (folder.resolve(run_dir) / "tokens.parquet").is_file():
         return []
     table = folder.load_tokens(run_dir)
@@ -90,8 +87,7 @@ def strips(run_dir: str | Path) -> list[str]:
         levels = list(part["level"].unique())
         level = "L4" if "L4" in levels else levels[0]
         part = part[part["level"] == level]
-        for sample in part["sample"].unique()[:3]:
-            rows = part[part["sample"] == sample]
+        for _, rows in islice(part.groupby("sample", sort=False, observed=True), 3):
             about = f"{rows['question'].iloc[0]} · {level}, draft above, verifier below"
             made.append(tokens.pairs(rows, label=f"{name(data)} · {about}"))
     return made

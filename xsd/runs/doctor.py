@@ -1,8 +1,5 @@
 """``xsd doctor``: what of this machine and installation is in order, what is not, and what to do
-about it.
-
-A pair of models is looked at by :mod:`xsd.steps.checkup`; this room knows no model.
-"""
+about it. A pair of models is looked at by :mod:`xsd.steps.checkup`."""
 
 from __future__ import annotations
 
@@ -38,19 +35,14 @@ class Finding:
 
 def examine(*, pair: str = "") -> list[Finding]:
     """Python, packages, disk, processors, GPU, browser. ``pair`` only changes the closing hint."""
-    found = [
-        Finding("ok", f"Python {platform.python_version()} at {sys.executable}"), *packages(),
-        disk(ROOT),
-        Finding("ok", f"{os.cpu_count()} processor cores, {platform.system()} "
-                f"{platform.machine()}"), gpu(),
-    ]
+    machine = f"{os.cpu_count()} processor cores, {platform.system()} {platform.machine()}"
     path = browser_path()
-    found.append(Finding("ok", f"browser {path}") if path else Finding(
-        "note", "no Chromium", "only pictures as PNG and the browser test need one (BROWSER_PATH)"))
-    if not pair:
-        found.append(Finding("note", "models not looked at",
-                             "xsd doctor --pair embedded loads the shipped pair"))
-    return found
+    browser = Finding("ok", f"browser {path}") if path else Finding(
+        "note", "no Chromium", "only pictures as PNG and the browser test need one (BROWSER_PATH)")
+    hint = Finding("note", "models not looked at",
+                   "xsd doctor --pair embedded loads the shipped pair")
+    return [Finding("ok", f"Python {platform.python_version()} at {sys.executable}"), *packages(),
+            disk(ROOT), Finding("ok", machine), gpu(), browser, *([] if pair else [hint])]
 
 
 def packages() -> list[Finding]:
@@ -60,10 +52,9 @@ def packages() -> list[Finding]:
         try:
             here.append(f"{name} {metadata.version(name)}")
         except metadata.PackageNotFoundError:
-            what = f"package {name} is missing"
-            missing.append(
-                Finding("note", what, f"only needed for {HELPFUL[name]}") if name in HELPFUL else
-                Finding("bad", what, "run make demo or pip install -e ."))
+            state, advice = (("note", f"only needed for {HELPFUL[name]}") if name in HELPFUL else
+                             ("bad", "run make demo or pip install -e ."))
+            missing.append(Finding(state, f"package {name} is missing", advice))
     return [Finding("ok", f"packages {', '.join(here)}"), *missing]
 
 

@@ -29,7 +29,9 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xsd.core import ROOT, Generation, ParameterError, Round, Span
+from pydantic import TypeAdapter
+
+from xsd.core import ROOT, Generation, ParameterError
 from xsd.files import atomic_path, write_json
 from xsd.runs import numbers
 
@@ -38,20 +40,18 @@ if TYPE_CHECKING:
 
 
 def resolve(run_dir: str | os.PathLike[str]) -> Path:
-    """An absolute folder; relative names are taken from the checkout, never from the working
-    directory."""
-    path = Path(run_dir)
-    return path if path.is_absolute() else ROOT / path
+    """An absolute folder; relative names start at the checkout, wherever we are."""
+    return ROOT / run_dir
 
 
 def shown(path: Path) -> str:
-    """A folder as parameters and results give it: relative where it lies inside the checkout."""
+    """A folder as parameters and results give it: relative where it is inside the checkout."""
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
 def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str, Any]) -> Path:
-    """Write ``results/<name>.json``. values: nested dict of plain numbers and texts (``value``,
-    ``low``, ``high``, ``n``, ``kind``)."""
+    """Write ``results/<name>.json``: nested numbers and texts (``value``, ``low``, ``high``,
+    ``n``, ``kind``)."""
     target = resolve(run_dir) / "results" / f"{name}.json"
     write_json(target, numbers.plain(values))
     return target
@@ -67,8 +67,7 @@ def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | None:
-    """The hashes of the data sets that a run extracted from, first 16 digits each, joined by "+";
-    None where it holds no extraction."""
+    """Hashes of the data that a run extracted from, 16 digits each, joined by "+", or None."""
     path = resolve(run_dir) / "results" / "extract.json"
     if not path.is_file():
         return None
@@ -85,8 +84,7 @@ def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
 
 
 def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
-    """The token table of a run, with ``run`` set to the folder's name where it is absent. Raises:
-    ParameterError when there is none."""
+    """The token table of a run, ``run`` its folder where absent. Raises: ParameterError."""
     import pandas as pd
 
     path = resolve(run_dir) / "tokens.parquet"
@@ -99,8 +97,7 @@ def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
 
 def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generation],
               texts: Mapping[int, str], **about: Any) -> Path:
-    """Write one sample's live generations. texts: token id → its text. about: question, sequence,
-    clip, data."""
+    """Write one sample's generations by arm. about: question, sequence, clip, data."""
     target = resolve(run_dir) / "live.json"
     runs = {arm: dataclasses.asdict(generation) for arm, generation in generations.items()}
     write_json(target, {"generations": runs, "order": list(generations), "about": about,
@@ -108,43 +105,23 @@ def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generat
     return target
 
 
-Live = tuple[dict[str, Generation], dict[int, str], dict[str, Any]]
-
-
-def load_live(run_dir: str | os.PathLike[str]) -> Live:
-    """generations by arm, texts by token id, and about. Raises: ParameterError when notebook 05 has
-    not run."""
-    path = resolve(run_dir) / "live.json"
-    if not path.is_file():
-        raise ParameterError(
-            f"the run {run_dir} has no live run; run notebook 05 with run_dir={run_dir} first")
-    return live_of(json.loads(path.read_text(encoding="utf-8")))
-
-
-def live_of(stored: Mapping[str, Any]) -> Live:
-    """generations, texts and about of what :func:`save_live` wrote; results hold the same record as
-    ``live/timeline`` (seconds)."""
-    generations = {arm: _generation(stored["generations"][arm]) for arm in stored["order"]}
+def live_of(stored: Mapping[str, Any]) -> tuple[dict[str, Generation], dict[int, str], Any]:
+    """generations by arm, texts by token id, and about, of what :func:`save_live` wrote; results
+    hold it as ``live/timeline``."""
+    read = TypeAdapter(Generation).validate_python
+    generations = {arm: read(stored["generations"][arm]) for arm in stored["order"]}
     return generations, {int(key): text for key, text in stored["texts"].items()}, stored["about"]
-
-
-def _generation(fields: dict[str, Any]) -> Generation:
-    rounds = tuple(Round(**{**one, "drafted": tuple(one["drafted"])}) for one in fields["rounds"])
-    spans = tuple(Span(**one) for one in fields["spans"])
-    return Generation(**{**fields, "ids": tuple(fields["ids"]), "rounds": rounds, "spans": spans})
 
 
 HOLDS = {
     "results/*.json": "results", "tokens.parquet": "tokens", "live.json": "live",
     "**/manifest.json": "shards", "adapters/*": "adapters", "sweep.json": "sweep",
-    "index.html": "page", "*.provenance.json": "notebooks",
-}
+    "index.html": "page", "*.provenance.json": "notebooks"}
 """Files that make a folder a run or a report, and what ``xsd runs`` says of them."""
 
 
 def overview(roots: Iterable[Path]) -> str:
-    """The runs and reports in ``roots`` as a table: what each holds, its size, when it was last
-    written to."""
+    """The runs and reports in ``roots`` as a table."""
     import pandas as pd
 
     rows = []

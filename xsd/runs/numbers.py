@@ -1,19 +1,15 @@
-"""Numbers on a page come from ``results.json`` and from nowhere else: lookup by path, formatting,
-marking, and the check of a finished page.
-
-A path walks the nested results with slashes, ``levels/L4/accept@0.90/value``; list items are
-numbered from 0. A number is drawn as ``<span data-key="path" data-format=".2f">1.23</span>``, so
-that a test (or a reader) can hold each one against the file.
-"""
+"""Numbers on a page come from ``results.json`` and from nowhere else. A path walks the nested results
+with slashes, ``levels/L4/accept@0.90/value`` (list items by number); a number is drawn as ``<span
+data-key="path" data-format=".2f">1.23</span>``, so that each can be held against the file."""
 
 from __future__ import annotations
 
 import math
 import re
 from collections.abc import Mapping
-from html.parser import HTMLParser
 from typing import Any
 
+from bs4 import BeautifulSoup
 from markupsafe import Markup
 
 from xsd.core import XsdError
@@ -38,8 +34,7 @@ def plain(values: Any) -> Any:
 
 
 def lookup(results: Mapping[str, Any], path: str) -> Any:
-    """The value at a path. Raises: ReportError naming the step that is missing and what stands
-    there instead."""
+    """The value at a path. Raises: ReportError naming the missing step and what stands there."""
     here: Any = results
     walked: list[str] = []
     for step in path.split("/"):
@@ -54,8 +49,8 @@ def lookup(results: Mapping[str, Any], path: str) -> Any:
 
 
 def written(value: Any, form: str = "") -> str:
-    """A value as it stands on the page. form: Python's format, ``x`` after it for a ratio (``.2fx``
-    → 1.07×); None becomes an en dash."""
+    """A value as it stands on the page, None as an en dash. form: Python's format, ``x`` after it
+    for a ratio (``.2fx`` → 1.07×)."""
     if value is None:
         return "–"
     return f"{value:{form[:-1]}}×" if form.endswith("x") else f"{value:{form}}"
@@ -72,8 +67,7 @@ def kind_of(results: Mapping[str, Any], path: str) -> str:
 
 
 def number(results: Mapping[str, Any], path: str, form: str = "") -> Markup:
-    """HTML of one number, marked with its path, format and kind. Raises: ReportError if it is not
-    in the results."""
+    """HTML of one number, marked with its path, format and kind. Raises: ReportError."""
     value = lookup(results, path)
     if isinstance(value, (Mapping, list)):
         raise ReportError(f"{path!r} of the results is not one number but a "
@@ -83,8 +77,7 @@ def number(results: Mapping[str, Any], path: str, form: str = "") -> Markup:
 
 
 def cell(results: Mapping[str, Any], path: str, form: str = "") -> Markup:
-    """HTML of a number in a table: with its interval where it has one, an en dash where it is
-    absent."""
+    """HTML of a number in a table: its interval where there is one, a dash where it is absent."""
     try:
         node = lookup(results, path)
     except ReportError:
@@ -102,68 +95,35 @@ def cell(results: Mapping[str, Any], path: str, form: str = "") -> Markup:
 
 _STRAY = re.compile(r"(?<![\w.@/-])[-+−]?\d+(?:[.,]\d+)*\s?[%×]?(?![\w-])")
 _ELSEWHERE = re.compile(r"""url\(\s*["']?\s*(?:https?:)?//|@import""", re.IGNORECASE)
-_VOID = {"img", "br", "hr", "meta", "link", "input", "source", "col", "wbr"}
-_QUIET = ("script", "style", "code", "title")
 _LOADING = ("src", "srcset", "poster", "data", "action")
-
-
-class _Page(HTMLParser):
-    """Marked numbers with their texts, running text outside them, and what the page would load."""
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.open: list[tuple[str, bool]] = []
-        """Elements around what is read now; True: its text is no running text."""
-        self.marked: list[list[str]] = []
-        self.loose: list[str] = []
-        self.loads: list[str] = []
-        self.feed(page)
-        self.close()
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        given = {name: (value or "").strip() for name, value in attrs}
-        for name, value in given.items():
-            loading = name in _LOADING or (name == "href" and tag in ("link", "use", "image"))
-            if (loading and re.match(r"(?:https?:)?//", value)) or (
-                    name == "style" and _ELSEWHERE.search(value)):
-                self.loads.append(f"<{tag} {name}={value[:100]!r}>")
-        if tag in _VOID:
-            return
-        quiet = tag in _QUIET or "data-plain" in given or "data-key" in given
-        self.open.append((tag, quiet or bool(self.open and self.open[-1][1])))
-        if "data-key" in given:
-            self.marked.append([given["data-key"], given["data-format"], ""])
-
-    def handle_endtag(self, tag: str) -> None:
-        places = [index for index, (name, _) in enumerate(self.open) if name == tag]
-        if places:
-            del self.open[places[-1]:]
-
-    def handle_data(self, data: str) -> None:
-        tag, quiet = self.open[-1] if self.open else ("", False)
-        if not quiet:
-            self.loose.append(data)
-        elif tag == "span" and self.marked and not self.marked[-1][2]:
-            self.marked[-1][2] = data
-        elif tag == "style":
-            self.loads += [match.group(0) for match in _ELSEWHERE.finditer(data)]
 
 
 def disagreements(page: str, results: Mapping[str, Any]) -> list[str]:
     """Every number of a page that is not what ``results`` say, and every number in running text
-    that is not marked; empty when the page is true.
-
-    Scripts, code, and regions marked ``data-plain`` (token texts, provenance) are left out.
-    """
-    read = _Page(page)
-    found = [f"{key} is shown as {shown!r} but the results say {expected!r}"
-             for key, form, shown in read.marked
-             if shown != (expected := written(lookup(results, key), form))]
+    that is not marked; empty when the page is true. Scripts, code, and regions marked
+    ``data-plain`` (token texts, provenance) are left out."""
+    read = BeautifulSoup(page, "html.parser")
+    marked, found = read.select("[data-key]"), []
+    for one in marked:
+        expected = written(lookup(results, one["data-key"]), one["data-format"])
+        if (shown := one.get_text()) != expected:
+            found.append(f"{one['data-key']} is shown as {shown!r} but the results say "
+                         f"{expected!r}")
+    for quiet in (*marked, *read.select("script, style, code, title, [data-plain]")):
+        quiet.extract()
     return found + [f"{stray.group(0)!r} in {text.strip()[:80]!r} is not taken from the results"
-                    for text in read.loose for stray in _STRAY.finditer(text)]
+                    for text in read.strings for stray in _STRAY.finditer(text)]
 
 
 def external_requests(page: str) -> list[str]:
     """What an HTML page would load from elsewhere when opened (links that a reader may click do not
     count); empty for an offline page."""
-    return _Page(page).loads
+    read, loads = BeautifulSoup(page, "html.parser", multi_valued_attributes=None), []
+    for tag in read.find_all(True):
+        for name, value in tag.attrs.items():
+            loading = name in _LOADING or (name == "href" and tag.name in ("link", "use", "image"))
+            if (loading and re.match(r"\s*(?:https?:)?//", value)) or (
+                    name == "style" and _ELSEWHERE.search(value)):
+                loads.append(f"<{tag.name} {name}={value[:100]!r}>")
+    return loads + [match.group(0) for style in read.find_all("style")
+                    for match in _ELSEWHERE.finditer(style.get_text())]

@@ -1,5 +1,4 @@
-"""tqdm that obeys TQDM_DISABLE in notebooks too (the notebook bar of tqdm 4.70 looks at its
-argument first and never at the variable)."""
+"""tqdm that obeys TQDM_DISABLE in notebooks too (there tqdm 4.70 never looks at the variable)."""
 
 from __future__ import annotations
 
@@ -11,8 +10,7 @@ from typing import Any
 
 
 def tqdm(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
-    """``tqdm.auto.tqdm`` with ``disable`` taken from TQDM_DISABLE unless given. Accepts what tqdm
-    accepts."""
+    """``tqdm.auto.tqdm`` with ``disable`` taken from TQDM_DISABLE unless given."""
     from tqdm.auto import tqdm as bar
 
     options.setdefault("disable", os.environ.get("TQDM_DISABLE", "0") not in ("", "0"))
@@ -20,10 +18,7 @@ def tqdm(iterable: Iterable[Any] | None = None, **options: Any) -> Any:
 
 
 def lines(prefix: str = "", every_s: float = 10.0) -> Callable[[Any], None]:
-    """Progress as lines on stderr, at most one every ``every_s`` seconds; the last is always shown.
-
-    What it returns is called with an extract.run.Progress.
-    """
+    """Shows an extract.run.Progress on stderr, at most every ``every_s`` seconds, and the last."""
     shown = float("-inf")
 
     def show(progress: Any) -> None:
