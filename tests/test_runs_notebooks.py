@@ -123,13 +123,11 @@ def test_names_of_grid_points_are_readable_and_distinct():
     assert len(set(names)) == 4 and names[2].startswith("levels=L1+L4_seed=0_")
 
 
-def test_widget_state_is_stripped(tmp_path):
-    book = new_notebook(metadata={
-        "widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"x": "y" * 1000}}}
-    })
-    nbformat.write(book, tmp_path / "w.ipynb")
-    notebooks.strip_widgets(tmp_path / "w.ipynb")
-    assert (tmp_path / "w.ipynb").stat().st_size < 300
+def test_no_widget_state_is_stored(tmp_path):
+    path = write(tmp_path / "toy.ipynb", "import ipywidgets; ipywidgets.IntSlider(7)")
+    target = notebooks.run_notebook(path, tmp_path / "out", model=Toy)
+    assert "IntSlider(value=7" in target.read_text()
+    assert "widgets" not in nbformat.read(target, 4).metadata
 
 
 def test_refreshing_twice_gives_the_same_bytes_and_keeps_golden_cells_only(tmp_path):

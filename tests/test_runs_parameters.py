@@ -77,7 +77,7 @@ def test_levels_are_open_to_ones_own():
 def test_notebooks_are_found_by_number_stem_and_path():
     for name in ("05", "05_live", "notebooks/05_live.ipynb"):
         assert parameters.model_of(name) is parameters.LiveParameters
-    with pytest.raises(ParameterError, match="did you mean 05_live"):
+    with pytest.raises(ParameterError, match="did you mean '05_live'"):
         parameters.model_of("05_life")
 
 

@@ -69,10 +69,9 @@ def pictures(results: Mapping[str, Any]) -> dict[str, Any]:
 
 def _rows(rows: Mapping[str, Any], metric: str) -> pd.DataFrame:
     """Label, kind and interval of each row or arm, as the figures take them."""
-    return pd.DataFrame([{
-        "name": row["label"], "kind": row.get("kind", "measured"),
-        **{end: float("nan") if row[metric].get(end) is None else row[metric][end]
-           for end in ("value", "low", "high", "n")}} for row in rows.values()])
+    found = pd.DataFrame([{**row[metric], "name": row["label"], "kind": row.get("kind", "measured")}
+                          for row in rows.values()])
+    return found.astype(dict.fromkeys(("value", "low", "high"), float))
 
 
 def strips(run_dir: str | Path) -> list[str]:

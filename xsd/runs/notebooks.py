@@ -1,9 +1,6 @@
 """Notebooks without a screen: run one with checked parameters, or a grid of them that resumes and
-survives a failing cell.
-
-A run leaves ``<stem>.ipynb`` (executed), ``<stem>.provenance.json`` and whatever the notebook
-itself writes. Failed runs keep the executed copy.
-"""
+survives a failing cell. A run, also a failed one, leaves ``<stem>.ipynb`` (executed) and
+``<stem>.provenance.json``."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from typing import Any
 from unittest import mock
 
 from xsd.core import ROOT, ParameterError, StorageError, XsdError
-from xsd.files import atomic_write, provenance, write_json
+from xsd.files import provenance, sha256_of, write_json
 from xsd.runs import folder, parameters, typed
 
 NOTEBOOK_FOLDER = ROOT / "notebooks"
@@ -27,8 +24,7 @@ QUIET = {
     "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
 }
-"""Environment of an executed notebook: no bars and no network, so that outputs depend on parameters
-alone."""
+"""Environment of an executed notebook: no bars, no network; outputs depend on parameters alone."""
 
 
 class NotebookError(XsdError):
@@ -36,10 +32,7 @@ class NotebookError(XsdError):
 
 
 def find(notebook: str | os.PathLike[str]) -> Path:
-    """A notebook by path, file stem or number.
-
-    Raises: ParameterError when there is none of that name.
-    """
+    """A notebook by path, file stem or number. Raises: ParameterError when there is none."""
     path = Path(notebook)
     if path.suffix == ".ipynb":
         if path.is_file():
@@ -56,10 +49,9 @@ def find(notebook: str | os.PathLike[str]) -> Path:
 def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[str],
                  params: Mapping[str, Any] | None = None, *,
                  model: type[typed.NotebookParameters] | None = None) -> Path:
-    """Execute a notebook with ``params`` over its defaults; cwd is the checkout. Returns the
-    executed copy, ``out_dir/<stem>.ipynb``.
+    """Execute a notebook with ``params`` over its defaults, in the checkout. Returns the executed
+    copy, ``out_dir/<stem>.ipynb``. model: of the parameters; by default the stem's.
 
-    model: the parameters' model, by default the one registered for the file's stem.
     Raises: ParameterError before anything runs; NotebookError naming notebook, cell and error, or
     that its kernel died or a cell took too long; StorageError when the disk refuses.
     """
@@ -77,7 +69,9 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
         with mock.patch.dict(os.environ, {**QUIET, **known}):
             papermill.execute_notebook(str(source), str(target), parameters=given,
                                        kernel_name="python3", language="python", cwd=str(ROOT),
-                                       progress_bar=False, log_output=False)
+                                       progress_bar=False, log_output=False,
+                                       # each FigureWidget's state holds 5 MB of plotly.js
+                                       store_widget_state=False)
     except PapermillExecutionError as error:
         failed = error
     except (DeadKernelError, CellTimeoutError) as error:
@@ -89,8 +83,7 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
         raise StorageError(
             f"notebook {source.name} could not be run into {out_dir} ({error.strerror or error}); "
             "free space or choose another folder") from error
-    strip_widgets(target)
-    record = provenance(seed=checked.seed, notebook=source.name, notebook_sha256=_sha256(source),
+    record = provenance(seed=checked.seed, notebook=source.name, notebook_sha256=sha256_of(source),
                         parameters=checked.model_dump(),
                         seconds=round(time.perf_counter() - began, 2),
                         status="failed" if failed else "finished")
@@ -106,23 +99,9 @@ def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0]
 
 
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def strip_widgets(path: str | os.PathLike[str]) -> None:
-    """Remove stored widget state: each FigureWidget would leave 5 MB of plotly.js in the file's
-    metadata."""
-    import nbformat
-
-    notebook = nbformat.read(path, 4)
-    notebook.metadata.pop("widgets", None)
-    atomic_write(path, nbformat.writes(notebook) + "\n")
-
-
 def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination, in the order given: ``{"seed": [0, 1], "levels": [["L1"]]}`` → two dicts.
-    Raises: ParameterError for an empty axis."""
+    """Every combination: ``{"seed": [0, 1], "levels": [["L1"]]}`` → two dicts. Raises:
+    ParameterError for an empty axis."""
     for name, values in grid.items():
         if not len(values):
             raise ParameterError(f"the grid gives no value for {name!r}; write {name}=a,b")
@@ -134,7 +113,7 @@ def _text(value: Any) -> str:
 
 
 def point_name(point: Mapping[str, Any]) -> str:
-    """A folder name for one combination: readable, and distinct by a hash of all values."""
+    """A folder name for one combination: readable, and distinct by a hash."""
     digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:8]
     text = "_".join(f"{name}={_text(value)}" for name, value in point.items())
     return re.sub(r"[^\w=+.-]", "-", text)[:80] + f"_{digest}"
@@ -144,14 +123,12 @@ def sweep(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
           out_dir: str | os.PathLike[str], *, fixed: Mapping[str, Any] | None = None,
           model: type[typed.NotebookParameters] | None = None,
           say: Callable[[str], Any] = print) -> list[dict[str, Any]]:
-    """Run every combination of ``grid``; finished ones are skipped, a failing one is recorded and
-    the rest goes on.
+    """Run every combination of ``grid``, each in a folder of its own; finished ones are skipped, a
+    failing one is recorded and the rest goes on.
 
-    Each combination has a folder under ``out_dir``, and its ``run_dir`` is ``run`` in there unless
-    ``fixed`` or the grid gives one. Writes ``sweep.json``, one row per combination: name,
-    parameters, status (finished | failed), error, seconds.
-    Raises: ParameterError, before anything runs, if any combination is not valid or the notebook
-    changed since the sweep began.
+    Returns, and writes to ``sweep.json``: name, parameters, status (finished | failed), error and
+    seconds of each. Raises: ParameterError, before anything runs, if a combination is not valid or
+    the notebook changed since the sweep began.
     """
     source, out_dir, fixed = find(notebook), Path(out_dir).resolve(), dict(fixed or {})
     model = model or parameters.model_of(source.stem)
@@ -159,7 +136,7 @@ def sweep(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
     for point in points.values():
         model.checked({**fixed, **point})
     record = out_dir / "sweep.json"
-    identity = {"notebook": source.name, "notebook_sha256": _sha256(source), "fixed": fixed}
+    identity = {"notebook": source.name, "notebook_sha256": sha256_of(source), "fixed": fixed}
     rows = _rows_before(record, json.loads(json.dumps(identity)))
     for number, (name, point) in enumerate(points.items(), 1):
         where = f"[{number}/{len(points)}] {name}"

@@ -1,6 +1,6 @@
-"""Numbers on a page come from ``results.json`` and from nowhere else. A path walks the nested results
-with slashes, ``levels/L4/accept@0.90/value`` (list items by number); a number is drawn as ``<span
-data-key="path" data-format=".2f">1.23</span>``, so that each can be held against the file."""
+"""Numbers on a page come from ``results.json`` alone. A path walks the nested results with slashes,
+``levels/L4/accept@0.90/value`` (list items by number); a number is drawn as ``<span data-key="path"
+data-format=".2f">1.23</span>``, so that each can be held against the file."""
 
 from __future__ import annotations
 
@@ -33,19 +33,23 @@ def plain(values: Any) -> Any:
     return values if values is None or isinstance(values, (str, int, bool)) else str(values)
 
 
-def lookup(results: Mapping[str, Any], path: str) -> Any:
-    """The value at a path. Raises: ReportError naming the missing step and what stands there."""
-    here: Any = results
-    walked: list[str] = []
-    for step in path.split("/"):
+def _walk(results: Mapping[str, Any], path: str) -> list[Any]:
+    """What stands along a path, the results first, the value last."""
+    nodes, steps = [results], path.split("/")
+    for depth, step in enumerate(steps):
+        here = nodes[-1]
         try:
-            here = here[int(step)] if isinstance(here, list) else here[step]
+            nodes.append(here[int(step)] if isinstance(here, list) else here[step])
         except (KeyError, IndexError, ValueError, TypeError):
             there = ", ".join(map(str, here)) if isinstance(here, Mapping) else type(here).__name__
             raise ReportError(f"the results hold nothing at {path!r}: no {step!r} under "
-                              f"{'/'.join(walked) or 'the top'} (there: {there})") from None
-        walked.append(step)
-    return here
+                              f"{'/'.join(steps[:depth]) or 'the top'} (there: {there})") from None
+    return nodes
+
+
+def lookup(results: Mapping[str, Any], path: str) -> Any:
+    """The value at a path. Raises: ReportError naming the missing step and what stands there."""
+    return _walk(results, path)[-1]
 
 
 def written(value: Any, form: str = "") -> str:
@@ -58,12 +62,9 @@ def written(value: Any, form: str = "") -> str:
 
 def kind_of(results: Mapping[str, Any], path: str) -> str:
     """measured, predicted or quoted: the ``kind`` nearest above the value, else measured."""
-    kind, here = "measured", results
-    for step in path.split("/"):
-        found = here.get("kind") if isinstance(here, Mapping) else None
-        kind = found if found in ("measured", "predicted", "quoted") else kind
-        here = here[int(step)] if isinstance(here, list) else here[step]
-    return kind
+    kinds = [node.get("kind") for node in _walk(results, path)[:-1] if isinstance(node, Mapping)]
+    known = [kind for kind in kinds if kind in ("measured", "predicted", "quoted")]
+    return known[-1] if known else "measured"
 
 
 def number(results: Mapping[str, Any], path: str, form: str = "") -> Markup:

@@ -1,13 +1,9 @@
-"""Typed parameters, one model a notebook: the ``parameters`` cell holds plain literals, these
-models say what they may be.
-
-Defaults are the smoke profile: each notebook runs alone in at most 90 s on two cores. Field
-descriptions are the help of ``xsd run NB --help-parameters``.
-"""
+"""Typed parameters, one model a notebook: its ``parameters`` cell holds literals, these models say
+what they may be. Defaults are the smoke profile: each notebook runs alone in at most 90 s on two
+cores. Descriptions are the help of ``xsd run NB --help-parameters``."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
@@ -247,15 +243,10 @@ imported when asked for."""
 
 
 def model_of(notebook: str) -> type[NotebookParameters]:
-    """The model of a notebook by file stem, path, or number (``05``).
-
-    Raises: ParameterError naming the notebooks there are.
-    """
+    """The model of a notebook by file stem, path, or number (``05``). Raises: ParameterError."""
     stem = str(notebook).replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".ipynb")
     found = [model for name, model in NOTEBOOKS.items() if stem in (name, name.split("_")[0])]
     if not found:
-        close = difflib.get_close_matches(stem, NOTEBOOKS, n=1)
-        hint = f"did you mean {close[0]}? " if close else ""
-        raise ParameterError(
-            f"there is no notebook {notebook!r}: {hint}the notebooks are {', '.join(NOTEBOOKS)}")
+        raise ParameterError(f"there is no notebook {notebook!r}: {typed.hint(stem, NOTEBOOKS)}the "
+                             f"notebooks are {', '.join(NOTEBOOKS)}")
     return files.import_object(found[0]) if isinstance(found[0], str) else found[0]

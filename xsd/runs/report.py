@@ -1,10 +1,6 @@
-"""The report: one offline HTML page that reads from top to bottom, ``results.json`` beside it, and
-the executed notebooks as pages.
-
-A page is a Jinja template (``templates/demo.html.j2`` is the demo's). Numbers come into it only
-through ``num`` and ``cell`` (xsd/runs/numbers.py), pictures are plotly figures inlined with one
-copy of plotly.js, and the same results give the same bytes (no date, no random id).
-"""
+"""The report: one offline HTML page of a Jinja template, ``results.json`` beside it, and executed
+notebooks as pages. Numbers come in through ``num`` and ``cell`` alone (xsd/runs/numbers.py); the
+same results give the same bytes."""
 
 from __future__ import annotations
 
@@ -13,11 +9,13 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
 from xsd.files import atomic_write, write_json
 from xsd.runs import numbers
@@ -25,30 +23,24 @@ from xsd.runs import numbers
 TEMPLATES = Path(__file__).parent / "templates"
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
-PLOT_CONFIG = {
-    "responsive": True, "displaylogo": False,
-    "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]
-}
+PLOT_CONFIG = {"responsive": True, "displaylogo": False,
+               "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]}
 
 
 def build_report(template: str, results: Mapping[str, Any], out_dir: str | Path, *, title: str,
                  notebooks: Sequence[str | Path] = (), **parts: Any) -> Path:
-    """Write ``index.html``, ``results.json`` and ``notebooks/*.html`` to ``out_dir``; returns the
-    path of the page.
+    """Write ``index.html``, ``results.json`` and ``notebooks/*.html``; returns the page's path.
 
-    template: the text of a Jinja template. It sees ``results`` and ``parts``, and writes
-    ``num(path, format)`` for a number, ``cell(path, format)`` for one with its interval or a dash,
-    ``plot(figure)`` for a picture; an empty ``<nav></nav>`` is filled with links to the sections.
-    results: nested dict of numbers; under ``provenance`` the record of xsd.files.provenance,
-    printed at the end.
-    Raises: ReportError if the page asks for a number that is not there or shows one that is not
-    from the results.
+    template: a Jinja template that sees ``results`` and ``parts`` and writes ``num(path, format)``,
+    ``cell(path, format)`` (with its interval, or a dash) and ``plot(figure)``; an empty
+    ``<nav></nav>`` becomes links to the sections. results: nested numbers, and their provenance.
+    Raises: ReportError if the page asks for a number that is not there or shows another one.
     """
     out_dir, results = Path(out_dir), numbers.plain(results)
     body = render(template, results, **parts)
+    library = Markup(get_plotlyjs()) if "Plotly.newPlot" in body else ""
     page = _environment().get_template("page.html.j2").render(
-        title=title, body=body, plotly_js=_plotly_js() if "Plotly.newPlot" in body else "",
-        notebooks=[Path(path).stem for path in notebooks],
+        title=title, body=body, plotly_js=library, notebooks=[Path(one).stem for one in notebooks],
         provenance=json.dumps(results.get("provenance", {}), indent=1, sort_keys=True))
     wrong = numbers.disagreements(page, results)
     if wrong:
@@ -63,14 +55,9 @@ def build_report(template: str, results: Mapping[str, Any], out_dir: str | Path,
 
 def render(template: str, results: Mapping[str, Any], **parts: Any) -> Markup:
     """The body of a page: :func:`build_report` without its frame. Raises: ReportError."""
-    pictures: list[Markup] = []
-
-    def plot(figure: Any) -> Markup:
-        pictures.append(_picture(figure, f"figure-{len(pictures)}"))
-        return pictures[-1]
-
-    environment = _environment()
-    environment.globals |= {"plot": plot, "num": partial(numbers.number, results),
+    environment, drawn = _environment(), count()
+    environment.globals |= {"plot": lambda figure: _picture(figure, f"figure-{next(drawn)}"),
+                            "num": partial(numbers.number, results),
                             "cell": partial(numbers.cell, results)}
     body = environment.from_string(template).render(results=results, **parts)
     titles = re.findall(r'<section id="([^"]+)"><h2>(.*?)</h2>', body)
@@ -81,12 +68,6 @@ def render(template: str, results: Mapping[str, Any], **parts: Any) -> Markup:
 def _environment() -> Environment:
     return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
                        lstrip_blocks=True, undefined=ChainableUndefined)
-
-
-def _plotly_js() -> Markup:
-    from plotly.offline import get_plotlyjs
-
-    return Markup(get_plotlyjs())
 
 
 def _picture(figure: Any, name: str) -> Markup:
@@ -112,11 +93,8 @@ def _plotly(drawn: Mapping[str, Any], name: str, attributes: str = "") -> str:
 
 
 def notebook_page(source: str | Path, folder: str | Path) -> Path:
-    """An executed notebook as an offline page whose figures stay interactive; plotly.js is written
-    once, beside the pages.
-
-    Raises: ReportError if the page would load anything from elsewhere.
-    """
+    """An executed notebook as an offline page with live figures; plotly.js is written beside it.
+    Raises: ReportError if the page would load anything from elsewhere."""
     import nbformat
     from nbconvert import HTMLExporter
 
@@ -144,6 +122,6 @@ def notebook_page(source: str | Path, folder: str | Path) -> Path:
             f"the page of notebook {source.name} would load {loads[0]} when opened; "
             "let the notebook show pictures as figures or inline images")
     if not library:
-        atomic_write(folder / "plotly.min.js", _plotly_js())
+        atomic_write(folder / "plotly.min.js", get_plotlyjs())
     atomic_write(folder / f"{source.stem}.html", page)
     return folder / f"{source.stem}.html"

@@ -1,11 +1,11 @@
-"""What a notebook's parameters may be: the base of their models, the kinds of values that several
-notebooks take, and how they are read from a command line."""
+"""What a notebook's parameters may be: the base of their models, kinds of values that several
+notebooks take, reading from a command line."""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
@@ -16,8 +16,7 @@ from xsd.core import ParameterError
 
 
 class NotebookParameters(BaseModel):
-    """What every notebook takes. Frozen, strict types (an int may stand for a float), unknown names
-    refused."""
+    """What every notebook takes. Strict types (an int may stand for a float)."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     notebook: ClassVar[str] = ""
@@ -34,31 +33,26 @@ class NotebookParameters(BaseModel):
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Self:
-        """A model of ``values``.
-
-        Raises: ParameterError naming the notebook, the parameter, what was given and what is
-        expected, with a suggestion for a misspelt name.
-        """
+        """A model of ``values``. Raises: ParameterError naming the notebook, the parameter, what
+        was given and what is expected."""
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            raise ParameterError(_sentence(cls, error)) from None
+            first, known = error.errors()[0], cls.model_fields
+        name = ".".join(map(str, first["loc"]))
+        if first["type"] == "extra_forbidden":
+            raise ParameterError(f"notebook {cls.notebook} has no parameter {name!r}: "
+                                 f"{hint(name, known)}it takes {', '.join(known)}")
+        why = first["msg"].removeprefix("Value error, ")
+        raise ParameterError(
+            f"parameter {name!r} of notebook {cls.notebook} cannot be {first['input']!r}: "
+            f"{why[0].lower()}{why[1:]} ({known[first['loc'][0]].description})")
 
 
-def _sentence(model: type[NotebookParameters], error: ValidationError) -> str:
-    first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"]) or "(all)"
-    known = list(model.model_fields)
-    if first["type"] == "extra_forbidden":
-        close = difflib.get_close_matches(name, known, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        return (f"notebook {model.notebook} has no parameter {name!r}: {hint}it takes "
-                f"{', '.join(known)}")
-    field = model.model_fields.get(str(first["loc"][0])) if first["loc"] else None
-    about = f" ({field.description})" if field and field.description else ""
-    why = first["msg"].removeprefix("Value error, ")
-    return (f"parameter {name!r} of notebook {model.notebook} cannot be {first['input']!r}: "
-            f"{why[0].lower()}{why[1:]}{about}")
+def hint(name: str, known: Iterable[str]) -> str:
+    """``"did you mean …? "`` where a known name is close."""
+    close = difflib.get_close_matches(name, known, n=1)
+    return f"did you mean {close[0]!r}? " if close else ""
 
 
 # --- one's own parts, by name: known here by their form alone, imported where they are used
@@ -155,14 +149,11 @@ HopMs = _count(1, 3_600_000, "from one clip's start to the next one's")
 
 def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, Any]:
     """``["levels=L1,L4", "seed=3"]`` as typed values: text for text fields, otherwise YAML; a comma
-    makes a list where a list is expected.
-
-    Raises: ParameterError when a pair has no ``=`` or its value is not readable.
-    """
+    makes a list where one is expected. Raises: ParameterError."""
     values: dict[str, Any] = {}
     for pair in pairs:
         name, sign, text = pair.partition("=")
-        if not sign or not name:
+        if not (name and sign):
             raise ParameterError(f"a parameter is written name=value, not {pair!r}")
         kind = model.model_fields[name].annotation if name in model.model_fields else None
         if str(kind).startswith("list") and not text.lstrip().startswith("["):
@@ -181,11 +172,8 @@ def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, 
 
 
 def read_grid(axes: list[str], model: type[NotebookParameters]) -> dict[str, list[Any]]:
-    """``["seed=0,1", "level=L1,L4"]`` as typed axes of a grid.
-
-    ``level`` is an axis over single levels: each point gets ``levels`` with that one.
-    Raises: ParameterError as :func:`read_values`.
-    """
+    """``["seed=0,1", "level=L1,L4"]`` as typed axes of a grid; ``level`` is an axis over single
+    levels: each point gets ``levels`` with that one. Raises: ParameterError."""
     grid = {}
     for axis in axes:
         name, sign, text = axis.partition("=")
