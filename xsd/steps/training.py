@@ -20,7 +20,7 @@ from xsd.core import ParameterError
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
-from xsd.train import fit, guards, recipes, source, start
+from xsd.train import fit, guards, recipes, source
 
 FULL_SIZE, FULL_LAYERS = 4096, 32
 """Hidden size of the 7B pair, and its drafter's layers, for the parameter counts beside the
@@ -86,7 +86,7 @@ def config_of(given: parameters.TrainParameters, level: Any) -> Any:
                                   learning_rate=given.lora_learning_rate,
                                   objective=given.objective or "tokens")
     recipe = recipes.settings(given.profile, level)
-    fuses = given.token_fusion and level in start.FUSING
+    fuses = given.token_fusion and level in fit.FUSING
     return fit.FitConfig(
         profile=recipe["profile"], objective=given.objective or recipe.get("objective"),
         epochs=given.epochs, batch_size=given.batch_size, learning_rate=given.learning_rate,

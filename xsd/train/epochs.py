@@ -1,5 +1,5 @@
 """What every training here shares: epochs, what validation counts, the best weights, and a folder
-that continues an interrupted run to the same weights, bit for bit (docs/adapters.md, section 5)."""
+that continues an interrupted run to the same weights, bit for bit."""
 
 from __future__ import annotations
 
@@ -23,6 +23,8 @@ from xsd.train import objectives
 from xsd.train.processes import Processes
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
+KEPT = ("history", "best", "best_epoch", "finished")
+"""What a checkpoint keeps besides weights and optimiser."""
 Progress = Callable[[dict[str, Any]], None] | None
 
 
@@ -41,15 +43,13 @@ class FitResult:
 
 
 class EpochLoop:
-    """One training, an epoch at a time.
-
-    fit.Training and lora_fit.LoraTraining say what differs: train_pass(epoch) and predictions() of
-    the validation answers; weights(), restore(weights) and save("best" | "final", row). They set
-    identity (what makes a run another one), about (what config.json says besides), head, parameters
-    and optimiser.
-    """
+    """One training, an epoch at a time. fit.Training and lora_fit.LoraTraining say what differs:
+    prepare(), train_pass(epoch), predictions(), weights(), restore(weights) and save("best" |
+    "final", row). They set identity (what makes a run another one), about (what config.json says
+    besides), head, parameters and optimiser."""
 
     best_name = "best.safetensors"
+    to_save_memory = ""
     head: heads.Head | None
     parameters: list[torch.nn.Parameter]
     optimiser: torch.optim.Optimizer
@@ -67,13 +67,23 @@ class EpochLoop:
         self.best_epoch, self.finished = 0, False
 
     def run(self, progress: Progress = None) -> FitResult:
-        """Train on from where the folder stands until the last epoch, or until patience is over."""
-        self._resume()
-        while not self.finished:
-            row = self._epoch(len(self.history))
-            self._keep(row)
-            if progress is not None and self.processes.writes:
-                progress(row)
+        """Train on from where the folder stands until the last epoch, or until patience is over.
+        The caller's random stream stays as it was."""
+        devices = [] if self.device.type == "cpu" else [self.device]
+        try:
+            with torch.random.fork_rng(devices=devices):
+                self.prepare()
+                self._resume()
+                while not self.finished:
+                    row = self._epoch(len(self.history))
+                    self._keep(row)
+                    if progress is not None and self.processes.writes:
+                        progress(row)
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"out of memory while training {self.level}: lower batch_size (now "
+                f"{self.config.batch_size}) and raise accumulation (now "
+                f"{self.config.accumulation}){self.to_save_memory}") from error
         return FitResult(self.level, self.folder, self.folder / self.best_name, self.history,
                          sum(row["seconds"] for row in self.history),
                          sum(parameter.numel() for parameter in self.parameters), self.best_epoch)
@@ -124,12 +134,10 @@ class EpochLoop:
         names += ["token_acceptance"] if self.head is not None else []
         sums: dict[str, Any] = dict.fromkeys(["count", *names], 0.0)
         for aligned, target, ids, mask in self.predictions():
-            if not mask.any():
-                continue
             n = int(mask.sum())
-            values = self._judge(aligned, target, ids, mask)
-            for name in names:
-                sums[name] = sums[name] + values[name].double() * n
+            values = self._judge(aligned, target, ids, mask) if n else {}
+            for name, value in values.items():
+                sums[name] = sums[name] + value.double() * n
             sums["count"] += n
         means = self.processes.sums(sums)
         count = means.pop("count")
@@ -145,12 +153,16 @@ class EpochLoop:
         values = {f"validation_{name}": value for name, value in losses.items()}
         similar = F.cosine_similarity(aligned[mask], target[mask], dim=-1)
         values["cosine_similarity"] = similar.mean()
-        for threshold in THRESHOLDS:
-            values[f"accept_{threshold:.2f}"] = (similar > threshold).float().mean()
+        values |= {f"accept_{threshold:.2f}": (similar > threshold).float().mean()
+                   for threshold in THRESHOLDS}
         if self.head is not None:
             said = heads.top_tokens(self.head, aligned[mask])
             values["token_acceptance"] = (said == ids[mask]).float().mean()
         return values
+
+    def prepare(self) -> None:
+        """What trains, and its optimiser; may draw from torch's global generator."""
+        raise NotImplementedError
 
     def predictions(self) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """aligned, target, ids and mask of one batch of validation answers after another."""
@@ -188,18 +200,16 @@ class EpochLoop:
             files.write_json(self.folder / "provenance.json", files.provenance(
                 seed=self.seed, data_hash=self.identity["data"], device=str(self.device)))
         files.write_json(self.folder / "history.json", self.history)
-        state = {name: getattr(self, name)
-                 for name in ("history", "best", "best_epoch", "finished")}
-        state |= {"adapter": self.weights(), "optimiser": self.optimiser.state_dict()}
+        state = {"identity": self._identity(), **{name: getattr(self, name) for name in KEPT},
+                 "adapter": self.weights(), "optimiser": self.optimiser.state_dict()}
         with files.atomic_path(self.folder / "checkpoint.pt") as temporary:
-            torch.save({"identity": self._identity(), **state}, temporary)
+            torch.save(state, temporary)
 
     def _identity(self) -> str:
         return json.dumps(self.identity, sort_keys=True, default=str)
 
     def _resume(self) -> None:
-        path = self.folder / "checkpoint.pt"
-        stored = None
+        path, stored = self.folder / "checkpoint.pt", None
         try:
             if path.exists():
                 stored = torch.load(path, map_location=self.device, weights_only=True)
@@ -216,5 +226,5 @@ class EpochLoop:
                 "data differ); choose another folder or delete it")
         self.restore(stored["adapter"])
         self.optimiser.load_state_dict(stored["optimiser"])
-        self.history, self.best = stored["history"], stored["best"]
-        self.best_epoch, self.finished = stored["best_epoch"], stored["finished"]
+        for name in KEPT:
+            setattr(self, name, stored[name])

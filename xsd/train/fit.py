@@ -4,12 +4,12 @@ optimises tokens (docs/adapters.md, section 5).
 A run folder holds best.safetensors and final.safetensors (with their .json), config.json,
 history.json, provenance.json and checkpoint.pt. The same call on the same folder continues an
 interrupted run to the same weights, bit for bit, and returns a finished one at once. Under
-``accelerate launch`` or ``torchrun`` the same call trains on several processes
-(:mod:`xsd.train.processes`).
+``accelerate launch`` or ``torchrun`` it trains on several processes (:mod:`xsd.train.processes`).
 """
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -19,12 +19,15 @@ import torch
 from torch import Tensor
 
 from xsd import files
-from xsd.adapters import heads, registry
-from xsd.adapters.base import Aligned
+from xsd.adapters import checks, heads, linear, registry
+from xsd.adapters.base import Adapter, Aligned
 from xsd.core import Batch, ParameterError, TrainingError
-from xsd.train import guards, parts, source, start
+from xsd.train import guards, parts, source
 from xsd.train.epochs import EpochLoop, FitResult, Progress
 from xsd.train.recipes import FitConfig
+
+FUSING = ("L5", "B1", "L5F")
+"""Levels that can read the token before."""
 
 
 def fit_adapter(
@@ -45,9 +48,8 @@ def fit_adapter(
         config: how; ``profile`` is short for FitConfig(profile). head: the verifier's LM head,
         weight [V, D_v] or callable; needed by token terms, and for token acceptance in the history.
         validation: another dataset of *train* sequences; by default whole sequences of ``dataset``
-        are held back.
-        held_out: the sets that adapters are judged on later (ShardDatasets, or guards.marks_of
-        them): nothing of them may be in ``dataset`` or ``validation``, under whatever name.
+        are held back. held_out: the sets that adapters are judged on later (ShardDatasets, or
+        guards.marks_of them): nothing of them may be in the others, under whatever name.
         progress: called with each epoch's row (in the process that writes).
     Raises: TrainingError for a test split, NaN, out of memory, a folder of another run;
     ParameterError for an unknown level or option.
@@ -61,17 +63,8 @@ def fit_adapter(
         raise TrainingError(
             f"profile {config.profile!r} selects by token acceptance and needs the verifier's LM "
             "head; pass head= (a weight [V, D])")
-    training = Training(level, dataset, folder, config, head=head, seed=seed,
-                        validation=validation, held_out=held_out, device=device)
-    devices = [] if training.device.type == "cpu" else [training.device]
-    try:
-        with torch.random.fork_rng(devices=devices):
-            training.prepare()
-            return training.run(progress)
-    except torch.OutOfMemoryError as error:
-        raise TrainingError(
-            f"out of memory while training {training.level}: lower batch_size (now "
-            f"{config.batch_size}) and raise accumulation (now {config.accumulation})") from error
+    return Training(level, dataset, folder, config, head=head, seed=seed, validation=validation,
+                    held_out=held_out, device=device).run(progress)
 
 
 class Training(EpochLoop):
@@ -94,28 +87,87 @@ class Training(EpochLoop):
             guards.refuse_held_out(self.validation_states, held_out)
             shared = set(self.states.sequence) & set(self.validation_states.sequence)
             if shared:
-                raise TrainingError(
-                    f"sequence {min(shared)} is in both training and validation data; keep whole "
-                    "sequences apart")
+                raise TrainingError(f"sequence {min(shared)} is in both training and validation "
+                                    "data; keep whole sequences apart")
             train, held = torch.arange(len(self.states)), torch.arange(len(self.validation_states))
         self.train_indices, self.validation_indices = train, held
-        self.head, self.full_head = start.choose_heads(self.level, config, self.objective,
-                                                       self.states, self.train_indices, head,
-                                                       self.device)
+        self._choose_heads(head)
         self.identity["data"] = self.states.fingerprint()
         if isinstance(level, torch.nn.Module):  # another beginning is another training
             self.identity["start"] = source.digest(level.state_dict().values())
 
+    def _choose_heads(self, head: heads.Head | None) -> None:
+        """``head``: what token terms go through; ``full_head``: the whole weight [V, D] where one
+        was given. Raises: TrainingError when something needs token ids or rows that are not
+        there."""
+        config, self.head, self.full_head = self.config, None, None
+        by_tokens = self.objective.needs_head or config.select_by == "token_acceptance"
+        by_rows = "a draft vocabulary" if config.draft_vocabulary else None
+        if config.token_fusion or "vocab_size" in config.adapter_options:
+            by_rows = "fused tokens"
+        if not self.states.has_token_ids:
+            if by_tokens or by_rows:
+                raise TrainingError(
+                    f"objective {config.objective!r} needs token ids and this dataset has none; "
+                    "use profile 'reference' or extract again")
+            return
+        self.head = head
+        if isinstance(head, Tensor):
+            self.head = self.full_head = head.detach().float().to(self.device)
+        elif by_rows:
+            raise TrainingError(f"{self.level} with {by_rows} needs the rows of the LM head; pass "
+                                "head= as a weight [V, D]")
+        if config.draft_vocabulary is not None:
+            answers = (batch.ids_by_verifier[batch.mask]
+                       for batch in self.states.batches(self.train_indices, 256))
+            ids = heads.most_frequent(answers, config.draft_vocabulary)
+            self.head = heads.draft_head(self.full_head, ids.to(self.device))
+
     def prepare(self) -> None:
         """The adapter and its optimiser, from the seed (draws from torch's global generator)."""
         torch.manual_seed(self.seed)
-        new = start.new_adapter(self.spec, self.config, self.states, self.train_indices, self.head,
-                                self.full_head)
-        self.adapter = new.to(self.device)
+        self.adapter = self._new_adapter().to(self.device)
         self.about = {"adapter": self.adapter.config()}
         self.parameters = [p for p in self.adapter.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=self.config.learning_rate,
                                            weight_decay=self.config.weight_decay, fused=True)
+
+    def _new_adapter(self) -> Adapter:
+        """As its recipe starts it. A level of one's own is checked first; an nn.Linear of it that
+        is called input_map (D_d → D_v) starts as the closed form, too."""
+        level, config, states = self.level, self.config, self.states
+        options = dict(config.adapter_options)
+        if config.alpha is not None and level in ("L4", *FUSING):
+            options.setdefault("alpha", config.alpha)
+        if config.prediction_weight is not None and level in FUSING:
+            options.setdefault("prediction_weight", config.prediction_weight)
+        if config.token_fusion:
+            if level not in FUSING:
+                raise ParameterError(
+                    f"{level} fuses no tokens; token_fusion is for {', '.join(FUSING)}")
+            options.setdefault("vocab_size", len(self.full_head))
+        ridge, ours = config.warm_start == "ridge", level in registry.LEVELS
+        if ridge and ours and level != "B1":
+            options.setdefault("input_map", True)
+        if ridge and level in ("B1", "L5F"):
+            options.setdefault("residual_map", True)
+        adapter = registry.create_adapter(copy.deepcopy(self.spec), states.hidden_size,
+                                          drafter_size=states.drafter_size, **options)
+        if not ours:
+            checks.check_adapter(adapter)
+        if ridge and not isinstance(self.spec, torch.nn.Module):  # an object starts as it is
+            inside = getattr(adapter, "module", adapter)  # one's own stands inside an OwnAdapter
+            for name, reads in (("input_map", "drafter"), ("residual_map", adapter.reads)):
+                module = getattr(inside, name, None)
+                if isinstance(module, torch.nn.Linear):
+                    batches = states.batches(self.train_indices, config.batch_size)
+                    closed = linear.fit_linear("ridge", batches, reads=reads)
+                    module.load_state_dict(closed.map.state_dict())
+        if ours and adapter.fuses_tokens:
+            adapter.set_token_embedding(self.full_head.cpu())
+        if isinstance(self.head, heads.DraftHead):
+            adapter.set_draft_vocabulary(self.head.ids.cpu())
+        return adapter
 
     def _batches(self, states: source.States, indices: Tensor,
                  shuffle_seed: int | None = None) -> Iterator[Batch]:
@@ -155,9 +207,8 @@ class Training(EpochLoop):
             sums["total"] = sums["total"] + step * whole[0] / self.processes.size
             count += float(whole[0])
         if count == 0:
-            raise TrainingError(
-                f"no answer is long enough to train {self.level}, which predicts the next state; "
-                "extract longer answers")
+            raise TrainingError(f"no answer is long enough to train {self.level}, which predicts "
+                                "the next state; extract longer answers")
         return {f"train_{name}": value / count for name, value in self.processes.sums(sums).items()}
 
     def predictions(self) -> Iterator[Aligned]:

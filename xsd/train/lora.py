@@ -1,12 +1,6 @@
 """L6: LoRA beside q, k, v, o of the drafter's decoder: put in, run teacher-forced, merged
-(docs/adapters.md, section 7).
-
-Unlike L1–L5 this changes the drafter itself, so it needs the model and its prompts, not stored
-states alone. Vision tower, projector, embeddings, norms and LM head stay as they are. A merged
-drafter is an ordinary one: it needs neither peft nor an adapter at inference. At 7B size there are
-16 777 216 trainable weights; the 19.1 M quoted elsewhere also match the names inside the CLIP
-tower.
-"""
+(docs/adapters.md, section 7). It changes the drafter itself, so it needs the model and its prompts,
+not stored states alone; a merged drafter is an ordinary one."""
 
 from __future__ import annotations
 
@@ -32,12 +26,9 @@ TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
 @dataclass(frozen=True)
 class LoraFitConfig:
     """How to train L6; the defaults are the reference's. alpha: LoRA's scale, times 1 / rank.
-    dropout: on LoRA's input.
-
-    batch_size: answers a forward pass. accumulation: passes a step. gradient_checkpointing:
-    recompute layers in the backward pass, for less memory and a third more time; the weights come
-    out the same. patience: epochs without a better validation loss.
-    """
+    dropout: on LoRA's input. batch_size: answers a forward pass. accumulation: passes a step.
+    gradient_checkpointing: recompute layers in the backward pass, for less memory and a third more
+    time. patience: epochs without a better validation loss."""
 
     rank: int = 16
     alpha: float = 32
@@ -62,7 +53,6 @@ class LoraFitConfig:
 
 
 # --- putting it in, taking it out
-# ------------------------------------------------------------------------------------------------
 
 
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
@@ -83,11 +73,7 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
 def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: float = 0.05,
            targets: Sequence[str] = TARGETS) -> peft.PeftModel:
     """Put LoRA, zero at first, into the decoder's layers of ``model`` (in place) and freeze
-    everything else.
-
-    alpha: LoRA's scale, times 1 / rank. dropout: on LoRA's input. Raises: TrainingError when the
-    model already carries LoRA.
-    """
+    everything else. Raises: TrainingError when the model already carries LoRA."""
     # The whole name from the root: the CLIP tower also has q_proj, k_proj and v_proj, under the
     # same last names.
     names = rf"{re.escape(decoder_of(model)[0])}\.layers\.\d+\.self_attn\.({'|'.join(targets)})"
@@ -128,12 +114,8 @@ def is_quantised(model: nn.Module) -> bool:
 
 
 def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
-    """Add the LoRA weights in ``folder`` to the model's own (in place); the model is an ordinary
-    one again.
-
-    Raises: CheckpointError when the folder holds none or they are another model's; TrainingError
-    for a quantised model.
-    """
+    """Add the LoRA weights in ``folder`` to the model's own (in place). Raises: CheckpointError
+    when the folder holds none or they are another model's; TrainingError for a quantised model."""
     folder = Path(folder)
     if is_quantised(model):
         raise TrainingError(
@@ -170,10 +152,6 @@ def save(tuned: peft.PeftModel, folder: str | Path) -> None:
 
 def _weights(tuned: peft.PeftModel) -> dict[str, Tensor]:
     return peft.get_peft_model_state_dict(tuned, save_embedding_layers=False)
-
-
-# --- the forward pass
-# ------------------------------------------------------------------------------------------------
 
 
 def forced_states(model: nn.Module, prompts: Sequence[Tensor], answers: Sequence[Tensor]) -> Tensor:

@@ -1,10 +1,6 @@
-"""Training of L6 on teacher-forced pairs (docs/adapters.md, section 7); what LoRA is put into is in
-:mod:`xsd.train.lora`.
-
-A run folder holds best/ (peft's own format), config.json, history.json, provenance.json and
-checkpoint.pt; the same call on a freshly loaded drafter continues an interrupted run to the same
-weights, bit for bit.
-"""
+"""Training of L6 on teacher-forced pairs (docs/adapters.md, section 7). A run folder is as an
+adapter's (:mod:`xsd.train.fit`), its best weights in best/ in peft's own format; the same call on a
+freshly loaded drafter continues an interrupted run."""
 
 from __future__ import annotations
 
@@ -39,16 +35,14 @@ def fit_lora(
 
     Args:
         model: the drafter (EventGPTForCausalLM, in 4 bits for QLoRA). dataset: a ShardDataset or
-        PairedStates of the train split.
-        prompt: sample → embeddings [L, D_d] of its whole prompt (ModelHandle.prompt_embeddings).
-        head: the verifier's, weight [V, D_v].
-        held_out: sets that it is judged on later; nothing of them may be in ``dataset``.
+        PairedStates of the train split. prompt: sample → embeddings [L, D_d] of its whole prompt.
+        head: the verifier's, weight [V, D_v]. held_out: as in fit_adapter.
         adapter: stands, frozen, between the drafter's states and the verifier's; needed where their
         widths differ (ridge, or L1–L5).
         merge: None means unless quantised. False leaves the model as it came, as an interruption
         does; lora.merge_saved does it later.
-    Raises: TrainingError for a test split, other than teacher-forced post-norm pairs, prompts that
-    are not the dataset's, NaN, out of memory, a folder of another run.
+    Raises: TrainingError as fit_adapter, and for other than teacher-forced post-norm pairs or
+    prompts that are not the dataset's.
     """
     config = config or lora.LoraFitConfig()
     quantised = lora.is_quantised(model)
@@ -57,23 +51,13 @@ def fit_lora(
             "a quantised drafter cannot take the weights in; train with merge=None and call "
             "lora.merge_saved on one in bfloat16")
     training = LoraTraining(model, dataset, prompt, folder, head, config, adapter, held_out, seed)
-    devices = [] if training.device.type == "cpu" else [training.device]
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        tuned = lora.attach(model, rank=config.rank, alpha=config.alpha, dropout=config.dropout,
-                            targets=config.targets)
-        try:
-            training.prepare(tuned)
-            result = training.run(progress)
-        except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory in LoRA training: lower batch_size (now {config.batch_size}) and "
-                f"raise accumulation (now {config.accumulation}), set gradient_checkpointing=True, "
-                "or load the drafter in 4 bits") from error
-        finally:
-            model.activation_checkpointing_disable()
-            tuned.unload()
-            model.eval()
+    try:
+        result = training.run(progress)
+    finally:
+        model.activation_checkpointing_disable()
+        if training.tuned is not None:
+            training.tuned.unload()
+        model.eval()
     if merge or (merge is None and not quantised):
         lora.merge_saved(model, result.best_path)
     return result
@@ -83,7 +67,9 @@ class LoraTraining(EpochLoop):
     """One training of L6: its drafter, data and folder. :func:`fit_lora` runs it."""
 
     best_name = "best"
+    to_save_memory = ", set gradient_checkpointing=True, or load the drafter in 4 bits"
     head: Tensor
+    tuned: peft.PeftModel | None = None
 
     def __init__(self, model: nn.Module, dataset: Any, prompt: Prompt, folder: str | Path,
                  head: Tensor, config: lora.LoraFitConfig, adapter: Adapter | None,
@@ -92,9 +78,9 @@ class LoraTraining(EpochLoop):
         super().__init__(LEVEL, folder, config, seed, where)
         self.model, self.dataset, self.prompt, self.device = model, dataset, prompt, where
         self.head = head.detach().float().to(where)
-        self.adapter = None
+        self.adapter = copy.deepcopy(adapter)
         if adapter is not None:
-            self.adapter = copy.deepcopy(adapter).to(where).eval().requires_grad_(False)
+            self.adapter.to(where).eval().requires_grad_(False)
         packed = not hasattr(dataset, "manifest")
         states = source.PackedStates(dataset) if packed else source.StreamedStates(dataset)
         source.refuse_test_split(states.split)
@@ -111,32 +97,30 @@ class LoraTraining(EpochLoop):
     def _check(self, states: source.States) -> None:
         tap = self.dataset[0].tap
         if states.mode != "teacher_forced" or tap != "post_norm" or not states.has_token_ids:
-            raise TrainingError(
-                "LoRA trains on teacher_forced, post_norm pairs with token ids, not on "
-                f"{states.mode}, {tap}; extract those")
-        width = states.drafter_size
-        if self.adapter is not None:
-            width = self.adapter.hidden_size
-            if (self.adapter.reads, self.adapter.shift) != ("drafter", 0):
-                raise TrainingError(
-                    f"the adapter behind LoRA must read the drafter alone, and {self.adapter.level}"
-                    " does not; choose L1–L5 or ridge")
+            raise TrainingError("LoRA trains on teacher_forced, post_norm pairs with token ids, "
+                                f"not on {states.mode}, {tap}; extract those")
+        width = states.drafter_size if self.adapter is None else self.adapter.hidden_size
+        if self.adapter is not None and self.adapter.reads != "drafter":
+            raise TrainingError(f"the adapter behind LoRA must read the drafter alone, and "
+                                f"{self.adapter.level} does not; choose L1–L5 or ridge")
         if width != states.hidden_size:
-            raise TrainingError(
-                f"the states to train are {width} wide and the verifier's {states.hidden_size}; "
-                "pass adapter= with a map between them")
+            raise TrainingError(f"the states to train are {width} wide and the verifier's "
+                                f"{states.hidden_size}; pass adapter= with a map between them")
         if self.processes.size > 1:
             raise TrainingError("L6 trains in one process; start it without torchrun")
 
-    def prepare(self, tuned: peft.PeftModel) -> None:
-        """The optimiser of the LoRA weights in ``tuned``, once it is sure that prompts, drafter and
-        dataset belong together."""
-        self.tuned = tuned
-        self.parameters = [p for p in tuned.parameters() if p.requires_grad]
-        self.optimiser = torch.optim.AdamW(self.parameters, lr=self.config.learning_rate,
-                                           weight_decay=self.config.weight_decay)
+    def prepare(self) -> None:
+        """LoRA in the drafter, and its optimiser, once it is sure that prompts, drafter and dataset
+        belong together."""
+        config = self.config
+        torch.manual_seed(self.seed)
+        self.tuned = lora.attach(self.model, rank=config.rank, alpha=config.alpha,
+                                 dropout=config.dropout, targets=config.targets)
+        self.parameters = [p for p in self.tuned.parameters() if p.requires_grad]
+        self.optimiser = torch.optim.AdamW(self.parameters, lr=config.learning_rate,
+                                           weight_decay=config.weight_decay)
         self._check_prompt()
-        if self.config.gradient_checkpointing:
+        if config.gradient_checkpointing:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
 
     @torch.no_grad()

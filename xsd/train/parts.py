@@ -9,8 +9,7 @@ positions on (docs/adapters.md, section 5).
 | B1, L5F with rollout steps | 1, 2, … K, from own predictions (EAGLE-3's training-time test) |
 
 Every part is a mean over its positions. A step may be spread over several batches (accumulation)
-and processes: :func:`norms` says how much of the mean each holds, so that the step comes out as if
-it had been one batch, whatever the answers' lengths.
+and processes: :func:`norms` says how much of the mean each holds.
 """
 
 from __future__ import annotations
@@ -57,11 +56,10 @@ def norms(adapter: Adapter, mask: Tensor, config: FitConfig) -> Tensor:
 def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective, head: Head | None,
            config: FitConfig, share: Sequence[float], own: Sequence[float]) -> dict[str, Tensor]:
     """The terms of the first part (means over this batch), and ``total``: this batch's share of the
-    whole step's loss.
+    whole step's loss; its gradients, added up over the batches of a step, are the step's.
 
     share: this batch's part of each part's norm over the step, own / norm of the step (1 where it
-    is the whole step); own: this batch's norms. Gradients of ``total``, added up over the batches
-    of a step, are the step's.
+    is the whole step); own: this batch's norms.
     """
     noisy = _with_noise(batch, config.noise) if config.noise else batch
     pieces = plan(adapter, config)
@@ -94,11 +92,9 @@ def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective, head
 def _predictions(adapter: Adapter, batch: Batch, n_parts: int) -> list[Tensor]:
     """What each part compares with its target, [B, S - offset, D_v]; rollout steps that no answer
     is long enough for are left out."""
-    if n_parts == 1:
-        return [adapter.align(batch).aligned]
-    if not adapter.shift:
+    if n_parts == 1 or not adapter.shift:
         aligned = adapter.align(batch).aligned
-        return [aligned, aligned[:, :-1]]
+        return [aligned, aligned[:, :-1]][:n_parts]
     tokens = batch.ids_by_verifier if adapter.fuses_tokens else None
     steps = min(n_parts, batch.mask.shape[1] - 1)
     rolled = adapter.unroll(batch.drafter, batch.verifier, steps, tokens)

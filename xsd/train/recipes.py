@@ -50,7 +50,7 @@ def check_positive(config: Any, names: Sequence[str]) -> None:
 @dataclass(frozen=True)
 class FitConfig:
     """How to train. Fields left at None take their profile's value; what was used is saved in
-    config.json."""
+    config.json. What each is for: docs/adapters.md, section 5."""
 
     profile: Literal["reference", "converged", "tokens", "rollout"] = "reference"
     objective: str | None = None
@@ -59,16 +59,13 @@ class FitConfig:
     batch_size: int | None = None
     """Answers a batch, over all processes together."""
     learning_rate: float | None = None
-    """Of AdamW: 1e-3 in the reference; 2e-3 in "tokens", found at D = 192 (lower it for wide
-    adapters)."""
     minimum_learning_rate: float = 1e-6
     """Where the cosine ends."""
     weight_decay: float = 0.01
     clip: float = 1.0
     """Largest gradient norm."""
     accumulation: int = 1
-    """Batches a step, when batch_size does not fit into memory; every position of the step weighs
-    the same, as in one large batch."""
+    """Batches a step; every position of the step weighs the same, as in one large batch."""
     patience: int | None = None
     """Epochs without a better validation before stopping."""
     validation_share: float = 0.1
@@ -76,28 +73,22 @@ class FitConfig:
     select_by: Literal["loss", "token_acceptance"] | None = None
     """What makes a checkpoint the best; token acceptance needs a head."""
     prediction_weight: float | None = None
-    """L5's loss against the next state: 0.5 in the reference, 0 in "tokens" (one output cannot be
-    two states)."""
+    """L5's loss against the next state."""
     rollout_steps: int | None = None
-    """Shift 1: steps on own predictions in the loss (EAGLE-3's training-time test); 1 is teacher
-    forcing."""
+    """Shift 1: steps on own predictions in the loss; 1 is teacher forcing."""
     rollout_decay: float = 0.8
     """Weight of each further step."""
     warm_start: Literal["none", "ridge"] | None = None
     """"ridge": linear maps from the closed form: in front of what reads the drafter, and in B1's
     and L5F's residual."""
     alpha: float | None = None
-    """Initial residual weight of L4, L5, B1, L5F; the reference's 0.1 cannot leave verifier[t] for
-    verifier[t+1] in a short training."""
+    """Initial residual weight of L4, L5, B1, L5F."""
     noise: float = 0.0
-    """Uniform noise on the states that are read, ± this × their standard deviation (EAGLE: 0.1 in
-    absolute units); targets stay clean."""
+    """Uniform noise on the states that are read, ± this × their standard deviation."""
     position_decay: float = 1.0
-    """Weight of the loss at place t of the answer is this to the power t: an unbroken draft from
-    the start needs the first tokens most."""
+    """Weight of the loss at place t of the answer is this to the power t."""
     token_fusion: bool = False
-    """L5, B1, L5F: the embedding of the token before joins the state (docs/adapters.md, section 3);
-    needs a head [V, D]."""
+    """L5, B1, L5F: the embedding of the token before joins the state; needs a head [V, D]."""
     draft_vocabulary: int | None = None
     """Train and draft with this many most frequent tokens of the training answers; None: all."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -115,9 +106,8 @@ class FitConfig:
         check_positive(self, ("epochs", "batch_size", "accumulation", "rollout_steps",
                               "learning_rate", "patience"))
         if not 0 < self.position_decay <= 1:
-            raise ParameterError(
-                f"position_decay must lie in (0, 1], not {self.position_decay}; 1 weighs all "
-                "positions the same")
+            raise ParameterError(f"position_decay must lie in (0, 1], not {self.position_decay}; 1 "
+                                 "weighs all positions the same")
         if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
             raise ParameterError(
                 f"draft_vocabulary must be at least 1 token or None, not {self.draft_vocabulary}")
