@@ -1,23 +1,10 @@
-"""The arms of a live comparison, by name; every one is a function ``(sample, max_new_tokens) ->
-Generation`` on the same loaded models.
-
-| name | what drafts |
-|---|---|
-| ``ar``, ``ar_all_cores`` | nobody: our own greedy loop, the reference of every equality check; the same on every core that this process may use |
-| ``hf_generate``, ``hf_prompt_lookup`` | transformers' own ``generate`` on the verifier |
-| ``drafter`` | the drafter's own tokens, no adapter |
-| ``ngram``, ``prompt_lookup`` | a table of training answers; the prompt and the answer so far |
-| ``L1`` … ``L5F``, ``B1``, any key of ``adapters`` | that adapter |
-| ``my_module:Mine`` | a proposer of your own, made as ``Mine(pair)`` (docs/extending.md) |
-| ``L4+L5F``, ``L4+ngram`` | the first during the verifier's prefill, the second in the rounds after it |
-
-``L4@3`` drafts at most 3 tokens a round; ``L4~0.6`` ends a round's drafting at the first draft less
-likely than 0.6.
-"""  # noqa: E501 - a table
+"""The arms of a live comparison, by name (docs/decoding.md, "Arms"): functions ``(sample,
+max_new_tokens) -> Generation`` on the same loaded models."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import inspect
 import os
@@ -48,9 +35,8 @@ LABELS = {
 
 @dataclass(frozen=True)
 class Arm:
-    """lossless: claims the verifier's own ids. baseline: one of those a speed-up is measured
-    against. info: the settings (adapter weights included) that must not change when a run is
-    resumed."""
+    """lossless: claims the verifier's own ids. info: the settings (adapter weights included) that
+    must not change when a run is resumed."""
 
     name: str
     run: Callable[[Sample, int], Generation]
@@ -58,9 +44,6 @@ class Arm:
     lossless: bool = True
     baseline: bool = False
     info: Mapping[str, Any] = field(default_factory=dict)
-
-
-# --- names ---
 
 
 def parts_of(name: str) -> tuple[str, int, float]:
@@ -75,11 +58,15 @@ def parts_of(name: str) -> tuple[str, int, float]:
 
 
 def levels_of(names: Sequence[str]) -> list[str]:
-    """The adapter levels that arms need, in order of appearance: ``["ar", "L1+L5F"]`` → ``["L1",
-    "L5F"]``; of names with a colon those that are an adapter's class."""
+    """The adapter levels that arms need, in order: ``["ar", "L1+L5F"]`` → ``["L1", "L5F"]``; of
+    names with a colon those that are an adapter's class."""
     found = [part for name in names for part in parts_of(name)[0].split("+")]
     return [part for part in dict.fromkeys(found)
             if part not in PLAIN and (":" not in part or _is_adapter(files.import_object(part)))]
+
+
+def _is_adapter(found: Any) -> bool:
+    return hasattr(found, "reads") and not hasattr(found, "propose")
 
 
 def label_of(name: str) -> str:
@@ -90,24 +77,17 @@ def label_of(name: str) -> str:
             (f", only above {least:.0%}" if least else ""))
 
 
-def _is_adapter(found: Any) -> bool:
-    return hasattr(found, "reads") and not hasattr(found, "propose")
-
-
-# --- arms ---
-
-
 def build(spec: str | proposers.Proposer, pair: Pair,
           adapters: Mapping[str, proposers.Adapter] | None = None, *, gamma: int = 5,
           gamma_prefill: int | None = None, hide_prefill: bool = True,
           overlap: Overlap = "threads", ngram: rules.Rule | None = None,
           label: str | None = None) -> Arm:
-    """The arm of a name (see the table above), or of a proposer of your own as an object; ``label``
-    is its name in the records where one name is measured with two settings.
+    """The arm of a name, or of a proposer of your own as an object; ``label`` is its name in the
+    records where one name is measured with two settings.
 
     adapters: level → adapter with ``reads`` and ``step``. gamma_prefill: at most so many drafts
-    behind the prefill. ngram: prefix ids → next id or None, for ``ngram``. Raises: ParameterError
-    naming the arms there are, or what a proposer lacks.
+    behind the prefill. ngram: the rule that ``ngram`` drafts by. Raises: ParameterError naming the
+    arms there are, or what a proposer lacks.
     """
     verifier, adapters = pair.verifier, adapters or {}
     given = spec if isinstance(spec, str) else type(spec).__name__
@@ -135,27 +115,24 @@ def build(spec: str | proposers.Proposer, pair: Pair,
 
 def _baseline(kind: str, verifier: ModelHandle,
               gamma: int) -> Callable[[Sample, int], Generation]:
-    def on_all_cores(sample: Sample, n: int) -> Generation:
+    def on_all_cores(*given: Any) -> Generation:
         before = torch.get_num_threads()
         torch.set_num_threads(available_cores())
         try:
-            return autoregressive.generate(verifier, sample, n)
+            return autoregressive.generate(*given)
         finally:
             torch.set_num_threads(before)
 
-    return {
-        "ar": lambda sample, n: autoregressive.generate(verifier, sample, n),
-        "ar_all_cores": on_all_cores,
-        "hf_generate": lambda sample, n: baselines.hf_generate(verifier, sample, n),
-        "hf_prompt_lookup": lambda sample, n: baselines.hf_prompt_lookup(
-            verifier, sample, n, gamma),
-    }[kind]
+    answer = {"ar": autoregressive.generate, "ar_all_cores": on_all_cores,
+              "hf_generate": baselines.hf_generate,
+              "hf_prompt_lookup": functools.partial(baselines.hf_prompt_lookup, n_drafts=gamma)}
+    return functools.partial(answer[kind], verifier)
 
 
 def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
                 ngram: rules.Rule | None = None, least: float = 0.0) -> proposers.Proposer:
     """The proposer that an arm's kind names; of two, one behind the prefill and one in the rounds,
-    sharing one drafter. least: their min_probability. Raises: as :func:`build`."""
+    on one drafter. least: their min_probability. Raises: as :func:`build`."""
     parts, verifier = kind.split("+"), pair.verifier
     eos, ids = verifier.eos_token_ids, pair.draft_vocab_size or verifier.draft_vocab_size
     unknown = [part for part in parts if part not in (*PLAIN[len(BASELINES):], *adapters)
@@ -181,19 +158,17 @@ def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
                                              eos)
         if part == "drafter":
             return proposers.DrafterTokens(track, ids, eos)
-        if part == "ngram":
-            return proposers.RuleProposer(lambda sample: ngram, eos)
-        if part == "prompt_lookup":
-            return proposers.RuleProposer(lookup, eos)
+        if part in PLAIN:
+            return proposers.RuleProposer(lookup if part == "prompt_lookup" else lambda _: ngram,
+                                          eos)
         return _own(part, pair)
 
-    found = []
-    for part in parts:
-        proposer = made(part)
-        if least:
-            proposer.min_probability = least
-        own = ":" in part and part not in adapters
-        found.append(proposers.Checked(proposer, verifier.vocab_size) if own else proposer)
+    found = [made(part) for part in parts]
+    for proposer in found if least else ():
+        proposer.min_probability = least
+    found = [proposers.Checked(proposer, verifier.vocab_size)
+             if part not in (*PLAIN, *adapters) else proposer
+             for part, proposer in zip(parts, found, strict=True)]
     return found[0] if len(found) == 1 else proposers.TwoPhase(*found)
 
 
@@ -224,15 +199,14 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-# --- what must not change when a run is resumed ---
-
-
 def _fingerprints(spec: Any, parts: Sequence[str], pair: Pair, adapters: Mapping[str, Any],
                   ngram: rules.Rule | None) -> dict[str, Any]:
-    """Of the adapters' and the drafter's weights, the table's entries, and the source of a
-    researcher's own class."""
-    known = [part for part in parts if part in adapters]
-    found: dict[str, Any] = {"adapters": {part: _weights(adapters[part]) for part in known}}
+    """What must not change when a run is resumed: the adapters' and the drafter's weights, the
+    table's entries, and the source of a researcher's own class."""
+    states = {part: getattr(adapters[part], "state_dict", None)
+              for part in parts if part in adapters}
+    found: dict[str, Any] = {"adapters": {part: tensors_hash(state())[:16] if state else ""
+                                          for part, state in states.items()}}
     if not set(parts) <= {"ngram", "prompt_lookup"} and hasattr(pair.drafter, "weights_hash"):
         found["drafter"] = pair.drafter.weights_hash()
     if "ngram" in parts:
@@ -243,10 +217,6 @@ def _fingerprints(spec: Any, parts: Sequence[str], pair: Pair, adapters: Mapping
         with contextlib.suppress(OSError, TypeError):
             found["source"] = [*found.get("source", []), _short(inspect.getsource(each))]
     return found
-
-
-def _weights(adapter: Any) -> str:
-    return tensors_hash(adapter.state_dict())[:16] if hasattr(adapter, "state_dict") else ""
 
 
 def _short(text: str) -> str:

@@ -26,8 +26,8 @@ class _FirstToken(StoppingCriteria):
 
 
 def hf_inputs(handle: ModelHandle, sample: Sample) -> dict[str, torch.Tensor]:
-    """What ``model.generate`` takes for the verifier: input_ids [1, L] with one video token for
-    each visual one, pixel_values_videos."""
+    """What ``model.generate`` takes: input_ids [1, L], a placeholder for each visual token, and
+    pixel_values_videos."""
     before, after = handle.prompt_ids(sample.question)
     config = handle.model.config
     video_token = getattr(config, "video_token_id", None) or config.video_token_index
@@ -39,8 +39,7 @@ def hf_inputs(handle: ModelHandle, sample: Sample) -> dict[str, torch.Tensor]:
 
 
 _VISUAL_TOKENS: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
-"""Model → frames → visual tokens, found once (in the warm-up) so that counting them does not enter
-the measured time."""
+"""Model → frames → visual tokens, counted in the warm-up, outside the measured time."""
 
 
 def _n_visual(handle: ModelHandle, sample: Sample) -> int:
@@ -54,10 +53,8 @@ def _n_visual(handle: ModelHandle, sample: Sample) -> int:
 def hf_generate(handle: ModelHandle, sample: Sample, max_new_tokens: int,
                 **options: Any) -> Generation:
     """transformers' greedy ``generate`` on the same model, from pixels to ids; options go to it.
-
-    ``first_token_s`` is the end of its first step (with prompt lookup that step may already give
-    several tokens). No rounds: it keeps none.
-    """
+    ``first_token_s`` is the end of its first step, which prompt lookup may fill with several
+    tokens. It keeps no rounds."""
     autoregressive.check_length(max_new_tokens)
     start = time.perf_counter()
     inputs = hf_inputs(handle, sample)
@@ -74,12 +71,9 @@ def hf_generate(handle: ModelHandle, sample: Sample, max_new_tokens: int,
 
 def hf_prompt_lookup(handle: ModelHandle, sample: Sample, max_new_tokens: int,
                      n_drafts: int) -> Generation:
-    """transformers' prompt lookup with at most ``n_drafts`` candidates a round.
-
-    Its candidates are copied from the prompt, which holds a placeholder for every visual token; a
-    placeholder outside the prompt makes the model's forward fail, so they are suppressed
-    (candidates then end before them; an answer never holds one).
-    """
+    """transformers' prompt lookup with at most ``n_drafts`` candidates a round, copied from the
+    prompt. Placeholders of visual tokens are suppressed: outside the prompt they make the model's
+    forward fail."""
     names = [f"{kind}_token_{word}" for kind in ("image", "video") for word in ("id", "index")]
     found = {getattr(handle.model.config, name, None) for name in names} - {None}
     return hf_generate(handle, sample, max_new_tokens, prompt_lookup_num_tokens=n_drafts,

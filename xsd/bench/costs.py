@@ -1,9 +1,5 @@
-"""What the parts cost on this machine: the verification curve v(K), a draft, an adapter, both
-prefills, and the overlap of the two; and what counted rounds should have taken at these prices.
-
-Measured interleaved (every repeat goes once through all shapes) after a warm-up of each shape.
-Whatever measures returns one row per operation: what, ms (median), low, high (quartiles), n.
-"""
+"""What the parts cost on this machine, and what counted rounds should have taken at these prices.
+Whatever measures returns one row per operation: what, ms (median), low, high (quartiles), n."""
 
 from __future__ import annotations
 
@@ -48,7 +44,7 @@ def measure(operations: Mapping[str, Callable[[], Any]], *, repeats: int = 5,
 
 
 def _settle() -> None:
-    """GPU work is queued; wait for it around the whole operation, never inside."""
+    """GPU work is queued: wait for it around an operation, never inside."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
@@ -58,10 +54,7 @@ def verification_curve(handle: DecoderHandle, sample: Any, *,
                        rows: Sequence[int] = tuple(range(1, 10)), context: int = 0,
                        repeats: int = 5) -> pd.DataFrame:
     """v(K): one extend of K rows and its rollback, after the prompt and ``context`` answer tokens;
-    one row for each K in rows, which stands in the column ``rows``.
-
-    gamma drafts are verified by K = gamma + 1 rows; K = 1 is a plain decode step.
-    """
+    the column ``rows`` is K."""
     state = handle.prefill(sample)
     token, device = int(state.logits.argmax()), state.logits.device
     if context:
@@ -106,9 +99,8 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
         "verifier_prefill": lambda: int(verifier.prefill(sample).logits.argmax()),
         "drafter_step": step(drafter, by_drafter), "verifier_step": step(verifier, by_verifier),
     }
-    for level, adapter in adapters.items():
-        operations[f"adapter {level}"] = functools.partial(adapt, adapter,
-                                                           draft_head(verifier, adapter))
+    operations |= {f"adapter {level}": functools.partial(adapt, one, draft_head(verifier, one))
+                   for level, one in adapters.items()}
     return measure(operations, repeats=repeats)
 
 
@@ -135,8 +127,8 @@ def prefill_overlap(verifier: DecoderHandle, proposer: proposers.Proposer, sampl
 
 
 def hidden_share(lanes: pd.DataFrame) -> float:
-    """How much of the shorter lane of :func:`prefill_overlap` disappears: 1 when the overlap is
-    ideal, 0 when it saves nothing, below 0 when the lanes hinder each other more than they help."""
+    """How much of the shorter lane of :func:`prefill_overlap` disappears: 1 is ideal, 0 saves
+    nothing, below 0 the lanes hinder each other more than they help."""
     ms = lanes.set_index("what")["ms"]
     return float((ms[SERIAL] - ms[AT_ONCE]) / min(ms[lane] for lane in LANES))
 
@@ -150,8 +142,8 @@ def table(*parts: pd.DataFrame) -> pd.DataFrame:
 
 def prices(curve: pd.DataFrame, steps: pd.DataFrame, *, drafter: bool = True,
            level: str = "") -> Prices:
-    """Medians of :func:`verification_curve` and :func:`step_costs` as a schedule is priced with
-    them: drafts of the drafter's model (or none of its), of an adapter's level (or none)."""
+    """Medians of :func:`verification_curve` and :func:`step_costs`, for drafts of the drafter's
+    model (or none of its) and of an adapter's level (or none)."""
     s = _ms(steps) / 1e3
     draft_s = (s["drafter_step"] if drafter else 0.0) + (s[f"adapter {level}"] if level else 0.0)
     return Prices(float(s["verifier_prefill"]), float(s["drafter_prefill"]) if drafter else 0.0,
@@ -164,13 +156,9 @@ def _ms(rows: pd.DataFrame) -> pd.Series:
 
 def predict(records: Sequence[Mapping[str, Any]], price: Prices,
             eos_token_ids: frozenset[int]) -> dict[str, float]:
-    """One arm's records priced by what the parts cost: predicted and measured seconds over all of
-    them, and what is left unexplained.
-
-    Returns: predicted_s, measured_s, residual (measured / predicted − 1), and the parts of the
-    prediction: prefill_s, draft_s, verify_s.
-    Raises: ParameterError without records or where they hold no rounds (an autoregressive arm).
-    """
+    """One arm's records priced by what the parts cost: predicted_s, measured_s, residual (measured
+    / predicted − 1), and the parts of the prediction prefill_s, draft_s, verify_s. Raises:
+    ParameterError where records hold no rounds (an autoregressive arm), or without records."""
     if not records or not all(record["rounds"] for record in records):
         raise ParameterError("a prediction needs records with rounds; choose an arm that drafts")
     predicted = measured = drafting = verifying = 0.0
@@ -196,9 +184,9 @@ def _priced(row: Mapping[str, Any], ids: Sequence[int],
 def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps: pd.DataFrame,
                 adapters: Mapping[str, proposers.Adapter],
                 eos_token_ids: frozenset[int]) -> pd.DataFrame:
-    """Each arm of one proposer of ours: what its rounds should take at the measured prices, beside
-    what they took. One row per arm: arm, predicted_ms and measured_ms of an answer, residual, and
-    the shares of prefill, draft and verify in the prediction."""
+    """What the rounds of each arm with one proposer of ours should take at the measured prices,
+    beside what they took: arm, predicted_ms and measured_ms of an answer, residual, and the shares
+    of prefill, draft and verify in the prediction."""
     rows = []
     for name in dict.fromkeys(record["arm"] for record in records):
         own = [record for record in records if record["arm"] == name and record["rounds"]]

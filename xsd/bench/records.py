@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,14 +23,12 @@ class OtherConfiguration(ParameterError):
 
 
 def read_records(path: str | os.PathLike[str]) -> list[Record]:
-    """All whole records of a file, without its header. Raises: StorageError when the file is
-    missing or has no header."""
+    """All whole records of a file. Raises: StorageError when it is missing or has no header."""
     return _lines(Path(path))[0][1:]
 
 
 def read_provenance(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Where the records come from: files.provenance as it was when the file was begun. Raises:
-    StorageError as :func:`read_records`."""
+    """files.provenance as it was when the file was begun. Raises: as :func:`read_records`."""
     return _lines(Path(path))[0][0].get("provenance", {})
 
 
@@ -58,11 +57,8 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int]:
 def open_records(path: Path, header: dict[str, Any], about: Mapping[str, Any] | None = None,
                  ) -> Iterator[tuple[list[Record], Callable[[Sequence[Record]], None]]]:
     """Lock the file, check or write its header, drop a half-written line; yield the records and a
-    durable append.
-
-    about: goes into the provenance that the file is begun with. Raises: OtherConfiguration when it
-    holds records of another header; StorageError when another run writes it, or nobody can.
-    """
+    durable append. about: goes into the provenance that the file is begun with. Raises:
+    OtherConfiguration for records of another header; StorageError when nobody can write it."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         file = open(path, "a+b")  # noqa: SIM115 - closed below
@@ -87,7 +83,7 @@ def open_records(path: Path, header: dict[str, Any], about: Mapping[str, Any] | 
             raise OtherConfiguration(
                 f"{path} was measured with another configuration ({other} differ); choose another "
                 "path or the same settings")
-        yield lines[1:], lambda rows: _append(file, path, rows)
+        yield lines[1:], functools.partial(_append, file, path)
 
 
 def _append(file: BinaryIO, path: Path, rows: Sequence[Any]) -> None:

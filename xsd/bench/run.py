@@ -1,9 +1,5 @@
-"""Measure arms side by side, sample by sample; then say what was measured.
-
-Arms are interleaved (each sample runs through all of them, the order rotating) so that a machine
-that warms up or slows down does so for all alike. Every record carries the ids' equality with the
-verifier's own output; a speed-up of a lossless arm that is not is refused.
-"""
+"""Measure arms side by side, interleaved sample by sample, so that a machine that warms up or slows
+down does so for all alike; then say what was measured."""
 
 from __future__ import annotations
 
@@ -40,10 +36,9 @@ def measure(arms: Sequence[Arm], samples: Sequence[Sample], *, path: str | os.Pa
     """Run every arm on every sample ``repeats`` times; append to ``path`` (JSON lines, a header
     first) and return all its records.
 
-    What the file already holds is not run again; a half-written last line is dropped. warmup:
-    samples that every arm runs first, without a record. seed: the arms' first order. about: goes
-    into the provenance that the file is begun with. progress(n): called with the number of records
-    just made. Raises: ParameterError for two arms of one name or no arm; as records.open_records.
+    What the file already holds is not run again. warmup: samples that every arm runs first, without
+    a record. seed: the arms' first order. about: as records.open_records. progress(n): n records
+    were just made. Raises: ParameterError for two arms of one name or no arm; as open_records.
     """
     names = [arm.name for arm in arms]
     if not names or len(set(names)) < len(names):
