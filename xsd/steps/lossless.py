@@ -20,7 +20,7 @@ from xsd.steps import live
 LIMITS = (1, 2, 7)
 """Short maximum lengths that the first samples are also checked with."""
 FIRST = 2
-"""So many samples of a set are the first: they meet every arm and every limit."""
+"""How many samples of a set are the first: they meet every arm and every limit."""
 EVERY = 10
 """One sample in so many is also answered by the verifier's one-row loop."""
 
@@ -46,35 +46,28 @@ class _OnePrompt:
 
 def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
     """The ids of ``check_arms`` on every held-out sample against the verifier's own greedy ids, at
-    the full length and at short limits.
-
-    With ``check_in_turns`` the arms take turns, one a sample (all of them on the first two). Drafts
-    behind the prefill are made in turn with it, so that there are ``gamma_prefill`` of them
-    whatever the clock says. The verifier's ids are those that were extracted in batches; every
-    tenth sample is also answered by the one-row loop, which is then what counts.
+    the full length and at short limits (docs/lossless.md). Drafts behind the prefill are made in
+    turn with it, so that there are ``gamma_prefill`` of them whatever the clock says.
 
     Returns: one row per sample, arm and limit: data, sample, sequence, arm, limit, n_tokens,
-    finish, identical, outcome ("identical" | "near-tie" | "divergence"), position, margin, n_hidden
-    (drafts made behind the prefill), reference_identical (the extracted ids are the one-row loop's,
-    None where it was not run). Where ids differ, the verifier's loop is run for this sample alone
-    and a certificate decides.
+    finish, identical, outcome (of certificate.certify), position, margin, n_hidden (drafts made
+    behind the prefill), reference_identical (the extracted ids are the one-row loop's, None where
+    it was not run).
     """
     jobs = [(data, place) for data, some in opened.samples.items() for place in range(len(some))]
     n = min(opened.given.workers, len(jobs))
     parts = [jobs[len(jobs) * i // n:len(jobs) * (i + 1) // n] for i in range(n)]
+    progress = progress or (lambda n: None)
+    rows = []
     with ProcessPoolExecutor(max(1, n - 1),
                              mp_context=multiprocessing.get_context("spawn")) as pool:
         others = [pool.submit(_check_part, opened.given.model_dump(), part) for part in parts[1:]]
-        rows = []
         for row in _checked(opened, parts[0]):  # this process takes its share
             rows.append(row)
-            if progress is not None:
-                progress(1)
+            progress(1)
         for other in others:
-            more = other.result()
-            rows += more
-            if progress is not None:
-                progress(len(more))
+            rows += other.result()
+            progress(len(other.result()))
     return pd.DataFrame(rows)
 
 
@@ -117,20 +110,20 @@ def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[di
 
 def counts(rows: pd.DataFrame) -> dict[str, Any]:
     """Answers identical of answers checked, by data set and in all; near-ties and divergences; how
-    the answers ended; drafts that were made behind the prefill; extracted answers that the one-row
-    loop gave again."""
-    def n(column: str, value: str) -> int:
-        return int((rows[column] == value).sum())
-
+    the answers ended; drafts made behind the prefill; extracted answers the one-row loop gave
+    again."""
+    outcomes, ends = (rows[name].value_counts() for name in ("outcome", "finish"))
     by_data = {str(data): {"n_samples": part["sample"].nunique(), "n_answers": len(part),
                            "n_identical": int(part["identical"].sum())}
                for data, part in rows.groupby("data", sort=False)}
     loops = rows[rows["reference_identical"].notna()].drop_duplicates(["data", "sample"])
     return {
         "arms": list(dict.fromkeys(rows["arm"])), "data": by_data, "n_answers": len(rows),
-        "n_identical": int(rows["identical"].sum()), "n_near_ties": n("outcome", "near-tie"),
-        "n_divergences": n("outcome", "divergence"), "n_ended_by_eos": n("finish", "eos"),
-        "n_ended_by_length": n("finish", "length"),
+        "n_identical": int(rows["identical"].sum()),
+        "n_near_ties": int(outcomes.get("near-tie", 0)),
+        "n_divergences": int(outcomes.get("divergence", 0)),
+        "n_ended_by_eos": int(ends.get("eos", 0)),
+        "n_ended_by_length": int(ends.get("length", 0)),
         "n_hidden_drafts": int(rows["n_hidden"].sum()), "n_references": len(loops),
         "n_references_identical": int(loops["reference_identical"].astype(bool).sum()),
     }

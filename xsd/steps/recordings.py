@@ -1,6 +1,5 @@
 """Any event recording or any video before the pair, and plain warnings where it is out of their
-depth. What is missing is made, and said so: a video gets events from the event-camera model; an
-event file without pictures shows the verifier its painted events."""
+depth. What is missing is made, and said so."""
 
 from __future__ import annotations
 
@@ -22,7 +21,6 @@ from xsd.sensors import events as event_streams
 from xsd.sensors import frames, timed_video
 from xsd.sensors.events import Events
 from xsd.shards.store import MemoryPairs
-from xsd.steps.traces import Trace
 
 EVENT_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".aedat4")
 N_VIDEO = 8
@@ -52,9 +50,8 @@ class Source:
 
 def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 346,
                 seed: int = 0) -> Source:
-    """``"davis_road"``, an event file (.npy, .npz, .h5, .aedat4) or a video. max_seconds, max_side:
-    how much of a video is read, and how large it may be. Raises: EventError, VideoError; VideoError
-    for a video of a single picture, which moves nothing."""
+    """``"davis_road"``, an event file (.npy, .npz, .h5, .aedat4) or a video (its first max_seconds,
+    at most max_side wide and high). Raises: EventError; VideoError, also for a single picture."""
     shipped = str(path) == SHIPPED
     path = ROOT / "data/davis_road/davis346_road.aedat4" if shipped else folder.resolve(path)
     if path.suffix.lower() not in EVENT_SUFFIXES:
@@ -78,8 +75,8 @@ def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 
 def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: int = 6,
         canvas: frames.Canvas = "sensor") -> list[Sample]:
     """One sample per clip (its question still empty): event frames and 8 pictures of every whole
-    window with five events, at most ``max_clips``. A recording shorter than a clip is one clip.
-    Raises: ParameterError for a clip, hop or number below 1; EventError when no window is left."""
+    window with five events. A recording shorter than a clip is one clip. Raises: ParameterError for
+    a clip, hop or number below 1; EventError when no window is left."""
     if min(clip_ms, hop_ms, max_clips) < 1:
         raise ParameterError(f"clips of {clip_ms} ms every {hop_ms} ms, {max_clips} of them: each "
                              "must be at least 1")
@@ -106,9 +103,9 @@ def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: in
 
 
 def known(n_sequences: int = 12, seed: int = 0) -> dict[str, Any]:
-    """The world the embedded pair was trained on, seen in ``n_sequences`` training drives: {rate:
-    lowest and highest events per pixel and second, sizes: (width, height) of the sensors, clip_ms:
-    length of every clip, grey_share: of the drives}."""
+    """The world the embedded pair was trained on, seen in ``n_sequences`` training drives: rate,
+    lowest and highest events per pixel and second; sizes of the sensors, (width, height); clip_ms;
+    grey_share of the drives."""
     clips = [clip for one in drive.simulate(seed, "train", n_sequences) for clip in one.clips]
     rates = [_rate(clip.events, clip.t_us, clip.events.size) for clip in clips]
     start, end = clips[0].t_us
@@ -117,8 +114,7 @@ def known(n_sequences: int = 12, seed: int = 0) -> dict[str, Any]:
 
 
 def warnings(source: Source, clips: Sequence[Sample], world: dict[str, Any]) -> list[str]:
-    """Where the recording and its clips (:func:`cut`) lie outside the world of :func:`known`, a
-    sentence each. Nothing is refused."""
+    """A sentence for each way in which the recording lies outside the world of :func:`known`."""
     said = []
     if source.kind == "pictures from the events":
         said.append("there is no video: the verifier is shown painted events, which it was not "
@@ -189,9 +185,3 @@ def summary(tokens: pd.DataFrame, *, gamma: int = 5, resamples: int = 400,
                            "tokens": int(part["positions"].sum()), "answers": len(part)})
     return pd.DataFrame(rows)
 
-
-def as_traces(pairs: Sequence[PairedStates]) -> list[Trace]:
-    """Free-running answers as traces: what another machine would have handed over."""
-    return [Trace(one.clip, f"{one.sequence}/{one.clip}", one.question,
-                  tuple(one.ids_by_drafter.tolist()), tuple(one.ids_by_verifier.tolist()))
-            for one in pairs if len(one.ids_by_verifier)]

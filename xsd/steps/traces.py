@@ -1,17 +1,11 @@
-"""Token ids of two models that ran elsewhere, imported as a run: agreement, duplicates, floors,
-replayed schedules. No model is loaded.
-
-::
+"""Token ids of two models as a run, without any model: agreement, duplicates, floors, replayed
+schedules. Of models that ran elsewhere the file is::
 
     {"question": "…", "rows": [{"clip": 0, "drafter_ids": [512, …], "verifier_ids": [450, …]}, …]}
 
-A row may name its own ``question`` and ``sequence``. Without sequences the rows are cut, in file
-order, into blocks of neighbouring clips (overlapping clips are near duplicates). A floor is trained
-on the other blocks only, and blocks are what intervals draw.
-
-The drafter's ids come from its *own* text (free-running), so "agreement" compares the same place in
-two texts; what the drafter would have said after the verifier's prefix cannot be known from such a
-file.
+A row may name its own ``question`` and ``sequence``; without sequences the rows are cut, in file
+order, into blocks of neighbouring clips, which intervals draw. The drafter's ids come from its
+*own* text (free-running), so "agreement" compares the same place in two texts.
 """
 
 from __future__ import annotations
@@ -33,7 +27,7 @@ from xsd.evaluate import floors, rounds, statistics
 from xsd.files import provenance, sha256_of, write_json
 from xsd.runs import folder
 
-EOS = 2
+EOS = frozenset({2})
 """Of the Llama vocabulary, which both 7B models use."""
 
 
@@ -49,12 +43,9 @@ class Trace:
 
 
 def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
-    """The rows of a trace file, each with a sequence (its own, or ``block NN``).
-
-    Raises: DatasetError naming the row when the file is missing, is no such JSON, or a row lacks a
-    field, has ids that are not whole numbers from 0 on, or no verifier token; also when there is no
-    row.
-    """
+    """The rows of a trace file, each with a sequence (its own, or ``block NN``). Raises:
+    DatasetError naming the row, when the file is missing or none, a row lacks a field, has ids that
+    are not whole numbers from 0 on, or no verifier token; also when there is no row."""
     path = Path(path)
     try:
         loaded = json.loads(path.read_text(encoding="utf-8"))
@@ -66,28 +57,35 @@ def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
         raise DatasetError(f"{path} is no trace file ({error}); expected {form}") from error
     if not isinstance(rows, list):
         raise DatasetError(f"{path}: rows must be a list of objects, not {type(rows).__name__}")
-    count = min(blocks, len(rows))
-    found = []
+    if not rows:
+        raise DatasetError(f"{path} holds no row; export the answers again")
+    found, count = [], min(blocks, len(rows))
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not {"clip", "drafter_ids", "verifier_ids"} <= row.keys():
             raise DatasetError(f"{path}: row {i} lacks clip, drafter_ids or verifier_ids")
         sequence = str(row.get("sequence", f"block {i * count // len(rows):02d}"))
-        ids = [_ids(path, i, row, name) for name in ("drafter_ids", "verifier_ids")]
-        if not ids[1]:
+        for name in ("drafter_ids", "verifier_ids"):
+            ids = row[name]
+            if not isinstance(ids, list) or not all(isinstance(x, int) and x >= 0 for x in ids):
+                raise DatasetError(f"{path}: {name} of row {i} must be a list of token ids (whole "
+                                   "numbers from 0 on)")
+        if not row["verifier_ids"]:
             raise DatasetError(f"{path}: row {i} has no verifier token; drop it")
-        found.append(Trace(str(row["clip"]), sequence, str(row.get("question", question)), *ids))
-    if not found:
-        raise DatasetError(f"{path} holds no row; export the answers again")
+        found.append(Trace(str(row["clip"]), sequence, str(row.get("question", question)),
+                           tuple(row["drafter_ids"]), tuple(row["verifier_ids"])))
     return found
 
 
-def _ids(path: Path, number: int, row: Mapping[str, Any], name: str) -> tuple[int, ...]:
-    values = row[name]
-    if not isinstance(values, list) or not all(isinstance(value, int) and value >= 0
-                                               for value in values):
-        raise DatasetError(f"{path}: {name} of row {number} must be a list of token ids (whole "
-                           "numbers from 0 on)")
-    return tuple(values)
+def of(pairs: Any) -> list[Trace]:
+    """Stored answers as traces. pairs: shards.store.ShardDataset, or shards.store.MemoryPairs;
+    no state is read."""
+    ids = [pairs.ids(role) for role in ("drafter", "verifier")]
+    known = pairs.table()
+    one = known["sequence"].nunique() == 1  # then its clips are what the tables never see
+    rows = zip(known.itertuples(), *ids, strict=True)
+    return [Trace(row.clip, f"{row.sequence}/{row.clip}" if one else row.sequence, row.question,
+                  tuple(theirs.tolist()), tuple(own.tolist()))
+            for row, theirs, own in rows if len(own)]
 
 
 def write(path: str | Path, traces: Sequence[Trace]) -> None:
@@ -96,9 +94,9 @@ def write(path: str | Path, traces: Sequence[Trace]) -> None:
 
 
 def arms(traces: Sequence[Trace], *, ngram: int = 4) -> dict[str, floors.Floor]:
-    """The ways of drafting that are tried on every answer: drafter tokens (the token at the same
-    place), position mode and n-gram. The two tables never see the sequence they are tried on, so
-    one sequence alone has none."""
+    """What is tried on every answer: drafter tokens (the token at the same place), position mode
+    and n-gram. The two tables never see the sequence they are tried on, so one sequence alone has
+    none."""
     found = {"drafter tokens": floors.DrafterTokens([trace.drafter_ids for trace in traces])}
     sequences = list(dict.fromkeys(trace.sequence for trace in traces))
     if len(sequences) < 2:
@@ -116,43 +114,33 @@ def token_table(traces: Sequence[Trace], tried: Mapping[str, floors.Floor], *,
                 data: str) -> pd.DataFrame:
     """The project's token table (evaluate/table.py), ``level`` being the arm; tokens are shown by
     their ids, states were not kept (NaN)."""
-    rows = []
-    for level, floor in tried.items():
-        for i, trace in enumerate(traces):
-            about = {"level": level, "sample": f"{trace.sequence}/{trace.clip}/{i:05d}",
-                     "sequence": trace.sequence, "data": data, "question": trace.question}
-            for position, token in enumerate(trace.verifier_ids):
-                drafted = floor.rule(i)(trace.verifier_ids[:position])
-                rows.append({**about, "position": position, "cosine": np.nan,
-                             "match": drafted == token,
-                             "draft_token": "" if drafted is None else str(drafted),
-                             "verifier_token": str(token)})
-    return pd.DataFrame(rows)
+    rows = [(level, f"{trace.sequence}/{trace.clip}/{i:05d}", trace.sequence, trace.question,
+             position, floor.rule(i)(trace.verifier_ids[:position]), token)
+            for level, floor in tried.items() for i, trace in enumerate(traces)
+            for position, token in enumerate(trace.verifier_ids)]
+    found = pd.DataFrame(rows, columns=["level", "sample", "sequence", "question", "position",
+                                        "draft_token", "verifier_token"])
+    drafted = ["" if token is None else str(token) for token in (row[5] for row in rows)]
+    return found.assign(data=data, cosine=np.nan, match=[row[5] == row[6] for row in rows],
+                        draft_token=drafted, verifier_token=found["verifier_token"].astype(str))
 
 
 def schedule(traces: Sequence[Trace], floor: floors.Floor, *, gamma: int, gamma_prefill: int,
-             eos: int = EOS, prices: Prices | None = None) -> dict[str, Any]:
-    """What decoding with this arm would have done, walked by decode.replay: rounds, verifier passes
-    and tokens; seconds with prices.
-
-    passes: verifier calls after the prefill. tokens_per_pass: 1 is the verifier alone.
-    """
-    plain, passes, seconds, alone = 0, 0, 0.0, 0.0
-    # the longest answer is taken for the run's maximum length
-    limit = max(len(trace.verifier_ids) for trace in traces)
-    for i, trace in enumerate(traces):
-        walked = replay.replay(trace.verifier_ids, lambda prefix, n, i=i: floor.draft(prefix, n, i),
-                               gamma=gamma, gamma_prefill=gamma_prefill,
-                               eos_token_ids=frozenset({eos}), max_new_tokens=limit)
-        passes += sum(each.rows > 0 for each in walked)
-        plain += len(trace.verifier_ids) - 1
-        if prices is not None:
-            seconds += replay.predicted_seconds(walked, prices)
-            alone += (prices.verifier_prefill_s +
-                      (len(trace.verifier_ids) - 1) * prices.verify_s(1))
+             eos: frozenset[int] = EOS, prices: Prices | None = None) -> dict[str, Any]:
+    """What decoding with this arm would have done, walked by decode.replay: passes (verifier calls
+    after the prefill) and tokens_per_pass, 1 for the verifier alone; seconds with prices. The
+    longest answer is taken for the run's maximum length."""
+    longest = max(len(trace.verifier_ids) for trace in traces)
+    walked = [replay.replay(trace.verifier_ids, lambda prefix, n, i=i: floor.draft(prefix, n, i),
+                            gamma=gamma, gamma_prefill=gamma_prefill, eos_token_ids=eos,
+                            max_new_tokens=longest) for i, trace in enumerate(traces)]
+    passes = sum(each.rows > 0 for rounds_ in walked for each in rounds_)
+    plain = sum(len(trace.verifier_ids) - 1 for trace in traces)
     found = {"passes": passes, "passes_alone": plain,
              "tokens_per_pass": plain / passes if passes else float(plain)}
     if prices is not None:
+        seconds = sum(replay.predicted_seconds(rounds_, prices) for rounds_ in walked)
+        alone = len(traces) * prices.verifier_prefill_s + plain * prices.verify_s(1)
         found |= {"predicted_s": seconds, "predicted_alone_s": alone,
                   "predicted_speedup": alone / seconds}
     return found
@@ -187,12 +175,13 @@ def run(path: str | Path, run_dir: str | Path, *, gamma: int = 5, gamma_prefill:
     traces = read(path, blocks=blocks)
     priced = None if prices is None else read_prices(prices)
     clusters = [trace.sequence for trace in traces]
+    answers = [trace.verifier_ids for trace in traces]
     tried = arms(traces, ngram=ngram)
     found: dict[str, Any] = {
         "n": len(traces), "n_sequences": len(set(clusters)), "gamma": gamma,
         "gamma_prefill": gamma_prefill,
         "duplicates": {"drafter": duplicates([trace.drafter_ids for trace in traces]),
-                       "verifier": duplicates([trace.verifier_ids for trace in traces])},
+                       "verifier": duplicates(answers)},
         "arms": {},
         "provenance": provenance(seed=seed, data_hash=sha256_of(path), source=Path(path).name),
     }
@@ -202,7 +191,7 @@ def run(path: str | Path, run_dir: str | Path, *, gamma: int = 5, gamma_prefill:
                                                              n_resamples=resamples, seed=seed))
 
     for name, floor in tried.items():
-        matches = floor.match([trace.verifier_ids for trace in traces])
+        matches = floor.match(answers)
         walked = rounds.from_matches(matches, gamma)
         each = walked.per_request()
         found["arms"][name] = {
@@ -222,35 +211,31 @@ def duplicates(answers: Sequence[Sequence[int]]) -> dict[str, float]:
     """shared: share of answers that another one equals; repeated: share that could go without
     losing a text. Empty answers are left out."""
     said = [ids for ids in answers if ids]
-    if not said:
-        return {"shared": 0.0, "repeated": 0.0, "n": 0}
-    rate = floors.duplicate_rate(said)
+    rate = floors.duplicate_rate(said) if said else floors.DuplicateRate(0, 0, 0.0, 0.0, None)
     return {"shared": rate.shared, "repeated": rate.repeated, "n": rate.n}
 
 
 def by_position(matches: Sequence[np.ndarray]) -> list[dict[str, float]]:
-    """Share of answers whose token at each position is the arm's, over the answers that are that
-    long."""
+    """Share of answers whose token at each position is the arm's, over those that are that long."""
     shares = pd.DataFrame([pd.Series(match, dtype=float) for match in matches])
     return [{"position": t, "share": float(column.mean()), "n": int(column.count())}
             for t, column in shares.items()]
 
 
 def table(found: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per arm: share of right tokens and accepted drafts per round with intervals, tokens
-    per verifier pass, first positions."""
-    rows = []
-    for name, arm in found["arms"].items():
-        row = {"arm": name}
-        for key in ("token_acceptance", "mean_accepted"):
-            row |= {key: arm[key]["value"], f"{key}_low": arm[key]["low"],
-                    f"{key}_high": arm[key]["high"]}
-        told = arm["schedule"]
-        row |= {key: told[key] for key in ("tokens_per_pass", "predicted_speedup") if key in told}
-        row["first_positions"] = " ".join(f"{100 * each['share']:.0f}"
-                                          for each in arm["by_position"][:9])
-        rows.append(row)
-    return pd.DataFrame(rows)
+    """One row per arm: right tokens and accepted drafts per round with their intervals, tokens per
+    verifier pass, predicted speed-up where there are prices, % right at the first positions."""
+    return pd.DataFrame([{
+        "drafted by": name,
+        "right tokens": statistics.Interval(**arm["token_acceptance"]).text(),
+        f"accepted per round (γ={found['gamma']})":
+            statistics.Interval(**arm["mean_accepted"]).text(percent=False),
+        "tokens per pass": f"{arm['schedule']['tokens_per_pass']:.2f}",
+        **({"predicted speed-up": f"{arm['schedule']['predicted_speedup']:.2f}x"}
+           if "predicted_speedup" in arm["schedule"] else {}),
+        "% right at position 0, 1, …": " ".join(f"{100 * each['share']:.0f}"
+                                                for each in arm["by_position"][:9]),
+    } for name, arm in found["arms"].items()])
 
 
 def text(found: Mapping[str, Any]) -> str:
@@ -261,15 +246,4 @@ def text(found: Mapping[str, Any]) -> str:
               for role, rate in found["duplicates"].items()]
     if found["n_sequences"] < 2:
         lines.append("one sequence alone: there is nothing to train the tables on")
-    accepted = f"accepted per round (γ={found['gamma']})"
-    lines.append(f"{'drafted by':<16}{'right tokens':>26}{accepted:>32}{'tokens per pass':>17}"
-                 "   % right at position 0, 1, …")
-    for row in table(found).to_dict("records"):
-        arm = found["arms"][row["arm"]]
-        right = statistics.Interval(**arm["token_acceptance"]).text()
-        drafts = statistics.Interval(**arm["mean_accepted"]).text(percent=False)
-        told = row.get("predicted_speedup")
-        speed = "" if told is None else f"  predicted speed-up {told:.2f}x"
-        lines.append(f"{row['arm']:<16}{right:>26}{drafts:>32}{row['tokens_per_pass']:>17.2f}   "
-                     f"{row['first_positions']}{speed}")
-    return "\n".join(lines)
+    return "\n".join([*lines, table(found).to_string(index=False)])
