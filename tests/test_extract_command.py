@@ -16,7 +16,7 @@ from xsd.runs import progress
 from xsd.sensors import folder
 from xsd.sensors.events import Events
 from xsd.shards import store
-from xsd.steps import extract_request
+from xsd.steps import data as datasets
 
 QUESTIONS = [("What is on the road?", 9), ("How does the car move?", 5),
              ("Describe the scene in detail.", 1)]
@@ -174,7 +174,7 @@ def test_verify_names_what_is_wrong_and_repair_brings_back_the_bytes(data, tmp_p
 def test_repair_says_what_it_cannot_mend(five, data, tmp_path, capsys):
     assert extract(data, tmp_path) == 0
     (tmp_path / "teacher_forced" / "shard-000001.safetensors").unlink()
-    (tmp_path / extract_request.FILE).unlink()
+    (tmp_path / datasets.REQUEST).unlink()
     assert cli.main(["data", "repair", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert ("does not say what it was extracted from (no extract.json); give --pair, --data and "
@@ -208,13 +208,13 @@ def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
 
 
 def test_the_request_is_kept_for_later(five, data):
-    request = extract_request.load(five / "teacher_forced")
+    request = datasets.load_request(five / "teacher_forced")
     assert request.data == str(data.resolve()) and request.max_questions == 2
-    assert extract_request.load(ranks.Rank(0, 2).part(five / "teacher_forced"),
+    assert datasets.load_request(ranks.Rank(0, 2).part(five / "teacher_forced"),
                                 device="cuda").device == "cuda"
     with pytest.raises(ParameterError,
                        match="give the folder of the drives; `xsd data simulate FOLDER` makes one"):
-        extract_request.Request(data="simulated").root()
+        datasets.Request(data="simulated").root()
 
 
 def test_supervised_the_same_command_runs_without_that_option(data, tmp_path, monkeypatch):

@@ -12,9 +12,8 @@ from typer import Argument, Context, Option, Typer
 
 from xsd.core import ROOT, ParameterError, XsdError
 
-QUIET: dict[str, Any] = {
-    "rich_markup_mode": None, "pretty_exceptions_enable": False, "no_args_is_help": True
-}
+QUIET: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False,
+                         "no_args_is_help": True}
 """Plain help, plain tracebacks."""
 NUMBERS = "float32, bfloat16 or float16"
 OUT = Option(None, "-o", "--out", metavar="DIR", help="write here instead")
@@ -50,8 +49,8 @@ def simulate(folder: Path, split: Split = SPLIT, seed: int = 0,
 
     summary = drive.write_dataset(folder, split=split, n_sequences=sequences, seed=seed,
                                   workers=workers)
-    plain = (f"{name} {value}" for name, value in summary.items()
-             if not isinstance(value, (dict, list)))
+    plain = [f"{name} {value}" for name, value in summary.items()
+             if not isinstance(value, (dict, list))]
     print(f"{folder}: {', '.join(plain)}")
 
 
@@ -117,18 +116,16 @@ def extract(
     from xsd.extract import supervise as supervision
 
     rank = ranks.Rank.of_this_process()
-    part = rank.part_name
+    part = f"part {rank.part_name}" if rank.part_name else ""
     if supervise:  # the same command; the last word on --supervise counts
         command = [sys.executable, "-m", "xsd.cli", *context.obj, "--supervise", "0"]
-        return supervision.supervise(command, out, supervise, part=part)
+        return supervision.supervise(command, out, supervise, part=rank.part_name)
     from xsd.extract import run
     from xsd.runs import progress
-    from xsd.steps import extract_request
 
-    places = _places(data=data, pair=pair, reuse_verifier=reuse_verifier)
-    request = extract_request.Request(**places, split=split, max_questions=max_questions,
-                                      duration=duration, dtype=dtype, quant=quant, device=device,
-                                      event_frames=int(event_frames[0]) if event_frames else 0)
+    request = _request(data=data, pair=pair, reuse_verifier=reuse_verifier, split=split,
+                       max_questions=max_questions, duration=duration, dtype=dtype, quant=quant,
+                       device=device, event_frames=int(event_frames[0]) if event_frames else 0)
     request.root()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -139,17 +136,16 @@ def extract(
                          dtype=stored, max_new_tokens=max_new_tokens, batch_size=batch,
                          samples_per_shard=samples_per_shard, max_samples=max_samples, seed=seed,
                          config=request.config(), verifier_from=reuse_verifier, rank=rank,
-                         progress=progress.lines(f"part {part}: " if part else ""))
+                         progress=progress.lines(part and f"{part}: "))
     request.save(out)
-    what = f"{out}: " + (f"part {part}, " if part else "")
     counted = (f"{report.n} samples, {report.tokens} tokens, {report.gb:.3f} GB in "
                f"{report.seconds:.0f} s ({report.resumed} were done before)")
-    if not report.finished:
-        print(f"{what}interrupted after {counted}; the same command continues")
-        return supervision.INTERRUPTED
-    print(f"{what}finished: {counted}" +
-          ("" if report.joined else "; the other parts are still missing, the last one joins them"))
-    return 0
+    said = f"finished: {counted}" if report.finished else (
+        f"interrupted after {counted}; the same command continues")
+    if report.finished and not report.joined:
+        said += "; the other parts are still missing, the last one joins them"
+    print(f"{out}: {part and f'{part}, '}{said}")
+    return 0 if report.finished else supervision.INTERRUPTED
 
 
 @app.command(epilog=examples("xsd data status runs/x"))
@@ -186,15 +182,14 @@ def repair(run: Path = RUN,
     from xsd.extract import checks
     from xsd.extract import repair as mending
     from xsd.runs import folder as run_folder
-    from xsd.steps import extract_request
 
-    changes = _places(data=data, pair=pair, reuse_verifier=reuse_verifier)
     mended, opened, models, samples = 0, None, None, None
     for place, problems in checks.verify(run).items():
         if not problems:
             continue
         try:
-            request = extract_request.load(place, **changes, split=split, device=device)
+            request = _request(place, data=data, pair=pair, reuse_verifier=reuse_verifier,
+                               split=split, device=device)
             if request != opened:
                 models = samples = None  # one pair in memory at a time
                 models = request.load_pair()
@@ -202,7 +197,7 @@ def repair(run: Path = RUN,
             reused = run_folder.resolve(request.reuse_verifier) if request.reuse_verifier else None
             for problem in mending.repair(models, samples, place, verifier_from=reused,
                                           problems=problems):
-                print(f"mended: {problem.file} (it {problem.what.removeprefix('it ')})")
+                print(f"mended: {problem.file} (it {problem.what})")
                 mended += 1
         except XsdError as error:
             print(f"not mended: {error}")
@@ -254,11 +249,13 @@ def import_traces(
     print(traces.text(found))
 
 
-def _places(**given: str | Path | None) -> dict[str, Any]:
-    """The folders that were given, as a request keeps them; names stay names."""
-    from xsd.steps import extract_request
+def _request(run: Path | None = None, **given: Any) -> Any:
+    """What is asked for, folders as a request keeps them: new, or a run's own with changes."""
+    from xsd.steps import data as datasets
 
-    return {name: place and extract_request.here(place) for name, place in given.items()}
+    for name in ("data", "pair", "reuse_verifier"):
+        given[name] = given[name] and datasets.here(given[name])
+    return datasets.load_request(run, **given) if run else datasets.Request(**given)
 
 
 def _integers(text: str) -> tuple[int, ...]:

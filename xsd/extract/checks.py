@@ -21,8 +21,8 @@ _BLOCK = 4096
 
 
 def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
-    """Problems of every run in a folder (a damaged manifest is one), by run; an empty list where
-    all is well. Raises: ShardError if there is no run."""
+    """Problems of every run in a folder (a damaged manifest is one), by run. Raises: ShardError if
+    there is no run."""
     found: dict[Path, list[store.Problem]] = {}
     for place in monitor.runs(folder):
         try:
@@ -39,24 +39,24 @@ def verify(folder: str | Path) -> dict[Path, list[store.Problem]]:
 
 
 def _not_finite(folder: Path, damaged: set[str]) -> Iterator[store.Problem]:
-    """Shards whose checksum is right but whose states hold NaN or infinity: the writer refuses
-    them, so somebody else wrote the file."""
+    """Shards whose checksum is right but whose states hold NaN or infinity: no writer of ours
+    wrote them."""
     manifest = layout.read_manifest(folder)
     kind = "scale" if manifest["dtype"] == "int8" else "hidden"
     for number, shard in enumerate(manifest["shards"]):
-        if shard["file"] in damaged:
+        path = folder / shard["file"]
+        if path.name in damaged:
             continue
-        with safe_open(folder / shard["file"], "pt") as file:
-            wrong = [f"{kind}_by_{role}" for role in layout.ROLES
-                     if not _finite(file.get_slice(f"{kind}_by_{role}"))]
+        with safe_open(path, "pt") as file:
+            wrong = [name for name in (f"{kind}_by_{role}" for role in layout.ROLES)
+                     if not _finite(file.get_slice(name))]
         if wrong:
-            yield store.Problem(folder / shard["file"],
-                                f"holds NaN or infinity in {' and '.join(wrong)}",
+            yield store.Problem(path, f"holds NaN or infinity in {' and '.join(wrong)}",
                                 "repair the run (only this shard is extracted again)", number)
 
 
 def _finite(rows: Any) -> bool:
-    """rows: a slice of a safetensors file, read a block at a time."""
+    """rows: of a safetensors file, read a block at a time."""
     starts = range(0, rows.get_shape()[0], _BLOCK)
     return all(bool(torch.isfinite(rows[start:start + _BLOCK]).all()) for start in starts)
 

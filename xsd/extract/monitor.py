@@ -1,12 +1,5 @@
 """What became of an extraction, from its files alone: how far it is, how fast, whether it lives,
-and what went wrong.
-
-Nothing here waits for a writer or disturbs it. Errors and restarts of a run are lines of
-``errors.jsonl`` in its folder::
-
-    {"kind": "error" | "restart", "what": "StorageError: cannot write …", "pid": 4242,
-     "part": "0 of 2", "time_s": 1763741234.5}
-"""
+and what went wrong (lines of ``errors.jsonl``). No writer is waited for or disturbed."""
 
 from __future__ import annotations
 
@@ -15,7 +8,7 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -31,12 +24,9 @@ ERRORS = "errors.jsonl"
 
 @dataclass(frozen=True)
 class Status:
-    """One run folder now. state: "finished", "running" (by process pid) or "stopped". total:
-    planned samples, None if unknown.
-
-    rate: samples a second over its last batches, eta_s: seconds left; None where nothing was timed.
-    idle_s: since the last write.
-    """
+    """One run folder now. state: "running" is by process ``pid``. total: planned samples, None if
+    unknown. rate: samples a second over its last batches, eta_s: seconds left; None where nothing
+    was timed. idle_s: since the last write."""
 
     folder: Path
     mode: str
@@ -49,15 +39,11 @@ class Status:
     idle_s: float
     pid: int | None
 
-    @property
-    def left(self) -> str:
-        """``12 min``; empty unless it runs and was timed."""
-        return duration(self.eta_s) if self.state == "running" and self.eta_s is not None else ""
-
     def __str__(self) -> str:
         share = f" of {self.total} ({100 * self.done / self.total:.0f} %)" if self.total else ""
         pace = f", {self.rate:.1f} samples/s" if self.rate else ""
-        left = f", {self.left} left" if self.left else ""
+        timed = self.state == "running" and self.eta_s is not None
+        left = f", {duration(self.eta_s)} left" if timed else ""
         who = f" (process {self.pid})" if self.pid else ""
         return (f"{self.folder}: {self.state}{who}, {self.done}{share} samples{pace}{left}, "
                 f"{self.gb:.3f} GB, last write {duration(self.idle_s)} ago")
@@ -66,7 +52,7 @@ class Status:
 @dataclass(frozen=True)
 class Event:
     """One line of a run's errors. kind: "error" (what a process said before it ended) or "restart"
-    (what the supervisor saw and did)."""
+    (what the supervisor did)."""
 
     kind: str
     what: str
@@ -91,10 +77,9 @@ def duration(seconds: float) -> str:
 def runs(folder: str | Path) -> list[Path]:
     """Every folder with a manifest of states: ``folder`` itself, its kinds of pairs, the parts of
     several processes, or a notebook run's ``shards/*/*``. Raises: ShardError if there is none."""
-    folder = Path(folder)
-    kinds = [folder]
+    kinds = [Path(folder)]
     for pattern in ("*/", "*/*/", "shards/*/*/"):
-        kinds += sorted(folder.glob(pattern))
+        kinds += sorted(Path(folder).glob(pattern))
     places = [place for kind in kinds for place in (kind, *sorted(kind.glob(f"{ranks.PARTS}/")))]
     found = [place for place in dict.fromkeys(places) if (place / layout.MANIFEST).is_file()]
     if not found:
@@ -104,15 +89,14 @@ def runs(folder: str | Path) -> list[Path]:
 
 
 def status(folder: str | Path) -> list[Status]:
-    """Every run in a folder, without disturbing a writer. Raises: ShardError if there is none."""
+    """Every run in a folder. Raises: ShardError if there is none."""
     found = []
     for place in runs(folder):
         try:
             found.append(_status(place))
         except (ShardError, FileNotFoundError):
-            if (place / layout.MANIFEST).is_file():
+            if (place / layout.MANIFEST).is_file():  # else a part that was joined just now
                 raise
-            continue  # a part that was joined just now
     return found
 
 
@@ -146,13 +130,12 @@ def _status(folder: Path) -> Status:
 def note(folder: str | Path, kind: str, what: str, *, pid: int | None = None,
          part: str = "") -> None:
     """Add one line to the errors of a run; on a full disk, only this line is lost."""
-    line = {"kind": kind, "what": " ".join(what.split()), "pid": pid or os.getpid(), "part": part,
-            "time_s": round(time.time(), 3)}
+    event = Event(kind, " ".join(what.split()), pid or os.getpid(), part, round(time.time(), 3))
     with contextlib.suppress(OSError):
         Path(folder).mkdir(parents=True, exist_ok=True)
         # One write to a file opened for appending: lines of several processes do not mix.
         with open(Path(folder) / ERRORS, "ab", buffering=0) as file:
-            file.write((json.dumps(line) + "\n").encode())
+            file.write((json.dumps(asdict(event)) + "\n").encode())
 
 
 @contextlib.contextmanager
@@ -169,14 +152,14 @@ def events(folder: str | Path) -> list[Event]:
     """Errors and restarts of the runs in a folder, or of the run it is part of; oldest first."""
     kinds = [place.parent if place.match(ranks.PARTS) else place for place in runs(folder)]
     files = dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
-    fields = ("kind", "what", "pid", "part", "time_s")
-    lines = [line for file in files for line in layout.read_lines(file, *fields)]
-    found = [Event(*(line[field] for field in fields)) for line in lines]
+    names = [field.name for field in fields(Event)]
+    lines = [line for file in files for line in layout.read_lines(file, *names)]
+    found = [Event(*(line[name] for name in names)) for line in lines]
     return sorted(found, key=lambda event: event.time_s)
 
 
 def report(folder: str | Path) -> str:
-    """The page that ``xsd data status`` prints: one line per run, then the ten latest errors."""
+    """What ``xsd data status`` prints: one line per run, then the ten latest errors."""
     states, found = status(folder), events(folder)
     lines = [str(one) for one in states]
     if found:

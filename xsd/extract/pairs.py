@@ -1,14 +1,6 @@
-"""Paired hidden states of one batch of samples, of both kinds.
-
-    free_running     drafter:  a' b' c'    verifier:  a b c d    each after its own tokens; lengths
-                                                                 may differ
-    teacher_forced   drafter:  . a b c     verifier:  . a b c    both after the verifier's tokens;
-                                                                 position t predicts the same token
-
-The verifier's greedy answer is the same in both, so it is generated once. Its teacher-forced states
-are those of its own generation: the same numbers as a forced pass, up to rounding
-(tests/test_extract_pairs.py).
-"""
+"""Paired hidden states of one batch of samples: free-running (each model after its own tokens;
+lengths may differ) and teacher-forced (both after the verifier's). The verifier's greedy answer is
+generated once for both; its states there equal a forced pass's up to rounding."""
 
 from __future__ import annotations
 
@@ -32,16 +24,14 @@ def tap_of(layer: int) -> Tap:
 
 
 def folder_name(mode: Mode, layer: int = LAST) -> str:
-    """Name of the folder of one kind of pairs in a run: ``teacher_forced``, or
-    ``teacher_forced.layer-8`` beside it."""
+    """Folder of one kind of pairs in a run: ``teacher_forced``, ``teacher_forced.layer-8``."""
     return mode if layer == LAST else f"{mode}.layer{layer}"
 
 
 def free_running_pairs(pair: Pair, samples: Sequence[Sample], max_new_tokens: int,
                        batch_size: int = 16, *,
                        verifier: Sequence[Continuation] | None = None) -> list[PairedStates]:
-    """Both models answer greedily. verifier: its continuations where they are known already, else
-    generated here."""
+    """Both models answer greedily. verifier: its continuations where they are known."""
     return by_layer("free_running", pair, samples, max_new_tokens, batch_size,
                     verifier=verifier)[LAST]
 
@@ -49,12 +39,11 @@ def free_running_pairs(pair: Pair, samples: Sequence[Sample], max_new_tokens: in
 def teacher_forced_pairs(pair: Pair, samples: Sequence[Sample], max_new_tokens: int,
                          batch_size: int = 16, *,
                          verifier: Sequence[Continuation] | None = None) -> list[PairedStates]:
-    """The verifier answers greedily and the drafter is forced along that answer, in one forward
-    pass per batch.
+    """The verifier answers greedily; the drafter is forced along that answer in one pass a batch.
 
     ids_by_drafter[t] is what the drafter's own head says after the verifier's tokens 0…t-1. A token
-    outside the shared vocabulary (an added one, such as ``<image>``) cannot be given to the
-    drafter: the pair ends with the position that predicts it.
+    outside the shared vocabulary (such as ``<image>``) cannot be given to the drafter: the pair
+    ends with the position that predicts it.
     """
     return by_layer("teacher_forced", pair, samples, max_new_tokens, batch_size,
                     verifier=verifier)[LAST]
@@ -63,12 +52,8 @@ def teacher_forced_pairs(pair: Pair, samples: Sequence[Sample], max_new_tokens: 
 def by_layer(mode: Mode, pair: Pair, samples: Sequence[Sample], max_new_tokens: int,
              batch_size: int = 16, *, verifier: Sequence[Continuation] | None = None,
              layers: Sequence[int] = (LAST,)) -> dict[int, list[PairedStates]]:
-    """The pairs of one mode, once for each layer; ids and texts are the same in all of them.
-
-    layers: as in models.layers; the last (-1) is post_norm, all others pre_norm. verifier: its
-    continuations where they are known, with these layers. Raises: ParameterError for a layer that
-    one of the models does not have.
-    """
+    """The pairs of one mode, once for each layer (models.layers); ids and texts are the same in all
+    of them. Raises: ParameterError for a layer that one of the models does not have."""
     options = {"batch_size": batch_size, "layers": [layer for layer in layers if layer != LAST]}
     if verifier is None:
         verifier = pair.verifier.generate(samples, max_new_tokens, **options)
@@ -102,13 +87,12 @@ def _within(answer: Continuation, vocabulary: int) -> Continuation:
 
 
 class StoredAnswers:
-    """The verifier's answers of a finished run, by sample: another drafter, or another number of
-    event frames, needs no new ones.
+    """The verifier's answers of a finished run, by sample, for another drafter or number of event
+    frames.
 
-    folder: a run, or its folder of one mode (``run/free_running``). layers: other layers than the
-    last that are needed too, from the folders beside it. Raises: ShardError if it is none, or was
-    written by another verifier or with another maximum length, or lacks a layer; and when asked for
-    a sample it does not hold.
+    folder: a run, or its folder of one mode. layers: others than the last that are needed too.
+    Raises: ShardError if it is none, was written by another verifier or with another maximum
+    length, or lacks a layer; and when asked for a sample it does not hold.
     """
 
     def __init__(self, folder: str | Path, *, verifier: Mapping[str, Any], max_new_tokens: int,
@@ -118,16 +102,13 @@ class StoredAnswers:
         places = [Path(folder) / mode for mode in ("free_running", "teacher_forced")]
         self.folder = next((place for place in places if place.is_dir()), Path(folder))
         self.dataset = ShardDataset(self.folder, expected_tap="post_norm")
-        self._layers = {
-            layer: ShardDataset(self.folder.parent / folder_name(self.dataset.mode, layer))
-            for layer in layers}
-        samples_hash = self.dataset.manifest["config"].get("samples_hash")
+        beside, mode = self.folder.parent, self.dataset.mode
+        self._layers = {layer: ShardDataset(beside / folder_name(mode, layer)) for layer in layers}
         wanted = {"verifier": dict(verifier), "max_new_tokens": max_new_tokens,
-                  "samples_hash": samples_hash}
+                  "samples_hash": self.dataset.manifest["config"].get("samples_hash")}
         for dataset in (self.dataset, *self._layers.values()):
             config = dataset.manifest["config"]
-            now = {key: config.get(key) for key in wanted}
-            if difference := first_difference(now, wanted):
+            if difference := first_difference({key: config.get(key) for key in wanted}, wanted):
                 raise ShardError(f"the verifier's answers in {dataset.folder} cannot be used: "
                                  f"{difference}; extract without them")
         table = self.dataset.table()

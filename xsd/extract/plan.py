@@ -34,10 +34,7 @@ def load(items: Iterable[Item]) -> list[Sample]:
 def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequence[str], *,
                    n_event_frames: int = 5, canvas: Any = None) -> list[LazySample]:
     """Every clip with every question, clip by clip; images are read when needed, once per clip.
-
-    canvas: on which the events of clips without stored event images are painted (``slice`` by
-    default), as in sensors.folder.load_sample.
-    """
+    canvas: on which events of clips without stored images are painted (load_sample)."""
     @lru_cache(maxsize=1)
     def clip(number: int) -> Sample:
         record = records[number]
@@ -53,13 +50,9 @@ def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequ
 
 
 def order(samples: Sequence[Item], *, max_samples: int | None = None, seed: int = 0) -> list[Item]:
-    """The samples clip by clip (questions on one clip stand together, so that its images pass the
-    vision tower once).
-
-    Clips keep the order of their first sample. max_samples: that many, from clips drawn by ``seed``
-    (None or -1: all); the drawn ones keep their order. Raises: ParameterError for no samples or
-    max_samples 0 or below -1.
-    """
+    """The samples clip by clip, so that a clip's images pass the vision tower once; clips keep the
+    order of their first sample. max_samples: that many, from clips drawn by ``seed`` (None or -1:
+    all). Raises: ParameterError for no samples or max_samples 0 or below -1."""
     if not samples:
         raise ParameterError(
             "there are no samples to extract; give at least one clip and one question")
@@ -78,10 +71,8 @@ def order(samples: Sequence[Item], *, max_samples: int | None = None, seed: int 
 
 
 def plan_hash(items: Sequence[Item]) -> str:
-    """SHA-256 over names and questions, and over the images of samples that are in memory.
-
-    Samples that are read later count by name: give their ``data_hash`` in the extraction's config.
-    """
+    """SHA-256 over names and questions, and over images in memory. Samples that are read later
+    count by name: give their ``data_hash`` in the extraction's config."""
     digest = sha256()
     seen: dict[int, bytes] = {}
     for item in items:

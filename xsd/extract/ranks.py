@@ -1,14 +1,6 @@
-"""One extraction by several processes: which samples are whose, and how their parts become the run
-that one process would have written.
-
-    n = 10 samples, 3 a shard, 2 processes          run/teacher_forced/
-    shards   0 1 2 | 3 4 5 | 6 7 8 | 9                part-0000-of-0002/   shards 0 1
-    rank     0       0       1       1                part-0001-of-0002/   shards 2 3
-
-A rank takes whole shards and computes whole batches of the common plan, so no file depends on the
-number of processes. Ranks never wait for each other: any of them may die and be started again
-alone. The one that finds all parts finished joins them, by renaming files.
-"""
+"""One extraction by several processes (docs/extraction.md): which samples are whose, and how their
+parts become the run that one process would have written. Ranks never wait for each other; the one
+that finds all parts finished joins them, by renaming files."""
 
 from __future__ import annotations
 
@@ -48,8 +40,8 @@ class Rank:
 
     @classmethod
     def of_this_process(cls, environment: Mapping[str, str] | None = None) -> Rank:
-        """The rank in torch.distributed where a process group was made, else RANK and WORLD_SIZE as
-        torchrun and accelerate set them. Raises: ParameterError if they are no numbers."""
+        """Of torch.distributed where a process group was made, else RANK and WORLD_SIZE as torchrun
+        and accelerate set them. Raises: ParameterError if they are no numbers."""
         distributed = torch.distributed
         if environment is None and distributed.is_available() and distributed.is_initialized():
             return cls(distributed.get_rank(), distributed.get_world_size())
@@ -66,8 +58,7 @@ class Rank:
         return f"{self.rank} of {self.world_size}" if self.world_size > 1 else ""
 
     def share(self, n_samples: int, samples_per_shard: int) -> range:
-        """The samples of this rank: whole shards, in one stretch; empty where there are fewer
-        shards than ranks."""
+        """This rank's samples: whole shards, in one stretch; empty where ranks outnumber them."""
         n_shards = -(-n_samples // samples_per_shard)
         begin, end = (n_shards * rank // self.world_size * samples_per_shard
                       for rank in (self.rank, self.rank + 1))
@@ -88,10 +79,7 @@ def check_begun(folder: Path, rank: Rank, settings: Mapping[str, Any]) -> bool:
     """True if ``folder`` holds the finished run already. settings: those of a ShardWriter. Raises:
     ShardError if it was begun by another number of processes, or finished with other settings."""
     if done := finished(folder):
-        wanted = json.loads(json.dumps(dict(settings)))
-        if difference := layout.first_difference({key: done[key] for key in wanted}, wanted):
-            raise ShardError(f"{folder} was begun with other settings: {difference}; use the same "
-                             "ones or another folder")
+        layout.check_same(folder, done, settings)
         return True
     sizes = {int(path.name.rsplit("-", 1)[1]) for path in folder.glob(PARTS)}
     if (folder / layout.MANIFEST).is_file():
@@ -105,9 +93,9 @@ def check_begun(folder: Path, rank: Rank, settings: Mapping[str, Any]) -> bool:
 
 
 def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int) -> bool:
-    """Make one run of the parts once all of them are finished; True when the folder holds that run.
-    Killed half-way, it is continued; another process that joins just now is waited for. Raises:
-    ShardError if parts differ in their settings or a file is missing; StorageError."""
+    """Make one run of the parts once all are finished; True when the folder holds that run. Killed
+    half-way, it is continued; another process that joins is waited for. Raises: ShardError if parts
+    differ in their settings or a file is missing; StorageError."""
     ranks = [Rank(number, world_size) for number in range(world_size)]
     parts = [rank.part(folder) for rank in ranks if rank.share(n_samples, samples_per_shard)]
     end = time.monotonic() + _WAIT_S

@@ -18,12 +18,11 @@ from xsd.shards.writer import ShardWriter
 def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
            verifier_from: str | Path | None = None,
            problems: Sequence[store.Problem] | None = None) -> list[store.Problem]:
-    """Extract the damaged shards of a run again, and nothing else.
+    """Extract the damaged shards of a run again, and nothing else. Returns what was mended.
 
-    samples, verifier_from: the same as were given to extract(). problems: what is damaged, as
-    store.verify or checks.verify found it (default: store.verify now). Returns what was mended.
-    Raises: ShardError if the models or samples are not those of the run (naming the difference), or
-    for a damaged manifest; StorageError while another process writes there.
+    samples, verifier_from: as given to extract(). problems: as store.verify or checks.verify found
+    them (default: store.verify now). Raises: ShardError if the models or samples are not those of
+    the run (naming the difference), or for a damaged manifest; StorageError while another writes.
     """
     folder = Path(folder)
     found = store.verify(folder) if problems is None else problems
@@ -69,8 +68,7 @@ def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
 
 def _again(pair: Pair, items: Sequence[plan.Item], manifest: Mapping[str, Any],
            entry: Mapping[str, Any], answers: pairs.StoredAnswers | None) -> list[PairedStates]:
-    """The samples of one shard, computed in the batches of the original run so that the bytes are
-    the same."""
+    """One shard's samples, in the batches of the original run so that the bytes are the same."""
     config = manifest["config"]
     size, layer = config["batch_size"], config.get("layer", LAST)
     first = entry["first"] + config.get("part", {}).get("first", 0)

@@ -1,8 +1,5 @@
 """An extraction from beginning to end: Stage 0 (the LM heads) and Stage 1 (paired states),
-resumable, one folder for each kind of pairs.
-
-docs/extraction.md tells what survives what, how several processes share a run, and where layers go.
-"""
+resumable, one folder for each kind of pairs (docs/extraction.md)."""
 
 from __future__ import annotations
 
@@ -29,7 +26,7 @@ from xsd.shards.writer import ShardWriter
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. rate: samples a second of this run. eta_s: seconds left, infinite before
+    """Where a run stands. rate: samples a second of this call. eta_s: seconds left, infinite before
     the first batch. gb: on disk."""
 
     done: int
@@ -47,12 +44,8 @@ class Progress:
 @dataclass(frozen=True)
 class ExtractReport:
     """What extract() did. n, tokens, gb: of this process's samples (tokens: the verifier's, in the
-    mode with most). resumed: samples found done. seconds: of this call.
-
-    finished: False after SIGINT or SIGTERM; the same call again continues. joined: the folders hold
-    the whole run (with one process the same as finished; with several, False until the last one is
-    done).
-    """
+    mode with most). resumed: samples found done. seconds: of this call. finished: False after
+    SIGINT or SIGTERM. joined: the folders hold the whole run, of all processes."""
 
     n: int
     tokens: int
@@ -82,13 +75,12 @@ def extract(
     call again continues the run.
 
     samples: core.Sample, or plan.LazySample (read a batch at a time). layers: which hidden states
-    (models.layers); others than the last have folders of their own (``<mode>.layer-8``). dtype: how
-    states are stored, fp16 | fp32 | bf16 | int8. max_samples: that many, whole clips drawn by
-    ``seed``. config: what else belongs to the run (split, data_hash, quant …), compared on
-    resuming. verifier_from: a finished run of the same verifier, whose answers are taken instead of
-    generated (1 or 5 event frames, another drafter). rank: one of several processes that share the
-    run (docs/extraction.md). progress: called with Progress after each batch, or anything with
-    tqdm's ``update(n)``.
+    (models.layers); others than the last have folders of their own. dtype: how states are stored.
+    max_samples: that many, whole clips drawn by ``seed``. config: what else belongs to the run
+    (split, data_hash, quant …), compared on resuming. verifier_from: a finished run of the same
+    verifier, whose answers are taken instead of generated. rank: one of several processes that
+    share the run. progress: called with Progress after each batch, or anything with tqdm's
+    ``update(n)``.
 
     Raises: ShardError if the folder was begun with other settings, StorageError (another writer,
     disk full: what was flushed stays), PairError if a saved LM head does not give the model's
@@ -170,8 +162,7 @@ def _answers(pair: Pair, layers: Sequence[int], settings: dict[str, Any],
 def _open_writers(stack: contextlib.ExitStack, folders: Mapping[Kind, Path],
                   settings: Mapping[str, Any], options: Mapping[str, Any], rank: ranks.Rank,
                   share: range) -> dict[Kind, ShardWriter]:
-    """Writers of what is not finished yet, closed with the stack: whatever happens, what was taken
-    is flushed."""
+    """Writers of what is not finished yet; whatever happens, the stack flushes what they took."""
     writers = {}
     for (mode, layer), place in folders.items():
         config = {**settings, "layer": layer} if layer != LAST else settings
@@ -190,8 +181,8 @@ def _open_writers(stack: contextlib.ExitStack, folders: Mapping[Kind, Path],
 def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
              writers: Mapping[Kind, ShardWriter], answers: Answers,
              settings: Mapping[str, Any]) -> None:
-    """Extract the batch that begins at sample ``first`` of the common plan: always whole, so that a
-    resumed run, or one of several processes, gives the same bytes. Only ``share`` is written."""
+    """The batch that begins at sample ``first`` of the common plan: always computed whole, so that
+    a resumed run, or one of several processes, gives the same bytes; ``share`` of it is written."""
     began, longest = time.perf_counter(), settings["max_new_tokens"]
     loaded = plan.load(items[first:first + settings["batch_size"]])
     verifier = answers(loaded)
@@ -231,8 +222,8 @@ def _save_heads(pair: Pair, writers: Mapping[Kind, ShardWriter]) -> None:
 
 
 def check_head(handle: ModelHandle, answers: Sequence[Continuation]) -> None:
-    """Compare ``states @ head.T`` in float32 with the model's own logits, up to the rounding of the
-    model's dtype over a sum of D products. Raises: PairError with the difference."""
+    """Compare ``states @ head.T`` with the model's logits, up to the rounding of its dtype over a
+    sum of D products. Raises: PairError with the difference."""
     weight = handle.head.weight
     hidden = torch.cat([answer.hidden for answer in answers]).to(weight.device)
     own = handle.lm_head(hidden).float()
@@ -249,8 +240,8 @@ def check_head(handle: ModelHandle, answers: Sequence[Continuation]) -> None:
 
 
 def identity(handle: ModelHandle) -> dict[str, Any]:
-    """What must be equal for two extractions to give the same states: weights (as held, so
-    quantised ones differ) and dtype."""
+    """What must be equal for the same states to come out: weights (as held, so quantised ones
+    differ) and dtype."""
     return {"name": handle.name, "weights": handle.weights_hash(),
             "dtype": str(handle.head.weight.dtype).removeprefix("torch.")}
 
@@ -266,11 +257,11 @@ def _stored_tokens(folders: Iterable[Path]) -> int:
 
 
 def _gigabytes(folders: Iterable[Path]) -> float:
-    """Of all files; a file that another process removes meanwhile counts nothing."""
+    """Of all files; one that another process removes meanwhile counts nothing."""
     total = 0
-    for path in (path for folder in folders for path in folder.rglob("*")):
+    for path in (path for folder in folders for path in folder.rglob("*.*")):
         with contextlib.suppress(FileNotFoundError):
-            total += path.stat().st_size if path.is_file() else 0
+            total += path.stat().st_size
     return total / 1e9
 
 

@@ -17,14 +17,13 @@ from xsd.extract import monitor
 INTERRUPTED = 130
 """Exit status of an extraction that was told to stop (SIGINT, SIGTERM) and can be continued."""
 _FINAL = (0, 2, INTERRUPTED)
-"""Exit statuses that a restart would not change: finished, a mistake that the user must mend, told
-to stop."""
+"""Exit statuses that no restart would change: finished, the user's mistake, told to stop."""
 
 
 @contextlib.contextmanager
 def _on_stop(act: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
-    """On SIGINT or SIGTERM call ``act(number, restore)`` instead of the usual; restore() gives both
-    signals back, which the end of the block does anyway."""
+    """On SIGINT or SIGTERM call ``act(number, restore)``; restore() gives both signals back, as the
+    end of the block does."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def restore() -> None:
@@ -41,8 +40,8 @@ def _on_stop(act: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that the batch at hand is finished; a second signal
-    acts as usual. Outside the main thread signals are left alone."""
+    """An event that SIGINT or SIGTERM sets, so that the batch at hand is finished; a second acts as
+    usual. Outside the main thread signals are left alone."""
     stop = threading.Event()
 
     def told(number: int, restore: Callable[[], None]) -> None:
@@ -55,27 +54,23 @@ def interruptible() -> Iterator[threading.Event]:
 
 
 def supervise(command: Sequence[str], folder: str | Path, restarts: int, *, part: str = "") -> int:
-    """Run ``command`` until it ends well, at most ``restarts`` times more after a crash; returns
-    its exit status.
-
-    Crashes (a signal, or an exit status other than 0, 2 and 130) are noted in the errors of the run
-    ``folder``, where ``xsd data status`` shows them. SIGINT and SIGTERM are handed on, and nothing
-    is started after them.
-    """
+    """Run ``command`` until it ends well, at most ``restarts`` times more after a crash (a signal,
+    or a status other than 0, 2 and 130), noted in the errors of ``folder``; returns its exit
+    status. SIGINT and SIGTERM are handed on, and nothing is started after them."""
     for attempt in range(restarts + 1):
         status, pid, last = _once(command)
         if status in _FINAL:
             return status
         then = (f"started again ({attempt + 1} of {restarts})" if attempt < restarts else
                 f"given up after {restarts} restart(s)")
-        note = f"{reason_of(status, last)}; {then}"
+        note = f"{_reason(status, last)}; {then}"
         monitor.note(folder, "restart", note, pid=pid, part=part)
         print(f"xsd: {note}", file=sys.stderr, flush=True)
     return 1
 
 
-def reason_of(status: int, last_line: str) -> str:
-    """Why a process ended, in words. status: its exit status, negative for a signal."""
+def _reason(status: int, last_line: str) -> str:
+    """Why a process ended. status: negative for a signal."""
     if status < 0:
         name = signal.Signals(-status).name
         hint = " (by hand, or by the system when memory runs out)" if name == "SIGKILL" else ""
@@ -84,8 +79,7 @@ def reason_of(status: int, last_line: str) -> str:
 
 
 def _once(command: Sequence[str]) -> tuple[int, int, str]:
-    """(exit status, process id, last line on stderr) of one run of the command; its stderr is
-    passed through."""
+    """(exit status, process id, last line on stderr) of one run; its stderr is passed through."""
     # In a session of its own: a Ctrl-C reaches it once, through us.
     options: dict[str, Any] = {"text": True, "errors": "replace", "start_new_session": True}
     with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as child:

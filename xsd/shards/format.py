@@ -245,6 +245,14 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
         yield entry["file"], entry["bytes"], entry["sha256"]
 
 
+def check_same(folder: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
+    """Refuse to go on with a run that was begun otherwise. Raises: ShardError naming the field."""
+    wanted = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the manifest
+    if difference := first_difference({key: manifest[key] for key in wanted}, wanted):
+        raise ShardError(f"{folder} was begun with other settings: {difference}; use the same ones "
+                         "or another folder")
+
+
 def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:
     """``"config.quant is '4bit' in the folder but None now"`` for the first field (by name) that
     differs, else None."""

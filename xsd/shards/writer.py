@@ -53,7 +53,7 @@ class ShardWriter:
         self._untimed = 0  # first sample without a line in the times
         self._lock = FolderLock(self.folder)
         try:
-            self._open(json.loads(json.dumps(settings)), token_ids)  # as JSON gives tuples back
+            self._open(settings, token_ids)
         except BaseException:
             self._lock.release()
             raise
@@ -63,10 +63,7 @@ class ShardWriter:
             left.unlink()
         if (self.folder / layout.MANIFEST).exists():
             self.manifest = layout.read_manifest(self.folder)
-            before = {key: self.manifest[key] for key in settings}
-            if difference := layout.first_difference(before, settings):
-                raise ShardError(f"{self.folder} was begun with other settings: {difference}; use "
-                                 "the same ones or another folder")
+            layout.check_same(self.folder, self.manifest, settings)
             self._read_pieces()
             self._untimed = self.n_written
             return

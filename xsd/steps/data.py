@@ -1,37 +1,42 @@
-"""Which clips a run looks at and which question each clip is asked: simulated drives, the shipped
-recording, or a dataset folder.
+"""What a run looks at: simulated drives, the shipped recording or a dataset folder, which question
+each clip is asked, and the request that remembers it beside the shards (``extract.json``).
 
-Clips of a sequence overlap by half, so asking each of them everything would count near duplicates
-many times. Here a sequence is asked each question once, on one of its clips in turn::
-
-    sequence 0      clip 0: q0 q4 q8    clip 1: q1 q5 q9    clip 2: q2 q6    clip 3: q3 q7
-    sequence 1      clip 1: q0 q4 q8    clip 2: q1 q5 q9    clip 3: q2 q6    clip 0: q3 q7
-
-A data set of a single sequence (the recording) asks every clip everything; its clusters are then
-clips, which overlap: weak intervals.
+Clips of a sequence overlap by half: asking each of them everything would count near duplicates many
+times. By default a sequence is asked each question once, on one of its clips in turn. A data set of
+a single sequence (the recording) asks every clip everything; its clusters are clips.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+import json
 import os
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from xsd.core import ROOT, DatasetError, ParameterError, Sample
+from xsd.core import ROOT, DatasetError, ParameterError, Sample, ShardError
 from xsd.embedded import drive, language
-from xsd.extract import plan
+from xsd.extract import plan, ranks
+from xsd.files import write_json
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder
 
-SIMULATED = "simulated"
-RECORDED = "davis_road"
+if TYPE_CHECKING:
+    from xsd.models import loading
+
+SIMULATED, RECORDED = "simulated", "davis_road"
+REQUEST = "extract.json"
 SEED_OFFSET = 1000
 """The embedded pair was trained on the simulated world's seed 0; runs draw from seed 1000 + theirs,
 so no drive is shared with it."""
+
+
+# --- data sets by name
 
 
 def name_of(data: str) -> str:
@@ -50,12 +55,10 @@ def root_of(run_dir: str | os.PathLike[str], data: str, split: str) -> Path:
     training on the recording."""
     if data == SIMULATED:
         return run_folder.resolve(run_dir) / "data" / SIMULATED / split
-    if data == RECORDED:
-        if split != "test":
-            raise ParameterError(f"{RECORDED} is one short recording and only for testing; train "
-                                 f"on {SIMULATED!r} or on a dataset folder")
-        return ROOT / "data" / RECORDED
-    root = run_folder.resolve(data)
+    if data == RECORDED and split != "test":
+        raise ParameterError(f"{RECORDED} is one short recording and only for testing; train on "
+                             f"{SIMULATED!r} or on a dataset folder")
+    root = ROOT / "data" / RECORDED if data == RECORDED else run_folder.resolve(data)
     if not root.is_dir():
         raise ParameterError(f"there is no data set {data!r}: give {SIMULATED!r}, {RECORDED!r}, or "
                              f"a dataset folder ({root} is none)")
@@ -64,12 +67,9 @@ def root_of(run_dir: str | os.PathLike[str], data: str, split: str) -> Path:
 
 def prepare(run_dir: str | os.PathLike[str], data: str, split: str, *, n_sequences: int,
             seed: int = 0, workers: int = 2) -> Path:
-    """Make sure that the data set is there and return its folder; simulated drives are made once
-    and found again.
-
-    workers: processes that simulate (the drives do not depend on it). Raises: ParameterError when
-    the run folder holds other drives than asked for, and as :func:`root_of`.
-    """
+    """Make sure that the data set is there and return its folder; simulated drives are made once,
+    by so many ``workers``, and found again. Raises: ParameterError when the run folder holds other
+    drives than asked for, and as :func:`root_of`."""
     root = root_of(run_dir, data, split)
     if data != SIMULATED:
         return root
@@ -86,10 +86,13 @@ def prepare(run_dir: str | os.PathLike[str], data: str, split: str, *, n_sequenc
     return root
 
 
-def questions_of(root: str | os.PathLike[str], n: int | None = None) -> list[str]:
-    """The folder's own questions, most frequent first, else the ten of the simulated world."""
+# --- which clip is asked what
+
+
+def questions_of(root: str | os.PathLike[str], n: int = 10) -> list[str]:
+    """The folder's own questions, most frequent first, else those of the simulated world."""
     if (Path(root) / folder.QUESTIONS).is_file():
-        return folder.read_questions(root, n or 10)
+        return folder.read_questions(root, n)
     return [question.text for question in language.questions()][:n]
 
 
@@ -112,30 +115,54 @@ def asked(clips: Sequence[tuple[str, str]], n_questions: int,
 
 
 def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence: int = 10,
-            n_sequences: int | None = None, n_event_frames: int = 5,
-            canvas: str = "slice") -> list[plan.LazySample]:
-    """The samples of a data set, read from disk when their turn comes; the first ``n_sequences``
-    sequences (default: all).
+            max_questions: int = 10, n_sequences: int | None = None, duration: str = "",
+            n_event_frames: int = 5, canvas: str = "slice") -> list[plan.LazySample]:
+    """The samples of a data set, read from disk when their turn comes.
 
-    canvas: the pair's, on which event frames are painted where a clip has no stored images.
-    Raises: DatasetError when the folder holds no such split or no question.
+    questions_per_sequence: as in :func:`asked`; 0 asks every clip the first ``max_questions``.
+    n_sequences: the first so many (default: all). duration: only clips of this length. canvas: the
+    pair's, on which event frames are painted where a clip has no stored images. Raises:
+    DatasetError when the folder holds no such split or no question, ParameterError when no clip has
+    the duration.
     """
     records = folder.open_folder(root, split)
     kept = set(list(dict.fromkeys(record.sequence for record in records))[:n_sequences])
-    records = [record for record in records if record.sequence in kept]
+    records = _of_duration([one for one in records if one.sequence in kept], duration, root)
     if not records:
         raise DatasetError(f"{root} holds no clip of split {split!r}; give a folder with its index")
-    questions = questions_of(root)
+    questions = questions_of(root, max_questions)
     grid = plan.folder_samples(records, questions, n_event_frames=n_event_frames, canvas=canvas)
+    if not questions_per_sequence:
+        return grid
     clips = [(record.sequence, record.clip) for record in records]
     return [grid[clip * len(questions) + question]
             for clip, question in asked(clips, len(questions), questions_per_sequence)]
 
 
+def _of_duration(records: list[folder.ClipRecord], duration: str,
+                 root: str | os.PathLike[str]) -> list[folder.ClipRecord]:
+    if not duration:
+        return records
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", duration)
+    if not found:
+        raise ParameterError(f"duration={duration!r}; expected a length such as 1s or 500ms")
+    wanted = float(found[1]) * (1e6 if found[2] == "s" else 1e3)
+    lengths = [record.t_us[1] - record.t_us[0] if record.t_us else None for record in records]
+    # A clip ends with a video frame, so its length is that of the nearest frame.
+    kept = [record for record, length in zip(records, lengths, strict=True)
+            if length is None or abs(length - wanted) <= 0.05 * wanted]
+    if records and not kept:
+        there = sorted({round(length / 1000) for length in lengths})
+        raise ParameterError(
+            f"{root} holds no clip of {duration}: its clips last "
+            f"{', '.join(f'{length}ms' for length in there[:6])}; prepare the folder with that "
+            "length, or drop it")
+    return kept
+
+
 def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[tuple[str, str]],
                     n_event_frames: int, canvas: str) -> dict[str, Any]:
-    """How the event frames of these clips come about: how many clips have stored images, how many
-    are painted, and on which canvas."""
+    """How many of these clips have stored event images, how many are painted, on which canvas."""
     stored = [bool(folder.stored_frames(record, n_event_frames))
               for record in folder.open_folder(root, split)
               if (record.sequence, record.clip) in clips]
@@ -160,3 +187,92 @@ def pictures(run_dir: str | os.PathLike[str], data: str, samples: pd.DataFrame,
         return {(one.sequence, one.clip, one.question): one for one in grid}
 
     return lambda index: lazily()[names[index]].load()
+
+
+# --- what an extraction was asked for
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """The models and the samples of one extraction.
+
+    data: a dataset folder, or davis_road. max_questions, questions_per_sequence, n_sequences,
+    duration: as in :func:`samples`. event_frames: 5 or 1, 0 as the pair has it. dtype, quant,
+    device: how the models are loaded. reuse_verifier: a finished run that brings the verifier's
+    answers.
+    """
+
+    data: str
+    split: str = "train"
+    pair: str = "embedded"
+    max_questions: int = 10
+    questions_per_sequence: int = 0
+    n_sequences: int | None = None
+    duration: str = ""
+    event_frames: int = 0
+    dtype: str = "float32"
+    quant: str | None = None
+    device: str = "cpu"
+    reuse_verifier: str | None = None
+
+    def root(self) -> Path:
+        """The dataset folder. Raises: ParameterError where there is none."""
+        if self.data == SIMULATED:
+            raise ParameterError(
+                "give the folder of the drives; `xsd data simulate FOLDER` makes one")
+        return root_of("", self.data, self.split)
+
+    def load_pair(self) -> loading.Pair:
+        """Both models, with the number of event frames asked for. Raises: as load_pair."""
+        from xsd.models import loading  # three seconds that only who extracts should wait for
+
+        name = self.pair if self.pair == "embedded" else run_folder.resolve(self.pair)
+        pair = loading.load_pair(name, dtype=self.dtype, device=self.device, quant=self.quant)
+        return dataclasses.replace(pair, n_event_frames=self.event_frames or pair.n_event_frames)
+
+    def samples(self, pair: loading.Pair) -> list[plan.LazySample]:
+        """The samples, for this pair. Raises: as :func:`samples`."""
+        return samples(self.root(), self.split, n_sequences=self.n_sequences,
+                       questions_per_sequence=self.questions_per_sequence,
+                       max_questions=self.max_questions, duration=self.duration,
+                       n_event_frames=pair.n_event_frames, canvas=pair.event_canvas)
+
+    def config(self) -> dict[str, Any]:
+        """What belongs to the run besides models and samples, for extract.run.extract."""
+        return {"split": self.split, "data": name_of(self.data),
+                "data_hash": folder.data_hash(self.root()), "duration": self.duration,
+                "quant": self.quant, "max_questions": self.max_questions}
+
+    def save(self, place: str | Path, *, first: bool = False) -> None:
+        """Write extract.json into a run folder. first: only where there is none yet, as before an
+        extraction that may be refused. Raises: StorageError."""
+        if not (first and (Path(place) / REQUEST).is_file()):
+            write_json(Path(place) / REQUEST, self)
+
+
+def here(place: str | Path) -> str:
+    """A path as a request keeps it: relative to the checkout where it lies inside, else absolute.
+    Names of pairs and data sets stay as they are."""
+    names = ("embedded", SIMULATED, RECORDED)
+    return str(place) if place in names else run_folder.shown(Path(place).resolve())
+
+
+def load_request(place: str | Path, **changes: Any) -> Request:
+    """The request of a run, or of one of its kinds of pairs or parts. changes: what is otherwise
+    now (moved folders); None changes nothing. Raises: ShardError when the run does not say what it
+    was extracted from and changes do not name data and pair."""
+    place = Path(place)
+    place = place.parent if place.match(ranks.PARTS) else place
+    changes = {name: value for name, value in changes.items() if value is not None}
+    for path in (place / REQUEST, place.parent / REQUEST):
+        if path.is_file():
+            try:
+                stored = Request(**json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError) as error:
+                raise ShardError(f"{path} is damaged ({error}); delete it and give --pair, --data "
+                                 "and --split") from error
+            return dataclasses.replace(stored, **changes)
+    if not {"data", "pair"} <= set(changes):
+        raise ShardError(f"{place} does not say what it was extracted from (no {REQUEST}); give "
+                         "--pair, --data and --split")
+    return Request(**changes)

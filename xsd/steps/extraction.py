@@ -17,7 +17,6 @@ from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
-from xsd.steps.extract_request import Request, here
 
 if TYPE_CHECKING:
     from xsd.models import loading
@@ -58,17 +57,18 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     return save(given, pair, samples, counts)
 
 
-def requests(given: parameters.ExtractParameters) -> dict[Key, Request]:
-    """What is asked of each data set: the training set, if any, and the held-out ones. Simulated
-    drives are made here, once."""
+def requests(given: parameters.ExtractParameters) -> dict[Key, datasets.Request]:
+    """What is asked of the training set, if any, and of each held-out one. Simulated drives are
+    made here, once."""
     sizes = {"train": given.n_train_sequences, "test": given.n_test_sequences}
     names = [("train", given.data)] if given.n_train_sequences else []
     found = {}
     for split, name in (*names, *(("test", name) for name in given.test_data)):
         root = datasets.prepare(given.run_dir, name, split, n_sequences=sizes[split],
                                 seed=given.seed, workers=given.workers)
-        found[split, name] = Request(here(root), split, here(given.pair), n_sequences=sizes[split],
-                                     questions_per_sequence=given.questions_per_sequence)
+        found[split, name] = datasets.Request(
+            datasets.here(root), split, datasets.here(given.pair), n_sequences=sizes[split],
+            questions_per_sequence=given.questions_per_sequence)
     return found
 
 
@@ -81,10 +81,10 @@ def check_apart(samples: Mapping[Key, Sequence[plan.LazySample]]) -> None:
         statistics.check_disjoint(sequences["train"], sequences["test"])
 
 
-def extract(run_dir: str | os.PathLike[str], data: str, request: Request, pair: loading.Pair,
-            samples: Sequence[plan.LazySample], *, modes: Sequence[str], **options: Any,
-            ) -> dict[str, Any]:
-    """The pairs of one data set, into the run folder. data: its name as given. options: of
+def extract(run_dir: str | os.PathLike[str], data: str, request: datasets.Request,
+            pair: loading.Pair, samples: Sequence[plan.LazySample], *, modes: Sequence[str],
+            **options: Any) -> dict[str, Any]:
+    """The pairs of one data set, named as given, into the run folder. options: of
     extract.run.extract.
 
     Returns what was extracted: sequences, clips, event_frames (stored and painted), pairs, tokens,
@@ -103,13 +103,10 @@ def extract(run_dir: str | os.PathLike[str], data: str, request: Request, pair: 
                              "samples; run it again to continue")
     request.save(place)
     clips = {(sample.sequence, sample.clip) for sample in samples}
-    return {
-        "sequences": len({sequence for sequence, _ in clips}), "clips": len(clips),
-        "event_frames": datasets.event_frames_of(root, split, clips, pair.n_event_frames,
-                                                 pair.event_canvas),
-        "pairs": report.n, "tokens": report.tokens, "gb": report.gb, "modes": list(modes),
-        "data_hash": config["data_hash"]
-    }
+    frames = datasets.event_frames_of(root, split, clips, pair.n_event_frames, pair.event_canvas)
+    return {"sequences": len({sequence for sequence, _ in clips}), "clips": len(clips),
+            "event_frames": frames, "pairs": report.n, "tokens": report.tokens, "gb": report.gb,
+            "modes": list(modes), "data_hash": config["data_hash"]}
 
 
 def save(given: parameters.ExtractParameters, pair: loading.Pair,
@@ -122,8 +119,8 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
     tests, hashes = {}, {}
     results: dict[str, Any] = {"pair": pair.name, "modes": list(given.test_modes), "test": tests}
     for (split, name), counted in counts.items():
-        found = dict(counted)
-        short, hashes[split, name] = datasets.name_of(name), found.pop("data_hash")
+        found, short = dict(counted), datasets.name_of(name)
+        hashes[f"{split}_{short}"] = found.pop("data_hash")
         stored = open_pairs(given.run_dir, split, name, found["modes"][0])
         own = [ids.tolist() for ids in stored.ids("verifier")]
         if split == "train":
@@ -135,8 +132,7 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
     data_hash = next(iter(hashes.values()))  # the training set's, where there is one
     results |= {
         "duplicate_rate": next(iter(tests.values()))["duplicate_rate"], "data_hash": data_hash,
-        "data_hashes": {f"{split}_{datasets.name_of(name)}": value
-                        for (split, name), value in hashes.items()},
+        "data_hashes": hashes,
         "weights": {handle.role: handle.weights_hash() for handle in (pair.drafter, pair.verifier)},
         "provenance": provenance(seed=given.seed, data_hash=data_hash,
                                  parameters=given.model_dump())
