@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,6 +18,7 @@ from studies.embedded_pair.stages import Progress
 from xsd.core import ROOT, ParameterError
 from xsd.embedded import language
 from xsd.files import provenance, write_json
+from xsd.runs.progress import tqdm
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,19 @@ PROFILES = {
 }  # fmt: skip
 FIRST_HELD_OUT_SEED = 1000
 """Seeds from here on belong to notebooks 01 to 07 (xsd/steps/data.py) and to the card."""
+
+
+def bars() -> Progress:
+    """One bar per stage, for the ``progress`` of :func:`train`."""
+    shown: dict[str, Any] = {}
+
+    def show(stage: str, done: int, total: int, loss: float) -> None:
+        if stage not in shown:
+            shown[stage] = tqdm(total=total, desc=stage, mininterval=5)
+        shown[stage].set_postfix(loss=f"{loss:.3f}", refresh=False)
+        shown[stage].update(done - shown[stage].n)
+
+    return show
 
 
 def default_folder(profile: str, seed: int) -> Path:

@@ -17,8 +17,7 @@ from xsd.core import ROOT, ParameterError, XsdError
 
 
 def _end(status: int | None, **_: Any) -> None:
-    """What a verb returns is the exit status."""
-    raise Exit(status or 0)
+    raise Exit(status or 0)  # what a verb returns is the exit status
 
 
 HELP = ("-h", "--help")
@@ -27,8 +26,7 @@ app = Typer(result_callback=_end, context_settings={"help_option_names": HELP}, 
 pair_app = Typer(help="Train the embedded pair, judge it.", **QUIET)
 app.add_typer(data.app, name="data")
 app.add_typer(pair_app, name="pair")
-DATA_VERBS = ("simulate", "prepare-dsec", "extract", "status", "verify", "repair", "import-chunks",
-              "import-traces")
+DATA_VERBS = [one.name or one.callback.__name__ for one in data.app.registered_commands]
 
 
 def run(argv: list[str] | None = None) -> int:
@@ -70,16 +68,23 @@ PARAMETER = Option([], "-p", "--parameter", metavar="NAME=VALUE",
                    help="may be repeated; lists are written a,b")
 
 
+def _notebook(notebook: str) -> tuple[Path, Any]:
+    """Its file and the model of its parameters."""
+    from xsd.runs import notebooks, parameters
+
+    source = notebooks.find(notebook)
+    return source, parameters.model_of(source.stem)
+
+
 @app.command("run", epilog=examples("xsd run 05 -p n_samples=4 -p arms=ar,L1 -o reports/live",
                                     "xsd run 04 --help-parameters"))
 def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path | None = OUT,
             help_parameters: bool = Option(False, "--help-parameters",
                                            help="print what the notebook takes, and stop")) -> None:
     """Execute a notebook headless, with checked parameters, into reports/<notebook>."""
-    from xsd.runs import notebooks, parameters, typed
+    from xsd.runs import notebooks, typed
 
-    source = notebooks.find(notebook)
-    model = parameters.model_of(source.stem)
+    source, model = _notebook(notebook)
     if help_parameters:
         for name, field in model.model_fields.items():
             print(f"{name} = {field.get_default()!r}\n    {field.description}")
@@ -93,14 +98,10 @@ def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Pat
 def sweep(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path | None = OUT,
           grid: list[str] = Option(..., "-g", "--grid", metavar="NAME=V1,V2",
                                    help="an axis, may be repeated")) -> int:
-    """Execute a notebook over a grid, into reports/sweep_<notebook>.
+    """Execute a notebook over a grid, into reports/sweep_<notebook>; resumes."""
+    from xsd.runs import notebooks, typed
 
-    Resumes, and survives a failing run.
-    """
-    from xsd.runs import notebooks, parameters, typed
-
-    source = notebooks.find(notebook)
-    model = parameters.model_of(source.stem)
+    source, model = _notebook(notebook)
     target = out or ROOT / "reports" / f"sweep_{source.stem}"
     rows = notebooks.sweep(source, typed.read_grid(grid, model), target,
                            fixed=typed.read_values(parameter, model))
@@ -134,21 +135,17 @@ def report(folder: Path = Argument(help="with executed notebooks")) -> None:
 
 
 @app.command("notebooks", epilog=examples("xsd notebooks check", "xsd notebooks refresh 04 05"))
-def keep_notebooks(action: Literal["check", "refresh", "normalise"] = Argument(
-                       help="refresh executes them; check only looks"),
-                   notebook: list[str] = Argument(None, help="default: all", autocompletion=_names),
-                   ) -> None:
+def keep_notebooks(
+    action: Literal["check", "refresh", "normalise"] = Argument(
+        help="refresh executes them; check only looks"),
+    notebook: list[str] = Argument(None, help="default: all", autocompletion=_names),
+) -> None:
     """Keep the committed notebooks in the form that git and nbval need."""
-    from xsd.runs import notebooks
-
     hygiene = _beside("tools.hygiene")
-    paths = [notebooks.find(one) for one in notebook or []] or hygiene.committed()
-    for path in paths:
-        if action == "refresh":
-            print(f"refreshing {path.name}", flush=True)
-            hygiene.refresh(path)
-        elif action == "normalise":
-            hygiene.normalise(path)
+    paths = [_notebook(one)[0] for one in notebook or []] or hygiene.committed()
+    for path in paths if action != "check" else []:
+        print(f"{action} {path.name}", flush=True)
+        getattr(hygiene, action)(path)
     hygiene.check(paths)
     print(f"{len(paths)} notebooks are in their committed form")
 
@@ -156,10 +153,7 @@ def keep_notebooks(action: Literal["check", "refresh", "normalise"] = Argument(
 @app.command(epilog=examples("xsd demo", "xsd demo --profile smoke -o reports/small"))
 def demo(out: Path | None = OUT,
          profile: Literal["smoke", "demo"] = Option("demo", help="smoke is the small one")) -> None:
-    """The main job end to end, into reports/demo.
-
-    Extraction, training, acceptance, live decoding, one report.
-    """
+    """Extraction, training, acceptance, live decoding, one report, into reports/demo."""
     from xsd.runs import demo as main_job
 
     print(f"the report: {main_job.run(out or ROOT / 'reports' / 'demo', profile=profile)}")
@@ -190,10 +184,8 @@ def plan(
     pair: str = Option("full", help="full (EventGPT-7B, Video-LLaVA-7B), embedded, or a folder"),
     dtype: str = Option("bfloat16", help=NUMBERS),
     quant: Quant = QUANT,
-    clips: int = 5000,
-    questions: int = Option(10, help="asked of every clip"),
-    max_new_tokens: int = 50,
-    batch: int = Option(10, help="answers at a time"),
+    clips: int = 5000, questions: int = Option(10, help="asked of every clip"),
+    max_new_tokens: int = 50, batch: int = Option(10, help="answers at a time"),
     stored: Stored = Option("fp16", help="how states are stored"),
     modes: str = Option("teacher_forced,free_running", help="kinds of pairs"),
     levels: str = Option("L1,L4,L5F,B1", help="adapters to train"),
@@ -223,10 +215,7 @@ def plan(
 
 @app.command(epilog=examples("xsd bench train -o reports/here"))
 def bench(what: Literal["extract", "train", "metrics"], out: Path | None = OUT) -> None:
-    """Measure one room against its alternatives, as ratios of one run.
-
-    Into reports/bench_<what>.
-    """
+    """Measure one room against its alternatives, into reports/bench_<what>."""
     print(_beside(f"benchmarks.{what}").run(out or ROOT / "reports" / f"bench_{what}"))
 
 
@@ -239,26 +228,13 @@ def train(profile: Literal["smoke", "quick", "full"] = Option(
           seed: int = 0, device: str = "cpu", out: Path | None = OUT,
           workers: int = Option(2, help="processes that simulate"),
           sequences: int = SEQUENCES) -> None:
-    """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>.
-
-    Resumes where it stopped.
-    """
-    from xsd.runs.progress import tqdm
-
+    """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
     recipe = _beside("studies.embedded_pair.recipe")
-    bars: dict[str, Any] = {}
-
-    def show(stage: str, done: int, total: int, loss: float) -> None:
-        if stage not in bars:
-            bars[stage] = tqdm(total=total, desc=stage, mininterval=5)
-        bars[stage].set_postfix(loss=f"{loss:.3f}", refresh=False)
-        bars[stage].update(done - bars[stage].n)
-
     written = recipe.train(out or recipe.default_folder(profile, seed), profile, seed=seed,
-                           device=device, workers=workers, progress=show)
-    card = _beside("studies.embedded_pair.card")
-    about = card.score(written, n_sequences=sequences,
-                       command=f"`xsd pair train --profile {profile} --seed {seed}`")
+                           device=device, workers=workers, progress=recipe.bars())
+    command = f"`xsd pair train --profile {profile} --seed {seed}`"
+    about = _beside("studies.embedded_pair.card").score(written, n_sequences=sequences,
+                                                        command=command)
     print(f"the pair: {written}; its card: {about}")
 
 
@@ -271,7 +247,7 @@ def card(folder: Path = Argument(help="a trained embedded pair"),
 
 
 def _beside(module: str) -> Any:
-    """A module that stands beside the package. Raises: ParameterError where it was not shipped."""
+    """A module beside the package. Raises: ParameterError where it was not shipped."""
     try:
         return import_module(module)
     except ModuleNotFoundError as error:

@@ -1,14 +1,12 @@
-"""Steps 06 and 07: runs side by side, and what the explorer shows of them.
-
-Every figure has its interval, every difference is paired sample by sample where both runs hold the
-sample. One run alone compares its levels, each against the drafter's own tokens.
-"""
+"""Steps 06 and 07: runs side by side, each difference paired sample by sample (one run alone: its
+levels, each against the drafter's own tokens), and what the explorer shows of them."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import Any
 
 import pandas as pd
@@ -31,11 +29,13 @@ METRICS = {
 }
 _COUNTS = {"token_acceptance": ("matched", "positions"),
            "accepted_per_round": ("accepted", "rounds")}
+KINDS = {table.DRAFTER: "drafter", "B1": "ceiling"}
+"""What levels are that are no adapter; a ceiling reads the verifier's own states alone."""
 
 
 def names(runs: Sequence[str]) -> list[str]:
-    """A short name for each run folder: its last part, or more of the path where two would be
-    called the same. Raises: ParameterError when one folder is given twice."""
+    """A name for each run folder: as many last parts of its path as tell the runs apart. Raises:
+    ParameterError when one folder is given twice."""
     places = [folder.resolve(run) for run in runs]
     if len(set(places)) < len(places):
         raise ParameterError(f"a run is given twice among {', '.join(runs)}; give each folder once")
@@ -46,8 +46,7 @@ def names(runs: Sequence[str]) -> list[str]:
 
 
 def overview(runs: Sequence[str]) -> pd.DataFrame:
-    """One row per run: pair, revision, seed, training pairs, recipe, levels, best adapter and
-    floor, and what the live run said. Raises: ParameterError when a folder holds no results."""
+    """One row per run: what it was made with and its headlines. Raises: ParameterError."""
     rows = []
     for name, run in zip(names(runs), runs, strict=True):
         found = folder.load_results(run)
@@ -73,11 +72,8 @@ def overview(runs: Sequence[str]) -> pd.DataFrame:
 
 
 def per_sample(run: str, metric: str) -> pd.DataFrame:
-    """Numerator and denominator of a metric, one row per data set, level (or live arm) and sample:
-    data, level, sample, cluster, above, below.
-
-    Raises: ParameterError when the run lacks what the metric needs.
-    """
+    """Numerator and denominator of a metric per data set, level (or live arm) and sample: data,
+    level, sample, cluster, above, below. Raises: ParameterError for what the run lacks."""
     if metric == "speedup":
         return _speedups(run)
     tokens = folder.load_tokens(run)
@@ -113,24 +109,22 @@ def _speedups(run: str) -> pd.DataFrame:
         if not len(baselines):
             raise ParameterError(f"the live records of {run} hold no baseline; run notebook 05 "
                                  "with ar among its arms")
+        clusters = part.drop_duplicates("sample").set_index("sample")["cluster"]
         fastest = seconds[seconds[baselines].sum().idxmin()]
         own = seconds.melt(var_name="level", value_name="below", ignore_index=False)
-        own = own.reset_index()
-        clusters = part.drop_duplicates("sample").set_index("sample")["cluster"]
-        own = own.assign(data=name, cluster=own["sample"].map(clusters))
-        pieces.append(own.assign(above=own["sample"].map(fastest)))
+        pieces.append(own.assign(data=name, cluster=clusters, above=fastest).reset_index())
     return pd.concat(pieces, ignore_index=True).dropna(subset=["below"])
 
 
 def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd.DataFrame:
-    """A metric of every run, data set and level: run, data, level, value, low, high, n, n_clusters,
-    kind, best (floors and ceilings apart)."""
+    """A metric of every run, data set and level: run, data, level, kind, an interval, and best
+    (floors and ceilings apart)."""
     rows = []
     for name, run in zip(names(runs), runs, strict=True):
         for (which, level), part in per_sample(run, metric).groupby(["data", "level"], sort=False):
             found = statistics.bootstrap_ratio(part["above"], part["below"], part["cluster"],
                                                n_resamples=resamples, seed=seed)
-            kind = "measured" if metric == "speedup" else kind_of(level)
+            kind = "measured" if metric == "speedup" else KINDS.get(level, "adapter")
             about = {"run": name, "data": which, "level": level, "kind": kind}
             rows.append(about | dataclasses.asdict(found))
         # floors hold no row per sample, so they are shown and not paired
@@ -144,42 +138,32 @@ def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd
     return found.assign(best=starred & (found["value"] == found["data"].map(highest)))
 
 
-def kind_of(level: str) -> str:
-    """ceiling (reads the verifier's own states alone), drafter or adapter."""
-    return {table.DRAFTER: "drafter", "B1": "ceiling"}.get(level, "adapter")
-
-
 def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resamples: int,
                 seed: int) -> pd.DataFrame:
     """Paired differences with intervals, on the samples that both sides hold.
 
-    Several runs: each level of a run minus the same level of the baseline run. One run: each level
-    minus the drafter's own tokens (live: minus our greedy loop), or minus the first level where
-    there are none. Returns: run, data, level, against, value, low, high, n_samples, clear (the
-    interval excludes 0). Raises: ParameterError for a baseline that is not among the runs.
+    Several runs: each level minus the same level of the baseline run. One run: each level minus the
+    drafter's own tokens (live: minus our greedy loop), else minus the first level. Returns: run,
+    data, level, against, value, low, high, n_samples, clear (the interval excludes 0).
+    Raises: ParameterError for a baseline that is not among the runs.
     """
     called = dict(zip(names(runs), runs, strict=True))
     by_place = {folder.resolve(run): name for name, run in called.items()}
     base = baseline if baseline in called else by_place.get(folder.resolve(baseline or runs[0]))
     if base is None:
         raise ParameterError(f"the baseline {baseline!r} is not among the runs {', '.join(called)}")
-    keys = ["data", "level", "sample"]
-    sides = {name: per_sample(run, metric).set_index(keys).sort_index()
-             for name, run in called.items()}
+    sides = {(name, which, level): part.set_index("sample").sort_index()
+             for name, run in called.items()
+             for (which, level), part in per_sample(run, metric).groupby(["data", "level"])}
     rows = []
-    for name, own in sides.items():
-        for which, level in own.index.droplevel("sample").unique():
-            if len(called) > 1:
-                against, other = f"{base} {level}", (base, which, level)
-            else:
-                levels = own.loc[which].index.unique("level")
-                against = next((one for one in (table.DRAFTER, "ar") if one in levels), levels[0])
-                other = (name, which, against)
-            theirs = sides[other[0]]
-            if other == (name, which, level) or other[1:] not in theirs.index.droplevel("sample"):
-                continue
-            theirs = theirs.loc[other[1:], ["above", "below"]].add_suffix("_other")
-            pair = own.loc[(which, level)].join(theirs, how="inner")
+    for (name, which, level), own in sides.items():
+        against, other = f"{base} {level}", (base, which, level)
+        if len(called) == 1:
+            levels = [one for _, data, one in sides if data == which]
+            against = next((one for one in (table.DRAFTER, "ar") if one in levels), levels[0])
+            other = (name, which, against)
+        if other in sides and other != (name, which, level):
+            pair = own.join(sides[other][["above", "below"]], how="inner", rsuffix="_other")
             about = {"run": name, "data": which, "level": level, "against": against}
             rows.append(about | {"n_samples": len(pair)} | _difference(pair, resamples, seed))
     columns = ["run", "data", "level", "against", "value", "low", "high", "n_samples", "clear"]
@@ -194,13 +178,12 @@ def _difference(pair: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]
     # no sample in common, or nothing drafted on one side: there is no difference to state
     except MetricError:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "clear": False}
-    clear = not math.isnan(found.low) and found.excludes(0.0)
-    return {"value": found.value, "low": found.low, "high": found.high, "clear": clear}
+    return {"value": found.value, "low": found.low, "high": found.high,
+            "clear": found.excludes(0.0)}
 
 
 def picture(found: pd.DataFrame, which: str, metric: str) -> go.Figure:
-    """One data set of :func:`values`, the best starred: dots with intervals, for the speed-up bars
-    around 1."""
+    """One data set of :func:`values`, the best starred."""
     part = found[found["data"] == which]
     run = " · " + part["run"] if part["run"].nunique() > 1 else ""
     stars = part["best"].map({True: "★ ", False: ""})
@@ -214,8 +197,7 @@ def picture(found: pd.DataFrame, which: str, metric: str) -> go.Figure:
 
 
 def curves(runs: Sequence[str]) -> pd.DataFrame:
-    """Training histories of all runs for ``views.figures.training_curves``; levels carry the run's
-    name where there are several runs."""
+    """Training histories of all runs, for ``views.figures.training_curves``."""
     pieces = [pd.DataFrame(columns=["level", "epoch", "split", "loss"])]
     for name, run in zip(names(runs), runs, strict=True):
         if levels := training.trained(run):
@@ -226,15 +208,11 @@ def curves(runs: Sequence[str]) -> pd.DataFrame:
 
 def save(run_dir: str, metric: str, runs: Sequence[str], found: pd.DataFrame,
          differing: pd.DataFrame, **made_with: Any) -> dict[str, Any]:
-    """Write ``results/compare.json`` and return it. made_with: seed and parameters, for the
-    provenance."""
-    hashes = [folder.data_hash(run) for run in runs]
-    plain = [one.astype(object).where(one.notna(), None).to_dict("records")
-             for one in (found, differing)]
-    results = {
-        "metric": metric, "runs": names(runs), "values": plain[0], "differences": plain[1],
-        "provenance": provenance(data_hash="+".join(filter(None, hashes)) or None, **made_with),
-    }
+    """Write ``results/compare.json`` and return it. made_with: seed, parameters."""
+    hashes = "+".join(filter(None, map(folder.data_hash, runs))) or None
+    results = {"metric": metric, "runs": names(runs), "values": found.to_dict("records"),
+               "differences": differing.to_dict("records"),
+               "provenance": provenance(data_hash=hashes, **made_with)}
     folder.save_results(run_dir, "compare", results)
     return results
 
@@ -242,36 +220,33 @@ def save(run_dir: str, metric: str, runs: Sequence[str], found: pd.DataFrame,
 # --- the explorer
 
 
-class Pictures:
-    """Sample key → Sample of any of the runs, read from its data set when asked for and remembered;
-    None for an unknown key."""
+def pictures(runs: Sequence[str]) -> Callable[[str], Sample | None]:
+    """Sample key → Sample of any of the runs, read when asked for; None for an unknown key."""
 
-    def __init__(self, runs: Sequence[str]) -> None:
-        self._runs = runs
-        self._places: dict[str, tuple[HeldOut, int]] | None = None
-        self._read: dict[str, Sample] = {}
+    @cache
+    def places() -> dict[str, tuple[HeldOut, int]]:
+        # as notebook 01 was given them: a dataset folder is found again by its path
+        sets = [evaluation.held_out(run, data) for run in runs
+                for data in extraction.pair_file(run)["test_data"]]
+        return {name: (one, i) for one in sets for i, name in enumerate(one.keys)}
 
-    def __call__(self, key: str) -> Sample | None:
-        if self._places is None:
-            # as notebook 01 was given them: a dataset folder is found again by its path
-            sets = [evaluation.held_out(run, data) for run in self._runs
-                    for data in extraction.pair_file(run)["test_data"]]
-            self._places = {name: (one, i) for one in sets for i, name in enumerate(one.keys)}
-        if key in self._places and key not in self._read:
-            pairs, index = self._places[key]
-            self._read[key] = pairs.load(index)
-        return self._read.get(key)
+    @cache
+    def read(key: str) -> Sample | None:
+        pairs, index = places().get(key, (None, 0))
+        return pairs and pairs.load(index)
+
+    return read
 
 
 def explorer(runs: Sequence[str], *, levels: Sequence[str],
              threshold: float) -> explorers.AcceptanceExplorer:
-    """The explorer over all runs, opened on ``levels`` as far as the first run holds them. In it,
-    a run is a run folder and one of its held-out sets."""
-    pieces = []
-    for name, run in zip(names(runs), runs, strict=True):
-        tokens = folder.load_tokens(run)
-        pieces.append(tokens.assign(run=name + " · " + tokens["data"].astype(str)))
-    found = explorers.ExplorerData(pd.concat(pieces, ignore_index=True), Pictures(runs))
+    """The explorer, opened on ``levels`` as far as the first run holds them. In it, a run is a run
+    folder and one of its held-out sets."""
+    tables = [folder.load_tokens(run).assign(run=name)
+              for name, run in zip(names(runs), runs, strict=True)]
+    tokens = pd.concat(tables, ignore_index=True)
+    tokens = tokens.assign(run=tokens["run"] + " · " + tokens["data"].astype(str))
+    found = explorers.ExplorerData(tokens, pictures(runs))
     held = found.levels(found.runs[0])
     chosen = [level for level in levels if level in held] or held[:2]
     return explorers.AcceptanceExplorer(found, levels=chosen, tau=threshold)
