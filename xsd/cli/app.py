@@ -26,7 +26,8 @@ app = Typer(result_callback=_end, context_settings={"help_option_names": HELP}, 
 pair_app = Typer(help="Train the embedded pair, judge it.", **QUIET)
 app.add_typer(data.app, name="data")
 app.add_typer(pair_app, name="pair")
-DATA_VERBS = [one.name or one.callback.__name__ for one in data.app.registered_commands]
+DATA_VERBS = [(one.name or one.callback.__name__).replace("_", "-")
+              for one in data.app.registered_commands]
 
 
 def run(argv: list[str] | None = None) -> int:

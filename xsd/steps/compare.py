@@ -163,7 +163,7 @@ def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resampl
             against = next((one for one in (table.DRAFTER, "ar") if one in levels), levels[0])
             other = (name, which, against)
         if other in sides and other != (name, which, level):
-            pair = own.join(sides[other][["above", "below"]], how="inner", rsuffix="_other")
+            pair = own.join(sides[other][["above", "below"]].add_suffix("_other"), how="inner")
             about = {"run": name, "data": which, "level": level, "against": against}
             rows.append(about | {"n_samples": len(pair)} | _difference(pair, resamples, seed))
     columns = ["run", "data", "level", "against", "value", "low", "high", "n_samples", "clear"]
@@ -189,7 +189,7 @@ def picture(found: pd.DataFrame, which: str, metric: str) -> go.Figure:
     stars = part["best"].map({True: "★ ", False: ""})
     frame = part.assign(name=stars + part["level"].str.replace("_", " ") + run)
     frame = frame.astype({"low": float, "high": float})
-    title = f"{METRICS[metric][0].upper()}{METRICS[metric][1:]} · {which}"
+    title = f"{METRICS[metric].capitalize()} · {which}"
     if metric == "speedup":
         return figures.speedup_bars(frame, title=title)
     return figures.accepted_per_round_dots(frame, title=title,
