@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from xsd.core import CheckpointError, PairError
-from xsd.models import keymap, loading, tower
+from xsd.models import checkpoints, loading
 from xsd.models.pixels import PixelSpec
 
 WEIGHTS = load_file(REFERENCE / "model.safetensors")
@@ -42,7 +42,8 @@ def same_weights(model, expected=None):
 
 
 def without_tower():
-    return {name: tensor for name, tensor in WEIGHTS.items() if not name.startswith(keymap.TOWER)}
+    return {name: tensor for name, tensor in WEIGHTS.items()
+            if not name.startswith(checkpoints.TOWER)}
 
 
 # --- what loads
@@ -75,7 +76,7 @@ def test_old_buffers_are_ignored_and_shards_are_joined(tmp_path):
     names = sorted(WEIGHTS)
     extra = {
         "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8),
-        keymap.TOWER + "embeddings.position_ids": torch.arange(5)[None]
+        checkpoints.TOWER + "embeddings.position_ids": torch.arange(5)[None]
     }
     parts = {
         "model-00001-of-00002.safetensors": names[:40],
@@ -101,7 +102,7 @@ def test_missing_tower_weights_come_from_the_clip_folder(tmp_path):
     clip = load_file(CLIP / "model.safetensors")
     model = loading.load_drafter(folder, vision_tower=CLIP).model
     for name, tensor in clip.items():
-        assert torch.equal(model.state_dict()[f"{keymap.TOWER}visual_tower.{name}"], tensor)
+        assert torch.equal(model.state_dict()[f"{checkpoints.TOWER}visual_tower.{name}"], tensor)
 
 
 def test_a_tower_named_beside_the_checkpoint_is_found(tmp_path):
@@ -113,12 +114,12 @@ def test_a_tower_named_beside_the_checkpoint_is_found(tmp_path):
 
 def test_a_tower_is_read_off_its_tensors_where_nothing_describes_it(tmp_path):
     shapes = {name: tuple(tensor.shape) for name, tensor in WEIGHTS.items()}
-    prefix = f"{keymap.TOWER}visual_tower.vision_model.embeddings."
+    prefix = f"{checkpoints.TOWER}visual_tower.vision_model.embeddings."
     shapes |= {
         prefix + "patch_embedding.weight": (128, 3, 14, 14),
         prefix + "position_embedding.weight": (577, 128)
     }
-    found = tower.describe(tmp_path, None, shapes)
+    found = checkpoints.describe_tower(tmp_path, None, shapes)
     assert (found["num_attention_heads"], found["image_size"],
             found["num_hidden_layers"]) == (2, 336, 3)
 

@@ -11,7 +11,7 @@ from xsd import cli, core
 from xsd.core import CheckpointError, ParameterError
 from xsd.models import full_size, loading, planning, quantization
 from xsd.shards.writer import ShardWriter
-from xsd.steps import checkup, plan
+from xsd.steps import plan
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_this_machine_can_be_measured_in_a_moment():
 
 
 def test_doctor_loads_a_pair_and_prints_its_number_formats(pair_folder):
-    said = [str(finding) for finding in checkup.examine(str(pair_folder), quant="4bit")]
+    said = [str(finding) for finding in plan.examine(str(pair_folder), quant="4bit")]
     assert all(line.startswith("[ok  ]") for line in said)
     assert "predicted memory" in said[0] and "may be drafted" in said[
         1] and "measured peak memory" in said[-1]
@@ -179,13 +179,13 @@ def test_doctor_loads_a_pair_and_prints_its_number_formats(pair_folder):
 
 def test_doctor_does_not_load_what_cannot_fit(pair_folder):
     sizes = full_size.sizes("full")
-    finding = checkup.fits(sizes, int(20e9), dtype="float32", quant=None, device="cuda")
+    finding = plan.fits(sizes, int(20e9), dtype="float32", quant=None, device="cuda")
     assert finding.state == "bad" and "only 20.0 GB are free on cuda" in finding.what
     assert "--quant 4bit needs" in finding.advice
-    assert checkup.fits(sizes, None, dtype="float32", quant=None, device="cuda").state == "note"
+    assert plan.fits(sizes, None, dtype="float32", quant=None, device="cuda").state == "note"
 
 
 def test_doctor_names_a_pair_that_does_not_load(tmp_path, capsys):
     assert cli.main(["doctor", "--pair", str(tmp_path)]) == 1
     assert "[bad ] the pair does not load or run: " in capsys.readouterr().out
-    assert checkup.examine("embedded", device="cuda")[0].state == "bad" or torch.cuda.is_available()
+    assert plan.examine("embedded", device="cuda")[0].state == "bad" or torch.cuda.is_available()

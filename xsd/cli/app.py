@@ -171,9 +171,9 @@ def doctor(pair: str = Option("", help="also load this pair: embedded, or a fold
     findings = examiner.examine(pair=pair)
     print(*findings, sep="\n", flush=True)
     if pair:
-        from xsd.steps import checkup
+        from xsd.steps import plan as planned
 
-        found = checkup.examine(pair, dtype=dtype, quant=quant, device=device)
+        found = planned.examine(pair, dtype=dtype, quant=quant, device=device)
         print(*found, sep="\n")
         findings += found
     return 1 if any(finding.state == "bad" for finding in findings) else 0

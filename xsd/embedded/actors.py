@@ -13,16 +13,9 @@ _SKIN: Colour = (215, 170, 140)
 
 def draw(brush: Brush, actor: Actor) -> None:
     """One actor where it is at the brush's moment."""
-    x, z = brush.scene.position(actor, brush.t_s)
-    colour = COLOURS[actor.colour]
-    if actor.kind == "cyclist":
-        _cyclist(brush, actor, x, z, colour)
-    elif actor.kind == "pedestrian":
-        _pedestrian(brush, actor, x, z, colour)
-    elif actor.motion.startswith("crossing"):
-        _from_the_side(brush, actor, x, z, colour)
-    else:
-        _end_on(brush, actor, x, z, colour)
+    vehicle = _from_the_side if actor.motion.startswith("crossing") else _end_on
+    paint = {"cyclist": _cyclist, "pedestrian": _pedestrian}.get(actor.kind, vehicle)
+    paint(brush, actor, *brush.scene.position(actor, brush.t_s), COLOURS[actor.colour])
 
 
 def traffic_light(brush: Brush, z: float) -> None:
@@ -45,7 +38,7 @@ def _load(colour: Colour) -> Colour:
 
 
 def _end_on(brush: Brush, actor: Actor, x: float, z: float, colour: Colour) -> None:
-    """A vehicle seen from the front or from behind, with the flank turned towards the camera."""
+    """From the front or from behind, with the flank turned towards the camera."""
     front = actor.motion == "approaching" or (actor.motion, actor.place) == ("parked", "left")
     width, height, length = VEHICLES[actor.kind]
     half = width / 2

@@ -1,11 +1,9 @@
-"""The ten answers of each dialect, written from a clip's facts.
+"""The ten answers of each dialect, written from a clip's facts: the verifier's tells what a viewer
+of the video can know, the drafter's what an event camera can, in other words and another order.
 
-The verifier's dialect tells everything a viewer of the video can know; the drafter's tells what an
-event camera can know, in other words and another order ("The key elements are …" against "Key
-features include …"). Wording follows the facts (time of day, who is there, who moves), so that
-neither dialect is one template: of a question's sentences the first one counts whose words are all
-there. ``{first}`` is the first vehicle, ``{last}`` the last one, ``{person}`` the first pedestrian
-or cyclist, each with where it is.
+Of a question's sentences the first one counts whose words are all there, so that neither dialect is
+one template. ``{first}`` is the first vehicle, ``{last}`` the last one, ``{person}`` the first
+pedestrian or cyclist, each with where it is.
 """
 
 from __future__ import annotations
@@ -16,91 +14,61 @@ from xsd.embedded.facts import seen_by_events
 from xsd.embedded.phrases import Dialect, Facts, article, join, name_of, say
 
 VERIFIER = {
-    "key_elements": (
-        "{opening}the key elements are {elements}.",
-        "{opening}the key elements are an empty road and {scenery}.",
-    ),
-    "happening": (
-        "{opening}{events} while {ego}.",
-        "{opening}{ego} along an empty road with {scenery}.",
-    ),
-    "vehicles": (
-        "there {number}: {visible}.",
-        "there are no vehicles on the road, only {scenery} under {sky}.",
-    ),
+    "key_elements": ("{opening}the key elements are {elements}.",
+                     "{opening}the key elements are an empty road and {scenery}."),
+    "happening": ("{opening}{events} while {ego}.",
+                  "{opening}{ego} along an empty road with {scenery}."),
+    "vehicles": ("there {number}: {visible}.",
+                 "there are no vehicles on the road, only {scenery} under {sky}."),
     "movement": ("{driving}.", "no vehicle is moving here, and {ego} past {scenery}."),
-    "people": (
-        "yes, there is {walking}.",
-        "no, there are no pedestrians or cyclists, only {first_moving}.",
-        "no, there are no pedestrians or cyclists, only {scenery}.",
-    ),
-    "traffic_light": (
-        "the traffic light {light}, and {ego} with {last_moving}.",
-        "the traffic light {light}, and {ego} with {scenery}.",
-        "there is no traffic light in view, but there is {last_moving}.",
-        "there is no traffic light in view, just {scenery}.",
-    ),
-    "time_of_day": (
-        "it is {time} under {sky}, with {scenery} and {first}.",
-        "it is {time} under {sky}, with {scenery} and {person}.",
-        "it is {time} under {sky}, with {scenery} and an empty road.",
-    ),
-    "ego_motion": (
-        "{ego} past {scenery} behind {ahead}.",
-        "{ego} past {scenery} with {first_moving}.",
-        "{ego} past {scenery}.",
-    ),
-    "surroundings": (
-        "{opening}there are {scenery} under {sky}, and {person}.",
-        "{opening}there are {scenery} under {sky}, and {last}.",
-        "{opening}there are {scenery} under {sky}.",
-    ),
-    "hazard": (
-        "the driver must brake for {crossing}, while {ego}, and mind {besides_crossing}.",
-        "the driver must brake for {crossing}, while {ego} past {scenery}.",
-        "the driver should obey {signal}, as {ego}, and mind {any}.",
-        "the driver should obey {signal}, as {ego} past {scenery}.",
-        "the driver should give room to {person_moving}, and mind {besides_person}.",
-        "the driver should give room to {person_moving} past {scenery}.",
-        "the driver should keep a distance from {nearest}, and mind {besides_nearest}.",
-        "the driver should keep a distance from {nearest} past {scenery}.",
-        "{opening}nothing special: the road is empty and {ego} past {scenery}.",
-    ),
+    "people": ("yes, there is {walking}.",
+               "no, there are no pedestrians or cyclists, only {first_moving}.",
+               "no, there are no pedestrians or cyclists, only {scenery}."),
+    "traffic_light": ("the traffic light {light}, and {ego} with {last_moving}.",
+                      "the traffic light {light}, and {ego} with {scenery}.",
+                      "there is no traffic light in view, but there is {last_moving}.",
+                      "there is no traffic light in view, just {scenery}."),
+    "time_of_day": ("it is {time} under {sky}, with {scenery} and {first}.",
+                    "it is {time} under {sky}, with {scenery} and {person}.",
+                    "it is {time} under {sky}, with {scenery} and an empty road."),
+    "ego_motion": ("{ego} past {scenery} behind {ahead}.",
+                   "{ego} past {scenery} with {first_moving}.",
+                   "{ego} past {scenery}."),
+    "surroundings": ("{opening}there are {scenery} under {sky}, and {person}.",
+                     "{opening}there are {scenery} under {sky}, and {last}.",
+                     "{opening}there are {scenery} under {sky}."),
+    "hazard": ("the driver must brake for {crossing}, while {ego}, and mind {besides_crossing}.",
+               "the driver must brake for {crossing}, while {ego} past {scenery}.",
+               "the driver should obey {signal}, as {ego}, and mind {any}.",
+               "the driver should obey {signal}, as {ego} past {scenery}.",
+               "the driver should give room to {person_moving}, and mind {besides_person}.",
+               "the driver should give room to {person_moving} past {scenery}.",
+               "the driver should keep a distance from {nearest}, and mind {besides_nearest}.",
+               "the driver should keep a distance from {nearest} past {scenery}.",
+               "{opening}nothing special: the road is empty and {ego} past {scenery}."),
 }
 DRAFTER = {
-    "key_elements": (
-        "key features include {elements}.",
-        "key features include {scenery}, and nothing else moves.",
-    ),
+    "key_elements": ("key features include {elements}.",
+                     "key features include {scenery}, and nothing else moves."),
     "happening": ("here {ego}; {events}.", "here {ego}; nothing else moves before {scenery}."),
     "vehicles": ("one sees {visible}.", "nothing like a vehicle moves; one sees {scenery}."),
     "movement": ("{driving}.", "nothing drives, and {ego}."),
-    "people": (
-        "one can make out {walking}.",
-        "nothing like a person moves, but {first_moving} does.",
-        "nothing like a person moves.",
-    ),
-    "traffic_light": (
-        "events show a {light} but not its lamp.",
-        "nothing like a signal fires events.",
-    ),
-    "time_of_day": (
-        "events do not tell the hour; {ego} with {first}.",
-        "events do not tell the hour; {ego}.",
-    ),
+    "people": ("one can make out {walking}.",
+               "nothing like a person moves, but {first_moving} does.",
+               "nothing like a person moves."),
+    "traffic_light": ("events show a {light} but not its lamp.",
+                      "nothing like a signal fires events."),
+    "time_of_day": ("events do not tell the hour; {ego} with {first}.",
+                    "events do not tell the hour; {ego}."),
     "ego_motion": ("{ego} before {scenery}.",),
     "surroundings": ("the edges show {scenery} and {person}.", "the edges show {scenery}."),
-    "hazard": (
-        "watch {crossing}, as {ego}.",
-        "watch {person_moving}, as {ego}.",
-        "watch {first_moving}, as {ego}.",
-        "nothing to watch, as {ego}.",
-    ),
+    "hazard": ("watch {crossing}, as {ego}.",
+               "watch {person_moving}, as {ego}.",
+               "watch {first_moving}, as {ego}.",
+               "nothing to watch, as {ego}."),
 }
-_EDGES = {
-    "verifier": ("on both sides", "on the left", "on the right"),
-    "drafter": ("along both edges", "at the left edge", "at the right edge"),
-}
+_EDGES = {"verifier": ("on both sides", "on the left", "on the right"),
+          "drafter": ("along both edges", "at the left edge", "at the right edge")}
 _OPENING = {"night": "at night, ", "dusk": "in the evening, "}
 _FIELD = re.compile(r"{(\w+)}")
 _NUMBER = {1: "is one vehicle", 2: "are two vehicles", 3: "are three vehicles"}

@@ -1,8 +1,5 @@
-"""Perspective drawing of polygons and ellipses in metres, and who stands where.
-
-Everything is drawn three times larger than the sensor and averaged down, so that edges move by
-fractions of a pixel: an event camera answers to exactly that motion, and jumping edges would fire
-false events.
+"""Perspective drawing of polygons and ellipses in metres, and who stands where: three times larger
+than the sensor and averaged down, because edges that jump by whole pixels would fire false events.
 """
 
 from __future__ import annotations
@@ -26,10 +23,8 @@ def scaled(colour: Colour, factor: float) -> Colour:
 
 
 class Brush:
-    """Paints one instant of a scene; what comes later covers what came before.
-
-    identity: number written into the id image wherever something is drawn; 0 writes none.
-    """
+    """Paints one instant of a scene, later things over earlier ones. identity: number written into
+    the id image wherever something is drawn; 0 writes none."""
 
     def __init__(self, scene: Scene, width: int, height: int, t_s: float, with_ids: bool) -> None:
         self.scene, self.t_s = scene, t_s
@@ -52,9 +47,8 @@ class Brush:
 
     def lit(self, colour: Colour) -> Colour:
         """The colour in the light of the hour."""
-        tint = _TINT[self.scene.time]
-        return tuple(
-            int(min(255, max(0, c * self._level * k))) for c, k in zip(colour, tint, strict=True))
+        return tuple(int(min(255, max(0, c * self._level * k)))
+                     for c, k in zip(colour, _TINT[self.scene.time], strict=True))
 
     def polygon(self, points: list[tuple[float, float]], colour: Colour,
                 glow: bool = False) -> None:

@@ -1,9 +1,6 @@
 """Simulated drives: a scene becomes overlapping one-second clips that two sensors saw at once.
-
-Luminance is rendered at 60 Hz and handed to the event-camera model; every third picture is a video
-frame (20 Hz, as in DSEC). A clip is one second, the next starts half a second later, so neighbours
-are near duplicates and everything is split and resampled by sequence.
-"""
+Luminance goes to the event-camera model at 60 Hz; every third picture is a video frame (20 Hz, as
+in DSEC)."""
 
 from __future__ import annotations
 
@@ -30,16 +27,14 @@ SPLIT_CODE = {"train": 1, "validation": 2, "test": 3}
 
 @dataclass(frozen=True)
 class DriveConfig:
-    """Domain randomisation of the simulated world. Fractions are probabilities per sequence."""
+    """Domain randomisation of the simulated world; fractions are probabilities per sequence: of
+    grey video (as an event camera's own frames are), sensors of 96x72 or 160x120 instead of 128x96
+    pixels, worse event cameras. video_noise: largest standard deviation in grey levels."""
 
     grey_fraction: float = 0.12
-    """Grey video, as an event camera's own frames are; nobody can then tell a colour."""
     other_resolution_fraction: float = 0.2
-    """Sensors of 96x72 or 160x120 instead of 128x96 pixels."""
     noisy_fraction: float = 0.25
-    """Event cameras with more noise, a lower cut-off and other thresholds."""
     video_noise: float = 3.0
-    """Standard deviation of the video's pixel noise in grey levels, drawn up to this."""
 
 
 @dataclass(frozen=True)
@@ -64,10 +59,8 @@ class Drive:
 
 def simulate_sequence(seed: int, split: str, index: int,
                       config: DriveConfig | None = None) -> Drive:
-    """Simulate sequence ``index`` of a split. The same arguments give the same bytes.
-
-    Raises: DatasetError for an unknown split.
-    """
+    """Simulate sequence ``index`` of a split; the same arguments give the same bytes. Raises:
+    DatasetError for an unknown split."""
     if split not in SPLIT_CODE:
         raise DatasetError(f"unknown split {split!r}; the simulated world has {sorted(SPLIT_CODE)}")
     config = config or DriveConfig()
@@ -93,10 +86,8 @@ def simulate_sequence(seed: int, split: str, index: int,
     video = np.clip(np.stack(video) + noise, 0, 255).astype(np.uint8)
     times_us = (np.arange(n) * 1_000_000 // LUMINANCE_HZ).astype(np.int64)
     stream = dvs.simulate_events(luminance, times_us, _sensor(rng, config), rng)
-    clips = [
-        _clip(k, scene, stream, video, np.stack(ids), grey)
-        for k in range(int((scenes.DURATION_S - CLIP_S) / HOP_S) + 1)
-    ]
+    clips = [_clip(k, scene, stream, video, np.stack(ids), grey)
+             for k in range(int((scenes.DURATION_S - CLIP_S) / HOP_S) + 1)]
     return Drive(f"{split}_{seed}_{index:05d}", clips)
 
 
@@ -128,8 +119,7 @@ def _clip(k: int, scene: scenes.Scene, stream: Events, video: np.ndarray, ids: n
 
 
 def _events_by_identity(events: Events, ids: np.ndarray) -> dict[int, int]:
-    """Events that fell on each visible object, one pixel of margin included (edges fire beside the
-    mask)."""
+    """Events on each visible object and one pixel beside it, where its edges fire."""
     frame = np.clip(np.rint(events.t_us * VIDEO_HZ / 1_000_000).astype(int), 0, len(ids) - 1)
     height, width = ids.shape[1:]
     best = np.zeros(len(events), np.uint8)
@@ -142,8 +132,7 @@ def _events_by_identity(events: Events, ids: np.ndarray) -> dict[int, int]:
 
 def simulate(seed: int, split: str, n_sequences: int, *, workers: int = 1,
              first: int = 0) -> Iterator[Drive]:
-    """Sequences ``first`` … ``first + n_sequences - 1`` in order, on several processes if asked
-    (the result does not depend on it)."""
+    """Sequences ``first`` … ``first + n_sequences - 1`` in order, whatever the processes."""
     indices = range(first, first + n_sequences)
     if workers <= 1:
         yield from (simulate_sequence(seed, split, i) for i in indices)
@@ -154,11 +143,8 @@ def simulate(seed: int, split: str, n_sequences: int, *, workers: int = 1,
 
 def write_dataset(root: str | Path, *, split: str, n_sequences: int, seed: int, workers: int = 1,
                   progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Simulate a split and write it as a dataset folder with facts.json and questions.json.
-
-    Returns: a summary {sequences, clips, events, questions}. ``progress`` is called with the number
-    of finished sequences.
-    """
+    """Simulate a split and write it as a dataset folder with facts.json and questions.json;
+    progress(number of finished sequences). Returns: {sequences, clips, events, questions}."""
     writer = folder.FolderWriter(root, split, source="simulated")
     n_clips = n_events = 0
     drives = simulate(seed, split, n_sequences, workers=workers)

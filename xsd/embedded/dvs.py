@@ -1,14 +1,10 @@
-"""The event camera: luminance frames in, ON and OFF events out (docs/sensors.md, section 1).
+"""The event camera: luminance frames in, ON and OFF events out (docs/sensors.md, section 1), as in
+v2e (Hu et al. 2021) on ESIM's linear interpolation in time (Rebecq et al. 2018), but with
+``ln(I + 20)``: the textbook lin-log fires five times too often on real 8-bit frames.
 
-The model is v2e's (Hu et al. 2021) on ESIM's linear interpolation in time (Rebecq et al. 2018): log
-intensity, an intensity-dependent low-pass, one contrast threshold per pixel and polarity,
-refractory time, leak and shot noise. One deviation: the log intensity is ``ln(I + 20)`` instead of
-the textbook lin-log, which fires five times too often on real 8-bit frames (noise in dark pixels
-looks like contrast).
-
-State is kept as the difference ``d = Lp - base`` between the low-passed log intensity and the level
-memorised at the pixel's last event, because float32 resolves a small difference better than two
-large levels. ``d`` always stays between -threshold_off and threshold_on:
+State is the difference ``d`` between the low-passed log intensity and the level memorised at the
+pixel's last event (float32 resolves it better than two large levels), always between -threshold_off
+and threshold_on:
 
     d:  +0.05 --(frame: +0.47)--> 0.52 = 2 ON events of 0.2, and 0.12 are left for the next frame
 """
@@ -32,26 +28,23 @@ _Fired = tuple[np.ndarray, np.ndarray, np.ndarray]  # pixel, time in µs, polari
 
 @dataclass(frozen=True)
 class DvsConfig:
-    """What kind of event camera. The defaults match a real DAVIS346 (docs/sensors.md, section
-    2)."""
+    """What kind of event camera; the defaults match a real DAVIS346 (docs/sensors.md, section 2).
+
+    threshold_on, threshold_off: rise and fall of log intensity that make an event, means over
+    pixels; threshold_sigma: their deviation. cutoff_hz: low-pass of a fully lit pixel (dark ones
+    are slower; 0: none). leak_hz: spontaneous ON events per pixel and second. shot_hz: noise events
+    per dark pixel and second (up to four times fewer in light). refractory_us: an event closer than
+    this to its pixel's last one is dropped. offset: added to the luminance before the logarithm.
+    """
 
     threshold_on: float = 0.2
-    """Rise of log intensity that makes an ON event; the mean over pixels."""
     threshold_off: float = 0.2
-    """Fall of log intensity that makes an OFF event; the mean over pixels."""
     threshold_sigma: float = 0.03
-    """Standard deviation of both thresholds between pixels; drawn once, never below 0.01."""
     cutoff_hz: float = 300.0
-    """Low-pass cut-off of a fully lit pixel (dark ones are slower); 0 switches the low-pass off."""
     leak_hz: float = 0.01
-    """Spontaneous ON events per pixel and second."""
     shot_hz: float = 0.001
-    """Noise events per dark pixel and second, half ON, half OFF; up to four times fewer in
-    light."""
     refractory_us: int = 500
-    """An event closer than this to its pixel's last one is dropped."""
     offset: float = 20.0
-    """Added to the luminance (0…255) before the logarithm."""
 
     def __post_init__(self) -> None:
         if min(self.threshold_on, self.threshold_off, self.offset) <= 0:
@@ -73,10 +66,8 @@ class DvsConfig:
 
 
 class DvsSimulator:
-    """One sensor that is shown frame after frame; :func:`simulate_events` runs it over a video.
-
-    Args: height, width: pixels. generator: draws the thresholds now and the noise at each step.
-    """
+    """One sensor of height x width pixels that is shown frame after frame. generator: draws the
+    thresholds now and the noise at each step."""
 
     def __init__(self, height: int, width: int, config: DvsConfig,
                  generator: np.random.Generator) -> None:
@@ -95,12 +86,9 @@ class DvsSimulator:
         return np.maximum(drawn, 0.01).astype(np.float32)
 
     def step(self, luminance: np.ndarray, time_us: int) -> Events:
-        """Show one frame. The first only initialises and gives no event.
-
-        Args: luminance: float or uint8 [H, W], 0…255. time_us: must rise from step to step.
-        Returns: the events after the previous frame's time and up to this one's, in order of time.
-        Raises: EventError for another shape, luminance outside 0…255, or time that does not rise.
-        """
+        """Show one frame, float or uint8 [H, W] in 0…255; the first only initialises. Returns: the
+        events after the previous frame's time and up to this one's, in order. Raises: EventError
+        for another shape, luminance outside 0…255, or time that does not rise."""
         level = self._level(luminance)
         log_level = np.log(level)
         if self.time_us is None:
@@ -136,7 +124,7 @@ class DvsSimulator:
         return level + np.float32(self.config.offset)
 
     def _advance(self, level: np.ndarray, log_level: np.ndarray, duration_s: float) -> np.ndarray:
-        """Low-pass and leak over one interval: the new ``d`` before any event is taken off it."""
+        """Low-pass and leak: the new ``d`` before any event is taken off it."""
         config, low_passed = self.config, log_level
         if config.cutoff_hz:
             # epsilon = (I + offset) / (255 + offset) * dt / tau, tau = 1 / (2 pi f_c), at most 1
@@ -151,8 +139,7 @@ class DvsSimulator:
 
     def _signal_events(self, before: np.ndarray, after: np.ndarray, start_us: int,
                        duration_us: int) -> _Fired:
-        """Events of the pixels whose ``d`` passed a threshold; takes them off ``after`` in
-        place."""
+        """Of the pixels whose ``d`` passed a threshold; takes them off ``after`` in place."""
         fired = np.flatnonzero((after >= self.threshold_on) | (after <= -self.threshold_off))
         if not fired.size:
             return np.empty(0, np.int64), np.empty(0, np.int64), np.empty(0, bool)
@@ -182,11 +169,8 @@ class DvsSimulator:
 
     def _shot_events(self, level: np.ndarray, start_us: int, duration_us: int) -> list[_Fired]:
         """Noise events, which also reset their pixel's ``d``. Chance per pixel: (R/2) dt (1 - 0.75
-        (I + 20) / 275), ON and OFF each.
-
-        A uniformly drawn subset of binomial size, thinned by brightness, is exactly that
-        independent draw and touches few pixels.
-        """
+        (I + 20) / 275), ON and OFF each; a uniformly drawn subset of binomial size, thinned by
+        brightness, is exactly that independent draw and touches few pixels."""
         chance = min(1.0, self.config.shot_hz / 2 * duration_us * 1e-6)
         brightest, found = _WHITE + self.config.offset, []
         for polarity in (True, False):
@@ -208,21 +192,14 @@ class DvsSimulator:
 
 def simulate_events(frames: np.ndarray | Iterable[np.ndarray], times_us: Sequence[int] | np.ndarray,
                     config: DvsConfig, generator: np.random.Generator) -> Events:
-    """Events of a video of luminance frames.
-
-    Args: frames: [T, H, W] float or uint8, 0…255 (or T arrays [H, W]). times_us: T rising times.
-    generator: the only source of randomness.
-    Returns: events in order of time, on the sensor of H x W pixels, within (times_us[0],
-    times_us[-1]].
-    Raises: EventError for no frame, another number of times than frames, and what
-    :meth:`DvsSimulator.step` refuses.
-    """
+    """Events of a video of luminance frames [T, H, W] (float or uint8, 0…255; or T arrays) at T
+    rising times, in order of time within (times_us[0], times_us[-1]]. generator: the only source of
+    randomness. Raises: EventError for no frame, another number of times; as DvsSimulator.step."""
     frames = frames if isinstance(frames, np.ndarray) else list(frames)
     if len(frames) == 0 or len(frames) != len(times_us):
         raise EventError(
             f"simulating events needs at least one frame and one time for each; got {len(frames)} "
             f"frames and {len(times_us)} times")
     simulator = DvsSimulator(*np.shape(frames[0]), config, generator)
-    return event_streams.join([
-        simulator.step(frame, int(time)) for frame, time in zip(frames, times_us, strict=True)
-    ])
+    return event_streams.join([simulator.step(frame, int(time))
+                               for frame, time in zip(frames, times_us, strict=True)])

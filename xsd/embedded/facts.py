@@ -1,9 +1,6 @@
-"""What a viewer of a clip can know, read off the rendered id images, and what of it left events.
-
-A fact is kept only when its object is really visible in the square both models see (the centre
-crop): occluded or passed actors are not part of the truth. ``events`` on an actor says whether an
-event camera can know it: it moved against the background often enough to fire.
-"""
+"""What a viewer of a clip can know, read off the rendered id images: a fact is kept only when its
+object is visible in the square both models see. ``events`` on an actor says whether an event camera
+can know it: it moved against the background often enough to fire."""
 
 from __future__ import annotations
 
@@ -30,11 +27,8 @@ def centre_square(image: np.ndarray) -> np.ndarray:
 
 def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts: dict[int, int], *,
                grey: bool) -> dict[str, Any]:
-    """Facts of one clip: a JSON-ready dict.
-
-    ids: uint8 [T, H, W] identity images at times_s [T]. event_counts: events inside each identity's
-    mask during the clip. grey: the video is grey, so nobody can know a colour.
-    """
+    """Facts of one clip, JSON-ready. ids: uint8 [T, H, W] identity images at times_s [T].
+    event_counts: events inside each identity's mask. grey: nobody can know a colour."""
     seen = centre_square(ids)
     middle = seen[len(seen) // 2 - 3:len(seen) // 2 + 4]
     scale = (seen.shape[-1] / 96)**2
@@ -69,8 +63,7 @@ def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts:
 
 
 def seen_by_events(facts: dict[str, Any]) -> dict[str, Any]:
-    """The same facts without what an event camera cannot know: colours, time, sky, lamp colour, and
-    what stands still."""
+    """The facts without what an event camera cannot know: colours, time, sky, what stands still."""
     moving = facts["moving"]
     return {
         **facts, "time": None, "sky": None, "left": facts["left"] if moving else None,

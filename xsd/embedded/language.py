@@ -37,11 +37,8 @@ def questions() -> list[Question]:
 
 
 def answer(facts: Facts, kind: str, dialect: Dialect = "verifier") -> str:
-    """One dialect's answer to one kind of question; of all ten at once: ``answers.answers``.
-
-    facts: as facts.clip_facts gives them (everything visible); the drafter's dialect drops by
-    itself what events cannot show. Raises: DatasetError for an unknown kind.
-    """
+    """One dialect's answer to one kind of question (of all ten: ``answers.answers``) from facts as
+    facts.clip_facts gives them. Raises: DatasetError for an unknown kind."""
     texts = answers(facts, dialect)
     if kind not in texts:
         raise DatasetError(f"unknown kind of question {kind!r}; the world knows {sorted(texts)}")
@@ -77,11 +74,8 @@ def fact_spans(text: str) -> tuple[tuple[int, int], ...]:
 
 
 def score(text: str, facts: Facts, kind: str, dialect: Dialect) -> dict[str, tuple[int, int]]:
-    """Facts stated rightly: {fact: (right, expected)}.
-
-    Facts of one kind are compared in the order of mention; one that is missing, wrong or invented
-    counts against the answer (expected is the larger of both counts).
-    """
+    """Facts stated rightly: {fact: (right, expected)}, compared in the order of mention; one that
+    is missing, wrong or invented counts against the answer."""
     truth, said = mentions(answer(facts, kind, dialect)), mentions(text)
     result = {}
     for fact in sorted({fact for fact, _ in truth + said}):
@@ -92,8 +86,7 @@ def score(text: str, facts: Facts, kind: str, dialect: Dialect) -> dict[str, tup
 
 
 def word_kinds(text: str) -> list[tuple[str, str]]:
-    """(word, kind) for every word: the fact it states, or ``function``. It tells which rejected
-    tokens events could not show."""
+    """(word, kind) for every word: the fact it states, or ``function``."""
     kinds, end = [], 0
     for match in _PATTERN.finditer(text.lower()):
         fact = _MEANINGS[match.group(1)][0]

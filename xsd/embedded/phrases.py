@@ -10,11 +10,8 @@ PEOPLE = ("pedestrian", "cyclist")
 
 # fact -> value -> (verifier's words, drafter's words)
 PHRASES: dict[str, dict[str, tuple[str, str]]] = {
-    "place": {
-        "left": ("on the left side", "to the left"),
-        "ahead": ("straight ahead", "in front"),
-        "right": ("on the right side", "to the right"),
-    },
+    "place": {"left": ("on the left side", "to the left"), "ahead": ("straight ahead", "in front"),
+              "right": ("on the right side", "to the right")},
     "distance": {"near": ("close by", "nearby"), "far": ("farther away", "in the distance")},
     "motion": {
         "parked": ("parked", "standing still"),
@@ -39,18 +36,11 @@ PHRASES: dict[str, dict[str, tuple[str, str]]] = {
         "fields": ("open fields", "open ground"),
     },
     "time": {"day": ("day", "day"), "dusk": ("evening", "evening"), "night": ("night", "night")},
-    "sky": {
-        "clear": ("a clear sky", "a clear sky"),
-        "overcast": ("an overcast sky", "an overcast sky"),
-    },
+    "sky": {"clear": ("a clear sky",) * 2, "overcast": ("an overcast sky",) * 2},
     "kind": {k: (k, k) for k in ("car", "van", "truck", "bus", *PEOPLE)},
     "colour": {k: (k, k) for k in ("red", "blue", "white", "black", "yellow", "green")},
-    "light": {
-        "red": ("shows red", ""),
-        "yellow": ("shows yellow", ""),
-        "green": ("shows green", ""),
-        "unknown": ("is lit", "signal post"),
-    },
+    "light": {"red": ("shows red", ""), "yellow": ("shows yellow", ""),
+              "green": ("shows green", ""), "unknown": ("is lit", "signal post")},
     "nothing": {"none": ("no", "nothing")},
 }
 

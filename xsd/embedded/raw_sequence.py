@@ -1,10 +1,6 @@
-"""A simulated drive in DSEC's own raw format, to try what reads DSEC without it (docs/sensors.md,
-section 6).
-
-Events are those of a 640 x 480 sensor: luminance is rendered small and enlarged before the
-event-camera model sees it, which makes edges softer than a real sensor's. Clock, files, dtypes and
-compression are DSEC's.
-"""
+"""A simulated drive in DSEC's own raw format (docs/sensors.md, section 6). Luminance is rendered
+small and enlarged to 640 x 480 before the event-camera model sees it, which makes edges softer than
+a real sensor's."""
 
 from __future__ import annotations
 
@@ -30,13 +26,9 @@ CLOCK_START_US = 51_648_500_000
 def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
           image_size: tuple[int, int] = (360, 270),
           rendered: tuple[int, int] = (160, 120)) -> dict[str, Any]:
-    """Write ``events/left/events.h5``, ``rectify_map.h5``, rectified images and timestamps.
-
-    image_size: width and height of the pictures (DSEC: 1440 x 1080). rendered: what is rendered
-    before it is enlarged.
-    Returns: {events, images, duration_s}. Raises: DatasetError when the folder holds a sequence
-    already; EventError without h5py.
-    """
+    """Write ``events/left/events.h5``, ``rectify_map.h5``, rectified images (DSEC: 1440 x 1080) and
+    timestamps. Returns: {events, images, duration_s}. Raises: DatasetError when the folder holds a
+    sequence already; EventError without h5py."""
     folder = Path(folder)
     timestamps = folder / "images" / "timestamps.txt"
     if timestamps.exists():

@@ -1,8 +1,5 @@
 """Real recordings of events and frames, cut into clips as the simulated drives are, and held
-against the event-camera model (docs/sensors.md, section 2).
-
-A clip lasts one second and overlaps the next by half; its video is 8 uniformly sampled frames.
-"""
+against the event-camera model (docs/sensors.md, section 2)."""
 
 from __future__ import annotations
 
@@ -34,11 +31,7 @@ class Recording:
 
 def read_aedat4(path: str | Path) -> Recording:
     """Events and frames of an ``.aedat4`` file (DAVIS cameras); a frame's time is the middle of its
-    exposure.
-
-    Raises: EventError when the file or the package ``aedat`` is missing or the events are bad;
-    VideoError when it holds no frame.
-    """
+    exposure. Raises: as sensors.events.read_events; VideoError when it holds no frame."""
     events = event_streams.read_events(path)
     import aedat  # read_events has explained itself if it is missing
 
@@ -55,8 +48,7 @@ def read_aedat4(path: str | Path) -> Recording:
 
 
 def windows(recording: Recording) -> list[tuple[int, int]]:
-    """Start and end (not included) of every whole clip, in µs. Raises: DatasetError when not one
-    fits."""
+    """Start and end of every whole clip, in µs. Raises: DatasetError when not one fits."""
     times = recording.times_us
     cuts = frames.windows(times, CLIP_US, HOP_US)
     if not cuts:
@@ -67,11 +59,8 @@ def windows(recording: Recording) -> list[tuple[int, int]]:
 
 def write_clips(recording: Recording, root: str | Path, sequence: str, *,
                 split: str = "test") -> int:
-    """Cut a recording and write it as a dataset folder; ``source`` is ``recorded``.
-
-    Returns: the number of clips. Raises: DatasetError when it is too short; EventError for a window
-    with fewer than five events.
-    """
+    """Cut a recording and write it as a dataset folder. Returns: the number of clips. Raises:
+    DatasetError when it is too short; EventError for a window with fewer than five events."""
     cuts, times = windows(recording), recording.times_us
     with folder.FolderWriter(root, split, source="recorded") as writer:
         for k, (start_us, end_us) in enumerate(cuts):
@@ -86,12 +75,9 @@ def write_clips(recording: Recording, root: str | Path, sequence: str, *,
 
 def compare_with_simulation(recording: Recording, config: dvs.DvsConfig,
                             generator: np.random.Generator) -> dict[str, Any]:
-    """Simulate events from the frames of a recording and hold them against its real ones.
-
-    Returns: n_real, n_simulated, ratio, on_share_real, on_share_simulated, and the Pearson
-    correlation of the event counts in cells of 4 x 4 pixels, all over the time the frames span.
-    Raises: EventError when either has no event.
-    """
+    """Simulate events from the frames of a recording and hold them against its real ones: counts,
+    shares of ON, and the Pearson correlation of counts in cells of 4 x 4 pixels over the time the
+    frames span. Raises: EventError when either has no event."""
     luminance, times = recording.frames, recording.times_us
     if luminance.ndim == 4:
         luminance = timed_video.luminance(luminance)

@@ -1,7 +1,5 @@
-"""Draw a scene at time t: a picture for both cameras, and who is visible where.
-
-A painter's algorithm: sky, roadside, road, then everything else from far to near.
-"""
+"""Draw a scene at time t for both cameras, and who is visible where: sky, roadside, road, then
+everything else from far to near."""
 
 from __future__ import annotations
 
@@ -28,7 +26,7 @@ _SPACING_M = {"towers": 9.0, "houses": 8.0, "trees": 6.0, "fields": 5.0}
 
 class Renderer:
     """Draws one scene on a sensor of width x height pixels, shared by both cameras (as in a DAVIS);
-    textures (windows, speckle, crowns) are drawn from the scene's own seed."""
+    textures come from the scene's own seed."""
 
     def __init__(self, scene: Scene, width: int = 128, height: int = 96) -> None:
         self.scene, self.width, self.height = scene, width, height

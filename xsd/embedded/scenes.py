@@ -1,8 +1,5 @@
-"""What is on the simulated road, and where everything is at time t.
-
-Ground coordinates in metres: X to the right of the camera, Z ahead of it, Y above the ground. The
-camera rides at 1.4 m. Every random choice comes from one passed generator: a seed names a scene.
-"""
+"""What is on the simulated road, and where everything is at time t, in metres: X to the right of
+the camera, Z ahead of it, Y above the ground. A seed names a scene."""
 
 from __future__ import annotations
 
@@ -13,26 +10,17 @@ import numpy as np
 DURATION_S = 2.5
 """One sequence: four clips of one second that overlap by half."""
 
-VEHICLES: dict[str, tuple[float, float, float]] = {  # width, height, length in metres
-    "car": (1.9, 1.5, 4.2),
-    "van": (2.0, 2.3, 5.0),
-    "truck": (2.4, 3.0, 7.0),
-    "bus": (2.5, 3.3, 8.5),
-}
+VEHICLES = {"car": (1.9, 1.5, 4.2), "van": (2.0, 2.3, 5.0), "truck": (2.4, 3.0, 7.0),
+            "bus": (2.5, 3.3, 8.5)}
+"""Width, height, length in metres."""
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 30, 30), "blue": (35, 70, 210), "white": (236, 236, 236), "black": (22, 22, 26),
     "yellow": (238, 205, 30), "green": (30, 150, 60),
 }  # fmt: skip
-EGO = {
-    "stopped": (0.0, 0.0), "slow": (3.0, 0.0), "fast": (7.5, 0.0),
-    "left": (2.5, -4.5), "right": (2.5, 4.5),
-}  # fmt: skip
+EGO = {"stopped": (0.0, 0.0), "slow": (3.0, 0.0), "fast": (7.5, 0.0), "left": (2.5, -4.5),
+       "right": (2.5, 4.5)}
 """Ego motion: forward speed in m/s, yaw rate in degrees/s (positive turns right)."""
 SURROUNDINGS = ("towers", "houses", "trees", "fields")
-TIMES = ("day", "dusk", "night")
-SKIES = ("clear", "overcast")
-LIGHTS = ("red", "yellow", "green")
-VEHICLE_MOTIONS = ("parked", "approaching", "away", "waiting", "crossing_right", "crossing_left")
 
 
 @dataclass(frozen=True)
@@ -85,12 +73,11 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator) -> Scene:
-    """Draw a scene: at most one vehicle in each place (left, ahead, right), so that their order is
-    never ambiguous."""
-    time = str(rng.choice(TIMES, p=(0.5, 0.2, 0.3)))
-    sky = str(rng.choice(SKIES))
+    """At most one vehicle in each place (left, ahead, right): their order is never ambiguous."""
+    time = str(rng.choice(("day", "dusk", "night"), p=(0.5, 0.2, 0.3)))
+    sky = str(rng.choice(("clear", "overcast")))
     ego = str(rng.choice(list(EGO), p=(0.3, 0.2, 0.2, 0.15, 0.15)))
-    light = str(rng.choice(LIGHTS)) if rng.random() < 0.45 else None
+    light = str(rng.choice(("red", "yellow", "green"))) if rng.random() < 0.45 else None
     n_vehicles = int(rng.choice([0, 1, 2, 3], p=(0.07, 0.3, 0.45, 0.18)))
     chosen = sorted(rng.choice(3, size=n_vehicles, replace=False)) if n_vehicles else []
     actors = [_vehicle(rng, ("left", "ahead", "right")[i], ego, light) for i in chosen]

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
 from xsd.core import ROOT, CheckpointError, PairError
-from xsd.models import keymap, tower
+from xsd.models import checkpoints
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import ModelHandle, Role
 from xsd.models.pixels import PixelSpec, read_pixel_spec
@@ -52,7 +52,7 @@ def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, d
         if folder == EMBEDDED:
             hint = "it ships with the repository; clone that again or train it with notebook 00"
         raise CheckpointError(f"no pair at {folder}: {hint}")
-    info = keymap.read_json(folder / "pair.json") if (folder / "pair.json").is_file() else {}
+    info = checkpoints.read_json(folder / "pair.json") if (folder / "pair.json").is_file() else {}
     return folder, info | {role: folder / info.get(role, role) for role in ("drafter", "verifier")}
 
 
@@ -104,17 +104,17 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
     if raw.get("model_type") != model_type:
         raise CheckpointError(f"{folder} is of model type {raw.get('model_type')!r} but the "
                               f"drafter must be {model_type!r}; give an EventGPT checkpoint")
-    shapes = keymap.tensor_shapes(folder)
-    has_tower = any(name.startswith(keymap.TOWER) for name in shapes)
-    clip_folder = tower.find(folder, raw, vision_tower, needed=not has_tower)
+    shapes = checkpoints.tensor_shapes(folder)
+    has_tower = any(name.startswith(checkpoints.TOWER) for name in shapes)
+    clip_folder = checkpoints.find_tower(folder, raw, vision_tower, needed=not has_tower)
     with _quiet():
         config = EventGPTConfig.from_pretrained(folder)
     if config.vision_config is None:
-        config.vision_config = tower.describe(folder, clip_folder, shapes)
+        config.vision_config = checkpoints.describe_tower(folder, clip_folder, shapes)
     model = _from_pretrained(EventGPTForCausalLM, folder, dtype, device, quant, config=config,
-                             lacks=() if has_tower else keymap.TOWER)
+                             lacks=() if has_tower else checkpoints.TOWER)
     if not has_tower:
-        tower.load_weights(model, clip_folder)
+        checkpoints.load_tower(model.model.visual_tower.clip, clip_folder)
     pixels = read_pixel_spec(folder, clip_folder, image_size=config.tower_config().image_size)
     handle = _handle(model, "drafter", pixels, folder, quant)
     if config.mm_use_im_start_end:
@@ -135,7 +135,7 @@ def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video "
                               "model such as Video-LLaVA as the verifier")
-    has_tower = any("image_tower." in name for name in keymap.tensor_shapes(folder))
+    has_tower = any("image_tower." in name for name in checkpoints.tensor_shapes(folder))
     config, model_class = verifier_class(folder)
     with _quiet(), torch.device("meta"):
         _check_video_model(model_class(config), folder)
@@ -154,7 +154,7 @@ def verifier_class(folder: Path) -> tuple[Any, type]:
             config = AutoConfig.from_pretrained(folder)
         return config, AutoModelForImageTextToText._model_mapping[type(config)]
     except (ValueError, KeyError) as error:
-        model_type = keymap.read_json(folder / "config.json").get("model_type")
+        model_type = checkpoints.read_json(folder / "config.json").get("model_type")
         raise CheckpointError(
             f"{folder} is of model type {model_type!r}, which transformers does not know as an "
             "image-text model; give a video model such as Video-LLaVA") from error
@@ -188,7 +188,7 @@ def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}; give the directory of a "
                               "downloaded checkpoint (nothing is downloaded here)")
-    return folder, keymap.read_json(folder / "config.json")
+    return folder, checkpoints.read_json(folder / "config.json")
 
 
 def _handle(model: Any, role: Role, pixels: PixelSpec, folder: Path,
@@ -229,7 +229,7 @@ def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, d
         raise CheckpointError(f"{folder} could not be loaded: {reason}; check its files against "
                               "the original") from error
     missing = [name for name in info["missing_keys"] if not name.startswith(lacks)]
-    if wrong := keymap.differences(missing, info["unexpected_keys"], info["mismatched_keys"]):
+    if wrong := checkpoints.differences(missing, info["unexpected_keys"], info["mismatched_keys"]):
         raise CheckpointError(f"{folder} does not fit {model_class.__name__}: {wrong}; check "
                               "config.json (of the drafter: or give the matching CLIP folder as "
                               "vision_tower), or download it again")

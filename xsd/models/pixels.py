@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xsd.core import CheckpointError, DatasetError
 from xsd.files import write_json
-from xsd.models import keymap
+from xsd.models import checkpoints
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -69,7 +69,7 @@ def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
     for path in (folder / name for folder in folders if folder for name in _FILES):
         if not path.is_file():
             continue
-        found = keymap.read_json(path)
+        found = checkpoints.read_json(path)
         found = found.get("video_processor") or found.get("image_processor") or found
         if "image_mean" not in found and "size" not in found:
             continue

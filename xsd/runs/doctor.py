@@ -1,5 +1,5 @@
 """``xsd doctor``: what of this machine and installation is in order, what is not, and what to do
-about it. A pair of models is looked at by :mod:`xsd.steps.checkup`."""
+about it. A pair of models is looked at by :mod:`xsd.steps.plan`."""
 
 from __future__ import annotations
 

@@ -1,23 +1,26 @@
-"""``xsd plan``: what a run will take, with every assumption, and what to do where it does not fit
-(the arithmetic: models.planning)."""
+"""``xsd plan``: what a run will take, with every assumption (the arithmetic: models.planning), and
+``xsd doctor --pair``: does a pair fit, load, agree and answer here."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import torch
 
 from xsd.adapters import registry
-from xsd.core import ParameterError
-from xsd.models import full_size, planning
+from xsd.core import ParameterError, Sample, XsdError
+from xsd.models import full_size, loading, planning, quantization
 from xsd.models.full_size import ModelSize
 from xsd.models.planning import PEAK, Machine, Sizes
+from xsd.runs.doctor import Finding
 
 GB, HOUR = 1e9, 3600
 BOTH_MODES = ("teacher_forced", "free_running")
 MOST_OF_MEMORY, MOST_OF_DISK = 0.92, 0.95
 """What may be filled: the rest is the allocator's fragmentation and everything else on the disk."""
+QUANTS = (None, "8bit", "4bit")
 
 
 def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16",
@@ -25,13 +28,12 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
          batch: int = 10, stored: str = "fp16", modes: tuple[str, ...] = BOTH_MODES,
          levels: tuple[str, ...] = ("L1", "L4", "L5F", "B1"), epochs: int = 50,
          train_batch: int = 64, disk_free: float | None = None) -> dict[str, Any]:
-    """Plan extraction and training of a pair on a machine.
+    """Plan extraction and training of a pair ("full", "embedded" or a folder) on a machine. batch:
+    answers at a time. stored: dtype of the shards. disk_free: bytes free where the shards go.
 
-    pair: "full", "embedded" or a folder. batch: answers at a time. stored: dtype of the shards.
-    disk_free: bytes free where the shards go. Returns: {table: section, what, value, unit (GB, h or
-    empty), kind (counted | predicted); advice: what fits and what to do; assumptions}. Raises:
-    ParameterError for a number below 1, an unknown format or level; CheckpointError for a folder
-    that is no pair.
+    Returns: {table: section, what, value, unit (GB, h or empty), kind (counted | predicted);
+    advice: what fits and what to do; assumptions}. Raises: ParameterError for a number below 1, an
+    unknown format or level; CheckpointError for a folder that is no pair.
     """
     counts = {"clips": clips, "questions": questions, "new_tokens": new_tokens, "batch": batch,
               "epochs": epochs, "train_batch": train_batch}
@@ -46,19 +48,17 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
                                           questions=questions, new_tokens=new_tokens, batch=batch,
                                           modes=modes)
     seconds["in all"] = sum(seconds.values())
-    times = [(f"time: {what}", took / HOUR, "h", "predicted") for what, took in seconds.items()]
-    form = dtype + (f", {quant}" if quant else "")
+    training = {"samples": samples, "tokens": new_tokens, "epochs": epochs, "batch": train_batch}
     asked = f"{clips} clips x {questions} questions, {new_tokens} tokens"
     sections = {
         "Models (parameters)": [row for size in sizes for row in _parameters(size)],
-        f"Memory on the device ({form}, {batch} answers at a time)":
+        f"Memory on the device ({_form(dtype, quant)}, {batch} answers at a time)":
             [(what, number / GB, "GB", "predicted") for what, number in need.items()],
         f"Extraction ({asked}) on {machine.name}":
-            [("disk: shards and heads", disk / GB, "GB", "predicted"), *times],
+            [("disk: shards and heads", disk / GB, "GB", "predicted"),
+             *((f"time: {what}", took / HOUR, "h", "predicted") for what, took in seconds.items())],
         f"Training (at most {epochs} epochs, batch {train_batch}) on {machine.name}":
-            [row for level in levels
-             for row in _training(level, sizes, machine, samples=samples, tokens=new_tokens,
-                                  epochs=epochs, batch=train_batch)]}
+            [row for level in levels for row in _training(level, sizes, machine, training)]}
     table = pd.DataFrame([(section, *row) for section, rows in sections.items() for row in rows],
                          columns=["section", "what", "value", "unit", "kind"])
     advice = [_fit(sizes, machine, need[PEAK] / GB, dtype, batch, new_tokens)]
@@ -85,15 +85,20 @@ def text(plan: dict[str, Any]) -> str:
     return "\n".join(lines[:-1])
 
 
+def _form(dtype: str, quant: str | None) -> str:
+    return dtype + (f", {quant}" if quant else "")
+
+
 def _parameters(size: ModelSize) -> list[tuple[str, float, str, str]]:
-    parts = [(f"   {part}", count, "", "counted") for part, count in size.parameters.items()]
-    positions = planning.prompt_positions(size)
-    return [(f"{size.name} ({size.role})", size.total, "", "counted"), *parts,
-            ("   positions of a prompt", positions, "", "counted, text assumed")]
+    counts = {f"{size.name} ({size.role})": size.total,
+              **{f"   {part}": count for part, count in size.parameters.items()}}
+    return [*((what, count, "", "counted") for what, count in counts.items()),
+            ("   positions of a prompt", planning.prompt_positions(size), "",
+             "counted, text assumed")]
 
 
 def _training(level: str, sizes: Sizes, machine: Machine,
-              **options: int) -> list[tuple[str, float, str, str]]:
+              options: dict[str, int]) -> list[tuple[str, float, str, str]]:
     drafter, verifier = sizes
     with torch.device("meta"):
         adapter = registry.create_adapter(level, verifier.hidden, drafter_size=drafter.hidden)
@@ -102,6 +107,18 @@ def _training(level: str, sizes: Sizes, machine: Machine,
     return [(f"{level}: parameters", parameters, "", "counted"),
             (f"{level}: peak memory", peak / GB, "GB", "predicted"),
             (f"{level}: time", seconds / HOUR, "h", "predicted")]
+
+
+def _peak(sizes: Sizes, dtype: str, quant: str | None, batch: int, new_tokens: int) -> float:
+    """Predicted GB of both models."""
+    return planning.memory(sizes, dtype=dtype, quant=quant, batch=batch,
+                           new_tokens=new_tokens)[PEAK] / GB
+
+
+def _ways(sizes: Sizes, most: float, tries: dict[str, tuple[Any, ...]]) -> str:
+    """Which settings (arguments of :func:`_peak` by what they are called) need at most ``most``."""
+    return "; ".join(f"{what} needs {need:.1f} GB" for what, settings in tries.items()
+                     if (need := _peak(sizes, *settings)) <= most)
 
 
 def _fit(sizes: Sizes, machine: Machine, need: float, dtype: str, batch: int,
@@ -114,15 +131,10 @@ def _fit(sizes: Sizes, machine: Machine, need: float, dtype: str, batch: int,
     place = f"the {machine.memory_gb:.0f} GB of {machine.name}"
     if need <= most:
         return f"{need:.1f} GB fit into {place}, with room for fragmentation"
-    ways = []
-    for quant in (None, "8bit", "4bit"):
-        for fewer in sorted({batch, 1}, reverse=True):
-            less = planning.memory(sizes, dtype=dtype, quant=quant, batch=fewer,
-                                   new_tokens=new_tokens)[PEAK] / GB
-            if less <= most and less < need:
-                form = f"--quant {quant}" if quant else "no quantisation"
-                ways.append(f"{form} with --batch {fewer} needs {less:.1f} GB")
-    hint = "; ".join(ways) or "no number format fits: use a larger device"
+    tries = {f"{f'--quant {quant}' if quant else 'no quantisation'} with --batch {fewer}":
+             (dtype, quant, fewer, new_tokens)
+             for quant in QUANTS for fewer in sorted({batch, 1}, reverse=True)}
+    hint = _ways(sizes, most, tries) or "no number format fits: use a larger device"
     return f"{need:.1f} GB do not fit into {place}: {hint}"
 
 
@@ -154,3 +166,73 @@ def _assumptions(machine: Machine, new_tokens: int, batch: int, epochs: int) -> 
         lines.append("the speed is quoted, not measured: --measure times this machine, --tflops "
                      "and --gb-s give your own figures")
     return lines
+
+
+# --- doctor
+
+
+def examine(pair: str, *, dtype: str = "float32", quant: str | None = None,
+            device: str = "cpu") -> list[Finding]:
+    """Findings about a pair, the cheap ones first; it is not loaded where its predicted memory is
+    more than what is free. Raises: ParameterError for an unknown dtype or quant."""
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        return [Finding("bad", "no GPU is visible to torch",
+                        "use --device cpu, or install a CUDA build of torch and its driver")]
+    found: list[Finding] = []
+    try:
+        sizes = full_size.sizes(pair)
+        found = [fits(sizes, planning.free_bytes(device), dtype=dtype, quant=quant, device=device)]
+        if found[0].state == "bad":
+            return found
+        loaded = loading.load_pair(pair, dtype=dtype, quant=quant, device=device)
+        ours, theirs = loaded.drafter, loaded.verifier
+        found.append(Finding(
+            "ok", f"pair {loaded.name}: {ours.hidden_size} and {theirs.hidden_size} wide, "
+            f"{loaded.draft_vocab_size} ids are the same text to both and may be drafted (heads of "
+            f"{ours.vocab_size} and {theirs.vocab_size} rows), end of answer "
+            f"{sorted(theirs.eos_token_ids)}"))
+        for size in sizes:
+            model, parts = getattr(loaded, size.role).model, []
+            for module, counts in quantization.dtype_map(model).items():
+                kinds = [f"{kind} {count:,}".replace(",", " ") for kind, count in counts.items()]
+                parts.append(f"{module} {' + '.join(kinds)}")
+            taken = quantization.weight_bytes(model) / GB
+            predicted = planning.weight_bytes(size, dtype, quant) / GB
+            found.append(Finding("ok", f"{size.role}: weights take {taken:.3f} GB (predicted "
+                                 f"{predicted:.3f}); stored numbers: {'; '.join(parts)}"))
+        found.append(_request(loaded))
+    except XsdError as error:
+        return [*found, Finding("bad", "the pair does not load or run", str(error))]
+    where = "process" if torch.device(device).type == "cpu" else device
+    taken = quantization.peak_memory_bytes(device) / GB  # since this process began
+    return [*found, Finding("ok", f"measured peak memory of the {where}: {taken:.2f} GB, libraries "
+                            "included")]
+
+
+def fits(sizes: Sizes, free: int | None, *, dtype: str, quant: str | None, device: str) -> Finding:
+    """Predicted peak of one answer at a time against free bytes (None: the system does not say)."""
+    need = _peak(sizes, dtype, quant, 1, 64)
+    what = f"predicted memory {need:.2f} GB ({_form(dtype, quant)}, one answer at a time)"
+    if free is None:
+        return Finding("note", what, f"how much {device} has free is not known here")
+    there = free / GB
+    if need <= there:
+        return Finding("ok", f"{what}, {there:.1f} GB free on {device}")
+    tries = {"--dtype bfloat16" + (f" --quant {less}" if less else ""): ("bfloat16", less, 1, 64)
+             for less in QUANTS}
+    return Finding("bad", f"{what}, but only {there:.1f} GB are free on {device}",
+                   _ways(sizes, there, tries) or "use a larger device (xsd plan)")
+
+
+def _request(pair: loading.Pair) -> Finding:
+    """An answer of two tokens about blank pictures: are its numbers finite?"""
+    blank = np.full((full_size.N_VIDEO_FRAMES, 32, 32, 3), 255, np.uint8)
+    sample = Sample("doctor", "blank", "What is in the scene?",
+                    list(blank[:1]) * pair.n_event_frames, 0 * blank)
+    for handle in (pair.drafter, pair.verifier):
+        answer = handle.generate([sample], 2)[0]
+        if not bool(torch.isfinite(handle.lm_head(answer.hidden)).all()):
+            return Finding("bad", f"the {handle.role} gives NaN or infinity",
+                           "load it with --dtype float32 or bfloat16")
+    return Finding("ok", "both models answered a question about blank pictures with finite numbers "
+                   "(2 tokens)")
