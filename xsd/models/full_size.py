@@ -102,7 +102,7 @@ def _size_of(model_class: type, config: Any, role: Role, name: str,
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     head_width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     return ModelSize(
-        name=name, role=role, parameters=_by_part(model, linear),
+        name=name, role=role, parameters=_by_part(model),
         linear_rows=sum(layer.out_features for layer in linear),
         largest_linear=max(layer.weight.numel() for layer in linear),
         layers=text.num_hidden_layers, hidden=text.hidden_size,
@@ -112,14 +112,14 @@ def _size_of(model_class: type, config: Any, role: Role, name: str,
         vision=vision, visual_tokens=int(visual_tokens))
 
 
-def _by_part(model: nn.Module, linear: list[nn.Linear]) -> dict[str, int]:
-    parts = {id(parameter): "linear" for layer in linear for parameter in layer.parameters()}
-    parts[id(model.get_output_embeddings().weight)] = "head"
-    parts[id(model.get_input_embeddings().weight)] = "embeddings"  # a tied head counts as these
+_PARTS = {"tower": set(TOWERS), "projector": set(PROJECTORS), "head": {"lm_head"},
+          "embeddings": {"embed_tokens"}, "linear": {"self_attn", "mlp"}}
+
+
+def _by_part(model: nn.Module) -> dict[str, int]:
     counts: Counter[str] = Counter()
-    for key, parameter in model.named_parameters():
+    for key, parameter in model.named_parameters():  # a tied head counts as the embeddings
         path = set(key.split("."))
-        other = ("tower" if path & set(TOWERS) else
-                 "projector" if path & set(PROJECTORS) else "norms")
-        counts[parts.get(id(parameter), other)] += parameter.numel()
+        part = next((part for part, names in _PARTS.items() if path & names), "norms")
+        counts[part] += parameter.numel()
     return dict(counts)

@@ -1,10 +1,5 @@
 """Raw DSEC sequences: events, rectified images and timestamps, cut into clips of the dataset folder
-(docs/sensors.md, section 6).
-
-<sequence>/events/left/events.h5, rectify_map.h5      events 640 x 480, t in µs relative to t_offset
-<sequence>/images/left/rectified/000000.png …         1440 x 1080, 20 Hz
-<sequence>/images/timestamps.txt                      one absolute time in µs a line
-"""
+(docs/sensors.md, section 6)."""
 
 from __future__ import annotations
 
@@ -25,8 +20,7 @@ WIDTH, HEIGHT = event_files.DSEC_SENSOR.values()
 
 @dataclass(frozen=True)
 class DsecSequence:
-    """One raw sequence. image_times_us: int64 [T] absolute µs, of image_paths. rectify_path: None
-    where the map is missing."""
+    """One raw sequence. image_times_us: int64 [T], absolute. rectify_path: None without a map."""
 
     name: str
     events_path: Path
@@ -36,8 +30,8 @@ class DsecSequence:
 
 
 def open_sequence(folder_path: str | Path) -> DsecSequence:
-    """Look at a raw sequence without reading its events. Raises: DatasetError for missing files or
-    another number of times than images."""
+    """Look at a raw sequence without reading its events. Raises: DatasetError for missing files,
+    times that do not rise or are not one an image."""
     root = Path(folder_path)
     events_path = root / "events" / "left" / "events.h5"
     times_path = root / "images" / "timestamps.txt"
@@ -57,19 +51,17 @@ def open_sequence(folder_path: str | Path) -> DsecSequence:
             f"{root}: {len(paths)} images but {len(times)} timestamps; unpack the images again")
     if (np.diff(times) <= 0).any():
         raise DatasetError(f"{times_path}: the times do not rise; copy the file again")
-    rectify = root / "events" / "left" / "rectify_map.h5"
+    rectify = events_path.with_name("rectify_map.h5")
     return DsecSequence(root.name, events_path, rectify if rectify.is_file() else None, paths,
                         times)
 
 
 def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
                 rectify: bool = False) -> Events:
-    """Events with start_us <= t < end_us (absolute µs, image clock), read without loading the whole
-    file: ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms.
-
-    rectify: move each event to its rectified pixel, dropping those that leave the sensor. Raises:
-    EventError when the file is unreadable; DatasetError when a wanted rectify map is missing.
-    """
+    """Events with start_us <= t < end_us (absolute µs), read without loading the whole file:
+    ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms. rectify: move each to its rectified
+    pixel, dropping those that leave the sensor. Raises: EventError when the file is unreadable;
+    DatasetError when a wanted rectify map is missing."""
     try:
         with event_files.h5_module(sequence.events_path).File(sequence.events_path, "r") as file:
             offset = int(file["t_offset"][()])
@@ -90,8 +82,7 @@ def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
 
 
 def _rectified(sequence: DsecSequence, events: Events) -> Events:
-    path = sequence.rectify_path
-    if path is None:
+    if (path := sequence.rectify_path) is None:
         raise DatasetError(f"sequence {sequence.name} has no events/left/rectify_map.h5; unpack it "
                            "or leave rectification out")
     try:
@@ -106,17 +97,14 @@ def _rectified(sequence: DsecSequence, events: Events) -> Events:
 
 
 def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 1_000_000,
-            hop_us: int = 500_000, n_video: int = 8, video_size: tuple[int, int] | None = None,
+            hop_us: int = 500_000, video_size: tuple[int, int] | None = None,
             canvas: frames.Canvas = "slice", rectify: bool = False,
             progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
-    """Cut every raw sequence under ``source`` (or ``source`` itself) into a dataset folder. A
-    sequence in the index is not made again, so a stopped run continues with the next one.
-
-    video_size: width and height to resize the images to. progress: called with sequence, clips
-    done, clips in all. Returns: {sequences, clips, skipped (too few events), resumed (sequences
-    that were there), notes}. Raises: DatasetError when there is no raw sequence; as
-    :func:`read_window`; StorageError.
-    """
+    """Cut every raw sequence under ``source`` (or ``source`` itself) that is not in the index yet
+    into a dataset folder. video_size: width and height to resize the images to. progress(sequence,
+    clips done, clips in all). Returns: {sequences, clips, skipped (too few events), resumed
+    (sequences that were there), notes}. Raises: DatasetError when there is no raw sequence; as
+    :func:`read_window`; StorageError."""
     begun = (Path(root) / folder.INDEX).is_file()
     done = {record.sequence for record in folder.open_folder(root)} if begun else set()
     summary: dict[str, Any] = {"sequences": 0, "clips": 0, "skipped": 0, "resumed": 0, "notes": []}
@@ -137,7 +125,7 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
                 note = event_streams.official_limit_note(events)
                 if note and not summary["notes"]:
                     summary["notes"].append(f"{place.name}/{k:06d}: {note}")
-                chosen = inside[frames.uniform_indices(len(inside), n_video)]
+                chosen = inside[frames.uniform_indices(len(inside), 8)]
                 pictures = [frames.read_image(sequence.image_paths[i], video_size) for i in chosen]
                 writer.add(place.name, f"{k:06d}", events=events, video=np.stack(pictures),
                            event_frames=frames.event_frames(events, 5, canvas=canvas),

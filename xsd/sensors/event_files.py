@@ -1,8 +1,6 @@
-"""The columns of an event file of any kind (docs/sensors.md, section 3).
-
-The dataset keeps events as a pickled dict, and a pickle can run any code: it is read here by an
-unpickler that knows plain containers, numbers and numeric arrays, and nothing else.
-"""
+"""The columns of an event file of any kind (docs/sensors.md, section 3). The dataset keeps events
+as a pickled dict, and a pickle can run any code: it is read here by an unpickler that knows plain
+containers, numbers and numeric arrays, and nothing else."""
 
 from __future__ import annotations
 
@@ -25,8 +23,7 @@ DSEC_SENSOR = {"width": 640, "height": 480}
 
 def read_columns(path: Path) -> dict[str, Any]:
     """The arrays of an event file by the names it gives them, and width and height where it says.
-    Raises: EventError when the file is missing, of another type, unreadable, or holds anything but
-    numbers."""
+    Raises: EventError when it is missing, of another type, or unreadable."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise EventError(f"{path}: event files of type {path.suffix or '(none)'} are not read "

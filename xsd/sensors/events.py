@@ -1,8 +1,5 @@
 """Event streams: one record, its checks, reading of the usual files, and the dataset's own file
-(docs/sensors.md, section 3).
-
-An event says that one pixel got brighter (ON, p = 1) or darker (OFF, p = 0) at one time.
-"""
+(docs/sensors.md, section 3)."""
 
 from __future__ import annotations
 
@@ -26,8 +23,8 @@ _NAMES = {"x": ("x",), "y": ("y",), "t": ("t", "t_us", "timestamp", "timestamps"
 
 @dataclass(frozen=True, eq=False)
 class Events:
-    """N events. x, y: uint16 [N] pixels; t_us: int64 [N] µs; p: uint8 [N], 0 OFF, 1 ON. width,
-    height: of the sensor, where known."""
+    """N events. x, y: uint16 [N] pixels; t_us: int64 [N] µs; p: uint8 [N], 1 (ON) where a pixel got
+    brighter, 0 (OFF) darker. width, height: of the sensor, where known."""
 
     x: np.ndarray
     y: np.ndarray
@@ -58,8 +55,8 @@ class Events:
 
 def empty(width: int | None = None, height: int | None = None) -> Events:
     """A stream of no event."""
-    return Events(np.empty(0, np.uint16), np.empty(0, np.uint16), np.empty(0, np.int64),
-                  np.empty(0, np.uint8), width, height)
+    x, y, t_us, p = (np.empty(0, dtype) for dtype in (np.uint16, np.uint16, np.int64, np.uint8))
+    return Events(x, y, t_us, p, width, height)
 
 
 def join(streams: Sequence[Events]) -> Events:
@@ -77,8 +74,7 @@ def join(streams: Sequence[Events]) -> Events:
 def from_columns(columns: Mapping[str, Any], *, width: int | None = None, height: int | None = None,
                  name: str = "the event stream") -> Events:
     """Events from arrays of any integer type under x, y, t, p (p may be bool, 0/1 or -1/1). Raises:
-    EventError for a missing column, other lengths, numbers that are not whole, negative
-    coordinates, another polarity."""
+    EventError for missing columns or numbers that are none of these."""
     found: dict[str, np.ndarray] = {}
     for column, spellings in _NAMES.items():
         key = next((spelling for spelling in spellings if spelling in columns), None)
@@ -106,8 +102,7 @@ def from_columns(columns: Mapping[str, Any], *, width: int | None = None, height
 
 
 def check_events(events: Events, name: str = "the event stream") -> None:
-    """Raises: EventError when the stream is empty, not in order of time, or outside the sensor
-    (where its size is known)."""
+    """Raises: EventError when the stream is empty, not in order of time, or outside its sensor."""
     if len(events) == 0:
         raise EventError(f"{name} is empty; at least one event is needed (choose another clip or a "
                          "longer window)")
@@ -127,7 +122,7 @@ def check_events(events: Events, name: str = "the event stream") -> None:
 
 
 def official_limit_note(events: Events) -> str | None:
-    """A sentence when the official EventGPT code would refuse the stream (100 ms or longer)."""
+    """What to say where the official EventGPT code would refuse the stream (100 ms or longer)."""
     duration = int(events.t_us[-1] - events.t_us[0]) if len(events) else 0
     if duration < OFFICIAL_LIMIT_US:
         return None
@@ -140,12 +135,8 @@ def official_limit_note(events: Events) -> str | None:
 
 def read_events(path: str | Path, *, width: int | None = None, height: int | None = None) -> Events:
     """Read and check an event file: the dataset's pickled-dict ``.npy``, a structured ``.npy``,
-    ``.npz``, ``.aedat4``, DSEC's ``.h5``; t in µs as in the file, DSEC's with its ``t_offset``.
-
-    width, height: of the sensor, if the file does not say (or says something else). Raises:
-    EventError when the file is missing, unreadable, holds anything but numbers, or fails
-    :func:`check_events`.
-    """
+    ``.npz``, ``.aedat4``, DSEC's ``.h5`` (with its ``t_offset``). width, height: of the sensor, if
+    the file does not say. Raises: as event_files.read_columns, from_columns and check_events."""
     columns = event_files.read_columns(Path(path))
     sides = {"width": columns.get("width") if width is None else width,
              "height": columns.get("height") if height is None else height}
@@ -156,8 +147,8 @@ def read_events(path: str | Path, *, width: int | None = None, height: int | Non
 
 
 def write_events(path: str | Path, events: Events) -> None:
-    """Write the dataset's file: ``.npy`` with a pickled dict of x, y, t, p (t int64 µs), width and
-    height where known. The same events give the same bytes. Raises: StorageError."""
+    """Write the dataset's file: ``.npy`` with a pickled dict of x, y, t, p, width and height where
+    known. The same events give the same bytes. Raises: StorageError."""
     content: dict[str, Any] = {
         "x": np.array(events.x, np.uint16), "y": np.array(events.y, np.uint16),
         "t": np.array(events.t_us, np.int64), "p": np.array(events.p, np.uint8)}

@@ -1,15 +1,6 @@
 """The dataset folder: clips of events and video with an index, read as users have it, written the
-same way (docs/sensors.md, section 5).
-
-    <root>[/<split>]/EventGPT_Instruction_Subset.json
-        event_npy/<seq>/<clip>.npy     event_image/<seq>/<clip>_0.png … _4.png
-        video/<seq>/<clip>/*.png       event_image_1f/<seq>/<clip>_0.png
-        mp4/<seq>/<clip>.mp4           questions.json, facts.json           (these are optional)
-
-The index lists {id, split, event_data, video_data, mp4_data, event_image, event_image_1f}; our own
-folders add ``t_us`` and ``source``. Clips of one sequence overlap, so everything statistical goes
-by sequence.
-"""
+same way (docs/sensors.md, section 5). Clips of one sequence overlap, so everything statistical goes
+by sequence."""
 
 from __future__ import annotations
 
@@ -37,7 +28,7 @@ _CONTENT = ("event_npy", "event_image", "event_image_1f", "video", "mp4")
 
 @dataclass(frozen=True)
 class ClipRecord:
-    """Where one clip's files should be: only ``root`` and the index have been looked at."""
+    """Where one clip's files should be (only the index has been looked at)."""
 
     root: Path
     split: str | None
@@ -59,10 +50,8 @@ class ClipRecord:
 def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
     """The clips of a dataset folder, in the order of its index. With a split: of ``root/<split>``
     where it has an index, else the entries of ``root`` with that split. Without one: of ``root``,
-    else of all its subfolders with an index, in order of name.
-
-    Raises: DatasetError for a missing folder or index, a malformed entry, a split without clips.
-    """
+    else of all its subfolders with an index. Raises: DatasetError for a missing folder or index, a
+    malformed entry, a split without clips."""
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root}: there is no such dataset folder")
@@ -70,11 +59,10 @@ def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
         return [record for place in _indexed(root) for record in _records(place)]
     if (root / split / INDEX).is_file():
         return _records(root / split)
-    if not (root / INDEX).is_file():
-        there = ", ".join(path.parent.name for path in sorted(root.glob(f"*/{INDEX}")))
-        raise DatasetError(f"there is no {INDEX} in {root / split} nor in {root}"
-                           f"{f' (splits found: {there})' if there else ''}; give the folder that "
-                           "holds it")
+    if (places := _indexed(root)) != [root]:
+        there = ", ".join(place.name for place in places)
+        raise DatasetError(f"there is no {INDEX} in {root / split} nor in {root} (splits found: "
+                           f"{there}); give the folder that holds it")
     records = _records(root)
     if chosen := [record for record in records if record.split == split]:
         return chosen
@@ -113,10 +101,9 @@ def _record(root: Path, entry: Mapping[str, Any]) -> ClipRecord:
                       for kind in ("event_image", "event_image_1f"))
     t_us = entry.get("t_us")
     return ClipRecord(
-        root=root, split=entry.get("split"), id=str(entry["id"]), sequence=events.parent.as_posix(),
-        clip=events.stem, events_path=root / "event_npy" / events, event_images=images,
-        event_images_1f=single, video_dir=root / "video" / video, mp4_path=root / "mp4" / mp4,
-        t_us=None if t_us is None else (int(t_us[0]), int(t_us[1])), source=entry.get("source"))
+        root, entry.get("split"), str(entry["id"]), events.parent.as_posix(), events.stem,
+        root / "event_npy" / events, images, single, root / "video" / video, root / "mp4" / mp4,
+        None if t_us is None else (int(t_us[0]), int(t_us[1])), entry.get("source"))
 
 
 def _inside(name: str) -> Path:
@@ -142,9 +129,8 @@ def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
 def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
                 canvas: frames.Canvas | None = None) -> Sample:
     """One clip with one question, as both models see it. Event frames are the stored images where
-    no canvas is asked for (:func:`stored_frames`), else painted on ``canvas`` (``slice`` by
-    default). Raises: DatasetError for a question of zero length or missing files; EventError and
-    VideoError for bad ones."""
+    no canvas is asked for, else painted on ``canvas`` (``slice`` by default). Raises: DatasetError
+    for a question of zero length or missing files; EventError and VideoError for bad ones."""
     if not question.strip():
         raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
     stored = stored_frames(record, n_event_frames) if canvas is None else ()
@@ -156,8 +142,7 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
 
 
 def load_video(record: ClipRecord, n_frames: int = 8) -> np.ndarray:
-    """uint8 [n_frames, H, W, 3] from the folder of images or the mp4. Raises: DatasetError when the
-    clip has neither."""
+    """uint8 [n_frames, H, W, 3] from the folder of images or the mp4. Raises: DatasetError."""
     for path in (record.video_dir, record.mp4_path):
         if path.exists():
             return frames.read_video(path, n_frames)
@@ -172,8 +157,7 @@ def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> N
 
 
 def read_questions(path: str | Path, n: int = 10) -> list[str]:
-    """The n most frequent questions of a file, or of a folder's. Raises: DatasetError for a
-    malformed or empty list."""
+    """The n most frequent questions of a file or a folder's. Raises: DatasetError for none."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
     entries, questions = read_json(path, DatasetError, "write it again"), []
     with contextlib.suppress(KeyError, TypeError, AttributeError):
@@ -192,8 +176,7 @@ def read_facts(root: str | Path) -> dict[str, Any]:
 
 
 def data_hash(root: str | Path) -> str:
-    """sha256 over names and bytes of the index, questions, facts and every file of the layout, in
-    order of name."""
+    """sha256 over names and bytes of the index, questions, facts and every file of the layout."""
     root, files = Path(root), {}
     for place in _indexed(root):
         found = [place / name for name in (INDEX, QUESTIONS, FACTS)]
@@ -211,9 +194,8 @@ def data_hash(root: str | Path) -> str:
 
 
 class FolderWriter:
-    """Write clips into ``root``, as a context manager (or call :meth:`close`). The index comes
-    last, so a broken run leaves no half clip in it; one that is there is added to, a clip of the
-    same name replaced."""
+    """Write clips into ``root``, as a context manager (or call :meth:`close`): the index last, so
+    that it lists no half clip; one that is there is added to, clips of the same name replaced."""
 
     def __init__(self, root: str | Path, split: str, *, source: str | None = None) -> None:
         self.root, self.split, self.source = Path(root), split, source
@@ -230,12 +212,9 @@ class FolderWriter:
     def add(self, sequence: str, clip: str, *, events: Events, video: np.ndarray,
             event_frames: Sequence[np.ndarray] | None = None, t_us: tuple[int, int] | None = None,
             facts: Any = None) -> str:
-        """Write one clip's files and remember its entry. Returns: the clip's id.
-
-        video: uint8 [n, H, W, 3]. event_frames: painted on the sensor canvas if not given. t_us:
-        start and end on the sensor clock. facts: anything JSON can hold. Raises: DatasetError when
-        the sequence is already in another split; StorageError when the disk is full.
-        """
+        """Write one clip's files and remember its entry. Returns: the clip's id. video: uint8 [n,
+        H, W, 3]. event_frames: painted on the sensor canvas if not given. facts: anything JSON can
+        hold. Raises: DatasetError when the sequence is in another split; StorageError."""
         other = self._splits.setdefault(sequence, self.split)
         if other != self.split:
             raise DatasetError(f"sequence {sequence} is already in split {other!r}; clips of a "

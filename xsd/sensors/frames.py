@@ -1,8 +1,4 @@
-"""Pictures: event frames and video frames (docs/sensors.md, section 4).
-
-An event frame is a white canvas on which each event paints its pixel, blue for OFF and red for ON,
-the last one winning.
-"""
+"""Pictures: event frames and video frames (docs/sensors.md, section 4)."""
 
 from __future__ import annotations
 
@@ -23,13 +19,13 @@ Canvas = Literal["slice", "sensor"]
 
 def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
                  by: Literal["count", "time"] = "count") -> list[np.ndarray]:
-    """Cut a stream into slices and paint each one: n_frames images uint8 [H, W, 3].
+    """Cut a stream into slices and paint each one on white, OFF blue and ON red, the last event of
+    a pixel winning: n_frames images uint8 [H, W, 3].
 
     canvas: ``slice`` is the official picture size (the slice's largest x and y, plus one),
-    ``sensor`` the sensor's (the stream's largest x and y where its size is unknown). by: ``count``
-    is the official cut, N // n_frames events each and the rest in the last; ``time`` equal
-    durations. Raises: EventError for fewer events than frames, events outside the sensor, or an
-    empty slice on the slice canvas.
+    ``sensor`` the sensor's. by: ``count`` is the official cut, N // n_frames events each and the
+    rest in the last; ``time`` equal durations. Raises: EventError for fewer events than frames,
+    events outside the sensor, or an empty slice on the slice canvas.
     """
     if n_frames < 1:
         raise EventError(f"{n_frames} event frames were asked for; at least one is needed")
@@ -54,12 +50,9 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
                                  "no size; use canvas='sensor' or by='count'")
             sizes[k] = int(events.x[first:last].max()) + 1, int(events.y[first:last].max()) + 1
 
-    # One block for all pictures and one channel at a time: many times as fast.
-    offsets = [0, *itertools.accumulate(3 * width * height for width, height in sizes)]
-    block = np.full(offsets[-1], 255, np.uint8)
     pictures = []
-    for (first, last), (width, height), start in zip(cuts, sizes, offsets[:-1], strict=True):
-        painted = block[start:start + 3 * width * height]
+    for (first, last), (width, height) in zip(cuts, sizes, strict=True):
+        painted = np.full(3 * width * height, 255, np.uint8)
         part = events.where(slice(first, last))
         red_byte = (part.y.astype(np.intp) * width + part.x) * 3
         painted[red_byte] = 255 * part.p  # where a pixel is named twice, numpy keeps the last
@@ -70,30 +63,26 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
 
 
 def uniform_indices(n_available: int, n_frames: int) -> list[int]:
-    """floor(linspace(0, n_available - 1, n_frames)). Raises: VideoError when nothing is available.
-
-    >>> uniform_indices(20, 8)
-    [0, 2, 5, 8, 10, 13, 16, 19]
-    """
+    """floor(linspace(0, n_available - 1, n_frames)), in whole numbers: no rounding to go wrong.
+    Raises: VideoError when nothing is available."""
     if n_available < 1 or n_frames < 1:
         raise VideoError(
             f"cannot sample {n_frames} frames from {n_available}; a video needs at least one frame")
-    # Whole numbers: no rounding to go wrong.
     return [i * (n_available - 1) // max(1, n_frames - 1) for i in range(n_frames)]
 
 
 def windows(times_us: np.ndarray, clip_us: int = 1_000_000,
             hop_us: int = 500_000) -> list[tuple[int, int]]:
-    """Start and end (not included), in µs, of every whole clip on the pictures' clock; the last
-    picture lasts one interval. times_us: int64 [T], rising."""
+    """Start and end in µs of every whole clip on the pictures' clock (int64 [T], rising); the last
+    picture lasts one interval."""
     gap = int(np.median(np.diff(times_us))) if len(times_us) > 1 else 0
     last = int(times_us[-1]) + gap - clip_us
     return [(start, start + clip_us) for start in range(int(times_us[0]), last + 1, hop_us)]
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """One image file as uint8 [H, W, 3], resized to ``size`` (width, height) where one is given.
-    Raises: VideoError when it is missing or does not decode."""
+    """One image file as uint8 [H, W, 3], resized to ``size`` (width, height). Raises: VideoError
+    when it is missing or does not decode."""
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")
@@ -105,9 +94,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
 
 def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
-    """Uniformly sampled frames of a video file, or of a folder of .png and .jpg in order of name:
-    uint8 [n_frames, H, W, 3]. Raises: VideoError when it is missing, holds no frame, does not
-    decode, or its images differ in size."""
+    """Uniformly sampled frames of a video file or a folder of .png and .jpg: uint8 [n_frames, H, W,
+    3]. Raises: VideoError for no frame, one that does not decode, images that differ in size."""
     path = Path(path)
     if path.is_dir():
         images = sorted(file for file in path.iterdir()

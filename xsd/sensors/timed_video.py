@@ -1,5 +1,4 @@
-"""Video files: their frames one after the other, and with their times (for the event-camera
-model)."""
+"""Video files: their frames one after the other, and with their times."""
 
 from __future__ import annotations
 
@@ -19,8 +18,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 @contextlib.contextmanager
 def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """A video file's stream and frames (PyAV's). Raises: VideoError when it is missing, holds no
-    video, or does not decode while it is read."""
+    """A video file's stream and frames (PyAV's). Raises: VideoError, also while it is read."""
     try:
         import av
     except ImportError as error:
@@ -41,9 +39,9 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
 
 def read(path: str | Path, *, max_seconds: float = 10.0,
          max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-    """The first ``max_seconds`` of a video file: frames uint8 [T, H, W, 3], longer sides scaled
-    down to max_side; times_us int64 [T], rising, 0 at the first frame. A frame without a time gets
-    the next one by the average rate. Raises: as :func:`decoded`."""
+    """The first ``max_seconds`` of a video file: frames uint8 [T, H, W, 3], at most ``max_side``
+    long; times_us int64 [T], rising from 0 (one without a time gets the next by the average rate).
+    Raises: as :func:`decoded`."""
     pictures: list[np.ndarray] = []
     times: list[int] = []
     with decoded(Path(path)) as (stream, frames):
