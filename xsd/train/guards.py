@@ -1,17 +1,11 @@
 """The guard of an honest figure: what an adapter is judged on may neither train it nor stop its
-training (docs/adapters.md, section 5).
-
-By name: samples of split "test" (:func:`source.refuse_test_split`), shards whose manifest says so,
-sequences of a held-out set. By hash: copied shard files, and answers that are in a held-out set
-under other names. An answer's digest is over the verifier's ids and its states rounded to half
-precision, so that copies stored as fp16 and as fp32 are one; int8 and bf16 copies differ and are
-caught by their names.
-"""
+training, by name and by hash (docs/adapters.md, section 5). An answer's digest is over the
+verifier's ids and its states rounded to half precision, so that copies stored as fp16 and as fp32
+are one; int8 and bf16 copies differ and are caught by their names."""
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,8 +22,7 @@ teacher-forced pair of one differ in length."""
 
 @dataclass(frozen=True)
 class Marks:
-    """What held-out sets are known by. sequences: names. shards: hashes of their shard files.
-    answers: digests."""
+    """What held-out sets are known by: names, hashes of shard files, digests of answers."""
 
     sequences: frozenset[str]
     shards: frozenset[str]
@@ -37,11 +30,11 @@ class Marks:
 
 
 def answer_digest(ids: Tensor, states: Tensor) -> str:
-    """Hex digest of one answer's beginning. ids: int64 [S] the verifier's; states: [S, …] its
-    own."""
-    found = hashlib.sha256(ids[:POSITIONS].to(torch.int64).contiguous().numpy().data)
-    found.update(states[:POSITIONS].to(torch.float16).contiguous().numpy().data)
-    return found.hexdigest()
+    """Hex digest of one answer's beginning, of the verifier's ids int64 [S] and states [S, D]; ""
+    for an empty one."""
+    if not len(ids):
+        return ""
+    return source.digest((ids[:POSITIONS].to(torch.int64), states[:POSITIONS].to(torch.float16)))
 
 
 def marks_of(datasets: Iterable[Any]) -> Marks:
@@ -53,10 +46,9 @@ def marks_of(datasets: Iterable[Any]) -> Marks:
         for sample in (dataset[i] for i in range(len(dataset))):
             sequences.add(sample.sequence)
             length = min(len(sample.ids_by_verifier), len(sample.ids_by_drafter))
-            if length:
-                answers.add(answer_digest(sample.ids_by_verifier[:length],
-                                          sample.hidden_by_verifier[:length]))
-    return Marks(frozenset(sequences), frozenset(shards), frozenset(answers))
+            answers.add(answer_digest(sample.ids_by_verifier[:length],
+                                      sample.hidden_by_verifier[:length]))
+    return Marks(frozenset(sequences), frozenset(shards), frozenset(answers - {""}))
 
 
 def _shard_hashes(manifest: dict[str, Any] | None) -> set[str]:
@@ -64,38 +56,29 @@ def _shard_hashes(manifest: dict[str, Any] | None) -> set[str]:
 
 
 def refuse_held_out(states: source.States, sets: Sequence[Any] | Marks) -> None:
-    """Raises: TrainingError when anything of the held-out sets is among ``states``, by name or by
-    hash.
-
-    sets: held-out datasets, or their :func:`marks_of`. Of streamed states the shard files are
-    compared, not each answer.
-    """
+    """Raises: TrainingError when anything of the held-out ``sets`` (or their marks) is among
+    ``states``, by name or by hash; of streamed states the shard files are compared, not each
+    answer."""
     manifest = states.manifest
     if manifest and str(manifest["config"].get("split", "")).lower() == "test":
-        raise TrainingError(
-            "the shards were extracted from the test split (their manifest says so); train on the "
-            "train split's shards")
+        raise TrainingError("the shards were extracted from the test split (their manifest says "
+                            "so); train on the train split's shards")
     known = sets if isinstance(sets, Marks) else marks_of(sets)
     shared = sorted(set(states.sequence) & known.sequences)
     if shared:
-        raise TrainingError(
-            f"sequence {shared[0]} is in the training data and in a held-out set ({len(shared)} "
-            "such); keep whole sequences apart")
+        raise TrainingError(f"sequence {shared[0]} is in the training data and in a held-out set "
+                            f"({len(shared)} such); keep whole sequences apart")
     if _shard_hashes(manifest) & known.shards:
-        raise TrainingError(
-            "a training shard file has a held-out shard's hash: it is a copy of it; train on the "
-            "train split's shards")
+        raise TrainingError("a training shard file has a held-out shard's hash: it is a copy of "
+                            "it; train on the train split's shards")
     if known.answers and isinstance(states, source.PackedStates):
-        copies = [row for row, digest in enumerate(_digests(states)) if digest in known.answers]
+        ends = states.lengths.cumsum(0)[:-1]
+        answers = zip(states.ids_by_verifier[:-1].tensor_split(ends),
+                      states.verifier[:-1].tensor_split(ends), strict=True)
+        copies = [row for row, answer in enumerate(answers)
+                  if answer_digest(*answer) in known.answers]
         if copies:
             raise TrainingError(
                 f"{len(copies)} of {len(states)} training answers are held-out ones under other "
                 f"names (first: sequence {states.sequence[copies[0]]}, by its hash); remove them "
                 "from the training data")
-
-
-def _digests(states: source.PackedStates) -> Iterator[str]:
-    for start, length in zip(states.starts.tolist(), states.lengths.tolist(), strict=True):
-        rows = slice(start, start + length)
-        yield answer_digest(states.ids_by_verifier[rows],
-                            states.verifier[rows]) if length else ""

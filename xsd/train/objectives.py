@@ -25,32 +25,34 @@ from xsd.core import ParameterError, TrainingError
 
 Term = Callable[[Tensor, Tensor, Tensor, "Head | None", "Tensor | None"], Tensor]
 
-
-def _mean(values: Tensor, weights: Tensor | None) -> Tensor:
-    return values.mean() if weights is None else (values * weights).sum() / weights.sum()
+# --- states against states: one value per row
 
 
-# --- states against states
+def _mse_rows(aligned: Tensor, target: Tensor) -> Tensor:
+    """Mean squared difference over the width."""
+    return (aligned - target).pow(2).mean(-1)
 
 
-def mse(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
-        weights: Tensor | None = None) -> Tensor:
-    """Mean over positions of the mean squared difference over the width."""
-    if weights is None:  # the same mean in one pass
-        return F.mse_loss(aligned, target)
-    return _mean((aligned - target).pow(2).mean(-1), weights)
-
-
-def cosine(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
-           weights: Tensor | None = None) -> Tensor:
+def _cosine_rows(aligned: Tensor, target: Tensor) -> Tensor:
     """1 - cosine similarity."""
-    return _mean(1 - F.cosine_similarity(aligned, target, dim=-1), weights)
+    return 1 - F.cosine_similarity(aligned, target, dim=-1)
 
 
-def smooth_l1(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
-              weights: Tensor | None = None) -> Tensor:
+def _smooth_l1_rows(aligned: Tensor, target: Tensor) -> Tensor:
     """Huber with beta 1 (EAGLE's regression loss), mean over the width."""
-    return _mean(F.smooth_l1_loss(aligned, target, reduction="none").mean(-1), weights)
+    return F.smooth_l1_loss(aligned, target, reduction="none").mean(-1)
+
+
+def _of_states(rows: Callable[[Tensor, Tensor], Tensor]) -> Term:
+    def term(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
+             weights: Tensor | None = None) -> Tensor:
+        if weights is not None:
+            return (rows(aligned, target) * weights).sum() / weights.sum()
+        if rows is _mse_rows:  # the same mean in one pass
+            return F.mse_loss(aligned, target)
+        return rows(aligned, target).mean()
+
+    return term
 
 
 # --- tokens, through the frozen head: one value per row, of rows that fit into memory together
@@ -83,8 +85,7 @@ def _total_variation_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tens
     return 1 - _overlap(head, aligned, target)
 
 
-def _likelihood_of_acceptance_rows(head: Head, aligned: Tensor, target: Tensor,
-                                   ids: Tensor) -> Tensor:
+def _acceptance_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
     """-log Σ min(p, q): the acceptance itself as a likelihood (LK loss)."""
     return -_overlap(head, aligned, target).clamp_min(1e-12).log()
 
@@ -124,16 +125,16 @@ def _through_head(name: str, rows: Rows) -> Term:
         weights = torch.ones(len(aligned), device=aligned.device) if weights is None else weights
         return _Chunked.apply(aligned, target.detach(), ids, weights, head, rows, chunk)
 
-    term.__name__, term.__doc__ = name, rows.__doc__
     return term
 
 
 ROWS: dict[str, Rows] = {
     "cross_entropy": _cross_entropy_rows, "kl": _kl_rows, "total_variation": _total_variation_rows,
-    "likelihood_of_acceptance": _likelihood_of_acceptance_rows,
+    "likelihood_of_acceptance": _acceptance_rows,
 }
 TERMS: dict[str, Term] = {
-    "mse": mse, "cosine": cosine, "smooth_l1": smooth_l1,
+    "mse": _of_states(_mse_rows), "cosine": _of_states(_cosine_rows),
+    "smooth_l1": _of_states(_smooth_l1_rows),
     **{name: _through_head(name, rows) for name, rows in ROWS.items()},
 }
 PRESETS = {"mse_cosine": "mse + 0.5*cosine", "tokens": "mse + 0.5*cosine + cross_entropy"}
@@ -159,23 +160,18 @@ class Objective:
 
     def __call__(self, aligned: Tensor, target: Tensor, ids: Tensor, mask: Tensor,
                  head: Head | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """All terms and their weighted sum ``total``.
-
-        Args: aligned, target: [B, S, D]. ids: int64 [B, S]. mask: bool [B, S]; padded positions
-        have no effect at all. weights: [B, S] or None.
-        Raises: TrainingError when nothing is unmasked, or a term needs a head and none is given.
-        """
+        """All terms and their weighted sum ``total``. aligned, target: [B, S, D]. ids: int64
+        [B, S]. mask: bool [B, S]; padded positions have no effect at all. weights: [B, S] or None.
+        Raises: TrainingError when nothing is unmasked, or a term lacks its head."""
         return self.flat(aligned[mask], target[mask], ids[mask], head,
                          None if weights is None else weights[mask])
 
     def flat(self, aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
              weights: Tensor | None = None) -> dict[str, Tensor]:
-        """The same over real positions alone: aligned, target [N, D], ids int64 [N], weights [N] or
-        None."""
+        """The same over real positions alone: aligned, target [N, D], ids, weights [N]."""
         if len(aligned) == 0:
-            raise TrainingError(
-                "an objective was asked for a batch without a real position; drop empty answers "
-                "from the dataset")
+            raise TrainingError("an objective was asked for a batch without a real position; drop "
+                                "empty answers from the dataset")
         functions = TERMS | self.own
         terms = {name: functions[name](aligned, target, ids, head, weights)
                  for name in self.weights}

@@ -1,10 +1,5 @@
 """Several processes, one training: what ``accelerate launch`` or ``torchrun`` started
-(docs/adapters.md, section 5).
-
-Every process holds the whole adapter, takes every n-th answer of each batch and adds its gradients
-to the others'. Process 0 writes. The group itself is accelerate's (gloo on CPU, NCCL on GPUs);
-alone, nothing is started and nothing is sent.
-"""
+(docs/adapters.md, section 5). The group is accelerate's; alone, nothing is started or sent."""
 
 from __future__ import annotations
 

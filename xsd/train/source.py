@@ -22,31 +22,26 @@ COLUMNS = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier")
 
 
 class PackedStates:
-    """All answers of a dataset in four flat tensors; a batch is one gather, right-padded with
-    zeros.
-
-    drafter: [T, D_d], verifier: [T, D_v], ids_by_drafter, ids_by_verifier: int64 [T], with one zero
-    row behind the end for padding.
-    manifest: of the shards they were read from, None for anything else.
-    """
+    """All answers of a dataset in four flat tensors (COLUMNS: [T, D_d], [T, D_v], int64 [T] twice,
+    with one zero row behind the end for padding); a batch is one gather, right-padded with zeros.
+    manifest: of the shards they were read from, else None."""
 
     def __init__(self, samples: Iterable[PairedStates],
                  manifest: dict[str, Any] | None = None) -> None:
         self.manifest = manifest
         self.sequence: list[str] = []
         self.split: list[str] = []
-        columns: tuple[list[Tensor], ...] = ([], [], [], [])
-        lengths: list[int] = []
+        answers: list[tuple[Tensor, ...]] = []
         modes: set[str] = set()
-        for sample in samples:
-            pieces = (sample.hidden_by_drafter, sample.hidden_by_verifier, sample.ids_by_drafter,
-                      sample.ids_by_verifier)
-            lengths.append(min(len(piece) for piece in pieces))
-            for column, piece in zip(columns, pieces, strict=True):
-                column.append(piece[:lengths[-1]])
-            modes.add(sample.mode)
-            self.sequence.append(sample.sequence)
-            self.split.append(sample.split)
+        for one in samples:
+            pieces = (one.hidden_by_drafter, one.hidden_by_verifier, one.ids_by_drafter,
+                      one.ids_by_verifier)
+            length = min(map(len, pieces))
+            answers.append(tuple(piece[:length] for piece in pieces))
+            modes.add(one.mode)
+            self.sequence.append(one.sequence)
+            self.split.append(one.split)
+        lengths = [len(answer[0]) for answer in answers]
         if not any(lengths):
             raise TrainingError(
                 "the dataset holds no position to train on; extract some answers first")
@@ -56,7 +51,7 @@ class PackedStates:
         self.mode = modes.pop()
         self.drafter, self.verifier, self.ids_by_drafter, self.ids_by_verifier = (
             torch.cat([*column, column[0].new_zeros(1, *column[0].shape[1:])])
-            for column in columns)
+            for column in zip(*answers, strict=True))
         self.drafter_size, self.hidden_size = self.drafter.shape[-1], self.verifier.shape[-1]
         self.lengths = torch.tensor(lengths)
         self.starts = self.lengths.cumsum(0) - self.lengths
@@ -71,11 +66,8 @@ class PackedStates:
 
     def fingerprint(self) -> str:
         """Hex digest of every value, so that a resumed run can tell that its data is the same."""
-        found = hashlib.sha256(
-            json.dumps([self.sequence, self.lengths.tolist(), self.mode]).encode())
-        for tensor in (self.drafter, self.verifier, self.ids_by_verifier):
-            found.update(tensor.contiguous().view(torch.uint8).numpy().data)
-        return found.hexdigest()
+        about = json.dumps([self.sequence, self.lengths.tolist(), self.mode])
+        return digest((self.drafter, self.verifier, self.ids_by_verifier), about)
 
     def batches(self, indices: Tensor, batch_size: int, *,
                 shuffle_seed: int | None = None) -> Iterator[Batch]:
@@ -112,8 +104,7 @@ class StreamedStates:
         return len(self.sequence)
 
     def fingerprint(self) -> str:
-        """Hex digest of the manifest, which holds the shards' checksums, and of what part of it
-        this is."""
+        """Hex digest of the manifest, which holds the shards' checksums, and of the part it is."""
         table = self.dataset.table()
         part = [list(table[name]) for name in ("sequence", "clip", "question")]
         text = json.dumps([self.manifest, part], sort_keys=True, default=str)
@@ -121,8 +112,7 @@ class StreamedStates:
 
     def batches(self, indices: Tensor, batch_size: int, *,
                 shuffle_seed: int | None = None) -> Iterator[Batch]:
-        """As PackedStates.batches, read from disk a few batches ahead; shuffled shard by shard, so
-        in another order than packed states."""
+        """As PackedStates.batches, read a few ahead; shuffled shard by shard."""
         yield from loader.Loader(self.dataset, batch_size=batch_size, shuffle_seed=shuffle_seed,
                                  indices=indices.tolist(), prefetch=2)
 
@@ -180,27 +170,21 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def refuse_test_split(split: Sequence[str]) -> None:
-    """Raises: TrainingError when any sample is labelled "test": what selects a checkpoint cannot
-    also judge it."""
+    """Raises: TrainingError when any sample is labelled "test"."""
     n = sum(label.strip().lower() == "test" for label in split)
     if n:
-        raise TrainingError(
-            f"{n} of {len(split)} samples are of the test split, which may not train or stop "
-            "anything; pass the train split's shards")
+        raise TrainingError(f"{n} of {len(split)} samples are of the test split, which may not "
+                            "train or stop anything; pass the train split's shards")
 
 
 def split_by_sequence(sequence: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
     """(training indices, validation indices), whole sequences each; about ``share`` of the samples,
-    at least one sequence, validate.
-
-    Raises: TrainingError when there is only one sequence: neighbouring clips overlap, so cutting
-    one would leak.
-    """
+    at least one sequence, validate. Raises: TrainingError when there is only one sequence:
+    neighbouring clips overlap, so cutting one would leak."""
     names = sorted(set(sequence))
     if len(names) < 2:
-        raise TrainingError(
-            f"all samples come from one sequence ({names[0]}), which cannot be cut into training "
-            "and validation; extract a second one")
+        raise TrainingError(f"all samples come from one sequence ({names[0]}), which cannot be cut "
+                            "into training and validation; extract a second one")
     order = torch.randperm(len(names), generator=torch.Generator().manual_seed(seed)).tolist()
     held: set[str] = set()
     for index in order[:-1]:
@@ -211,9 +195,9 @@ def split_by_sequence(sequence: Sequence[str], share: float, seed: int) -> tuple
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
 
 
-def digest(tensors: Iterable[Tensor]) -> str:
-    """Hex digest over the values of some tensors, in order."""
-    found = hashlib.sha256()
+def digest(tensors: Iterable[Tensor], about: str = "") -> str:
+    """Hex digest over a text and the values of some tensors, in order."""
+    found = hashlib.sha256(about.encode())
     for tensor in tensors:
         flat = tensor.detach().cpu().contiguous().flatten()
         found.update(flat.view(torch.uint8).numpy().data)
