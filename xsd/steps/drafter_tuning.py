@@ -1,11 +1,7 @@
 """L6: LoRA of the drafter's decoder on a run's teacher-forced pairs, merged, and judged on the
-run's held-out sets.
-
-The drafter itself changes, so the pair is loaded and the prompts are made again from the run's
-clips. Where the two widths differ (the embedded pair), a frozen ridge map stands between them; the
-same map in front of the drafter as it came is the comparison. Writes ``<run_dir>/adapters/L6``:
-best/ (LoRA), drafter/ (the merged drafter, an ordinary one), map/ (the ridge map).
-"""
+run's held-out sets. The drafter itself changes, so the pair is loaded and the prompts are made
+again from the run's clips. A frozen ridge map stands between the models; the same map behind the
+drafter as it came is the comparison."""
 
 from __future__ import annotations
 
@@ -40,14 +36,13 @@ def train(pairs: ShardDataset, *, run_dir: str | os.PathLike[str], data: str, fo
           config: lora.LoraFitConfig, head: Tensor, seed: int,
           **options: Any) -> tuple[FitResult, dict[str, Any]]:
     """Train (or find) L6 and judge it: (what fit_lora returned, held-out set of the run →
-    :func:`judge`).
-
-    pairs: teacher-forced, of the train split of ``data``. options: of lora_fit.fit_lora. Raises:
-    TrainingError as lora_fit.fit_lora.
-    """
+    :func:`judge`). Writes best/ (LoRA), drafter/ (merged, an ordinary one) and map/ (the ridge map)
+    into ``folder``. options: of lora_fit.fit_lora, which says what it raises."""
     about = extraction.pair_file(run_dir)
     pair = loading.load_pair(about["pair"])
-    through = _map_between(pairs, seed, config.validation_share)
+    states = source.open_states(pairs)
+    chosen, _ = source.split_by_sequence(states.sequence, config.validation_share, seed)
+    through = linear.fit_linear("ridge", states.batches(chosen, 64))
     result = lora_fit.fit_lora(pair.drafter.model, pairs, prompts(run_dir, data, "train", pair),
                                folder=folder, head=head, config=config, adapter=through, seed=seed,
                                merge=True, **options)
@@ -63,30 +58,18 @@ def train(pairs: ShardDataset, *, run_dir: str | os.PathLike[str], data: str, fo
     return result, judged
 
 
-def _map_between(pairs: ShardDataset, seed: int, share: float) -> Adapter:
-    """The ridge map from the drafter's states to the verifier's, of the sequences that L6 trains
-    on."""
-    states = source.open_states(pairs)
-    chosen, _ = source.split_by_sequence(states.sequence, share, seed)
-    return linear.fit_linear("ridge", states.batches(chosen, 64))
-
-
 def prompts(run_dir: str | os.PathLike[str], data: str, split: str,
             pair: loading.Pair) -> lora_fit.Prompt:
-    """Stored pair → its whole prompt's embeddings [L, D_d] in the drafter, vision included; the
-    last few are kept.
-
-    Raises: ParameterError when a pair's clip is not in the data set any more.
-    """
+    """Stored pair → its whole prompt's embeddings [L, D_d] in the drafter, vision included. Raises:
+    ParameterError when a pair's clip is not in the data set any more."""
     records = {(record.sequence, record.clip): record for record in dataset_folder.open_folder(
         datasets.root_of(run_dir, data, split), split)}
 
     @lru_cache(maxsize=CACHED_PROMPTS)
     def embedded(sequence: str, clip: str, question: str) -> Tensor:
         if (sequence, clip) not in records:
-            raise ParameterError(
-                f"clip {sequence}/{clip} of the stored pairs is not in data set {data!r}; extract "
-                "again with notebook 01")
+            raise ParameterError(f"clip {sequence}/{clip} of the stored pairs is not in data set "
+                                 f"{data!r}; extract again with notebook 01")
         (sample,) = plan.folder_samples([records[sequence, clip]], [question],
                                         n_event_frames=pair.n_event_frames,
                                         canvas=pair.event_canvas)
@@ -98,11 +81,8 @@ def prompts(run_dir: str | os.PathLike[str], data: str, split: str,
 def judge(through: Adapter, pairs: held_out.HeldOut, model: torch.nn.Module,
           prompt: lora_fit.Prompt, *, seed: int = 0) -> dict[str, Any]:
     """Token acceptance and accepted drafts per round on a held-out set, with the drafter as
-    extracted (before) and as ``model`` is now (after), both behind the map ``through``.
-
-    gain_per_start: the paired difference from every position with room for a whole round, its
-    interval drawn by sequence.
-    """
+    extracted (before) and as ``model`` is now (after), both behind the map ``through``; and their
+    paired difference from every position with room for a whole round, its interval by sequence."""
     batches = {"before": pairs.batches(BATCH), "after": _forced_again(pairs, model, prompt)}
     line: dict[str, Any] = {}
     starts = {}

@@ -1,5 +1,4 @@
-"""Step 02: one adapter for each level from the training pairs of a run, each by its recipe; L6, the
-drafter's own LoRA, among them (:mod:`xsd.steps.drafter_tuning`)."""
+"""Step 02: one adapter for each level from the training pairs of a run, each by its recipe."""
 
 from __future__ import annotations
 
@@ -23,9 +22,9 @@ from xsd.steps import extraction
 from xsd.train import fit, guards, recipes, source
 
 FULL_SIZE, FULL_LAYERS = 4096, 32
-"""Hidden size of the 7B pair, and its drafter's layers, for the parameter counts beside the
-embedded pair's."""
+"""Hidden size of the 7B pair, and its drafter's layers."""
 L6 = "L6"
+"""The drafter's own LoRA (:mod:`xsd.steps.drafter_tuning`)."""
 
 
 def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.PathLike[str],
@@ -35,12 +34,11 @@ def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.
     again.
 
     Args: pairs: of the train split. configs: level (by name, as module:Class, a class or an object)
-    → its FitConfig, for L6 a LoraFitConfig; :func:`config_of` makes them from a recipe. data: the
-    data set of the pairs, which L6 reads its prompts from. progress: called with the level's name
-    and each epoch's row.
+    → its FitConfig, for L6 a LoraFitConfig (:func:`config_of`). data: the data set of the pairs,
+    which L6 reads its prompts from. progress: called with the level's name and each epoch's row.
     Returns: pairs, hidden_size, data_hash, and for each of ``levels`` what it reads, its size and
-    its best epoch. Raises: TrainingError when the run holds another training of a level, or when
-    anything of its held-out sets is in the pairs; ParameterError for an option a level lacks.
+    its best epoch. Raises: TrainingError when the run holds another training of a level, or
+    anything of its held-out sets is in the pairs.
     """
     states, head = source.open_states(pairs), pairs.head("verifier")
     judged = guards.marks_of(held_out_sets(run_dir))
@@ -57,8 +55,8 @@ def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.
             lines[name] = _line(result, "drafter") | {"held_out": held_out}
         else:
             result = fit.fit_adapter(level, states, **given)
-            best = registry.load_any_adapter(result.best_path, level=level)
-            lines[name] = _line(result, best.reads)
+            reads = registry.load_any_adapter(result.best_path, level=level).reads
+            lines[name] = _line(result, reads)
     return {"pairs": len(states), "hidden_size": states.hidden_size,
             "data_hash": states.fingerprint(), "levels": lines}
 
@@ -76,8 +74,7 @@ def _line(result: fit.FitResult, reads: str) -> dict[str, Any]:
 
 
 def config_of(given: parameters.TrainParameters, level: Any) -> Any:
-    """The recipe of a level: its profile with what the parameters change; token fusion only for the
-    levels that can."""
+    """The recipe of a level: its profile with what the parameters change."""
     if level == L6:
         from xsd.train import lora
 
@@ -122,8 +119,7 @@ def adapter_folder(run_dir: str | os.PathLike[str], level: Any) -> Path:
 
 
 def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
-    """Every finished extraction of a held-out set in a run; unfinished ones hold nothing that
-    anybody is judged on yet."""
+    """Every finished extraction of a held-out set in a run."""
     found = sorted((folder.resolve(run_dir) / "shards").glob("test_*/*/manifest.json"))
     sets = [ShardDataset(path.parent, unfinished=True) for path in found]
     return [one for one in sets if one.manifest["finished"]]
@@ -179,35 +175,29 @@ def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
 
 def most_terms(epochs: pd.DataFrame) -> str:
     """The level whose loss is the sum of the most terms; the first of several."""
-    counts = {level: len(_terms_of(rows)) for level, rows in epochs.groupby("level", sort=False)}
-    return max(counts, key=counts.__getitem__)
-
-
-def _terms_of(rows: pd.DataFrame) -> list[str]:
-    return [name for name in rows if name.endswith(" loss") and rows[name].notna().all()]
+    losses = [name for name in epochs if name.endswith(" loss")]
+    counts = epochs.set_index("level")[losses].notna().sum(axis=1)
+    return counts.idxmax()
 
 
 def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
     """The terms of one level's loss over its epochs, each divided by its first value in that split,
     as ``training_curves`` reads them."""
-    rows = epochs[epochs["level"] == level]
-    pieces = []
-    for name in _terms_of(rows):
-        part = rows[["epoch", "split"]].assign(level=name.removesuffix(" loss"))
-        part["loss against the first epoch"] = rows[name] / rows.groupby("split")[name].transform(
-            "first")
-        pieces.append(part)
-    return pd.concat(pieces, ignore_index=True)
+    rows = epochs[epochs["level"] == level].dropna(axis=1, how="all")
+    losses = [name for name in rows if name.endswith(" loss")]
+    first = rows.groupby("split")[losses].transform("first")
+    long = rows.assign(**(rows[losses] / first)).melt(
+        ["epoch", "split"], losses, "level", "loss against the first epoch")
+    return long.assign(level=long["level"].str.removesuffix(" loss"))
 
 
 def table(levels: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """The trained levels (results["levels"]): what they read, parameters here and at the full size
     of 4096, epochs, best epoch, validation figures, seconds."""
-    rows = []
-    for level, found in levels.items():
-        shown = {name: value for name, value in found.items() if name != "held_out"}
-        rows.append({"level": level, **shown, "parameters at 4096": _full_size(level)})
-    return pd.DataFrame(rows).astype({"parameters at 4096": "Int64"})
+    rows = [{"level": level, **found, "parameters at 4096": _full_size(level)}
+            for level, found in levels.items()]
+    frame = pd.DataFrame(rows).drop(columns="held_out", errors="ignore")
+    return frame.astype({"parameters at 4096": "Int64"})
 
 
 def _full_size(level: str) -> int | None:
