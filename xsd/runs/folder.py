@@ -1,23 +1,5 @@
-"""The run folder: what the notebooks of one run leave for each other and for the report.
-
-::
-
-    <run_dir>/
-      data/simulated/<split>/          the drives simulated for it (01)
-      shards/<split>_<data>/<mode>/    paired states (01); split: train or test; data: simulated,
-                                       davis_road or a folder's name
-      shards/pair.json                 the pair's token texts and prompt ids (01), so that later
-                                       steps need not load it
-      adapters/<level>/                best.safetensors, history (02)
-      study/<recipe>/<level>/seed<n>/  the study's trainings, each with its record (12)
-      tokens.parquet                   the token table of xsd/evaluate/table.py, with ``data`` (04)
-      tables/                          every metric as CSV (03)
-      report/                          the whole run: report.txt, metrics.json, tables, figures (13)
-      live.json                        one sample's generations by arm, with token texts (05)
-      records.jsonl                    every live measurement (05)
-      results/<name>.json              numbers, one file per notebook: extract, train, hidden,
-                                       tokens, live, compare
-"""
+"""The run folder: what the notebooks of one run leave for each other and for the report
+(docs/architecture.md, The run folder)."""
 
 from __future__ import annotations
 

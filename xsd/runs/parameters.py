@@ -67,40 +67,38 @@ class TrainParameters(NotebookParameters):
         1e-3, description="L6's peak rate; 1e-4 for 7B models")
 
 
-class HiddenParameters(NotebookParameters):
-    """03: acceptance of hidden states."""
+class AcceptanceParameters(NotebookParameters):
+    """What notebooks 03 and 04 both take."""
 
-    notebook = "03_hidden"
     levels: typed.Levels = TRAINED
     test_data: typed.TestData = SETS
     mode: typed.HeldOutMode = "teacher_forced"
-    threshold: typed.Threshold = Field(
-        0.9, description="cosine threshold τ of the headline and of the curves")
-    thresholds: typed.Thresholds = Field([0.8, 0.85, 0.9, 0.95])
     gamma: typed.Gamma = 5
     max_positions: typed.Positions = 20
     resamples: typed.Resamples = 400
     batch_size: typed.AtATime = 64
 
 
-class TokenParameters(NotebookParameters):
+class HiddenParameters(AcceptanceParameters):
+    """03: acceptance of hidden states."""
+
+    notebook = "03_hidden"
+    threshold: typed.Threshold = Field(
+        0.9, description="cosine threshold τ of the headline and of the curves")
+    thresholds: typed.Thresholds = Field([0.8, 0.85, 0.9, 0.95])
+
+
+class TokenParameters(AcceptanceParameters):
     """04: acceptance of tokens, floors, reliability."""
 
     notebook = "04_tokens"
-    levels: typed.Levels = TRAINED
     data: typed.TrainData = Field("simulated",
                                   description="training set, whose answers make the floors")
-    test_data: typed.TestData = SETS
-    mode: typed.HeldOutMode = "teacher_forced"
-    gamma: typed.Gamma = 5
     top_k: typed.TopK = 5
     threshold: typed.Threshold = Field(
         0.9, description="cosine threshold τ compared with the token truth")
     columns: list[typed.Column] = Field(
         [], description="own columns of the token table, each as module:function")
-    max_positions: typed.Positions = 20
-    resamples: typed.Resamples = 400
-    batch_size: typed.AtATime = 64
 
 
 class LiveParameters(NotebookParameters):
