@@ -192,9 +192,8 @@ class Adapter(nn.Module):
     def _need(self, states: Tensor | None, whose: str, at_least: int) -> Tensor:
         have = 0 if states is None else len(states)
         if states is None or have < at_least:
-            raise ParameterError(
-                f"{self.level} needs at least {at_least} {whose} states or tokens for this step "
-                f"and got {have}; extend the {whose} first")
+            raise ParameterError(f"{self.level} needs at least {at_least} {whose} states or tokens "
+                                 f"for this step and got {have}; extend the {whose} first")
         return states
 
     def tokens_said(self, states: Tensor) -> Tensor:
@@ -247,9 +246,8 @@ class Adapter(nn.Module):
 
     def _refuse_unroll(self, drafter: Tensor | None) -> None:
         if self.shift != 1:
-            raise ParameterError(
-                f"{self.level} reads no verifier state, so there is nothing to unroll; its draft "
-                "is forward() over the drafter's states")
+            raise ParameterError(f"{self.level} reads no verifier state, so there is nothing to "
+                                 "unroll; its draft is forward() over the drafter's states")
         if self.reads == "both" and drafter is None:
             raise ParameterError(f"{self.level} reads both models' states; pass the drafter's too")
 

@@ -61,9 +61,8 @@ def _check_shape_and_gradient(adapter: Adapter, batch: Batch) -> None:
     if aligned.requires_grad:
         alignment_loss(aligned, target)["total_loss"].backward()
     if trained and all(p.grad is None or not p.grad.any() for p in trained):
-        raise ParameterError(
-            f"{adapter.level}: no gradient reaches a parameter, so it cannot learn; look for "
-            "no_grad, detach, or an output that does not use them")
+        raise ParameterError(f"{adapter.level}: no gradient reaches a parameter, so it cannot "
+                             "learn; look for no_grad, detach, or an output that does not use them")
     if any(p.grad is not None and not p.grad.isfinite().all() for p in trained):
         raise ParameterError(f"{adapter.level}: the gradient on random states is not finite")
 

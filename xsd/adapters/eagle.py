@@ -67,9 +67,8 @@ class EagleAdapter(LayerAdapter):
         mean square so that it meets the LayerNormed state."""
         want = tuple(self.token_embedding.shape) if self.fuses_tokens else None
         if tuple(table.shape) != want:
-            raise ParameterError(
-                f"a token table of shape {tuple(table.shape)} does not fit this {self.level} "
-                f"(expects {want}); create it with vocab_size")
+            raise ParameterError(f"a token table of shape {tuple(table.shape)} does not fit this "
+                                 f"{self.level} (expects {want}); create it with vocab_size")
         table = table.detach().float()
         self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
 

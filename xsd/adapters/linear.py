@@ -27,9 +27,8 @@ class LinearAdapter(Adapter):
         self.shift = 0 if reads == "drafter" else 1
         self.drafter_lead = 1 if reads == "both" else 0
         if level == "identity" and drafter_size not in (None, hidden_size):
-            raise ParameterError(
-                f"the identity needs one width, not drafter {drafter_size} and verifier "
-                f"{hidden_size}; use ridge or procrustes")
+            raise ParameterError(f"the identity needs one width, not drafter {drafter_size} and "
+                                 f"verifier {hidden_size}; use ridge or procrustes")
         super().__init__(hidden_size, drafter_size=drafter_size)
         self.level, self.options = level, {"reads": reads}
         self.input_map = nn.Identity()

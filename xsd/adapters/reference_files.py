@@ -89,9 +89,8 @@ def _load(path: Path) -> Any:
             return torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read without running code in it, or is damaged ({reason}); convert "
-            "it where it was made, or retrain") from error
+        raise CheckpointError(f"{path} cannot be read without running code in it, or is damaged "
+                              f"({reason}); convert it where it was made, or retrain") from error
 
 
 def _options(path: Path, level: str, raw: Mapping[str, Any],

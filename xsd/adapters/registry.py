@@ -114,9 +114,8 @@ def _build(level: Any, hidden_size: int, drafter_size: int | None,
         if level in NAMES:
             return {**LEVELS, **CLOSED_FORMS}[level](level=level, **sizes, **options)
         if isinstance(level, str) and ":" not in level:
-            raise ParameterError(
-                f"unknown adapter level {level!r}; choose one of {', '.join(NAMES)}, or name a "
-                "class of your own as module:Class")
+            raise ParameterError(f"unknown adapter level {level!r}; choose one of "
+                                 f"{', '.join(NAMES)}, or name a class of your own as module:Class")
         build = files.import_object(level) if isinstance(level, str) else level
         return build(**sizes | {"drafter_size": drafter_size or hidden_size}, **options)
     except TypeError as error:
@@ -189,14 +188,12 @@ def load_any_adapter(path: str | Path, *, device: str | torch.device = "cpu",
     shapes = {name: tuple(tensor.shape) for name, tensor in adapter.state_dict().items()}
     missing, unexpected = sorted(shapes.keys() - tensors), sorted(tensors.keys() - shapes)
     if missing or unexpected:
-        raise CheckpointError(
-            f"{path} is no whole {held}: missing {missing[:3] or 'nothing'}, unexpected "
-            f"{unexpected[:3] or 'nothing'}; save it again")
+        raise CheckpointError(f"{path} is no whole {held}: missing {missing[:3] or 'nothing'}, "
+                              f"unexpected {unexpected[:3] or 'nothing'}; save it again")
     for name, tensor in tensors.items():
         if tuple(tensor.shape) != shapes[name]:
-            raise CheckpointError(
-                f"{path}: {name} has shape {tuple(tensor.shape)}, {held} expects {shapes[name]}; "
-                "was it saved at another width?")
+            raise CheckpointError(f"{path}: {name} has shape {tuple(tensor.shape)}, {held} expects "
+                                  f"{shapes[name]}; was it saved at another width?")
     adapter.load_state_dict(tensors)
     return adapter.to(device).eval()
 
@@ -228,9 +225,8 @@ def _read(path: Path, level: Any = None, *,
             names = file.keys() if weights else ()
             tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{path} is damaged or no safetensors file ({error}); copy it again or retrain"
-        ) from error
+        raise CheckpointError(f"{path} is damaged or no safetensors file ({error}); copy it again "
+                              "or retrain") from error
     if "config" not in metadata:
         raise CheckpointError(
             f"{path} holds tensors but no adapter configuration; save it with save_adapter")

@@ -80,10 +80,9 @@ class EpochLoop:
                     if progress is not None and self.processes.writes:
                         progress(row)
         except torch.OutOfMemoryError as error:
-            raise TrainingError(
-                f"out of memory while training {self.level}: lower batch_size (now "
-                f"{self.config.batch_size}) and raise accumulation (now "
-                f"{self.config.accumulation}){self.to_save_memory}") from error
+            raise TrainingError(f"out of memory while training {self.level}: lower batch_size (now "
+                                f"{self.config.batch_size}) and raise accumulation (now "
+                                f"{self.config.accumulation}){self.to_save_memory}") from error
         return FitResult(self.level, self.folder, self.folder / self.best_name, self.history,
                          sum(row["seconds"] for row in self.history),
                          sum(parameter.numel() for parameter in self.parameters), self.best_epoch)
@@ -142,9 +141,8 @@ class EpochLoop:
         means = self.processes.sums(sums)
         count = means.pop("count")
         if count == 0:
-            raise TrainingError(
-                f"no validation answer is long enough for {self.level}; raise validation_share or "
-                "extract longer answers")
+            raise TrainingError(f"no validation answer is long enough for {self.level}; raise "
+                                "validation_share or extract longer answers")
         return {name: value / count for name, value in means.items()}
 
     def _judge(self, aligned: Tensor, target: Tensor, ids: Tensor,
@@ -214,9 +212,8 @@ class EpochLoop:
             if path.exists():
                 stored = torch.load(path, map_location=self.device, weights_only=True)
         except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
-            raise CheckpointError(
-                f"{path} is damaged ({type(error).__name__}); delete the folder and train again"
-            ) from error
+            raise CheckpointError(f"{path} is damaged ({type(error).__name__}); delete the folder "
+                                  "and train again") from error
         self.processes.wait()  # nobody writes before all have read
         if stored is None:
             return

@@ -60,9 +60,8 @@ def fit_adapter(
             f"level {level!r} is not trained here; choose one of {', '.join(registry.LEVELS)}, or "
             "name a class of your own as module:Class")
     if config.select_by == "token_acceptance" and head is None:
-        raise TrainingError(
-            f"profile {config.profile!r} selects by token acceptance and needs the verifier's LM "
-            "head; pass head= (a weight [V, D])")
+        raise TrainingError(f"profile {config.profile!r} selects by token acceptance and needs the "
+                            "verifier's LM head; pass head= (a weight [V, D])")
     return Training(level, dataset, folder, config, head=head, seed=seed, validation=validation,
                     held_out=held_out, device=device).run(progress)
 
@@ -107,9 +106,8 @@ class Training(EpochLoop):
             by_rows = "fused tokens"
         if not self.states.has_token_ids:
             if by_tokens or by_rows:
-                raise TrainingError(
-                    f"objective {config.objective!r} needs token ids and this dataset has none; "
-                    "use profile 'reference' or extract again")
+                raise TrainingError(f"objective {config.objective!r} needs token ids and this "
+                                    "dataset has none; use profile 'reference' or extract again")
             return
         self.head = head
         if isinstance(head, Tensor):

@@ -65,9 +65,8 @@ def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
             continue
         if hasattr(decoder, "layers"):
             return name, decoder
-    raise TrainingError(
-        f"{type(model).__name__} has no decoder at model.layers or model.language_model.layers; "
-        "pass the drafter's model")
+    raise TrainingError(f"{type(model).__name__} has no decoder at model.layers or "
+                        "model.language_model.layers; pass the drafter's model")
 
 
 def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: float = 0.05,
@@ -83,9 +82,8 @@ def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: floa
 
 def _attach(model: nn.Module, settings: peft.LoraConfig) -> peft.PeftModel:
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        raise TrainingError(
-            f"{type(model).__name__} already carries LoRA weights; merge or unload them first, or "
-            "load the drafter again")
+        raise TrainingError(f"{type(model).__name__} already carries LoRA weights; merge or unload "
+                            "them first, or load the drafter again")
     _undo_inference_packing(model)
     tuned = peft.get_peft_model(model, settings)
     settings.base_model_name_or_path = None  # a path of this machine says nothing on another
@@ -118,16 +116,14 @@ def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
     when the folder holds none or they are another model's; TrainingError for a quantised model."""
     folder = Path(folder)
     if is_quantised(model):
-        raise TrainingError(
-            "merging into quantised weights rounds nearly all of the training away: load the "
-            "drafter in bfloat16 and merge there")
+        raise TrainingError("merging into quantised weights rounds nearly all of the training "
+                            "away: load the drafter in bfloat16 and merge there")
     try:
         settings = peft.LoraConfig.from_pretrained(folder)
         weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
     except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(
-            f"{folder} holds no readable LoRA weights ({type(error).__name__}); give the run's "
-            "best folder") from error
+        raise CheckpointError(f"{folder} holds no readable LoRA weights ({type(error).__name__}); "
+                              "give the run's best folder") from error
     settings.inference_mode = False
     tuned = _attach(model, settings)
     expected, found = ({name: weight.shape for name, weight in some.items()}
@@ -135,9 +131,8 @@ def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
     if found != expected:
         different = min(name for name, _ in expected.items() ^ found.items())
         tuned.unload()
-        raise CheckpointError(
-            f"the LoRA weights in {folder} are of another model ({different}); load the drafter "
-            "they were trained on")
+        raise CheckpointError(f"the LoRA weights in {folder} are of another model ({different}); "
+                              "load the drafter they were trained on")
     peft.set_peft_model_state_dict(tuned, weights)
     return tuned.merge_and_unload(safe_merge=True).requires_grad_(False).eval()
 

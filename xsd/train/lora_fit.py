@@ -47,9 +47,8 @@ def fit_lora(
     config = config or lora.LoraFitConfig()
     quantised = lora.is_quantised(model)
     if merge and quantised:
-        raise TrainingError(
-            "a quantised drafter cannot take the weights in; train with merge=None and call "
-            "lora.merge_saved on one in bfloat16")
+        raise TrainingError("a quantised drafter cannot take the weights in; train with merge=None "
+                            "and call lora.merge_saved on one in bfloat16")
     training = LoraTraining(model, dataset, prompt, folder, head, config, adapter, held_out, seed)
     try:
         result = training.run(progress)

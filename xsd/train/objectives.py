@@ -119,9 +119,8 @@ def _through_head(name: str, rows: Rows) -> Term:
     def term(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
              weights: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
         if head is None:
-            raise TrainingError(
-                f"objective {name!r} needs the verifier's LM head; pass head= (a weight [V, D]), "
-                "for shards dataset.head('verifier')")
+            raise TrainingError(f"objective {name!r} needs the verifier's LM head; pass head= (a "
+                                "weight [V, D]), for shards dataset.head('verifier')")
         weights = torch.ones(len(aligned), device=aligned.device) if weights is None else weights
         return _Chunked.apply(aligned, target.detach(), ids, weights, head, rows, chunk)
 
