@@ -141,7 +141,7 @@ def test_status_of_a_stopped_run_and_of_one_that_is_being_written(data, tmp_path
 
 
 def test_an_error_in_the_middle_is_shown_by_status(data, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(run, "_tell", lambda *_: 1 / 0)
+    monkeypatch.setattr(run, "Progress", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         extract(data, tmp_path)
     monkeypatch.undo()

@@ -31,7 +31,6 @@ class Progress:
 
     done: int
     total: int
-    tokens: int
     rate: float
     eta_s: float
     gb: float
@@ -91,7 +90,11 @@ def extract(
     _check(pair, modes, layers, batch_size, max_new_tokens)
     items = plan.order(samples, max_samples=max_samples, seed=seed)
     settings = {**dict(config or {}), "max_new_tokens": max_new_tokens, "batch_size": batch_size,
-                "seed": seed, "max_samples": max_samples, **_identity(pair, items)}
+                "seed": seed, "max_samples": max_samples, "pair": pair.name,
+                "n_samples": len(items), "samples_hash": plan.plan_hash(items),
+                "n_event_frames": pair.n_event_frames, "event_canvas": pair.event_canvas,
+                "code_version": __version__, "drafter": identity(pair.drafter),
+                "verifier": identity(pair.verifier)}
     answers = _answers(pair, layers, settings, verifier_from)
     folders = {(mode, layer): folder / pairs.folder_name(mode, layer)
                for mode in modes for layer in layers}
@@ -103,14 +106,18 @@ def extract(
         stack.enter_context(monitor.recording(folder, rank.part_name))
         if not all(writer.finished for writer in writers.values()):
             _save_heads(pair, writers)
-            at = share.start + resumed
+            done, at = resumed, share.start + resumed
             for first in range(at - at % batch_size, share.stop, batch_size):
                 if stop.is_set():
                     break
                 _extract(pair, items, first, share, writers, answers, settings)
-                done = min(first + batch_size, share.stop) - share.start
-                _tell(progress, done, max(first - share.start, resumed), len(share), resumed,
-                      time.perf_counter() - started, writers)
+                before, done = done, min(first + batch_size, share.stop) - share.start
+                rate = (done - resumed) / (time.perf_counter() - started)
+                if hasattr(progress, "update"):
+                    progress.update(done - before)
+                elif progress is not None:
+                    left = (len(share) - done) / rate if rate else float("inf")
+                    progress(Progress(done, len(share), rate, left, _gigabytes(folders.values())))
         finished = joined = all(writer.n_written == len(share) for writer in writers.values())
         for writer in writers.values():
             writer.close(finished=finished)
@@ -118,18 +125,12 @@ def extract(
             joined = all([ranks.join(place, rank.world_size, len(items), samples_per_shard)
                           for place in folders.values()])
     n = min((writer.n_written for writer in writers.values()), default=len(share))
-    tokens = _tokens(writers) if writers or not joined else _stored_tokens(folders.values())
+    tokens = [writer.n_tokens for writer in writers.values()] or [
+        sum(shard["n_tokens_verifier"] for shard in read_manifest(place)["shards"])
+        for place in folders.values() if joined]
     names = {pairs.folder_name(*kind): place for kind, place in folders.items()}
-    return ExtractReport(n, tokens, time.perf_counter() - started, _gigabytes(folders.values()),
-                         resumed, finished, names, joined)
-
-
-def _identity(pair: Pair, items: Sequence[plan.Item]) -> dict[str, Any]:
-    """What must be equal for the same states to come out, besides the numbers that were given."""
-    return {"pair": pair.name, "n_samples": len(items), "samples_hash": plan.plan_hash(items),
-            "n_event_frames": pair.n_event_frames, "event_canvas": pair.event_canvas,
-            "code_version": __version__, "drafter": identity(pair.drafter),
-            "verifier": identity(pair.verifier)}
+    return ExtractReport(n, max(tokens, default=0), time.perf_counter() - started,
+                         _gigabytes(folders.values()), resumed, finished, names, joined)
 
 
 def _check(pair: Pair, modes: Sequence[Mode], layers: Sequence[int], batch_size: int,
@@ -246,16 +247,6 @@ def identity(handle: ModelHandle) -> dict[str, Any]:
             "dtype": str(handle.head.weight.dtype).removeprefix("torch.")}
 
 
-def _tokens(writers: Mapping[Kind, ShardWriter]) -> int:
-    return max((writer.n_tokens for writer in writers.values()), default=0)
-
-
-def _stored_tokens(folders: Iterable[Path]) -> int:
-    """As :func:`_tokens`, of runs that were finished before."""
-    return max(sum(shard["n_tokens_verifier"] for shard in read_manifest(folder)["shards"])
-               for folder in folders)
-
-
 def _gigabytes(folders: Iterable[Path]) -> float:
     """Of all files; one that another process removes meanwhile counts nothing."""
     total = 0
@@ -263,14 +254,3 @@ def _gigabytes(folders: Iterable[Path]) -> float:
         with contextlib.suppress(FileNotFoundError):
             total += path.stat().st_size
     return total / 1e9
-
-
-def _tell(progress: Any, done: int, before: int, total: int, resumed: int, seconds: float,
-          writers: Mapping[Kind, ShardWriter]) -> None:
-    if callable(getattr(progress, "update", None)):
-        progress.update(done - before)
-    elif progress is not None:
-        rate = (done - resumed) / seconds
-        left = (total - done) / rate if rate else float("inf")
-        gb = _gigabytes(writer.folder for writer in writers.values())
-        progress(Progress(done, total, _tokens(writers), rate, left, gb))

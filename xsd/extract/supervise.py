@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,36 +21,30 @@ _FINAL = (0, 2, INTERRUPTED)
 
 
 @contextlib.contextmanager
-def _on_stop(act: Callable[[int, Callable[[], None]], None]) -> Iterator[None]:
-    """On SIGINT or SIGTERM call ``act(number, restore)``; restore() gives both signals back, as the
-    end of the block does."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def interruptible(child: subprocess.Popen[str] | None = None) -> Iterator[threading.Event]:
+    """An event that SIGINT or SIGTERM sets, so that the batch at hand is finished; a second acts as
+    usual. To a ``child``, each is handed on. Outside the main thread signals are left alone."""
+    stop, main = threading.Event(), threading.current_thread() is threading.main_thread()
+    numbers = (signal.SIGINT, signal.SIGTERM) if main else ()
+    before = {number: signal.getsignal(number) for number in numbers}
 
     def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
 
+    def told(number: int, _: Any) -> None:
+        stop.set()
+        if child is None:
+            restore()
+        else:
+            child.send_signal(number)
+
     for number in before:
-        signal.signal(number, lambda number, frame: act(number, restore))
+        signal.signal(number, told)
     try:
-        yield
+        yield stop
     finally:
         restore()
-
-
-@contextlib.contextmanager
-def interruptible() -> Iterator[threading.Event]:
-    """An event that SIGINT or SIGTERM sets, so that the batch at hand is finished; a second acts as
-    usual. Outside the main thread signals are left alone."""
-    stop = threading.Event()
-
-    def told(number: int, restore: Callable[[], None]) -> None:
-        stop.set()
-        restore()
-
-    main = threading.current_thread() is threading.main_thread()
-    with _on_stop(told) if main else contextlib.nullcontext():
-        yield stop
 
 
 def supervise(command: Sequence[str], folder: str | Path, restarts: int, *, part: str = "") -> int:
@@ -84,13 +78,8 @@ def _once(command: Sequence[str]) -> tuple[int, int, str]:
     options: dict[str, Any] = {"text": True, "errors": "replace", "start_new_session": True}
     with subprocess.Popen(command, stderr=subprocess.PIPE, **options) as child:
         assert child.stderr is not None
-        last, told = "", threading.Event()
-
-        def hand_on(number: int, restore: Callable[[], None]) -> None:
-            told.set()
-            child.send_signal(number)
-
-        with _on_stop(hand_on):
+        last = ""
+        with interruptible(child) as told:
             for line in child.stderr:
                 last = line.strip() or last
                 sys.stderr.write(line)
