@@ -4,6 +4,7 @@ cut from that recording."""
 import numpy as np
 import pytest
 
+from studies.embedded_pair import real_road
 from xsd.core import ROOT, DatasetError, EventError, VideoError
 from xsd.embedded import recording
 from xsd.embedded.dvs import DvsConfig, simulate_events
@@ -34,22 +35,22 @@ def test_the_recording_holds_events_and_frames_on_one_clock(real):
 
 
 def test_simulated_events_match_the_real_sensors_in_number_and_place(real):
-    result = recording.compare_with_simulation(real, DvsConfig(), np.random.default_rng(0))
+    result = real_road.compare_with_simulation(real, DvsConfig(), np.random.default_rng(0))
     assert result["n_real"] == 77_139
     assert result["ratio"] == pytest.approx(1, abs=0.15)
     assert result["spatial_correlation"] >= 0.95
 
 
 def test_the_comparison_notices_a_sensor_of_another_kind(real):
-    noisy = recording.compare_with_simulation(real, DvsConfig.noisy(), np.random.default_rng(0))
+    noisy = real_road.compare_with_simulation(real, DvsConfig.noisy(), np.random.default_rng(0))
     shuffled = recording.Recording(real.events, real.frames[:, :, ::-1], real.times_us)
     assert noisy["ratio"] > 5
-    assert recording.compare_with_simulation(shuffled, DvsConfig(),
+    assert real_road.compare_with_simulation(shuffled, DvsConfig(),
                                              np.random.default_rng(0))["spatial_correlation"] < 0.7
 
 
 def test_the_shipped_clips_are_cut_from_the_shipped_recording(real, tmp_path):
-    assert recording.write_clips(real, tmp_path, "davis_road") == 3
+    assert real_road.write_clips(real, tmp_path, "davis_road") == 3
     for shipped, cut in zip(folder.open_folder(PLACE, "test"), folder.open_folder(tmp_path),
                             strict=True):
         first, second = folder.load_sample(shipped,
@@ -77,25 +78,25 @@ def synthetic(seconds=2.0, fps=20):
 
 
 def test_a_simulation_from_the_same_frames_is_its_own_perfect_match():
-    result = recording.compare_with_simulation(synthetic(), DvsConfig.clean(),
+    result = real_road.compare_with_simulation(synthetic(), DvsConfig.clean(),
                                                np.random.default_rng(0))
     assert result["ratio"] == 1
     assert result["spatial_correlation"] == pytest.approx(1)
 
 
 def test_clips_overlap_by_half_and_the_last_frame_counts_its_interval():
-    cuts = recording.windows(synthetic())
+    cuts = real_road.windows(synthetic())
     assert cuts == [(7_000_000, 8_000_000), (7_500_000, 8_500_000), (8_000_000, 9_000_000)]
 
 
 def test_what_cannot_be_cut_or_compared_is_named(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=r"span 0\.4\d s, less than one clip of 1\.00 s"):
-        recording.windows(synthetic(0.5))
+        real_road.windows(synthetic(0.5))
     still = recording.Recording(event_streams.empty(24, 10),
                                 synthetic().frames,
                                 synthetic().times_us)
     with pytest.raises(EventError, match="0 real and"):
-        recording.compare_with_simulation(still, DvsConfig.clean(), np.random.default_rng(0))
+        real_road.compare_with_simulation(still, DvsConfig.clean(), np.random.default_rng(0))
     (tmp_path / "cut.aedat4").write_bytes(FILE.read_bytes()[:100_000])
     with pytest.raises(EventError, match=r"cut\.aedat4 could not be read as events"):
         recording.read_aedat4(tmp_path / "cut.aedat4")
