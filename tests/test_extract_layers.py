@@ -10,7 +10,7 @@ from tiny_pair import make_samples
 
 from xsd.core import ParameterError, ShardError
 from xsd.extract import pairs, repair, run
-from xsd.models import layers
+from xsd.models import batched
 from xsd.shards import store
 
 TOKENS = 6
@@ -60,9 +60,9 @@ def test_batches_give_the_tokens_and_states_of_one_at_a_time(samples, stopping, 
     """7 samples of two clips in batches of 3: shared prompts, unequal questions, and rows that end
     before others are all in it."""
     pair, single = stopping
-    for layer, batched in pairs.by_layer(mode, pair, samples, TOKENS, batch_size,
+    for layer, found in pairs.by_layer(mode, pair, samples, TOKENS, batch_size,
                                          layers=LAYERS).items():
-        for states, own in zip(batched, single[mode][layer], strict=True):
+        for states, own in zip(found, single[mode][layer], strict=True):
             assert torch.equal(states.ids_by_drafter, own.ids_by_drafter) and torch.equal(
                 states.ids_by_verifier, own.ids_by_verifier)
             assert (states.text_by_drafter, states.text_by_verifier) == (own.text_by_drafter,
@@ -95,13 +95,13 @@ def test_without_further_layers_nothing_is_recorded_and_no_hook_stays(samples):
 
 def test_a_layer_that_is_not_there_is_named():
     decoder = tiny_pair().drafter.decoder  # two layers
-    assert [layers.place(decoder, layer) for layer in (-3, -2, 0, 1)] == [0, 1, 0, 1]
+    assert [batched.place(decoder, layer) for layer in (-3, -2, 0, 1)] == [0, 1, 0, 1]
     for layer in (-4, 2, -1):
         with pytest.raises(
                 ParameterError, match=
                 rf"no hidden layer {layer} in a decoder of 2 layers: give -1 .* or -3 … -2 or 0 … 1"
         ):
-            layers.place(decoder, layer)
+            batched.place(decoder, layer)
 
 
 OPTIONS = {

@@ -8,7 +8,7 @@ from models_fixtures import CLIP, REFERENCE, reference_drafter
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
-from xsd.models import prompts
+from xsd.models import handle as handles
 from xsd.models.eventgpt import EVENT_TOKEN_ID, EventGPTConfig, EventGPTForCausalLM
 
 OFFICIAL = load_file(REFERENCE / "reference.safetensors")
@@ -55,7 +55,7 @@ def test_event_tokens_are_frame_means_then_position_means():
 
 
 def test_prompt_ids_equal_the_official_tokenisation():
-    before, after = prompts.prompt_ids("drafter", reference_drafter().tokenizer,
+    before, after = handles.prompt_ids("drafter", reference_drafter().tokenizer,
                                        "Describe in detail what happened in the scene.")
     assert [*before, EVENT_TOKEN_ID, *after] == OFFICIAL["input_ids"][0].tolist()
 

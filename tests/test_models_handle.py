@@ -9,7 +9,7 @@ from models_fixtures import tiny_pair
 from tiny_pair import make_samples
 
 from xsd import core
-from xsd.models import prompts
+from xsd.models import handle as handles
 
 SAMPLES = make_samples(6, seed=1)
 ROLES = pytest.mark.parametrize("role", ["drafter", "verifier"])
@@ -219,7 +219,7 @@ def test_one_frame_or_five_change_the_prompt_length():
 def test_both_prompts_have_one_bos_and_the_questions_own_words():
     pair = tiny_pair()
     for handle in (pair.drafter, pair.verifier):
-        before, after = prompts.prompt_ids(handle.role, handle.tokenizer, "What is on the road?")
+        before, after = handles.prompt_ids(handle.role, handle.tokenizer, "What is on the road?")
         assert before[0] == 1 and (before + after).count(1) == 1
         assert "What is on the road? ASSISTANT:" in handle.text(after)
     assert pair.verifier.tokenizer.convert_tokens_to_ids("<video>") not in before + after

@@ -12,7 +12,7 @@ from studies.embedded_pair import corpus, views
 from studies.embedded_pair import models as embedded
 from studies.embedded_pair import recipe as step
 from studies.embedded_pair import stages as training
-from xsd.models import prompts
+from xsd.models import handle as handles
 
 view_settings = {
     "zoom": st.floats(1.15, 1.8), "roll_degrees": st.floats(-8, 8), "right": st.floats(-1, 1),
@@ -97,7 +97,7 @@ def test_an_answer_that_goes_on_does_not_end_in_eos(drives):
     material = views.with_views(drives, share=1.0, seed=0)
     words = embedded.train_tokenizer(step.training_texts(drives))
     tokenizer = embedded.verifier_tokenizer(words)
-    rows = training.segments_of(tokenizer, partial(prompts.prompt_ids, "verifier"),
+    rows = training.segments_of(tokenizer, partial(handles.prompt_ids, "verifier"),
                                 material.dialogues, eos=words.eos_token_id, fact_weight=3.0)
     whole, cut = rows[0][0], rows[20][0]
     assert whole.answer[-1] == words.eos_token_id and words.eos_token_id not in cut.answer

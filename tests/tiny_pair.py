@@ -20,8 +20,8 @@ from transformers import (
 from xsd import core, files
 from xsd.models import loading
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
+from xsd.models.handle import DRAFTER_SYSTEM
 from xsd.models.pixels import PixelSpec
-from xsd.models.prompts import DRAFTER_SYSTEM
 
 QUESTIONS = ("What is on the road?", "What colour is the car?", "How does the car move?",
              "Describe the scene in detail.")

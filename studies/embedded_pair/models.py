@@ -27,7 +27,7 @@ from transformers import (
 )
 
 from xsd.files import write_json
-from xsd.models import prompts
+from xsd.models import handle as handles
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.pixels import PixelSpec
 
@@ -54,7 +54,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int = 512) -> PreTrainedTo
     alphabet = [chr(c) for c in range(33, 127)] + ["\n", "▁"]
     trainer = trainers.BpeTrainer(vocab_size=vocab_size, special_tokens=["<unk>", "<s>", "</s>"],
                                   initial_alphabet=alphabet, show_progress=False)
-    fixed = [f"{prompts.DRAFTER_SYSTEM} USER: <ev_start>", "<ev_end>\n", " ASSISTANT:", "USER: "]
+    fixed = [f"{handles.DRAFTER_SYSTEM} USER: <ev_start>", "<ev_end>\n", " ASSISTANT:", "USER: "]
     tokenizer.train_from_iterator([*fixed * 50, *texts], trainer)
     tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A",
                                                              special_tokens=[("<s>", 1)])
@@ -167,7 +167,7 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
         patch_frames=(N_EVENT_FRAMES // 2,),  # its patch tokens are averages over the frames
         n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
         grounding_frames=tuple(range(N_EVENT_FRAMES)),
-        prompt_ids=partial(prompts.prompt_ids, "drafter"),
+        prompt_ids=partial(handles.prompt_ids, "drafter"),
         **_decoder_parts(body, model.lm_head))  # fmt: skip
 
 
@@ -188,7 +188,7 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
         projector=nn.ModuleList([projector]),
         patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:], patch_frames=tuple(range(8)),
         n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"],
-        grounding_frames=(0, 2, 5, 7), prompt_ids=partial(prompts.prompt_ids, "verifier"),
+        grounding_frames=(0, 2, 5, 7), prompt_ids=partial(handles.prompt_ids, "verifier"),
         **_decoder_parts(model.model.language_model, model.lm_head))  # fmt: skip
 
 

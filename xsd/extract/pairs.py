@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xsd.core import Mode, PairedStates, Sample, ShardError, Tap
-from xsd.models.batched import Continuation
-from xsd.models.layers import LAST
+from xsd.models.batched import LAST, Continuation
 from xsd.models.loading import Pair
 from xsd.shards.format import first_difference
 from xsd.shards.store import ShardDataset
@@ -52,7 +51,7 @@ def teacher_forced_pairs(pair: Pair, samples: Sequence[Sample], max_new_tokens: 
 def by_layer(mode: Mode, pair: Pair, samples: Sequence[Sample], max_new_tokens: int,
              batch_size: int = 16, *, verifier: Sequence[Continuation] | None = None,
              layers: Sequence[int] = (LAST,)) -> dict[int, list[PairedStates]]:
-    """The pairs of one mode, once for each layer (models.layers); ids and texts are the same in all
+    """The pairs of one mode, once for each layer (batched.LAST); ids and texts are the same in all
     of them. Raises: ParameterError for a layer that one of the models does not have."""
     options = {"batch_size": batch_size, "layers": [layer for layer in layers if layer != LAST]}
     if verifier is None:

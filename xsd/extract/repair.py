@@ -8,7 +8,7 @@ from typing import Any
 
 from xsd.core import PairedStates, ShardError
 from xsd.extract import pairs, plan, run
-from xsd.models.layers import LAST
+from xsd.models.batched import LAST
 from xsd.models.loading import Pair
 from xsd.shards import format as layout
 from xsd.shards import store

@@ -15,10 +15,9 @@ import torch
 from xsd import __version__
 from xsd.core import Mode, PairError, ParameterError, Sample, ShardError
 from xsd.extract import monitor, pairs, plan, ranks, supervise
-from xsd.models import layers as layer_states
-from xsd.models.batched import Continuation
+from xsd.models import batched
+from xsd.models.batched import LAST, Continuation
 from xsd.models.handle import ModelHandle
-from xsd.models.layers import LAST
 from xsd.models.loading import Pair
 from xsd.shards.format import read_manifest, short_dtype
 from xsd.shards.writer import ShardWriter
@@ -74,7 +73,7 @@ def extract(
     call again continues the run.
 
     samples: core.Sample, or plan.LazySample (read a batch at a time). layers: which hidden states
-    (models.layers); others than the last have folders of their own. dtype: how states are stored.
+    (batched.LAST); others than the last have folders of their own. dtype: how states are stored.
     max_samples: that many, whole clips drawn by ``seed``. config: what else belongs to the run
     (split, data_hash, quant …), compared on resuming. verifier_from: a finished run of the same
     verifier, whose answers are taken instead of generated. rank: one of several processes that
@@ -143,7 +142,7 @@ def _check(pair: Pair, modes: Sequence[Mode], layers: Sequence[int], batch_size:
                              "expected at least 1 of each")
     for layer in layers:
         for handle in (pair.drafter, pair.verifier) if layer != LAST else ():
-            layer_states.place(handle.decoder, layer)
+            batched.place(handle.decoder, layer)
 
 
 def _answers(pair: Pair, layers: Sequence[int], settings: dict[str, Any],

@@ -3,25 +3,30 @@ the final norm, read at the position *before* its token: argmax(lm_head(hidden[t
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from xsd.core import Sample
-from xsd.models import layers as layer_states
+from xsd.core import ParameterError, Sample
+
+LAST = -1
+"""The state after the final norm. Other layers are numbered as in transformers' ``hidden_states``:
+0 … L-1 or -(L+1) … -2 enter one of L decoder layers, where the LM head does not apply."""
 
 
 @dataclass(frozen=True)
 class Continuation:
     """An answer of n tokens. ids: int64 [n], the model's own choices: its greedy answer, cut after
     the first EOS (EOS kept), or what it would have said before each forced token. hidden: [n, D].
-    layers: the same positions in other layers (models.layers), [n, D] each. finish: of a greedy
+    layers: the same positions in other layers (``LAST``), [n, D] each. finish: of a greedy
     answer."""
 
     ids: Tensor
@@ -39,7 +44,7 @@ class BatchedAnswers:
                  layers: Sequence[int] = ()) -> list[Continuation]:
         """Greedy answers, the same ids as one at a time: prompts padded on the left, rows leaving
         at their EOS, one prefill for a batch's questions on one clip. progress(n): n samples just
-        finished. layers: others to keep (models.layers; not -1, which is ``hidden``)."""
+        finished. layers: others to keep (see ``LAST``, which is ``hidden``)."""
         results: list[Continuation] = []
         for chunk in _chunks(samples, batch_size, progress):
             cache, tails = self._shared_prefill(chunk)
@@ -62,7 +67,7 @@ class BatchedAnswers:
             rows = list(zip(tails, ids[len(results):len(results) + len(chunk)], strict=True))
             lines = [torch.cat([tail, self._lookup(answer[:-1])]) for tail, answer in rows]
             embeds = pad_sequence(lines, batch_first=True)
-            with layer_states.recorded(self.decoder, layers) as others:
+            with recorded(self.decoder, layers) as others:
                 states = self.decoder(inputs_embeds=embeds, past_key_values=cache,
                                       use_cache=True).last_hidden_state
             for row, (tail, answer) in enumerate(rows):
@@ -103,7 +108,7 @@ class BatchedAnswers:
         states: list[list[Tensor]] = [[] for _ in tails]
         rows = list(range(len(tails)))  # the answer that each row of the batch belongs to
         for step in range(max_new_tokens):
-            with layer_states.recorded(self.decoder, layers) as others:
+            with recorded(self.decoder, layers) as others:
                 output = self.decoder(inputs_embeds=embeds, attention_mask=mask,
                                       position_ids=positions, past_key_values=cache, use_cache=True)
             hidden = output.last_hidden_state[:, -1]
@@ -168,3 +173,31 @@ def content(images: Sequence[Any]) -> str:
         digest.update(f"{image.shape} {image.dtype}".encode())
         digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+def place(decoder: nn.Module, layer: int) -> int:
+    """The decoder layer that ``layer`` enters. Raises: ParameterError for -1, which enters none,
+    and outside the stack."""
+    depth = len(decoder.layers)
+    if layer == LAST or not -depth - 1 <= layer < depth:
+        raise ParameterError(
+            f"there is no hidden layer {layer} in a decoder of {depth} layers: give -1 (after the "
+            f"final norm), or -{depth + 1} … -2 or 0 … {depth - 1} (the state that enters a layer)")
+    return layer % (depth + 1)
+
+
+@contextlib.contextmanager
+def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
+    """While open, the list holds the states [B, S, D] of the decoder's latest call in the layers
+    given (not -1, which the decoder returns). Raises: as :func:`place`."""
+    states: list[Any] = [None] * len(layers)
+
+    def keep(index: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:
+        states[index] = given[0] if given else named["hidden_states"]
+
+    with contextlib.ExitStack() as stack:
+        for index, layer in enumerate(layers):
+            entered = decoder.layers[place(decoder, layer)]
+            stack.callback(entered.register_forward_pre_hook(
+                functools.partial(keep, index), with_kwargs=True).remove)
+        yield states

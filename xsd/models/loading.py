@@ -20,9 +20,8 @@ from transformers.utils import logging as hf_logging
 from xsd.core import ROOT, CheckpointError, PairError
 from xsd.models import checkpoints
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
-from xsd.models.handle import ModelHandle, Role
+from xsd.models.handle import VIDEO_TOKEN, ModelHandle, Role
 from xsd.models.pixels import PixelSpec, read_pixel_spec
-from xsd.models.prompts import VIDEO_TOKEN
 from xsd.models.quantization import dtype_of, quantization_config
 
 EMBEDDED = ROOT / "data" / "pair"
