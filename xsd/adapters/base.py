@@ -1,15 +1,6 @@
 """What every adapter is: a module from hidden states to the verifier's, with its shift and its mask
-applied in one place. What it reads and predicts (t is a position of the answer; ``hidden[t]`` is
-the state that predicts token t)::
-
-    reads      shift  input at t                              output at t          levels
-    drafter    0      drafter[0…t]                            verifier[t]          L1 L2 L3 L4 L5
-    verifier   1      verifier[0…t]                           verifier[t+1]        B1
-    both       1      verifier[0…t], drafter[0…t+lead]        verifier[t+1]        L5F
-
-With shift 1 the target is one position later than the last input, so no adapter sees the state that
-it is to predict (docs/adapters.md, section 2).
-"""
+applied in one place. With shift 1 the target is one position later than the last input, so that no
+adapter sees the state that it is to predict (docs/adapters.md, section 2)."""
 
 from __future__ import annotations
 
@@ -86,14 +77,11 @@ class Adapter(nn.Module):
     reads: Reads = "drafter"
     shift: int = 0
     causal: bool = True
-    pointwise: bool = False
-    """True when position t of the output depends on position t of the input alone."""
+    pointwise: bool = False  # position t of the output depends on position t of the input alone
     drafter_lead: int = 0
     fuses_tokens: bool = False
-    made_from: Any = None
-    """The researcher's own class it was made from (registry.create_adapter), else None."""
-    draft_ids: Tensor | None
-    """int64 [k], ascending: the only tokens it drafts; None: all (docs/adapters.md, section 4)."""
+    made_from: Any = None  # the researcher's own class it was made from, else None
+    draft_ids: Tensor | None  # int64 [k], ascending: the only tokens it drafts; None: all
 
     def __init__(self, hidden_size: int, *, drafter_size: int | None = None,
                  input_map: bool = False) -> None:

@@ -3,8 +3,7 @@ optimises tokens (docs/adapters.md, section 5).
 
 A run folder holds best.safetensors and final.safetensors (with their .json), config.json,
 history.json, provenance.json and checkpoint.pt. The same call on the same folder continues an
-interrupted run to the same weights, bit for bit, and returns a finished one at once. Under
-``accelerate launch`` or ``torchrun`` it trains on several processes (:mod:`xsd.train.processes`).
+interrupted run to the same weights, bit for bit, and returns a finished one at once.
 """
 
 from __future__ import annotations

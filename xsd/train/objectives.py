@@ -2,11 +2,9 @@
 (docs/adapters.md, section 4).
 
 Every term is a mean over the real positions, handed in flat: aligned, target [N, D], ids int64 [N],
-optional weights [N]. Terms that need logits run through the frozen verifier head in chunks of
-positions: loss and gradient of one chunk are computed before the next one begins, so no [N, V]
-tensor ever exists (after Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989). Through a
-DraftHead distributions are over its k ids, renormalised; cross-entropy is 0 where the token is not
-among them.
+optional weights [N]. Terms that need logits run through the frozen verifier head in chunks, after
+Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989). Through a DraftHead distributions are
+over its k ids, renormalised; cross-entropy is 0 where the token is not among them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,6 @@
 """What one batch is asked for: the parts of its loss, each against the verifier's states some
-positions on (docs/adapters.md, section 5).
-
-| adapter | parts (offset of the target) |
-|---|---|
-| L1–L4 | the same position (0) |
-| L5 with a prediction weight | the same position (0), the next one (1) |
-| B1, L5F | the next position (1) |
-| B1, L5F with rollout steps | 1, 2, … K, from own predictions (EAGLE-3's training-time test) |
+positions on: 0 for L1–L5, also 1 for L5 with a prediction weight; 1 for B1 and L5F, with rollout
+steps 1, 2, … K from own predictions (EAGLE-3's training-time test).
 
 Every part is a mean over its positions. A step may be spread over several batches (accumulation)
 and processes: :func:`norms` says how much of the mean each holds.

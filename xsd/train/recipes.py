@@ -53,48 +53,28 @@ class FitConfig:
     config.json. What each is for: docs/adapters.md, section 5."""
 
     profile: Literal["reference", "converged", "tokens", "rollout"] = "reference"
-    objective: str | None = None
-    """Terms by name, see objectives.parse."""
+    objective: str | None = None  # terms by name, see objectives.parse
     epochs: int | None = None
-    batch_size: int | None = None
-    """Answers a batch, over all processes together."""
+    batch_size: int | None = None  # answers a batch, over all processes together
     learning_rate: float | None = None
-    minimum_learning_rate: float = 1e-6
-    """Where the cosine ends."""
+    minimum_learning_rate: float = 1e-6  # where the cosine ends
     weight_decay: float = 0.01
-    clip: float = 1.0
-    """Largest gradient norm."""
-    accumulation: int = 1
-    """Batches a step; every position of the step weighs the same, as in one large batch."""
-    patience: int | None = None
-    """Epochs without a better validation before stopping."""
-    validation_share: float = 0.1
-    """Of the train split's samples, by whole sequences."""
-    select_by: Literal["loss", "token_acceptance"] | None = None
-    """What makes a checkpoint the best; token acceptance needs a head."""
-    prediction_weight: float | None = None
-    """L5's loss against the next state."""
-    rollout_steps: int | None = None
-    """Shift 1: steps on own predictions in the loss; 1 is teacher forcing."""
-    rollout_decay: float = 0.8
-    """Weight of each further step."""
-    warm_start: Literal["none", "ridge"] | None = None
-    """"ridge": linear maps from the closed form: in front of what reads the drafter, and in B1's
-    and L5F's residual."""
-    alpha: float | None = None
-    """Initial residual weight of L4, L5, B1, L5F."""
-    noise: float = 0.0
-    """Uniform noise on the states that are read, ± this × their standard deviation."""
-    position_decay: float = 1.0
-    """Weight of the loss at place t of the answer is this to the power t."""
-    token_fusion: bool = False
-    """L5, B1, L5F: the embedding of the token before joins the state; needs a head [V, D]."""
-    draft_vocabulary: int | None = None
-    """Train and draft with this many most frequent tokens of the training answers; None: all."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """bfloat16: autocast of the forward pass."""
-    adapter_options: dict[str, Any] = field(default_factory=dict)
-    """Passed to create_adapter."""
+    clip: float = 1.0  # largest gradient norm
+    accumulation: int = 1  # batches a step, every position of which weighs the same
+    patience: int | None = None  # epochs without a better validation before stopping
+    validation_share: float = 0.1  # of the train split's samples, by whole sequences
+    select_by: Literal["loss", "token_acceptance"] | None = None  # the latter needs a head
+    prediction_weight: float | None = None  # of L5's loss against the next state
+    rollout_steps: int | None = None  # shift 1: on own predictions in the loss
+    rollout_decay: float = 0.8  # weight of each further step
+    warm_start: Literal["none", "ridge"] | None = None  # ridge: linear maps from the closed form
+    alpha: float | None = None  # initial residual weight of L4, L5, B1, L5F
+    noise: float = 0.0  # uniform, ± this × the standard deviation of the states that are read
+    position_decay: float = 1.0  # weight of the loss at place t is this to the power t
+    token_fusion: bool = False  # L5, B1, L5F: the token before joins the state; needs a head [V, D]
+    draft_vocabulary: int | None = None  # only the k most frequent training tokens; None: all
+    dtype: Literal["float32", "bfloat16"] = "float32"  # bfloat16: autocast of the forward pass
+    adapter_options: dict[str, Any] = field(default_factory=dict)  # passed to create_adapter
 
     def __post_init__(self) -> None:
         if self.profile not in PROFILES:
