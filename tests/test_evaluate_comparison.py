@@ -10,7 +10,7 @@ import torch
 
 from xsd.core import MetricError
 from xsd.evaluate import (
-    decomposition,
+    comparison,
     drafting,
     hidden,
     reliability,
@@ -18,7 +18,7 @@ from xsd.evaluate import (
     tables,
     tokens,
 )
-from xsd.evaluate.counterfactual import compare_arms, compare_with_floors
+from xsd.evaluate.comparison import compare_arms, compare_with_floors
 from xsd.evaluate.statistics import Interval
 
 RNG = np.random.default_rng(0)
@@ -63,7 +63,7 @@ def whole(share=1.0):
 def test_waterfall_steps_add_up():
     arms = {"verifier": whole(), "verifier-self": arm(0.95), "teacher-forced drafter": arm(0.8),
             "self-rollout": arm(0.6), "free-running": arm(0.5)}  # fmt: skip
-    steps = decomposition.gap(arms, CLUSTERS, n_resamples=200)
+    steps = comparison.gap(arms, CLUSTERS, n_resamples=200)
     names = [step["name"] for step in steps if step["metric"] == "loss"]
     assert names == ["capacity and objective", "modality", "rollout", "drift"]
     for before, loss, after in zip(steps, steps[1:], steps[2:], strict=False):
@@ -71,29 +71,29 @@ def test_waterfall_steps_add_up():
             assert before["value"] - loss["value"] == pytest.approx(after["value"])
             assert (loss["start"], loss["end"]) == (before["value"], after["value"])
     assert steps[0]["value"] == 1.0 and steps[-3]["name"] == "teacher-forced drafter"
-    short = decomposition.gap({"verifier": whole(), "teacher-forced drafter": arm(0.8)}, CLUSTERS,
+    short = comparison.gap({"verifier": whole(), "teacher-forced drafter": arm(0.8)}, CLUSTERS,
                               n_resamples=50)
     assert [step["name"] for step in short
             ] == ["verifier", "capacity and modality", "teacher-forced drafter"]
     with pytest.raises(MetricError, match="the gap has no arm 'blank events'"):
-        decomposition.gap({"verifier": whole(), "blank events": arm(0.8)}, CLUSTERS, n_resamples=50)
+        comparison.gap({"verifier": whole(), "blank events": arm(0.8)}, CLUSTERS, n_resamples=50)
 
 
 def test_acceptance_by_word_kind():
     matches, clusters = [True, False, True, True, True], ["a", "a", "a", "b", "b"]
     groups = ["function", "colour", "function", "colour", "function"]
-    counts = decomposition.counts_by_group(matches, groups, clusters)
+    counts = comparison.counts_by_group(matches, groups, clusters)
     assert {name: (num.sum(), den.sum())
             for name, (num, den) in counts.items()} == {"colour": (1, 2), "function": (3, 3)}
     with pytest.raises(MetricError, match="5 matches but 4 group"):
-        decomposition.counts_by_group(matches, groups[1:], clusters)
+        comparison.counts_by_group(matches, groups[1:], clusters)
 
 
 def test_losses_within_a_kind_of_word_are_paired_differences():
     arms = {"all": [True] * 5, "before": [True, True, True, True, False],
             "after": [True, False, True, False, False]}  # fmt: skip
     groups = ["function", "colour", "colour", "colour", "function"]
-    rows = decomposition.loss_by_group(
+    rows = comparison.loss_by_group(
         arms, [("modality", "before", "after"), ("whole", "all", "after")], groups,
         ["a", "a", "a", "b", "b"], n_resamples=50)
     found = {(row["loss"], row["group"]): (row["value"], row["n"]) for row in rows}
@@ -105,7 +105,7 @@ def test_losses_within_a_kind_of_word_are_paired_differences():
 
 def test_a_waterfall_in_accepted_tokens_begins_at_what_the_verifier_itself_would_accept():
     rounds = np.full(120, 4)
-    steps = decomposition.gap(
+    steps = comparison.gap(
         {"verifier": (rounds * 5, rounds), "teacher-forced drafter": (rounds * 2, rounds)},
         CLUSTERS, n_resamples=50)  # fmt: skip
     assert [(step["name"], step["value"]) for step in steps] == [

@@ -80,13 +80,16 @@ def test_live_rounds_enter_the_same_schema():
         from_requests(live, gamma=2)
 
 
-@pytest.mark.parametrize("change", [{"mean_accepted": 1.9}, {"histogram":
-    (0, 2, 0, 1)}, {"n_bonus": 7}, {"marginal": (0.5, 1.0, 0.5)}, {"n_drafted": 70}])
+@pytest.mark.parametrize("change", [{"histogram": (0, 2, 0, 1)}, {"n_bonus": 7},
+                                    {"drafted_at": (3, 1, 3)}, {"n_drafted": 70}])
 def test_figures_that_contradict_each_other_are_refused(change):
     figures = Acceptance.of(
         from_matches([[True, True, False, True, True, True, False, True]], gamma=3))
     with pytest.raises(MetricError, match="contradict each other"):
         dataclasses.replace(figures, **change)
+    for name in ("mean_accepted", "marginal"):  # these follow from the counts
+        with pytest.raises(AttributeError):
+            setattr(figures, name, 1.9)
 
 
 def test_impossible_rounds_are_refused():

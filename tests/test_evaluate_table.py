@@ -54,7 +54,7 @@ def test_adapters_drafter_and_floors_are_counted_on_the_same_tokens(head):
     tokens = table.of_batches(adapters, batches, head, gamma=3, drafter=True)
     answers = [b.ids_by_verifier[i, :int(b.mask[i].sum())].tolist() for b in batches
                for i in range(4)]  # fmt: skip
-    floor = floors.NGram(answers, 4)
+    floor = floors.ngram(answers, 4)
     rows = table.answers_as_rows(floor.match(answers), 3, level="ngram", first=-1,
                                  clusters=[f"drive{i // 4}" for i in range(12)])
     counted = pd.concat([table.counts(one, 3) for one in (tokens, rows)])
@@ -111,12 +111,12 @@ def test_tables_of_several_sets_are_one_with_a_column_that_says_which(head):
 def test_answers_are_taken_position_by_position_whatever_the_order_of_rows(head):
     adapters = {"L1": create_adapter("L1", hidden_size=D)}
     tokens = table.of_batches(adapters, make_batches(head), head, gamma=3)
-    about, (ids,), lengths = table.answers(tokens, "verifier_id")
+    about, (ids,), inside = table.answers(tokens, "verifier_id")
     shuffled = tokens.sample(frac=1, random_state=1)
     other, (again,), _ = table.answers(shuffled, "verifier_id")
     place = {sample: i for i, sample in enumerate(other["sample"])}
     order = [place[sample] for sample in about["sample"]]
-    assert np.array_equal(ids, again[order]) and lengths.tolist() == [8, 5, 3, 1] * 3
+    assert np.array_equal(ids, again[order]) and inside.sum(axis=1).tolist() == [8, 5, 3, 1] * 3
 
 
 def test_what_is_no_table_is_named(head):

@@ -68,8 +68,8 @@ def without_adapter(training: Sequence[Sequence[int]], pairs: HeldOut,
     """The floors that need no adapter, counted on the same positions: the drafter's own tokens and
     a 4-gram table of training answers."""
     arms = {
-        "drafter's tokens": floors.DrafterTokens(pairs.ids_by_drafter),
-        "4-gram": floors.NGram(training, 4),
+        "drafter's tokens": floors.drafter_tokens(pairs.ids_by_drafter),
+        "4-gram": floors.ngram(training, 4),
     }
     out = {}
     for name, floor in arms.items():
@@ -118,10 +118,9 @@ def times(first: Sequence[pd.DataFrame], second: Sequence[pd.DataFrame], *, n_re
         raise MetricError("two rows of the study were measured on other samples; delete the "
                           "study's folder and run it again")
     columns = np.stack([one["accepted"], one["rounds"], other["accepted"], other["rounds"]], axis=1)
-    sums = statistics.cluster_sums(columns, list(one["sequence"]))
-    drawn = statistics.resampled_sums(sums, n_resamples=n_resamples, seed=seed)
-    accepted, rounds, others, other_rounds = np.vstack([sums.sum(axis=0), drawn]).T
-    with np.errstate(invalid="ignore", divide="ignore"):
-        ratios = accepted / rounds / (others / other_rounds)
-    return statistics.interval_of(float(ratios[0]), ratios[1:], n=round(float(rounds[0])),
-                                  n_clusters=len(sums))
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        return sums[:, :1] / sums[:, 1:2] / (sums[:, 2:3] / sums[:, 3:])
+
+    return statistics.bootstrap(ratio, columns, list(one["sequence"]), [one["rounds"].sum()],
+                                n_resamples=n_resamples, seed=seed)[0]

@@ -1,19 +1,23 @@
 """Curves of the token table: acceptance by position and by draft, the unbroken prefix, histograms.
-Pictures of them: xsd/views/figures.py.
-
 ``tau=None`` means the token truth (``match``); a number means the reference's ``cosine > tau``.
 Intervals draw whole sequences (docs/metrics.md, section 6); with fewer than two there is none.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from xsd.evaluate import table
-from xsd.evaluate.statistics import LEVEL, Interval, bootstrap_columns, bootstrap_mean
+from xsd.evaluate.statistics import (
+    LEVEL,
+    bootstrap_columns,
+    bootstrap_mean,
+    bootstrap_positions,
+)
 
 RESAMPLES = 400
 
@@ -26,75 +30,55 @@ def right(tokens: pd.DataFrame, tau: float | None = None, cosine: str = "cosine"
     return tokens[cosine].to_numpy(float) > tau
 
 
-def _levels(tokens: pd.DataFrame, ok: np.ndarray):
-    """Of each level: its name, its answers (DataFrame), ok [rows] as [N, S] (False in the padding),
-    lengths [N], and the first position."""
-    for level, part in tokens.assign(_right=ok).groupby("level", sort=False, observed=True):
-        about, (ok,), lengths = table.answers(part, "_right")
-        yield level, about, ok, lengths, int(part["position"].min())
-
-
 def by_position(tokens: pd.DataFrame, tau: float | None = None, *, cosine: str = "cosine",
                 max_positions: int = 30, resamples: int = RESAMPLES, confidence: float = LEVEL,
                 seed: int = 0) -> pd.DataFrame:
-    """Acceptance at each position of each level.
-
-    marginal: share of samples, among those that have the position, whose token there is right.
-    survival: share, among the same samples, right there and everywhere before (what a draft needs);
-    never above the marginal.
-
-    Returns columns level, position, n, marginal, marginal_low, marginal_high, survival,
-    survival_low, survival_high. Raises: MetricError if the table is not a token table.
-    """
-    pieces = []
-    for level, about, ok, lengths, first in _levels(tokens, right(tokens, tau, cosine)):
-        width = max(0, min(ok.shape[1], max_positions - first))
-        if not width:
-            continue
-        unbroken = np.cumprod(ok, axis=1, dtype=np.int64)[:, :width]
-        there = np.arange(width) < lengths[:, None]
-        drawn = bootstrap_columns(np.concatenate([ok[:, :width], unbroken], axis=1), there,
-                                  about["sequence"], n_resamples=resamples, level=confidence,
-                                  seed=seed)
-        piece = {"level": level, "position": first + np.arange(width), "n": there.sum(axis=0)}
-        for name, found in (("marginal", drawn[:width]), ("survival", drawn[width:])):
-            piece |= _columns(name, found)
-        pieces.append(pd.DataFrame(piece))
+    """Acceptance at each position of each level: level, position, n (samples that have it),
+    marginal, the share of them right there, and survival, right there and everywhere before (what a
+    draft needs), each with _low and _high. Raises: MetricError if it is not a token table."""
+    pieces, draws = [], {"n_resamples": resamples, "level": confidence, "seed": seed}
+    tokens = tokens.assign(_right=right(tokens, tau, cosine))
+    firsts = tokens.groupby("level", observed=True)["position"].min()
+    for level, about, (ok,), there in table.by_level(tokens, "_right"):
+        ok, there = (grid[:, :max(0, max_positions - firsts[level])] for grid in (ok, there))
+        if ok.shape[1]:
+            found = bootstrap_positions([ok], there, about["sequence"], **draws)[0]
+            pieces.append(pd.DataFrame({
+                "level": level, "position": firsts[level] + np.arange(ok.shape[1]),
+                "n": there.sum(axis=0),
+                **{f"{name}{end}": [getattr(one, end[1:] or "value") for one in line]
+                   for name, line in zip(("marginal", "survival"), found, strict=True)
+                   for end in ("", "_low", "_high")},
+            }))  # fmt: skip
     return pd.concat(pieces, ignore_index=True)
-
-
-def _columns(name: str, found: Sequence[Interval]) -> dict[str, list[float]]:
-    return {
-        name: [one.value for one in found],
-        f"{name}_low": [one.low for one in found],
-        f"{name}_high": [one.high for one in found],
-    }
 
 
 def unbroken_prefix(tokens: pd.DataFrame, tau: float | None = None, *, resamples: int = RESAMPLES,
                     confidence: float = LEVEL, seed: int = 0) -> pd.DataFrame:
     """Mean number of tokens right from the start before the first wrong one, one row per level:
     level, value, low, high, n (samples)."""
-    rows = []
-    for level, about, ok, _, _ in _levels(tokens, right(tokens, tau)):
-        prefix = np.cumprod(ok, axis=1, dtype=np.int64).sum(axis=1)
-        found = bootstrap_mean(prefix, about["sequence"], n_resamples=resamples, level=confidence,
-                               seed=seed)
-        rows.append({"level": level, "value": found.value, "low": found.low, "high": found.high,
-                     "n": found.n})  # fmt: skip
-    return pd.DataFrame(rows)
+    draws = {"n_resamples": resamples, "level": confidence, "seed": seed}
+    rows = [{"level": level, **vars(bootstrap_mean(prefix, clusters, **draws))}
+            for level, clusters, prefix in _prefixes(tokens, tau)]
+    return pd.DataFrame(rows)[["level", "value", "low", "high", "n"]]
 
 
 def unbroken_prefix_histogram(tokens: pd.DataFrame, tau: float | None = None) -> pd.DataFrame:
     """How many samples had 0, 1, 2 … tokens right before the first wrong one: level, length, n,
     share."""
     pieces = []
-    for level, _, ok, _, _ in _levels(tokens, right(tokens, tau)):
-        n = np.bincount(np.cumprod(ok, axis=1, dtype=np.int64).sum(axis=1))
-        length = np.flatnonzero(n)
-        pieces.append(pd.DataFrame({"level": level, "length": length, "n": n[length],
-                                    "share": n[length] / n.sum()}))  # fmt: skip
+    for level, _, prefix in _prefixes(tokens, tau):
+        length, n = np.unique(prefix, return_counts=True)
+        pieces.append(pd.DataFrame({"level": level, "length": length, "n": n,
+                                    "share": n / n.sum()}))  # fmt: skip
     return pd.concat(pieces, ignore_index=True)
+
+
+def _prefixes(tokens: pd.DataFrame, tau: float | None) -> Iterator[tuple[str, Any, np.ndarray]]:
+    """Each level, its clusters, and the unbroken prefix of every sample."""
+    tokens = tokens.assign(_right=right(tokens, tau))
+    for level, about, (ok,), _ in table.by_level(tokens, "_right"):
+        yield level, about["sequence"], np.cumprod(ok, axis=1, dtype=np.int64).sum(axis=1)
 
 
 def cosine_histogram(tokens: pd.DataFrame, column: str = "cosine", *, bins: int = 40,
@@ -117,17 +101,18 @@ def by_draft(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
     it), marginal: drafts 1 … k all right, and conditional: draft k right when those before it were
     (NaN where no start got that far)."""
     rows = []
-    for level, part in table.drafted(tokens).groupby("level", sort=False, observed=True):
-        _, (accepted,), lengths = table.answers(part, "accepted")
-        room = lengths[:, None] - np.arange(accepted.shape[1])
+    for level, _, (accepted,), inside in table.by_level(table.drafted(tokens), "accepted"):
+        room = inside[:, ::-1].cumsum(axis=1)[:, ::-1]
         for k in range(1, gamma + 1):
-            here, reached = room >= k, (room >= k) & (accepted >= k - 1)
-            marginal, conditional = (
-                float((accepted[some] >= k).mean()) if some.any() else float("nan")
-                for some in (here, reached))
-            rows.append({"level": level, "draft": k, "n": int(here.sum()), "marginal": marginal,
-                         "conditional": conditional})  # fmt: skip
+            here = accepted[room >= k]
+            rows.append({"level": level, "draft": k, "n": len(here),
+                         "marginal": _share(here >= k),
+                         "conditional": _share(here[here >= k - 1] >= k)})  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def _share(found: np.ndarray) -> float:
+    return float(found.mean()) if found.size else float("nan")
 
 
 def by_kind(tokens: pd.DataFrame, *, n_resamples: int = RESAMPLES,

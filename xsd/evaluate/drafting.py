@@ -1,25 +1,13 @@
 """What an adapter drafts on a batch of stored pairs: after the verified prefix (one step), and in a
-greedy loop in which it feeds on its own predictions (self-rollout; docs/adapters.md, section 6).
+greedy loop in which it feeds on its own predictions (self-rollout; docs/adapters.md, section 6, and
+docs/teacher_forcing.md). The first token of an answer is the verifier's own, from its prefill.
 
-The verifier's prefill gives the first token of an answer; every later one is drafted as a greedy
-loop at gamma drafts it::
-
-    answer      a   b c d   e   f g h i j            gamma = 5
-    given       a
-    round 1         b c x            two accepted, the verifier's d is the bonus token
-    round 2                 e f y    …
-
-Offline, over teacher-forced pairs, and still exact for greedy decoding: a draft counts only while
-every draft before it was right, and as long as they are right the drafter's next state after the
-drafts *is* its stored state after the verifier's tokens. With position s the last one verified::
+With position s the last one verified, at gamma = 3::
 
     position       0 … s        s+1        s+2        s+3
-    known          verified     draft 1    draft 2    draft 3          gamma = 3
-    drafter reads  drafter[s+1] gives 1, drafter[s+2] gives 2 …        shift 0: L1–L5
+    known          verified     draft 1    draft 2    draft 3
+    drafter reads  drafter[s+1] gives 1, drafter[s+2] gives 2 …               shift 0: L1–L5
     verifier, both verified[0…s] gives p₁, which stands for verified[s+1] …   shift 1: B1, L5F
-
-On free-running pairs the drafter's states follow its own text: the figures of L1–L5 there describe
-one draft beside a free-running drafter, not a decode loop.
 """
 
 from __future__ import annotations
@@ -110,7 +98,8 @@ def _among(states: Tensor, head: Tensor, draft_ids: Tensor | None,
 
 def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns:
     """Positions 1 … n-1 of every answer as a loop drafts them that feeds on its own predictions:
-    draft_id, draft_probability, match, cosine, accepted; for adapters of shift 1.
+    draft_id, draft_probability, match, cosine, accepted; for adapters of shift 1. Exact for greedy
+    decoding: a draft counts only while every draft before it was right.
 
     A position holds the draft of the round that reaches it, the rejected one at a bonus position;
     where a round accepts all gamma drafts, the one it would have made next. accepted: by a round
@@ -126,7 +115,7 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
     found = rounds.walk(run, lengths, gamma)
     # The rounds, bonus included, cover the drafted positions of all answers one after the other.
     cover = found.accepted + found.bonus
-    step = np.arange(cover.sum()) - np.repeat(cover.cumsum() - cover, cover)
+    step = np.concatenate([np.arange(n) for n in cover])
     row = np.repeat(np.arange(len(lengths)), lengths)
     at = np.concatenate([np.arange(n) for n in lengths])
     start = at - step

@@ -1,17 +1,13 @@
-"""Floors: what drafts that never look at the sensor achieve (docs/metrics.md, section 7). An
-adapter's merit is its distance above them.
-
-On published traces of the real pair a 4-gram table of other clips' answers beats every published
-adapter; a figure without its floors means nothing. What a floor drafts is a rule of
-:mod:`xsd.decode.rules`, the one that would draft live.
+"""Floors: what drafts achieve that never look at the sensor; an adapter's merit is what it adds
+(docs/metrics.md, section 7). What a floor drafts is a rule of :mod:`xsd.decode.rules`, the one
+that would draft live.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -51,47 +47,34 @@ class Floor:
                 for i, ids in enumerate(lists)]
 
 
-class PositionMode(Floor):
-    """The most frequent token at each position of the training answers."""
-    def __init__(self, training_answers: Sequence[Ids]) -> None:
-        """Raises: MetricError without training answers."""
-        self.tokens = rules.position_modes(as_lists(training_answers))
-        super().__init__("position mode", rules.stored(self.tokens))
+def position_mode(training_answers: Sequence[Ids]) -> Floor:
+    """The most frequent token at each position of the training answers. Raises: MetricError without
+    training answers."""
+    return Floor("position mode", rules.stored(rules.position_modes(as_lists(training_answers))))
 
 
-class NGram(Floor):
-    """A table of the training answers: rules.NGramTable."""
-    def __init__(self, training_answers: Sequence[Ids], n: int = 4) -> None:
-        """Raises: MetricError without training answers, ParameterError for n below 1."""
-        super().__init__(f"{n}-gram", rules.NGramTable(as_lists(training_answers), n))
+def ngram(training_answers: Sequence[Ids], n: int = 4) -> Floor:
+    """A table of the training answers: rules.NGramTable. Raises: MetricError without training
+    answers, ParameterError for n below 1."""
+    return Floor(f"{n}-gram", rules.NGramTable(as_lists(training_answers), n))
 
 
-class PromptLookup(Floor):
-    """Copies from the sample's own prompt, or from the answer so far: rules.prompt_lookup.
-
-    prompts: token ids of each sample's prompt in the verifier's tokenizer, or None to look in the
-    answer alone.
-    """
-    def __init__(self, prompts: Sequence[Ids] | None = None, longest: int = 3) -> None:
-        """Raises: ParameterError for longest below 1."""
-        one = None if prompts is not None else rules.prompt_lookup((), longest)
-        super().__init__("prompt lookup",
-                         one or [rules.prompt_lookup(_plain(ids), longest) for ids in prompts])
+def prompt_lookup(prompts: Sequence[Ids] | None = None, longest: int = 3) -> Floor:
+    """Copies from the sample's own prompt (token ids in the verifier's tokenizer; None: from the
+    answer alone), or from the answer so far. Raises: ParameterError for longest below 1."""
+    if prompts is None:
+        return Floor("prompt lookup", rules.prompt_lookup((), longest))
+    return Floor("prompt lookup", [rules.prompt_lookup(_plain(ids), longest) for ids in prompts])
 
 
-class DrafterTokens(Floor):
+def drafter_tokens(ids_by_drafter: Sequence[Ids]) -> Floor:
     """The drafter's own tokens, no adapter: its token at position t against the verifier's at t.
-
-    On teacher-forced pairs this is the drafter's next token after the verifier's prefix; on
-    free-running pairs the drafter's own text at the same place (the token-level baseline of the
-    reference). A shorter answer of the drafter drafts nothing beyond its end.
-    """
-    def __init__(self, ids_by_drafter: Sequence[Ids]) -> None:
-        super().__init__("drafter tokens", [rules.stored(_plain(ids)) for ids in ids_by_drafter])
+    On free-running pairs that is its own text at the same place (the reference's token-level
+    baseline). A shorter answer of the drafter drafts nothing beyond its end."""
+    return Floor("drafter tokens", [rules.stored(_plain(ids)) for ids in ids_by_drafter])
 
 
-@dataclass(frozen=True)
-class DuplicateRate:
+class DuplicateRate(NamedTuple):
     """Exact duplicates among n answers. shared: share of answers that some other answer equals.
     repeated: share that could be dropped without losing a text (1 - distinct / n). in_training:
     share that stands in the training answers (None when none were given)."""
@@ -106,15 +89,13 @@ class DuplicateRate:
 def duplicate_rate(answers: Sequence[Ids],
                    training_answers: Sequence[Ids] | None = None) -> DuplicateRate:
     """How templated the answers are. Raises: MetricError without answers."""
-    texts = [tuple(ids) for ids in as_lists(answers)]
-    counts = Counter(texts)
-    known = None if training_answers is None else {tuple(ids) for ids in as_lists(training_answers)}
-    return DuplicateRate(
-        n=len(texts), n_distinct=len(counts),
-        shared=sum(count for count in counts.values() if count > 1) / len(texts),
-        repeated=1 - len(counts) / len(texts),
-        in_training=None if known is None else sum(text in known for text in texts) / len(texts),
-    )
+    counts, known = Counter(map(tuple, as_lists(answers))), None
+    n = counts.total()
+    if training_answers is not None:
+        trained = set(map(tuple, as_lists(training_answers)))
+        known = sum(count for text, count in counts.items() if text in trained) / n
+    shared = sum(count for count in counts.values() if count > 1) / n
+    return DuplicateRate(n, len(counts), shared, 1 - len(counts) / n, known)
 
 
 def as_lists(answers: Iterable[Any]) -> list[list[int]]:

@@ -1,7 +1,5 @@
-"""One held-out set: its stored pairs, the head they are judged with, and what intervals draw.
-
-Token ids are read without the states and states a batch at a time, so that asking for the answers
-of a large set costs what the ids weigh, and a pass over it never holds more than a batch.
+"""One held-out set: its stored pairs, the head they are judged with, and what intervals draw. Token
+ids are read without the states, and states a batch at a time.
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ import dataclasses
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -24,7 +23,6 @@ from xsd.shards.store import ShardDataset
 class HeldOut:
     """name: short name of the data set. head: the verifier's LM head, float32 [V, D]. clusters:
     what intervals draw, a name per sample. keys: core.Sample.key of each sample.
-
     What is known of the pair, where it is: texts, of every token id; prompt_ids, by question in the
     verifier's tokenizer; eos. load: gives the sample at an index with its pictures.
     """
@@ -79,28 +77,22 @@ class HeldOut:
     def choose(self, n: int, seed: int) -> list[int]:
         """The indices of ``n`` samples from as many clusters as possible, drawn by ``seed``;
         ascending."""
-        draw = random.Random(seed)
-        groups: dict[str, list[int]] = {}
+        draw, groups = random.Random(seed), {}
         for index, cluster in enumerate(self.clusters):
             groups.setdefault(cluster, []).append(index)
-        for members in groups.values():
-            draw.shuffle(members)
         turns = list(groups.values())
-        draw.shuffle(turns)
-        order = [
-            members[turn] for turn in range(max(map(len, turns))) for members in turns
-            if turn < len(members)
-        ]
+        for members in [*turns, turns]:
+            draw.shuffle(members)
+        order = [one for turn in zip_longest(*turns) for one in turn if one is not None]
         return sorted(order[:n])
 
 
 def of(name: str, dataset: ShardDataset, head: Tensor | None = None, **known: Any) -> HeldOut:
-    """A held-out set of stored pairs. head: by default the one stored with them. known: what is
-    known of the pair (texts, prompt_ids, eos, load)."""
+    """A held-out set of stored pairs. head: by default the one stored with them. known: texts,
+    prompt_ids, eos, load."""
     table = dataset.table()
-    names = list(zip(table["sequence"], table["clip"], table["question"], strict=True))
-    nothing = np.zeros(0)
-    keys = [Sample(*one, event_frames=(), video=nothing).key for one in names]
+    names, nothing = table[["sequence", "clip", "question"]], np.zeros(0)
+    keys = [Sample(*one, (), nothing).key for one in names.itertuples(index=False)]
     return HeldOut(name, dataset, dataset.head("verifier") if head is None else head,
                    clusters(table["sequence"], table["clip"]), keys, **known)
 

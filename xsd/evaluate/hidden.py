@@ -1,11 +1,6 @@
 """Hidden-state figures: how close the aligned states come to the verifier's, and what a cosine
-threshold would accept (docs/metrics.md, section 2).
-
-The seven groups of the reference's evaluation with intervals, from the token table's
-``one_step_cosine``: median and percentiles are exact, any threshold can be asked afterwards, and
-tables of parts of a set, joined in any order, give the same figures to the last bit.
-
-A cosine threshold is *not* acceptance: the LM head decides (see tokens.py and reliability.py).
+threshold would accept (docs/metrics.md, section 2). Tables of parts of a set, joined in any order,
+give the same figures to the last bit. A threshold is *not* acceptance: see tokens.py.
 """
 
 from __future__ import annotations
@@ -18,7 +13,7 @@ import pandas as pd
 
 from xsd.core import MetricError
 from xsd.evaluate import table, tables
-from xsd.evaluate.statistics import bootstrap_columns
+from xsd.evaluate.statistics import bootstrap_columns, bootstrap_positions
 from xsd.evaluate.tables import row
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
@@ -30,13 +25,7 @@ _PADDING = -2.0
 def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS, gamma: int = 5,
             max_positions: int = 64, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
     """Every figure of every level as one long table: metric, threshold, position, value, low, high,
-    n, n_clusters, level.
-
-    Over all tokens: cosine_mean, _std (divides by n), _min, _max, _median, _p10 … _p99. Per
-    threshold: accept_at (share of tokens above it), unbroken_prefix_* (tokens before the first one
-    below it), draft_acceptance_prefill (mean of unbroken / length) and _decode (mean of
-    min(unbroken, gamma) / gamma). length_* of the answers. By position (counted from the level's
-    first predicted one): cosine_mean, cosine_std, accept_at and survival_at (above it up to here).
+    n, n_clusters, level. Their definitions: docs/metrics.md, section 2.
 
     Raises: MetricError for thresholds outside (-1, 1), gamma or max_positions below 1, an empty
     table.
@@ -49,12 +38,10 @@ def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS, g
             f"gamma and max_positions must be at least 1 but are {gamma} and {max_positions}")
     taus = sorted({float(tau) for tau in thresholds})
     rows: list[dict[str, Any]] = []
-    for level, part in tokens.groupby("level", sort=False, observed=True):
-        about, (cosine,), lengths = table.answers(part, "one_step_cosine")
-        inside = np.arange(cosine.shape[1]) < lengths[:, None]
+    for level, about, (cosine,), inside in table.by_level(tokens, "one_step_cosine"):
         cosine = np.where(inside, cosine, _PADDING).astype(np.float32)
         clusters = about["sequence"].tolist()
-        found = _overall(cosine, lengths, clusters, taus, gamma, n_resamples, seed)
+        found = _overall(cosine, clusters, taus, gamma, n_resamples, seed)
         found += _by_position(cosine[:, :max_positions], clusters, taus, seed)
         rows += [{**one, "level": level} for one in found]
     return tables.frame(rows)
@@ -70,11 +57,17 @@ def summary(values: Any) -> dict[str, float]:
     return out | {f"p{key}": value for key, value in zip(PERCENTILES, at, strict=True)}
 
 
-def _overall(cosine: np.ndarray, lengths: np.ndarray, clusters: list[str], taus: Sequence[float],
-             gamma: int, n_resamples: int, seed: int) -> list[dict[str, Any]]:
+def spread(name: str, values: Any, keys: Sequence[str], **about: Any) -> list[dict[str, Any]]:
+    """Rows of those of :func:`summary`'s figures, without intervals."""
+    found = summary(values)
+    return [row(f"{name}_{key}", found[key], n=np.size(values), **about) for key in keys]
+
+
+def _overall(cosine: np.ndarray, clusters: list[str], taus: Sequence[float], gamma: int,
+             n_resamples: int, seed: int) -> list[dict[str, Any]]:
     """cosine: float32 [N, S], padding -2; one answer a row."""
-    n, inside = len(lengths), cosine > -1.5
-    ones = np.ones(n)
+    inside = cosine > -1.5
+    lengths, ones = inside.sum(axis=1), np.ones(len(cosine))
     above = [np.where(inside, cosine, 0).sum(axis=1, dtype=np.float64)]
     below = [lengths]
     unbroken = {}
@@ -85,38 +78,29 @@ def _overall(cosine: np.ndarray, lengths: np.ndarray, clusters: list[str], taus:
         below += [lengths, ones, ones, ones]
     drawn = bootstrap_columns(np.stack(above, axis=1), np.stack(below, axis=1), clusters,
                               n_resamples=n_resamples, seed=seed)
-    values = summary(cosine[inside])
     out = [row("cosine_mean", drawn[0], threshold=None, position=None)]
-    out += [row(f"cosine_{name}", values[name], n=int(lengths.sum()))
-            for name in values if name != "mean"]  # fmt: skip
+    out += spread("cosine", cosine[inside], [
+        "std", "min", "max", "median", *(f"p{key}" for key in PERCENTILES)])
     for i, tau in enumerate(taus):
         accept, mean, prefill, decode = drawn[4 * i + 1:4 * i + 5]
-        of_samples = summary(unbroken[tau])
-        out.append(row("accept_at", accept, threshold=tau))
-        out.append(row("unbroken_prefix_mean", mean, threshold=tau))
-        out += [row(f"unbroken_prefix_{name}", of_samples[name], threshold=tau, n=n)
-                for name in ("std", "min", "max", "median")]  # fmt: skip
-        out.append(row("draft_acceptance_prefill", prefill, threshold=tau))
-        out.append(row("draft_acceptance_decode", decode, threshold=tau))
-    of_lengths = summary(lengths)
-    return out + [row(f"length_{name}", of_lengths[name], n=n)
-                  for name in ("mean", "std", "min", "max")]  # fmt: skip
+        out += [row("accept_at", accept, threshold=tau),
+                row("unbroken_prefix_mean", mean, threshold=tau),
+                *spread("unbroken_prefix", unbroken[tau], ["std", "min", "max", "median"],
+                        threshold=tau),
+                row("draft_acceptance_prefill", prefill, threshold=tau),
+                row("draft_acceptance_decode", decode, threshold=tau)]  # fmt: skip
+    return out + spread("length", lengths, ["mean", "std", "min", "max"])
 
 
 def _by_position(cosine: np.ndarray, clusters: list[str], taus: Sequence[float],
                  seed: int) -> list[dict[str, Any]]:
-    inside, width = cosine > -1.5, cosine.shape[1]
+    inside = cosine > -1.5
     accepted = [cosine > np.float32(tau) for tau in taus]
-    survived = [np.cumprod(line, axis=1, dtype=np.int64) for line in accepted]
-    bands = bootstrap_columns(np.concatenate([*accepted, *survived], axis=1), inside, clusters,
-                              n_resamples=1000, seed=seed)
+    bands = bootstrap_positions(accepted, inside, clusters, n_resamples=1000, seed=seed)
     out = []
-    for t in range(width):
-        values = np.sort(cosine[inside[:, t], t]).astype(np.float64)
-        out.append(row("cosine_mean", values.mean(), position=t, n=len(values)))
-        out.append(row("cosine_std", values.std(), position=t, n=len(values)))
-        for i, tau in enumerate(taus):
-            up_to = bands[(len(taus) + i) * width + t]
-            out.append(row("accept_at", bands[i * width + t], threshold=tau, position=t))
-            out.append(row("survival_at", up_to, threshold=tau, position=t))
+    for t in range(cosine.shape[1]):
+        out += spread("cosine", cosine[inside[:, t], t], ["mean", "std"], position=t)
+        for tau, (marginal, survival) in zip(taus, bands, strict=True):
+            out += [row("accept_at", marginal[t], threshold=tau, position=t),
+                    row("survival_at", survival[t], threshold=tau, position=t)]  # fmt: skip
     return out

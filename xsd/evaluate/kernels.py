@@ -1,5 +1,5 @@
-"""What is computed from states themselves: cosines, and what the LM head says of a state. Pure
-functions over tensors that never hold a second copy of the states or a matrix [N, V] of logits.
+"""What is computed from states themselves: cosines, and what the LM head says of a state, without a
+second copy of the states or a matrix [N, V] of logits.
 
 Letters in shapes: B batch, S positions of the answer, D hidden width, V vocabulary, N positions.
 """
@@ -7,6 +7,7 @@ Letters in shapes: B batch, S positions of the answer, D hidden width, V vocabul
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,11 +23,10 @@ fastest of 4 … 128)."""
 
 def cosines(aligned: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     """Cosine of each position's two states, accumulated in float32: [B, S, D] × 2 → float32 [B, S]
-    on the states' device, NaN where masked.
+    on the states' device, NaN where masked. Padding may hold anything.
 
     One pass: rows are converted a few at a time, so bf16 states never exist twice. Each row is
-    reduced by itself: how a set is cut into batches does not change a bit. Padding may hold
-    anything.
+    reduced by itself: how a set is cut into batches does not change a bit.
 
     Raises: MetricError for other shapes, a mask that is not right-padded or leaves a row empty, a
     NaN or infinite state, a zero vector (its cosine has no meaning, and it usually means padding
@@ -40,40 +40,44 @@ def cosines(aligned: Tensor, target: Tensor, mask: Tensor) -> Tensor:
             f"the aligned states has shape {list(aligned.shape)} but the target states has "
             f"{list(target.shape)}; both must cover the same samples and positions (align them "
             "with Adapter.align, or cut both to the shorter answer)")
-    if mask.shape != aligned.shape[:2]:
-        raise MetricError(f"the mask has shape {list(mask.shape)} but the states need "
-                          f"{list(aligned.shape[:2])} (samples × positions)")
-    check_mask(mask)
+    check_mask(mask, aligned.shape[:2])
     width, device = aligned.shape[-1], aligned.device
     x, y = aligned.detach().reshape(-1, width), target.detach().reshape(-1, width)
     real = mask.reshape(-1).to(device).nonzero().flatten()
     dense = len(real) == len(x)
-    on_cpu = device.type == "cpu"
-    step = min(len(real), _ROWS_PER_STEP if on_cpu else max(_ROWS_PER_STEP, 2**26 // width))
-    left, right = (torch.empty(step, width, device=device) for _ in range(2))
-    dots, squares, squares_of_target = (torch.empty(len(real), device=device) for _ in range(3))
+    step = _ROWS_PER_STEP if device.type == "cpu" else max(_ROWS_PER_STEP, 2**26 // width)
+    left, right = torch.empty(2, min(len(real), step), width, device=device)
+    dots, squares, squares_of_target = torch.empty(3, len(real), device=device)
     for start in range(0, len(real), step):
-        stop = min(start + step, len(real))
-        rows = slice(start, stop) if dense else real[start:stop]
-        a, b = left[:stop - start], right[:stop - start]
+        at = slice(start, min(start + step, len(real)))
+        rows = at if dense else real[at]
+        a, b = left[:at.stop - start], right[:at.stop - start]
         a.copy_(x[rows])
         b.copy_(y[rows])
-        _dot(a, b, dots[start:stop])
-        _dot(a, a, squares[start:stop])
-        _dot(b, b, squares_of_target[start:stop])
+        for one, other, out in ((a, b, dots), (a, a, squares), (b, b, squares_of_target)):
+            if device.type == "cpu":  # numpy hands each row to BLAS without a temporary
+                np.vecdot(one.numpy(), other.numpy(), out=out[at].numpy())
+            else:
+                torch.linalg.vecdot(one, other, out=out[at])
     norms = squares.sqrt_().mul_(squares_of_target.sqrt_())
-    _refuse_bad_states(dots, norms, real, mask.shape[1], {"aligned": x, "target": y})
+    bad = ~(torch.isfinite(dots) & torch.isfinite(norms) & (norms > 0))
+    if bool(bad.any()):
+        flat = int(real[int(bad.nonzero()[0])])
+        _refuse(flat, mask.shape[1], {"aligned": x[flat], "target": y[flat]})
     out = torch.full((mask.numel(),), math.nan, device=device)
     out[real] = (dots / norms).clamp(-1.0, 1.0)
     return out.reshape(mask.shape)
 
 
-def check_mask(mask: Tensor) -> None:
-    """Raises: MetricError unless the mask is bool [B, S], right-padded, with a real position in
-    every row."""
+def check_mask(mask: Tensor, shape: Sequence[int]) -> None:
+    """Raises: MetricError unless the mask is bool of this shape [B, S], right-padded, with a real
+    position in every row."""
     if mask.dim() != 2 or mask.dtype != torch.bool:
         raise MetricError(f"mask must be bool [B, S] but is {str(mask.dtype)[len('torch.'):]} "
                           f"{list(mask.shape)}; pass Batch.mask")
+    if mask.shape != shape:
+        raise MetricError(f"the mask has shape {list(mask.shape)} but the states need "
+                          f"{list(shape)} (samples × positions)")
     empty = (~mask.any(dim=1)).nonzero().flatten().tolist()
     if empty:
         raise MetricError(f"mask rows {empty[:5]} have no real position, so nothing can be "
@@ -84,27 +88,14 @@ def check_mask(mask: Tensor) -> None:
                           "start at position 0 and be padded on the right")
 
 
-def _dot(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """Row by row: float32 [N, D] × 2 → [N]. On the CPU numpy's, which hands each row to BLAS
-    without a temporary."""
-    if x.device.type == "cpu":
-        np.vecdot(x.numpy(), y.numpy(), out=out.numpy())
-    else:
-        torch.linalg.vecdot(x, y, out=out)
-
-
-def _refuse_bad_states(dots: Tensor, norms: Tensor, real: Tensor, n_positions: int,
-                       states: dict[str, Tensor]) -> None:
-    bad = ~(torch.isfinite(dots) & torch.isfinite(norms) & (norms > 0))
-    if not bool(bad.any()):
-        return
-    flat = int(real[int(bad.nonzero()[0])])
+def _refuse(flat: int, n_positions: int, states: dict[str, Tensor]) -> None:
+    """Say what is wrong with the two states [D] at a place of the batch."""
     place = f"sample {flat // n_positions}, position {flat % n_positions} of the batch"
     for name, values in states.items():
-        if not bool(torch.isfinite(values[flat]).all()):
+        if not bool(torch.isfinite(values).all()):
             raise MetricError(f"the {name} state at {place} is NaN or infinite; the adapter or "
                               "the extraction produced it, so mend that first")
-        if not bool(values[flat].any()):
+        if not bool(values.any()):
             raise MetricError(
                 f"the {name} state at {place} is a zero vector, whose cosine has no meaning; it "
                 "looks like padding under a True of the mask")

@@ -1,9 +1,6 @@
 """What a cosine says about the token: P(token match | cosine), and how far Accept@τ misstates
-acceptance (docs/metrics.md, section 8).
-
-The reference assumed ≈99.9 % above 0.95, ≈98 % in 0.90–0.95, ≈90 % in 0.85–0.90, below 80 % under
-that. Here it is counted, from a token table (xsd/evaluate/table.py); rows without a cosine are left
-out.
+acceptance (docs/metrics.md, section 8); counted from a token table, rows without a cosine left out.
+The reference assumed ≈99.9 % above 0.95, ≈98 % in 0.90–0.95, ≈90 % in 0.85–0.90, else below 80 %.
 """
 
 from __future__ import annotations
@@ -48,13 +45,13 @@ def bands(tokens: pd.DataFrame, edges: Sequence[float] = BANDS, *,
         sums = sums.unstack(fill_value=0)
         drawn = bootstrap_columns(sums["match"], sums["n"], sums.index, n_resamples=n_resamples,
                                   seed=seed)
-        totals = {name: sums[name].to_numpy().sum(axis=0) for name in ("match", "n", "cosine")}
+        matched, counted, cosines = (sums[name].to_numpy().sum(axis=0)
+                                     for name in ("match", "n", "cosine"))
         for i, (band, of) in enumerate(zip(sums["n"], drawn, strict=True)):
-            n, n_match = int(totals["n"][i]), int(totals["match"][i])
-            unclustered = wilson(n_match, n)
+            unclustered = wilson(int(matched[i]), of.n)
             rows.append({
-                "level": level, "cosine": totals["cosine"][i] / n, "cosine_low": edges[band],
-                "cosine_high": edges[band + 1], "n": n, "n_match": n_match,
+                "level": level, "cosine": cosines[i] / counted[i], "cosine_low": edges[band],
+                "cosine_high": edges[band + 1], "n": of.n, "n_match": int(matched[i]),
                 "n_clusters": of.n_clusters, "rate": of.value, "low": of.low, "high": of.high,
                 "wilson_low": unclustered.low, "wilson_high": unclustered.high,
             })  # fmt: skip
@@ -80,16 +77,15 @@ def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS,
     """
     rows = []
     draws = {"n_resamples": n_resamples, "seed": seed}
-    drawn = bands(tokens, edges, **draws).rename(columns={
+    kept = ["level", "rate", "low", "high", "n", "n_clusters", "cosine_low", "cosine_high",
+            "n_match"]  # fmt: skip
+    drawn = bands(tokens, edges, **draws).reindex(columns=kept).rename(columns={
         "rate": "value", "cosine_low": "band_low", "cosine_high": "band_high"
     })  # fmt: skip
-    columns = ["level", "value", "low", "high", "n", "n_clusters", "band_low", "band_high",
-               "n_match"]  # fmt: skip
-    for level, part in _levels(tokens):
-        own = drawn.loc[drawn["level"] == level, columns]
-        rows += own.assign(metric="match_given_cosine", position=None).to_dict("records")
-        about, (cosine, match), lengths = table.answers(part, "cosine", "match")
-        inside = np.arange(cosine.shape[1]) < lengths[:, None]
+    known = _known(tokens, ONE_STEP)
+    for level, about, (cosine, match), inside in table.by_level(known, "cosine", "match"):
+        own = drawn[drawn["level"] == level].assign(metric="match_given_cosine", position=None)
+        rows += own.to_dict("records")
         for tau in sorted(thresholds):
             above = inside & (cosine > np.float32(tau))
             found = _at_threshold(above, match, inside, about["sequence"], max_positions, draws)
@@ -157,14 +153,19 @@ def needed(tokens: pd.DataFrame, shares: Sequence[float] = (0.8, 0.9, 0.95, 0.99
     return pd.DataFrame(rows)
 
 
-def _levels(tokens: pd.DataFrame,
-            columns: tuple[str, str] = ONE_STEP) -> Iterator[tuple[str, pd.DataFrame]]:
-    """Each level that has cosines: its rows with the columns of the cosine and the match under
-    these names."""
+def _known(tokens: pd.DataFrame, columns: tuple[str, str]) -> pd.DataFrame:
+    """The rows that have a cosine, with the columns of the cosine and the match under these
+    names."""
     names = ["level", "sample", "sequence", "position", *columns]
     known = tokens.loc[tokens[columns[0]].notna(), names].set_axis(
         [*names[:4], "cosine", "match"], axis=1)  # fmt: skip
     if (known["cosine"].abs() > 1).any():
         raise MetricError("a cosine lies outside [-1, 1]; measure it with table.measure")
-    for level, part in known.groupby("level", sort=False, observed=True):
+    return known
+
+
+def _levels(tokens: pd.DataFrame,
+            columns: tuple[str, str] = ONE_STEP) -> Iterator[tuple[str, pd.DataFrame]]:
+    """Each level that has cosines, and its rows."""
+    for level, part in _known(tokens, columns).groupby("level", sort=False, observed=True):
         yield str(level), part

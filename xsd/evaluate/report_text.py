@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pandas as pd
@@ -22,8 +21,8 @@ class _Figures:
         keys = keys.where(keys.notna(), None).itertuples(index=False, name=None)
         self.rows = dict(zip(keys, metrics.to_dict("records"), strict=True))
         self.bands = metrics[metrics["metric"] == "match_given_cosine"].to_dict("records")
-        self.thresholds = sorted(tau for name, tau, at in self.rows if name == "accept_at" and
-                                 at is None)  # fmt: skip
+        self.thresholds = sorted(tau for name, tau, at in self.rows
+                                 if name == "accept_at" and at is None)  # fmt: skip
 
     def __call__(self, metric: str, tau: float | None = None, at: int | None = None,
                  key: str = "value") -> Any:
@@ -32,18 +31,19 @@ class _Figures:
     def has(self, metric: str, tau: float | None = None, at: int | None = None) -> bool:
         return (metric, tau, at) in self.rows
 
-    def text(self, metric: str, tau: float | None = None, *, percent: bool = True,
-             digits: int | None = None) -> str:
-        return _interval(self.rows[metric, tau, None]).text(percent, digits)
+    def text(self, metric: str, tau: float | None = None, **form: Any) -> str:
+        return _interval(self.rows[metric, tau, None]).text(**form)
+
+    def each(self, metric: str, forms: str, tau: float | None = None) -> str:
+        """``"std .2f, min .0f"`` → ``std 0.25   min 3`` of the metric's figures."""
+        pairs = (form.split() for form in forms.split(", "))
+        return "   ".join(f"{name} {self(f'{metric}_{name}', tau):{form}}" for name, form in pairs)
 
 
 def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series | None = None,
            floors: pd.DataFrame | None = None, positions: int = 20) -> str:
-    """Eight sections for one level: 1 cosine, 2 Accept@τ, 3 unbroken prefix, 4 lengths, 5 draft
-    acceptance, 6 speed-up estimates, 7 by position, 8 tokens.
-
-    Sections 1 to 7 are the reference's hidden-state figures; section 8 is what the verifier's head
-    says, beside the floors.
+    """Eight sections for one level: 1 to 7 are the reference's hidden-state figures, 8 is what the
+    verifier's head says, beside the floors.
 
     Args: metrics: the level's rows of hidden.figures and, where they were measured, tokens.figures
         and reliability.figures. gamma: as they were made with. headline: the level's row of step
@@ -54,24 +54,30 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
                f"tokens, {of('cosine_mean', key='n_clusters'):.0f} sequences; intervals: 95 %, "
                "clustered by sequence")
     at = {tau: f"cos > {tau:.2f}   " for tau in of.thresholds}
-    parts = [
-        f"{'=' * _WIDTH}\n{title}\n{heading}\n{'=' * _WIDTH}",
-        _section("[1] Cosine of aligned and verifier states", _cosine(of)),
-        _section("[2] Accept@τ: share of tokens above the threshold (a threshold is not the "
-                 "verifier's verdict: see 8)",
-                 [at[tau] + of.text("accept_at", tau) for tau in at]),
-        _section("[3] Unbroken prefix: tokens above the threshold before the first one that is not",
-                 [at[tau] + _unbroken(of, tau) for tau in at]),
-        _section("[4] Answer lengths", ["   ".join(
-            [f"mean {of('length_mean'):.1f}   std {of('length_std'):.1f}",
-             f"min {of('length_min'):.0f}   max {of('length_max'):.0f}   (tokens)"])]),
-        _section("[5] Draft acceptance by threshold: prefill (whole answer), decode (first γ)", [
+    sections = {
+        "[1] Cosine of aligned and verifier states": [
+            f"mean {of.text('cosine_mean', percent=False, digits=4)}   "
+            f"{of.each('cosine', 'std .4f, median .4f, min .4f, max .4f')}",
+            "  ".join(f"{name.removeprefix('cosine_').upper()} {of(name):.4f}"
+                      for name, *_ in of.rows if name.startswith("cosine_p"))],
+        "[2] Accept@τ: share of tokens above the threshold (a threshold is not the verifier's "
+        "verdict: see 8)": [at[tau] + of.text("accept_at", tau) for tau in at],
+        "[3] Unbroken prefix: tokens above the threshold before the first one that is not": [
+            f"{at[tau]}{of.text('unbroken_prefix_mean', tau, percent=False)}   "
+            + of.each("unbroken_prefix", "std .2f, median .1f, min .0f, max .0f", tau)
+            for tau in at],
+        "[4] Answer lengths": [
+            of.each("length", "mean .1f, std .1f, min .0f, max .0f") + "   (tokens)"],
+        "[5] Draft acceptance by threshold: prefill (whole answer), decode (first γ)": [
             f"{at[tau]}prefill {of.text('draft_acceptance_prefill', tau)}   decode, γ = {gamma}: "
-            f"{of.text('draft_acceptance_decode', tau)}" for tau in at]),
-        _section("[6] Speed-up (estimates; the live benchmark measures it)", _speedup(of, gamma)),
-        _section("[7] By position in the answer", _positions(of, positions)),
-        _section("[8] Tokens: the verifier's verdict", _tokens(of, gamma, headline, floors)),
-    ]  # fmt: skip
+            f"{of.text('draft_acceptance_decode', tau)}" for tau in at],
+        "[6] Speed-up (estimates; the live benchmark measures it)": _speedup(of, gamma),
+        "[7] By position in the answer": _positions(of, positions),
+        "[8] Tokens: the verifier's verdict": _tokens(of, gamma, headline, floors),
+    }  # fmt: skip
+    parts = [f"{'=' * _WIDTH}\n{title}\n{heading}\n{'=' * _WIDTH}"]
+    parts += ["\n".join([name, "-" * _WIDTH, *(f"  {line}" for line in lines)])
+              for name, lines in sections.items()]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
 
@@ -79,25 +85,6 @@ def _interval(row: Any, name: str = "") -> Interval:
     """The interval of a long row, or of the columns ``name`` in a wide one."""
     keys = (name, f"{name} low", f"{name} high") if name else ("value", "low", "high")
     return Interval(*(float("nan") if row[key] is None else row[key] for key in keys), 0, 0)
-
-
-def _section(name: str, lines: Sequence[str]) -> str:
-    return "\n".join([name, "-" * _WIDTH, *(f"  {line}" for line in lines)])
-
-
-def _cosine(of: _Figures) -> list[str]:
-    spread = "   ".join(f"{name} {of(f'cosine_{name}'):.4f}"
-                        for name in ("std", "median", "min", "max"))  # fmt: skip
-    tails = "  ".join(f"{name.removeprefix('cosine_').upper()} {of(name):.4f}"
-                      for name, _, at in of.rows if name.startswith("cosine_p"))  # fmt: skip
-    return [f"mean {of.text('cosine_mean', percent=False, digits=4)}   {spread}", tails]
-
-
-def _unbroken(of: _Figures, tau: float) -> str:
-    std, median, low, high = (of(f"unbroken_prefix_{name}", tau)
-                              for name in ("std", "median", "min", "max"))  # fmt: skip
-    return (f"{of.text('unbroken_prefix_mean', tau, percent=False)}   std {std:.2f}   median "
-            f"{median:.1f}   min {low:.0f}   max {high:.0f}")
 
 
 def _speedup(of: _Figures, gamma: int) -> list[str]:
@@ -122,9 +109,8 @@ def _positions(of: _Figures, positions: int) -> list[str]:
         cells = [of("accept_at", tau, t) for tau in of.thresholds]
         if with_tokens:
             cells += [of("token_acceptance", None, t), of("token_survival", None, t)]
-        n, mean, std = (of(*at) for at in (("cosine_mean", None, t, "n"), ("cosine_mean", None, t),
-                                           ("cosine_std", None, t)))  # fmt: skip
-        lines.append(f"{t:>3} {n:>6.0f} {mean:>6.3f} {std:>7.3f}  " +
+        n, mean = (of("cosine_mean", None, t, key) for key in ("n", "value"))
+        lines.append(f"{t:>3} {n:>6.0f} {mean:>6.3f} {of('cosine_std', None, t):>7.3f}  " +
                      "".join(f"{100 * value:>8.1f}%" for value in cells))
     return lines
 

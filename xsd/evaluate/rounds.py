@@ -1,27 +1,14 @@
 """Draft–verify rounds: the one walk that every figure of accepted drafts goes through, and the one
-form in which they are counted (docs/metrics.md, sections 4 and 5).
-
-A *round* drafts up to gamma tokens; the verifier accepts the longest correct prefix and adds one
-token of its own, the *bonus*::
-
-    answer   a b c d e f g h          round 1 drafts a b x · ·  → accepted 2, bonus c
-             └─┬─┘ ↑bonus             round 2 drafts d e f g h  → accepted 5, no bonus: the answer
-                                                                  ended inside the draft
+form in which they are counted (docs/metrics.md, sections 4 and 5, with a drawn example).
 
 What a round accepts depends on where it begins, so a drafter is described by its *runs*: run[s] is
-how many drafts a round accepts whose first draft stands at position s::
-
-    match    ✓ ✓ × ✓ ✓ ✓ ✓ ✓          one-step matches of a drafter of tokens
-    run      2 1 0 5 4 3 2 1          gamma = 5; the walk visits s = 0 and s = 3
-
-For a drafter of tokens the runs follow from its one-step matches (:func:`runs_of`): a draft counts
-only while all drafts before it were right, and then its prefix is the verifier's. A head that feeds
-on its own states gives its runs by self-rollout (xsd/evaluate/drafting.py).
+how many drafts a round accepts whose first draft stands at position s. For a drafter of tokens they
+follow from its one-step matches (:func:`runs_of`); a head that feeds on its own states gives them
+by self-rollout (xsd/evaluate/drafting.py).
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +16,6 @@ from typing import Any
 import numpy as np
 
 from xsd.core import MetricError, Round
-
-_CLOSE = {"rel_tol": 1e-9, "abs_tol": 1e-12}
 
 
 @dataclass(frozen=True)
@@ -48,13 +33,10 @@ class Rounds:
     def per_request(self) -> dict[str, np.ndarray]:
         """accepted, drafted, bonus, rounds: int64 [n_requests]; what the paired, clustered
         bootstrap resamples."""
-        out = {
-            name: np.bincount(self.request, weights=getattr(self, name),
-                              minlength=self.n_requests).astype(np.int64)
-            for name in ("accepted", "drafted", "bonus")
-        }
-        out["rounds"] = np.bincount(self.request, minlength=self.n_requests)
-        return out
+        each = {"accepted": self.accepted, "drafted": self.drafted, "bonus": self.bonus,
+                "rounds": np.ones_like(self.request)}  # fmt: skip
+        return {name: np.bincount(self.request, weights, self.n_requests).astype(np.int64)
+                for name, weights in each.items()}  # fmt: skip
 
 
 def walk(runs: Any, lengths: Any, gamma: int, *, first: Any = None,
@@ -119,34 +101,27 @@ def runs_of(match: Any, gamma: int) -> np.ndarray:
 
 
 def from_matches(matches: Iterable[Sequence[bool]], gamma: int) -> Rounds:
-    """The rounds of a drafter of tokens, from its one-step matches: bool [n] for each answer.
-
-    Exact for drafters that condition on tokens alone and optimistic for those that feed on their
-    own states (docs/teacher_forcing.md). Raises: MetricError without answers, and as :func:`walk`.
-    """
+    """The rounds of a drafter of tokens, from its one-step matches: bool [n] for each answer; for
+    one that feeds on its own states they are optimistic (docs/teacher_forcing.md). Raises:
+    MetricError without answers, and as :func:`walk`."""
     padded, lengths = pad(matches)
     return walk(runs_of(padded, gamma), lengths, gamma)
 
 
-def pad(lists: Iterable[Sequence[Any]], fill: Any = False) -> tuple[np.ndarray, np.ndarray]:
-    """Answers of different lengths as one array: ([N, S], lengths int64 [N])."""
-    rows = [np.asarray(line) for line in lists]
+def pad(matches: Iterable[Sequence[bool]]) -> tuple[np.ndarray, np.ndarray]:
+    """Matches of answers of different lengths as one array: (bool [N, S], lengths int64 [N])."""
+    rows = [np.asarray(line, dtype=bool) for line in matches]
     lengths = np.array([len(line) for line in rows], dtype=np.int64)
-    dtype = np.result_type(*rows, type(fill)) if rows else type(fill)
-    out = np.full((len(rows), lengths.max(initial=0)), fill, dtype=dtype)
-    for target, line in zip(out, rows, strict=True):
-        target[:len(line)] = line
+    out = np.zeros((len(rows), lengths.max(initial=0)), dtype=bool)
+    out[np.arange(out.shape[1]) < lengths[:, None]] = np.concatenate([[], *rows])
     return out, lengths
 
 
 def from_requests(requests: Iterable[Sequence[Round]], gamma: int | None = None, *,
                   phase: str | None = None) -> Rounds:
     """The rounds of live generations (core.Generation.rounds), one sequence for each request.
-
-    phase: "prefill_hiding" or "decode" alone; None takes both. The hidden draft is longer than a
-    decode round's, so gamma defaults to the longest draft. Raises: MetricError when a round drafted
-    over gamma, or none is left.
-    """
+    phase: "prefill_hiding" or "decode" alone. gamma: default the longest draft. Raises: MetricError
+    when a round drafted over gamma, or none is left."""
     requests = [[r for r in rounds if phase in (None, r.phase)] for rounds in requests]
     flat = [(r.n_accepted, len(r.drafted), int(r.bonus is not None), i)
             for i, rounds in enumerate(requests) for r in rounds]
@@ -164,127 +139,115 @@ def from_requests(requests: Iterable[Sequence[Round]], gamma: int | None = None,
 
 @dataclass(frozen=True)
 class Acceptance:
-    """How many draft tokens were accepted, in the one form everything else is converted from; the
-    identities between the figures are checked when it is made.
+    """How many draft tokens were accepted, in the one form everything else is converted from: the
+    counts of some rounds; every figure follows from them, so none can contradict another.
 
     histogram[k]: rounds that accepted exactly k tokens, k = 0 … gamma. drafted_at[i]: rounds that
-    accepted their first i tokens and drafted another. marginal[i] = P(accepted > i): share of *all*
-    rounds. conditional[i] = P(token i accepted | tokens before it accepted, drafted); None where no
-    round came that far. mean_accepted weighs every round alike; ``…_per_request`` is the mean over
-    requests of the request's own mean. request_histogram: requests by that mean, rounded down.
+    accepted their first i tokens and drafted another. survived[k]: rounds that accepted k or more;
+    marginal[i] = P(accepted > i) over *all* rounds; conditional[i] = P(token i accepted | tokens
+    before it accepted, drafted), None where no round came that far. mean_accepted weighs every
+    round alike, ``…_per_request`` is the mean over requests of the request's own mean;
+    request_histogram: requests by that mean, rounded down.
     """
 
-    gamma: int
-    n_rounds: int
-    n_requests: int
     n_drafted: int
-    n_accepted: int
     n_bonus: int
     histogram: tuple[int, ...]
     drafted_at: tuple[int, ...]
-    marginal: tuple[float, ...]
-    conditional: tuple[float | None, ...]
-    mean_accepted: float
-    mean_accepted_with_bonus: float
     mean_accepted_per_request: float
     mean_accepted_with_bonus_per_request: float
-    acceptance_rate: float
     acceptance_rate_per_request: float
     request_histogram: tuple[int, ...]
 
     @classmethod
     def of(cls, rounds: Rounds) -> Acceptance:
-        """From rounds. Raises: MetricError when there is none, a round accepted more than it
-        drafted, or an identity fails."""
+        """From rounds. Raises: MetricError when there is none, or one accepted more than it
+        drafted."""
         gamma, accepted, drafted = rounds.gamma, rounds.accepted, rounds.drafted
-        n = len(accepted)
-        if n == 0:
+        if not len(accepted):
             raise MetricError("acceptance needs at least one round")
         bad = np.flatnonzero((accepted > drafted) | (accepted < 0) | (drafted > gamma))
         if bad.size:
             raise MetricError(
                 f"round {bad[0]} accepted {accepted[bad[0]]} of {drafted[bad[0]]} drafted tokens "
                 f"at gamma {gamma}; a round accepts between none and all of its draft")
-        histogram = np.bincount(accepted, minlength=gamma + 1)
-        survived = histogram[::-1].cumsum()[::-1]  # survived[k]: rounds with accepted >= k
-        drafted_at = [int(((accepted >= i) & (drafted > i)).sum()) for i in range(gamma)]
         each = rounds.per_request()
         active, drafting = each["rounds"] > 0, each["drafted"] > 0
         mean = each["accepted"][active] / each["rounds"][active]
         with_bonus = (each["accepted"] + each["bonus"])[active] / each["rounds"][active]
         rates = each["accepted"][drafting] / each["drafted"][drafting]
-        n_accepted, n_bonus = int(accepted.sum()), int(rounds.bonus.sum())
+        by_mean = np.bincount(mean.astype(np.int64), minlength=gamma + 1)
         return cls(
-            gamma=gamma,
-            n_rounds=n,
-            n_requests=int(active.sum()),
-            n_drafted=int(drafted.sum()),
-            n_accepted=n_accepted,
-            n_bonus=n_bonus,
-            histogram=tuple(map(int, histogram)),
-            drafted_at=tuple(drafted_at),
-            marginal=tuple(float(count) / n for count in survived[1:]),
-            conditional=tuple(float(survived[i + 1]) / at if at else None
-                              for i, at in enumerate(drafted_at)),
-            mean_accepted=n_accepted / n,
-            mean_accepted_with_bonus=(n_accepted + n_bonus) / n,
+            int(drafted.sum()), int(rounds.bonus.sum()),
+            histogram=tuple(np.bincount(accepted, minlength=gamma + 1).tolist()),
+            drafted_at=tuple(int(((accepted >= i) & (drafted > i)).sum()) for i in range(gamma)),
             mean_accepted_per_request=float(mean.mean()),
             mean_accepted_with_bonus_per_request=float(with_bonus.mean()),
-            acceptance_rate=_share(n_accepted, int(drafted.sum())),
             acceptance_rate_per_request=float(rates.mean()) if len(rates) else 0.0,
-            request_histogram=tuple(map(int, np.bincount(np.floor(mean).astype(np.int64),
-                                                         minlength=gamma + 1))),
+            request_histogram=tuple(by_mean.tolist()),
         )
 
     def __post_init__(self) -> None:
-        def close(a: float, b: float) -> bool:
-            return math.isclose(a, b, **_CLOSE)
+        between = zip(self.survived, self.drafted_at, self.survived[1:], strict=False)
+        if not (0 <= self.n_bonus <= self.n_rounds and
+                self.n_accepted <= self.n_drafted <= self.gamma * self.n_rounds and
+                all(before >= at >= after for before, at, after in between)):
+            raise MetricError("these acceptance figures contradict each other; recompute them from "
+                              "the rounds")
 
-        n = self.n_rounds
-        reached = zip(self.conditional, self.drafted_at, self.marginal, strict=True)
-        identities = {
-            "Σ histogram = rounds": sum(self.histogram) == n,
-            "Σ k·histogram[k] = accepted":
-                sum(k * count for k, count in enumerate(self.histogram)) == self.n_accepted,
-            "mean accepted = Σ marginal": close(self.mean_accepted, math.fsum(self.marginal)),
-            "mean accepted = accepted / rounds": close(self.mean_accepted, self.n_accepted / n),
-            "mean with bonus = (accepted + bonus) / rounds":
-                close(self.mean_accepted_with_bonus, (self.n_accepted + self.n_bonus) / n),
-            "marginal never rises":
-                all(a >= b for a, b in zip(self.marginal, self.marginal[1:], strict=False)),
-            "conditional·drafted_at = marginal·rounds":
-                all(rate is None or close(rate * at, share * n) for rate, at, share in reached),
-            "acceptance rate = accepted / drafted":
-                close(self.acceptance_rate, _share(self.n_accepted, self.n_drafted)),
-            "at most one bonus per round": 0 <= self.n_bonus <= n,
-            "Σ request histogram = requests": sum(self.request_histogram) == self.n_requests,
-        }
-        broken = [name for name, holds in identities.items() if not holds]
-        if broken:
-            raise MetricError(f"these acceptance figures contradict each other ({broken[0]} does "
-                              "not hold); recompute them from the rounds")
+    @property
+    def gamma(self) -> int:
+        return len(self.histogram) - 1
+
+    @property
+    def n_rounds(self) -> int:
+        return sum(self.histogram)
+
+    @property
+    def n_requests(self) -> int:
+        return sum(self.request_histogram)
+
+    @property
+    def n_accepted(self) -> int:
+        return sum(k * count for k, count in enumerate(self.histogram))
+
+    @property
+    def survived(self) -> list[int]:
+        return np.cumsum(self.histogram[::-1])[::-1].tolist()
+
+    @property
+    def marginal(self) -> tuple[float, ...]:
+        return tuple(count / self.n_rounds for count in self.survived[1:])
+
+    @property
+    def conditional(self) -> tuple[float | None, ...]:
+        return tuple(after / at if at else None
+                     for after, at in zip(self.survived[1:], self.drafted_at, strict=True))
+
+    @property
+    def mean_accepted(self) -> float:
+        return self.n_accepted / self.n_rounds
+
+    @property
+    def mean_accepted_with_bonus(self) -> float:
+        return (self.n_accepted + self.n_bonus) / self.n_rounds
+
+    @property
+    def acceptance_rate(self) -> float:
+        return self.n_accepted / self.n_drafted if self.n_drafted else 0.0
 
     def convention(self, system: str) -> dict[str, float | tuple[float | None, ...]]:
         """The same rounds in another system's words: "eagle", "vispec", "vllm", "sglang" (formulas:
         docs/metrics.md, section 5). Raises: MetricError for an unknown system."""
+        rate, with_bonus = self.acceptance_rate, self.mean_accepted_with_bonus
         forms: dict[str, dict[str, float | tuple[float | None, ...]]] = {
-            "eagle": {"tau": self.mean_accepted_with_bonus, "n_alpha": self.conditional},
+            "eagle": {"tau": with_bonus, "n_alpha": self.conditional},
             "vispec": {"tau": self.mean_accepted},
-            "vllm": {
-                "mean_acceptance_length": 1 + self.n_accepted / self.n_rounds,
-                "draft_acceptance_rate": self.acceptance_rate,
-                "per_position_acceptance_rate": self.marginal,
-            },
-            "sglang": {
-                "accept_length": self.mean_accepted_with_bonus,
-                "accept_rate": self.acceptance_rate,
-            },
-        }
+            "vllm": {"mean_acceptance_length": 1 + self.mean_accepted,
+                     "draft_acceptance_rate": rate,
+                     "per_position_acceptance_rate": self.marginal},
+            "sglang": {"accept_length": with_bonus, "accept_rate": rate},
+        }  # fmt: skip
         if system.lower() not in forms:
             raise MetricError(f"unknown convention {system!r}; choose among {', '.join(forms)}")
         return forms[system.lower()]
-
-
-def _share(part: int, whole: int) -> float:
-    """0 when nothing was drafted: a drafter that never proposes accepts nothing."""
-    return part / whole if whole else 0.0

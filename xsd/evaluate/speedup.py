@@ -1,17 +1,17 @@
-"""Speed-up models: the reference's formulas, and ours from measured costs (docs/metrics.md, section
-10). Everything here is a *prediction*.
-
-The reference's own projection (5.77×) was five times what its clock then showed (1.03×), because
-verification was taken to be free and a cosine to be a token. Ours takes token survival and the
-measured verification curve v(K), and is meant to be shown beside the measurement with its residual.
+"""Speed-up models: the reference's formulas, and ours from token survival and measured costs
+(docs/metrics.md, section 10). Everything here is a *prediction*, to stand beside a measurement: the
+reference's own projection (5.77×) was five times what its clock then showed (1.03×), because
+verification was taken to be free and a cosine to be a token.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from typing import Any
 
 from xsd.core import MetricError
@@ -46,11 +46,10 @@ def break_even(target: float, gamma: int, overhead: float = 0.1) -> float:
 
 def break_even_table(gammas: Sequence[int] = (5, 8, 10), targets: Sequence[float] = (1.0, 1.5, 2.0),
                      overhead: float = 0.1) -> list[dict[str, Any]]:
-    """Rows gamma, target, alpha_percent (whole percent, halves up): the reference's break-even
-    table."""
-    return [{"gamma": gamma, "target": target, "alpha_percent": math.floor(
-        100 * break_even(target, gamma, overhead) + 0.5 + 1e-9)}
-            for gamma in gammas for target in targets]
+    """Rows gamma, target, alpha_percent (whole, halves up): the reference's break-even table."""
+    return [{"gamma": gamma, "target": target,
+             "alpha_percent": int(100 * break_even(target, gamma, overhead) + 0.5 + 1e-9)}
+            for gamma in gammas for target in targets]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,12 +84,9 @@ def reference_wall_clock(acceptance: float, timing: ReferenceTiming | None = Non
 
 def reference_estimates(unbroken_prefix: float, draft_acceptance: float, gamma: int,
                         timing: ReferenceTiming | None = None) -> dict[str, float]:
-    """Group 6 of the reference's evaluation: prefill, decode, end_to_end. Estimates that a clock
-    does not bear out.
-
-    Args: unbroken_prefix, draft_acceptance: at one cosine threshold, the mean unbroken prefix and
-        the mean of min(unbroken, gamma) / gamma (hidden.figures).
-    """
+    """Group 6 of the reference's evaluation: prefill, decode, end_to_end. unbroken_prefix,
+    draft_acceptance: at one cosine threshold, the mean unbroken prefix and the mean of
+    min(unbroken, gamma) / gamma (hidden.figures)."""
     timing = timing or ReferenceTiming()
     return {
         "prefill": 1 + unbroken_prefix * timing.token_ms / timing.prefill_verifier_ms,
@@ -104,8 +100,7 @@ def reference_estimates(unbroken_prefix: float, draft_acceptance: float, gamma: 
 
 @dataclass(frozen=True)
 class Prediction:
-    """Predicted, not measured. parts_ms sums to total_ms. tokens_per_round: accepted + bonus of a
-    decode round."""
+    """parts_ms sums to total_ms. tokens_per_round: accepted + bonus of a decode round."""
 
     total_ms: float
     baseline_ms: float
@@ -137,19 +132,19 @@ def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: 
     """
     if n_tokens < 1 or gamma < 1:
         raise MetricError(f"n_tokens and gamma must be at least 1 but are {n_tokens} and {gamma}")
-    n_free = _hidden_drafts(prices, n_tokens, gamma)
-    gained = 1.0
-    parts = {"prefill": prices.contended_prefill_s,
-             "exposed_drafter_prefill": prices.exposed_s(), "hidden_drafts": 0.0}
+    n_free, gained, checked = _hidden_drafts(prices, n_tokens, gamma), 1.0, 0.0
     if n_free:
-        parts["hidden_drafts"] = prices.round_s + prices.verify_s(n_free)
+        checked = prices.round_s + prices.verify_s(n_free)
         hidden = survival if prefill_survival is None else prefill_survival
         gained = min(float(n_tokens), accepted_within(hidden, n_free) + 1)
     per_round = accepted_within(survival, gamma) + 1
     n_rounds = (n_tokens - gained) / per_round
-    parts["draft"] = n_rounds * gamma * prices.draft_s
-    parts["align"] = n_rounds * prices.round_s
-    parts["verify"] = n_rounds * prices.verify_s(gamma + 1) if n_rounds > 0 else 0.0
+    parts = {
+        "prefill": prices.contended_prefill_s, "exposed_drafter_prefill": prices.exposed_s(),
+        "hidden_drafts": checked, "draft": n_rounds * gamma * prices.draft_s,
+        "align": n_rounds * prices.round_s,
+        "verify": n_rounds * prices.verify_s(gamma + 1) if n_rounds > 0 else 0.0,
+    }  # fmt: skip
     total = math.fsum(parts.values())
     baseline = prices.verifier_prefill_s + (n_tokens - 1) * prices.verify_s(1)
     parts_ms = {name: 1e3 * seconds for name, seconds in parts.items()}
@@ -173,17 +168,15 @@ def accepted_within(survival: Sequence[float], k: int) -> float:
 
     Raises: MetricError for an empty curve, or one that rises or leaves [0, 1].
     """
-    values = [float(value) for value in survival]
-    if not values or not all(0 <= b <= a <= 1
-                             for a, b in zip([1.0, *values], values, strict=False)):
+    values = [1.0, *map(float, survival)]
+    if len(values) == 1 or not all(0 <= b <= a <= 1 for a, b in pairwise(values)):
         raise MetricError(
-            f"a survival curve must start at or below 1 and never rise but is {values[:6]}; pass "
+            f"a survival curve must start at or below 1 and never rise but is {values[1:7]}; pass "
             "Acceptance.marginal")
-    before = [1.0, *values][-2]
-    ratio = values[-1] / before if before > 0 else 0.0
-    while len(values) < k:
+    ratio = values[-1] / values[-2] if values[-2] > 0 else 0.0
+    while len(values) <= k:
         values.append(values[-1] * ratio)
-    return math.fsum(values[:k])
+    return math.fsum(values[1:k + 1])
 
 
 def sensitivity(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: int,
@@ -192,15 +185,16 @@ def sensitivity(prices: Prices, survival: Sequence[float], *, n_tokens: int, gam
     speedup, speedup_more, largest effect first. v(K) moves for K > 1, the baseline's v(1) stays."""
     def moved(name: str, factor: float) -> float:
         curve, given = survival, prices
-        if name == "survival":
-            curve = _scaled_curve(survival, factor)
+        if name == "survival":  # every conditional acceptance scaled, at most 1
+            steps = [after / before if before > 0 else 0.0
+                     for before, after in pairwise([1.0, *survival])]
+            curve = list(accumulate((min(1.0, factor * step) for step in steps), operator.mul))
         elif name == "verify":
             widths = {k: s * (factor if k > 1 else 1.0) for k, s in prices.verify.items()}
             given = dataclasses.replace(prices, verify=widths)
         else:
-            value = factor * getattr(prices, name)
-            value = min(value, 1.0) if name == "overlap" else value
-            value = max(value, 1.0) if name == "contention" else value
+            bound = {"overlap": lambda x: min(x, 1.0), "contention": lambda x: max(x, 1.0)}
+            value = bound.get(name, float)(factor * getattr(prices, name))
             given = dataclasses.replace(prices, **{name: value})
         return predict(given, curve, n_tokens=n_tokens, gamma=gamma).speedup
 
@@ -215,29 +209,17 @@ def break_even_acceptance(prices: Prices, *, n_tokens: int, gamma: int,
                           target: float = 1.0) -> float | None:
     """The per-token acceptance α (survival α, α², …) at which the predicted speed-up reaches
     ``target``; None when even α = 1 does not."""
-    def speedup(alpha: float) -> float:
+    def reaches(alpha: float) -> bool:
         curve = [alpha**(i + 1) for i in range(max(gamma, 2))]
-        return predict(prices, curve, n_tokens=n_tokens, gamma=gamma).speedup
+        return predict(prices, curve, n_tokens=n_tokens, gamma=gamma).speedup >= target
 
-    if speedup(1.0) < target:
-        return None
+    if not reaches(1.0) or reaches(0.0):
+        return 0.0 if reaches(0.0) else None
     low, high = 0.0, 1.0
-    if speedup(low) >= target:
-        return 0.0
     for _ in range(50):
         middle = (low + high) / 2
-        low, high = (low, middle) if speedup(middle) >= target else (middle, high)
+        low, high = (low, middle) if reaches(middle) else (middle, high)
     return high
-
-
-def _scaled_curve(survival: Sequence[float], factor: float) -> list[float]:
-    """Every conditional acceptance scaled, at most 1, so that the curve stays a survival curve."""
-    out, alive, before = [], 1.0, 1.0
-    for value in survival:
-        alive *= min(1.0, factor * (value / before if before > 0 else 0.0))
-        out.append(alive)
-        before = value
-    return out
 
 
 def _check_share(value: float, name: str) -> None:

@@ -1,36 +1,11 @@
-"""The token table: one pass of the adapters over a held-out set, from which everything else is
-computed: acceptance by position, rounds, floors, reliability, word kinds, losses.
-
-One row per level and position of an answer, level by level, answer by answer:
-
-======================  ========================================================================
-``level``               the adapter's name, or :data:`DRAFTER`, the drafter's own tokens
-``sample``              core.Sample.key; ``sequence``: the cluster that intervals draw; ``clip``,
-                        ``question``
-``position``            0 is the first drafted token. -1 is the answer's first token, the verifier's
-                        own from its prefill: predicted by levels of shift 0, drafted by none;
-                        :func:`drafted` leaves it out
-``draft_id``,           in the greedy loop at gamma (xsd/evaluate/drafting.py): the draft of the
-``verifier_id``         round that reaches the position, and the verifier's own token
-``match``               bool, the two are the same
-``cosine``              of the state behind the draft to the verifier's; NaN where there is none
-``draft_probability``   of the draft; NaN where there is none
-``accepted``            drafts that a round accepts which begins here, at most gamma
-``one_step_match``,     after the verified prefix, whatever the level feeds on in the loop (the same
-``one_step_cosine``     as in the loop for levels of shift 0)
-``one_step_rank``       rank of the verifier's token among the head's best, 255 beyond top_k
-``cross_entropy``       of the verifier's token, in nats; NaN for the drafter's own tokens
-``draft_token``,        texts, and ``kind``, the kind of word that the verifier's token belongs to,
-``verifier_token``      where they are known
-======================  ========================================================================
-
-then a user's own columns; ``data`` and ``run`` (names) where several sets or run folders stand in
-one table (:func:`join`). Text columns are categorical, so that a row takes about 100 bytes.
+"""The token table: one pass of the adapters over a held-out set, one row per level and position of
+an answer, from which everything else is computed. Its columns: docs/metrics.md, section 1. Text
+columns are categorical, so that a row takes about 100 bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -64,9 +39,18 @@ def measure(adapters: Mapping[str, Any], pairs: HeldOut, *, gamma: int | None, t
     """
     table = of_batches(adapters, pairs.batches(batch_size), pairs.head, gamma=gamma, top_k=top_k,
                        drafter=drafter)
-    table = _with_samples(table, pairs)
+    index, known = table["sample"].to_numpy(), pairs.samples
+    table["sample"] = _categorical(pairs.keys, index)
+    for place, name in enumerate(("clip", "question"), start=3):
+        table.insert(place, name, _categorical(known[name], index))
     if pairs.texts is not None and gamma is not None:
-        table = _with_texts(table, pairs, kinds)
+        for side in ("draft", "verifier"):
+            table[f"{side}_token"] = _categorical(pairs.texts, table[f"{side}_id"].to_numpy())
+        if kinds is not None:
+            of_answers = [kinds([pairs.texts[token] for token in ids]) for ids in pairs.answers]
+            first = np.cumsum([0, *map(len, of_answers)])
+            at = first[index] + table["position"] + 1
+            table["kind"] = _categorical(np.concatenate(of_answers), at)
     for one in columns:
         column = import_object(one) if isinstance(one, str) else one
         table[column.__name__] = np.asarray(column(table))
@@ -80,15 +64,16 @@ def of_batches(adapters: Mapping[str, Any], batches: Iterable[Batch], head: torc
     if gamma is not None and gamma < 1:
         raise MetricError(f"gamma must be at least 1 draft token per round, not {gamma}")
     training = [one for one in adapters.values() if getattr(one, "training", False)]
-    names = [*adapters, *([DRAFTER] if drafter and gamma is not None else [])]
-    pieces: dict[str, list[drafting.Columns]] = {name: [] for name in names}
-    clusters, modes = {}, set()
+    pieces: dict[str, list[drafting.Columns]] = {name: [] for name in adapters}
+    if drafter and gamma is not None:
+        pieces[DRAFTER] = []
+    clusters, mode = {}, None
     for model in training:
         model.eval()
     try:
         for batch in batches:
-            modes.add(batch.mode)
-            if len(modes) > 1:
+            mode = mode or batch.mode
+            if batch.mode != mode:
                 raise MetricError("free_running and teacher_forced batches came in one "
                                   "evaluation; measure each mode by itself")
             clusters.update(zip(batch.index, batch.sequence, strict=True))
@@ -115,9 +100,8 @@ def rows(adapter: drafting.Drafts, batch: Batch, head: torch.Tensor, gamma: int 
     mask = batch.mask.cpu().numpy()
     match = np.zeros(mask.shape, dtype=bool)
     match[mask] = found["one_step_match"]
-    run = rounds.runs_of(match, gamma)[mask]
-    loop = {"match": match[mask], "cosine": found["one_step_cosine"], "accepted": run}
-    return found | loop
+    return found | {"match": match[mask], "cosine": found["one_step_cosine"],
+                    "accepted": rounds.runs_of(match, gamma)[mask]}  # fmt: skip
 
 
 def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
@@ -129,18 +113,15 @@ def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
     cosine = np.full(len(row), np.nan, np.float32)
     if batch.drafter.shape == batch.verifier.shape:
         cosine = cosines(batch.drafter, batch.verifier, batch.mask).cpu().numpy()[mask]
+    of_batch = {"verifier_id": batch.ids_by_verifier, "draft_id": batch.ids_by_drafter}
     return {
-        "index": np.asarray(batch.index)[row],
-        "position": at - 1,
-        "verifier_id": batch.ids_by_verifier.cpu().numpy()[mask],
-        "draft_id": batch.ids_by_drafter.cpu().numpy()[mask],
-        "match": match[mask],
-        "cosine": cosine,
+        "index": np.asarray(batch.index)[row], "position": at - 1,
+        **{name: ids.cpu().numpy()[mask] for name, ids in of_batch.items()},
+        "match": match[mask], "one_step_match": match[mask],
+        "cosine": cosine, "one_step_cosine": cosine,
         "accepted": rounds.runs_of(match, gamma)[mask],
-        "one_step_match": match[mask],
-        "one_step_cosine": cosine,
         "one_step_rank": np.where(match[mask], 0, drafting.MISSED).astype(np.uint8),
-    }
+    }  # fmt: skip
 
 
 _TYPES = {
@@ -158,48 +139,20 @@ def _joined(pieces: Mapping[str, Sequence[drafting.Columns]],
     if not parts:
         raise MetricError(
             "no batch held a token to predict; check that the evaluation set is not empty")
-    index = np.concatenate([part["index"] for _, part in parts])
-    level = np.concatenate([np.full(len(part["index"]), number) for number, part in parts])
-    columns: dict[str, Any] = {
-        "level": pd.Categorical.from_codes(level, list(pieces)),
-        "sample": index,
-        "sequence": _categorical(list(clusters.values()),
-                                 pd.Index(clusters).get_indexer(index)),
-    }
-    for name, dtype in _TYPES.items():
-        if any(name in part for _, part in parts):
-            columns[name] = np.concatenate([
-                part.get(name, np.full(len(part["index"]), np.nan, np.float32))
-                for _, part in parts
-            ]).astype(dtype)
-    return pd.DataFrame(columns)
+    whole = pd.concat([pd.DataFrame(part).assign(level=number) for number, part in parts],
+                      ignore_index=True)
+    index = whole["index"].to_numpy()
+    places = pd.Index(clusters).get_indexer(index)
+    keys = {"level": pd.Categorical.from_codes(whole["level"], list(pieces)), "sample": index,
+            "sequence": _categorical(list(clusters.values()), places)}  # fmt: skip
+    types = {name: dtype for name, dtype in _TYPES.items() if name in whole}
+    return pd.DataFrame(keys).join(whole[list(types)].astype(types))
 
 
 def _categorical(values: Sequence[str], places: np.ndarray) -> pd.Categorical:
     """``values[places]`` as a column that holds each different value once."""
     codes, categories = pd.factorize(np.asarray(values, dtype=object))
     return pd.Categorical.from_codes(codes[places], list(categories))
-
-
-def _with_samples(table: pd.DataFrame, pairs: HeldOut) -> pd.DataFrame:
-    index, known = table["sample"].to_numpy(), pairs.samples
-    table["sample"] = _categorical(pairs.keys, index)
-    for place, name in enumerate(("clip", "question"), start=3):
-        table.insert(place, name, _categorical(known[name], index))
-    return table
-
-
-def _with_texts(table: pd.DataFrame, pairs: HeldOut,
-                kinds: Callable[[Sequence[str]], Sequence[str]] | None) -> pd.DataFrame:
-    for side in ("draft", "verifier"):
-        table[f"{side}_token"] = _categorical(pairs.texts, table[f"{side}_id"].to_numpy())
-    if kinds is not None:
-        of_answers = [kinds([pairs.texts[token] for token in ids]) for ids in pairs.answers]
-        first = np.cumsum([0, *map(len, of_answers)])
-        place = pd.Index(pairs.keys).get_indexer(table["sample"].cat.categories)
-        at = first[place[table["sample"].cat.codes]] + table["position"] + 1
-        table["kind"] = _categorical(np.concatenate(of_answers), at)
-    return table
 
 
 def join(tables: Mapping[str, pd.DataFrame], name: str = "data") -> pd.DataFrame:
@@ -217,33 +170,29 @@ def drafted(tokens: pd.DataFrame) -> pd.DataFrame:
 
 
 def check(tokens: pd.DataFrame, *columns: str) -> pd.DataFrame:
-    """The table itself, once it is known to hold KEYS and these columns.
-
-    Raises: MetricError naming the missing columns, or when there is no row.
-    """
-    needed = [*KEYS, *columns]
-    missing = [name for name in needed if name not in tokens.columns]
+    """The table itself, once it is known to hold KEYS and these columns. Raises: MetricError naming
+    the missing columns, or when there is no row."""
+    missing = [name for name in (*KEYS, *columns) if name not in tokens]
     if missing:
         raise MetricError(f"the token table lacks the column(s) {', '.join(missing)}; it needs "
-                          f"{', '.join(needed)}, one row per token")
+                          f"{', '.join((*KEYS, *columns))}, one row per token")
     if tokens.empty:
         raise MetricError(
             "the token table has no row; choose a level and a run that were evaluated")
     return tokens
 
 
-def answers(tokens: pd.DataFrame, *columns: str) -> tuple[pd.DataFrame, list[np.ndarray],
-                                                          np.ndarray]:
-    """The table answer by answer, as arrays: (about, [column as [N, S] padded with 0, …], lengths).
+Answers = tuple[pd.DataFrame, list[np.ndarray], np.ndarray]
 
-    about: one row per answer and level in the table's order: run and data where there are such
-    columns, level, sample, sequence. Positions are taken in ascending order.
-    """
+
+def answers(tokens: pd.DataFrame, *columns: str) -> Answers:
+    """The table answer by answer, as arrays: (about, [column as [N, S] padded with 0, …], inside
+    bool [N, S]), positions ascending. about: one row per answer and level in the table's order: run
+    and data where there are such columns, level, sample, sequence."""
     keys = [name for name in ("run", "data", "level", "sample") if name in tokens]
     number = tokens.groupby(keys, sort=False, observed=True).ngroup().to_numpy()
     order = np.lexsort((tokens["position"].to_numpy(), number))
     lengths = np.bincount(number)
-    ends = lengths.cumsum()
     inside = np.arange(lengths.max(initial=0)) < lengths[:, None]
     grids = []
     for name in columns:
@@ -251,34 +200,24 @@ def answers(tokens: pd.DataFrame, *columns: str) -> tuple[pd.DataFrame, list[np.
         grid = np.zeros(inside.shape, dtype=values.dtype)
         grid[inside] = values
         grids.append(grid)
-    about = tokens.iloc[order[ends - lengths]][[*keys, "sequence"]].reset_index(drop=True)
-    return about, grids, lengths
+    about = tokens.iloc[order[lengths.cumsum() - lengths]][[*keys, "sequence"]]
+    return about.reset_index(drop=True), grids, inside
 
 
-def rounds_of(tokens: pd.DataFrame, gamma: int) -> rounds.Rounds:
-    """The rounds of every answer and level, in the order of :func:`answers`, from the matches of
-    the drafted positions. gamma: as the table was measured with, for levels that feed on
-    themselves."""
-    _, (match,), lengths = answers(drafted(tokens), "match")
-    return rounds.walk(rounds.runs_of(match, gamma), lengths, gamma)
+def by_level(tokens: pd.DataFrame, *columns: str) -> Iterator[tuple[str, *Answers]]:
+    """Each level's name, and its answers."""
+    for level, part in tokens.groupby("level", sort=False, observed=True):
+        yield str(level), *answers(part, *columns)
 
 
 def counts(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
     """What the paired, clustered bootstrap resamples: one row per answer and level with matched,
-    positions, accepted, rounds beside level, sample and sequence."""
-    about, (match,), lengths = answers(drafted(tokens), "match")
-    each = rounds.walk(rounds.runs_of(match, gamma), lengths, gamma).per_request()
-    return about.assign(matched=match.sum(axis=1), positions=lengths, accepted=each["accepted"],
-                        rounds=each["rounds"])
-
-
-def starts(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
-    """The rows from which a round has room for gamma drafts: one value of ``accepted`` per start,
-    all starts weighing the same."""
-    tokens = drafted(tokens)
-    keys = [name for name in ("run", "data", "level", "sample") if name in tokens]
-    last = tokens.groupby(keys, observed=True)["position"].transform("max")
-    return tokens[last - tokens["position"] + 1 >= gamma]
+    positions, accepted, drafted, bonus, rounds beside level, sample and sequence. gamma: as the
+    table was measured with, for levels that feed on themselves."""
+    about, (match,), inside = answers(drafted(tokens), "match")
+    lengths = inside.sum(axis=1)
+    walked = rounds.walk(rounds.runs_of(match, gamma), lengths, gamma)
+    return about.assign(matched=match.sum(axis=1), positions=lengths, **walked.per_request())
 
 
 def answers_as_rows(matches: Sequence[Sequence[bool]], gamma: int, *, level: str = "",
@@ -288,13 +227,7 @@ def answers_as_rows(matches: Sequence[Sequence[bool]], gamma: int, *, level: str
     match, lengths = rounds.pad(matches)
     inside = np.arange(match.shape[1]) < lengths[:, None]
     index, at = inside.nonzero()
-    part = {
-        "index": index,
-        "position": at + first,
-        "match": match[inside],
-        "one_step_match": match[inside],
-        "cosine": np.full(len(at), np.nan),
-        "accepted": rounds.runs_of(match, gamma)[inside],
-    }
-    names = clusters or [str(i) for i in range(len(lengths))]
-    return _joined({level: [part]}, dict(enumerate(names)))
+    part = {"index": index, "position": at + first, "match": match[inside],
+            "one_step_match": match[inside], "cosine": np.full(len(at), np.nan),
+            "accepted": rounds.runs_of(match, gamma)[inside]}  # fmt: skip
+    return _joined({level: [part]}, dict(enumerate(clusters or map(str, range(len(lengths))))))

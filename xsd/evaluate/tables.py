@@ -24,15 +24,11 @@ _LATEX = str.maketrans({
 def row(metric: str, value: Interval | float, *, n: int | None = None,
         **about: Any) -> dict[str, Any]:
     """One line of the long table: metric, value, low, high, n, n_clusters, after what ``about``
-    says (threshold, position, level …). An Interval brings its own bounds and counts; a bare number
-    has unknown bounds (None)."""
-    known = isinstance(value, Interval)
-    low, high = (value.low, value.high) if known and not math.isnan(value.low) else (None, None)
-    return {
-        **about, "metric": metric, "value": value.value if known else float(value),
-        "low": low, "high": high, "n": value.n if known else n,
-        "n_clusters": value.n_clusters if known else None,
-    }  # fmt: skip
+    says (threshold, position, level …). Bounds that are not known are None."""
+    if not isinstance(value, Interval):
+        value = Interval(float(value), math.nan, math.nan, n, None)
+    unknown = {"low": None, "high": None} if math.isnan(value.low) else {}
+    return {**about, "metric": metric, **vars(value), **unknown}
 
 
 def sides(name: str, value: Interval | Mapping[str, Any]) -> dict[str, Any]:

@@ -1,12 +1,7 @@
-"""Two-phase evaluation offline: one adapter hidden behind the prefill, another for the rounds
-(docs/metrics.md, section 4).
-
-Phase 1 drafts n_first tokens once, from the start of the answer; phase 2 drafts gamma tokens per
-round from there on. What a round accepts depends on where it starts, so phase 2 is given as *runs*,
-one for each start (xsd/evaluate/rounds.py)::
-
-    answer     a b c d e f g h      phase 1: first = 3 of n_first = 5, bonus d
-    position   0 1 2 3 4 5 6 7      phase 2: runs[4] = 2 accepts e f, bonus g; runs[7] = 0, bonus h
+"""Two-phase evaluation offline: one adapter hidden behind the prefill drafts n_first tokens once,
+from the answer's start; another drafts gamma tokens per round from there on (docs/metrics.md,
+section 4). What a round accepts depends on where it starts, so phase 2 is given as *runs*, one for
+each start (xsd/evaluate/rounds.py).
 """
 
 from __future__ import annotations
@@ -33,15 +28,17 @@ def phases(tokens: pd.DataFrame,
     """
     drafted = table.drafted(tokens)["sample"].unique()
     tokens = tokens[tokens["sample"].isin(drafted)]
+    opening = set(tokens.loc[tokens["position"] < 0, "level"])
     first, second = {}, {}
-    for level, part in tokens.groupby("level", sort=False, observed=True):
-        about, (match, runs), lengths = table.answers(part, "match", "accepted")
-        if part["position"].min() < 0:
+    for level, about, (match, runs), inside in table.by_level(tokens, "match", "accepted"):
+        clusters = about["sequence"].tolist()
+        if level in opening:
             first[level] = rounds.runs_of(match, n_first)[:, 0]
+            lengths = inside.sum(axis=1)
         else:
-            runs, lengths = np.pad(runs, ((0, 0), (1, 0))), lengths + 1
+            runs, lengths = np.pad(runs, ((0, 0), (1, 0))), inside.sum(axis=1) + 1
         second[level] = runs
-    return first, second, lengths, about["sequence"].tolist()
+    return first, second, lengths, clusters
 
 
 def every_pair(phase1: Mapping[str, Any], phase2: Mapping[str, Any], lengths: Any,

@@ -34,14 +34,10 @@ def cost(adapter: Adapter, batches: Sequence[Batch], head: Tensor, ids: Tensor, 
     fewer.set_draft_vocabulary(ids)
     tokens = table.of_batches({"full": adapter, "reduced": fewer}, batches, head, gamma=gamma)
     sums = table.counts(tokens, gamma).groupby("level", observed=True)[["accepted", "rounds"]].sum()
-    full, reduced = (float(sums["accepted"][name] / sums["rounds"][name])
-                     for name in ("full", "reduced"))
+    full, reduced = (sums["accepted"] / sums["rounds"])[["full", "reduced"]].tolist()
     answers = torch.cat([batch.ids_by_verifier[batch.mask] for batch in batches])
     return {
-        "size": len(ids),
-        "coverage": float(torch.isin(answers, ids).float().mean()),
-        "full": full,
-        "reduced": reduced,
-        "kept": reduced / full if full else float("nan"),
+        "size": len(ids), "coverage": float(torch.isin(answers, ids).float().mean()),
+        "full": full, "reduced": reduced, "kept": reduced / full if full else float("nan"),
         "head_share": len(ids) / len(head),
-    }
+    }  # fmt: skip

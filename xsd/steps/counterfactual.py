@@ -1,12 +1,5 @@
 """What the drafter is shown in place of the clip's own events, along the same answers: is it the
-sensor? (docs/metrics.md, section 7)
-
-    blank events    five pictures without an event (white, as an empty slice is painted)
-    other scene     the events of another sequence, in a fixed turn
-    text only       no picture at all: the prompt's visual tokens are left out
-
-The verifier's answers are those of the run, so every arm is asked about the same tokens; only the
-drafter runs again, once for each arm.
+sensor? (docs/metrics.md, section 7) Only the drafter runs again, once for each arm.
 """
 
 from __future__ import annotations
@@ -34,8 +27,8 @@ AGAIN = "real events again"
 
 @dataclasses.dataclass(frozen=True)
 class Shown(HeldOut):
-    """A held-out set whose drafter saw something else. forced: of every sample its states and
-    tokens after the verifier's."""
+    """A held-out set whose drafter saw something else. forced: its states and tokens after the
+    verifier's, sample by sample."""
 
     forced: Sequence[Continuation] = ()
 
@@ -53,11 +46,7 @@ class Shown(HeldOut):
 def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence[str], *,
          batch_size: int = 32) -> dict[str, HeldOut]:
     """The arms by name: the stored pairs, the same again, and those of ``drafter_sees``; the stored
-    pairs alone where that is empty.
-
-    Raises: ParameterError when the run was extracted with other weights than its pair has now, or
-    another scene is asked for and the set has one only.
-    """
+    pairs alone where that is empty. Raises: ParameterError as drafter_of and donors."""
     out = {REAL: pairs}
     if drafter_sees:
         names = (AGAIN, *drafter_sees)
@@ -84,8 +73,8 @@ def drafter_of(run_dir: str | os.PathLike[str]) -> ModelHandle:
 
 def force(drafter: ModelHandle, pairs: HeldOut, names: Sequence[str],
           batch_size: int) -> dict[str, list[Continuation]]:
-    """The drafter's states along the answers in every arm. Pictures are read once for all arms, a
-    batch at a time."""
+    """The drafter's states along the answers in every arm; pictures are read once for all. Blank
+    events are white, as an empty slice is painted."""
     out: dict[str, list[Continuation]] = {name: [] for name in names}
     blind = without_pictures(drafter)
     others = donors(pairs.clusters) if "other scene" in names else []
@@ -93,15 +82,15 @@ def force(drafter: ModelHandle, pairs: HeldOut, names: Sequence[str],
         places = range(start, min(start + batch_size, len(pairs)))
         samples = [pairs.load(i) for i in places]
         answers = [torch.tensor(pairs.answers[i]) for i in places]
-        frames = {name: [one.event_frames for one in samples] for name in names}
-        if "other scene" in names:
-            frames["other scene"] = [pairs.load(others[i]).event_frames for i in places]
-        if "blank events" in names:
-            frames["blank events"] = [[np.full_like(frame, 255) for frame in one.event_frames]
-                                      for one in samples]  # fmt: skip
+        own = [one.event_frames for one in samples]
         for name in names:
-            seen = [dataclasses.replace(sample, event_frames=own)
-                    for sample, own in zip(samples, frames[name], strict=True)]  # fmt: skip
+            frames = own
+            if name == "other scene":
+                frames = [pairs.load(others[i]).event_frames for i in places]
+            elif name == "blank events":
+                frames = [[np.full_like(frame, 255) for frame in one] for one in own]
+            seen = [dataclasses.replace(sample, event_frames=shown)
+                    for sample, shown in zip(samples, frames, strict=True)]  # fmt: skip
             handle = blind if name == "text only" else drafter
             out[name] += handle.force(seen, answers, batch_size=batch_size)
     return out
@@ -117,22 +106,20 @@ def without_pictures(drafter: ModelHandle) -> ModelHandle:
 
 def donors(clusters: Sequence[str]) -> list[int]:
     """For each sample the place of one from the next cluster (the first after the last), as far
-    into it as this one is into its own.
+    into it as this one is into its own. Raises: ParameterError when there is one cluster only.
 
     >>> donors(["a", "a", "b"])
     [2, 2, 0]
-
-    Raises: ParameterError when there is one cluster only.
     """
     members: dict[str, list[int]] = {}
+    turns = []
     for place, name in enumerate(clusters):
-        members.setdefault(name, []).append(place)
-    names = list(members)
-    if len(names) < 2:
+        turns.append(len(members.setdefault(name, [])))
+        members[name].append(place)
+    if len(members) < 2:
         raise ParameterError(
-            f"another scene's events need two scenes, but the held-out set is of {names[0]!r} "
+            f"another scene's events need two scenes, but the held-out set is of {clusters[0]!r} "
             "alone; leave that arm out")
-    following = dict(zip(names, [*names[1:], names[0]], strict=True))
-    turns = [members[name].index(place) for place, name in enumerate(clusters)]
-    return [members[following[name]][turn % len(members[following[name]])]
-            for turn, name in zip(turns, clusters, strict=True)]  # fmt: skip
+    following = dict(zip(members, [*members][1:] + [*members][:1], strict=True))
+    others = [members[following[name]] for name in clusters]
+    return [other[turn % len(other)] for turn, other in zip(turns, others, strict=True)]

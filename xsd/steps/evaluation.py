@@ -1,18 +1,10 @@
-"""Steps 03 and 04: how close the aligned states come to the verifier's, and which draft tokens are
-the verifier's own, against floors that need no adapter, on exactly the same tokens.
-
-A notebook measures with :mod:`xsd.evaluate.table` and looks at what it sees; here is what knows the
-run folder: its held-out sets, its training answers, and what it keeps of the figures.
-
-The first token of each answer is the verifier's own, from its prefill; every later position is
-drafted, by the floors too. Token acceptance is the share of drafts that are the verifier's token;
-accepted drafts per round leave the bonus token out. Both stand beside their paired distance above
-the best floor.
+"""Steps 03 and 04: what knows the run folder of an evaluation: its held-out sets, its training
+answers, the floors, and what it keeps of the figures that :mod:`xsd.evaluate` measures. The first
+token of each answer is the verifier's own; every later position is drafted, by the floors too.
 """
 
 from __future__ import annotations
 
-import functools
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +18,7 @@ from xsd.core import ParameterError
 from xsd.embedded import language
 from xsd.evaluate import curves, floors, reliability, statistics, table, tables
 from xsd.evaluate import held_out as pairs_of
-from xsd.evaluate.counterfactual import compare_with_floors
+from xsd.evaluate.comparison import compare_with_floors
 from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.runs import folder
@@ -43,11 +35,8 @@ FLOORS = {"position_mode": "position mode", "ngram": "4-gram", "prompt_lookup": 
 
 
 def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None) -> HeldOut:
-    """A held-out set that notebook 01 extracted, with all that is known of it; pictures are read
-    when asked for. mode: by default teacher_forced where the run holds it.
-
-    Raises: ParameterError when the run does not hold the set.
-    """
+    """A held-out set that notebook 01 extracted, with all that is known of it. mode: by default
+    teacher_forced where the run holds it. Raises: ParameterError when it does not hold the set."""
     dataset = extraction.open_pairs(run_dir, "test", data, mode or mode_of(run_dir, "test", data))
     about = extraction.pair_file(run_dir)
     load = datasets.pictures(run_dir, data, dataset.table(), about)
@@ -57,11 +46,8 @@ def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None
 
 def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str],
                   mode: str | None = None) -> dict[str, HeldOut]:
-    """The held-out sets by their short names.
-
-    Raises: ParameterError for a set that was not extracted, or two of one name; MetricError when a
-    held-out sequence is among the training ones.
-    """
+    """The held-out sets by their short names. Raises: ParameterError for a set that was not
+    extracted, or two of one name; MetricError as check_leakage."""
     found = [held_out(run_dir, name, mode) for name in names]
     check_leakage(run_dir, found)
     if len({one.name for one in found}) < len(found):
@@ -78,13 +64,9 @@ def mode_of(run_dir: str | os.PathLike[str], split: str, data: str) -> str:
 
 
 def check_leakage(run_dir: str | os.PathLike[str], sets: Iterable[HeldOut]) -> dict[str, int]:
-    """Compare the sequences in the manifests of every training set of the run with those of the
-    held-out sets.
-
+    """Compare the sequences of every training set of the run with those of the held-out sets.
     Returns the numbers of sequences: training, held_out. Raises: MetricError naming shared
-    sequences, or when the run holds no training set to compare with (a check of nothing proves
-    nothing).
-    """
+    sequences, or when the run holds no training set to compare with."""
     places = sorted((folder.resolve(run_dir) / "shards").glob("train_*/*/"))
     train = {name for place in places
              for name in ShardDataset(place, unfinished=True).table()["sequence"]}  # fmt: skip
@@ -104,10 +86,10 @@ def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
          figures: Mapping[str, pd.DataFrame] | None = None) -> dict[str, Any]:
     """Write ``results/<name>.json`` with its provenance and return it; ``tables/<name>_<data>.csv``
     of long tables by held-out set. given: the notebook's parameters."""
-    hashes = [str(one.dataset.manifest["config"].get("data_hash", ""))[:16]
-              for one in pairs.values()]  # fmt: skip
-    origin = provenance(seed=given["seed"], data_hash="+".join(hashes), parameters=dict(given))
-    found = {**results, "provenance": origin}
+    data_hash = "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16]
+                         for one in pairs.values())  # fmt: skip
+    found = {**results, "provenance": provenance(seed=given["seed"], data_hash=data_hash,
+                                                 parameters=dict(given))}
     folder.save_results(run_dir, name, found)
     for data, rows in (figures or {}).items():
         tables.write(rows, folder.resolve(run_dir) / "tables" / f"{name}_{data}", kinds=("csv",))
@@ -141,21 +123,18 @@ def hidden(figures: Mapping[str, pd.DataFrame], adapters: Mapping[str, Adapter],
 def figure(value: statistics.Interval | Mapping[str, Any]) -> dict[str, Any]:
     """value, low, high, n and n_clusters, as the results hold a figure."""
     known = vars(value) if isinstance(value, statistics.Interval) else value
-    counts = {name: int(known[name]) for name in ("n", "n_clusters")}
-    return {name: float(known[name]) for name in ("value", "low", "high")} | counts
+    types = {"value": float, "low": float, "high": float, "n": int, "n_clusters": int}
+    return {name: kind(known[name]) for name, kind in types.items()}
 
 
 def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
     """For reading: level, mean cosine, share above τ and mean unbroken prefix of one held-out set
     in the results of 03."""
     return pd.DataFrame([{
-        "level": level,
-        "reads": one["reads"],
-        **tables.sides("cosine", one["cosine"]),
-        **tables.sides("accept", one["accept"]),
-        "unbroken": one["unbroken_prefix"]["value"],
+        "level": level, "reads": one["reads"], **tables.sides("cosine", one["cosine"]),
+        **tables.sides("accept", one["accept"]), "unbroken": one["unbroken_prefix"]["value"],
         "tokens": one["cosine"]["n"],
-    } for level, one in found["levels"].items()])
+    } for level, one in found["levels"].items()])  # fmt: skip
 
 
 # --- 04: tokens
@@ -163,10 +142,7 @@ def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
 
 def token_kinds(token_texts: Sequence[str]) -> list[str]:
     """The kind of word that each token of an answer belongs to: colour, object, motion, …,
-    function; "end" for the end of the answer.
-
-    token_texts: texts that join to the answer, word starts carrying their space.
-    """
+    function; "end" for its end. token_texts: join to the answer, word starts carry their space."""
     text, of_characters = "".join(token_texts), []
     for word, kind in language.word_kinds(text):
         space = text.index(word, len(of_characters)) - len(of_characters)
@@ -180,18 +156,15 @@ def token_kinds(token_texts: Sequence[str]) -> list[str]:
 
 
 def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) -> pd.DataFrame:
-    """The floors that look at nothing, as rows of a token table: position mode, 4-gram, prompt
-    lookup. training: the answers of the training set.
-
-    Raises: ParameterError when no answer of the set has a second token.
-    """
+    """The floors that look at nothing, as rows of a token table. training: the answers of the
+    training set. Raises: ParameterError when no answer of the set has a second token."""
     if not any(len(ids) > 1 for ids in pairs.answers):
         raise ParameterError(
             f"every answer held out of {pairs.name} is a single token, so nothing is drafted and "
             "there is no acceptance to measure; extract with a larger max_new_tokens in notebook "
             "01, or other test_data")
-    tried = (floors.PositionMode(training), floors.NGram(training, 4),
-             floors.PromptLookup(pairs.prompts))  # fmt: skip
+    tried = (floors.position_mode(training), floors.ngram(training, 4),
+             floors.prompt_lookup(pairs.prompts))  # fmt: skip
     return pd.concat([
         table.answers_as_rows(floor.match(pairs.answers), gamma, level=floor.name, first=-1,
                               clusters=pairs.clusters) for floor in tried
@@ -201,53 +174,42 @@ def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) ->
 def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mapping[str, Adapter],
                *, gamma: int, top_k: int, threshold: float, n_resamples: int,
                seed: int) -> dict[str, Any]:
-    """What ``results/tokens.json`` keeps of one held-out set: every level, the drafter alone and
-    the floors with token acceptance and accepted drafts per round, each above the best floor; and
-    of the levels one step after the verified prefix, the top k, and by how much cosine > threshold
-    overstates."""
+    """What ``results/tokens.json`` keeps of one held-out set: token acceptance and accepted drafts
+    per round of every level, the drafter alone and the floors, each above the best floor; of the
+    levels also, after the verified prefix, top k and what cosine > threshold overstates."""
     options = {"n_resamples": n_resamples, "seed": seed}
     each = pd.concat([table.counts(one, gamma) for one in (tokens, floor_tokens)])
     counted = dict(iter(each.astype({"level": str}).groupby("level", sort=False)))
     clusters = counted[table.DRAFTER]["sequence"].tolist()
     rows: dict[str, Any] = {}
     below = {**FLOORS, table.DRAFTER: table.DRAFTER}
+    units = {"token_acceptance": (("matched", "positions"), "token_acceptance_above_floor"),
+             "accepted_per_round": (("accepted", "rounds"), "above_floor")}  # fmt: skip
     for name in [*adapters, table.DRAFTER, *FLOORS]:
-        matched, accepted = (
-            compare_with_floors(_columns(counted[below.get(name, name)], unit),
-                                {row: _columns(counted[level], unit)
-                                 for row, level in below.items()}, clusters, **options)
-            for unit in (("matched", "positions"), ("accepted", "rounds")))
-        rows[name] = {
-            **about(name, adapters),
-            "token_acceptance": figure(matched.arm),
-            "token_acceptance_above_floor": figure(matched.above_best),
-            "accepted_per_round": figure(accepted.arm),
-            "above_floor": figure(accepted.above_best),
-        }
+        rows[name] = about(name, adapters)
+        for unit, (columns, above) in units.items():
+            each = {row: counted[level][list(columns)].to_numpy().T
+                    for row, level in {**below, name: below.get(name, name)}.items()}  # fmt: skip
+            found = compare_with_floors(each[name], {row: each[row] for row in below}, clusters,
+                                        **options)
+            rows[name] |= {unit: figure(found.arm), above: figure(found.above_best)}
     for level in adapters:
         part = tokens[tokens["level"] == level]
         rank, right = part["one_step_rank"], part["one_step_match"].to_numpy(int)
         above = part["one_step_cosine"].to_numpy(np.float32) > np.float32(threshold)
-        of_rows = functools.partial(statistics.bootstrap_rows, clusters=part["sequence"], **options)
-        rows[level] |= {
-            "one_step": figure(of_rows(rank == 0)),
-            "top_k": figure(of_rows(rank < top_k)),
-            "cosine_overstates": {"threshold": threshold, **figure(of_rows(above - right))},
-        }
+        one_step, best, overstates = statistics.bootstrap_columns(
+            np.stack([rank == 0, rank < top_k, above - right], axis=1), np.ones((len(part), 1)),
+            part["sequence"], **options)
+        rows[level] |= {"one_step": figure(one_step), "top_k": figure(best), "cosine_overstates":
+                        {"threshold": threshold, **figure(overstates)}}  # fmt: skip
     reading = [level for level in adapters if rows[level]["kind"] == "adapter"]
     return {
-        "rows": rows,
-        "best_floor": accepted.best,
+        "rows": rows, "best_floor": found.best,
         "best_adapter": max(reading or adapters,
                             key=lambda level: rows[level]["accepted_per_round"]["value"]),
-        "n_samples": len(clusters),
-        "n_clusters": len(set(clusters)),
+        "n_samples": len(clusters), "n_clusters": len(set(clusters)),
         **drawn(table.drafted(tokens)),
-    }
-
-
-def _columns(counted: pd.DataFrame, names: Sequence[str]) -> tuple[np.ndarray, ...]:
-    return tuple(counted[name].to_numpy() for name in names)
+    }  # fmt: skip
 
 
 def drawn(tokens: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
@@ -277,11 +239,10 @@ def token_results(found: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, He
                   kinds: pd.DataFrame) -> dict[str, Any]:
     """``results/tokens.json`` from the sets' :func:`acceptance` and their kinds of words (a column
     ``data`` says which)."""
-    test = {}
+    test, words = {}, {}
     for name, one in found.items():
         whole = set(pairs[name].clusters) <= set(pairs[name].samples["sequence"])
         test[name] = {**one, "cluster": "sequence" if whole else "clip"}
-    words: dict[str, Any] = {}
     for row in kinds.to_dict("records"):
         words.setdefault(row["data"], {}).setdefault(row["level"], {})[row["kind"]] = figure(row)
     return {"test": test, "words": words}
@@ -291,10 +252,8 @@ def acceptance_table(found: Mapping[str, Any]) -> pd.DataFrame:
     """For reading: row, kind, token acceptance, accepted drafts per round and distance above the
     best floor of one held-out set in the results of 04."""
     return pd.DataFrame([{
-        "row": one["label"],
-        "kind": one["kind"],
+        "row": one["label"], "kind": one["kind"],
         **tables.sides("token_acceptance", one["token_acceptance"]),
         **tables.sides("accepted_per_round", one["accepted_per_round"]),
-        **tables.sides("above_floor", one["above_floor"]),
-        "n": one["accepted_per_round"]["n"],
-    } for one in found["rows"].values()])
+        **tables.sides("above_floor", one["above_floor"]), "n": one["accepted_per_round"]["n"],
+    } for one in found["rows"].values()])  # fmt: skip

@@ -1,13 +1,5 @@
 """Step 13, the paper copy: the printed report, ``metrics.json``, every table in three forms and
-every figure, into ``<run_dir>/report/``.
-
-::
-
-    report.txt                      the eight sections for each level (evaluate/report_text.py)
-    metrics.json                    every figure with its interval and n, by data set and level
-    tables/<name>_<data>.{csv,md,tex}
-    figures/<name>_<data>.html      with plotly.min.js beside them; .png and .svg too where asked
-                                    for and a Chromium is installed
+every figure, into ``<run_dir>/report/`` (docs/metrics.md, section 9).
 """
 
 from __future__ import annotations
@@ -21,7 +13,7 @@ import plotly.graph_objects as go
 import plotly.io as pio
 
 from xsd.core import ParameterError
-from xsd.evaluate import curves, reliability, report_text, rounds, speedup, table, tables
+from xsd.evaluate import curves, reliability, report_text, speedup, table, tables
 from xsd.files import atomic_write, write_json
 from xsd.runs import doctor, folder, numbers, parameters
 from xsd.steps import evaluation, training
@@ -35,11 +27,8 @@ Tables = Mapping[str, pd.DataFrame]
 def write(P: parameters.TruthParameters, results: Mapping[str, Any],
           tokens: Mapping[str, pd.DataFrame], found: Mapping[str, Tables]) -> dict[str, Any]:
     """Write everything and return what was written: folder, tables, figures (numbers of files),
-    pictures (a sentence).
-
-    results: as truth.save returned them. tokens, found: the token table of the real events, and
-    truth's tables, of every held-out set.
-    """
+    pictures (a sentence). results: as truth.save returned them. tokens, found: the token table of
+    the real events, and truth's tables, of every held-out set."""
     target = folder.resolve(P.run_dir) / "report"
     live = folder.load_results(P.run_dir).get("live", {})
     texts, numbers_of, written, drawn = [], {}, 0, {}
@@ -48,8 +37,8 @@ def write(P: parameters.TruthParameters, results: Mapping[str, Any],
         texts += [text_of(name, str(level), each, P.gamma) for level in by_level]
         rows = {level: part.to_dict("records") for level, part in by_level.items()}
         numbers_of[name] = results["test"][name] | {"levels": rows}
-        for key, frame in each.items():
-            written += len(tables.write(frame, target / "tables" / f"{key}_{name}"))
+        written += sum(len(tables.write(frame, target / "tables" / f"{key}_{name}"))
+                       for key, frame in each.items())
         own = tokens[name][tokens[name]["level"] != table.DRAFTER]
         drawn |= {f"{key}_{name}": figure
                   for key, figure in figures_of(P, name, own, each, live).items()}
@@ -63,24 +52,20 @@ def write(P: parameters.TruthParameters, results: Mapping[str, Any],
         save_html(figure, target / "figures" / f"{key}.html")
     if P.page:
         update_page(folder.resolve(P.page), measured_block(P, results, found))
-    said = "not asked for (pictures=true)"
-    if P.pictures:
-        said = save_pictures(drawn, target / "figures")
+    said = save_pictures(drawn, target / "figures") if P.pictures else (
+        "not asked for (pictures=true)")
     return {"folder": target, "tables": written, "figures": len(drawn), "pictures": said}
 
 
 def text_of(name: str, level: str, found: Tables, gamma: int) -> str:
     """The eight sections for one level; the comparison with the floors is the drafting loop's, the
     rest is one step."""
-    def of_tokens(key: str) -> pd.DataFrame:
-        return found[key][found[key]["unit"] == "token_acceptance"]
-
     title = (f"{level} on {name}: one step after the verified prefix; against the floors as a "
              "greedy loop drafts")
-    metrics = found["metrics"]
-    return report_text.report(title, metrics[metrics["level"] == level], gamma=gamma,
-                              headline=of_tokens("headline").set_index("level").loc[level],
-                              floors=of_tokens("floors"))
+    metrics, unit = found["metrics"], "unit == 'token_acceptance'"
+    return report_text.report(
+        title, metrics[metrics["level"] == level], gamma=gamma, floors=found["floors"].query(unit),
+        headline=found["headline"].query(unit).set_index("level").loc[level])
 
 
 def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, found: Tables,
@@ -131,10 +116,11 @@ def speedups(own: pd.DataFrame, live: Mapping[str, Any], gamma: int) -> pd.DataF
     rows = [{"name": row["label"], "kind": row["kind"], **row["speedup"]}
             for row in live.get("arms", {}).values()]
     if not rows:
-        for level, part in own.groupby("level", sort=False, observed=True):
-            accepted = rounds.Acceptance.of(table.rounds_of(part, gamma)).acceptance_rate
-            rows.append({"name": level, "kind": "predicted", "low": None, "high": None,
-                         "value": speedup.reference_wall_clock(accepted)})  # fmt: skip
+        each = table.counts(own, gamma).groupby("level", sort=False, observed=True)
+        sums = each[["accepted", "drafted"]].sum()
+        rows = [{"name": level, "kind": "predicted", "low": None, "high": None,
+                 "value": speedup.reference_wall_clock(accepted / drafted)}
+                for level, accepted, drafted in sums.itertuples()]  # fmt: skip
     return pd.DataFrame(rows)[["name", "kind", "value", "low",
                                "high"]].astype({"low": float, "high": float})
 
@@ -159,11 +145,11 @@ def update_page(page: Path, block: str) -> None:
     """Write a block between the page's marks. Raises: ParameterError when the page has no such
     marks."""
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
-    if text.count(MARKS[0]) != 1 or text.count(MARKS[1]) != 1:
+    (before, *more), (*less, after) = (text.split(mark) for mark in MARKS)
+    if len(more) != 1 or len(less) != 1:
         raise ParameterError(
             f"{page.name} has no place for measured figures; give a page that holds {MARKS[0]} and "
             f"{MARKS[1]} once each")
-    before, after = text.split(MARKS[0])[0], text.split(MARKS[1])[1]
     atomic_write(page, f"{before}{MARKS[0]}\n{block}\n{MARKS[1]}{after}")
 
 
@@ -180,11 +166,8 @@ def save_html(figure: go.Figure, path: Path) -> None:
 
 
 def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1000) -> str:
-    """PNG and SVG of every figure beside its page; returns a sentence that says what became of it.
-
-    Without a Chromium, or when it does not start, nothing is drawn and the sentence says so: the
-    pages hold the same figures.
-    """
+    """PNG and SVG of every figure beside its page; returns a sentence that says what became of it,
+    such as that there is no Chromium to draw them."""
     if doctor.browser_path() is None:
         return ("none: no Chromium is installed (BROWSER_PATH names one); the HTML pages hold the "
                 "same figures")

@@ -97,13 +97,13 @@ def arms(traces: Sequence[Trace], *, ngram: int = 4) -> dict[str, floors.Floor]:
     """What is tried on every answer: drafter tokens (the token at the same place), position mode
     and n-gram. The two tables never see the sequence they are tried on, so one sequence alone has
     none."""
-    found = {"drafter tokens": floors.DrafterTokens([trace.drafter_ids for trace in traces])}
+    found = {"drafter tokens": floors.drafter_tokens([trace.drafter_ids for trace in traces])}
     sequences = list(dict.fromkeys(trace.sequence for trace in traces))
     if len(sequences) < 2:
         return found
     others = {one: [trace.verifier_ids for trace in traces if trace.sequence != one]
               for one in sequences}
-    for build in (floors.PositionMode, lambda answers: floors.NGram(answers, ngram)):
+    for build in (floors.position_mode, lambda answers: floors.ngram(answers, ngram)):
         tables = {one: build(answers) for one, answers in others.items()}
         name = tables[sequences[0]].name
         found[name] = floors.Floor(name, [tables[trace.sequence].rule(0) for trace in traces])

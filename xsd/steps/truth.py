@@ -1,8 +1,7 @@
 """Step 13: where acceptance is lost, what the events are worth, and what a reader may believe of it
 (docs/metrics.md, sections 6 to 8).
 
-Every arm is asked about the same tokens: positions 1 … n-1 of each held-out answer, the first one
-being the verifier's own::
+Every arm is asked about the same tokens, positions 1 … n-1 of each held-out answer::
 
     adapters × what the drafter is shown ─▶ token_tables   one token table for every arm
                        ─▶ matches     one row per level and drafted token, one column per arm
@@ -13,25 +12,15 @@ being the verifier's own::
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
-from xsd.evaluate import (
-    counterfactual,
-    decomposition,
-    floors,
-    hidden,
-    statistics,
-    table,
-    tables,
-    tokens,
-    two_phase,
-)
-from xsd.evaluate.counterfactual import Counts
+from xsd.evaluate import comparison, floors, hidden, statistics, table, tables, tokens, two_phase
+from xsd.evaluate.comparison import Counts
 from xsd.evaluate.held_out import HeldOut
 from xsd.runs import parameters
 from xsd.steps import evaluation, extraction
@@ -39,8 +28,8 @@ from xsd.steps.counterfactual import AGAIN, REAL
 
 UNITS = {"token_acceptance": ("matched", "positions"), "accepted_per_round": ("accepted", "rounds")}
 """Unit → what is above and below the line, in columns of the counts."""
-B1, ONE_STEP, LOOP = "B1", decomposition.FORCED, decomposition.ROLLOUT
-SHOWN = (decomposition.FREE, ONE_STEP, LOOP, "drift", "rollout")
+B1, ONE_STEP, LOOP = "B1", comparison.FORCED, comparison.ROLLOUT
+SHOWN = (comparison.FREE, ONE_STEP, LOOP, "drift", "rollout")
 """What docs/teacher_forcing.md sets side by side."""
 FLOORS = {name: name for name in evaluation.FLOORS.values()} | {"drafter tokens": table.DRAFTER}
 """A floor's name → the level that it is in the counts."""
@@ -57,37 +46,33 @@ def token_tables(adapters: Mapping[str, Adapter], shown: Mapping[str, HeldOut],
 
     shown: counterfactual.arms; free: the free-running pairs of the same samples.
     """
-    options = {"gamma": gamma, "batch_size": batch_size}
-    out = {}
-    for arm, pairs in shown.items():
-        asked = {name: one for name, one in adapters.items()
-                 if arm == REAL or one.reads != "verifier"}  # fmt: skip
-        out[arm] = table.measure(asked, pairs, top_k=top_k if arm == REAL else 1,
-                                 kinds=evaluation.token_kinds if arm == REAL else None, **options)
+    options, out = {"gamma": gamma, "batch_size": batch_size}, {}
     readers = {name: one for name, one in adapters.items() if one.reads == "drafter"}
+    of_events = {name: one for name, one in adapters.items() if one.reads != "verifier"}
+    for arm, pairs in shown.items():
+        real = arm == REAL
+        out[arm] = table.measure(adapters if real else of_events, pairs, top_k=top_k if real else 1,
+                                 kinds=evaluation.token_kinds if real else None, **options)
     if free is not None and readers:
-        out[decomposition.FREE] = table.measure(readers, free, top_k=1, drafter=False, **options)
+        out[comparison.FREE] = table.measure(readers, free, top_k=1, drafter=False, **options)
     return out
 
 
 def matches(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """One row per level and drafted token (KEYS), and of every arm a column: is the draft the
-    verifier's token? NA where an arm was not measured.
-
-    The arms are those of the gap (decomposition.CHAIN) and what the drafter was shown.
-    """
+    verifier's token? NA where an arm was not measured. The arms are those of the gap
+    (comparison.CHAIN) and what the drafter was shown."""
     real = table.drafted(found[REAL]).reset_index(drop=True)
     out = real[KEYS].astype({"level": str})
     ceiling = out["level"] == B1
     one_step = real["one_step_match"].astype("boolean")
-    out[decomposition.VERIFIER] = pd.array([True] * len(out), dtype="boolean")
+    out[comparison.VERIFIER] = pd.array([True] * len(out), dtype="boolean")
     if ceiling.any():
-        out[decomposition.SELF] = _beside(out, real[ceiling], "one_step_match",
-                                          ["sample", "position"])
+        out[comparison.SELF] = _beside(out, real[ceiling], "one_step_match", "sample", "position")
     out[ONE_STEP] = one_step.mask(ceiling)
     out[LOOP] = real["match"].astype("boolean")
     for arm, other in found.items():
-        if arm == decomposition.FREE:
+        if arm == comparison.FREE:
             # Position t of the drafter's own text stands beside position t of the verifier's;
             # beyond its end nothing is drafted: no match.
             free = _beside(out, other, "one_step_match").fillna(False)
@@ -97,13 +82,12 @@ def matches(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     return out
 
 
-def _beside(rows: pd.DataFrame, other: pd.DataFrame, column: str,
-            on: Sequence[str] = ("level", "sample", "position")) -> pd.Series:
+def _beside(rows: pd.DataFrame, other: pd.DataFrame, column: str, *on: str) -> pd.Series:
     """A column of another table for the same tokens, NA where it has none."""
-    keys = list(on)
-    there = other[[*keys, column]].astype({key: str for key in keys if key != "position"})
-    here = rows[keys].astype({key: str for key in keys if key != "position"})
-    return here.merge(there, how="left", on=keys)[column].astype("boolean")
+    keys = list(on) or ["level", "sample", "position"]
+    texts = {key: str for key in keys if key != "position"}
+    there = other[[*keys, column]].astype(texts)
+    return rows[keys].astype(texts).merge(there, how="left", on=keys)[column].astype("boolean")
 
 
 def counts(drafted: pd.DataFrame, floor_rows: pd.DataFrame, gamma: int) -> pd.DataFrame:
@@ -117,27 +101,33 @@ def counts(drafted: pd.DataFrame, floor_rows: pd.DataFrame, gamma: int) -> pd.Da
     return pd.concat(parts, ignore_index=True).astype({"level": str, "sequence": str})
 
 
-def _of(counted: pd.DataFrame, unit: str) -> tuple[dict[str, dict[str, Counts]], list[str]]:
-    """Level → arm → counts, and the clusters of the answers, the same for all of them."""
-    found: dict[str, dict[str, Counts]] = {}
-    for (level, arm), part in counted.groupby(["level", "arm"], sort=False):
-        found.setdefault(level, {})[arm] = tuple(part[name].to_numpy() for name in UNITS[unit])
-    own = counted[(counted["level"] == table.DRAFTER) & (counted["arm"] == LOOP)]
-    return found, own["sequence"].tolist()
+Arms = dict[str, Counts]
+
+
+def _each(counted: pd.DataFrame, without: Sequence[str],
+          units: Sequence[str] = UNITS) -> Iterator[tuple[str, str, Arms, Arms, list[str]]]:
+    """Of every unit and level but some: unit, level, the counts of its arms, those of the floors'
+    loops, and the clusters of the answers, the same for all of them."""
+    for unit in units:
+        found: dict[str, Arms] = {}
+        for (level, arm), part in counted.groupby(["level", "arm"], sort=False):
+            found.setdefault(level, {})[arm] = tuple(part[name].to_numpy() for name in UNITS[unit])
+        own = counted[(counted["level"] == table.DRAFTER) & (counted["arm"] == LOOP)]
+        below = {name: found[key][LOOP] for name, key in FLOORS.items()}
+        for level, arms_of_it in found.items():
+            if level not in without:
+                yield unit, level, arms_of_it, below, own["sequence"].tolist()
 
 
 def gap(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
-    """The waterfall of every level in every unit: level, unit, and the rows of decomposition.gap.
+    """The waterfall of every level in every unit: level, unit, and the rows of comparison.gap.
     draws: n_resamples, seed."""
-    rows = []
-    for unit in UNITS:
-        found, clusters = _of(counted, unit)
-        for level, own in found.items():
-            if level not in FLOORS.values():
-                chain = {arm: own[arm] for arm in decomposition.CHAIN if arm in own}
-                rows += [{"level": level, "unit": unit, **row}
-                         for row in decomposition.gap(chain, clusters, **draws)]  # fmt: skip
-    return pd.DataFrame(rows)
+    return pd.DataFrame([
+        {"level": level, "unit": unit, **row}
+        for unit, level, own, _, clusters in _each(counted, FLOORS.values())
+        for row in comparison.gap({arm: own[arm] for arm in comparison.CHAIN if arm in own},
+                                  clusters, **draws)
+    ])  # fmt: skip
 
 
 def side_by_side(gaps: pd.DataFrame, unit: str, names: Sequence[str] = SHOWN) -> pd.DataFrame:
@@ -147,7 +137,7 @@ def side_by_side(gaps: pd.DataFrame, unit: str, names: Sequence[str] = SHOWN) ->
     for level, own in gaps[gaps["unit"] == unit].groupby("level", sort=False):
         found = own.drop_duplicates("name").set_index("name")
         if level == B1:  # its own one step has another name
-            found = found.rename(index={decomposition.SELF: ONE_STEP})
+            found = found.rename(index={comparison.SELF: ONE_STEP})
         line: dict[str, Any] = {"level": level}
         for name, one in found.reindex(names).iterrows():
             line |= tables.sides(str(name), one)
@@ -169,49 +159,41 @@ def kinds(drafted: pd.DataFrame, level: str, **draws: int) -> pd.DataFrame:
     own = drafted[drafted["level"] == level]
     arms = {arm: own[arm].astype(bool) for arm in own.columns.drop(KEYS)
             if arm != AGAIN and own[arm].notna().all()}  # fmt: skip
-    losses = decomposition.losses_between([arm for arm in arms if arm in decomposition.CHAIN])
-    losses += [(arm, LOOP, arm) for arm in arms if arm not in decomposition.CHAIN]
-    rows = decomposition.loss_by_group(arms, losses, own["kind"].astype(str),
+    losses = comparison.losses_between([arm for arm in arms if arm in comparison.CHAIN])
+    losses += [(arm, LOOP, arm) for arm in arms if arm not in comparison.CHAIN]
+    rows = comparison.loss_by_group(arms, losses, own["kind"].astype(str),
                                        own["sequence"].astype(str), **draws)
     return pd.DataFrame(rows).sort_values("n", ascending=False, kind="stable")
 
 
 def arms(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     """What the drafter saw: level, unit, arm, value, low, high, n, and for all but the real events
-    the paired difference and what was detectable."""
+    the paired difference and what was detectable. The floors see nothing."""
     rows = []
-    for unit in UNITS:
-        found, clusters = _of(counted, unit)
-        for level, own in found.items():
-            if level in evaluation.FLOORS.values():
-                continue  # they see nothing
-            seen = {REAL: own[LOOP]} | {arm: each for arm, each in own.items()
-                                        if arm not in decomposition.CHAIN}  # fmt: skip
-            compared = counterfactual.compare_arms(seen, REAL, clusters, **draws)
-            rows += [{"level": level, "unit": unit, **row} for row in compared]
+    for unit, level, own, _, clusters in _each(counted, evaluation.FLOORS.values()):
+        seen = {REAL: own[LOOP]} | {arm: each for arm, each in own.items()
+                                    if arm not in comparison.CHAIN}  # fmt: skip
+        compared = comparison.compare_arms(seen, REAL, clusters, **draws)
+        rows += [{"level": level, "unit": unit, **row} for row in compared]
     return pd.DataFrame(rows).drop(columns="metric")
 
 
 def headline(counted: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(one row per level and unit: its acceptance, the best floor and the distance above it, with
     intervals, and what was detectable; the floors themselves: unit, floor, value, low, high, n)."""
-    rows, of_floors = [], []
-    for unit in UNITS:
-        levels, clusters = _of(counted, unit)
-        below = {name: levels[key][LOOP] for name, key in FLOORS.items()}
-        for level, own in levels.items():
-            if level in FLOORS.values():
-                continue
-            found = counterfactual.compare_with_floors(own[LOOP], below, clusters, **draws)
-            rows.append({
-                "level": level, "unit": unit, "best floor": found.best, "n": found.arm.n,
-                "clusters": found.arm.n_clusters, **tables.sides("acceptance", found.arm),
-                **tables.sides("floor", found.floors[found.best]),
-                **tables.sides("above floor", found.above_best), "detectable": found.detectable,
-            })  # fmt: skip
-        of_floors += [tables.row("floor", value, unit=unit, floor=name)
-                      for name, value in found.floors.items()]  # fmt: skip
-    return pd.DataFrame(rows), pd.DataFrame(of_floors).drop(columns="metric")
+    rows, of_floors = [], {}
+    for unit, level, own, below, clusters in _each(counted, FLOORS.values()):
+        found = comparison.compare_with_floors(own[LOOP], below, clusters, **draws)
+        rows.append({
+            "level": level, "unit": unit, "best floor": found.best, "n": found.arm.n,
+            "clusters": found.arm.n_clusters, **tables.sides("acceptance", found.arm),
+            **tables.sides("floor", found.floors[found.best]),
+            **tables.sides("above floor", found.above_best), "detectable": found.detectable,
+        })  # fmt: skip
+        of_floors[unit] = [tables.row("floor", value, unit=unit, floor=name)
+                           for name, value in found.floors.items()]  # fmt: skip
+    floor_table = pd.DataFrame([row for some in of_floors.values() for row in some])
+    return pd.DataFrame(rows), floor_table.drop(columns="metric")
 
 
 def metrics(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[float], top_k: int,
@@ -246,13 +228,12 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
         {"check": "held-out sequences that were trained on", "value": 0, "passed": True,
          "n": sequences["held_out"]},
         {"check": "answers that equal another held-out answer", "value": rate.shared, "n": rate.n},
-        {"check": "answers that stand in the training set", "value": rate.in_training,
-         "n": rate.n},
+        {"check": "answers that stand in the training set", "value": rate.in_training, "n": rate.n},
     ]  # fmt: skip
-    levels, clusters = _of(counted, "token_acceptance")
-    own = levels[level]
+    ours = next(one for one in _each(counted, [], ["token_acceptance"]) if one[1] == level)
+    _, _, own, _, clusters = ours
     if AGAIN in own:
-        twice = (counterfactual.rates(own[arm]) for arm in (LOOP, AGAIN))
+        twice = (comparison.rates(own[arm]) for arm in (LOOP, AGAIN))
         found = statistics.bootstrap_difference(*twice, clusters, **draws)
         rows.append({
             "check": f"A/A: {level} on stored states minus on states made anew",

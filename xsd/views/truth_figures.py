@@ -1,10 +1,9 @@
-"""Pictures of where acceptance is lost and of what the drafter saw: pure functions from the tables
-of xsd/steps/truth.py to figures."""
+"""Pictures of the tables of xsd/steps/truth.py: where acceptance is lost, what the drafter saw."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import pandas as pd
@@ -31,9 +30,8 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
     """Levels as bars from zero, the losses between them as floating bars, all with their clustered
     intervals.
 
-    frame: the rows of ``decomposition.gap`` of one level and unit (metric "level" | "loss", name,
-    value, low, high, start, end, unit). The branch of the drift, which begins again at a level
-    already drawn, stands apart on the right.
+    frame: the rows of ``comparison.gap`` of one level and unit. The branch of the drift, which
+    begins again at a level already drawn, stands apart on the right.
     """
     label, form = _unit(frame, "there is no step to draw; measure the gap first")
     figure = theme.figure(title, y=label, height=460)
@@ -66,18 +64,15 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
 
 def _places(kinds: Sequence[str]) -> list[float]:
     """x of every step; a level that follows a level begins the branch, one place further on."""
-    places = [0.0]
-    for before, here in pairwise(kinds):
-        places.append(places[-1] + (1.7 if before == here == "level" else 1.0))
-    return places
+    steps = [1.7 if before == here == "level" else 1.0 for before, here in pairwise(kinds)]
+    return list(accumulate(steps, initial=0.0))
 
 
 def _colour(row: dict[str, Any]) -> str:
     if row["metric"] == "loss":
         return LOSS if row["value"] >= 0 else theme.ADAPTER
-    if row["name"].startswith("verifier"):
-        return theme.VERIFIER
-    return theme.DRAFTER if row["name"] == "free-running" else theme.ADAPTER
+    named = {"verifier": theme.VERIFIER, "free": theme.DRAFTER}
+    return named.get(row["name"].split("-")[0], theme.ADAPTER)
 
 
 def _write_beside(figure: go.Figure, row: dict[str, Any], top: float, form: str) -> None:
@@ -97,9 +92,7 @@ def _write_beside(figure: go.Figure, row: dict[str, Any], top: float, form: str)
 def arms(frame: pd.DataFrame, *, floor: float | None = None,
          title: str = "Acceptance by what the drafter saw") -> go.Figure:
     """One row per level, a dot with its interval for each arm; a dashed line at the best floor.
-
-    frame: level, unit (one of them), arm, value, low, high, n (xsd/steps/truth.py, table arms).
-    """
+    frame: the rows of truth's table arms in one unit."""
     label, form = _unit(frame, "there is no arm to draw; measure the counterfactual arms first")
     frame = frame.astype({"low": float, "high": float})
     levels = list(dict.fromkeys(frame["level"]))[::-1]
@@ -138,11 +131,8 @@ def _unit(frame: pd.DataFrame, lacking: str) -> tuple[str, str]:
 def losses_by_kind(frame: pd.DataFrame, *, least: int = 5,
                    title: str = "What is lost in which words") -> go.Figure:
     """A grid of kinds of words and losses; each cell says how much acceptance is lost, in points,
-    bold where the interval excludes zero.
-
-    frame: loss, group, value, low, high, n (table kinds). least: kinds with fewer tokens are left
-    out. Raises: MetricError when none has as many.
-    """
+    bold where the interval excludes zero. frame: table kinds. least: kinds with fewer tokens are
+    left out. Raises: MetricError when none has as many."""
     frame = frame[frame.groupby("group")["n"].transform("max") >= least]
     if frame.empty:
         raise MetricError(
@@ -153,21 +143,29 @@ def losses_by_kind(frame: pd.DataFrame, *, least: int = 5,
     values = [[100 * cell["value"] for cell in line] for line in grid]
     largest = max(10.0, max(abs(value) for line in values for value in line))
     figure = theme.figure(title, height=190 + 34 * len(kinds))
-    figure.add_heatmap(
-        z=values, x=[loss.replace(" ", "<br>") for loss in losses],
-        y=[f"{kind}  (n = {line[0]['n']:.0f})" for kind, line in zip(kinds, grid, strict=True)],
+    _grid(
+        figure, values, losses,
+        [f"{kind}  (n = {line[0]['n']:.0f})" for kind, line in zip(kinds, grid, strict=True)],
         text=[[_points(cell) for cell in line] for line in grid], texttemplate="%{text}",
         customdata=[[[cell[key] for key in ("low", "high", "n")] for cell in line]
                     for line in grid],
-        textfont={"size": 12}, zmin=-largest, zmax=largest, xgap=2, ygap=2,
+        textfont={"size": 12}, zmin=-largest, zmax=largest,
         colorscale=[[0, theme.rgba(theme.ADAPTER, 0.75)], [0.5, "white"], [1, LOSS]],
         colorbar={"title": {"text": "points lost"}, "thickness": 12},
         hovertemplate="<b>%{y}</b>, %{x}<br>%{z:.1f} points [%{customdata[0]:.1%}, "
         "%{customdata[1]:.1%}]<extra></extra>")  # fmt: skip
-    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
-    figure.update_xaxes(side="top", showgrid=False, ticks="", tickangle=0)
+    figure.update_xaxes(side="top")
     figure.update_layout(margin={"t": 130})
     return figure
+
+
+def _grid(figure: go.Figure, values: Any, columns: Sequence[str], rows: Sequence[str],
+          **look: Any) -> None:
+    """A heat map that is read as a table: the first row on top."""
+    figure.add_heatmap(z=values, x=[name.replace(" ", "<br>") for name in columns], y=list(rows),
+                       xgap=2, ygap=2, **look)
+    figure.update_yaxes(autorange="reversed", showgrid=False, ticks="")
+    figure.update_xaxes(showgrid=False, ticks="", tickangle=0)
 
 
 def _points(row: dict[str, Any]) -> str:
@@ -176,10 +174,10 @@ def _points(row: dict[str, Any]) -> str:
     return f"<b>{text}</b>" if known and (row["low"] > 0 or row["high"] < 0) else text
 
 
-def two_phase(
-        frame: pd.DataFrame, *,
-        title: str = "Tokens a verification: who drafts behind the prefill, who after it"
-) -> go.Figure:
+TITLE = "Tokens a verification: who drafts behind the prefill, who after it"
+
+
+def two_phase(frame: pd.DataFrame, *, title: str = TITLE) -> go.Figure:
     """A grid: phase 1 down, phase 2 across, the best cell framed. frame: phase1, phase2, metric,
     value, low, high."""
     part = frame[frame["metric"] == "tokens_per_verification"]
@@ -187,17 +185,13 @@ def two_phase(
         raise MetricError("there is no combination to draw; run the two-phase evaluation first")
     rows, columns = list(dict.fromkeys(part["phase1"])), list(dict.fromkeys(part["phase2"]))
     grid = part.pivot(index="phase1", columns="phase2", values="value").loc[rows, columns]
-    figure = theme.figure(title, height=210 + 38 * len(rows))
-    figure.add_heatmap(
-        z=grid.to_numpy().tolist(), x=[name.replace(" ", "<br>") for name in columns], y=rows,
-        texttemplate="%{z:.2f}", colorscale=[[0, "white"], [1, theme.ADAPTER]],
-        colorbar={"thickness": 12}, xgap=2, ygap=2,
-        hovertemplate="%{y} behind the prefill, then %{x}<br>%{z:.2f} tokens a verification"
-        "<extra></extra>")  # fmt: skip
+    figure = theme.figure(title, x="phase 2", y="phase 1", height=210 + 38 * len(rows))
+    _grid(figure, grid.to_numpy().tolist(), columns, rows, texttemplate="%{z:.2f}",
+          colorscale=[[0, "white"], [1, theme.ADAPTER]], colorbar={"thickness": 12},
+          hovertemplate="%{y} behind the prefill, then %{x}<br>%{z:.2f} tokens a verification"
+          "<extra></extra>")  # fmt: skip
     best = part.loc[part["value"].idxmax()]
     x, y = columns.index(best["phase2"]), rows.index(best["phase1"])
     figure.add_shape(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5,
                      line={"color": theme.INK, "width": 2})
-    figure.update_yaxes(autorange="reversed", title_text="phase 1", showgrid=False, ticks="")
-    figure.update_xaxes(title_text="phase 2", showgrid=False, ticks="", tickangle=0)
     return figure
