@@ -115,13 +115,10 @@ class ShardDataset:
         """The token ids [S] of every sample, int64, by "drafter" or "verifier", kept once asked
         for; no state is read. Raises: ShardError for a shard that cannot be read."""
         if role not in self._ids:
-            found: dict[int, list[np.ndarray]] = {}
-            for number in self.by_shard():
-                file = self._reader.shard(number)
-                ids = file.column(f"ids_by_{role}")
-                found[number] = np.split(ids, file.offsets[role][1:-1])
-            places = map(self.locate, range(len(self)))
-            self._ids[role] = [found[number][row] for number, row in places]
+            files = map(self._reader.shard, range(len(self._firsts)))
+            every = [ids for file in files for ids in np.split(file.column(f"ids_by_{role}"),
+                                                               file.offsets[role][1:-1])]
+            self._ids[role] = every if self.is_whole else [every[i] for i in self._indices or ()]
         return self._ids[role]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:

@@ -1,7 +1,5 @@
-"""Making what a run folder lacks, with the smoke parameters, so that each notebook runs alone.
-
-One call in a notebook's set-up cell; the steps below only read, and say what is missing.
-"""
+"""Making what a run folder lacks, with the smoke parameters, so that each notebook runs alone: one
+call in a notebook's set-up cell. The steps below only read, and say what is missing."""
 
 from __future__ import annotations
 
@@ -18,11 +16,11 @@ from xsd.steps import evaluation, extraction, training
 
 def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
            adapters: bool | Sequence[str] = False, tokens: bool = False) -> None:
-    """Extract pairs and train adapters where the run ``P.run_dir`` holds none at all.
+    """Extract pairs and train adapters where the run ``P.run_dir`` holds none at all, of P's data,
+    test_data and levels.
 
-    Whatever P has of data, test_data and levels is what is made. adapters: True for P.levels, or
-    the names of the levels. tokens: also the token table of notebook 04, when P.run_dir is among
-    P.runs and holds none; a run made before keeps its own data sets. Raises: as the steps do.
+    adapters: True for P.levels, or the names of the levels. tokens: the token table of notebook 04,
+    when P.run_dir is among P.runs and holds none; a run made before keeps its own data sets.
     """
     if tokens:
         _ensure_tokens(P)
