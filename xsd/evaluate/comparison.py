@@ -26,6 +26,8 @@ from xsd.evaluate.tables import row
 Counts = tuple[Any, Any]
 """(numerator [n], denominator [n]) of every sample: (matched, positions) for token acceptance,
 (accepted, rounds) for accepted drafts per round."""
+UNITS = {"token_acceptance": ("matched", "positions"), "accepted_per_round": ("accepted", "rounds")}
+"""Unit → what is above and below the line, in columns of table.counts."""
 VERIFIER, SELF, FORCED, ROLLOUT, FREE = CHAIN = (
     "verifier", "verifier-self", "teacher-forced drafter", "self-rollout", "free-running")
 """The arms of the gap; all but the last lead one to the next, the last branches off the third."""
@@ -65,6 +67,21 @@ def compare_with_floors(arm: Counts, floors: Mapping[str, Counts], clusters: Seq
     found = dict(zip(floors, each, strict=True))
     best = max(found, key=lambda name: found[name].value)
     return FloorComparison(own, found, best, above, _detectable(arm, floors[best], clusters))
+
+
+def above_floors(counted: pd.DataFrame, below: Mapping[str, str],
+                 **options: Any) -> dict[str, dict[str, FloorComparison]]:
+    """Unit → level → its comparison, of all levels of table.counts. below: the floors, name →
+    level. Raises: as compare_with_floors."""
+    parts = dict(iter(counted.astype({"level": str}).groupby("level", sort=False)))
+    clusters = next(iter(parts.values()))["sequence"].tolist()
+    out = {}
+    for unit, columns in UNITS.items():
+        each = {level: part[list(columns)].to_numpy().T for level, part in parts.items()}
+        floors = {name: each[level] for name, level in below.items()}
+        out[unit] = {level: compare_with_floors(counts, floors, clusters, **options)
+                     for level, counts in each.items()}  # fmt: skip
+    return out
 
 
 def compare_arms(arms: Mapping[str, Counts], reference: str, clusters: Sequence[str],

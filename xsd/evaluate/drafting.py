@@ -12,7 +12,7 @@ With position s the last one verified, at gamma = 3::
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,17 +28,7 @@ MISSED = 255
 Columns = dict[str, np.ndarray]
 
 
-class Drafts(Protocol):
-    """What is asked of an adapter. shift: 0, or 1 when position t predicts the state after t; with
-    shift 1 also ``unroll`` as in adapters/eagle.py. Optional: draft_ids, fuses_tokens."""
-
-    shift: int
-
-    def align(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """aligned [B, S', D], target [B, S', D], ids int64 [B, S'], mask bool [B, S']."""
-
-
-def one_step(adapter: Drafts, batch: Batch, head: Tensor | None = None,
+def one_step(adapter: Any, batch: Batch, head: Tensor | None = None,
              top_k: int = 1) -> Columns:
     """Every predicted position after its verified prefix, sample by sample: index, position,
     verifier_id, one_step_cosine and, with the verifier's head [V, D], draft_id, draft_probability,

@@ -31,10 +31,7 @@ def bands(tokens: pd.DataFrame, edges: Sequence[float] = BANDS, *,
     """The share of matching tokens by cosine band: level, cosine (the band's mean), cosine_low,
     cosine_high, n, n_match, n_clusters, rate with low and high (clustered by sequence), and
     wilson_low, wilson_high, as if tokens were independent (narrower). Empty bands are left out.
-
-    columns: of the cosine and of the match. Raises: MetricError for edges that do not ascend from
-    -1 to 1, or a cosine beyond them.
-    """
+    Raises: MetricError for edges that do not ascend from -1 to 1, or a cosine beyond them."""
     if len(edges) < 2 or list(edges) != sorted(set(edges)) or edges[0] != -1 or edges[-1] != 1:
         raise MetricError(f"bands must be ascending edges from -1 to 1 but are {list(edges)}")
     rows = []
@@ -68,13 +65,9 @@ def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS,
             edges: Sequence[float] = BANDS, max_positions: int = 64, n_resamples: int = 2000,
             seed: int = 0) -> pd.DataFrame:
     """Every figure of every level as one long table: metric, threshold, position, value, low, high,
-    n, n_clusters, level.
-
-    match_given_cosine, by band (with band_low, band_high, n_match). For each τ: overstatement,
-    Accept@τ − token acceptance, paired (above zero: the cosine overstates); match_above and
-    match_below, P(match | cosine > τ) and P(match | cosine ≤ τ), left out where no token lies
-    there; and match_above by position (counted from the level's first predicted one).
-    """
+    n, n_clusters, level. match_given_cosine by band (band_low, band_high, n_match); for each τ
+    overstatement, match_above (also by position) and match_below: docs/metrics.md, section 8.
+    Those of no token are left out."""
     rows = []
     draws = {"n_resamples": n_resamples, "seed": seed}
     kept = ["level", "rate", "low", "high", "n", "n_clusters", "cosine_low", "cosine_high",
@@ -82,8 +75,8 @@ def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS,
     drawn = bands(tokens, edges, **draws).reindex(columns=kept).rename(columns={
         "rate": "value", "cosine_low": "band_low", "cosine_high": "band_high"
     })  # fmt: skip
-    known = _known(tokens, ONE_STEP)
-    for level, about, (cosine, match), inside in table.by_level(known, "cosine", "match"):
+    grids = table.by_level(_known(tokens), "cosine", "match")
+    for level, about, (cosine, match), inside in grids:
         own = drawn[drawn["level"] == level].assign(metric="match_given_cosine", position=None)
         rows += own.to_dict("records")
         for tau in sorted(thresholds):
@@ -153,9 +146,8 @@ def needed(tokens: pd.DataFrame, shares: Sequence[float] = (0.8, 0.9, 0.95, 0.99
     return pd.DataFrame(rows)
 
 
-def _known(tokens: pd.DataFrame, columns: tuple[str, str]) -> pd.DataFrame:
-    """The rows that have a cosine, with the columns of the cosine and the match under these
-    names."""
+def _known(tokens: pd.DataFrame, columns: tuple[str, str] = ONE_STEP) -> pd.DataFrame:
+    """The rows that have a cosine, the columns of cosine and match under these names."""
     names = ["level", "sample", "sequence", "position", *columns]
     known = tokens.loc[tokens[columns[0]].notna(), names].set_axis(
         [*names[:4], "cosine", "match"], axis=1)  # fmt: skip
@@ -164,8 +156,6 @@ def _known(tokens: pd.DataFrame, columns: tuple[str, str]) -> pd.DataFrame:
     return known
 
 
-def _levels(tokens: pd.DataFrame,
-            columns: tuple[str, str] = ONE_STEP) -> Iterator[tuple[str, pd.DataFrame]]:
+def _levels(tokens: pd.DataFrame, columns: tuple[str, str] = ONE_STEP) -> Any:
     """Each level that has cosines, and its rows."""
-    for level, part in _known(tokens, columns).groupby("level", sort=False, observed=True):
-        yield str(level), part
+    return _known(tokens, columns).groupby("level", sort=False, observed=True)

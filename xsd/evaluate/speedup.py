@@ -118,17 +118,12 @@ class Prediction:
 def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: int,
             prefill_survival: Sequence[float] | None = None) -> Prediction:
     """Time of one answer with prefill hiding followed by draft–verify rounds, against plain
-    decoding of the same n_tokens.
+    decoding of the same n_tokens (the formulas: docs/metrics.md, section 10).
 
-    baseline = prefill + (n − 1)·v(1), as prefill gives the first token. Hidden drafts: as many
-    drafter steps as fit between the two prefills; one pass v(n_free) checks them and yields
-    accepted + 1 tokens. Each round then costs γ drafts, round_s and v(γ + 1).
-
-    Args: survival: P(first i + 1 drafts all accepted) for i = 0 … (Acceptance.marginal).
-    prefill_survival: the same for the hidden drafts, whose first position is the answer's first;
-    default: survival. Beyond its end a curve goes on at its last ratio. Raises: MetricError for a
-    curve that rises or leaves [0, 1], n_tokens or gamma below 1; ParameterError for a v(K) that was
-    not measured.
+    survival: P(first i + 1 drafts all accepted) for i = 0 … (Acceptance.marginal), going on at its
+    last ratio. prefill_survival: of the hidden drafts, from the answer's first position on. Raises:
+    MetricError for a curve that rises or leaves [0, 1], n_tokens or gamma below 1; ParameterError
+    for a v(K) that was not measured.
     """
     if n_tokens < 1 or gamma < 1:
         raise MetricError(f"n_tokens and gamma must be at least 1 but are {n_tokens} and {gamma}")

@@ -88,7 +88,7 @@ def of_batches(adapters: Mapping[str, Any], batches: Iterable[Batch], head: torc
 
 
 @torch.no_grad()
-def rows(adapter: drafting.Drafts, batch: Batch, head: torch.Tensor, gamma: int | None = None,
+def rows(adapter: Any, batch: Batch, head: torch.Tensor, gamma: int | None = None,
          top_k: int = 1) -> drafting.Columns:
     """The numbers of the table for one batch: its columns as arrays, and ``index``, the place of
     the sample in its data set. {} when the batch holds no token to predict."""

@@ -18,7 +18,7 @@ from xsd.core import ParameterError
 from xsd.embedded import language
 from xsd.evaluate import curves, floors, reliability, statistics, table, tables
 from xsd.evaluate import held_out as pairs_of
-from xsd.evaluate.comparison import compare_with_floors
+from xsd.evaluate.comparison import UNITS, above_floors
 from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.runs import folder
@@ -178,21 +178,16 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
     per round of every level, the drafter alone and the floors, each above the best floor; of the
     levels also, after the verified prefix, top k and what cosine > threshold overstates."""
     options = {"n_resamples": n_resamples, "seed": seed}
-    each = pd.concat([table.counts(one, gamma) for one in (tokens, floor_tokens)])
-    counted = dict(iter(each.astype({"level": str}).groupby("level", sort=False)))
-    clusters = counted[table.DRAFTER]["sequence"].tolist()
-    rows: dict[str, Any] = {}
-    below = {**FLOORS, table.DRAFTER: table.DRAFTER}
-    units = {"token_acceptance": (("matched", "positions"), "token_acceptance_above_floor"),
-             "accepted_per_round": (("accepted", "rounds"), "above_floor")}  # fmt: skip
+    counted = pd.concat([table.counts(one, gamma) for one in (tokens, floor_tokens)])
+    below, rows = {**FLOORS, table.DRAFTER: table.DRAFTER}, {}
+    found = above_floors(counted, below, **options)
     for name in [*adapters, table.DRAFTER, *FLOORS]:
-        rows[name] = about(name, adapters)
-        for unit, (columns, above) in units.items():
-            each = {row: counted[level][list(columns)].to_numpy().T
-                    for row, level in {**below, name: below.get(name, name)}.items()}  # fmt: skip
-            found = compare_with_floors(each[name], {row: each[row] for row in below}, clusters,
-                                        **options)
-            rows[name] |= {unit: figure(found.arm), above: figure(found.above_best)}
+        matched, accepted = (found[unit][below.get(name, name)] for unit in UNITS)
+        rows[name] = {
+            **about(name, adapters), "token_acceptance": figure(matched.arm),
+            "token_acceptance_above_floor": figure(matched.above_best),
+            "accepted_per_round": figure(accepted.arm), "above_floor": figure(accepted.above_best),
+        }  # fmt: skip
     for level in adapters:
         part = tokens[tokens["level"] == level]
         rank, right = part["one_step_rank"], part["one_step_match"].to_numpy(int)
@@ -204,10 +199,11 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
                         {"threshold": threshold, **figure(overstates)}}  # fmt: skip
     reading = [level for level in adapters if rows[level]["kind"] == "adapter"]
     return {
-        "rows": rows, "best_floor": found.best,
+        "rows": rows, "best_floor": accepted.best,
         "best_adapter": max(reading or adapters,
                             key=lambda level: rows[level]["accepted_per_round"]["value"]),
-        "n_samples": len(clusters), "n_clusters": len(set(clusters)),
+        "n_samples": int((counted["level"] == table.DRAFTER).sum()),
+        "n_clusters": accepted.arm.n_clusters,
         **drawn(table.drafted(tokens)),
     }  # fmt: skip
 

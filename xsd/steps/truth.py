@@ -26,8 +26,6 @@ from xsd.runs import parameters
 from xsd.steps import evaluation, extraction
 from xsd.steps.counterfactual import AGAIN, REAL
 
-UNITS = {"token_acceptance": ("matched", "positions"), "accepted_per_round": ("accepted", "rounds")}
-"""Unit → what is above and below the line, in columns of the counts."""
 B1, ONE_STEP, LOOP = "B1", comparison.FORCED, comparison.ROLLOUT
 SHOWN = (comparison.FREE, ONE_STEP, LOOP, "drift", "rollout")
 """What docs/teacher_forcing.md sets side by side."""
@@ -104,19 +102,17 @@ def counts(drafted: pd.DataFrame, floor_rows: pd.DataFrame, gamma: int) -> pd.Da
 Arms = dict[str, Counts]
 
 
-def _each(counted: pd.DataFrame, without: Sequence[str],
-          units: Sequence[str] = UNITS) -> Iterator[tuple[str, str, Arms, Arms, list[str]]]:
-    """Of every unit and level but some: unit, level, the counts of its arms, those of the floors'
-    loops, and the clusters of the answers, the same for all of them."""
-    for unit in units:
+def _each(counted: pd.DataFrame,
+          without: Sequence[str]) -> Iterator[tuple[str, str, Arms, list[str]]]:
+    """Of every unit and level but some: unit, level, the counts of its arms, and the clusters of
+    the answers, the same for all of them."""
+    clusters = counted[(counted["level"] == table.DRAFTER) & (counted["arm"] == LOOP)]["sequence"]
+    for unit, columns in comparison.UNITS.items():
         found: dict[str, Arms] = {}
         for (level, arm), part in counted.groupby(["level", "arm"], sort=False):
-            found.setdefault(level, {})[arm] = tuple(part[name].to_numpy() for name in UNITS[unit])
-        own = counted[(counted["level"] == table.DRAFTER) & (counted["arm"] == LOOP)]
-        below = {name: found[key][LOOP] for name, key in FLOORS.items()}
-        for level, arms_of_it in found.items():
-            if level not in without:
-                yield unit, level, arms_of_it, below, own["sequence"].tolist()
+            found.setdefault(level, {})[arm] = tuple(part[list(columns)].to_numpy().T)
+        yield from ((unit, level, own, clusters.tolist()) for level, own in found.items()
+                    if level not in without)
 
 
 def gap(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
@@ -124,7 +120,7 @@ def gap(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     draws: n_resamples, seed."""
     return pd.DataFrame([
         {"level": level, "unit": unit, **row}
-        for unit, level, own, _, clusters in _each(counted, FLOORS.values())
+        for unit, level, own, clusters in _each(counted, FLOORS.values())
         for row in comparison.gap({arm: own[arm] for arm in comparison.CHAIN if arm in own},
                                   clusters, **draws)
     ])  # fmt: skip
@@ -149,7 +145,7 @@ def acceptances(gaps: pd.DataFrame) -> pd.DataFrame:
     """Free-running, teacher-forced and self-rollout acceptance side by side, as text."""
     return pd.concat([
         tables.with_intervals(side_by_side(gaps, unit), percent).assign(unit=unit)
-        for unit, percent in zip(UNITS, (SHOWN, ()), strict=True)
+        for unit, percent in zip(comparison.UNITS, (SHOWN, ()), strict=True)
     ])
 
 
@@ -170,7 +166,7 @@ def arms(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     """What the drafter saw: level, unit, arm, value, low, high, n, and for all but the real events
     the paired difference and what was detectable. The floors see nothing."""
     rows = []
-    for unit, level, own, _, clusters in _each(counted, evaluation.FLOORS.values()):
+    for unit, level, own, clusters in _each(counted, evaluation.FLOORS.values()):
         seen = {REAL: own[LOOP]} | {arm: each for arm, each in own.items()
                                     if arm not in comparison.CHAIN}  # fmt: skip
         compared = comparison.compare_arms(seen, REAL, clusters, **draws)
@@ -181,19 +177,18 @@ def arms(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
 def headline(counted: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(one row per level and unit: its acceptance, the best floor and the distance above it, with
     intervals, and what was detectable; the floors themselves: unit, floor, value, low, high, n)."""
-    rows, of_floors = [], {}
-    for unit, level, own, below, clusters in _each(counted, FLOORS.values()):
-        found = comparison.compare_with_floors(own[LOOP], below, clusters, **draws)
-        rows.append({
-            "level": level, "unit": unit, "best floor": found.best, "n": found.arm.n,
-            "clusters": found.arm.n_clusters, **tables.sides("acceptance", found.arm),
-            **tables.sides("floor", found.floors[found.best]),
-            **tables.sides("above floor", found.above_best), "detectable": found.detectable,
-        })  # fmt: skip
-        of_floors[unit] = [tables.row("floor", value, unit=unit, floor=name)
-                           for name, value in found.floors.items()]  # fmt: skip
-    floor_table = pd.DataFrame([row for some in of_floors.values() for row in some])
-    return pd.DataFrame(rows), floor_table.drop(columns="metric")
+    rows, of_floors = [], []
+    found = comparison.above_floors(counted[counted["arm"] == LOOP], FLOORS, **draws)
+    for unit, levels in found.items():
+        rows += [{
+            "level": level, "unit": unit, "best floor": one.best, "n": one.arm.n,
+            "clusters": one.arm.n_clusters, **tables.sides("acceptance", one.arm),
+            **tables.sides("floor", one.floors[one.best]),
+            **tables.sides("above floor", one.above_best), "detectable": one.detectable,
+        } for level, one in levels.items() if level not in FLOORS.values()]  # fmt: skip
+        of_floors += [tables.row("floor", levels[level].arm, unit=unit, floor=name)
+                      for name, level in FLOORS.items()]  # fmt: skip
+    return pd.DataFrame(rows), pd.DataFrame(of_floors).drop(columns="metric")
 
 
 def metrics(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[float], top_k: int,
@@ -230,8 +225,7 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
         {"check": "answers that equal another held-out answer", "value": rate.shared, "n": rate.n},
         {"check": "answers that stand in the training set", "value": rate.in_training, "n": rate.n},
     ]  # fmt: skip
-    ours = next(one for one in _each(counted, [], ["token_acceptance"]) if one[1] == level)
-    _, _, own, _, clusters = ours
+    _, _, own, clusters = next(one for one in _each(counted, []) if one[1] == level)
     if AGAIN in own:
         twice = (comparison.rates(own[arm]) for arm in (LOOP, AGAIN))
         found = statistics.bootstrap_difference(*twice, clusters, **draws)
