@@ -1,14 +1,17 @@
 """A reduced draft vocabulary: which tokens, what the head then says, what it costs, and that it is
 drafted live as offline."""
 
+import pickle
+
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import train_examples as examples
 from test_adapters_levels import VOCABULARY, WIDTH, make, make_batch
 
 from xsd.adapters import heads, registry
-from xsd.core import ParameterError, TrainingError
+from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.decode import proposers
 from xsd.evaluate import drafting, table, vocabulary
 from xsd.train import fit, objectives, source
@@ -115,3 +118,26 @@ def test_live_drafts_are_the_rolled_out_ones(name, reduced):
         while right < gamma - 1 and drafts[right] == ids[start + 1 + right]:
             right += 1
         assert drafts[:right + 1] == offline[start, :right + 1].tolist()
+
+
+def test_a_head_is_read_from_a_file_or_a_folder_of_shards(tmp_path):
+    weight = torch.randn(5, 3)
+    torch.save({"lm_head_weight": weight, "vocab_size": 5}, tmp_path / "vl_lm_head.pt")
+    shards = tmp_path / "run" / "shards" / "test_simulated" / "teacher_forced"
+    shards.mkdir(parents=True)
+    stored = shards / "head-verifier.safetensors"
+    safetensors.torch.save_file({"weight": weight.half()}, stored)
+    assert torch.equal(heads.read(tmp_path / "vl_lm_head.pt"), weight)
+    for path in (stored, shards, tmp_path / "run"):
+        found = heads.read(path)
+        assert found.dtype == torch.float32 and torch.equal(found, weight.half().float())
+
+
+def test_what_holds_no_head_is_told_in_one_sentence(tmp_path):
+    torch.save({"a": torch.zeros(2, 2), "b": torch.zeros(2, 2)}, tmp_path / "two.pt")
+    (tmp_path / "code.pt").write_bytes(pickle.dumps(print))
+    (tmp_path / "empty").mkdir()
+    for name, why in (("none.pt", "does not exist"), ("empty", "holds no LM heads of a verifier"),
+                      ("two.pt", "holds 2 matrices; expected"), ("code.pt", "would run code")):
+        with pytest.raises(CheckpointError, match=why):
+            heads.read(tmp_path / name)

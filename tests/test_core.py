@@ -199,7 +199,17 @@ def test_an_object_is_found_in_the_working_directory_and_where_a_run_was_started
     assert found.level == "in" and sys.path == before
     assert files.name_of(found) == files.name_of(found()) == "in"
     assert files.name_of(sys.modules["made_here"].Outer) == "made_here:Outer"
-    assert files.name_of("L4") == "L4"
+    assert files.name_of("L4") == "L4" and not files.is_path("my_levels:Mine")
+
+
+def test_a_part_named_by_its_path_has_a_short_name():
+    names = {
+        "runs/a/adapters/L4": "L4 of a", "runs/a/adapters/L4/best.safetensors": "L4 of a",
+        "C:\\work\\a\\adapters\\L4": "L4 of a", "mine.safetensors": "mine",
+        "tasks/L4/L4_20250101_120000/best_model.pt": "L4_20250101_120000", "some/mine.pt": "mine",
+    }
+    assert all(files.is_path(path) for path in names)
+    assert {path: files.name_of(path) for path in names} == names
     for text, words in (("made_here", "names no object; write module:Name"),
                         ("made_here:Other", "the module made_here holds no Other")):
         with pytest.raises(ParameterError, match=words):

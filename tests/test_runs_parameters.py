@@ -42,6 +42,15 @@ def test_ill_typed_and_out_of_range_values_are_named(values, words):
         parameters.TrainParameters.checked(values)
 
 
+def test_an_adapter_may_be_named_by_its_path_where_levels_are_evaluated():
+    path = "runs/a/adapters/L4/best.safetensors"
+    model = parameters.TruthParameters.checked({"levels": ["L1", path], "waterfall": path})
+    assert model.levels == ["L1", path] and model.waterfall == "L4 of a"
+    assert model.model_dump()["levels"] == ["L1", path], "a path is kept as it was given"
+    with pytest.raises(ParameterError, match="is trained already; name a level to train"):
+        parameters.TrainParameters.checked({"levels": [path]})
+
+
 def test_from_namespace_takes_its_own_names_and_leaves_the_rest():
     model = parameters.TrainParameters.from_namespace(
         {"seed": 4, "levels": ["L2"], "something_else": object()})
@@ -70,7 +79,7 @@ def test_levels_are_open_to_ones_own():
     read = typed.read_values(["levels=L1,my_levels:Mine"], parameters.TrainParameters)
     assert read == {"levels": ["L1", "my_levels:Mine"]}
     parameters.TrainParameters.checked({"levels": ["L6"]})
-    with pytest.raises(ParameterError, match=r"one of L1, .*, B1, or a class of your own"):
+    with pytest.raises(ParameterError, match=r"one of L1, .*, B1, an adapter.s file .* a class of your own"):
         parameters.HiddenParameters.checked({"levels": ["L6"]})
 
 

@@ -7,6 +7,7 @@ import re
 import pytest
 import torch
 
+from xsd.adapters import heads
 from xsd.core import ShardError
 from xsd.shards import chunks, store
 
@@ -121,7 +122,7 @@ def test_an_import_goes_on_where_it_stopped(chunked, tmp_path):
 
 def test_a_head_file_is_taken_along(chunked, tmp_path):
     torch.save({"lm_head_weight": torch.eye(4), "vocab_size": 4}, tmp_path / "vl_lm_head.pt")
-    chunks.import_chunks(chunked, tmp_path / "run", head=tmp_path / "vl_lm_head.pt")
+    chunks.import_chunks(chunked, tmp_path / "run", head=heads.read(tmp_path / "vl_lm_head.pt"))
     assert torch.equal(store.ShardDataset(tmp_path / "run").head("verifier"), torch.eye(4))
 
 

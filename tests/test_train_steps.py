@@ -9,7 +9,7 @@ import torch
 from tiny_pair import make_tiny_pair
 
 from xsd.adapters import registry
-from xsd.core import CheckpointError, TrainingError
+from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.steps import drafter_tuning, extraction, training
@@ -100,6 +100,18 @@ def test_a_level_of_ones_own_is_trained_found_and_loaded_beside_ours(run_dir):
     assert set(epochs["level"]) == {"L1", "my_levels:Mine", "next"}
     with pytest.raises(CheckpointError, match="a class of your own: name it with level='next'"):
         registry.load_any_adapter(training.adapter_folder(run_dir, "next"))
+
+
+def test_an_adapter_of_another_run_is_loaded_by_its_path(run_dir, tmp_path):
+    training.run(given(run_dir, levels=["L1"]))
+    place = training.adapter_folder(run_dir, "L1")
+    loaded = training.load(run_dir, ["L1", str(place)])
+    assert list(loaded) == ["L1", "L1 of run"]
+    for one, other in zip(*(adapter.state_dict().values() for adapter in loaded.values()),
+                          strict=True):
+        assert torch.equal(one, other)
+    with pytest.raises(ParameterError, match="two of the levels are called 'L1 of run'"):
+        training.load(run_dir, [str(place), str(place / "best.safetensors")])
 
 
 def test_the_runs_own_held_out_sets_are_guarded(run_dir, monkeypatch):

@@ -182,8 +182,22 @@ def import_object(text: str) -> Any:
     return found
 
 
+def is_path(spec: Any) -> bool:
+    """Whether a part is named by its file or folder: a text with a separator or such a suffix."""
+    return isinstance(spec, str) and (
+        "/" in spec or "\\" in spec or spec.endswith((".safetensors", ".pt", ".pth")))
+
+
 def name_of(spec: Any) -> str:
-    """A part (name, class or object) in tables and folders: its text, ``level``, or class."""
+    """A part (name, class, object or path) in tables and folders: its text, ``level``, or class; of
+    ``runs/a/adapters/L4/best.safetensors`` "L4 of a", of other paths the file or its folder."""
+    if is_path(spec):
+        parts = Path(spec.replace("\\", "/")).parts
+        if re.fullmatch(r"(best|final|adapter)(_model)?\.\w+", parts[-1]) and len(parts) > 1:
+            parts = parts[:-1]
+        if parts[-2:-1] == ("adapters",) and len(parts) > 2:
+            return f"{parts[-1]} of {parts[-3]}"
+        return re.sub(r"\.(safetensors|pt|pth)$", "", parts[-1])
     if isinstance(spec, str):
         return spec
     built = spec if isinstance(spec, type) else type(spec)

@@ -3,15 +3,19 @@ some of its rows only (a reduced draft vocabulary: docs/adapters.md, section 4).
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from xsd.core import ParameterError
+from xsd import files
+from xsd.core import CheckpointError, ParameterError
 
 CHUNK = 1024
 """Positions whose logits exist at one time: 131 MB in float32 at a vocabulary of 32 000."""
@@ -34,6 +38,35 @@ class DraftHead:
 Head = Tensor | DraftHead | Callable[[Tensor], Tensor]
 """The verifier's LM head, never trained here: its weight [V, D], a callable [n, D] → [n, V] (a head
 behind the final norm), or some of its rows."""
+
+
+def read(path: str | Path) -> Tensor:
+    """The verifier's LM head, float32 [V, D], in a .safetensors or .pt file, or in a folder whose
+    shards hold one. Nothing in a file is executed. Raises: CheckpointError when there is none, more
+    than one, or it is damaged."""
+    path = Path(path)
+    found = sorted(path.rglob("head-verifier.safetensors")) if path.is_dir() else [path]
+    if len({files.sha256_of(one) for one in found if one.is_file()}) != 1:
+        why = "does not exist"
+        if path.is_dir():
+            why = f"holds {len(found)} different" if found else "holds no"
+            why += " LM heads of a verifier (head-verifier.safetensors)"
+        raise CheckpointError(f"{path} {why}; give the head's own file")
+    try:
+        if found[0].suffix == ".safetensors":
+            data = safetensors.torch.load_file(found[0])
+        else:
+            data = torch.load(found[0], map_location="cpu", weights_only=True)
+    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError,
+            ValueError) as error:
+        raise CheckpointError(f"{path} is damaged, or would run code ({type(error).__name__}); "
+                              "save the head's weight alone") from error
+    values = data.values() if isinstance(data, dict) else [data]
+    matrices = [value for value in values if isinstance(value, Tensor) and value.dim() == 2]
+    if len(matrices) != 1:
+        raise CheckpointError(f"{path} holds {len(matrices)} matrices; expected the one LM head of "
+                              "shape [V, D]")
+    return matrices[0].float()
 
 
 def draft_head(weight: Tensor, ids: Tensor) -> DraftHead:

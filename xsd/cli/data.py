@@ -215,15 +215,17 @@ def import_chunks(
     stored: Stored = Option("fp32", help="fp32 keeps every bit"),
     data: Path | None = Option(None, help="dataset folder that names their sequences"),
     split: Split | None = Option(None, help="of that folder"),
-    head: Path | None = Option(None, help=".pt file with the verifier's LM head"),
+    head: Path | None = Option(None, help="file (or folder of shards) of the verifier's LM head"),
 ) -> None:
     """Padded .pt files of the first scripts as a run, bit for bit; resumes."""
+    from xsd.adapters import heads
     from xsd.sensors import folder
     from xsd.shards import chunks
 
     clips = [(record.sequence, record.clip)
              for record in folder.open_folder(data, split)] if data else None
-    n = chunks.import_chunks(source, out, dtype=stored, clips=clips, head=head)
+    n = chunks.import_chunks(source, out, dtype=stored, clips=clips,
+                             head=heads.read(head) if head else None)
     lacks = "token ids" if clips else "token ids and names of sequences (give --data for those)"
     print(f"{out}: {n} free-running samples in {stored}; the source has no {lacks}, which is "
           "marked")

@@ -223,7 +223,7 @@ class TruthParameters(NotebookParameters):
         levels = [files.name_of(level) for level in info.data.get("levels", ())]
         if value == "B1" or files.name_of(value) not in levels:
             raise ValueError(f"it must be one of the levels {', '.join(levels)} but B1")
-        return value
+        return files.name_of(value) if files.is_path(value) else value
 
 
 NOTEBOOKS: dict[str, type[NotebookParameters] | str] = {

@@ -67,13 +67,23 @@ def _own(value: Any) -> bool:
 
 
 def _level(value: Any, *more: str) -> Any:
-    """A level of ours by name, "module:Class", or a class or module with reads, shift and
-    forward."""
-    if value in (*LEVELS, *more) or _own(value) or all(
+    """A level of ours by name, an adapter's file or folder, "module:Class", or a class or module
+    with reads, shift and forward."""
+    if value in (*LEVELS, *more) or files.is_path(value) or _own(value) or all(
             hasattr(value, name) for name in ("reads", "shift", "forward")):
         return value
-    raise ValueError(f"input should be one of {', '.join((*LEVELS, *more))}, or a class of your "
-                     "own as module:Class (docs/extending.md)")
+    raise ValueError(f"input should be one of {', '.join((*LEVELS, *more))}, an adapter's file or "
+                     "folder, or a class of your own as module:Class (docs/extending.md)")
+
+
+def _trained_level(value: Any) -> Any:
+    if files.is_path(value):
+        raise ValueError("an adapter's file is trained already; name a level to train")
+    return _level(value, "L6")
+
+
+def _plain(value: Any) -> str:
+    return value if isinstance(value, str) else files.name_of(value)
 
 
 def _arm(value: Any) -> str:
@@ -95,9 +105,8 @@ def _column(value: Any) -> Any:
                      "(docs/extending.md)")
 
 
-Level = Annotated[Any, PlainValidator(_level), PlainSerializer(files.name_of)]
-TrainedLevel = Annotated[Any, PlainValidator(lambda value: _level(value, "L6")),
-                         PlainSerializer(files.name_of)]
+Level = Annotated[Any, PlainValidator(_level), PlainSerializer(_plain)]
+TrainedLevel = Annotated[Any, PlainValidator(_trained_level), PlainSerializer(_plain)]
 Arm = Annotated[str, PlainValidator(_arm)]
 Column = Annotated[Any, PlainValidator(_column), PlainSerializer(files.name_of)]
 Mode = Literal["free_running", "teacher_forced"]

@@ -118,12 +118,12 @@ def _sample(data: Mapping[str, Any], row: int, number: int, config: Mapping[str,
 
 def import_chunks(path: str | Path, folder: str | Path, *, dtype: str = "fp32",
                   clips: Sequence[tuple[str, str]] | None = None,
-                  head: str | Path | Tensor | None = None, samples_per_shard: int = 256,
+                  head: Tensor | None = None, samples_per_shard: int = 256,
                   progress: Callable[[int], None] | None = None) -> int:
     """Convert to a run folder; a second call continues. Returns the number of samples.
 
-    dtype: fp32 keeps every bit. head: the verifier's LM head, a tensor [V, D] or a .pt file holding
-    one. progress(n): after n more samples. Raises: as read_chunks and ShardWriter.
+    dtype: fp32 keeps every bit. head: the verifier's LM head [V, D]. progress(n): after n more
+    samples. Raises: as read_chunks and ShardWriter.
     """
     path = Path(path)
     config = {"imported_from": path.name, "clips": clips is not None,
@@ -133,19 +133,7 @@ def import_chunks(path: str | Path, folder: str | Path, *, dtype: str = "fp32",
                      samples_per_shard=samples_per_shard) as writer:
         if not writer.finished:
             if head is not None:
-                weight = head if isinstance(head, Tensor) else read_head(head)
-                writer.save_head("verifier", weight, len(weight))
+                writer.save_head("verifier", head, len(head))
             for states in read_chunks(path, clips=clips, first=writer.n_written, progress=progress):
                 writer.write(states)
     return writer.n_written
-
-
-def read_head(path: str | Path) -> Tensor:
-    """The one matrix [V, D] in a .pt file. Raises: ShardError if there is not just one."""
-    data = _load(Path(path))
-    values = data.values() if isinstance(data, dict) else [data]
-    matrices = [value for value in values if isinstance(value, Tensor) and value.dim() == 2]
-    if len(matrices) != 1:
-        raise ShardError(
-            f"{path} holds {len(matrices)} matrices; expected the one LM head of shape [V, D]")
-    return matrices[0].clone()

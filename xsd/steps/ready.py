@@ -8,6 +8,7 @@ from typing import Any
 
 import pandas as pd
 
+from xsd import files
 from xsd.evaluate import curves, table
 from xsd.runs import folder, parameters, typed
 from xsd.steps import data as datasets
@@ -29,12 +30,13 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
     if (pairs or adapters) and not (folder.resolve(P.run_dir) / extraction.PAIR_FILE).is_file():
         sets = {name: getattr(P, name) for name in ("data", "test_data") if hasattr(P, name)}
         extraction.run(parameters.ExtractParameters.checked({**own, **sets}))
-    if adapters and not training.trained(P.run_dir):
-        levels = P.levels if adapters is True else adapters  # type: ignore[attr-defined]
+    levels = P.levels if adapters is True else adapters or []  # type: ignore[attr-defined]
+    levels = [level for level in levels if not files.is_path(level)]
+    if levels and not training.trained(P.run_dir):
         data = P.data if hasattr(P, "data") else extraction.pair_file(P.run_dir).get(
             "data", datasets.SIMULATED)
         training.run(parameters.TrainParameters.checked(
-            {**own, "levels": list(levels), "data": data}))
+            {**own, "levels": levels, "data": data}))
 
 
 def _ensure_tokens(P: parameters.CompareParameters | parameters.ExploreParameters) -> None:

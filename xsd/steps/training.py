@@ -134,18 +134,24 @@ def trained(run_dir: str | os.PathLike[str]) -> list[str]:
 
 
 def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Adapter]:
-    """The best checkpoint of each level, in eval mode, by its name. levels: as create_adapter takes
-    them. Raises: ParameterError naming the trained levels when one is missing."""
+    """The best checkpoint of each level of the run, and adapters by path, in eval mode, by their
+    short names (files.name_of). levels: as create_adapter takes them, or an adapter's file or
+    folder. Raises: ParameterError naming the trained levels when one is missing."""
     have = trained(run_dir)
-    missing = [name for name in map(files.name_of, levels) if name not in have]
+    names = [files.name_of(level) for level in levels]
+    missing = [name for name, level in zip(names, levels, strict=True)
+               if name not in have and not files.is_path(level)]
     if missing:
         raise ParameterError(
             f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: "
             f"{', '.join(have) or 'none'}); train with notebook 02 and levels={','.join(missing)}")
-    return {
-        files.name_of(level): registry.load_any_adapter(adapter_folder(run_dir, level), level=level)
-        for level in levels
-    }
+    twice = [name for name in names if names.count(name) > 1]
+    if twice:
+        raise ParameterError(f"two of the levels are called {twice[0]!r}; name each once, and copy "
+                             "or rename the folder of one")
+    return {name: registry.load_any_adapter(folder.resolve(level)) if files.is_path(level)
+            else registry.load_any_adapter(adapter_folder(run_dir, level), level=level)
+            for name, level in zip(names, levels, strict=True)}
 
 
 # --- tables
