@@ -42,14 +42,13 @@ app = Typer(help="Dataset folders, paired hidden states, answers made elsewhere.
 @app.command(epilog=examples("xsd data simulate data/drives -n 50",
                              "xsd data simulate data/drives --split test -n 20"))
 def simulate(folder: Path, split: Split = SPLIT, seed: int = 0,
-             sequences: int = Option(4, "-n", "--sequences", help="drives"),
+             n: int = Option(4, "-n", "--sequences", help="drives"),
              workers: int = Option(1, help="processes")) -> None:
     """Write a dataset folder of simulated drives."""
     from xsd.embedded import drive
 
-    summary = drive.write_dataset(folder, split=split, n_sequences=sequences, seed=seed,
-                                  workers=workers)
-    plain = [f"{name} {value}" for name, value in summary.items()
+    found = drive.write_dataset(folder, split=split, n_sequences=n, seed=seed, workers=workers)
+    plain = [f"{name} {value}" for name, value in found.items()
              if not isinstance(value, (dict, list))]
     print(f"{folder}: {', '.join(plain)}")
 
@@ -62,8 +61,7 @@ def prepare_dsec(
     clip_ms: int = 1000,
     hop_ms: int = Option(500, help="from one clip's start to the next one's"),
     video_size: str = Option("", metavar="WxH", help="resize the pictures; else as they are"),
-    canvas: Literal["slice", "sensor"] = Option("slice", help="of the event frames; slice is the "
-                                                "official one"),
+    canvas: Literal["slice", "sensor"] = Option("slice", help="of event frames; slice is official"),
     rectify: bool = Option(False, "--rectify", help="move events by the sequence's rectify map"),
 ) -> None:
     """Cut raw DSEC sequences into a dataset folder; resumes after the last finished sequence."""
@@ -84,18 +82,15 @@ def extract(
     out: Path = Option(..., "-o", "--out", metavar="RUN", help="run folder to write or continue"),
     pair: str = Option("embedded", help="embedded, or a folder with drafter/ and verifier/"),
     split: Split = SPLIT,
-    modes: str = Option("teacher_forced", help="kinds of pairs: teacher_forced, free_running, or "
-                        "both with a comma"),
-    layers: str = Option("-1", help="hidden states; --layers=-1,-8 is the last (after the norm) "
-                         "and one before"),
+    modes: str = Option("teacher_forced", help="teacher_forced, free_running, or both, by comma"),
+    layers: str = Option("-1", help="--layers=-1,-8: the last (after the norm) and one before"),
     max_samples: int = Option(-1, help="that many, whole clips drawn by the seed; -1 is all"),
     max_questions: int = Option(10, help="asked of every clip: the folder's first so many"),
     max_new_tokens: int = Option(50, help="longest answer"),
     duration: str = Option("", help="only clips of this length: 1s, 500ms"),
-    event_frames: Literal["5f", "1f"] | None = Option(None, help="what the drafter sees; default "
-                                                      "as the pair says"),
-    reuse_verifier: Path | None = Option(None, metavar="RUN", help="take the verifier's answers "
-                                         "from this finished run"),
+    event_frames: Literal["5f", "1f"] | None = Option(None, help="default as the pair says"),
+    reuse_verifier: Path | None = Option(None, metavar="RUN", help="finished run that brings the "
+                                         "verifier's answers"),
     stored: Stored = Option("fp16", help="how states are stored"),
     dtype: str = Option("float32", help=f"of the models: {NUMBERS}"),
     quant: Quant = QUANT,
@@ -175,8 +170,7 @@ def repair(run: Path = RUN,
            pair: str | None = Option(None, help="where it is now; default as extracted"),
            data: str | None = Option(None, help="where the folder is now; default as extracted"),
            split: Split | None = SAME, device: str | None = SAME,
-           reuse_verifier: Path | None = Option(
-               None, metavar="RUN", help="where the run with the verifier's answers is now"),
+           reuse_verifier: Path | None = Option(None, metavar="RUN", help="where it is now"),
            ) -> int:
     """Extract again just what verify finds damaged."""
     from xsd.extract import checks
@@ -194,9 +188,9 @@ def repair(run: Path = RUN,
                 models = samples = None  # one pair in memory at a time
                 models = request.load_pair()
                 samples, opened = request.samples(models), request
-            reused = run_folder.resolve(request.reuse_verifier) if request.reuse_verifier else None
-            for problem in mending.repair(models, samples, place, verifier_from=reused,
-                                          problems=problems):
+            other = request.reuse_verifier
+            for problem in mending.repair(models, samples, place, problems=problems, verifier_from=
+                                          run_folder.resolve(other) if other else None):
                 print(f"mended: {problem.file} (it {problem.what})")
                 mended += 1
         except XsdError as error:

@@ -44,13 +44,14 @@ _OWN_NAME = re.compile(
 
 @dataclass(frozen=True)
 class Row:
-    """One sample as stored. states, ids, scales: by role; scales are empty unless the dtype is
-    int8. text: TEXT_COLUMNS."""
+    """One sample as stored: hidden_by_*, ids_by_* and for int8 scale_by_*; text: TEXT_COLUMNS."""
 
-    states: Mapping[str, Tensor]
-    ids: Mapping[str, Tensor]
-    scales: Mapping[str, Tensor]
+    tensors: Mapping[str, Tensor]
     text: Mapping[str, str]
+
+    def length(self, role: str) -> int:
+        """Positions of that model."""
+        return len(self.tensors[f"ids_by_{role}"])
 
 
 def short_dtype(name: str) -> str:
@@ -91,7 +92,7 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
     """One sample in its stored form. Raises: ShardError for states and ids of other lengths,
     unequal lengths under teacher forcing, NaN or infinity, or an overflow of the dtype."""
     name = f"{pair.sequence}/{pair.clip} {pair.question!r}"
-    states, ids, scales = {}, {}, {}
+    tensors: dict[str, Tensor] = {}
     for role in ROLES:
         hidden, tokens = getattr(pair, f"hidden_by_{role}"), getattr(pair, f"ids_by_{role}")
         if hidden.dim() != 2 or tokens.dim() != 1 or len(hidden) != len(tokens):
@@ -102,20 +103,22 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
             raise ShardError(
                 f"{name}: the {role}'s states hold NaN or infinity; load the model in float32 or "
                 "bfloat16 and extract this sample again")
-        states[role], scale = encode_states(hidden, dtype)
-        if dtype != "int8" and not bool(torch.isfinite(states[role]).all()):
+        states, scale = encode_states(hidden, dtype)
+        if not bool(torch.isfinite(states).all()):
             raise ShardError(f"{name}: the {role}'s states overflow dtype={dtype!r}; store them as "
                              "'bf16' or 'fp32'")
-        ids[role] = tokens.detach().cpu().to(torch.int64).contiguous()
+        tensors[f"hidden_by_{role}"] = states
+        tensors[f"ids_by_{role}"] = tokens.detach().cpu().to(torch.int64).contiguous()
         if scale is not None:
-            scales[role] = scale
-    if pair.mode == "teacher_forced" and len(ids["drafter"]) != len(ids["verifier"]):
-        raise ShardError(
-            f"{name}: teacher-forced pairs share their positions, but the drafter has "
-            f"{len(ids['drafter'])} and the verifier {len(ids['verifier'])}; force the drafter "
-            "with the verifier's ids")
+            tensors[f"scale_by_{role}"] = scale
     text = {column: getattr(pair, column) for column in TEXT_COLUMNS}
-    return Row(states, ids, scales, {**text, "extra": json.dumps(dict(pair.extra), sort_keys=True)})
+    row = Row(tensors, {**text, "extra": json.dumps(dict(pair.extra), sort_keys=True)})
+    n_drafter, n_verifier = map(row.length, ROLES)
+    if pair.mode == "teacher_forced" and n_drafter != n_verifier:
+        raise ShardError(
+            f"{name}: teacher-forced pairs share their positions, but the drafter has {n_drafter} "
+            f"and the verifier {n_verifier}; force the drafter with the verifier's ids")
+    return row
 
 
 # --- many samples in one file
@@ -123,14 +126,10 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
 
 def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
     """The bytes of a safetensors file. with_text: texts inside, as in pending pieces."""
-    tensors: dict[str, Tensor] = {}
+    tensors = {name: torch.cat([row.tensors[name] for row in rows]) for name in rows[0].tensors}
     for role in ROLES:
-        lengths = torch.tensor([0, *(len(row.ids[role]) for row in rows)], dtype=torch.int64)
+        lengths = torch.tensor([0, *(row.length(role) for row in rows)], dtype=torch.int64)
         tensors[f"offsets_{role}"] = lengths.cumsum(0)
-        tensors[f"hidden_by_{role}"] = torch.cat([row.states[role] for row in rows])
-        tensors[f"ids_by_{role}"] = torch.cat([row.ids[role] for row in rows])
-        if rows[0].scales:
-            tensors[f"scale_by_{role}"] = torch.cat([row.scales[role] for row in rows])
     # One metadata entry only: the library writes several in no fixed order.
     text = json.dumps([dict(row.text) for row in rows], sort_keys=True)
     return save(tensors, {"text": text} if with_text else None)
@@ -145,14 +144,9 @@ def unpack(data: bytes) -> list[Row]:
     except (SafetensorError, KeyError, ValueError) as error:
         raise ShardError(
             f"not a pending piece of a run ({error}); it will be extracted again") from error
-
-    def cut(name: str, i: int) -> dict[str, Tensor]:
-        return {
-            role: tensors[f"{name}_{role}"][slice(*tensors[f"offsets_{role}"][i:i + 2].tolist())]
-            for role in ROLES if f"{name}_{role}" in tensors
-        }
-
-    return [Row(cut("hidden_by", i), cut("ids_by", i), cut("scale_by", i), line)
+    lengths = {role: tensors.pop(f"offsets_{role}").diff().tolist() for role in ROLES}
+    cut = {name: one.split(lengths[name.rsplit("_", 1)[1]]) for name, one in tensors.items()}
+    return [Row({name: parts[i] for name, parts in cut.items()}, line)
             for i, line in enumerate(text)]
 
 
@@ -161,7 +155,7 @@ def pack_metadata(rows: Sequence[Row]) -> bytes:
     columns: dict[str, list[Any]] = {
         name: [row.text[name] for row in rows] for name in TEXT_COLUMNS}
     for role in ROLES:
-        columns[f"n_tokens_{role}"] = [len(row.ids[role]) for row in rows]
+        columns[f"n_tokens_{role}"] = [row.length(role) for row in rows]
     out = io.BytesIO()
     pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), out)
     return out.getvalue()

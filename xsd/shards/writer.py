@@ -107,7 +107,7 @@ class ShardWriter:
     def n_tokens(self) -> int:
         """The verifier's positions in all of them."""
         return (sum(shard["n_tokens_verifier"] for shard in self.manifest["shards"]) +
-                sum(len(row.ids["verifier"]) for row in self._rows))
+                sum(row.length("verifier") for row in self._rows))
 
     @property
     def finished(self) -> bool:
@@ -169,7 +169,7 @@ class ShardWriter:
             atomic_write(self.folder / name, data)
             entry |= {prefix + key: value for key, value in layout.entry_of(name, data).items()}
         for role in layout.ROLES:
-            entry[f"n_tokens_{role}"] = sum(len(row.ids[role]) for row in rows)
+            entry[f"n_tokens_{role}"] = sum(row.length(role) for row in rows)
         return entry
 
     def _commit(self, n: int) -> None:
@@ -246,4 +246,5 @@ class ShardWriter:
 
 def _widths(row: layout.Row) -> dict[str, int]:
     """Width of the states of both models, as the manifest names them."""
-    return {f"hidden_size_{role}": row.states[role].shape[1] for role in layout.ROLES}
+    states = {role: row.tensors[f"hidden_by_{role}"] for role in layout.ROLES}
+    return {f"hidden_size_{role}": one.shape[1] for role, one in states.items()}
