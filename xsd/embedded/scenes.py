@@ -21,6 +21,8 @@ EGO = {"stopped": (0.0, 0.0), "slow": (3.0, 0.0), "fast": (7.5, 0.0), "left": (2
        "right": (2.5, 4.5)}
 """Ego motion: forward speed in m/s, yaw rate in degrees/s (positive turns right)."""
 SURROUNDINGS = ("towers", "houses", "trees", "fields")
+TIMES, SKIES, LIGHTS = ("day", "dusk", "night"), ("clear", "overcast"), ("red", "yellow", "green")
+VEHICLE_MOTIONS = ("parked", "approaching", "away", "waiting", "crossing_right", "crossing_left")
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,10 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator) -> Scene:
     """At most one vehicle in each place (left, ahead, right): their order is never ambiguous."""
-    time = str(rng.choice(("day", "dusk", "night"), p=(0.5, 0.2, 0.3)))
-    sky = str(rng.choice(("clear", "overcast")))
+    time = str(rng.choice(TIMES, p=(0.5, 0.2, 0.3)))
+    sky = str(rng.choice(SKIES))
     ego = str(rng.choice(list(EGO), p=(0.3, 0.2, 0.2, 0.15, 0.15)))
-    light = str(rng.choice(("red", "yellow", "green"))) if rng.random() < 0.45 else None
+    light = str(rng.choice(LIGHTS)) if rng.random() < 0.45 else None
     n_vehicles = int(rng.choice([0, 1, 2, 3], p=(0.07, 0.3, 0.45, 0.18)))
     chosen = sorted(rng.choice(3, size=n_vehicles, replace=False)) if n_vehicles else []
     actors = [_vehicle(rng, ("left", "ahead", "right")[i], ego, light) for i in chosen]
