@@ -1,7 +1,11 @@
 """Arms, records and summaries on a tiny pair of the real model classes (random weights): lossless,
 resumable, refused where it must be."""
 
+import collections
+import itertools
 import json
+import subprocess
+import sys
 import types
 
 import pandas as pd
@@ -11,7 +15,7 @@ from tiny_pair import make_samples, make_tiny_pair
 from toy_decoder import OracleProposer
 
 from xsd.adapters import registry
-from xsd.bench import arms, baselines, costs, run
+from xsd.bench import arms, baselines, costs, run, speedups
 from xsd.bench import records as records_file
 from xsd.core import LosslessError, MetricError, ParameterError, StorageError
 from xsd.decode import autoregressive, certificate, proposers, rules, speculative, tracks
@@ -205,9 +209,10 @@ def test_a_file_of_another_configuration_or_another_writer_is_refused(pair, adap
 
 
 def record(arm, sample, seconds, *, sequence="a", identical=True, baseline=False, rounds=(),
-           n_tokens=5, outcome="divergence"):
+           n_tokens=5, outcome="divergence", repeat=0, others=0.0):
     return {
-        "arm": arm, "sample": sample, "sequence": sequence, "repeat": 0, "total_s": seconds,
+        "arm": arm, "sample": sample, "sequence": sequence, "repeat": repeat, "total_s": seconds,
+        "others": others,
         "first_token_s": seconds / 5, "baseline": baseline, "lossless": True,
         "identical_to_ar": identical, "n_tokens": n_tokens, "rounds": list(rounds), "ids": [],
         "verdict": {
@@ -216,7 +221,7 @@ def record(arm, sample, seconds, *, sequence="a", identical=True, baseline=False
     }  # fmt: skip
 
 
-def test_summary_is_against_the_fastest_baseline_with_both_aggregations():
+def test_summary_is_against_the_best_baseline_from_paired_ratios():
     two = {"phase": "decode", "drafted": [1, 2, 3], "accepted": 2, "bonus": 9}
     first = {"phase": "prefill_hiding", "drafted": [4], "accepted": 0, "bonus": 1}
     empty = {"phase": "decode", "drafted": [], "accepted": 0, "bonus": 1}
@@ -233,15 +238,79 @@ def test_summary_is_against_the_fastest_baseline_with_both_aggregations():
     assert summary["baseline"] == "hf_generate" and summary["n_samples"] == 2 and summary[
         "n_clusters"] == 2
     row = summary["arms"]["L1"]
-    assert row["speedup"]["value"] == pytest.approx(4 / 3)
-    assert row["speedup_of_samples"]["value"] == pytest.approx((0.5 + 3) / 2)
-    assert row["slower_share"]["value"] == 0.5 and row["first_token_ms"] == pytest.approx(300)
+    speed = row["speedup"]
+    assert speed["value"] == pytest.approx((0.5 + 3) / 2)
+    assert speed["total"] == pytest.approx(4 / 3) and speed["baseline"] == "hf_generate"
+    assert (speed["low"], speed["high"], speed["n"]) == (0.5, 3.0, 2)
+    assert speed["slower"] == 0.5 and speed["spread"] is None and not speed["busy"]
+    assert row["first_token_ms"] == pytest.approx(300) and row["decode_ms"] == pytest.approx(1200)
     assert row["total_ms"]["value"] == pytest.approx(1500)
     assert row["decode_ms_per_token"] == pytest.approx(1e3 * 0.8 * 3 / 8)
     assert row["accepted_per_round"]["value"] == 2 and row["accepted_per_round_drafted"] == 3
     assert row["hidden_accepted"]["value"] == 0 and row["hidden_accepted_drafted"] == 1
     assert len(summary["alarms"]) == 1 and "1.50× the time of HF generate" in summary["alarms"][0]
     json.dumps(summary, allow_nan=False)
+
+
+def test_one_stalled_sample_does_not_choose_the_baseline():
+    """The slower loop took 304 ms an answer, the faster one 250 ms but once 926 ms: by total time
+    the slower one was "fastest", and an arm of 245 ms ran at 1.24× instead of 1.02×."""
+    times = {"ar": [0.304] * 12, "ar_all_cores": [0.250] * 11 + [0.926], "L4": [0.245] * 12}
+    assert sum(times["ar"]) < sum(times["ar_all_cores"])
+    records = [record(arm, f"s{i}", seconds, sequence=f"drive {i}", baseline=arm != "L4")
+               for arm, some in times.items() for i, seconds in enumerate(some)]
+    speed = speedups.of(records, n_resamples=200)["L4"]
+    assert speed["baseline"] == "ar_all_cores" and f"{speed['value']:.2f}" == "1.02"
+    assert speed["low"] == pytest.approx(speed["value"]) == speed["high"]
+
+
+def test_repeats_are_paired_by_their_median_and_their_spread_is_told():
+    def repeated(arm, seconds):
+        return [record(arm, f"s{i}", s * (1 + i), sequence=f"drive {i}", repeat=k,
+                       baseline=arm == "ar") for i in range(4) for k, s in enumerate(seconds)]
+
+    records = [*repeated("ar", [1.0, 1.02, 1.01]), *repeated("L4", [0.5, 0.9, 0.51]),
+               *repeated("B1", [0.5, 0.5, 0.5])]
+    found = speedups.of(records, n_resamples=50)
+    assert found["B1"]["value"] == pytest.approx(2.02) and not found["B1"]["busy"]
+    assert found["L4"]["value"] == pytest.approx(1.01 / 0.51)
+    assert found["L4"]["spread"] > speedups.SPREAD and found["L4"]["busy"]
+    restless = [{**one, "others": 0.4} for one in records]
+    assert all(row["busy"] and row["others"] == pytest.approx(0.4)
+               for row in speedups.of(restless, n_resamples=50).values())
+
+
+def test_one_sequence_gives_no_interval():
+    records = [record(arm, f"s{i}", seconds, baseline=arm == "ar")
+               for arm, seconds in (("ar", 1.0), ("L4", 0.5)) for i in range(3)]
+    found = speedups.of(records, n_resamples=50)["L4"]
+    assert found["value"] == 2.0 and found["low"] is None and found["high"] is None
+
+
+@pytest.mark.parametrize("n", [2, 5, 8])
+def test_every_arm_follows_every_other_about_equally_often(n):
+    follows = collections.Counter()
+    for turn in range(n):
+        for repeat in (0, 1):
+            row = run._in_turn(range(n), turn, repeat)
+            assert sorted(row) == list(range(n))
+            follows.update(itertools.pairwise(row))
+    assert len(follows) == n * (n - 1) and set(follows.values()) == {2}
+
+
+def test_what_other_processes_take_is_seen(pair, samples, tmp_path):
+    script = "import time\nend = time.time() + 20\nwhile time.time() < end: pass"
+    hogs = [subprocess.Popen([sys.executable, "-c", script]) for _ in range(arms.available_cores())]
+    try:
+        records = run.measure([arms.build("ar", pair)], samples[:3], path=tmp_path / "r.jsonl",
+                              max_new_tokens=60, warmup=0, repeats=8)
+    finally:
+        for hog in hogs:
+            hog.kill()
+    others = [one["others"] for one in records]
+    if others[0] is None:
+        pytest.skip("this system does not say what other processes take")
+    assert max(others) > speedups.OTHERS
 
 
 def test_no_speedup_is_reported_for_a_lossless_arm_whose_ids_differ():

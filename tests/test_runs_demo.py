@@ -57,8 +57,9 @@ def results():
         }, "hidden": {"test": {"simulated": {"threshold": 0.9, "levels": levels}}}, "tokens": {
             "test": {"simulated": {"rows": rows, "best_floor": "ngram", "best_adapter": "L5F"}}
         }, "live": {
-            "arms": arms, "test": {"simulated": {"arms": arms, "n_timed": 10}},
-            "best_arm": "arm1", "n_drafting": 7, "n_timed": 10, "n_answers": 30,
+            "arms": arms,
+            "test": {"simulated": {"arms": arms, "n_timed": 10, "baseline": "arm0"}},
+            "best_arm": "arm1", "baseline": "arm0", "n_drafting": 7, "n_timed": 10, "n_answers": 30,
             "n_identical": 30, "check": check
         },
     }
@@ -137,6 +138,18 @@ def test_a_live_run_comes_back_as_it_was(finished):
         "question": "What is moving?"
     }
     assert list(generations) == ["speculative", "baseline"]
+
+
+def test_a_busy_machine_claims_nothing_on_the_page():
+    found = results()
+    calm = body(found)
+    assert "of the speed of the best baseline" in calm and "<th>speed-up</th>" in calm
+    found["live"]["busy"] = found["live"]["test"]["simulated"]["busy"] = True
+    for arm in found["live"]["arms"].values():
+        arm["speedup"]["busy"] = True
+    busy = body(found)
+    assert "The machine was busy" in busy and "no speed-up is claimed" in busy
+    assert "<th>speed-up</th>" not in busy and "of the speed of the best baseline" not in busy
 
 
 def test_missing_parts_of_a_run_are_named(tmp_path):

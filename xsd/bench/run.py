@@ -3,22 +3,24 @@ down does so for all alike; then say what was measured."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import itertools
 import os
 import random
-from collections import defaultdict
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from statistics import mean, median
 from typing import Any
 
+import pandas as pd
 import torch
 
+from xsd.bench import speedups
 from xsd.bench.arms import Arm, available_cores
 from xsd.bench.records import Record, open_records
-from xsd.core import Generation, MetricError, ParameterError, Sample
+from xsd.core import Generation, ParameterError, Sample
 from xsd.decode import autoregressive, certificate
 from xsd.evaluate import statistics
 
@@ -63,16 +65,20 @@ def measure(arms: Sequence[Arm], samples: Sequence[Sample], *, path: str | os.Pa
             for arm in order:
                 arm.run(sample, max_new_tokens)
         for number, sample in enumerate(samples):
+            began = _clocks()
             made = [(arm, k, arm.run(sample, max_new_tokens))
-                    for k in range(repeats) for arm in _rotated(order, number + k)
+                    for k in range(repeats) for arm in _in_turn(order, number, k)
                     if (arm.name, sample.key, k) not in done]
             if not made:
                 continue
+            wall, own_cpu, busy = (now - then for now, then in zip(_clocks(), began, strict=True))
+            others = round(max(0.0, (busy - own_cpu) / wall), 3) if busy == busy else None
             reference = own.get(sample.key) or next(
                 (list(g.ids) for arm, _, g in made if arm.name == "ar"), None)
             if reference is None:
                 reference = list(autoregressive.generate(verifier, sample, max_new_tokens).ids)
-            fresh = [_record(arm, sample, k, generation, reference) for arm, k, generation in made]
+            fresh = [_record(arm, sample, k, generation, reference) | {"others": others}
+                     for arm, k, generation in made]
             append(fresh)
             records += fresh
             if progress is not None:
@@ -80,9 +86,26 @@ def measure(arms: Sequence[Arm], samples: Sequence[Sample], *, path: str | os.Pa
     return records
 
 
-def _rotated(order: Sequence[Arm], turn: int) -> list[Arm]:
-    turn %= len(order)
-    return [*order[turn:], *order[:turn]]
+def _in_turn(order: Sequence[Arm], turn: int, repeat: int) -> list[Arm]:
+    """Zigzag from another arm in every turn, backwards in every second repeat, so that each arm
+    follows every other about equally often (Williams 1949)."""
+    first = turn + repeat * (len(order) // 2)
+    steps = [(i + 1) // 2 * (1 if i % 2 else -1) for i in range(len(order))]
+    row = [order[(first + step) % len(order)] for step in steps]
+    return row[::-1] if repeat % 2 else row
+
+
+def _clocks() -> tuple[float, float, float]:
+    """Seconds on the clock, CPU seconds of this process and of everybody, both divided by the
+    number of cores that this process may use (everybody's on these; NaN where nobody says)."""
+    cores, everybody = available_cores(), float("nan")
+    with contextlib.suppress(OSError, AttributeError):
+        names = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        # user, nice, system, idle, iowait, irq, softirq, steal
+        ticks = [list(map(int, line[1:9])) for line in lines if line[0] in names]
+        everybody = sum(sum(row) - row[3] - row[4] for row in ticks) / os.sysconf("SC_CLK_TCK")
+    return time.perf_counter(), time.process_time() / cores, everybody / cores
 
 
 def _record(arm: Arm, sample: Sample, repeat: int, generation: Generation,
@@ -114,15 +137,13 @@ def ids_hash(ids: Iterable[int]) -> str:
 
 def summarise(records: Sequence[Record], *, allow_near_ties: bool = False,
               n_resamples: int = statistics.N_RESAMPLES, seed: int = 0) -> dict[str, Any]:
-    """Figures per arm over the samples that every arm has run; intervals are cluster bootstraps by
-    sequence, paired by sample. Times are medians over repeats.
+    """Figures per arm over the samples that every arm has run; times are medians over repeats.
 
-    Returns: baseline (the fastest in total), n_samples, n_clusters, alarms, and arms by name:
-    ``speedup``, Σ baseline time / Σ arm time; ``speedup_of_samples``, the mean over samples of
-    baseline time / arm time (the two differ); slower_share; total_ms, first_token_ms,
-    decode_ms_per_token; identical (samples) and tokens; accepted drafts per round and drafts per
-    round, apart for the rounds (accepted_per_round) and the prefill phase (hidden_accepted), over
-    rounds that drafted something.
+    Returns: baseline, n_samples, n_clusters, alarms, and arms by name: ``speedup`` (of
+    :func:`speedups.of`); total_ms, its first_token_ms and decode_ms, decode_ms_per_token; identical
+    (samples) and tokens; accepted drafts per round and drafts per round, apart for the rounds
+    (accepted_per_round) and the prefill phase (hidden_accepted), over rounds that drafted
+    something.
 
     Raises: LosslessError for a lossless arm whose ids differ from the verifier's own; MetricError
     without a baseline or a common sample.
@@ -130,67 +151,53 @@ def summarise(records: Sequence[Record], *, allow_near_ties: bool = False,
     certificate.require_lossless(
         ((f"{r['arm']} on {r['sample']}", certificate.Verdict(**r["verdict"]))
          for r in records if r["lossless"]), allow_near_ties=allow_near_ties)
-    by_arm: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    speed = speedups.of(records, n_resamples=n_resamples, seed=seed)
+    times, baseline, clusters = speedups.seconds(records)
+    runs = {arm: [] for arm in times}
     for record in records:
-        by_arm[record["arm"]][record["sample"]].append(record)
-    common = sorted(set.intersection(*(set(runs) for runs in by_arm.values()))) if by_arm else []
-    baselines = sorted({r["arm"] for r in records if r["baseline"]})
-    if not common or not baselines:
-        raise MetricError(
-            f"{len(by_arm)} arms share {len(common)} samples and {len(baselines)} of them are "
-            "baselines; measure 'ar' beside the others")
-    seconds = {arm: [median(r["total_s"] for r in runs[key]) for key in common]
-               for arm, runs in by_arm.items()}
-    fastest = min(baselines, key=lambda arm: sum(seconds[arm]))
-    clusters = [by_arm[fastest][key][0]["sequence"] for key in common]
-    rows = {arm: _summary([runs[key] for key in common], seconds[arm], seconds[fastest], clusters,
-                          {"n_resamples": n_resamples, "seed": seed})
-            for arm, runs in by_arm.items()}
+        if record["sample"] in times.index:
+            runs[record["arm"]].append(record)
+    options = {"n_resamples": n_resamples, "seed": seed}
+    rows = {arm: {"speedup": speed[arm], **_summary(pd.DataFrame(some), clusters, options)}
+            for arm, some in runs.items()}
     alarms = []
-    if "ar" in seconds and "hf_generate" in seconds:
-        ratio = sum(seconds["ar"]) / sum(seconds["hf_generate"])
+    if {"ar", "hf_generate"} <= set(times):
+        ratio = times["ar"].sum() / times["hf_generate"].sum()
         if ratio > SLOW_BASELINE:
             alarms = [f"the own AR loop takes {ratio:.2f}× the time of HF generate; speed-ups "
                       "against it would flatter"]
-    return {"baseline": fastest, "n_samples": len(common), "n_clusters": len(set(clusters)),
+    return {"baseline": baseline, "n_samples": len(times), "n_clusters": clusters.nunique(),
             "arms": rows, "alarms": alarms}
 
 
-def _summary(runs: Sequence[Sequence[Record]], own: Sequence[float], baseline: Sequence[float],
-             clusters: Sequence[str], options: dict[str, int]) -> dict[str, Any]:
-    """One arm. runs: the repeats of each sample. own, baseline: seconds of each sample."""
-    def average(values: Sequence[float]) -> dict[str, Any]:
-        return _plain(statistics.bootstrap_mean(values, clusters, **options))
+def _summary(runs: pd.DataFrame, clusters: pd.Series, options: dict[str, int]) -> dict[str, Any]:
+    """One arm's records, all repeats of the samples in ``clusters``."""
+    def ratio(above: pd.Series, below: pd.Series | int = 1) -> dict[str, Any]:
+        one = pd.DataFrame({"above": above, "below": below}, index=clusters.index)
+        found = statistics.bootstrap_ratio(one["above"], one["below"], clusters, **options)
+        return {name: None if value != value else value
+                for name, value in dataclasses.asdict(found).items()}
 
-    def ratio(above: Sequence[float], below: Sequence[float]) -> dict[str, Any]:
-        return _plain(statistics.bootstrap_ratio(above, below, clusters, **options))
-
-    ratios = [base / one for base, one in zip(baseline, own, strict=True)]
-    tokens = [repeats[0]["n_tokens"] for repeats in runs]
-    later = [median(r["total_s"] - r["first_token_s"] for r in repeats) for repeats in runs]
-    steps = sum(tokens) - len(tokens)
+    runs = runs.assign(later_s=runs["total_s"] - runs["first_token_s"])
+    each = runs.groupby("sample")
+    ms = 1e3 * each[["total_s", "first_token_s", "later_s"]].median()
+    tokens = each["n_tokens"].first()
+    steps = int(tokens.sum()) - len(tokens)
     row = {
-        "baseline": runs[0][0]["baseline"], "speedup": ratio(baseline, own),
-        "speedup_of_samples": average(ratios),
-        "slower_share": average([float(one < 1) for one in ratios]),
-        "total_ms": average([1e3 * one for one in own]),
-        "first_token_ms": 1e3 * mean(median(r["first_token_s"] for r in one) for one in runs),
-        "decode_ms_per_token": 1e3 * sum(later) / steps if steps else None,
-        "identical": sum(all(r["identical_to_ar"] for r in repeats) for repeats in runs),
-        "tokens": sum(tokens),
+        "baseline": bool(runs["baseline"].iloc[0]), "total_ms": ratio(ms["total_s"]),
+        "first_token_ms": float(ms["first_token_s"].mean()),
+        "decode_ms": float(ms["later_s"].mean()),
+        "decode_ms_per_token": float(ms["later_s"].sum()) / steps if steps else None,
+        "identical": int(each["identical_to_ar"].all().sum()), "tokens": int(tokens.sum()),
     }
     for phase, word in PHASES.items():
-        rounds = [[r for record in repeats for r in record["rounds"]
-                   if r["phase"] == phase and r["drafted"]] for repeats in runs]
-        n_rounds = [len(each) for each in rounds]
-        if sum(n_rounds):
-            row[word] = ratio([sum(r["accepted"] for r in each) for each in rounds], n_rounds)
-            drafted = sum(len(r["drafted"]) for each in rounds for r in each)
-            row[f"{word}_drafted"] = drafted / sum(n_rounds)
+        rounds = pd.DataFrame([
+            (record.sample, r["accepted"], len(r["drafted"])) for record in runs.itertuples()
+            for r in record.rounds if r["phase"] == phase and r["drafted"]
+        ], columns=["sample", "accepted", "drafted"]).groupby("sample")
+        if len(rounds):
+            n = rounds.size().reindex(clusters.index, fill_value=0)
+            accepted = rounds["accepted"].sum().reindex(clusters.index, fill_value=0)
+            row[word] = ratio(accepted, n)
+            row[f"{word}_drafted"] = float(rounds["drafted"].sum().sum() / n.sum())
     return row
-
-
-def _plain(interval: statistics.Interval) -> dict[str, Any]:
-    """JSON has no NaN: an unknown bound is null."""
-    return {name: None if value != value else value
-            for name, value in dataclasses.asdict(interval).items()}

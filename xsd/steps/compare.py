@@ -25,7 +25,7 @@ METRICS = {
     "accepted_per_round": "accepted drafts per round",
     "token_acceptance": "share of draft tokens that are the verifier's",
     "cosine": "cosine of aligned and verifier states",
-    "speedup": "times as fast as the fastest baseline",
+    "speedup": "times as fast as the best baseline",
 }
 _COUNTS = {"token_acceptance": ("matched", "positions"),
            "accepted_per_round": ("accepted", "rounds")}
@@ -89,7 +89,8 @@ def per_sample(run: str, metric: str) -> pd.DataFrame:
     return rows.sort_values(["data", "level", "sample"], kind="stable", ignore_index=True)
 
 
-def _speedups(run: str) -> pd.DataFrame:
+def _live(run: str) -> dict[str, list[dict[str, Any]]]:
+    """data set → the live records of a run, ``sequence`` being what intervals draw."""
     path = folder.resolve(run) / "records.jsonl"
     if not path.is_file():
         raise ParameterError(f"the run {run} has no live records; run notebook 05 with "
@@ -101,30 +102,47 @@ def _speedups(run: str) -> pd.DataFrame:
     origin = folder.load_tokens(run).drop_duplicates("sample").set_index("sample")
     origin = origin[["data", "sequence"]].astype(str)
     found["data"] = found["sample"].map(origin["data"]).fillna(datasets.SIMULATED)
-    found["cluster"] = found["sample"].map(origin["sequence"]).fillna(found["sequence"])
+    found["sequence"] = found["sample"].map(origin["sequence"]).fillna(found["sequence"])
+    return {name: part.to_dict("records") for name, part in found.groupby("data", sort=False)}
+
+
+def _speedups(run: str) -> pd.DataFrame:
+    """Each live arm's ratio to the best baseline, by sample."""
+    from xsd.bench import speedups
+
     pieces = []
-    for name, part in found.groupby("data", sort=False):
-        seconds = part.groupby(["arm", "sample"], sort=False)["total_s"].median().unstack("arm")
-        baselines = part.loc[part["baseline"], "arm"].unique()
-        if not len(baselines):
-            raise ParameterError(f"the live records of {run} hold no baseline; run notebook 05 "
-                                 "with ar among its arms")
-        clusters = part.drop_duplicates("sample").set_index("sample")["cluster"]
-        fastest = seconds[seconds[baselines].sum().idxmin()]
-        own = seconds.melt(var_name="level", value_name="below", ignore_index=False)
-        pieces.append(own.assign(data=name, cluster=clusters, above=fastest).reset_index())
-    return pd.concat(pieces, ignore_index=True).dropna(subset=["below"])
+    for name, part in _live(run).items():
+        times, baseline, clusters = speedups.seconds(part)
+        ratios = times.rdiv(times[baseline], axis=0)
+        own = ratios.melt(var_name="level", value_name="above", ignore_index=False).reset_index()
+        pieces.append(own.assign(data=name, below=1.0, cluster=own["sample"].map(clusters)))
+    return pd.concat(pieces, ignore_index=True)
+
+
+def _speedup_rows(run: str, **options: Any) -> list[dict[str, Any]]:
+    """Rows of :func:`values` for the live arms, with baseline, spread and busy."""
+    from xsd.bench import arms, speedups
+
+    return [{"data": name, "level": arm, "kind": "measured", **row,
+             "baseline": arms.label_of(row["baseline"])}
+            for name, part in _live(run).items()
+            for arm, row in speedups.of(part, **options).items()]
 
 
 def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd.DataFrame:
-    """A metric of every run, data set and level: run, data, level, kind, an interval, and best
-    (floors and ceilings apart)."""
-    rows = []
+    """A metric of every run, data set and level: run, data, level, value, low, high, n, n_clusters,
+    kind, best (floors and ceilings apart; a busy machine has no best); of speed-ups also total,
+    baseline, spread, busy."""
+    rows: list[dict[str, Any]] = []
+    options = {"n_resamples": resamples, "seed": seed}
     for name, run in zip(names(runs), runs, strict=True):
+        if metric == "speedup":
+            rows += [{"run": name, **row} for row in _speedup_rows(run, **options)]
+            continue
         for (which, level), part in per_sample(run, metric).groupby(["data", "level"], sort=False):
             found = statistics.bootstrap_ratio(part["above"], part["below"], part["cluster"],
-                                               n_resamples=resamples, seed=seed)
-            kind = "measured" if metric == "speedup" else KINDS.get(level, "adapter")
+                                               **options)
+            kind = KINDS.get(level, "adapter")
             about = {"run": name, "data": which, "level": level, "kind": kind}
             rows.append(about | dataclasses.asdict(found))
         # floors hold no row per sample, so they are shown and not paired
@@ -133,7 +151,7 @@ def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd
                       **row[metric]} for row in tokens["rows"].values()
                      if row["kind"] == "floor" and metric in row]
     found = pd.DataFrame(rows)
-    starred = ~found["kind"].isin(["ceiling", "floor"])
+    starred = ~found["kind"].isin(["ceiling", "floor"]) & ~found.get("busy", False)
     highest = found[starred].groupby("data")["value"].max()
     return found.assign(best=starred & (found["value"] == found["data"].map(highest)))
 
@@ -165,16 +183,23 @@ def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resampl
         if other in sides and other != (name, which, level):
             pair = own.join(sides[other][["above", "below"]].add_suffix("_other"), how="inner")
             about = {"run": name, "data": which, "level": level, "against": against}
-            rows.append(about | {"n_samples": len(pair)} | _difference(pair, resamples, seed))
+            found = _difference(pair, metric == "speedup", n_resamples=resamples, seed=seed)
+            rows.append(about | {"n_samples": len(pair)} | found)
     columns = ["run", "data", "level", "against", "value", "low", "high", "n_samples", "clear"]
     return pd.DataFrame(rows, columns=columns)
 
 
-def _difference(pair: pd.DataFrame, resamples: int, seed: int) -> dict[str, Any]:
+def _difference(pair: pd.DataFrame, of_medians: bool, **options: int) -> dict[str, Any]:
     try:
-        found = statistics.bootstrap_ratio_difference(
-            (pair["above"], pair["below"]), (pair["above_other"], pair["below_other"]),
-            pair["cluster"], n_resamples=resamples, seed=seed)
+        if of_medians:
+            from xsd.bench import speedups
+
+            found = speedups.median(pair["above"], pair["cluster"], minus=pair["above_other"],
+                                    **options)
+        else:
+            found = statistics.bootstrap_ratio_difference(
+                (pair["above"], pair["below"]), (pair["above_other"], pair["below_other"]),
+                pair["cluster"], **options)
     # no sample in common, or nothing drafted on one side: there is no difference to state
     except MetricError:
         return {"value": math.nan, "low": math.nan, "high": math.nan, "clear": False}

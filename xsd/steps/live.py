@@ -1,5 +1,5 @@
 """Step 05: live decoding. Every arm answers the same held-out samples in one interleaved run, timed
-against the fastest baseline.
+against the best baseline.
 
 Speed is measured here on a few samples; that every held-out answer is the verifier's own is checked
 apart (xsd/steps/lossless.py), and what the parts cost is measured by xsd/bench/costs.py.
@@ -21,6 +21,7 @@ from xsd.bench import arms, records
 from xsd.bench import run as bench
 from xsd.core import Generation, ParameterError, Sample
 from xsd.decode import rules
+from xsd.evaluate import tables
 from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.models import loading
@@ -132,16 +133,19 @@ def summary(found: Sequence[records.Record], levels: Collection[str], *, resampl
         rows = {name: {"label": arms.label_of(name), "kind": "measured", **row}
                 for name, row in sorted(one["arms"].items(),
                                         key=lambda item: (not item[1]["baseline"], item[0]))}
+        for row in rows.values():
+            row["speedup"]["baseline"] = arms.label_of(one["baseline"])
         speed = {name: row["speedup"]["value"] for name, row in rows.items()}
         drafting = [name for name in rows if not rows[name]["baseline"]]
         used = {name: set(arms.parts_of(name)[0].split("+")) & set(levels) for name in drafting}
         adapted = [name for name in drafting if used[name]]
         # B1 reads the verifier alone and would be shown idle behind the prefill.
         crossing = [name for name in adapted if used[name] != {"B1"}]
+        best = max(drafting or rows, key=speed.get)
         out[data] = {
             "baseline": one["baseline"], "n_timed": one["n_samples"],
             "n_clusters": one["n_clusters"], "n_drafting": len(drafting),
-            "alarms": one["alarms"], "best_arm": max(drafting or rows, key=speed.get),
+            "busy": rows[best]["speedup"]["busy"], "alarms": one["alarms"], "best_arm": best,
             "best_adapter_arm": max(adapted, key=speed.get, default=None),
             "shown_arm": max(crossing or adapted or rows, key=speed.get), "arms": rows,
         }
@@ -149,33 +153,45 @@ def summary(found: Sequence[records.Record], levels: Collection[str], *, resampl
 
 
 def table(found: Mapping[str, Any]) -> pd.DataFrame:
-    """One data set of :func:`summary`: arm, speed-up, share of samples slower than the baseline,
-    ms, accepted drafts per round."""
-    return pd.DataFrame([{
-        "arm": row["label"], "speed-up": row["speedup"]["value"], "low": row["speedup"]["low"],
-        "high": row["speedup"]["high"], "slower samples": row["slower_share"]["value"],
-        "ms per answer": row["total_ms"]["value"],
-        "accepted per round": row.get("accepted_per_round", {}).get("value"),
-        "accepted behind the prefill": row.get("hidden_accepted", {}).get("value"),
-        "identical": f"{row['identical']}/{found['n_timed']}",
-    } for row in found["arms"].values()])
+    """One data set of :func:`summary`, one row per arm. Speed-ups over the named baseline are left
+    empty where the machine was busy."""
+    rows, against = [], f"speed-up over {found['arms'][found['baseline']]['label']}"
+    for row in found["arms"].values():
+        speed = row["speedup"]
+        said = dict.fromkeys(speed) if speed["busy"] else speed
+        rows.append({
+            "arm": row["label"], against: said["value"], "low": said["low"], "high": said["high"],
+            "in total time": said["total"], "slower samples": said["slower"],
+            "ms per answer": row["total_ms"]["value"], "prefill ms": row["first_token_ms"],
+            "decode ms": row["decode_ms"], "spread of repeats": speed["spread"],
+            "accepted per round": row.get("accepted_per_round", {}).get("value"),
+            "accepted behind the prefill": row.get("hidden_accepted", {}).get("value"),
+            "identical": f"{row['identical']}/{found['n_timed']}",
+        })
+    numbers = [name for name in rows[0] if name not in ("arm", "identical")]
+    return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
 
 
 def bars(found: Mapping[str, Any]) -> pd.DataFrame:
     """What ``views.figures.speedup_bars`` draws of one data set."""
-    return pd.DataFrame([{
-        "name": row["label"], "kind": row["kind"],
-        **{key: row["speedup"][key] for key in ("value", "low", "high", "n")}
-    } for row in found["arms"].values()]).astype({"low": float, "high": float})
+    return pd.DataFrame([{**row["speedup"], "name": row["label"], "kind": row["kind"]}
+                         for row in found["arms"].values()]).astype({"low": float, "high": float})
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """One honest sentence on a data set of :func:`summary`: faster, slower, or not to be told
-    apart, whichever it is."""
-    best = found["arms"][found["best_arm"]]
-    low, high, n = best["speedup"]["low"], best["speedup"]["high"], found["n_timed"]
+    """One honest sentence on a data set of :func:`summary`: faster, slower, not to be told apart,
+    or nothing at all where the machine was busy."""
+    best, n = found["arms"][found["best_arm"]], found["n_timed"]
+    speed, baseline = best["speedup"], found["arms"][found["baseline"]]["label"]
+    low, high = speed["low"], speed["high"]
+    if speed["busy"]:
+        signs = [f"{what} {share:.0%}" for what, share in (
+            ("other processes took", speed["others"]), ("repeats spread by", speed["spread"]))
+                 if share is not None]
+        return (f"the machine was busy ({', '.join(signs)}); no speed-up over the best baseline, "
+                f"{baseline}, is claimed")
     if low is None or high is None:
-        verdict = "one cluster gives no interval"
+        verdict = "one sequence gives no interval"
     elif low > 1:
         verdict = "faster, and its interval lies above 1"
     elif high < 1:
@@ -189,9 +205,9 @@ def sentence(found: Mapping[str, Any]) -> str:
                         f"{_ratio(adapted['speedup'])}")
     samples = "this one sample" if n == 1 else f"these {n} samples"
     return (f"the fastest arm that drafts (best of {found['n_drafting']} on {samples}), "
-            f"{best['label']}, runs at {_ratio(best['speedup'])} the speed of the fastest "
-            f"baseline, {found['arms'][found['baseline']]['label']}: {verdict}; "
-            f"{best['slower_share']['value']:.0%} of its samples are slower{with_adapter}")
+            f"{best['label']}, runs at {_ratio(speed)} the speed of the best baseline, {baseline} "
+            f"(median of paired ratios; {speed['total']:.2f}× in total time): {verdict}; "
+            f"{speed['slower']:.0%} of its samples are slower{with_adapter}")
 
 
 def _ratio(speedup: Mapping[str, Any]) -> str:
@@ -233,7 +249,7 @@ def save(given: parameters.LiveParameters, found: Mapping[str, Mapping[str, Any]
     shown, here = place / "live.json", provenance()
     results = {
         **{key: first[key] for key in ("arms", "best_arm", "best_adapter_arm", "baseline",
-                                       "n_timed", "n_drafting")},
+                                       "n_timed", "n_drafting", "busy")},
         "n_answers": checked["n_answers"], "n_identical": checked["n_identical"],
         "check": {**checked, "in_turns": given.check_in_turns, "labels": listed},
         "test": {data: {**one, "sentence": sentence(one)} for data, one in found.items()},
@@ -246,5 +262,7 @@ def save(given: parameters.LiveParameters, found: Mapping[str, Mapping[str, Any]
         "provenance": records.read_provenance(place / "records.jsonl"),
         "checked_with": {key: here[key] for key in ("git_revision", "git_dirty", "machine")},
     }
+    for data, one in found.items():
+        tables.write(table(one), place / "tables" / f"live_{data}", kinds=("csv",))
     folder.save_results(given.run_dir, "live", results)
     return results

@@ -166,8 +166,12 @@ def speedup_bars(
         frame: pd.DataFrame, *,
         title: str = "Speed-up against the verifier's own decoding, same run") -> go.Figure:
     """Horizontal bars around 1×, the first row on top. frame: name, value, low, high (ratios; low
-    and high may be NaN), kind (of ``SOURCES``). Raises: MetricError for another kind."""
-    figure = theme.figure(title, x="times as fast as the baseline", height=150 + 40 * len(frame))
+    and high may be NaN), kind (of ``SOURCES``); and where known baseline (by name) and busy, which
+    the picture says. Raises: MetricError for another kind."""
+    against = " or ".join(dict.fromkeys(frame.get("baseline", ["the baseline"])))
+    if any(frame.get("busy", ())):
+        title += "<br>the machine was busy: no speed-up is claimed"
+    figure = theme.figure(title, x=f"times as fast as {against}", height=150 + 40 * len(frame))
     for kind, part in frame.groupby("kind", sort=False, observed=True):
         if kind not in SOURCES:
             raise MetricError(f"a speed-up is measured, predicted or quoted, not {kind!r}")
