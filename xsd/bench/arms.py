@@ -51,9 +51,8 @@ def parts_of(name: str) -> tuple[str, int, float]:
     Raises: ParameterError for another form."""
     found = re.fullmatch(r"([\w+.:]+)(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
     if not found:
-        raise ParameterError(
-            f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round) or L4~0.6 (stops "
-            "at less likely drafts)")
+        raise ParameterError(f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round) "
+                             "or L4~0.6 (stops at less likely drafts)")
     return found[1], int(found[2] or 0), float(found[3] or 0)
 
 

@@ -18,6 +18,7 @@ from xsd.decode import overlap, proposers, replay
 from xsd.decode.prices import Prices
 
 LANES = ("the verifier's lane alone", "the drafter's lane alone")
+PARTS = ("prefill", "draft", "verify")
 SERIAL = "both prefills and first drafts, one after the other"
 AT_ONCE = "both prefills and first drafts, at once"
 IDEAL = "the longer lane alone (ideal overlap)"
@@ -94,14 +95,13 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
         state = adapter.step(drafter_states, verifier_states, **fused)
         return int(head(state[None])[0].argmax())
 
-    operations: dict[str, Callable[[], Any]] = {
+    return measure({
         "drafter_prefill": lambda: int(drafter.prefill(sample).logits.argmax()),
         "verifier_prefill": lambda: int(verifier.prefill(sample).logits.argmax()),
         "drafter_step": step(drafter, by_drafter), "verifier_step": step(verifier, by_verifier),
-    }
-    operations |= {f"adapter {level}": functools.partial(adapt, one, draft_head(verifier, one))
-                   for level, one in adapters.items()}
-    return measure(operations, repeats=repeats)
+        **{f"adapter {level}": functools.partial(adapt, one, draft_head(verifier, one))
+           for level, one in adapters.items()},
+    }, repeats=repeats)
 
 
 @torch.inference_mode()
@@ -161,24 +161,20 @@ def predict(records: Sequence[Mapping[str, Any]], price: Prices,
     ParameterError where records hold no rounds (an autoregressive arm), or without records."""
     if not records or not all(record["rounds"] for record in records):
         raise ParameterError("a prediction needs records with rounds; choose an arm that drafts")
-    predicted = measured = drafting = verifying = 0.0
+    rounds = []
     for record in records:
-        rounds = [_priced(r, record["ids"], eos_token_ids) for r in record["rounds"]]
-        predicted += replay.predicted_seconds(rounds, price)
-        measured += record["total_s"]
-        drafting += sum(each.n_drafted * price.draft_s for each in rounds if not each.hiding)
-        verifying += sum(price.verify_s(each.rows) for each in rounds if each.rows)
+        for row in record["rounds"]:
+            drafted, hiding = row["drafted"], row["phase"] == "prefill_hiding"
+            rows = replay.rows_fed(drafted, record["ids"][0], eos_token_ids, hiding)
+            rounds.append(replay.ReplayedRound(len(drafted), row["accepted"],
+                                               row["bonus"] is not None, rows, hiding))
+    predicted = replay.predicted_seconds(rounds, price)
+    measured = sum(record["total_s"] for record in records)
+    drafting = sum(each.n_drafted * price.draft_s for each in rounds if not each.hiding)
+    verifying = sum(price.verify_s(each.rows) for each in rounds if each.rows)
     return {"predicted_s": predicted, "measured_s": measured,
             "residual": measured / predicted - 1, "prefill_s": predicted - drafting - verifying,
             "draft_s": drafting, "verify_s": verifying}
-
-
-def _priced(row: Mapping[str, Any], ids: Sequence[int],
-            eos: frozenset[int]) -> replay.ReplayedRound:
-    drafted, hiding = row["drafted"], row["phase"] == "prefill_hiding"
-    rows = replay.rows_fed(drafted, ids[0], eos, hiding)
-    return replay.ReplayedRound(len(drafted), row["accepted"], row["bonus"] is not None, rows,
-                                hiding)
 
 
 def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps: pd.DataFrame,
@@ -196,10 +192,8 @@ def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps
         level = kind if kind in adapters else ""
         drafter = adapters[kind].reads != "verifier" if level else kind == "drafter"
         told = predict(own, prices(curve, steps, drafter=drafter, level=level), eos_token_ids)
-        shares = {part: told[f"{part}_s"] / told["predicted_s"]
-                  for part in ("prefill", "draft", "verify")}
-        rows.append({"arm": label_of(name), "predicted_ms": 1e3 * told["predicted_s"] / len(own),
-                     "measured_ms": 1e3 * told["measured_s"] / len(own),
-                     "residual": told["residual"], **shares})
-    return pd.DataFrame(rows, columns=["arm", "predicted_ms", "measured_ms", "residual", "prefill",
-                                       "draft", "verify"])
+        rows.append({"arm": label_of(name), **{
+            f"{word}_ms": 1e3 * told[f"{word}_s"] / len(own) for word in ("predicted", "measured")},
+            "residual": told["residual"],
+            **{part: told[f"{part}_s"] / told["predicted_s"] for part in PARTS}})
+    return pd.DataFrame(rows, columns=["arm", "predicted_ms", "measured_ms", "residual", *PARTS])

@@ -28,10 +28,9 @@ _ROUNDING = 0.25
 
 @dataclass(frozen=True)
 class NoiseFloor:
-    """Largest and mean |logit of a one-row pass − logit of a many-row pass| over n positions."""
+    """Largest |logit of a one-row pass − logit of a many-row pass| over n positions."""
 
     largest: float
-    mean: float
     n: int
 
 
@@ -61,13 +60,11 @@ def noise_floor(verifier: DecoderHandle, samples: Iterable[Any],
     judge = getattr(verifier, "plain", lambda: verifier)()
     floors = [_floor(_one_row(judge, sample, ids), _many_rows(judge, sample, ids))
               for sample, ids in zip(samples, answers, strict=True)]
-    n = sum(floor.n for floor in floors)
-    if not n:
+    if not any(floor.n for floor in floors):
         raise ParameterError(
             "no answer has a second token, so one-row and many-row passes cannot be compared; "
             "calibrate on longer answers")
-    return NoiseFloor(max(floor.largest for floor in floors),
-                      sum(floor.mean * floor.n for floor in floors) / n, n)
+    return NoiseFloor(max(floor.largest for floor in floors), sum(floor.n for floor in floors))
 
 
 @torch.inference_mode()
@@ -146,8 +143,8 @@ def control(verifier: DecoderHandle, samples: Iterable[Any], max_new_tokens: int
 
 def require_lossless(verdicts: Iterable[tuple[str, Verdict]], *,
                      allow_near_ties: bool = False) -> None:
-    """verdicts: (sample key, verdict) pairs. Raises: LosslessError naming the first sample that is
-    not the verifier's own."""
+    """verdicts: (sample key, verdict). Raises: LosslessError naming the first that is not the
+    verifier's own."""
     allowed = {"identical", "near-tie"} if allow_near_ties else {"identical"}
     bad = [(key, verdict) for key, verdict in verdicts if verdict.outcome not in allowed]
     if bad:
@@ -179,6 +176,4 @@ def _many_rows(verifier: DecoderHandle, sample: Any, ids: Sequence[int]) -> Tens
 
 def _floor(one_row: Tensor, many_rows: Tensor) -> NoiseFloor:
     difference = (one_row[1:] - many_rows[1:]).abs()  # row 0 is the prefill in both
-    if not len(difference):
-        return NoiseFloor(0.0, 0.0, 0)
-    return NoiseFloor(float(difference.max()), float(difference.mean()), len(difference))
+    return NoiseFloor(float(difference.max()) if len(difference) else 0.0, len(difference))
