@@ -7,21 +7,22 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from xsd.runs import typed
+from xsd.runs.parameters import ModelParameters
 from xsd.runs.typed import NotebookParameters, whole
 
 DRIVES = "drives to train on, where the run holds no extraction"
 TEST_DRIVES = "held-out drives, likewise"
 
 
-class PairParameters(NotebookParameters):
+class PairParameters(ModelParameters):
     """00: the pair and its world."""
 
     notebook = "00_pair"
-    pair: typed.PairName = "embedded"
     n_sequences: int = whole(4, 1, 10_000, "held-out drives whose answers are scored")
     train_profile: Literal["none", "smoke", "quick", "full"] = Field(
         "none", description="train the embedded pair anew: none keeps the shipped weights")
-    device: str = Field("cpu", min_length=1, description="where to train: cpu, cuda, …")
+    device: str = Field("cpu", min_length=1,
+                        description="where the models run, and train: cpu, cuda, …")
 
 
 class StorageParameters(NotebookParameters):

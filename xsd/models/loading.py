@@ -17,7 +17,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
 from transformers.utils import logging as hf_logging
 
-from xsd.core import ROOT, CheckpointError, PairError
+from xsd.core import ROOT, CheckpointError, PairError, ParameterError
 from xsd.models import checkpoints
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import VIDEO_TOKEN, ModelHandle, Role
@@ -55,10 +55,24 @@ def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, d
     return folder, info | {role: folder / info.get(role, role) for role in ("drafter", "verifier")}
 
 
+def check_device(device: str) -> None:
+    """Raises: ParameterError for a device that torch does not know or does not see."""
+    try:
+        kind = torch.device(device).type
+    except RuntimeError as error:
+        raise ParameterError(f"device={device!r} is none that torch knows; give cpu, cuda or "
+                             "cuda:1") from error
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ParameterError(f"device={device!r}: no GPU is visible to torch; use cpu, or install "
+                             "a CUDA build of torch and its driver (xsd doctor)")
+
+
 def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
               device: str = "cpu", quant: str | None = None) -> Pair:
     """``"embedded"`` or a folder with drafter/ and verifier/ (its pair.json may name others).
-    Raises: CheckpointError for a folder that is no pair; as :func:`shared_vocabulary`."""
+    Raises: CheckpointError for a folder that is no pair; as :func:`shared_vocabulary` and
+    :func:`check_device`."""
+    check_device(device)
     folder, info = pair_folder(profile)
     options = {"dtype": dtype, "device": device, "quant": quant}
     drafter = load_drafter(info["drafter"], vision_tower=info.get("vision_tower"), **options)

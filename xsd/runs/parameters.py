@@ -17,11 +17,25 @@ SETS = ["simulated", "davis_road"]
 TRAINED = ["L1", "L4", "L5F", "B1"]
 
 
-class ExtractParameters(NotebookParameters):
+class ModelParameters(NotebookParameters):
+    """What every notebook that loads a pair takes."""
+
+    pair: typed.PairName = "embedded"
+    device: str = Field("cpu", min_length=1, description="where the models run: cpu, cuda, …")
+    quant: typed.Quant = ""
+    model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        "float32", description="numbers the models compute in")
+
+    @property
+    def loads(self) -> dict[str, Any]:
+        """The keywords of models.loading.load_pair."""
+        return {"dtype": self.model_dtype, "device": self.device, "quant": self.quant or None}
+
+
+class ExtractParameters(ModelParameters):
     """01: extraction of paired hidden states (Stage 0 and 1)."""
 
     notebook = "01_extract"
-    pair: typed.PairName = "embedded"
     data: str = Field("simulated", min_length=1,
                       description="what adapters are trained on: simulated, or a dataset folder")
     test_data: typed.TestData = Field(
@@ -101,11 +115,10 @@ class TokenParameters(AcceptanceParameters):
         [], description="own columns of the token table, each as module:function")
 
 
-class LiveParameters(NotebookParameters):
+class LiveParameters(ModelParameters):
     """05: live decoding against the baselines, and the timeline."""
 
     notebook = "05_live"
-    pair: typed.PairName = "embedded"
     data: typed.TrainData = Field("simulated",
                                   description="training set, whose answers fill the 4-gram table")
     test_data: typed.TestData = SETS
@@ -166,11 +179,10 @@ class RawDsecParameters(NotebookParameters):
     rectify: bool = Field(False, description="move events by the sequence's rectify map")
 
 
-class RecordingParameters(NotebookParameters):
+class RecordingParameters(ModelParameters):
     """09: any recording or video, and traces of models that ran elsewhere."""
 
     notebook = "09_recordings"
-    pair: typed.PairName = "embedded"
     source: str = Field("davis_road", min_length=1,
                         description="davis_road (shipped), an event file, or a video")
     clip_ms: typed.ClipMs = 1000

@@ -9,7 +9,15 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainSerializer, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
 from xsd import files
 from xsd.core import ParameterError
@@ -111,6 +119,11 @@ Arm = Annotated[str, PlainValidator(_arm)]
 Column = Annotated[Any, PlainValidator(_column), PlainSerializer(files.name_of)]
 Mode = Literal["free_running", "teacher_forced"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+Quant = Annotated[Literal["", "8bit", "4bit"],
+                  BeforeValidator(lambda given: {"int8": "8bit", "int4": "4bit"}.get(
+                      given, given) if isinstance(given, str) else given),
+                  Field(description="quantise the decoders' linear layers: 8bit, 4bit; empty: "
+                        "not at all")]
 
 # --- what several notebooks take
 

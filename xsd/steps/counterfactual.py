@@ -60,9 +60,11 @@ def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence
 def drafter_of(run_dir: str | os.PathLike[str]) -> ModelHandle:
     """The drafter that a run was extracted with. Raises: ParameterError when its weights are others
     now."""
-    name = extraction.pair_file(run_dir)["pair"]
+    about = extraction.pair_file(run_dir)
+    name = about["pair"]
     _, info = loading.pair_folder(name)
-    drafter = loading.load_drafter(info["drafter"], vision_tower=info.get("vision_tower"))
+    drafter = loading.load_drafter(info["drafter"], vision_tower=info.get("vision_tower"),
+                                   **about.get("loads", {}))
     before = folder.load_results(run_dir).get("extract", {}).get("weights", {}).get("drafter")
     if before and before != drafter.weights_hash():
         raise ParameterError(

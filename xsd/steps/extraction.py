@@ -45,7 +45,7 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     """
     from xsd.models import loading  # three seconds that only who extracts should wait for
 
-    pair = loading.load_pair(given.pair)
+    pair = loading.load_pair(given.pair, **given.loads)
     asked = requests(given)
     samples = {key: request.samples(pair) for key, request in asked.items()}
     check_apart(samples)
@@ -68,7 +68,7 @@ def requests(given: parameters.ExtractParameters) -> dict[Key, datasets.Request]
                                 seed=given.seed, workers=given.workers)
         found[split, name] = datasets.Request(
             datasets.here(root), split, datasets.here(given.pair), n_sequences=sizes[split],
-            questions_per_sequence=given.questions_per_sequence)
+            questions_per_sequence=given.questions_per_sequence, **given.loads)
     return found
 
 
@@ -149,7 +149,7 @@ def _save_pair_file(given: parameters.ExtractParameters, pair: loading.Pair,
     write_json(folder.resolve(given.run_dir) / PAIR_FILE, {
         "pair": given.pair, "eos": sorted(verifier.eos_token_ids), "prompt_ids": prompts,
         "token_texts": [verifier.token_text(token) for token in range(verifier.vocab_size)],
-        "event_canvas": pair.event_canvas,
+        "event_canvas": pair.event_canvas, "loads": given.loads,
         # as given: a dataset folder is found again by its path
         "data": given.data, "test_data": list(given.test_data)
     })

@@ -62,7 +62,7 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
                              "something to be faster than")
     named = [*given.arms, *given.check_arms]
     torch.set_num_threads(given.threads)
-    pair = loading.load_pair(given.pair)
+    pair = loading.load_pair(given.pair, **given.loads)
     _check_pair(given, pair)
     sets = [evaluation.held_out(given.run_dir, name) for name in given.test_data]
     samples = {one.name: one for one in sets}

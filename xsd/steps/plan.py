@@ -175,11 +175,9 @@ def examine(pair: str, *, dtype: str = "float32", quant: str | None = None,
             device: str = "cpu") -> list[Finding]:
     """Findings about a pair, the cheap ones first; it is not loaded where its predicted memory is
     more than what is free. Raises: ParameterError for an unknown dtype or quant."""
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        return [Finding("bad", "no GPU is visible to torch",
-                        "use --device cpu, or install a CUDA build of torch and its driver")]
     found: list[Finding] = []
     try:
+        loading.check_device(device)
         sizes = full_size.sizes(pair)
         found = [fits(sizes, planning.free_bytes(device), dtype=dtype, quant=quant, device=device)]
         if found[0].state == "bad":

@@ -28,7 +28,8 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
         return
     own = {"run_dir": P.run_dir, "seed": P.seed}
     if (pairs or adapters) and not (folder.resolve(P.run_dir) / extraction.PAIR_FILE).is_file():
-        sets = {name: getattr(P, name) for name in ("data", "test_data") if hasattr(P, name)}
+        sets = {name: getattr(P, name) for name in (
+            "data", "test_data", *parameters.ModelParameters.model_fields) if hasattr(P, name)}
         extraction.run(parameters.ExtractParameters.checked({**own, **sets}))
     levels = P.levels if adapters is True else adapters or []  # type: ignore[attr-defined]
     levels = [level for level in levels if not files.is_path(level)]
