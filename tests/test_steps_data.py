@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from studies.embedded_pair import recipe as pair
 from xsd.core import MetricError, ParameterError
-from xsd.evaluate import held_out, statistics
+from xsd.evaluate import statistics
 from xsd.sensors import folder
 from xsd.steps import data
 
@@ -47,11 +47,6 @@ def test_every_clip_of_a_single_sequence_is_asked_everything():
                                                                  (1, 1), (1, 2)]
 
 
-def test_clusters_are_sequences_unless_there_is_but_one():
-    assert held_out.clusters(["a", "a", "b"], ["0", "1", "0"]) == ["a", "a", "b"]
-    assert held_out.clusters(["road", "road"], ["0", "1"]) == ["road/0", "road/1"]
-
-
 def test_simulated_drives_are_made_once_and_other_ones_are_refused(tmp_path):
     root = data.prepare(tmp_path, "simulated", "test", n_sequences=1, seed=3, workers=1)
     index = root / folder.INDEX
@@ -77,12 +72,11 @@ def test_a_run_never_draws_the_drives_that_the_pair_was_trained_on():
         statistics.check_disjoint(["a", "b"], ["b"])
 
 
-def test_the_recording_is_for_testing_and_its_clips_are_the_clusters():
+def test_the_recording_is_for_testing_alone():
     samples = data.samples(data.root_of("unused", "davis_road", "test"), "test",
                            questions_per_sequence=2)
     assert len(samples) == 6 and {sample.sequence for sample in samples} == {"davis_road"}
-    assert len(set(held_out.clusters([one.sequence for one in samples],
-                                 [one.clip for one in samples]))) == 3
+    assert len({one.clip for one in samples}) == 3
 
 
 @pytest.mark.parametrize(("name", "split", "words"),

@@ -114,18 +114,20 @@ def test_a_name_of_another_form_is_refused(name):
         arms.parts_of(name)
 
 
-def test_the_recordings_clips_are_its_clusters(bench):
-    assert {name.count("/") for name in bench.samples["davis_road"].clusters} == {1}
+def test_the_recordings_clips_are_its_scenes_but_no_clusters(bench):
+    recorded = bench.samples["davis_road"]
+    assert {name.count("/") for name in recorded.scenes} == {1}
+    assert set(recorded.clusters) == {"davis_road"}
     simulated = bench.samples["simulated"]
-    assert simulated.clusters == simulated.samples["sequence"].tolist()
+    assert simulated.clusters == simulated.scenes == simulated.samples["sequence"].tolist()
 
 
-def test_samples_on_the_clock_come_from_as_many_clusters_as_there_are(bench):
+def test_samples_on_the_clock_come_from_as_many_scenes_as_there_are(bench):
     for some in bench.samples.values():
-        clusters = set(some.clusters)
-        picked = some.choose(len(clusters), seed=3)
-        assert {some.clusters[i] for i in picked} == clusters
-        assert some.choose(len(clusters), seed=3) == picked == sorted(picked)
+        scenes = set(some.scenes)
+        picked = some.choose(len(scenes), seed=3)
+        assert {some.scenes[i] for i in picked} == scenes
+        assert some.choose(len(scenes), seed=3) == picked == sorted(picked)
         assert some.choose(10_000, seed=0) == list(range(len(some)))
 
 

@@ -104,7 +104,8 @@ def compare_arms(arms: Mapping[str, Counts], reference: str, clusters: Sequence[
             apart = bootstrap_ratio_difference(counts, arms[reference], clusters, **options)
             out[-1] |= {
                 "difference": apart.value, "difference_low": apart.low,
-                "difference_high": apart.high, "differs": apart.excludes(0.0),
+                "difference_high": apart.high,
+                "differs": apart.excludes(0.0) if apart.n_clusters > 1 else None,
                 "detectable": _detectable(counts, arms[reference], clusters),
             }  # fmt: skip
     return out

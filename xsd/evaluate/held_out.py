@@ -21,8 +21,8 @@ from xsd.shards.store import ShardDataset
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """name: short name of the data set. head: the verifier's LM head, float32 [V, D]. clusters:
-    what intervals draw, a name per sample. keys: core.Sample.key of each sample.
+    """name: short name of the data set. head: the verifier's LM head, float32 [V, D]. keys:
+    core.Sample.key of each sample.
     What is known of the pair, where it is: texts, of every token id; prompt_ids, by question in the
     verifier's tokenizer; eos. load: gives the sample at an index with its pictures.
     """
@@ -30,7 +30,6 @@ class HeldOut:
     name: str
     dataset: ShardDataset
     head: Tensor
-    clusters: list[str]
     keys: list[str]
     texts: Sequence[str] | None = None
     prompt_ids: Mapping[str, list[int]] | None = None
@@ -63,9 +62,21 @@ class HeldOut:
         return [self.prompt_ids[question] for question in self.samples["question"]]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The pairs in their order, ``sequence`` replaced by the clusters."""
-        for batch in self.dataset.batches(batch_size):
-            yield dataclasses.replace(batch, sequence=[self.clusters[i] for i in batch.index])
+        """The pairs in their order."""
+        return self.dataset.batches(batch_size)
+
+    @cached_property
+    def clusters(self) -> list[str]:
+        """What intervals draw: the sequence of every sample."""
+        return list(self.samples["sequence"])
+
+    @cached_property
+    def scenes(self) -> list[str]:
+        """The sequence of every sample, or its clip where there is but one sequence: what another
+        picture is taken from. Clips of a sequence overlap, so no interval draws them."""
+        clips = [f"{one}/{clip}" for one, clip in zip(self.clusters, self.samples["clip"],
+                                                      strict=True)]  # fmt: skip
+        return clips if len(set(self.clusters)) == 1 else self.clusters
 
     def reference(self, index: int, max_new_tokens: int) -> tuple[int, ...] | None:
         """The verifier's answer cut at ``max_new_tokens``; None where it ends before that without
@@ -75,11 +86,11 @@ class HeldOut:
         return tuple(ids[:max_new_tokens]) if whole else None
 
     def choose(self, n: int, seed: int) -> list[int]:
-        """The indices of ``n`` samples from as many clusters as possible, drawn by ``seed``;
+        """The indices of ``n`` samples from as many scenes as possible, drawn by ``seed``;
         ascending."""
         draw, groups = random.Random(seed), {}
-        for index, cluster in enumerate(self.clusters):
-            groups.setdefault(cluster, []).append(index)
+        for index, scene in enumerate(self.scenes):
+            groups.setdefault(scene, []).append(index)
         turns = list(groups.values())
         for members in [*turns, turns]:
             draw.shuffle(members)
@@ -93,12 +104,5 @@ def of(name: str, dataset: ShardDataset, head: Tensor | None = None, **known: An
     table = dataset.table()
     names, nothing = table[["sequence", "clip", "question"]], np.zeros(0)
     keys = [Sample(*one, (), nothing).key for one in names.itertuples(index=False)]
-    return HeldOut(name, dataset, dataset.head("verifier") if head is None else head,
-                   clusters(table["sequence"], table["clip"]), keys, **known)
-
-
-def clusters(sequences: Sequence[str], clips: Sequence[str]) -> list[str]:
-    """What intervals draw: the sequences, or ``sequence/clip`` where there is but one sequence."""
-    if len(set(sequences)) > 1:
-        return list(sequences)
-    return [f"{sequence}/{clip}" for sequence, clip in zip(sequences, clips, strict=True)]
+    head = dataset.head("verifier") if head is None else head
+    return HeldOut(name, dataset, head, keys, **known)

@@ -50,9 +50,11 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
         13's table (acceptance, best floor, above floor …). floors: floor, value, low, high.
     """
     of = _Figures(metrics)
-    heading = (f"{of('length_mean', key='n'):.0f} samples, {of('cosine_mean', key='n'):.0f} "
-               f"tokens, {of('cosine_mean', key='n_clusters'):.0f} sequences; intervals: 95 %, "
-               "clustered by sequence")
+    n_samples, n_tokens = of("length_mean", key="n"), of("cosine_mean", key="n")
+    n_sequences = of("cosine_mean", key="n_clusters")
+    drawn = (f"{n_sequences:.0f} sequences; intervals: 95 %, clustered by sequence"
+             if n_sequences > 1 else "no interval: one sequence")
+    heading = f"{n_samples:.0f} samples, {n_tokens:.0f} tokens, {drawn}"
     at = {tau: f"cos > {tau:.2f}   " for tau in of.thresholds}
     sections = {
         "[1] Cosine of aligned and verifier states": [
@@ -149,8 +151,10 @@ def _sentence(headline: pd.Series) -> str:
     arm, floor, above = (_interval(headline, name)
                          for name in ("acceptance", "floor", "above floor"))  # fmt: skip
     verdict = "is above" if above.value > 0 else "is below"
-    if not above.excludes(0.0):
+    over = f"{headline['clusters']} sequences"
+    if headline["clusters"] < 2:
+        over = "one sequence, which says nothing about others"
+    elif not above.excludes(0.0):
         verdict = "cannot be told from"
     return (f"The adapter's {arm.text()} of the tokens {verdict} the best floor "
-            f"({headline['best floor']}, {floor.text()}): difference {above.text()} over "
-            f"{headline['clusters']} sequences.")
+            f"({headline['best floor']}, {floor.text()}): difference {above.text()} over {over}.")

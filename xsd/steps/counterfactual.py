@@ -79,7 +79,7 @@ def force(drafter: ModelHandle, pairs: HeldOut, names: Sequence[str],
     events are white, as an empty slice is painted."""
     out: dict[str, list[Continuation]] = {name: [] for name in names}
     blind = without_pictures(drafter)
-    others = donors(pairs.clusters) if "other scene" in names else []
+    others = donors(pairs.scenes) if "other scene" in names else []
     for start in range(0, len(pairs), batch_size):
         places = range(start, min(start + batch_size, len(pairs)))
         samples = [pairs.load(i) for i in places]

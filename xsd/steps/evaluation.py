@@ -123,8 +123,9 @@ def hidden(figures: Mapping[str, pd.DataFrame], adapters: Mapping[str, Adapter],
 def figure(value: statistics.Interval | Mapping[str, Any]) -> dict[str, Any]:
     """value, low, high, n and n_clusters, as the results hold a figure."""
     known = vars(value) if isinstance(value, statistics.Interval) else value
-    types = {"value": float, "low": float, "high": float, "n": int, "n_clusters": int}
-    return {name: kind(known[name]) for name, kind in types.items()}
+    counts = {name: int(known[name]) for name in ("n", "n_clusters")}
+    return {name: None if pd.isna(known[name]) else float(known[name])
+            for name in ("value", "low", "high")} | counts  # fmt: skip
 
 
 def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
@@ -231,17 +232,13 @@ def about(row: str, adapters: Mapping[str, Adapter]) -> dict[str, str]:
     return {"label": row, "kind": "adapter"}
 
 
-def token_results(found: Mapping[str, Mapping[str, Any]], pairs: Mapping[str, HeldOut],
-                  kinds: pd.DataFrame) -> dict[str, Any]:
+def token_results(found: Mapping[str, Mapping[str, Any]], kinds: pd.DataFrame) -> dict[str, Any]:
     """``results/tokens.json`` from the sets' :func:`acceptance` and their kinds of words (a column
     ``data`` says which)."""
-    test, words = {}, {}
-    for name, one in found.items():
-        whole = set(pairs[name].clusters) <= set(pairs[name].samples["sequence"])
-        test[name] = {**one, "cluster": "sequence" if whole else "clip"}
+    words: dict[str, Any] = {}
     for row in kinds.to_dict("records"):
         words.setdefault(row["data"], {}).setdefault(row["level"], {})[row["kind"]] = figure(row)
-    return {"test": test, "words": words}
+    return {"test": dict(found), "words": words}
 
 
 def acceptance_table(found: Mapping[str, Any]) -> pd.DataFrame:

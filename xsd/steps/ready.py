@@ -69,6 +69,6 @@ def token_table(P: parameters.TokenParameters) -> dict[str, Any]:
         kinds.append(curves.by_kind(tokens, **options).assign(data=name))
         kept[name] = table.drafted(tokens)
     folder.save_tokens(P.run_dir, table.join(kept))
-    results = evaluation.token_results(found, pairs, pd.concat(kinds, ignore_index=True))
+    results = evaluation.token_results(found, pd.concat(kinds, ignore_index=True))
     return evaluation.save(P.run_dir, "tokens", {"mode": P.mode, "gamma": P.gamma, **results},
                            pairs, P.model_dump())

@@ -232,7 +232,8 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
         rows.append({
             "check": f"A/A: {level} on stored states minus on states made anew",
             "value": found.value, "low": found.low, "high": found.high,
-            "passed": not found.excludes(0.0), "n": len(clusters),
+            "passed": not found.excludes(0.0) if found.n_clusters > 1 else None,
+            "n": len(clusters),
         })  # fmt: skip
     return pd.DataFrame(rows, columns=["check", "value", "low", "high", "passed", "n"])
 
