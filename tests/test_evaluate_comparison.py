@@ -163,3 +163,10 @@ def test_printed_report_has_its_eight_sections():
         assert verdict in report_text.report("bare", pd.concat(parts), gamma=5, headline=changed)
     assert len(re.findall(r"P\(match \| ", text)) > 1 and "overstates" in text
     assert "not measured" in report_text.report("bare", parts[0], gamma=5)
+    alone = pd.concat([hidden.figures(found.assign(sequence="road"), **options),
+                       tokens.figures(found.assign(sequence="road"), **options)])  # fmt: skip
+    changed = pd.Series({**headline, "clusters": 1} | tables.sides(
+        "above floor", Interval(0.5, np.nan, np.nan, 108, 1)))
+    said = report_text.report("bare", alone, gamma=5, headline=changed)
+    assert "108 tokens, no interval: one sequence" in said and "one sequence, which says" in said
+    assert not re.search(r"\[[\d.]+, [\d.]+\]", said.split("The adapter's")[0])

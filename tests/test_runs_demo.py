@@ -159,23 +159,24 @@ def test_missing_parts_of_a_run_are_named(tmp_path):
             load(tmp_path)
 
 
-def test_the_recording_comes_second_and_its_intervals_are_called_weak():
+def test_the_recording_comes_second_and_has_no_interval():
     found = results()
     one = found["tokens"]["test"]["simulated"]
     sets = {
-        "davis_road": {**one, "cluster": "clip", "n_clusters": 3},
-        "simulated": {**one, "cluster": "sequence"}
-    }
+        "davis_road": {**one, "n_clusters": 1, "rows": {
+            name: {key: {**kept, "low": None, "high": None} if isinstance(kept, dict) else kept
+                   for key, kept in row.items()} for name, row in one["rows"].items()}},
+        "simulated": one,
+    }  # fmt: skip
     found["tokens"] = {"gamma": 5, "test": sets}
     page = body(found)
     lead = page[:page.index("<nav>")]
     assert re.search(r'accepted drafts per round \(at γ = <span[^>]*data-key="tokens/gamma"', lead)
     assert lead.index("held-out simulated drives") < lead.index("a real road")
-    captions = [one for one in re.findall(r"<caption>(.*?)</caption>", page, re.DOTALL)
-                if "Intervals draw" in one]
-    assert "whole sequences" in captions[0]
-    assert 'data-key="tokens/test/davis_road/n_clusters"' in captions[1]
-    assert "overlapping clips of one sequence: they are weak" in captions[1]
+    captions = re.findall(r"<caption>(.*?)</caption>", page, re.DOTALL)
+    said = [one for one in captions if "ntervals draw" in one or "No interval" in one]
+    assert "whole sequences" in said[0] and "No interval: one sequence" in said[1]
+    assert "(no interval: one sequence)" in lead and "–, " not in lead
 
 
 def test_a_page_without_results_has_no_sentence():

@@ -139,10 +139,25 @@ def test_every_row_of_the_token_results_is_measured_on_the_same_tokens(found):
         assert here["best_adapter"] in ("L1", "L4", "L5F")
 
 
-def test_the_recordings_intervals_draw_clips(found):
-    here = found.tokens["test"]
-    assert (here["davis_road"]["cluster"], here["davis_road"]["n_clusters"]) == ("clip", 3)
-    assert (here["simulated"]["cluster"], here["simulated"]["n_clusters"]) == ("sequence", 2)
+def bounds_of(node):
+    """Every bound in nested results, lists of bounds included."""
+    if not isinstance(node, dict):
+        return set()
+    own = {one for name in node if name in ("low", "high") or name.endswith(("_low", "_high"))
+           if not name.startswith("cosine_")
+           for one in (node[name] if isinstance(node[name], list) else [node[name]])}  # fmt: skip
+    return own.union(*map(bounds_of, node.values()))
+
+
+def test_a_set_of_one_sequence_has_values_but_no_interval(found, run_dir):
+    stored = folder.load_results(run_dir)
+    for name in ("hidden", "tokens"):
+        here = stored[name]["test"]
+        assert (here["davis_road"]["n_clusters"], here["simulated"]["n_clusters"]) == (1, 2)
+        assert bounds_of(here["davis_road"]) == {None}
+        assert None not in bounds_of(here["simulated"])
+    shown = tables.with_intervals(evaluation.acceptance_table(found.tokens["test"]["davis_road"]))
+    assert shown["token_acceptance"].str.fullmatch(r"0\.\d\d \[–\]").all()
 
 
 def test_the_token_table_is_one_that_the_views_read(found, run_dir):

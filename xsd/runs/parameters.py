@@ -199,7 +199,7 @@ class RecordingParameters(ModelParameters):
     gamma: typed.Gamma = 5
     traces: str = Field("", description="trace file of models that ran elsewhere; empty: the "
                         "answers given here")
-    resamples: typed.Resamples = Field(400, description="bootstrap resamples, drawn by clip")
+    resamples: typed.Resamples = 400
 
 
 class TruthParameters(NotebookParameters):

@@ -3,7 +3,7 @@ each clip is asked, and the request that remembers it beside the shards (``extra
 
 Clips of a sequence overlap by half: asking each of them everything would count near duplicates many
 times. By default a sequence is asked each question once, on one of its clips in turn. A data set of
-a single sequence (the recording) asks every clip everything; its clusters are clips.
+a single sequence (the recording) asks every clip everything.
 """
 
 from __future__ import annotations

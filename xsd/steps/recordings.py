@@ -170,8 +170,8 @@ def held_out_pairs(pair: Pair, pairs: Sequence[PairedStates]) -> held_out.HeldOu
 
 def summary(tokens: pd.DataFrame, *, gamma: int = 5, resamples: int = 400,
             seed: int = 0) -> pd.DataFrame:
-    """One row per level: token acceptance and accepted drafts per round, each with its interval
-    over clips (too narrow: the clips of one recording overlap), median cosine, tokens, answers."""
+    """One row per level: token acceptance and accepted drafts per round (without an interval where
+    it is of one sequence: its clips overlap), median cosine, tokens, answers."""
     cosine = table.drafted(tokens).groupby("level", observed=True)["cosine"].median()
     rows = []
     for level, part in table.counts(tokens, gamma).groupby("level", sort=False, observed=True):

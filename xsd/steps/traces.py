@@ -40,6 +40,7 @@ class Trace:
     question: str
     drafter_ids: tuple[int, ...]
     verifier_ids: tuple[int, ...]
+    unseen: str = ""  # what the tables never see, where that is a part of the sequence
 
 
 def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
@@ -72,7 +73,8 @@ def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
         if not row["verifier_ids"]:
             raise DatasetError(f"{path}: row {i} has no verifier token; drop it")
         found.append(Trace(str(row["clip"]), sequence, str(row.get("question", question)),
-                           tuple(row["drafter_ids"]), tuple(row["verifier_ids"])))
+                           tuple(row["drafter_ids"]), tuple(row["verifier_ids"]),
+                           str(row.get("unseen", ""))))
     return found
 
 
@@ -83,8 +85,8 @@ def of(pairs: Any) -> list[Trace]:
     known = pairs.table()
     one = known["sequence"].nunique() == 1  # then its clips are what the tables never see
     rows = zip(known.itertuples(), *ids, strict=True)
-    return [Trace(row.clip, f"{row.sequence}/{row.clip}" if one else row.sequence, row.question,
-                  tuple(theirs.tolist()), tuple(own.tolist()))
+    return [Trace(row.clip, row.sequence, row.question, tuple(theirs.tolist()),
+                  tuple(own.tolist()), row.clip if one else "")
             for row, theirs, own in rows if len(own)]
 
 
@@ -98,15 +100,15 @@ def arms(traces: Sequence[Trace], *, ngram: int = 4) -> dict[str, floors.Floor]:
     and n-gram. The two tables never see the sequence they are tried on, so one sequence alone has
     none."""
     found = {"drafter tokens": floors.drafter_tokens([trace.drafter_ids for trace in traces])}
-    sequences = list(dict.fromkeys(trace.sequence for trace in traces))
-    if len(sequences) < 2:
+    unseen = [trace.unseen or trace.sequence for trace in traces]
+    others = {one: [trace.verifier_ids for trace, own in zip(traces, unseen, strict=True)
+                    if own != one] for one in dict.fromkeys(unseen)}  # fmt: skip
+    if len(others) < 2:
         return found
-    others = {one: [trace.verifier_ids for trace in traces if trace.sequence != one]
-              for one in sequences}
     for build in (floors.position_mode, lambda answers: floors.ngram(answers, ngram)):
         tables = {one: build(answers) for one, answers in others.items()}
-        name = tables[sequences[0]].name
-        found[name] = floors.Floor(name, [tables[trace.sequence].rule(0) for trace in traces])
+        name = tables[unseen[0]].name
+        found[name] = floors.Floor(name, [tables[one].rule(0) for one in unseen])
     return found
 
 
@@ -240,10 +242,12 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
 
 def text(found: Mapping[str, Any]) -> str:
     """The results for a terminal."""
-    lines = [f"{found['n']} pairs of answers in {found['n_sequences']} sequences or blocks"]
+    n = found["n_sequences"]
+    drawn = f"{n} sequences or blocks" if n > 1 else "one sequence: no interval"
+    lines = [f"{found['n']} pairs of answers in {drawn}"]
     lines += [f"{role}: {rate['shared']:.1%} of the answers equal another one, "
               f"{rate['repeated']:.1%} repeat an earlier one"
               for role, rate in found["duplicates"].items()]
-    if found["n_sequences"] < 2:
+    if len(found["arms"]) == 1:
         lines.append("one sequence alone: there is nothing to train the tables on")
     return "\n".join([*lines, table(found).to_string(index=False)])
