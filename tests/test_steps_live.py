@@ -3,6 +3,7 @@ random-weight pair of the real classes."""
 
 import dataclasses
 import json
+import shutil
 
 import pandas as pd
 import pytest
@@ -291,6 +292,32 @@ def test_other_settings_put_the_old_records_aside(place, bench, records):
     live.measure(bench, bench.arms(bench.given.arms))
 
 
+def test_paths_one_event_frame_and_the_references_spellings_are_arms(place, tmp_path):
+    shutil.copytree(place / "run", tmp_path / "run", ignore=shutil.ignore_patterns("records*"))
+    path = str(tmp_path / "run" / "adapters" / "L4" / "best.safetensors")
+    asked = given(place, run_dir=str(tmp_path / "run"), n_samples=1, test_data=["simulated"],
+                  arms=["vl_baseline", "L4+VL", "L4", "L4@1f", path],
+                  check_arms=["L4@1f", "L4+VL", path])
+    assert asked.arms[:2] == ["ar", "L4+ar"]
+    with pytest.raises(ParameterError, match="vl_baseline and L4\\+VL are understood"):
+        given(place, arms=["vl_base"])
+    bench = live.open_bench(asked)
+    assert list(bench.adapters) == ["L4", "L4 of run"]
+    records = live.measure(bench, bench.arms(asked.arms))
+    drafted = {one["arm"]: [len(r["drafted"]) for r in one["rounds"]] for one in records}
+    assert all(one["identical_to_ar"] for one in records)
+    assert drafted["L4+ar"][0] and not any(drafted["L4+ar"][1:])
+    found = live.summary(records, bench.adapters, resamples=50, seed=0)["simulated"]
+    assert {row["label"] for row in found["arms"].values()} == {
+        "own greedy loop", "L4", "L4 of run", "L4 + own greedy loop", "L4, 1 event frame"}
+    beside = live.one_frame_table(found)
+    assert beside[["arm", "event frames"]].values.tolist() == [
+        ["L4", "5"], ["L4, 1 event frame", "1"]]
+    assert live.one_frame_table({"arms": {"L4": found["arms"]["L4"]}}).empty
+    counted = lossless.counts(lossless.check(bench))
+    assert counted["n_identical"] == counted["n_answers"] > 0
+
+
 def test_wrong_arms_levels_and_pairs_are_named(place, tmp_path):
     with pytest.raises(ParameterError, match="none of the arms L4 is a baseline; add ar"):
         live.open_bench(given(place, arms=["L4"]))
@@ -326,8 +353,6 @@ def test_one_run_compares_its_levels(place, records, metric):
 
 
 def test_two_runs_are_compared_level_by_level(place, tmp_path):
-    import shutil
-
     other = tmp_path / "again"
     shutil.copytree(place / "run", other)
     runs = [str(place / "run"), str(other)]

@@ -49,11 +49,16 @@ class Arm:
 def parts_of(name: str) -> tuple[str, int, float]:
     """An arm's name as (kind, drafts a round, least probability); 0 where the name does not say.
     Raises: ParameterError for another form."""
-    found = re.fullmatch(r"([\w+.:]+)(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
+    found = re.fullmatch(r"([^@~\s]+)(?:@1f)?(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
     if not found:
-        raise ParameterError(f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round) "
-                             "or L4~0.6 (stops at less likely drafts)")
+        raise ParameterError(f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round), "
+                             "L4@1f (one event frame) or L4~0.6 (stops at less likely drafts)")
     return found[1], int(found[2] or 0), float(found[3] or 0)
+
+
+def kinds_of(name: str) -> list[str]:
+    """What drafts in an arm, by short names: one part, or one for each phase."""
+    return [files.name_of(part) for part in parts_of(name)[0].split("+")]
 
 
 def levels_of(names: Sequence[str]) -> list[str]:
@@ -70,9 +75,10 @@ def _is_adapter(found: Any) -> bool:
 
 def label_of(name: str) -> str:
     """How an arm is called in tables and pictures."""
-    kind, gamma, least = parts_of(name)
-    parts = [LABELS.get(part, part.partition(":")[2] or part) for part in kind.split("+")]
-    return (" + ".join(parts) + (f", {gamma} drafts a round" if gamma else "") +
+    _, gamma, least = parts_of(name)
+    parts = [LABELS.get(part, part.partition(":")[2] or part) for part in kinds_of(name)]
+    return (" + ".join(parts) + (", 1 event frame" if "@1f" in name else "") +
+            (f", {gamma} drafts a round" if gamma else "") +
             (f", only above {least:.0%}" if least else ""))
 
 
@@ -80,13 +86,14 @@ def build(spec: str | proposers.Proposer, pair: Pair,
           adapters: Mapping[str, proposers.Adapter] | None = None, *, gamma: int = 5,
           gamma_prefill: int | None = None, hide_prefill: bool = True,
           overlap: Overlap = "threads", ngram: rules.Rule | None = None,
-          label: str | None = None) -> Arm:
+          one_frame: Callable[[Sample], Sample] | None = None, label: str | None = None) -> Arm:
     """The arm of a name, or of a proposer of your own as an object; ``label`` is its name in the
     records where one name is measured with two settings.
 
     adapters: level → adapter with ``reads`` and ``step``. gamma_prefill: at most so many drafts
-    behind the prefill. ngram: the rule that ``ngram`` drafts by. Raises: ParameterError naming the
-    arms there are, or what a proposer lacks.
+    behind the prefill. ngram: the rule that ``ngram`` drafts by. one_frame: gives a sample with its
+    one event frame, for ``@1f``. Raises: ParameterError naming the arms there are, what a proposer
+    lacks, or that ``one_frame`` is missing.
     """
     verifier, adapters = pair.verifier, adapters or {}
     given = spec if isinstance(spec, str) else type(spec).__name__
@@ -96,6 +103,9 @@ def build(spec: str | proposers.Proposer, pair: Pair,
         cores = {"cores": available_cores()} if kind == "ar_all_cores" else {}
         return Arm(name, _baseline(kind, verifier, gamma), verifier, baseline=True,
                    info={"kind": kind, **cores})
+    frames = 1 if "@1f" in given else 0
+    if frames and one_frame is None:
+        raise ParameterError(f"the arm {given} wants the sample's one event frame; pass one_frame=")
     if isinstance(spec, str):
         proposer = proposer_of(kind, pair, adapters, ngram, least)
     else:
@@ -104,11 +114,12 @@ def build(spec: str | proposers.Proposer, pair: Pair,
                "overlap": overlap}
 
     def run(sample: Sample, max_new_tokens: int) -> Generation:
-        return speculative.generate(verifier, proposer, sample, max_new_tokens=max_new_tokens,
-                                    **options)
+        return speculative.generate(verifier, proposer, one_frame(sample) if frames else sample,
+                                    max_new_tokens=max_new_tokens, **options)
 
     info = {"kind": kind, **options, "min_probability": least,
-            **_fingerprints(spec, kind.split("+"), pair, adapters, ngram)}
+            **({"event_frames": 1} if frames else {}),
+            **_fingerprints(spec, kinds_of(given), pair, adapters, ngram)}
     return Arm(name, run, verifier, info=info)
 
 
@@ -132,10 +143,10 @@ def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
                 ngram: rules.Rule | None = None, least: float = 0.0) -> proposers.Proposer:
     """The proposer that an arm's kind names; of two, one behind the prefill and one in the rounds,
     on one drafter. least: their min_probability. Raises: as :func:`build`."""
-    parts, verifier = kind.split("+"), pair.verifier
+    parts, verifier = kinds_of(kind), pair.verifier
     eos, ids = verifier.eos_token_ids, pair.draft_vocab_size or verifier.draft_vocab_size
-    unknown = [part for part in parts if part not in (*PLAIN[len(BASELINES):], *adapters)
-               and ":" not in part]
+    drafting = [*PLAIN[len(BASELINES):], *adapters, *(["ar"] if len(parts) > 1 else [])]
+    unknown = [part for part in parts if part not in drafting and ":" not in part]
     if unknown or len(parts) > 2:
         raise ParameterError(
             f"no arm {kind!r}: it names {', '.join(unknown) or 'three phases'}; there are "
@@ -157,9 +168,10 @@ def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
                                              eos)
         if part == "drafter":
             return proposers.DrafterTokens(track, ids, eos)
-        if part in PLAIN:
-            return proposers.RuleProposer(lookup if part == "prompt_lookup" else lambda _: ngram,
-                                          eos)
+        rule_of = {"prompt_lookup": lookup, "ngram": lambda _: ngram,
+                   "ar": lambda _: rules.stored(())}  # in this phase nobody drafts
+        if part in rule_of:
+            return proposers.RuleProposer(rule_of[part], eos)
         return _own(part, pair)
 
     found = [made(part) for part in parts]

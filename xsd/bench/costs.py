@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from xsd import files
 from xsd.bench.arms import PLAIN, draft_head, label_of, parts_of
 from xsd.core import DecoderHandle, ParameterError
 from xsd.decode import overlap, proposers, replay
@@ -186,8 +187,8 @@ def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps
     rows = []
     for name in dict.fromkeys(record["arm"] for record in records):
         own = [record for record in records if record["arm"] == name and record["rounds"]]
-        kind = parts_of(name)[0]
-        if not own or kind not in (*PLAIN, *adapters):
+        kind = files.name_of(parts_of(name)[0])
+        if not own or "@1f" in name or kind not in (*PLAIN, *adapters):
             continue
         level = kind if kind in adapters else ""
         drafter = adapters[kind].reads != "verifier" if level else kind == "drafter"

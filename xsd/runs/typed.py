@@ -68,6 +68,8 @@ def hint(name: str, known: Iterable[str]) -> str:
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1")
 ARMS = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram",
         "prompt_lookup")
+SPELLINGS = {"vl_baseline": "ar", "VL": "ar"}
+"""The reference's names of arms, and ours; the verifier alone is also what may follow a prefill."""
 
 
 def _own(value: Any) -> bool:
@@ -95,14 +97,18 @@ def _plain(value: Any) -> str:
 
 
 def _arm(value: Any) -> str:
-    """An arm of ours, a level, one of your own as "module:Class", or two of them joined by +;
-    settings behind @ or ~ are read where the arm is made."""
-    parts = re.split("[@~]", value)[0].split("+") if isinstance(value, str) else [None]
-    if len(parts) <= 2 and all(part in (*ARMS, *LEVELS) or _own(part) for part in parts):
-        return value
-    raise ValueError(f"input should be one of {', '.join(ARMS)}, a level ({', '.join(LEVELS)}), a "
-                     "proposer of your own as module:Class (docs/extending.md), or two joined by "
-                     "+, such as L1+ngram")
+    """An arm of ours, a level, an adapter's file or folder, one of your own as "module:Class", or
+    two of them joined by +; settings behind @ or ~ are read where the arm is made. The reference's
+    spellings (vl_baseline, L4+VL) become ours."""
+    kind, *settings = re.split("(?=[@~])", value if isinstance(value, str) else "", maxsplit=1)
+    parts = [SPELLINGS.get(part, part) for part in kind.split("+")]
+    if len(parts) <= 2 and all(part in (*ARMS, *LEVELS) or files.is_path(part) or _own(part)
+                               for part in parts):
+        return "+".join(parts) + "".join(settings)
+    raise ValueError(f"input should be one of {', '.join(ARMS)}, a level ({', '.join(LEVELS)}), an "
+                     "adapter's file or folder, a proposer of your own as module:Class "
+                     "(docs/extending.md), or two joined by +, such as L1+ngram (vl_baseline and "
+                     "L4+VL are understood)")
 
 
 def _column(value: Any) -> Any:

@@ -172,21 +172,22 @@ def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[
 def pictures(run_dir: str | os.PathLike[str], data: str, samples: pd.DataFrame,
              about: Mapping[str, Any]) -> Callable[[int], Sample]:
     """A function that reads the held-out sample in a row of ``samples`` (sequence, clip, question)
-    with its pictures. about: the run's pair file, which names the pair and its canvas."""
+    with its pictures, in as many event frames as the pair sees or as its second argument says.
+    about: the run's pair file, which names the pair and its canvas."""
     names = list(zip(samples["sequence"], samples["clip"], samples["question"], strict=True))
 
     @functools.cache
-    def lazily() -> dict[tuple[str, str, str], plan.LazySample]:
+    def lazily(n_event_frames: int) -> dict[tuple[str, str, str], plan.LazySample]:
         from xsd.models import loading  # brings the models' libraries, which few readers need
 
         _, info = loading.pair_folder(about["pair"])
         grid = plan.folder_samples(folder.open_folder(root_of(run_dir, data, "test"), "test"),
                                    sorted({question for *_, question in names}),
-                                   n_event_frames=info.get("n_event_frames", 5),
+                                   n_event_frames=n_event_frames or info.get("n_event_frames", 5),
                                    canvas=about.get("event_canvas", "slice"))
         return {(one.sequence, one.clip, one.question): one for one in grid}
 
-    return lambda index: lazily()[names[index]].load()
+    return lambda index, n_event_frames=0: lazily(n_event_frames)[names[index]].load()
 
 
 # --- what an extraction was asked for

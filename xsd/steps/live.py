@@ -47,8 +47,14 @@ class Bench:
         """Arms on these models, with these adapters and the gammas given. options: of arms.build;
         pair: the models in another handle. Raises: as arms.build."""
         options = {"gamma": self.given.gamma, "gamma_prefill": self.given.gamma_prefill,
-                   "ngram": self.table, **options}
+                   "ngram": self.table, "one_frame": self.one_frame, **options}
         return [arms.build(name, pair or self.pair, self.adapters, **options) for name in names]
+
+    def one_frame(self, sample: Sample) -> Sample:
+        """The held-out sample with all its events in one frame (``event_image_1f``)."""
+        some = next(some for some in self.samples.values() if sample.key in some.keys)
+        frames = some.load(some.keys.index(sample.key), 1).event_frames
+        return dataclasses.replace(sample, event_frames=frames)
 
 
 def open_bench(given: parameters.LiveParameters) -> Bench:
@@ -137,7 +143,7 @@ def summary(found: Sequence[records.Record], levels: Collection[str], *, resampl
             row["speedup"]["baseline"] = arms.label_of(one["baseline"])
         speed = {name: row["speedup"]["value"] for name, row in rows.items()}
         drafting = [name for name in rows if not rows[name]["baseline"]]
-        used = {name: set(arms.parts_of(name)[0].split("+")) & set(levels) for name in drafting}
+        used = {name: set(arms.kinds_of(name)) & set(levels) for name in drafting}
         adapted = [name for name in drafting if used[name]]
         # B1 reads the verifier alone and would be shown idle behind the prefill.
         crossing = [name for name in adapted if used[name] != {"B1"}]
@@ -170,6 +176,24 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
         })
     numbers = [name for name in rows[0] if name not in ("arm", "identical")]
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
+
+
+def one_frame_table(found: Mapping[str, Any]) -> pd.DataFrame:
+    """One data set of :func:`summary`: each arm that was run with the pair's event frames and with
+    one (``L4@1f``), side by side; empty where none was."""
+    rows = []
+    for name, one in found["arms"].items():
+        many = found["arms"].get(name.replace("@1f", ""))
+        for frames, row in ((("5", many), ("1", one)) if "@1f" in name and many else ()):
+            rows.append({
+                "arm": row["label"], "event frames": frames,
+                "accepted per round": row.get("accepted_per_round", {}).get("value"),
+                "accepted behind the prefill": row.get("hidden_accepted", {}).get("value"),
+                "drafts behind the prefill": row.get("hidden_accepted_drafted"),
+                "prefill ms": row["first_token_ms"], "decode ms": row["decode_ms"],
+                "ms per answer": row["total_ms"]["value"],
+            })
+    return pd.DataFrame(rows)
 
 
 def bars(found: Mapping[str, Any]) -> pd.DataFrame:

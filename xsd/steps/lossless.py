@@ -35,8 +35,8 @@ class _OnePrompt:
         return getattr(self._handle, name)
 
     def prefill(self, sample: Sample) -> DecoderState:
-        if sample.key != self._key:
-            self._key = sample.key
+        if (key := (sample.key, len(sample.event_frames))) != self._key:
+            self._key = key
             self._state = state = self._handle.prefill(sample, reuse_vision=True)
             self._first = state.length, state.hidden, state.logits
         length, self._state.hidden, self._state.logits = self._first
