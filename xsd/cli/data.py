@@ -117,6 +117,7 @@ def extract(
         return supervision.supervise(command, out, supervise, part=rank.part_name)
     from xsd.extract import run
     from xsd.runs import progress
+    from xsd.steps import extraction
 
     request = _request(data=data, pair=pair, reuse_verifier=reuse_verifier, split=split,
                        max_questions=max_questions, duration=duration, dtype=dtype, quant=quant,
@@ -133,6 +134,7 @@ def extract(
                          config=request.config(), verifier_from=reuse_verifier, rank=rank,
                          progress=progress.lines(part and f"{part}: "))
     request.save(out)
+    extraction.save_pair_file(out, models, request.pair, {one.question for one in samples})
     counted = (f"{report.n} samples, {report.tokens} tokens, {report.gb:.3f} GB in "
                f"{report.seconds:.0f} s ({report.resumed} were done before)")
     said = f"finished: {counted}" if report.finished else (

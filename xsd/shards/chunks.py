@@ -23,6 +23,8 @@ from xsd.files import sha256_of
 from xsd.shards.writer import ShardWriter
 
 _NEEDED = ("egpt_hidden", "vl_hidden", "seq_lens")
+UNKNOWN = "unknown"
+"""The sequence of every sample where no dataset folder names them."""
 
 
 def _load(path: Path) -> Any:
@@ -105,7 +107,7 @@ def _sample(data: Mapping[str, Any], row: int, number: int, config: Mapping[str,
     if clips is not None and scene >= len(clips):
         raise ShardError(f"sample {number} is of scene {scene} but the dataset folder has "
                          f"{len(clips)}; give the one it was extracted from")
-    sequence, clip = clips[scene] if clips is not None else ("unknown", f"{scene:06d}")
+    sequence, clip = clips[scene] if clips is not None else (UNKNOWN, f"{scene:06d}")
     n = int(data["seq_lens"][row])
     states = (data[name][row, :n].clone() for name in _NEEDED[:2])
     absent = torch.full((n,), -1, dtype=torch.int64)

@@ -13,18 +13,18 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import pandas as pd
 
 from xsd.core import ROOT, DatasetError, ParameterError, Sample, ShardError
 from xsd.embedded import drive, language
 from xsd.extract import plan, ranks
+from xsd.extract.pairs import MODES
 from xsd.files import write_json
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder
+from xsd.shards.store import ShardDataset
 
 if TYPE_CHECKING:
     from xsd.models import loading
@@ -41,8 +41,11 @@ so no drive is shared with it."""
 
 def name_of(data: str) -> str:
     """The short name of a data set in run folders and tables: ``simulated``, ``davis_road``, or the
-    folder's own name."""
-    return data if data in (SIMULATED, RECORDED) else Path(data).resolve().name
+    folder's own name (of ``x/teacher_forced`` and ``x.pt``: ``x``)."""
+    if data in (SIMULATED, RECORDED):
+        return data
+    path = Path(data).resolve()
+    return path.parent.name if path.name.split(".")[0] in MODES else path.name.removesuffix(".pt")
 
 
 def simulated_sequences(split: str, n_sequences: int, seed: int) -> list[str]:
@@ -169,25 +172,21 @@ def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[
     return {"stored": sum(stored), "painted": len(stored) - sum(stored), "canvas": canvas}
 
 
-def pictures(run_dir: str | os.PathLike[str], data: str, samples: pd.DataFrame,
-             about: Mapping[str, Any]) -> Callable[[int], Sample]:
-    """A function that reads the held-out sample in a row of ``samples`` (sequence, clip, question)
-    with its pictures, in as many event frames as the pair sees or as its second argument says.
-    about: the run's pair file, which names the pair and its canvas."""
-    names = list(zip(samples["sequence"], samples["clip"], samples["question"], strict=True))
-
+def pictures(pairs: ShardDataset, clips: Callable[[], list[folder.ClipRecord]],
+             ) -> Callable[..., Sample]:
+    """A function that reads the sample of a stored pair with its pictures: as the drafter saw them,
+    or with so many ``n_event_frames``. clips: gives those it was extracted from."""
     @functools.cache
-    def lazily(n_event_frames: int) -> dict[tuple[str, str, str], plan.LazySample]:
-        from xsd.models import loading  # brings the models' libraries, which few readers need
+    def lazily(n_event_frames: int) -> list[plan.LazySample]:
+        table, config = pairs.table(), pairs.manifest["config"]
+        names = list(zip(table["sequence"], table["clip"], table["question"], strict=True))
+        grid = plan.folder_samples(clips(), sorted(set(table["question"])),
+                                   n_event_frames=n_event_frames or config.get("n_event_frames", 5),
+                                   canvas=config.get("event_canvas", "slice"))
+        known = {(one.sequence, one.clip, one.question): one for one in grid}
+        return [known[name] for name in names]
 
-        _, info = loading.pair_folder(about["pair"])
-        grid = plan.folder_samples(folder.open_folder(root_of(run_dir, data, "test"), "test"),
-                                   sorted({question for *_, question in names}),
-                                   n_event_frames=n_event_frames or info.get("n_event_frames", 5),
-                                   canvas=about.get("event_canvas", "slice"))
-        return {(one.sequence, one.clip, one.question): one for one in grid}
-
-    return lambda index, n_event_frames=0: lazily(n_event_frames)[names[index]].load()
+    return lambda index, n_event_frames=0: lazily(n_event_frames)[index].load()
 
 
 # --- what an extraction was asked for

@@ -6,6 +6,7 @@ token of each answer is the verifier's own; every later position is drafted, by 
 from __future__ import annotations
 
 import os
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -22,7 +23,7 @@ from xsd.evaluate.comparison import UNITS, above_floors
 from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.runs import folder
-from xsd.shards.store import ShardDataset
+from xsd.shards import chunks
 from xsd.steps import data as datasets
 from xsd.steps import extraction
 
@@ -35,13 +36,15 @@ FLOORS = {"position_mode": "position mode", "ngram": "4-gram", "prompt_lookup": 
 
 
 def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None) -> HeldOut:
-    """A held-out set that notebook 01 extracted, with all that is known of it. mode: by default
-    teacher_forced where the run holds it. Raises: ParameterError when it does not hold the set."""
-    dataset = extraction.open_pairs(run_dir, "test", data, mode or mode_of(run_dir, "test", data))
-    about = extraction.pair_file(run_dir)
-    load = datasets.pictures(run_dir, data, dataset.table(), about)
-    return pairs_of.of(datasets.name_of(data), dataset, texts=about["token_texts"],
-                       prompt_ids=about["prompt_ids"], eos=about["eos"], load=load)
+    """A held-out set, by name or path, with all that is known of it (of imported chunks: neither
+    texts, prompts nor pictures). mode, Raises: as extraction.open_pairs."""
+    dataset = extraction.open_pairs(run_dir, "test", data, mode)
+    about, load = extraction.known(dataset), None
+    if about:
+        load = datasets.pictures(dataset, lambda: extraction.clips_of(run_dir, "test", data,
+                                                                      dataset))
+    return pairs_of.of(datasets.name_of(data), dataset, texts=about.get("token_texts"),
+                       prompt_ids=about.get("prompt_ids"), eos=about.get("eos", ()), load=load)
 
 
 def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str],
@@ -56,29 +59,26 @@ def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str],
     return {one.name: one for one in found}
 
 
-def mode_of(run_dir: str | os.PathLike[str], split: str, data: str) -> str:
-    """The mode that the run holds of a data set: teacher_forced before free_running."""
-    modes = ("teacher_forced", "free_running")
-    held = [one for one in modes if extraction.shard_folder(run_dir, split, data, one).is_dir()]
-    return held[0] if held else modes[0]
-
-
 def check_leakage(run_dir: str | os.PathLike[str], sets: Iterable[HeldOut]) -> dict[str, int]:
     """Compare the sequences of every training set of the run with those of the held-out sets.
     Returns the numbers of sequences: training, held_out. Raises: MetricError naming shared
     sequences, or when the run holds no training set to compare with."""
-    places = sorted((folder.resolve(run_dir) / "shards").glob("train_*/*/"))
-    train = {name for place in places
-             for name in ShardDataset(place, unfinished=True).table()["sequence"]}  # fmt: skip
+    train = extraction.training_sequences(run_dir)
     test = {name for one in sets for name in one.samples["sequence"]}
-    statistics.check_disjoint(train, test)
+    trained_here = any((folder.resolve(run_dir) / "adapters").glob("*/best.safetensors"))
+    sides = train - {chunks.UNKNOWN}, test - {chunks.UNKNOWN}
+    if all(sides) or (trained_here and chunks.UNKNOWN not in train | test):
+        statistics.check_disjoint(*sides)
+    else:
+        warnings.warn("whether training and held-out sequences differ was not checked: imported "
+                      "chunks do not name theirs, and adapters by path not what they were trained "
+                      "on", stacklevel=2)
     return {"training": len(train), "held_out": len(test)}
 
 
 def training_answers(run_dir: str | os.PathLike[str], data: str) -> list[list[int]]:
     """The verifier's answers of the training set, which make the floors."""
-    dataset = extraction.open_pairs(run_dir, "train", data, mode_of(run_dir, "train", data))
-    return [ids.tolist() for ids in dataset.ids("verifier")]
+    return [ids.tolist() for ids in extraction.open_pairs(run_dir, "train", data).ids("verifier")]
 
 
 def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
@@ -91,6 +91,7 @@ def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
     found = {**results, "provenance": provenance(seed=given["seed"], data_hash=data_hash,
                                                  parameters=dict(given))}
     folder.save_results(run_dir, name, found)
+    extraction.remember(run_dir, "test", [one.dataset for one in pairs.values()])
     for data, rows in (figures or {}).items():
         tables.write(rows, folder.resolve(run_dir) / "tables" / f"{name}_{data}", kinds=("csv",))
     return found

@@ -5,16 +5,19 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xsd.core import ParameterError
 from xsd.evaluate import floors, statistics
 from xsd.extract import plan
+from xsd.extract.pairs import MODES
 from xsd.files import provenance, write_json
 from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
+from xsd.shards import chunks
+from xsd.shards.format import MANIFEST
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 
@@ -114,7 +117,10 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
          counts: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
     """Write ``shards/pair.json`` and ``results/extract.json``. counts: of :func:`extract`. Returns
     the results, with how templated the answers are."""
-    _save_pair_file(given, pair, {one.question for some in samples.values() for one in some})
+    save_pair_file(folder.resolve(given.run_dir) / "shards", pair, given.pair,
+                   {one.question for some in samples.values() for one in some},
+                   # as given: a dataset folder is found again by its path
+                   data=given.data, test_data=list(given.test_data), loads=given.loads)
     training: list[list[int]] | None = None
     tests, hashes = {}, {}
     results: dict[str, Any] = {"pair": pair.name, "modes": list(given.test_modes), "test": tests}
@@ -141,17 +147,16 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
     return results
 
 
-def _save_pair_file(given: parameters.ExtractParameters, pair: loading.Pair,
-                    questions: set[str]) -> None:
+def save_pair_file(place: Path, pair: loading.Pair, name: str, questions: set[str],
+                   **more: Any) -> None:
+    """Write ``pair.json`` beside extracted pairs: what later steps need of the models."""
     verifier = pair.verifier
     prompts = {question: [token for part in verifier.prompt_ids(question) for token in part]
                for question in questions}
-    write_json(folder.resolve(given.run_dir) / PAIR_FILE, {
-        "pair": given.pair, "eos": sorted(verifier.eos_token_ids), "prompt_ids": prompts,
+    write_json(place / "pair.json", {
+        "pair": name, "eos": sorted(verifier.eos_token_ids), "prompt_ids": prompts,
         "token_texts": [verifier.token_text(token) for token in range(verifier.vocab_size)],
-        "event_canvas": pair.event_canvas, "loads": given.loads,
-        # as given: a dataset folder is found again by its path
-        "data": given.data, "test_data": list(given.test_data)
+        "event_canvas": pair.event_canvas, **more
     })
 
 
@@ -168,15 +173,100 @@ def pair_file(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def open_pairs(run_dir: str | os.PathLike[str], split: str, data: str, mode: str) -> ShardDataset:
-    """The stored pairs. Raises: ParameterError naming what the run holds when it does not hold
-    these; ShardError when they are damaged."""
-    place = shard_folder(run_dir, split, data, mode)
-    if not place.is_dir():
-        held = sorted(f"{path.parent.name}/{path.name}"
-                      for path in (folder.resolve(run_dir) / "shards").glob("*/*") if path.is_dir())
-        raise ParameterError(
-            f"the run {run_dir} holds no {mode} pairs of {split} {datasets.name_of(data)} (it "
-            f"holds: {', '.join(held) or 'none'}); run notebook 01 with this data set and mode "
-            "first")
-    return ShardDataset(place, expected_mode=mode)  # type: ignore[arg-type]
+def stored(data: str, split: str) -> Path | None:
+    """What stands behind a path to pairs that exist already: a finished extraction, a shard folder,
+    the set of another run, or .pt chunks; None for clips (a name, a dataset folder). Raises:
+    ParameterError for a run that holds no, or more than one, set of the split."""
+    path = folder.resolve(data)
+    if data in (datasets.SIMULATED, datasets.RECORDED):
+        return None
+    shards = (path / MANIFEST).is_file() or any(path.glob(f"*/{MANIFEST}"))
+    if shards or path.suffix == ".pt" or (path / "index.json").is_file():
+        return path
+    if not (path / "shards").is_dir():
+        return None
+    sets = sorted(path.glob(f"shards/{split}_*/"))
+    if len(sets) != 1:
+        held = ", ".join(place.name for place in sets) or "none"
+        raise ParameterError(f"the run {data} holds {len(sets)} {split} sets ({held}); name the "
+                             f"folder of one, such as {data}/shards/{split}_simulated")
+    return sets[0]
+
+
+def pairs_folder(run_dir: str | os.PathLike[str], split: str, data: str,
+                 mode: str | None = None) -> Path:
+    """The folder of shards of a data set: in the run, or behind its path (chunks are imported into
+    the run, once). mode: None is the one that is there, teacher_forced before free_running; behind
+    a path also where there is but another one. Raises: ParameterError saying what is there."""
+    path = stored(data, split)
+    if path is None:
+        place = shard_folder(run_dir, split, data, "")
+    elif path.suffix == ".pt" or (path / "index.json").is_file():
+        place = folder.resolve(run_dir) / "imported" / datasets.name_of(data)
+        chunks.import_chunks(path, place)
+    else:
+        place = path
+    if (place / MANIFEST).is_file():
+        return place
+    held = [one for one in MODES if (place / one / MANIFEST).is_file()]
+    if mode in held:
+        return place / mode
+    if held and (mode is None or (path is not None and len(held) == 1)):
+        return place / held[0]
+    what = f"{mode} pairs" if mode else "pairs"
+    if path is not None:
+        raise ParameterError(f"{data} holds no {what} after the last layer (it holds: "
+                             f"{', '.join(held) or 'none'}); give one of its modes")
+    others = sorted(f"{one.parent.name}/{one.name}" for one in place.parent.glob("*/*/"))
+    raise ParameterError(
+        f"the run {run_dir} holds no {what} of {split} {datasets.name_of(data)} (it holds: "
+        f"{', '.join(others) or 'none'}); run notebook 01 with this data set and mode first")
+
+
+def open_pairs(run_dir: str | os.PathLike[str], split: str, data: str,
+               mode: str | None = None) -> ShardDataset:
+    """The stored pairs of a data set, by name or path (:func:`pairs_folder`, :func:`stored`).
+    Raises: ShardError when they are damaged or unfinished."""
+    return ShardDataset(pairs_folder(run_dir, split, data, mode))
+
+
+def known(pairs: ShardDataset) -> dict[str, Any]:
+    """What is known of the models behind stored pairs, from the ``pair.json`` beside them: pair,
+    eos, prompt_ids, token_texts; {} of imported chunks."""
+    beside = [pairs.folder, *pairs.folder.resolve().parents[:2]]
+    found = (place / "pair.json" for place in beside)
+    path = next((one for one in found if one.is_file()), None)
+    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+
+
+def clips_of(run_dir: str | os.PathLike[str], split: str, data: str,
+             pairs: ShardDataset) -> list[dataset_folder.ClipRecord]:
+    """The clips that stored pairs were extracted from. Raises: ShardError of imported chunks, and
+    as datasets.root_of for a folder that has moved."""
+    if stored(data, split) is None:
+        return dataset_folder.open_folder(datasets.root_of(run_dir, data, split), split)
+    request = datasets.load_request(pairs.folder)
+    return dataset_folder.open_folder(request.root(), request.split)
+
+
+def remember(run_dir: str | os.PathLike[str], split: str, sets: Iterable[ShardDataset]) -> None:
+    """Note in the run which sets from elsewhere it trained on or was judged on."""
+    own, before = folder.resolve(run_dir) / "shards", named(run_dir)
+    places = [str(one.folder.resolve()) for one in sets if not one.folder.is_relative_to(own)]
+    after = {**before, split: list(dict.fromkeys([*before.get(split, ()), *places]))}
+    if places and after != before:
+        write_json(own / "named.json", after)
+
+
+def named(run_dir: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Folders of the sets from elsewhere that a run used, by split."""
+    path = folder.resolve(run_dir) / "shards" / "named.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def training_sequences(run_dir: str | os.PathLike[str]) -> set[str]:
+    """The sequences of every training set of a run, its own and those from elsewhere."""
+    own = (folder.resolve(run_dir) / "shards").glob(f"train_*/*/{MANIFEST}")
+    places = [*(path.parent for path in own), *map(Path, named(run_dir).get("train", ()))]
+    return {name for place in places
+            for name in ShardDataset(place, unfinished=True).table()["sequence"]}

@@ -28,9 +28,7 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
         return
     own = {"run_dir": P.run_dir, "seed": P.seed}
     if (pairs or adapters) and not (folder.resolve(P.run_dir) / extraction.PAIR_FILE).is_file():
-        sets = {name: getattr(P, name) for name in (
-            "data", "test_data", *parameters.ModelParameters.model_fields) if hasattr(P, name)}
-        extraction.run(parameters.ExtractParameters.checked({**own, **sets}))
+        _extract(P, own)
     levels = P.levels if adapters is True else adapters or []  # type: ignore[attr-defined]
     levels = [level for level in levels if not files.is_path(level)]
     if levels and not training.trained(P.run_dir):
@@ -38,6 +36,21 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
             "data", datasets.SIMULATED)
         training.run(parameters.TrainParameters.checked(
             {**own, "levels": levels, "data": data}))
+
+
+def _extract(P: typed.NotebookParameters, own: dict[str, Any]) -> None:
+    """The sets that P names, and training sequences to go with them; none of those given by path,
+    and nothing where all are."""
+    sets = {name: getattr(P, name) for name in (
+        "data", "test_data", *parameters.ModelParameters.model_fields) if hasattr(P, name)}
+    if "test_data" in sets:
+        sets["test_data"] = [name for name in P.test_data  # type: ignore[attr-defined]
+                             if extraction.stored(name, "test") is None]
+    by_path = extraction.stored(sets.get("data", datasets.SIMULATED), "train") is not None
+    if by_path:
+        sets["n_train_sequences"] = 0
+    if sets.get("test_data", not by_path):
+        extraction.run(parameters.ExtractParameters.checked({**own, **sets}))
 
 
 def _ensure_tokens(P: parameters.CompareParameters | parameters.ExploreParameters) -> None:

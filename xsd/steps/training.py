@@ -40,6 +40,7 @@ def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.
     its best epoch. Raises: TrainingError when the run holds another training of a level, or
     anything of its held-out sets is in the pairs.
     """
+    extraction.remember(run_dir, "train", [pairs])
     states, head = source.open_states(pairs), pairs.head("verifier")
     judged = guards.marks_of(held_out_sets(run_dir))
     lines: dict[str, Any] = {}

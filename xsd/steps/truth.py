@@ -23,7 +23,7 @@ from xsd.evaluate import comparison, floors, hidden, statistics, table, tables, 
 from xsd.evaluate.comparison import Counts
 from xsd.evaluate.held_out import HeldOut
 from xsd.runs import parameters
-from xsd.steps import evaluation, extraction
+from xsd.steps import evaluation
 from xsd.steps.counterfactual import AGAIN, REAL
 
 B1, ONE_STEP, LOOP = "B1", comparison.FORCED, comparison.ROLLOUT
@@ -241,9 +241,12 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
 def free_running(run_dir: str | os.PathLike[str], data: str, pairs: HeldOut) -> HeldOut | None:
     """The free-running pairs of the same samples; None where the run has none. Raises:
     ParameterError when they are pairs of other samples."""
-    if not extraction.shard_folder(run_dir, "test", data, "free_running").is_dir():
+    try:
+        free = evaluation.held_out(run_dir, data, "free_running")
+    except ParameterError:
         return None
-    free = evaluation.held_out(run_dir, data, "free_running")
+    if free.dataset.mode != "free_running":
+        return None
     if set(free.keys) != set(pairs.keys):
         raise ParameterError(f"the free-running pairs of {pairs.name} are of other samples than "
                              "the teacher-forced; extract both")
