@@ -134,7 +134,8 @@ def extract(
                          config=request.config(), verifier_from=reuse_verifier, rank=rank,
                          progress=progress.lines(part and f"{part}: "))
     request.save(out)
-    extraction.save_pair_file(out, models, request.pair, {one.question for one in samples})
+    extraction.save_pair_file(out, models, request.pair, {one.question for one in samples},
+                              loads={"dtype": dtype, "device": device, "quant": quant})
     counted = (f"{report.n} samples, {report.tokens} tokens, {report.gb:.3f} GB in "
                f"{report.seconds:.0f} s ({report.resumed} were done before)")
     said = f"finished: {counted}" if report.finished else (
