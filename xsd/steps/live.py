@@ -79,7 +79,9 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
     table = None
     if any("ngram" in name for name in named):
         table = rules.NGramTable(evaluation.training_answers(given.run_dir, given.data))
-    adapters = training.load(given.run_dir, arms.levels_of(named))
+    numbers = pair.verifier.head.weight  # adapters compute on the models' device, in their numbers
+    adapters = {level: adapter.to(numbers.device, numbers.dtype) for level, adapter
+                in training.load(given.run_dir, arms.levels_of(named)).items()}
     return Bench(given, pair, adapters, table, samples, timed)
 
 
