@@ -9,17 +9,12 @@ import pandas as pd
 import pytest
 from tiny_pair import make_tiny_pair
 
+from xsd import cli
 from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
+from xsd.evaluate import table
 from xsd.runs import demo_page, folder, parameters, report
-from xsd.steps import (
-    compare,
-    extraction,
-    live,
-    lossless,
-    ready,
-    training,
-)
+from xsd.steps import cached, compare, extraction, live, lossless, ready, traces, training
 from xsd.views import cost_figures, figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
@@ -290,6 +285,35 @@ def test_other_settings_put_the_old_records_aside(place, bench, records):
     assert len(live.measure(again, again.arms(again.given.arms))) == 6
     assert (place / "run" / "records.before.jsonl").is_file()
     live.measure(bench, bench.arms(bench.given.arms))
+
+
+def test_stored_pairs_are_replayed_with_adapters_and_measured_prices(place, bench, tmp_path,
+                                                                     capsys):
+    measured_at = tmp_path / "priced"
+    rows = costs.table(*measured(bench)).set_index("what")[["ms", "low", "high"]]
+    folder.save_results(measured_at, "live", {"costs": rows.to_dict("index")})
+    shards = place / "run" / "shards" / "test_simulated"
+    adapters = {level: bench.adapters[level] for level in ("L4", "L5F", "B1")}
+    found = traces.run(shards, tmp_path / "out", adapters=adapters, gamma=3, gamma_prefill=5,
+                       prices=measured_at, resamples=50)
+    pairs = bench.samples["simulated"]
+    tokens = table.measure(adapters, pairs, gamma=3)
+    sums = table.counts(tokens, 3).groupby("level", observed=True)[["accepted", "rounds"]].sum()
+    for level in adapters:  # the figures of notebook 04
+        told = found["arms"][level]["mean_accepted"]["value"]
+        assert told == sums.loc[level, "accepted"] / sums.loc[level, "rounds"]
+        assert found["arms"][level]["schedule"]["predicted_speedup"] > 0
+    prices = [cached.read_prices(measured_at, level=level).draft_s for level in ("", "L4")]
+    assert prices[1] > prices[0] and found["mode"] == "teacher_forced"
+    with pytest.raises(ParameterError, match=r"holds no prices .* notebook 05 measured L2"):
+        cached.read_prices(measured_at, level="L2")
+    with pytest.raises(ParameterError, match="holds no states for adapters to read"):
+        traces.run(measured_at / "results" / "live.json", tmp_path / "out", adapters=adapters)
+    path = str(place / "run" / "adapters" / "L4")
+    assert cli.main(["data", "import-traces", str(shards), "-o", str(tmp_path / "out"), "--prices",
+                     str(measured_at), "--adapters", path]) == 0
+    said = capsys.readouterr().out
+    assert "L4 of run" in said and "predicted ms per answer" in said
 
 
 def test_paths_one_event_frame_and_the_references_spellings_are_arms(place, tmp_path):

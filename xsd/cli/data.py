@@ -228,22 +228,31 @@ def import_chunks(
           "marked")
 
 
-@app.command(epilog=examples("xsd data import-traces answers.json -o runs/elsewhere --gamma 5"))
+@app.command(epilog=examples(
+    "xsd data import-traces answers.json -o runs/elsewhere --gamma 5",
+    "xsd data import-traces runs/smoke/shards/test_simulated --adapters runs/smoke/adapters/L4 "
+    "--prices runs/smoke"))
 def import_traces(
-    file: Path = Argument(help="JSON {question, rows: [{clip, drafter_ids, verifier_ids}]}"),
+    file: Path = Argument(help="JSON {question, rows: [{clip, drafter_ids, verifier_ids}]}, or a "
+                          "folder of stored pairs"),
     out: Path | None = OUT,
     gamma: int = Option(5, help="draft tokens a round"),
     gamma_prefill: int = Option(0, help="draft tokens made behind the verifier's prefill"),
     blocks: int = Option(10, help="of clips; floors never see the block they are tried on"),
-    prices: Path | None = Option(None, help="JSON of measured seconds, to price the replay"),
+    prices: Path | None = Option(None, help="to price the replay: JSON of seconds, or a run folder "
+                                 "where notebook 05 measured them"),
+    adapters: str = Option("", help="files or folders with commas, to draft on stored states"),
 ) -> None:
-    """Token ids of models that ran elsewhere as a run: agreement, floors, replay.
+    """Token ids of models that ran elsewhere, or stored pairs, as a run: agreement, floors, replay.
 
     Into runs/<file>.
     """
+    from xsd import files
+    from xsd.adapters import registry
     from xsd.steps import traces
 
-    found = traces.run(file, out or ROOT / "runs" / file.stem, gamma=gamma,
+    drafting = {files.name_of(one): registry.load_any_adapter(one) for one in words(adapters)}
+    found = traces.run(file, out or ROOT / "runs" / file.stem, adapters=drafting, gamma=gamma,
                        gamma_prefill=gamma_prefill, blocks=blocks, prices=prices)
     print(traces.text(found))
 

@@ -20,12 +20,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from xsd.adapters.base import Adapter
 from xsd.core import DatasetError, ParameterError
 from xsd.decode import replay
 from xsd.decode.prices import Prices
 from xsd.evaluate import floors, rounds, statistics
 from xsd.files import provenance, sha256_of, write_json
 from xsd.runs import folder
+from xsd.steps import cached
 
 EOS = frozenset({2})
 """Of the Llama vocabulary, which both 7B models use."""
@@ -148,65 +150,73 @@ def schedule(traces: Sequence[Trace], floor: floors.Floor, *, gamma: int, gamma_
     return found
 
 
-def read_prices(path: str | Path) -> Prices:
-    """``{verifier_prefill_s, drafter_prefill_s, draft_s, verify: {"1": s, "6": s, …}}``. Raises:
-    ParameterError naming what is wrong."""
-    try:
-        stored = json.loads(Path(path).read_text(encoding="utf-8"))
-        verify = {int(rows): float(seconds) for rows, seconds in stored["verify"].items()}
-        names = ("verifier_prefill_s", "drafter_prefill_s", "draft_s")
-        return Prices(*(float(stored[name]) for name in names), verify)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ParameterError) as error:
-        raise ParameterError(
-            f"{path} holds no prices ({type(error).__name__}: {error}); expected "
-            "verifier_prefill_s, drafter_prefill_s, draft_s and verify (rows → seconds)") from error
+def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter] | None = None,
+        gamma: int = 5, gamma_prefill: int = 0, ngram: int = 4, blocks: int = 10,
+        prices: str | Path | None = None, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
+    """Import a trace file, or a folder of stored pairs, on whose states ``adapters`` draft, too:
+    writes ``tokens.parquet`` and ``results/traces.json`` into the run folder and returns the
+    results. prices: as :func:`cached.read_prices`.
 
-
-def run(path: str | Path, run_dir: str | Path, *, gamma: int = 5, gamma_prefill: int = 0,
-        ngram: int = 4, blocks: int = 10, prices: str | Path | None = None, resamples: int = 2000,
-        seed: int = 0) -> dict[str, Any]:
-    """Import a trace file: writes ``tokens.parquet`` and ``results/traces.json`` into the run
-    folder and returns the results.
-
-    Raises: DatasetError for a bad file, ParameterError for gamma below 1 or unreadable prices.
+    Raises: DatasetError for a bad file, ShardError for a bad folder, ParameterError for gamma below
+    1, adapters without states or unreadable prices.
     """
+    path, adapters = Path(path), adapters or {}
     if gamma < 1 or gamma_prefill < 0 or blocks < 2:
         raise ParameterError(
             f"gamma {gamma}, gamma_prefill {gamma_prefill} and blocks {blocks} must be at least 1, "
             "0 and 2")
-    traces = read(path, blocks=blocks)
-    priced = None if prices is None else read_prices(prices)
+    if path.is_dir():
+        pairs = cached.pairs_in(path)
+        traces, eos = of(pairs.dataset), frozenset(pairs.eos) or EOS
+        origin = pairs.dataset.manifest["config"].get("data_hash", ""), pairs.dataset.mode
+    elif adapters:
+        raise ParameterError(f"{path} holds no states for adapters to read; give a folder of "
+                             "stored pairs, or no adapters")
+    else:
+        traces, eos, origin = read(path, blocks=blocks), EOS, (sha256_of(path), "free_running")
     clusters = [trace.sequence for trace in traces]
     answers = [trace.verifier_ids for trace in traces]
     tried = arms(traces, ngram=ngram)
+    if adapters:
+        tried = {**cached.arms(pairs, adapters, gamma), **tried}
     found: dict[str, Any] = {
-        "n": len(traces), "n_sequences": len(set(clusters)), "gamma": gamma,
+        "n": len(traces), "n_sequences": len(set(clusters)), "mode": origin[1], "gamma": gamma,
         "gamma_prefill": gamma_prefill,
         "duplicates": {"drafter": duplicates([trace.drafter_ids for trace in traces]),
                        "verifier": duplicates(answers)},
-        "arms": {},
-        "provenance": provenance(seed=seed, data_hash=sha256_of(path), source=Path(path).name),
+        "provenance": provenance(seed=seed, data_hash=origin[0], source=path.name),
     }
-
-    def ratio(above: Sequence[int], below: Sequence[int]) -> dict[str, Any]:
-        return dataclasses.asdict(statistics.bootstrap_ratio(above, below, clusters,
-                                                             n_resamples=resamples, seed=seed))
-
+    found["arms"] = {}
     for name, floor in tried.items():
-        matches = floor.match(answers)
-        walked = rounds.from_matches(matches, gamma)
-        each = walked.per_request()
+        priced, one = None, adapters.get(name)
+        if prices is not None:
+            drafter = one.reads != "verifier" if one else name == "drafter tokens"
+            priced = cached.read_prices(prices, drafter=drafter, level=getattr(one, "level", ""))
+        # of our own pairs the first token is the verifier's, from its prefill: nobody drafts it
+        matches = [match[int(path.is_dir()):] for match in floor.match(answers)]
         found["arms"][name] = {
-            "token_acceptance": ratio([match.sum() for match in matches], list(map(len, matches))),
-            "mean_accepted": ratio(each["accepted"], each["rounds"]),
-            "marginal": list(rounds.Acceptance.of(walked).marginal),
-            "by_position": by_position(matches),
+            **acceptance(matches, clusters, gamma, n_resamples=resamples, seed=seed),
             "schedule": schedule(traces, floor, gamma=gamma, gamma_prefill=gamma_prefill,
-                                 prices=priced),
+                                 eos=eos, prices=priced),
         }
-    folder.save_tokens(run_dir, token_table(traces, tried, data=Path(path).stem))
+    folder.save_tokens(run_dir, token_table(traces, tried, data=path.stem))
     folder.save_results(run_dir, "traces", found)
     return found
+
+
+def acceptance(matches: Sequence[np.ndarray], clusters: Sequence[str], gamma: int,
+               **options: int) -> dict[str, Any]:
+    """token_acceptance and mean_accepted (per round), with intervals; marginal; by_position."""
+    walked = rounds.from_matches(matches, gamma)
+    each = walked.per_request()
+    ratios = {"token_acceptance": ([match.sum() for match in matches], list(map(len, matches))),
+              "mean_accepted": (each["accepted"], each["rounds"])}
+    return {
+        **{name: dataclasses.asdict(statistics.bootstrap_ratio(*both, clusters, **options))
+           for name, both in ratios.items()},
+        "marginal": list(rounds.Acceptance.of(walked).marginal),
+        "by_position": by_position(matches),
+    }
 
 
 def duplicates(answers: Sequence[Sequence[int]]) -> dict[str, float]:
@@ -233,7 +243,9 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
         f"accepted per round (γ={found['gamma']})":
             statistics.Interval(**arm["mean_accepted"]).text(percent=False),
         "tokens per pass": f"{arm['schedule']['tokens_per_pass']:.2f}",
-        **({"predicted speed-up": f"{arm['schedule']['predicted_speedup']:.2f}x"}
+        **({"predicted ms per answer":
+                f"{1e3 * arm['schedule']['predicted_s'] / found['n']:.0f}",
+            "predicted speed-up": f"{arm['schedule']['predicted_speedup']:.2f}x"}
            if "predicted_speedup" in arm["schedule"] else {}),
         "% right at position 0, 1, …": " ".join(f"{100 * each['share']:.0f}"
                                                 for each in arm["by_position"][:9]),
@@ -245,6 +257,8 @@ def text(found: Mapping[str, Any]) -> str:
     n = found["n_sequences"]
     drawn = f"{n} sequences or blocks" if n > 1 else "one sequence: no interval"
     lines = [f"{found['n']} pairs of answers in {drawn}"]
+    if found["mode"] == "free_running":
+        lines.append("free-running: the drafter's tokens, and states, follow its own text")
     lines += [f"{role}: {rate['shared']:.1%} of the answers equal another one, "
               f"{rate['repeated']:.1%} repeat an earlier one"
               for role, rate in found["duplicates"].items()]
