@@ -4,13 +4,16 @@ and chunks of the first scripts go through the steps of notebooks 02, 03 and 04.
 import shutil
 
 import pytest
+import torch
 from tiny_pair import make_tiny_pair
+from torch.nn.utils.rnn import pad_sequence
 
 from xsd import cli
 from xsd.core import ParameterError
 from xsd.embedded import drive
 from xsd.evaluate import hidden, table
 from xsd.runs import folder, parameters
+from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 from xsd.steps import evaluation, extraction, ready, training
 
@@ -93,3 +96,51 @@ def test_a_mode_is_chosen_only_where_it_is_the_only_one(place):
     assert extraction.open_pairs(run, "train", str(place / "train")).mode == "teacher_forced"
     assert extraction.open_pairs(run, "train", str(place / "train"),
                                  "free_running").mode == "free_running"
+
+
+@pytest.fixture(scope="module")
+def chunked(place):
+    """Free-running pairs as the first scripts kept them, imported: one .pt file to train on, whose
+    sequences a dataset folder names, and one held out, whose sequences nobody names."""
+    shards = ShardDataset(place / "train" / "free_running")
+    torch.save({"lm_head": shards.head("verifier")}, place / "head.pt")
+    named = ["--data", str(place / "drives"), "--split", "train"]
+    every = list(shards)
+    for name, more, some in (("old_train", named, every), ("old_test", [], every[8:])):
+        lengths = [min(len(one.ids_by_drafter), len(one.ids_by_verifier)) for one in some]
+        columns = {f"{ours}_hidden": pad_sequence(
+            [getattr(one, f"hidden_by_{theirs}")[:n] for one, n in zip(some, lengths, strict=True)],
+            batch_first=True) for ours, theirs in (("egpt", "drafter"), ("vl", "verifier"))}
+        lines = [{"sample_idx": i // 2, "question_idx": i % 2, "question": one.question}
+                 for i, one in enumerate(some)]  # fmt: skip
+        torch.save({**columns, "seq_lens": torch.tensor(lengths), "metadata": lines},
+                   place / f"{name}.pt")
+        assert cli.main(["data", "import-chunks", str(place / f"{name}.pt"), str(place / name),
+                         "--head", str(place / "head.pt"), *more]) == 0  # fmt: skip
+    return place / "old_train", place / "old_test"
+
+
+def test_imported_chunks_are_trained_on_and_judged_with_what_is_known_of_them(chunked, place):
+    run, (train, test) = str(place / "imported_run"), map(str, chunked)
+    training.run(parameters.TrainParameters.checked(
+        {"run_dir": run, "data": train, "levels": LEVELS, "epochs": 1, "profile": "reference"}))
+    given = {"run_dir": run, "levels": LEVELS, "data": train, "test_data": [test], "resamples": 50}
+    with pytest.warns(UserWarning, match="was not checked: imported chunks do not name theirs"):
+        tokens = ready.token_table(parameters.TokenParameters.checked(given))
+    rows = tokens["test"]["old_test"]["rows"]
+    assert set(rows) == {*LEVELS, "position_mode", "ngram"}, "no drafter tokens, no prompts"
+    assert set(folder.load_tokens(run)["kind"]) == {"unknown"}
+    pairs = evaluation.held_out(run, test, "teacher_forced")
+    assert pairs.dataset.mode == "free_running" and pairs.texts[7] == "#7"
+    source = ShardDataset(place / "train" / "free_running")
+    wanted = [one.ids_by_verifier.tolist() for one in source][-len(pairs):]
+    assert [own == ids[:len(own)] for own, ids in zip(pairs.answers, wanted, strict=True)]
+    with pytest.raises(ParameterError, match="does not say of which clips its pairs are"):
+        pairs.load(0)
+
+
+def test_a_chunk_file_is_imported_into_the_run_once(chunked, place):
+    run = place / "imported_run"
+    for _ in range(2):
+        found = extraction.open_pairs(run, "train", str(place / "old_train.pt"))
+        assert found.folder == run / "imported" / "old_train" and not found.has_token_ids

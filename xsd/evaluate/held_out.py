@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from xsd.adapters import heads
 from xsd.core import Batch, Sample
 from xsd.shards.store import ShardDataset
 
@@ -39,10 +40,19 @@ class HeldOut:
     def __len__(self) -> int:
         return len(self.keys)
 
+    @property
+    def has_ids(self) -> bool:
+        """False where the source kept no token ids (imported chunks)."""
+        return getattr(self.dataset, "has_token_ids", True)
+
     @cached_property
     def answers(self) -> list[list[int]]:
-        """The verifier's token ids of every sample; no state is read."""
-        return [ids.tolist() for ids in self.dataset.ids("verifier")]
+        """The verifier's token ids of every sample, read without a state; where none were kept,
+        what the head makes of the states, which is what a greedy answer is."""
+        if self.has_ids:
+            return [ids.tolist() for ids in self.dataset.ids("verifier")]
+        return [ids[real].tolist() for batch in self.batches(64)
+                for ids, real in zip(batch.ids_by_verifier, batch.mask, strict=True)]
 
     @cached_property
     def ids_by_drafter(self) -> list[list[int]]:
@@ -62,8 +72,12 @@ class HeldOut:
         return [self.prompt_ids[question] for question in self.samples["question"]]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The pairs in their order."""
-        return self.dataset.batches(batch_size)
+        """The pairs in their order, with the ids of :attr:`answers`."""
+        for batch in self.dataset.batches(batch_size):
+            if not self.has_ids:
+                ids = heads.top_tokens(self.head, batch.verifier)
+                batch = dataclasses.replace(batch, ids_by_verifier=ids.where(batch.mask, 0))
+            yield batch
 
     @cached_property
     def clusters(self) -> list[str]:

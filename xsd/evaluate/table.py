@@ -38,7 +38,7 @@ def measure(adapters: Mapping[str, Any], pairs: HeldOut, *, gamma: int | None, t
     Raises: MetricError when there is no token to predict, or a state is not finite.
     """
     table = of_batches(adapters, pairs.batches(batch_size), pairs.head, gamma=gamma, top_k=top_k,
-                       drafter=drafter)
+                       drafter=drafter and pairs.has_ids)
     index, known = table["sample"].to_numpy(), pairs.samples
     table["sample"] = _categorical(pairs.keys, index)
     for place, name in enumerate(("clip", "question"), start=3):

@@ -5,7 +5,9 @@ token of each answer is the verifier's own; every later position is drafted, by 
 
 from __future__ import annotations
 
+import dataclasses
 import os
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -39,12 +41,12 @@ def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None
     """A held-out set, by name or path, with all that is known of it (of imported chunks: neither
     texts, prompts nor pictures). mode, Raises: as extraction.open_pairs."""
     dataset = extraction.open_pairs(run_dir, "test", data, mode)
-    about, load = extraction.known(dataset), None
-    if about:
-        load = datasets.pictures(dataset, lambda: extraction.clips_of(run_dir, "test", data,
-                                                                      dataset))
-    return pairs_of.of(datasets.name_of(data), dataset, texts=about.get("token_texts"),
-                       prompt_ids=about.get("prompt_ids"), eos=about.get("eos", ()), load=load)
+    about = extraction.known(dataset)
+    load = datasets.pictures(dataset, lambda: extraction.clips_of(run_dir, "test", data, dataset))
+    found = pairs_of.of(datasets.name_of(data), dataset, prompt_ids=about.get("prompt_ids"),
+                        eos=about.get("eos", ()), load=load)
+    texts = about.get("token_texts") or [f"#{token}" for token in range(len(found.head))]
+    return dataclasses.replace(found, texts=texts)
 
 
 def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str],
@@ -78,7 +80,10 @@ def check_leakage(run_dir: str | os.PathLike[str], sets: Iterable[HeldOut]) -> d
 
 def training_answers(run_dir: str | os.PathLike[str], data: str) -> list[list[int]]:
     """The verifier's answers of the training set, which make the floors."""
-    return [ids.tolist() for ids in extraction.open_pairs(run_dir, "train", data).ids("verifier")]
+    pairs = extraction.open_pairs(run_dir, "train", data)
+    if not pairs.has_token_ids:
+        return pairs_of.of(data, pairs).answers
+    return [ids.tolist() for ids in pairs.ids("verifier")]
 
 
 def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
@@ -144,8 +149,11 @@ def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
 
 def token_kinds(token_texts: Sequence[str]) -> list[str]:
     """The kind of word that each token of an answer belongs to: colour, object, motion, …,
-    function; "end" for its end. token_texts: join to the answer, word starts carry their space."""
+    function; "end" for its end. token_texts: join to the answer, word starts carry their space;
+    ids ("#17") where nobody knows the texts."""
     text, of_characters = "".join(token_texts), []
+    if re.fullmatch(r"(#\d+)+", text):
+        return ["unknown"] * len(token_texts)
     for word, kind in language.word_kinds(text):
         space = text.index(word, len(of_characters)) - len(of_characters)
         of_characters += [""] * space + [kind] * len(word)
@@ -165,8 +173,9 @@ def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) ->
             f"every answer held out of {pairs.name} is a single token, so nothing is drafted and "
             "there is no acceptance to measure; extract with a larger max_new_tokens in notebook "
             "01, or other test_data")
-    tried = (floors.position_mode(training), floors.ngram(training, 4),
-             floors.prompt_lookup(pairs.prompts))  # fmt: skip
+    tried = [floors.position_mode(training), floors.ngram(training, 4)]
+    if pairs.prompts is not None:
+        tried.append(floors.prompt_lookup(pairs.prompts))
     return pd.concat([
         table.answers_as_rows(floor.match(pairs.answers), gamma, level=floor.name, first=-1,
                               clusters=pairs.clusters) for floor in tried
@@ -181,9 +190,11 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
     levels also, after the verified prefix, top k and what cosine > threshold overstates."""
     options = {"n_resamples": n_resamples, "seed": seed}
     counted = pd.concat([table.counts(one, gamma) for one in (tokens, floor_tokens)])
-    below, rows = {**FLOORS, table.DRAFTER: table.DRAFTER}, {}
+    there, rows = set(counted["level"]), {}
+    below = {name: level for name, level in {**FLOORS, table.DRAFTER: table.DRAFTER}.items()
+             if level in there}  # of imported chunks neither prompts nor drafter tokens are known
     found = above_floors(counted, below, **options)
-    for name in [*adapters, table.DRAFTER, *FLOORS]:
+    for name in [*adapters, *(one for one in (table.DRAFTER, *FLOORS) if one in below)]:
         matched, accepted = (found[unit][below.get(name, name)] for unit in UNITS)
         rows[name] = {
             **about(name, adapters), "token_acceptance": figure(matched.arm),
@@ -204,7 +215,7 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
         "rows": rows, "best_floor": accepted.best,
         "best_adapter": max(reading or adapters,
                             key=lambda level: rows[level]["accepted_per_round"]["value"]),
-        "n_samples": int((counted["level"] == table.DRAFTER).sum()),
+        "n_samples": int((counted["level"] == counted["level"].iloc[0]).sum()),
         "n_clusters": accepted.arm.n_clusters,
         **drawn(table.drafted(tokens)),
     }  # fmt: skip

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from xsd.core import ParameterError
+from xsd.core import ParameterError, ShardError
 from xsd.evaluate import floors, statistics
 from xsd.extract import plan
 from xsd.extract.pairs import MODES
@@ -241,11 +241,16 @@ def known(pairs: ShardDataset) -> dict[str, Any]:
 
 def clips_of(run_dir: str | os.PathLike[str], split: str, data: str,
              pairs: ShardDataset) -> list[dataset_folder.ClipRecord]:
-    """The clips that stored pairs were extracted from. Raises: ShardError of imported chunks, and
-    as datasets.root_of for a folder that has moved."""
+    """The clips that stored pairs were extracted from. Raises: ParameterError of imported chunks,
+    which do not know them, and for a folder that has moved."""
     if stored(data, split) is None:
         return dataset_folder.open_folder(datasets.root_of(run_dir, data, split), split)
-    request = datasets.load_request(pairs.folder)
+    try:
+        request = datasets.load_request(pairs.folder)
+    except ShardError:
+        raise ParameterError(f"{data} does not say of which clips its pairs are, so nobody knows "
+                             "their pictures; name what xsd data extract wrote, or leave it out "
+                             "here") from None
     return dataset_folder.open_folder(request.root(), request.split)
 
 
@@ -262,6 +267,12 @@ def named(run_dir: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Folders of the sets from elsewhere that a run used, by split."""
     path = folder.resolve(run_dir) / "shards" / "named.json"
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def held_out_names(run_dir: str | os.PathLike[str]) -> list[str]:
+    """What a run was judged on: sets as notebook 01 was given them, and paths."""
+    begun = (folder.resolve(run_dir) / PAIR_FILE).is_file()
+    return [*(pair_file(run_dir)["test_data"] if begun else ()), *named(run_dir).get("test", ())]
 
 
 def training_sequences(run_dir: str | os.PathLike[str]) -> set[str]:
