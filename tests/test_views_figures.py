@@ -77,6 +77,17 @@ def test_every_figure_is_the_same_json_twice_and_keeps_the_template_off_globals(
     assert pio.templates.default == before
 
 
+def test_shares_of_the_work_add_up_for_each_arm():
+    runs = live_runs()
+    stages, figure = timeline.stages(runs), timeline.shares(runs)
+    assert (stages.groupby("arm")["share"].sum() - 1 < 1e-9).all()
+    assert stages["ms"].sum() == pytest.approx(
+        (timeline.spans(runs).eval("end_ms - start_ms")).sum())
+    assert [sum(ring.values) for ring in figure.data] == pytest.approx(
+        stages.groupby("arm", sort=False)["ms"].sum().tolist())
+    assert all(len(set(ring.marker.colors)) == len(ring.labels) for ring in figure.data)
+
+
 def test_timeline_bars_are_the_spans_in_milliseconds():
     runs = live_runs()
     figure, frame = timeline.timeline(runs), timeline.spans(runs)

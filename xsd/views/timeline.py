@@ -65,6 +65,39 @@ def timeline(generations: Mapping[str, Generation], *,
     return figure
 
 
+def stages(generations: Mapping[str, Generation]) -> pd.DataFrame:
+    """What each lane did, one row per arm and stage: arm, lane, stage, times, ms in all, ms each,
+    share of the arm's work (lanes work at once, so that it may exceed the answer's time)."""
+    frame = spans(generations)
+    frame = frame.assign(ms=frame["end_ms"] - frame["start_ms"], stage=[
+        lane if what == lane else f"{lane}: {what}"
+        for lane, what in zip(frame["lane"], frame["what"], strict=True)])
+    found = frame.groupby(["arm", "lane", "stage"], sort=False)["ms"].agg(["count", "sum", "mean"])
+    found = found.reset_index().set_axis(["arm", "lane", "stage", "times", "ms", "ms each"], axis=1)
+    return found.assign(share=found["ms"] / found.groupby("arm")["ms"].transform("sum"))
+
+
+def shares(generations: Mapping[str, Generation], *,
+           title: str = "What the lanes did: share of their work") -> go.Figure:
+    """A ring for each arm of :func:`stages`, the answer's milliseconds inside."""
+    frame = stages(generations)
+    arms = list(generations)
+    figure = theme.figure(title, height=420)
+    for place, (arm, part) in enumerate(frame.groupby("arm", sort=False)):
+        pale = {lane: iter((1.0, 0.55, 0.3)) for lane in LANE_ORDER}
+        left, right = place / len(arms), (place + 0.9) / len(arms)
+        figure.add_trace(go.Pie(
+            labels=part["stage"].tolist(), values=part["ms"].tolist(), hole=0.5, sort=False,
+            domain={"x": [left, right]}, textinfo="percent",
+            marker={"colors": [theme.rgba(theme.LANES[lane], next(pale[lane], 0.3))
+                               for lane in part["lane"]]},
+            hovertemplate=f"{html.escape(arm)}<br>%{{label}}: %{{value:.1f}} ms<extra></extra>"))
+        figure.add_annotation(x=(left + right) / 2, y=0.5, xref="paper", yref="paper",
+                              showarrow=False,
+                              text=f"{html.escape(arm)}<br>{1e3 * generations[arm].total_s:.0f} ms")
+    return figure
+
+
 def progress(generations: Mapping[str, Generation]) -> pd.DataFrame:
     """Tokens finished over time: arm, time_ms, n_tokens. A round counts when its verification ends;
     without rounds, verifier spans count one each."""
