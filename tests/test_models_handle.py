@@ -7,9 +7,11 @@ import pytest
 import torch
 from models_fixtures import tiny_pair
 from tiny_pair import make_samples
+from transformers import AutoTokenizer, VideoLlavaForConditionalGeneration
 
 from xsd import core
 from xsd.models import handle as handles
+from xsd.models import loading
 
 SAMPLES = make_samples(6, seed=1)
 ROLES = pytest.mark.parametrize("role", ["drafter", "verifier"])
@@ -237,3 +239,20 @@ def test_weights_hash_tells_models_apart():
     assert len(pair.drafter.weights_hash()) == 64
     assert pair.drafter.weights_hash() == pair.drafter.weights_hash() != pair.verifier.weights_hash(
     )
+
+
+def test_the_shipped_verifier_works_with_plain_transformers():
+    folder = loading.EMBEDDED / "verifier"
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = VideoLlavaForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    config = model.config
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<image>", "<video>"]) == [
+        config.text_config.pad_token_id, config.image_token_id, config.video_token_id]
+    assert model.generation_config.pad_token_id == tokenizer.pad_token_id
+    sample = SAMPLES[0]
+    handle = loading.load_verifier(folder)
+    videos = tokenizer.decode(config.video_token_id) * config.video_seq_length
+    ids = tokenizer(f"USER: {videos}\n{sample.question} ASSISTANT:", return_tensors="pt").input_ids
+    said = model.generate(ids, pixel_values_videos=handle.pixels(sample.video)[None],
+                          max_new_tokens=24, do_sample=False)
+    assert said[0, ids.shape[1]:].tolist() == handle.generate([sample], 24)[0].ids.tolist()

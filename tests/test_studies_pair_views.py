@@ -97,6 +97,9 @@ def test_an_answer_that_goes_on_does_not_end_in_eos(drives):
     material = views.with_views(drives, share=1.0, seed=0)
     words = embedded.train_tokenizer(step.training_texts(drives))
     tokenizer = embedded.verifier_tokenizer(words)
+    config = embedded.new_verifier(len(words), seed=0, layers=1).config
+    assert tokenizer.convert_tokens_to_ids(["<pad>", "<image>", "<video>"]) == [
+        config.text_config.pad_token_id, config.image_token_id, config.video_token_id]
     rows = training.segments_of(tokenizer, partial(handles.prompt_ids, "verifier"),
                                 material.dialogues, eos=words.eos_token_id, fact_weight=3.0)
     whole, cut = rows[0][0], rows[20][0]

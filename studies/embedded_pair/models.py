@@ -84,13 +84,13 @@ def new_drafter(vocab_size: int, *, seed: int, layers: int = 4) -> EventGPTForCa
 def new_verifier(text_vocab_size: int, *, seed: int,
                  layers: int = 12) -> VideoLlavaForConditionalGeneration:
     """A verifier with random weights: 8 frames of 37 states → 296 video tokens; ids text_vocab_size
-    … +2 are image, video and padding."""
+    … +2 are padding, image and video, as :func:`verifier_tokenizer` numbers them."""
     torch.manual_seed(seed)
-    text = LlamaConfig(**_llama(text_vocab_size + 64, layers, text_vocab_size + 2))
+    text = LlamaConfig(**_llama(text_vocab_size + 64, layers, text_vocab_size))
     tower = CLIPVisionConfig(**_TOWER, patch_size=16, num_hidden_layers=5)
     return VideoLlavaForConditionalGeneration(VideoLlavaConfig(
-        vision_config=tower, text_config=text, image_token_index=text_vocab_size,
-        video_token_index=text_vocab_size + 1, vision_feature_layer=-2,
+        vision_config=tower, text_config=text, image_token_index=text_vocab_size + 1,
+        video_token_index=text_vocab_size + 2, vision_feature_layer=-2,
         vision_feature_select_strategy="default", image_seq_length=36, video_seq_length=8 * 37,
         projector_hidden_act="gelu", tie_word_embeddings=False))
 
@@ -193,7 +193,7 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
 
 
 def verifier_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
-    """The shared tokenizer with the verifier's own special tokens <image>, <video> and <pad> after
+    """The shared tokenizer with the verifier's own special tokens <pad>, <image> and <video> after
     the text vocabulary."""
     own = copy.deepcopy(tokenizer)
     own.add_special_tokens(
