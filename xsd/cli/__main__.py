@@ -5,4 +5,5 @@ import sys
 
 from xsd.cli import app
 
-sys.exit(app.run())
+if __name__ == "__main__":  # not in the processes of a sweep
+    sys.exit(app.run())

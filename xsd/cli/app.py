@@ -95,18 +95,33 @@ def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Pat
     print(f"finished: {target}")
 
 
-@app.command(epilog=examples("xsd sweep 02 -g level=L1,L4 -g seed=0,1,2 -p epochs=20"))
-def sweep(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path | None = OUT,
-          grid: list[str] = Option(..., "-g", "--grid", metavar="NAME=V1,V2",
-                                   help="an axis, may be repeated")) -> int:
-    """Execute a notebook over a grid, into reports/sweep_<notebook>; resumes."""
-    from xsd.runs import notebooks, typed
+@app.command(epilog=examples("xsd sweep 04 gamma=3,5 'levels=L1|L4|L5F,B1' -j 2",
+                             "xsd sweep 02 level=L1,L4 seed=0,1,2 -p epochs=20",
+                             "xsd sweep 04 gamma=3,5 -p run_dir=runs/mine"))
+def sweep(notebook: str = NOTEBOOK,
+          axis: list[str] = Argument(None, metavar="NAME=V1,V2 …",
+                                     help="what is varied; lists stand between |"),
+          grid: list[str] = Option([], "-g", "--grid", metavar="NAME=V1,V2", help="the same"),
+          parameter: list[str] = PARAMETER, out: Path | None = OUT,
+          jobs: int = Option(1, "-j", "--jobs", min=1, help="points at a time")) -> int:
+    """Execute a notebook over a grid, into reports/sweep_<notebook>; resumes.
+
+    Points share one extraction and one training per level, or those of run_dir.
+    """
+    from xsd.files import atomic_write
+    from xsd.runs import folder, typed
+    from xsd.steps import listing
+    from xsd.steps import sweep as points
 
     source, model = _notebook(notebook)
-    target = out or ROOT / "reports" / f"sweep_{source.stem}"
-    rows = notebooks.sweep(source, typed.read_grid(grid, model), target,
-                           fixed=typed.read_values(parameter, model))
-    print(notebooks.table(rows))
+    axes = typed.read_grid([*(axis or []), *grid], model)
+    target = (out or ROOT / "reports" / f"sweep_{source.stem}").resolve()
+    rows = points.run(source, axes, target, fixed=typed.read_values(parameter, model), jobs=jobs)
+    found, place = points.metrics(rows), folder.shown(target)
+    atomic_write(target / "sweep.csv", found.to_csv(index=False))
+    print(listing.written(found))
+    print(f"the table: {place}/sweep.csv; side by side: xsd run 06 -p runs={place} "
+          f"-p run_dir={place}/compared")
     failed = [row for row in rows if row["status"] == "failed"]
     if failed:
         print(f"{len(failed)} of {len(rows)} runs failed; run the same command again to try only "
@@ -114,12 +129,20 @@ def sweep(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path 
     return 1 if failed else 0
 
 
-@app.command(epilog=examples("xsd runs", "xsd runs /data/runs"))
-def runs(folder: list[Path] = Argument(None, help="default: runs and reports")) -> None:
-    """List the runs there are: what each holds, its size, and when it was last written to."""
-    from xsd.runs import folder as run_folder
+@app.command(epilog=examples("xsd runs", "xsd runs reports/sweep_04_tokens --csv > points.csv"))
+def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
+         as_csv: bool = Option(False, "--csv"), as_json: bool = Option(False, "--json")) -> None:
+    """List runs: date, notebooks, the parameters that differ, and what came of them."""
+    from xsd.steps import listing
 
-    print(run_folder.overview(folder or [ROOT / "runs", ROOT / "reports"]))
+    found = listing.listing(folder or [ROOT / "runs", ROOT / "reports"])
+    if as_json:
+        print(found.to_json(orient="records", indent=1, force_ascii=False))
+    elif as_csv:
+        print(found.to_csv(index=False), end="")
+    else:
+        print("there is no run yet; xsd run NB makes one" if found.empty else
+              listing.written(found))
 
 
 @app.command(epilog=examples("xsd report reports/05_live"))

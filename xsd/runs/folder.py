@@ -6,8 +6,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping
-from datetime import datetime
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -93,28 +92,3 @@ def live_of(stored: Mapping[str, Any]) -> tuple[dict[str, Generation], dict[int,
     read = TypeAdapter(Generation).validate_python
     generations = {arm: read(stored["generations"][arm]) for arm in stored["order"]}
     return generations, {int(key): text for key, text in stored["texts"].items()}, stored["about"]
-
-
-HOLDS = {
-    "results/*.json": "results", "tokens.parquet": "tokens", "live.json": "live",
-    "**/manifest.json": "shards", "adapters/*": "adapters", "sweep.json": "sweep",
-    "index.html": "page", "*.provenance.json": "notebooks"}
-"""Files that make a folder a run or a report, and what ``xsd runs`` says of them."""
-
-
-def overview(roots: Iterable[Path]) -> str:
-    """The runs and reports in ``roots`` as a table."""
-    import pandas as pd
-
-    rows = []
-    for place in sorted(one for root in roots for one in root.glob("*") if one.is_dir()):
-        holds = [what for pattern, what in HOLDS.items() if any(place.glob(pattern))]
-        files = [path.stat() for path in place.rglob("*") if path.is_file()] if holds else []
-        if files:
-            last = datetime.fromtimestamp(max(file.st_mtime for file in files))
-            size = sum(file.st_size for file in files) / 1e6
-            rows.append({"folder": shown(place), "MB": round(size, 1), "holds": ", ".join(holds),
-                         "last written": f"{last:%Y-%m-%d %H:%M}"})
-    if not rows:
-        return "there is no run yet; xsd run NB makes one"
-    return pd.DataFrame(rows).to_string(index=False)

@@ -1,23 +1,18 @@
-"""Notebooks without a screen: run one with checked parameters, or a grid of them that resumes and
-survives a failing cell. A run, also a failed one, leaves ``<stem>.ipynb`` (executed) and
+"""Notebooks without a screen. A run, also a failed one, leaves ``<stem>.ipynb`` (executed) and
 ``<stem>.provenance.json``."""
 
 from __future__ import annotations
 
-import hashlib
-import itertools
-import json
 import os
-import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 from xsd.core import ROOT, ParameterError, StorageError, XsdError
 from xsd.files import provenance, sha256_of, write_json
-from xsd.runs import folder, parameters, typed
+from xsd.runs import parameters, typed
 
 NOTEBOOK_FOLDER = ROOT / "notebooks"
 QUIET = {
@@ -97,84 +92,3 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
 
 def _first_line(text: str | None) -> str:
     return (text or "").strip().split("\n")[0]
-
-
-def grid_points(grid: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
-    """Every combination: ``{"seed": [0, 1], "levels": [["L1"]]}`` → two dicts. Raises:
-    ParameterError for an empty axis."""
-    for name, values in grid.items():
-        if not len(values):
-            raise ParameterError(f"the grid gives no value for {name!r}; write {name}=a,b")
-    return [dict(zip(grid, values, strict=True)) for values in itertools.product(*grid.values())]
-
-
-def _text(value: Any) -> str:
-    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def point_name(point: Mapping[str, Any]) -> str:
-    """A folder name for one combination: readable, and distinct by a hash."""
-    digest = hashlib.sha256(json.dumps(point, sort_keys=True).encode()).hexdigest()[:8]
-    text = "_".join(f"{name}={_text(value)}" for name, value in point.items())
-    return re.sub(r"[^\w=+.-]", "-", text)[:80] + f"_{digest}"
-
-
-def sweep(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
-          out_dir: str | os.PathLike[str], *, fixed: Mapping[str, Any] | None = None,
-          model: type[typed.NotebookParameters] | None = None,
-          say: Callable[[str], Any] = print) -> list[dict[str, Any]]:
-    """Run every combination of ``grid``, each in a folder of its own; finished ones are skipped, a
-    failing one is recorded and the rest goes on.
-
-    Returns, and writes to ``sweep.json``: name, parameters, status (finished | failed), error and
-    seconds of each. Raises: ParameterError, before anything runs, if a combination is not valid or
-    the notebook changed since the sweep began.
-    """
-    source, out_dir, fixed = find(notebook), Path(out_dir).resolve(), dict(fixed or {})
-    model = model or parameters.model_of(source.stem)
-    points = {point_name(point): point for point in grid_points(grid)}
-    for point in points.values():
-        model.checked({**fixed, **point})
-    record = out_dir / "sweep.json"
-    identity = {"notebook": source.name, "notebook_sha256": sha256_of(source), "fixed": fixed}
-    rows = _rows_before(record, json.loads(json.dumps(identity)))
-    for number, (name, point) in enumerate(points.items(), 1):
-        where = f"[{number}/{len(points)}] {name}"
-        if (rows.get(name, {}).get("status") == "finished"
-                and (out_dir / name / source.name).is_file()):
-            say(f"{where}: already finished")
-            continue
-        began, error = time.perf_counter(), None
-        given = {"run_dir": folder.shown(out_dir / name / "run"), **fixed, **point}
-        try:
-            run_notebook(source, out_dir / name, given, model=model)
-        except (NotebookError, StorageError) as failure:
-            error = str(failure)
-        rows[name] = {"name": name, "parameters": point,
-                      "status": "failed" if error else "finished", "error": error,
-                      "seconds": round(time.perf_counter() - began, 2)}
-        write_json(record, {**identity, "runs": list(rows.values())})
-        say(f"{where}: {rows[name]['status']} in {rows[name]['seconds']:.0f} s" +
-            (f": {error}" if error else ""))
-    return [rows[name] for name in points]
-
-
-def _rows_before(record: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """The rows of an earlier call by name. Raises: ParameterError when it was another sweep."""
-    if not record.is_file():
-        return {}
-    stored = json.loads(record.read_text(encoding="utf-8"))
-    if {name: stored.get(name) for name in identity} != identity:
-        raise ParameterError(
-            f"{record.parent} holds a sweep of another notebook version or other fixed "
-            "parameters; choose another folder or remove it")
-    return {row["name"]: row for row in stored["runs"]}
-
-
-def table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows of a sweep as aligned text for a terminal."""
-    import pandas as pd
-
-    return pd.DataFrame([{**{name: _text(value) for name, value in row["parameters"].items()},
-                          "status": row["status"], "seconds": row["seconds"]}
-                         for row in rows]).to_string(index=False)

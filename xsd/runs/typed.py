@@ -200,13 +200,14 @@ def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, 
 
 
 def read_grid(axes: list[str], model: type[NotebookParameters]) -> dict[str, list[Any]]:
-    """``["seed=0,1", "level=L1,L4"]`` as typed axes of a grid; ``level`` is an axis over single
-    levels: each point gets ``levels`` with that one. Raises: ParameterError."""
+    """``["seed=0,1", "levels=L1|L4,B1"]`` as typed axes of a grid, split at | where there is one;
+    ``level``: ``levels`` with one each. Raises: ParameterError."""
     grid = {}
     for axis in axes:
         name, sign, text = axis.partition("=")
         if not sign:
             raise ParameterError(f"a grid axis is written name=value,value, not {axis!r}")
         name = "levels" if name == "level" and "levels" in model.model_fields else name
-        grid[name] = [read_values([f"{name}={one}"], model)[name] for one in text.split(",") if one]
+        given = [one for one in text.split("|" if "|" in text else ",") if one]
+        grid[name] = [read_values([f"{name}={one}"], model)[name] for one in given]
     return grid

@@ -1,0 +1,60 @@
+"""What ``xsd runs`` says of run folders."""
+
+import json
+
+import pytest
+
+from xsd import cli
+from xsd.runs import folder
+from xsd.steps import listing
+
+
+def interval(value):
+    return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+
+def finished(run, gamma, **extract):
+    given = {"run_dir": str(run), "seed": 0}
+    folder.save_results(run, "extract", {"provenance": {"parameters": {
+        **given, "batch_size": 32, **extract}}})
+    rows = {"L4": {"label": "L4", "accepted_per_round": interval(gamma / 2)}}
+    folder.save_results(run, "tokens", {
+        "test": {"davis_road": {}, "simulated": {"best_adapter": "L4", "rows": rows}},
+        "provenance": {"parameters": {**given, "gamma": gamma, "batch_size": 64,
+                                      "levels": ["L1", "L4"]}}})
+    return run
+
+
+@pytest.fixture
+def runs(tmp_path):
+    finished(tmp_path / "a", 3)
+    live = finished(tmp_path / "report" / "run", 5)
+    arms = {"ar": {"label": "own greedy loop"}, "L4": {"label": "L4", "speedup": interval(1.2)}}
+    folder.save_results(live, "live", {"arms": arms, "best_arm": "L4", "baseline": "ar"})
+    return tmp_path
+
+
+def test_runs_are_listed_with_what_differs_and_what_came_of_them(runs, capsys):
+    assert cli.main(["runs", str(runs)]) == 0
+    first, second = capsys.readouterr().out.splitlines()[1:]
+    assert "01 04" in first and "L4 1.50 [1.40, 1.60]" in " ".join(first.split())
+    assert "L4 1.20 [1.10, 1.30] own greedy loop" in " ".join(second.split())
+    found = listing.listing([runs])
+    assert list(found["gamma"]) == ["3", "5"]
+    assert not {"levels", "seed", "run_dir", "batch_size"} & set(found.columns)
+    assert cli.main(["runs", str(runs), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert rows[1]["accepted per round low"] == pytest.approx(2.4) and rows[0]["speed-up"] is None
+    assert cli.main(["runs", str(runs), "--csv"]) == 0
+    assert capsys.readouterr().out.startswith("run,date,MB,holds,notebooks,gamma,data,")
+
+
+def test_a_name_that_notebooks_of_one_run_were_given_differently_stands_for_each(tmp_path):
+    finished(tmp_path / "a", 3)
+    finished(tmp_path / "b", 3, batch_size=16)
+    assert list(listing.listing([tmp_path])["batch_size"]) == ["32", "16"]
+    made = [{"02": {"batch_size": 1}, "04": {"batch_size": 2}},
+            {"02": {"batch_size": 8}, "04": {"batch_size": 9}}, {"04": {"batch_size": 9}}]
+    assert listing.differing(made) == [{"02 batch_size": "1", "04 batch_size": "2"},
+                                       {"02 batch_size": "8", "04 batch_size": "9"},
+                                       {"04 batch_size": "9"}]

@@ -1,0 +1,98 @@
+"""Which runs there are, what they were made with, and what came of them: ``xsd runs``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from xsd.evaluate import tables
+from xsd.runs import folder
+from xsd.runs.parameters import NOTEBOOKS
+
+HOLDS = {
+    "results/*.json": "results", "tokens.parquet": "tokens", "live.json": "live",
+    "shards/*/*/manifest.json": "shards", "*/manifest.json": "pairs", "adapters/*": "adapters",
+    "sweep.json": "sweep", "index.html": "page", "*.provenance.json": "notebooks"}
+"""Files that make a folder a run or a report, and what ``xsd runs`` says of them."""
+PLACES = ("*", "*/run", "*/*/run")
+"""Where runs stand: in a folder, in a report (which is one with its run), in a point of a sweep."""
+
+
+def listing(roots: Iterable[Path]) -> pd.DataFrame:
+    """One row per run or report in ``roots``: where it is, when it was last written to, what it
+    holds, the parameters that differ among the rows, and its :func:`headline`."""
+    places = {one for root in roots for pattern in PLACES for one in root.glob(pattern)}
+    rows, made, came = [], [], []
+    for place in sorted(places):
+        holds = [what for pattern, what in HOLDS.items() if any(place.glob(pattern)) or (
+            place.name == "run" and any(place.parent.glob(pattern)))]
+        if not holds or (place / "run" / "results").is_dir():
+            continue
+        files = [path.lstat() for path in place.rglob("*") if path.is_file()]
+        last = datetime.fromtimestamp(max(file.st_mtime for file in files))
+        results = folder.load_results(place) if "results" in holds else {}
+        made.append(parameters(results))
+        came.append(headline(results))
+        rows.append({"run": folder.shown(place), "date": f"{last:%Y-%m-%d %H:%M}",
+                     "MB": round(sum(file.st_size for file in files) / 1e6, 1),
+                     "holds": ", ".join(holds), "notebooks": " ".join(sorted(made[-1]))})
+    return pd.concat(map(pd.DataFrame, (rows, differing(made), came)), axis="columns")
+
+
+def parameters(results: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Number of a notebook, or the name of its results → the parameters it was given."""
+    numbers = {stem.split("_")[1]: stem.split("_")[0] for stem in NOTEBOOKS}
+    return {numbers.get(name, name): one["provenance"]["parameters"]
+            for name, one in results.items() if "parameters" in one.get("provenance", {})}
+
+
+def differing(made: Sequence[Mapping[str, Mapping[str, Any]]]) -> list[dict[str, str]]:
+    """For each run, the parameters that differ among the runs, as text. made: of
+    :func:`parameters`. A name stands once per notebook, which is written in front, where those of
+    one run were given different values."""
+    known: dict[tuple[str, str], dict[int, str]] = {}
+    for index, run in enumerate(made):
+        for notebook, given in run.items():
+            for name in given.keys() - {"run_dir", "runs"}:
+                known.setdefault((name, notebook), {})[index] = text(given[name])
+    differ = {key: values for key, values in known.items() if len(set(values.values())) > 1}
+    rows: list[dict[str, str]] = [{} for _ in made]
+    for name, notebook in sorted(differ):
+        same = [values.items() for (other, _), values in differ.items() if other == name]
+        alike = len({index for one in same for index, _ in one}) == len(set().union(*same))
+        for index, value in differ[name, notebook].items():
+            rows[index][name if alike else f"{notebook} {name}"] = value
+    return rows
+
+
+def text(value: Any) -> str:
+    """A parameter's value as a table and a folder's name show it."""
+    return "+".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def headline(results: Mapping[str, Any]) -> dict[str, Any]:
+    """Accepted drafts per round of the best adapter on the first held-out set (the simulated one
+    where there is one), and the best live arm's speed-up with its baseline; None for what is not
+    known."""
+    tests, live = results.get("tokens", {}).get("test", {}), results.get("live", {})
+    data = "simulated" if "simulated" in tests else next(iter(tests), None)
+    found = tests.get(data, {})
+    adapter = found.get("rows", {}).get(found.get("best_adapter"), {})
+    arms = live.get("arms", {})
+    arm = arms.get(live.get("best_arm"), {})
+    unknown = dict.fromkeys(("value", "low", "high"))
+    return {"data": data, "best adapter": adapter.get("label"),
+            **tables.sides("accepted per round", adapter.get("accepted_per_round", unknown)),
+            "best arm": arm.get("label"), **tables.sides("speed-up", arm.get("speedup", unknown)),
+            "baseline": arms.get(live.get("baseline"), {}).get("label")}
+
+
+def written(frame: pd.DataFrame) -> str:
+    """A table as aligned text: numbers with their intervals, no column that is empty throughout."""
+    known = {name for name in frame if frame[name].notna().any()}
+    kept = [name for name in frame if name.removesuffix(" low").removesuffix(" high") in known]
+    return tables.with_intervals(frame[kept]).fillna("").to_string(index=False)
