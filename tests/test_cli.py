@@ -136,12 +136,11 @@ def test_doctor_says_what_is_in_order_and_what_to_do(monkeypatch, capsys):
 
 
 def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
-    from xsd.runs import notebooks
+    from xsd.steps import sweep
 
     asked = []
-    monkeypatch.setattr(notebooks, "sweep",
-                        lambda source, grid, out, fixed: asked.append(grid) or [])
-    monkeypatch.setattr(notebooks, "table", lambda rows: "")
-    assert cli.main(["sweep", "03", "-g", "level=L1,L2", "-g", "seed=0,1", "-o",
-                     str(tmp_path)]) == 0
-    assert asked == [{"levels": [["L1"], ["L2"]], "seed": [0, 1]}]
+    monkeypatch.setattr(sweep, "run", lambda source, grid, *_, **__: asked.append(grid) or [])
+    assert cli.main(["sweep", "03", "level=L1,L2", "-g", "seed=0,1", "-o", str(tmp_path)]) == 0
+    assert cli.main(["sweep", "03", "levels=L1|L4,B1", "-o", str(tmp_path)]) == 0
+    assert asked == [{"levels": [["L1"], ["L2"]], "seed": [0, 1]},
+                     {"levels": [["L1"], ["L4", "B1"]]}]

@@ -14,7 +14,18 @@ from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.evaluate import table
 from xsd.runs import demo_page, folder, parameters, report
-from xsd.steps import cached, compare, extraction, live, lossless, ready, traces, training
+from xsd.steps import (
+    cached,
+    compare,
+    explore,
+    extraction,
+    listing,
+    live,
+    lossless,
+    ready,
+    traces,
+    training,
+)
 from xsd.views import cost_figures, figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
@@ -385,12 +396,12 @@ def test_two_runs_are_compared_level_by_level(place, tmp_path):
                                                    == 0).all() and not differing["clear"].any()
     assert set(differing["against"]) == {f"run {level}" for level in [*LEVELS, "drafter_tokens"]
                                          } and len(differing) == 10
-    assert list(compare.overview(runs)["run"]) == ["run", "again"]
+    assert list(listing.overview(runs)["run"]) == ["run", "again"]
     assert set(compare.curves(runs)["level"]) == {
         f"{level} · {name}" for level in LEVELS for name in ("run", "again")
     }
     with pytest.raises(ParameterError, match="given twice"):
-        compare.names([runs[0], runs[0]])
+        listing.names([runs[0], runs[0]])
     with pytest.raises(ParameterError, match="is not among the runs"):
         compare.differences(runs, "cosine", baseline="elsewhere", resamples=50, seed=0)
 
@@ -400,7 +411,8 @@ def test_comparison_is_written_as_plain_numbers(place):
         {"run_dir": str(place / "run"), "runs": [str(place / "run")], "resamples": 50})
     table = compare.values(checked.runs, checked.metric, resamples=50, seed=0)
     differing = compare.differences(checked.runs, checked.metric, resamples=50, seed=0)
-    compare.save(checked.run_dir, checked.metric, checked.runs, table, differing,
+    apart = compare.apart(checked.runs, checked.metric)
+    compare.save(checked.run_dir, checked.metric, checked.runs, table, differing, apart,
                  seed=checked.seed, parameters=checked.model_dump())
     text = (place / "run" / "results" / "compare.json").read_text()
     assert "NaN" not in text and len(json.loads(text)["values"]) == len(table)
@@ -413,7 +425,7 @@ def test_a_value_lies_inside_its_interval(place, records):
 
 
 def test_the_explorer_shows_tokens_and_pictures_of_a_run(place):
-    explorer = compare.explorer([str(place / "run")], levels=["L1", "L4"], threshold=0.9)
+    explorer = explore.explorer([str(place / "run")], levels=["L1", "L4"], threshold=0.9)
     assert explorer.data.runs == ["run · simulated", "run · davis_road"]
     assert explorer.selection.levels == ("L1", "L4") and explorer.pictures.value.count("<img") == 13
     explorer.run.value = "run · davis_road"

@@ -4,11 +4,12 @@ import json
 import os
 
 import pytest
+from tiny_pair import make_tiny_pair
 from toy_notebook import Toy, write
 
 from xsd.core import ParameterError
-from xsd.runs import folder
-from xsd.steps import sweep
+from xsd.runs import folder, notebooks, parameters
+from xsd.steps import extraction, sweep, training
 
 
 @pytest.fixture
@@ -71,3 +72,40 @@ def test_a_sweep_with_an_impossible_point_runs_nothing(toy, tmp_path):
 def test_names_of_points_are_readable_and_distinct():
     names = list(sweep.points_of({"levels": [["L1"], ["L1", "L4"]], "seed": [0, 1]}))
     assert len(set(names)) == 4 and names[2].startswith("levels=L1+L4_seed=0_")
+
+
+def test_points_share_what_they_have_in_common(tmp_path):
+    def base(P, **given):
+        return sweep._task(tmp_path / "x.ipynb", tmp_path / "sweep" / "p", given, P)[4:]
+
+    tokens = parameters.TokenParameters.checked
+    first = base(tokens({"gamma": 3, "levels": ["L1"]}))
+    assert first == (base(tokens({"gamma": 5, "levels": ["L1"]}))[0], ["L1"])
+    assert first[0].parent == tmp_path / "sweep" / "shared"
+    assert base(tokens({"levels": ["L4"]})) == (first[0], ["L4"])
+    assert base(tokens({"seed": 1}))[0] != first[0]
+    assert base(tokens({"test_data": ["davis_road"]}))[0] != first[0]
+    assert base(tokens({}), run_dir=str(tmp_path / "mine"))[0] == tmp_path / "mine"
+    assert base(parameters.TrainParameters.checked({"epochs": 1}))[1] == []
+    live = parameters.LiveParameters.checked({"arms": ["ar", "L5F+ngram"], "check_arms": ["L1"]})
+    assert sorted(base(live)[1]) == ["L1", "L5F"]
+
+
+def test_shared_levels_are_trained_once_and_linked_into_the_points(tmp_path, monkeypatch):
+    pair = make_tiny_pair(tmp_path / "pair", seed=4)
+    place, own = tmp_path / "shared", tmp_path / "point" / "run"
+    extraction.run(parameters.ExtractParameters.checked({
+        "run_dir": str(place), "pair": str(pair), "n_train_sequences": 3, "n_test_sequences": 2,
+        "questions_per_sequence": 4, "max_new_tokens": 8, "workers": 1}))
+    P = parameters.TokenParameters.checked({"run_dir": str(place)})
+    assert sweep._make(P, ["L1"]) is None
+    before = (place / "adapters" / "L1" / "best.safetensors").stat().st_mtime_ns
+    assert sweep._make(P, ["L1", "L2"]) is None
+    assert (place / "adapters" / "L1" / "best.safetensors").stat().st_mtime_ns == before
+    assert sweep._make(P, ["nowhere:Level"]) is not None
+    monkeypatch.setattr(notebooks, "run_notebook", lambda *_, **__: None)
+    assert sweep._point(tmp_path, tmp_path, {"run_dir": str(own)}, type(P), place, ["L2"]) is None
+    assert training.trained(own) == ["L2"] and list(training.load(own, ["L2"])) == ["L2"]
+    held = [extraction.open_pairs(run, "test", "simulated", "teacher_forced").table()
+            for run in (own, place)]
+    assert held[0].equals(held[1]) and folder.data_hash(own) == folder.data_hash(place)

@@ -119,7 +119,7 @@ def sweep(notebook: str = NOTEBOOK,
     rows = points.run(source, axes, target, fixed=typed.read_values(parameter, model), jobs=jobs)
     found, place = points.metrics(rows), folder.shown(target)
     atomic_write(target / "sweep.csv", found.to_csv(index=False))
-    print(listing.written(found))
+    print(listing.shown(found).to_string(index=False))
     print(f"the table: {place}/sweep.csv; side by side: xsd run 06 -p runs={place} "
           f"-p run_dir={place}/compared")
     failed = [row for row in rows if row["status"] == "failed"]
@@ -142,7 +142,7 @@ def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
         print(found.to_csv(index=False), end="")
     else:
         print("there is no run yet; xsd run NB makes one" if found.empty else
-              listing.written(found))
+              listing.shown(found).to_string(index=False))
 
 
 @app.command(epilog=examples("xsd report reports/05_live"))

@@ -148,7 +148,7 @@ class CompareParameters(NotebookParameters):
 
     notebook = "06_compare"
     runs: list[str] = Field(["runs/smoke"], min_length=1,
-                            description="run folders to set side by side")
+                            description="run folders, or a sweep's, to set side by side")
     metric: Literal["accepted_per_round", "token_acceptance", "cosine", "speedup"] = Field(
         "accepted_per_round", description="what the first picture compares")
     baseline: str = Field("", description="run the differences are taken against; empty: the first")
@@ -159,7 +159,8 @@ class ExploreParameters(NotebookParameters):
     """07: interactive explorer."""
 
     notebook = "07_explore"
-    runs: list[str] = Field(["runs/smoke"], min_length=1, description="run folders to explore")
+    runs: list[str] = Field(["runs/smoke"], min_length=1,
+                            description="run folders, or a sweep's, to explore")
     levels: typed.Levels = Field(["L1", "L4"], description="levels chosen at the start")
     threshold: float = Field(0.9, ge=0.5, le=0.99, description="cosine threshold τ at the start")
 

@@ -1,26 +1,23 @@
-"""Steps 06 and 07: runs side by side, each difference paired sample by sample (one run alone: its
-levels, each against the drafter's own tokens), and what the explorer shows of them."""
+"""Step 06: runs side by side, each difference paired sample by sample (one run alone: its levels,
+each against the drafter's own tokens)."""
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from xsd.core import MetricError, ParameterError, Sample
+from xsd.core import MetricError, ParameterError
 from xsd.evaluate import statistics, table
-from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.runs import folder
 from xsd.steps import data as datasets
-from xsd.steps import evaluation, extraction, training
-from xsd.views import explorers, figures
+from xsd.steps import listing, training
+from xsd.views import figures
 
 METRICS = {
     "accepted_per_round": "accepted drafts per round",
@@ -28,48 +25,12 @@ METRICS = {
     "cosine": "cosine of aligned and verifier states",
     "speedup": "times as fast as the best baseline",
 }
+SAME = {"speedup": ("gamma", "gamma_prefill", "max_new_tokens", "threads")}
+"""Parameters that runs must share for a paired difference of a metric; others: gamma and mode."""
 _COUNTS = {"token_acceptance": ("matched", "positions"),
            "accepted_per_round": ("accepted", "rounds")}
 KINDS = {table.DRAFTER: "drafter", "B1": "ceiling"}
 """What levels are that are no adapter; a ceiling reads the verifier's own states alone."""
-
-
-def names(runs: Sequence[str]) -> list[str]:
-    """A name for each run folder: as many last parts of its path as tell the runs apart. Raises:
-    ParameterError when one folder is given twice."""
-    places = [folder.resolve(run) for run in runs]
-    if len(set(places)) < len(places):
-        raise ParameterError(f"a run is given twice among {', '.join(runs)}; give each folder once")
-    depth = 1
-    while len({place.parts[-depth:] for place in places}) < len(places):
-        depth += 1
-    return ["/".join(place.parts[-depth:]) for place in places]
-
-
-def overview(runs: Sequence[str]) -> pd.DataFrame:
-    """One row per run: what it was made with and its headlines. Raises: ParameterError."""
-    rows = []
-    for name, run in zip(names(runs), runs, strict=True):
-        found = folder.load_results(run)
-        extracted, trained, tokens, live = (found.get(step, {})
-                                            for step in ("extract", "train", "tokens", "live"))
-        origin = next((one["provenance"] for one in (tokens, extracted) if "provenance" in one), {})
-        first = next(iter(tokens.get("test", {}).values()), {})
-        best = live.get("arms", {}).get(live.get("best_arm"), {})
-        rows.append({
-            "run": name,
-            "pair": extracted.get("pair"),
-            "revision": str(origin.get("git_revision", ""))[:10],
-            "seed": origin.get("seed"),
-            "training pairs": extracted.get("train", {}).get("pairs"),
-            "recipe": trained.get("profile"),
-            "levels": ", ".join(trained.get("levels", {})),
-            "best adapter": first.get("best_adapter"),
-            "best floor": first.get("best_floor"),
-            "fastest drafting arm": best.get("label"),
-            "speed-up": best.get("speedup", {}).get("value"),
-        })
-    return pd.DataFrame(rows)
 
 
 def per_sample(run: str, metric: str) -> pd.DataFrame:
@@ -136,7 +97,7 @@ def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd
     baseline, spread, busy."""
     rows: list[dict[str, Any]] = []
     options = {"n_resamples": resamples, "seed": seed}
-    for name, run in zip(names(runs), runs, strict=True):
+    for name, run in zip(listing.names(runs), runs, strict=True):
         if metric == "speedup":
             rows += [{"run": name, **row} for row in _speedup_rows(run, **options)]
             continue
@@ -161,33 +122,99 @@ def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resampl
                 seed: int) -> pd.DataFrame:
     """Paired differences with intervals, on the samples that both sides hold.
 
-    Several runs: each level minus the same level of the baseline run. One run: each level minus the
-    drafter's own tokens (live: minus our greedy loop), else minus the first level. Returns: run,
+    Several runs: each level minus the same level of the baseline run, or minus its only one where
+    both hold one, if they may be compared (:func:`apart`). One run: each level minus the drafter's
+    own tokens (live: minus our greedy loop), else minus the first level. Returns: run,
     data, level, against, value, low, high, n_samples, clear (the interval excludes 0).
     Raises: ParameterError for a baseline that is not among the runs.
     """
-    called = dict(zip(names(runs), runs, strict=True))
-    by_place = {folder.resolve(run): name for name, run in called.items()}
-    base = baseline if baseline in called else by_place.get(folder.resolve(baseline or runs[0]))
-    if base is None:
-        raise ParameterError(f"the baseline {baseline!r} is not among the runs {', '.join(called)}")
+    called = dict(zip(listing.names(runs), runs, strict=True))
+    base = _baseline(called, baseline)
+    refused = apart(runs, metric, baseline=baseline)
+    refused = set(zip(refused["run"], refused["data"], strict=True))
     sides = {(name, which, level): part.set_index("sample").sort_index()
              for name, run in called.items()
              for (which, level), part in per_sample(run, metric).groupby(["data", "level"])}
+    held: dict[tuple[str, str], list[str]] = {}
+    for name, which, level in sides:
+        held.setdefault((name, which), []).append(level)
     rows = []
     for (name, which, level), own in sides.items():
-        against, other = f"{base} {level}", (base, which, level)
-        if len(called) == 1:
-            levels = [one for _, data, one in sides if data == which]
-            against = next((one for one in (table.DRAFTER, "ar") if one in levels), levels[0])
-            other = (name, which, against)
+        if (name, which) in refused or (base, which) not in held:
+            continue
+        partner = _partner(level, held[name, which], held[base, which], alone=len(called) == 1)
+        other = (base, which, partner)
         if other in sides and other != (name, which, level):
+            against = partner if len(called) == 1 else f"{base} {partner}"
             pair = own.join(sides[other][["above", "below"]].add_suffix("_other"), how="inner")
             about = {"run": name, "data": which, "level": level, "against": against}
             found = _difference(pair, metric == "speedup", n_resamples=resamples, seed=seed)
             rows.append(about | {"n_samples": len(pair)} | found)
     columns = ["run", "data", "level", "against", "value", "low", "high", "n_samples", "clear"]
     return pd.DataFrame(rows, columns=columns)
+
+
+def _partner(level: str, own: Sequence[str], theirs: Sequence[str], *, alone: bool) -> str:
+    """The level of the baseline run that a level is compared with."""
+    if alone:
+        return next((one for one in (table.DRAFTER, "ar") if one in theirs), theirs[0])
+    trained = [[one for one in levels if one != table.DRAFTER] for levels in (own, theirs)]
+    # points of a sweep over levels hold one each
+    return trained[1][0] if [level] == trained[0] and len(trained[1]) == 1 else level
+
+
+def _baseline(called: Mapping[str, str], baseline: str) -> str:
+    """The name of the run that differences are taken against."""
+    by_place = {folder.resolve(run): name for name, run in called.items()}
+    first = next(iter(called.values()))
+    base = baseline if baseline in called else by_place.get(folder.resolve(baseline or first))
+    if base is None:
+        raise ParameterError(f"the baseline {baseline!r} is not among the runs {', '.join(called)}")
+    return base
+
+
+def apart(runs: Sequence[str], metric: str, *, baseline: str = "") -> pd.DataFrame:
+    """Runs that are not subtracted from the baseline run, by held-out set, and why: run, data, why.
+
+    A paired difference needs the same held-out data, pair of models and parameters (``SAME``) on
+    both sides. Raises: ParameterError for a baseline that is not among the runs.
+    """
+    called = dict(zip(listing.names(runs), runs, strict=True))
+    made = {name: _made_with(run, metric) for name, run in called.items()}
+    base = _baseline(called, baseline)
+    rows = []
+    for name, sets in made.items():
+        for data, mine in sets.items():
+            theirs = made[base].get(data, {})
+            why = [f"its {what} is {mine[what]}, that of {base} {theirs[what]}"
+                   for what in mine if what in theirs and mine[what] != theirs[what]]
+            if not theirs:
+                why = [f"{base} was not evaluated on it"]
+            rows += [{"run": name, "data": data, "why": one} for one in why]
+    return pd.DataFrame(rows, columns=["run", "data", "why"])
+
+
+def _made_with(run: str, metric: str) -> dict[str, dict[str, str]]:
+    """Held-out set → what must be equal in runs that are subtracted, as far as it is known."""
+    results = folder.load_results(run)
+    extract, found = (results.get(name, {}) for name in (
+        "extract", "live" if metric == "speedup" else "tokens"))
+    origin = found.get("provenance", {})
+    given = origin.get("parameters", {})
+    known: dict[str, Any] = {name: given.get(name) for name in SAME.get(metric, ("gamma", "mode"))}
+    known |= {f"{role}'s weights": value[:12] for role, value in extract.get("weights", {}).items()}
+    known["longest answer"] = extract.get("provenance", {}).get("parameters", {}).get(
+        "max_new_tokens")
+    if metric == "speedup":
+        known |= {"baseline": found.get("baseline"), "machine": origin.get("machine")}
+    hashes = {name.removeprefix("test_"): value
+              for name, value in extract.get("data_hashes", {}).items()}
+    if metric != "speedup" and given.get("test_data"):
+        sets = map(datasets.name_of, given["test_data"])
+        hashes |= dict(zip(sets, str(origin.get("data_hash")).split("+"), strict=False))
+    return {data: {name: str(value) for name, value in {
+        **known, "held-out data": hashes.get(data, "")[:16]}.items() if value not in (None, "")}
+        for data in found.get("test", {})}
 
 
 def _difference(pair: pd.DataFrame, of_medians: bool, **options: int) -> dict[str, Any]:
@@ -225,7 +252,7 @@ def picture(found: pd.DataFrame, which: str, metric: str) -> go.Figure:
 def curves(runs: Sequence[str]) -> pd.DataFrame:
     """Training histories of all runs, for ``views.figures.training_curves``."""
     pieces = [pd.DataFrame(columns=["level", "epoch", "split", "loss"])]
-    for name, run in zip(names(runs), runs, strict=True):
+    for name, run in zip(listing.names(runs), runs, strict=True):
         if levels := training.trained(run):
             own = training.history(run, levels)
             pieces.append(own.assign(level=own["level"] + f" · {name}") if len(runs) > 1 else own)
@@ -233,47 +260,11 @@ def curves(runs: Sequence[str]) -> pd.DataFrame:
 
 
 def save(run_dir: str, metric: str, runs: Sequence[str], found: pd.DataFrame,
-         differing: pd.DataFrame, **made_with: Any) -> dict[str, Any]:
+         differing: pd.DataFrame, refused: pd.DataFrame, **made_with: Any) -> dict[str, Any]:
     """Write ``results/compare.json`` and return it. made_with: seed, parameters."""
     hashes = "+".join(filter(None, map(folder.data_hash, runs))) or None
-    results = {"metric": metric, "runs": names(runs), "values": found.to_dict("records"),
-               "differences": differing.to_dict("records"),
+    results = {"metric": metric, "runs": listing.names(runs), "values": found.to_dict("records"),
+               "differences": differing.to_dict("records"), "apart": refused.to_dict("records"),
                "provenance": provenance(data_hash=hashes, **made_with)}
     folder.save_results(run_dir, "compare", results)
     return results
-
-
-# --- the explorer
-
-
-def pictures(runs: Sequence[str]) -> Callable[[str], Sample | None]:
-    """Sample key → Sample of any of the runs, read when asked for; None for an unknown key."""
-
-    @cache
-    def places() -> dict[str, tuple[HeldOut, int]]:
-        sets = [evaluation.held_out(run, data) for run in runs
-                for data in extraction.held_out_names(run)]
-        return {name: (one, i) for one in sets for i, name in enumerate(one.keys)}
-
-    @cache
-    def read(key: str) -> Sample | None:
-        pairs, index = places().get(key, (None, 0))
-        with contextlib.suppress(ParameterError):  # of imported chunks nobody knows the clips
-            return pairs and pairs.load(index)
-        return None
-
-    return read
-
-
-def explorer(runs: Sequence[str], *, levels: Sequence[str],
-             threshold: float) -> explorers.AcceptanceExplorer:
-    """The explorer, opened on ``levels`` as far as the first run holds them. In it, a run is a run
-    folder and one of its held-out sets."""
-    tables = [folder.load_tokens(run).assign(run=name)
-              for name, run in zip(names(runs), runs, strict=True)]
-    tokens = pd.concat(tables, ignore_index=True)
-    tokens = tokens.assign(run=tokens["run"] + " · " + tokens["data"].astype(str))
-    found = explorers.ExplorerData(tokens, pictures(runs))
-    held = found.levels(found.runs[0])
-    chosen = [level for level in levels if level in held] or held[:2]
-    return explorers.AcceptanceExplorer(found, levels=chosen, tau=threshold)

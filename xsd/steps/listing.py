@@ -1,7 +1,9 @@
-"""Which runs there are, what they were made with, and what came of them: ``xsd runs``."""
+"""Which runs there are, what they were made with, and what came of them: ``xsd runs``, and the
+first table of notebook 06."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -9,6 +11,7 @@ from typing import Any
 
 import pandas as pd
 
+from xsd.core import ParameterError
 from xsd.evaluate import tables
 from xsd.runs import folder
 from xsd.runs.parameters import NOTEBOOKS
@@ -91,8 +94,56 @@ def headline(results: Mapping[str, Any]) -> dict[str, Any]:
             "baseline": arms.get(live.get("baseline"), {}).get("label")}
 
 
-def written(frame: pd.DataFrame) -> str:
-    """A table as aligned text: numbers with their intervals, no column that is empty throughout."""
+def shown(frame: pd.DataFrame) -> pd.DataFrame:
+    """For reading: numbers with their intervals, no column that is empty throughout."""
     known = {name for name in frame if frame[name].notna().any()}
     kept = [name for name in frame if name.removesuffix(" low").removesuffix(" high") in known]
-    return tables.with_intervals(frame[kept]).fillna("").to_string(index=False)
+    return tables.with_intervals(frame[kept]).fillna("")
+
+
+# --- side by side
+
+
+def runs_of(runs: Sequence[str]) -> list[str]:
+    """The run folders; a sweep's folder stands for its finished points. Raises: ParameterError."""
+    found = []
+    for run in runs:
+        record = folder.resolve(run) / "sweep.json"
+        rows = json.loads(record.read_text(encoding="utf-8"))["runs"] if record.is_file() else [
+            {"run_dir": run, "status": "finished"}]
+        found += [row["run_dir"] for row in rows if row["status"] == "finished"]
+    if not found:
+        raise ParameterError(f"no point of {', '.join(runs)} has finished; run the sweep again")
+    return found
+
+
+def names(runs: Sequence[str]) -> list[str]:
+    """A name for each run folder: as many last parts of its path as tell the runs apart, without
+    those they all share. Raises: ParameterError when one folder is given twice."""
+    places = [folder.resolve(run) for run in runs]
+    if len(set(places)) < len(places):
+        raise ParameterError(f"a run is given twice among {', '.join(runs)}; give each folder once")
+    while len(places) > 1 and len({place.name for place in places}) == 1:
+        places = [place.parent for place in places]
+    depth = 1
+    while len({place.parts[-depth:] for place in places}) < len(places):
+        depth += 1
+    return ["/".join(place.parts[-depth:]) for place in places]
+
+
+def overview(runs: Sequence[str]) -> pd.DataFrame:
+    """One row per run: what it was made with, the parameters that differ among the runs, its
+    headlines. Raises: ParameterError."""
+    rows = []
+    results = [folder.load_results(run) for run in runs]
+    differ = differing([parameters(found) for found in results])
+    for name, found, own in zip(names(runs), results, differ, strict=True):
+        made, trained, tokens = (found.get(step, {}) for step in ("extract", "train", "tokens"))
+        origin = next((one["provenance"] for one in (tokens, made) if "provenance" in one), {})
+        rows.append({
+            "run": name, "pair": made.get("pair"),
+            "revision": str(origin.get("git_revision", ""))[:10], "seed": origin.get("seed"),
+            "training pairs": made.get("train", {}).get("pairs"),
+            "recipe": trained.get("profile"), "levels": ", ".join(trained.get("levels", {})),
+            "gamma": tokens.get("gamma"), **own, **headline(found)})
+    return shown(pd.DataFrame(rows))

@@ -26,7 +26,7 @@ from xsd.steps import listing, ready, training
 
 SHARES = ("02_train", "03_hidden", "04_tokens", "05_live", "13_truth")
 """Notebooks that begin with an extraction, and all but the first with trained adapters."""
-UPSTREAM = ("seed", "data", "test_data")
+UPSTREAM = ("seed", "data", "test_data", "pair", "device", "quant", "model_dtype")
 """What the extraction and the trainings depend on that such a notebook makes for itself."""
 LINKED = ("data/*", "imported/*", "shards/*", "results/extract.json", "results/train.json")
 METRICS = ("token_acceptance", "accepted_per_round", "cosine", "accept", "speedup")
@@ -140,10 +140,11 @@ def _make(P: typed.NotebookParameters, levels: Sequence[Any]) -> str | None:
     """Extract and train in P.run_dir what is not there; returns what went wrong."""
     try:
         ready.ensure(P, adapters=levels)
-        if {files.name_of(level) for level in levels} - set(training.trained(P.run_dir)):
+        levels = [level for level in levels if not files.is_path(level)]
+        if set(map(files.name_of, levels)) - set(training.trained(P.run_dir)):
             given = {name: getattr(P, name) for name in ("run_dir", "seed", "data")
                      if hasattr(P, name)}
-            training.run(parameters.TrainParameters.checked({**given, "levels": list(levels)}))
+            training.run(parameters.TrainParameters.checked({**given, "levels": levels}))
     except XsdError as error:
         return str(error)
     return None
