@@ -50,22 +50,25 @@ def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence
     out = {REAL: pairs}
     if drafter_sees:
         names = (AGAIN, *drafter_sees)
-        forced = force(drafter_of(run_dir), pairs, names, batch_size)
+        forced = force(drafter_of(run_dir, pairs), pairs, names, batch_size)
         about = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(HeldOut)}
         about["texts"] = None  # their words are the stored pairs'
         out |= {name: Shown(**about, forced=forced[name]) for name in names}
     return out
 
 
-def drafter_of(run_dir: str | os.PathLike[str]) -> ModelHandle:
-    """The drafter that a run was extracted with. Raises: ParameterError when its weights are others
-    now."""
-    about = extraction.pair_file(run_dir)
+def drafter_of(run_dir: str | os.PathLike[str], pairs: HeldOut | None = None) -> ModelHandle:
+    """The drafter that a run, or these pairs of elsewhere, were extracted with. Raises:
+    ParameterError when its weights are others now, or nobody knows it (imported chunks)."""
+    about = (extraction.known(pairs.dataset) if pairs else {}) or extraction.pair_file(run_dir)
     name = about["pair"]
-    _, info = loading.pair_folder(name)
+    _, info = loading.pair_folder(name if name == "embedded" else folder.resolve(name))
     drafter = loading.load_drafter(info["drafter"], vision_tower=info.get("vision_tower"),
                                    **about.get("loads", {}))
-    before = folder.load_results(run_dir).get("extract", {}).get("weights", {}).get("drafter")
+    if pairs is None or pairs.dataset.folder.is_relative_to(folder.resolve(run_dir)):
+        before = folder.load_results(run_dir).get("extract", {}).get("weights", {}).get("drafter")
+    else:
+        before = pairs.dataset.manifest["config"]["drafter"]["weights"]
     if before and before != drafter.weights_hash():
         raise ParameterError(
             f"the run {run_dir} was extracted with another drafter than its pair {name!r} holds "

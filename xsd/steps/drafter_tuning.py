@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from xsd.core import Batch, ParameterError
 from xsd.evaluate import held_out, statistics, table
 from xsd.extract import plan
 from xsd.models import loading
+from xsd.runs import folder as run_folder
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
@@ -38,38 +39,37 @@ def train(pairs: ShardDataset, *, run_dir: str | os.PathLike[str], data: str, fo
     """Train (or find) L6 and judge it: (what fit_lora returned, held-out set of the run →
     :func:`judge`). Writes best/ (LoRA), drafter/ (merged, an ordinary one) and map/ (the ridge map)
     into ``folder``. options: of lora_fit.fit_lora, which says what it raises."""
-    about = extraction.pair_file(run_dir)
-    pair = loading.load_pair(about["pair"])
+    name = (extraction.known(pairs) or extraction.pair_file(run_dir))["pair"]
+    pair = loading.load_pair(name if name == "embedded" else run_folder.resolve(name))
     states = source.open_states(pairs)
     chosen, _ = source.split_by_sequence(states.sequence, config.validation_share, seed)
     through = linear.fit_linear("ridge", states.batches(chosen, 64))
-    result = lora_fit.fit_lora(pair.drafter.model, pairs, prompts(run_dir, data, "train", pair),
-                               folder=folder, head=head, config=config, adapter=through, seed=seed,
-                               merge=True, **options)
+    clips = extraction.clips_of(run_dir, "train", data, pairs)
+    result = lora_fit.fit_lora(pair.drafter.model, pairs, prompts(clips, pair), folder=folder,
+                               head=head, config=config, adapter=through, seed=seed, merge=True,
+                               **options)
     drafter = pair.drafter
     loading.save_checkpoint(folder / "drafter", drafter.model, drafter.tokenizer, drafter.pixels)
     registry.save_adapter(through, folder / "map")
     judged = {}
-    for name in about.get("test_data", []):
+    for name in extraction.held_out_names(run_dir):
         stored = extraction.open_pairs(run_dir, "test", name, "teacher_forced")
-        judged[datasets.name_of(name)] = judge(
-            through, held_out.of(name, stored, head), drafter.model,
-            prompts(run_dir, name, "test", pair), seed=seed)
+        clips = extraction.clips_of(run_dir, "test", name, stored)
+        judged[datasets.name_of(name)] = judge(through, held_out.of(name, stored, head),
+                                               drafter.model, prompts(clips, pair), seed=seed)
     return result, judged
 
 
-def prompts(run_dir: str | os.PathLike[str], data: str, split: str,
-            pair: loading.Pair) -> lora_fit.Prompt:
-    """Stored pair → its whole prompt's embeddings [L, D_d] in the drafter, vision included. Raises:
-    ParameterError when a pair's clip is not in the data set any more."""
-    records = {(record.sequence, record.clip): record for record in dataset_folder.open_folder(
-        datasets.root_of(run_dir, data, split), split)}
+def prompts(clips: Iterable[dataset_folder.ClipRecord], pair: loading.Pair) -> lora_fit.Prompt:
+    """Stored pair → its whole prompt's embeddings [L, D_d] in the drafter, vision included. clips:
+    those the pairs were extracted from. Raises: ParameterError when a pair's is not there."""
+    records = {(record.sequence, record.clip): record for record in clips}
 
     @lru_cache(maxsize=CACHED_PROMPTS)
     def embedded(sequence: str, clip: str, question: str) -> Tensor:
         if (sequence, clip) not in records:
-            raise ParameterError(f"clip {sequence}/{clip} of the stored pairs is not in data set "
-                                 f"{data!r}; extract again with notebook 01")
+            raise ParameterError(f"clip {sequence}/{clip} of the stored pairs is not in their data "
+                                 "set any more; extract again")
         (sample,) = plan.folder_samples([records[sequence, clip]], [question],
                                         n_event_frames=pair.n_event_frames,
                                         canvas=pair.event_canvas)
