@@ -88,7 +88,9 @@ def judge(through: Adapter, pairs: held_out.HeldOut, model: torch.nn.Module,
     starts = {}
     for arm, some in batches.items():
         tokens = table.of_batches({lora_fit.LEVEL: through}, some, pairs.head, gamma=GAMMA)
-        each, starts[arm] = table.counts(tokens, GAMMA), table.starts(tokens, GAMMA)
+        each, drafted = table.counts(tokens, GAMMA), table.drafted(tokens)
+        last = drafted.groupby("sample", observed=True)["position"].transform("max")
+        starts[arm] = drafted[last - drafted["position"] + 1 >= GAMMA]
         line[arm] = {"token_acceptance": float(tokens["one_step_match"].mean()),
                      "accepted_per_round": float(each["accepted"].sum() / each["rounds"].sum())}
     before, after = starts["before"], starts["after"]
