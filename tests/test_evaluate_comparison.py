@@ -19,6 +19,7 @@ from xsd.evaluate import (
     tokens,
 )
 from xsd.evaluate.comparison import compare_arms, compare_with_floors
+from xsd.evaluate.speedup import Timing
 from xsd.evaluate.statistics import Interval
 
 RNG = np.random.default_rng(0)
@@ -163,6 +164,13 @@ def test_printed_report_has_its_eight_sections():
         assert verdict in report_text.report("bare", pd.concat(parts), gamma=5, headline=changed)
     assert len(re.findall(r"P\(match \| ", text)) > 1 and "overstates" in text
     assert "not measured" in report_text.report("bare", parts[0], gamma=5)
+    assert "1× above 22 %   1.5× above 33 %   2× above 44 %" in text
+    assert "21% 1.01×" in text and "relaxed, tokens of an answer" in text and "####" in text
+    for clock, verdict in ((None, "no clock of this run says so"), (0.5, "too high"),
+                           (9.0, "took 9.00×, so it is")):
+        assert verdict in report_text.report("bare", parts[0], gamma=5, measured=clock)
+    slow = report_text.report("bare", parts[0], gamma=5, timing=Timing(verify_ms=900, kind="own"))
+    assert "the times given" in slow and "slower than plain decoding, if it held" in slow
     alone = pd.concat([hidden.figures(found.assign(sequence="road"), **options),
                        tokens.figures(found.assign(sequence="road"), **options)])  # fmt: skip
     changed = pd.Series({**headline, "clusters": 1} | tables.sides(

@@ -6,6 +6,7 @@ import pytest
 
 from xsd.core import MetricError
 from xsd.evaluate import rounds
+from xsd.evaluate.speedup import Timing
 from xsd.evaluate.two_phase import every_pair, phases
 
 
@@ -21,6 +22,17 @@ def test_every_combination_has_its_rows():
     assert len(rows) == 8 and value["L4", "L5F"] > value["L1", "L5F"] > value["L1", "none"]
     with pytest.raises(MetricError, match="at least one adapter for each phase"):
         every_pair({}, second, lengths, names, n_first=4, gamma=2)
+
+
+def test_every_pair_has_its_predicted_speedup_where_phase_2_is_timed():
+    """Two answers of 8: phase 1 accepts 3 of 4 (bonus at 4), then a round of 2 and its bonus, then
+    one of 1; times of 10 ms a token, 30 ms of prefill, 20 ms for phase 1's check, rounds of 15."""
+    timing = Timing(prefill_verifier_ms=30, decode_ms=100, n_tokens=10, verify_ms=20, overhead=0.5)
+    runs = {"L5F": [[0, 0, 0, 0, 2, 1, 0, 1]] * 2, "untimed": [[0] * 8] * 2}
+    rows = every_pair({"L4": np.array([3, 3])}, runs, [8, 8], ["a", "b"], n_first=4, gamma=2,
+                      timings={"L5F": timing}, n_resamples=50)
+    found = rows[rows["metric"] == "speedup"].set_index("phase2")["value"]
+    assert found.to_dict() == {"L5F": pytest.approx((30 + 80) / (30 + 20 + 2 * 15))}
 
 
 def test_a_round_accepts_what_its_own_start_gives_not_what_one_step_says():

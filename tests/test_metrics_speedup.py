@@ -7,15 +7,18 @@ import pytest
 from xsd.core import MetricError, ParameterError
 from xsd.decode.prices import Prices
 from xsd.evaluate.speedup import (
+    Timing,
     accepted_within,
     break_even_acceptance,
     break_even_table,
+    expected_table,
     expected_tokens,
     predict,
     reference_wall_clock,
     relaxed_speedup,
     round_speedup,
     sensitivity,
+    wall_clock_table,
 )
 
 COSTS = Prices(verifier_prefill_s=0.310, drafter_prefill_s=0.130, draft_s=0.008, round_s=0.001,
@@ -98,3 +101,28 @@ def test_a_curve_goes_on_at_its_last_ratio():
 def test_bad_input_is_named(call, message):
     with pytest.raises((MetricError, ParameterError), match=message):
         call()
+
+
+def test_a_timing_is_the_references_ones_own_or_what_was_measured(tmp_path):
+    assert Timing.read("reference") == Timing() and Timing().kind == "quoted"
+    own = Timing.read({"decode_ms": 300, "overhead": 0.3})
+    assert (own.token_ms, own.kind, own.prefill_verifier_ms) == (10.0, "own", 317.0)
+    (tmp_path / "t.json").write_text('{"decode_ms": 300, "overhead": 0.3}')
+    assert Timing.read(str(tmp_path / "t.json")) == own
+    for wrong in ("fast", {"decode": 3}, {"decode_ms": -1}, {"n_tokens": 0}, [1]):
+        with pytest.raises(ParameterError, match="is no timing; give reference, measured"):
+            Timing.read(wrong)
+    measured = Timing.of(COSTS, n_tokens=20, gamma=5, most=22)
+    assert (measured.kind, measured.n_drafted) == ("measured", 22)  # 180 ms hold 22 drafts of 8
+    assert (measured.token_ms, measured.verify_ms) == pytest.approx((14.0, 70.0))
+    assert measured.overhead == pytest.approx((5 * 8 + 1 + 20) / 14 - 1)  # one round of five drafts
+    free = dataclasses.replace(COSTS, overlap=0.0)
+    assert Timing.of(free, n_tokens=20, gamma=5, most=22).n_drafted == 0
+
+
+def test_tables_of_predictions_hold_the_references_rows():
+    assert [row["speedup"] for row in wall_clock_table(Timing())] == pytest.approx(
+        [1.01, 1.14, 1.25, 1.47], abs=0.01)
+    rows = expected_table(0.8, Timing(), gammas=[5])
+    assert rows[0]["tokens"] == expected_tokens(0.8, 5)
+    assert rows[0]["relaxed"] == pytest.approx(0.8 * 5 / 1.1)

@@ -151,6 +151,13 @@ def prices(curve: pd.DataFrame, steps: pd.DataFrame, *, drafter: bool = True,
                   float(draft_s), dict(zip(curve["rows"], curve["ms"] / 1e3, strict=True)))
 
 
+def stored_prices(known: Mapping[str, Mapping[str, float]], **options: Any) -> Prices:
+    """The prices of stored costs, ``results/live.json``'s. options: as :func:`prices`."""
+    steps = pd.DataFrame.from_dict(known, orient="index").rename_axis("what").reset_index()
+    curve = steps[steps["what"].str.fullmatch(r"verify \d+")]
+    return prices(curve.assign(rows=curve["what"].str.split().str[1].astype(int)), steps, **options)
+
+
 def _ms(rows: pd.DataFrame) -> pd.Series:
     return rows.set_index("what")["ms"]
 

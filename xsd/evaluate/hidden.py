@@ -68,27 +68,30 @@ def _overall(cosine: np.ndarray, clusters: list[str], taus: Sequence[float], gam
     """cosine: float32 [N, S], padding -2; one answer a row."""
     inside = cosine > -1.5
     lengths, ones = inside.sum(axis=1), np.ones(len(cosine))
-    above = [np.where(inside, cosine, 0).sum(axis=1, dtype=np.float64)]
-    below = [lengths]
+    cosines = np.where(inside, cosine, 0).sum(axis=1, dtype=np.float64)
+    ratios = {("cosine_mean", None): (cosines, lengths),
+              ("accepted_weighted", None): (cosines, ones)}  # fmt: skip
     unbroken = {}
     for tau in taus:
         accepted = cosine > np.float32(tau)
         run = unbroken[tau] = np.cumprod(accepted, axis=1, dtype=np.int64).sum(axis=1)
-        above += [accepted.sum(axis=1), run, run / lengths, np.minimum(run, gamma) / gamma]
-        below += [lengths, ones, ones, ones]
-    drawn = bootstrap_columns(np.stack(above, axis=1), np.stack(below, axis=1), clusters,
-                              n_resamples=n_resamples, seed=seed)
+        ratios |= {
+            ("accept_at", tau): (accepted.sum(axis=1), lengths),
+            ("accepted_relaxed", tau): (accepted.sum(axis=1), ones),
+            ("unbroken_prefix_mean", tau): (run, ones),
+            ("draft_acceptance_prefill", tau): (run / lengths, ones),
+            ("draft_acceptance_decode", tau): (np.minimum(run, gamma) / gamma, ones),
+        }  # fmt: skip
+    above, below = (np.stack(one, axis=1) for one in zip(*ratios.values(), strict=True))
+    drawn = bootstrap_columns(above, below, clusters, n_resamples=n_resamples, seed=seed)
     out = [row("cosine_mean", drawn[0], threshold=None, position=None)]
     out += spread("cosine", cosine[inside], [
         "std", "min", "max", "median", *(f"p{key}" for key in PERCENTILES)])
-    for i, tau in enumerate(taus):
-        accept, mean, prefill, decode = drawn[4 * i + 1:4 * i + 5]
-        out += [row("accept_at", accept, threshold=tau),
-                row("unbroken_prefix_mean", mean, threshold=tau),
-                *spread("unbroken_prefix", unbroken[tau], ["std", "min", "max", "median"],
-                        threshold=tau),
-                row("draft_acceptance_prefill", prefill, threshold=tau),
-                row("draft_acceptance_decode", decode, threshold=tau)]  # fmt: skip
+    for (name, tau), one in list(zip(ratios, drawn, strict=True))[1:]:
+        out.append(row(name, one, threshold=tau))
+        if name == "unbroken_prefix_mean":
+            out += spread("unbroken_prefix", unbroken[tau], ["std", "min", "max", "median"],
+                          threshold=tau)
     return out + spread("length", lengths, ["mean", "std", "min", "max"])
 
 

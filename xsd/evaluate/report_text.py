@@ -7,7 +7,13 @@ from typing import Any
 
 import pandas as pd
 
-from xsd.evaluate.speedup import reference_estimates
+from xsd.evaluate.speedup import (
+    Timing,
+    break_even_table,
+    expected_table,
+    reference_estimates,
+    wall_clock_table,
+)
 from xsd.evaluate.statistics import Interval
 
 _WIDTH = 100
@@ -41,13 +47,15 @@ class _Figures:
 
 
 def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series | None = None,
-           floors: pd.DataFrame | None = None, positions: int = 20) -> str:
+           floors: pd.DataFrame | None = None, positions: int = 20,
+           timing: Timing | None = None, measured: float | None = None) -> str:
     """Eight sections for one level: 1 to 7 are the reference's hidden-state figures, 8 is what the
     verifier's head says, beside the floors.
 
     Args: metrics: the level's rows of hidden.figures and, where they were measured, tokens.figures
         and reliability.figures. gamma: as they were made with. headline: the level's row of step
         13's table (acceptance, best floor, above floor …). floors: floor, value, low, high.
+        timing: of section 6. measured: the level's speed-up in the live run.
     """
     of = _Figures(metrics)
     n_samples, n_tokens = of("length_mean", key="n"), of("cosine_mean", key="n")
@@ -63,7 +71,11 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
             "  ".join(f"{name.removeprefix('cosine_').upper()} {of(name):.4f}"
                       for name, *_ in of.rows if name.startswith("cosine_p"))],
         "[2] Accept@τ: share of tokens above the threshold (a threshold is not the verifier's "
-        "verdict: see 8)": [at[tau] + of.text("accept_at", tau) for tau in at],
+        "verdict: see 8)": [
+            f"{at[tau]}{_bar(of('accept_at', tau))} {of.text('accept_at', tau)}   relaxed, tokens "
+            f"of an answer: {of.text('accepted_relaxed', tau, percent=False)}" for tau in at]
+        + [f"weighted, sum of an answer's cosines: "
+           f"{of.text('accepted_weighted', percent=False)}"],
         "[3] Unbroken prefix: tokens above the threshold before the first one that is not": [
             f"{at[tau]}{of.text('unbroken_prefix_mean', tau, percent=False)}   "
             + of.each("unbroken_prefix", "std .2f, median .1f, min .0f, max .0f", tau)
@@ -73,7 +85,8 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
         "[5] Draft acceptance by threshold: prefill (whole answer), decode (first γ)": [
             f"{at[tau]}prefill {of.text('draft_acceptance_prefill', tau)}   decode, γ = {gamma}: "
             f"{of.text('draft_acceptance_decode', tau)}" for tau in at],
-        "[6] Speed-up (estimates; the live benchmark measures it)": _speedup(of, gamma),
+        "[6] Speed-up (estimates; the live benchmark measures it)": _speedup(
+            of, gamma, timing or Timing(), measured),
         "[7] By position in the answer": _positions(of, positions),
         "[8] Tokens: the verifier's verdict": _tokens(of, gamma, headline, floors),
     }  # fmt: skip
@@ -89,22 +102,50 @@ def _interval(row: Any, name: str = "") -> Interval:
     return Interval(*(float("nan") if row[key] is None else row[key] for key in keys), 0, 0)
 
 
-def _speedup(of: _Figures, gamma: int) -> list[str]:
-    if not of.has("unbroken_prefix_mean", 0.9):
-        return ["the reference's formulas read the threshold 0.90, which was not measured"]
-    estimate = reference_estimates(of("unbroken_prefix_mean", 0.9),
-                                   of("draft_acceptance_decode", 0.9), gamma)
-    figures = "   ".join(f"{name.replace('_', ' ')} {value:.2f}×"
-                         for name, value in estimate.items())  # fmt: skip
-    return [f"the reference's formulas at cos > 0.90, its quoted times: {figures}   (ESTIMATE; "
-            "known to be too high)"]
+_TIMES = {"quoted": "its quoted times", "own": "the times given", "measured": "this run's costs"}
+
+
+def _speedup(of: _Figures, gamma: int, timing: Timing, measured: float | None) -> list[str]:
+    lines = []
+    if of.has("unbroken_prefix_mean", 0.9):
+        estimate = reference_estimates(of("unbroken_prefix_mean", 0.9),
+                                       of("draft_acceptance_decode", 0.9), gamma, timing)
+        figures = "   ".join(f"{name.replace('_', ' ')} {value:.2f}×"
+                             for name, value in estimate.items())  # fmt: skip
+        lines += [f"the reference's formulas at cos > 0.90, {_TIMES[timing.kind]}: {figures}",
+                  _verdict(estimate["end_to_end"], measured)]  # fmt: skip
+    else:
+        lines.append("the reference's formulas read the threshold 0.90, which was not measured")
+    if of.has("token_acceptance"):
+        alpha = of("token_acceptance")
+        lines += [f"{alpha:.1%} of the tokens, γ = {one['gamma']}: {one['tokens']:.2f} tokens a "
+                  f"round, {one['speedup']:.2f}× unbroken, {one['relaxed']:.2f}× relaxed"
+                  for one in expected_table(alpha, timing)]  # fmt: skip
+    shares = (f"{one['accepted']:.0%} {one['speedup']:.2f}×" for one in wall_clock_table(timing))
+    lines.append(f"end to end when so many of the hidden drafts are accepted: {'   '.join(shares)}")
+    needed = pd.DataFrame(break_even_table(overhead=timing.overhead))
+    return lines + [
+        f"break-even, γ = {gamma}: " + "   ".join(
+            f"{row['target']:g}× above {row['alpha_percent']:.0f} %" for _, row in part.iterrows())
+        for gamma, part in needed.groupby("gamma")]  # fmt: skip
+
+
+def _verdict(estimate: float, measured: float | None) -> str:
+    """What the end-to-end estimate is worth, beside the clock where the run has one."""
+    if measured is None:
+        slower = "slower than plain decoding" if estimate < 1 else "faster than plain decoding"
+        return f"(ESTIMATE from a cosine: {slower}, if it held; no clock of this run says so)"
+    word = "too high" if estimate > measured else "too low"
+    return (f"(ESTIMATE; the live run of this level took {measured:.2f}×, so it is "
+            f"{abs(estimate - measured):.2f} {word})")
 
 
 def _positions(of: _Figures, positions: int) -> list[str]:
     heads = [f"@{tau:.2f}" for tau in of.thresholds]
     with_tokens = of.has("token_acceptance")
     heads += ["token", "survival"] if with_tokens else []
-    lines = ["pos      n    cos     std  " + "".join(f"{head:>9}" for head in heads)]
+    lines = ["pos      n    cos     std  " + "".join(f"{head:>9}" for head in heads) +
+             f"  {heads[-1]}"]
     for t in range(positions):
         if not of.has("cosine_mean", None, t):
             break
@@ -113,8 +154,13 @@ def _positions(of: _Figures, positions: int) -> list[str]:
             cells += [of("token_acceptance", None, t), of("token_survival", None, t)]
         n, mean = (of("cosine_mean", None, t, key) for key in ("n", "value"))
         lines.append(f"{t:>3} {n:>6.0f} {mean:>6.3f} {of('cosine_std', None, t):>7.3f}  " +
-                     "".join(f"{100 * value:>8.1f}%" for value in cells))
+                     "".join(f"{100 * value:>8.1f}%" for value in cells) + f"  {_bar(cells[-1])}")
     return lines
+
+
+def _bar(share: float, width: int = 20) -> str:
+    """A share as a bar of signs that every terminal has."""
+    return ("#" * round(width * share)).ljust(width, ".")
 
 
 def _tokens(of: _Figures, gamma: int, headline: pd.Series | None,

@@ -7,14 +7,16 @@ verification was taken to be free and a cosine to be a token.
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from pathlib import Path
 from typing import Any
 
-from xsd.core import MetricError
+from xsd.core import MetricError, ParameterError
 from xsd.decode.prices import Prices
 
 # --- the reference's formulas ---
@@ -52,11 +54,28 @@ def break_even_table(gammas: Sequence[int] = (5, 8, 10), targets: Sequence[float
             for gamma in gammas for target in targets]  # fmt: skip
 
 
+def wall_clock_table(timing: Timing, shares: Sequence[float] = (0.21, 0.5, 0.7,
+                                                                1.0)) -> list[dict[str, Any]]:
+    """Rows accepted, speedup: reference_wall_clock at these shares of the hidden drafts."""
+    return [{"accepted": share, "speedup": reference_wall_clock(share, timing)} for share in shares]
+
+
+def expected_table(alpha: float, timing: Timing,
+                   gammas: Sequence[int] = (5, 8, 10)) -> list[dict[str, Any]]:
+    """Rows gamma, alpha, tokens (a round, with bonus), speedup (unbroken drafts), relaxed."""
+    return [{"gamma": gamma, "alpha": alpha, "tokens": expected_tokens(alpha, gamma),
+             "speedup": round_speedup(alpha, gamma, timing.overhead),
+             "relaxed": relaxed_speedup(alpha, gamma, timing.overhead)}
+            for gamma in gammas]  # fmt: skip
+
+
 @dataclass(frozen=True)
-class ReferenceTiming:
-    """The reference's published inputs (RTX 4090, 7B in 4-bit, 30 tokens): quoted figures, never
-    this project's measurements. decode_ms: the verifier's decoding of n_tokens. n_drafted: drafts
-    made for free while the verifier is in prefill; verify_ms: one batched verification of them."""
+class Timing:
+    """What the reference's formulas read; by default its published inputs (RTX 4090, 7B in 4-bit,
+    30 tokens), quoted and never this project's. decode_ms: the verifier's decoding of n_tokens.
+    n_drafted: drafts made for free while the verifier is in prefill; verify_ms: one batched
+    verification of them. overhead: what a round costs beyond a verifier's token, in such tokens.
+    kind: quoted, own or measured."""
 
     prefill_drafter_ms: float = 130.0
     prefill_verifier_ms: float = 317.0
@@ -65,6 +84,37 @@ class ReferenceTiming:
     n_drafted: int = 21
     verify_ms: float = 70.0
     overhead: float = 0.1
+    kind: str = "quoted"
+
+    @classmethod
+    def of(cls, prices: Prices, *, n_tokens: float, gamma: int, most: int) -> Timing:
+        """From measured prices: answers of n_tokens, rounds of gamma drafts, at most ``most``
+        hidden ones. Raises: ParameterError for a v(K) that was not measured."""
+        n_drafted, token_s = _hidden_drafts(prices, most, gamma), prices.verify_s(1)
+        round_s = gamma * prices.draft_s + prices.round_s + prices.verify_s(gamma + 1)
+        return cls(1e3 * prices.drafter_prefill_s, 1e3 * prices.verifier_prefill_s,
+                   1e3 * token_s * n_tokens, n_tokens, n_drafted,
+                   1e3 * prices.verify_s(max(1, n_drafted)), round_s / token_s - 1, "measured")
+
+    @classmethod
+    def read(cls, given: str | Mapping[str, Any]) -> Timing:
+        """"reference", a mapping of one's own times, or a JSON file of them; what is not named is
+        the reference's. Raises: ParameterError for other names, or a time that is none."""
+        if given == "reference":
+            return cls()
+        fields = [field.name for field in dataclasses.fields(cls)][:-1]
+        try:
+            text = "" if isinstance(given, Mapping) else Path(given).read_text(encoding="utf-8")
+            own = json.loads(text) if text else given
+            good = own.keys() <= set(fields) and all(
+                float(value) >= 0 for value in own.values()) and min(
+                    float(own.get(name, 1)) for name in ("decode_ms", "n_tokens")) > 0
+        except (OSError, ValueError, TypeError, AttributeError):
+            good = False
+        if not good:
+            raise ParameterError(f"{given!r} is no timing; give reference, measured, or "
+                                 f"{', '.join(fields)} in ms, as a mapping or a JSON file")
+        return cls(**{name: float(value) for name, value in own.items()}, kind="own")
 
     @property
     def token_ms(self) -> float:
@@ -72,26 +122,27 @@ class ReferenceTiming:
         return self.decode_ms / self.n_tokens
 
 
-def reference_wall_clock(acceptance: float, timing: ReferenceTiming | None = None) -> float:
+def reference_wall_clock(acceptance: float, timing: Timing | None = None) -> float:
     """End to end: baseline / (baseline − (accepted + 1 bonus)·token + verification). 21/50/70/100 %
     give 1.01/1.14/1.25/1.47× (±0.01)."""
     _check_share(acceptance, "acceptance")
-    timing = timing or ReferenceTiming()
+    timing = timing or Timing()
     baseline = timing.prefill_verifier_ms + timing.decode_ms
     saved = (timing.n_drafted * acceptance + 1) * timing.token_ms - timing.verify_ms
     return baseline / (baseline - saved)
 
 
 def reference_estimates(unbroken_prefix: float, draft_acceptance: float, gamma: int,
-                        timing: ReferenceTiming | None = None) -> dict[str, float]:
+                        timing: Timing | None = None) -> dict[str, float]:
     """Group 6 of the reference's evaluation: prefill, decode, end_to_end. unbroken_prefix,
     draft_acceptance: at one cosine threshold, the mean unbroken prefix and the mean of
     min(unbroken, gamma) / gamma (hidden.figures)."""
-    timing = timing or ReferenceTiming()
+    timing = timing or Timing()
+    hidden = unbroken_prefix / timing.n_drafted if timing.n_drafted else 0.0
     return {
         "prefill": 1 + unbroken_prefix * timing.token_ms / timing.prefill_verifier_ms,
         "decode": (draft_acceptance * gamma + 1) / (1 + timing.overhead),
-        "end_to_end": reference_wall_clock(min(1.0, unbroken_prefix / timing.n_drafted), timing),
+        "end_to_end": reference_wall_clock(min(1.0, hidden), timing),
     }
 
 

@@ -14,6 +14,7 @@ import pandas as pd
 
 from xsd.core import MetricError
 from xsd.evaluate import rounds, table
+from xsd.evaluate.speedup import Timing
 from xsd.evaluate.statistics import bootstrap_ratio
 from xsd.evaluate.tables import row
 
@@ -42,13 +43,16 @@ def phases(tokens: pd.DataFrame,
 
 
 def every_pair(phase1: Mapping[str, Any], phase2: Mapping[str, Any], lengths: Any,
-               clusters: Sequence[str], *, n_first: int, gamma: int, n_resamples: int = 2000,
+               clusters: Sequence[str], *, n_first: int, gamma: int,
+               timings: Mapping[str, Timing] | None = None, n_resamples: int = 2000,
                seed: int = 0) -> pd.DataFrame:
     """Every phase-1 × phase-2 combination: phase1, phase2, metric, value, low, high, n, n_clusters.
 
     The four arguments are as :func:`phases` returns them. Metrics: ``tokens_per_verification``
-    (with bonus, over all verifier passes, phase 1's included) and ``first_accepted`` (mean of phase
-    1's run). Raises: MetricError when a phase has no adapter, and as rounds.walk.
+    (with bonus, over all verifier passes, phase 1's included), ``first_accepted`` (mean of phase
+    1's run) and, where phase 2's level has a timing, ``speedup``, predicted: the time of plain
+    decoding over that of these rounds, phase 1's drafts being free. Raises: MetricError when a
+    phase has no adapter, and as rounds.walk.
     """
     if not phase1 or not phase2:
         raise MetricError("a two-phase evaluation needs at least one adapter for each phase")
@@ -59,6 +63,18 @@ def every_pair(phase1: Mapping[str, Any], phase2: Mapping[str, Any], lengths: An
             each = rounds.walk(runs, lengths, gamma, first=first, n_first=n_first).per_request()
             tokens = bootstrap_ratio(each["accepted"] + each["bonus"], each["rounds"], clusters,
                                      **draws)
-            rows += [row("tokens_per_verification", tokens, phase1=one, phase2=two),
-                     row("first_accepted", begin, phase1=one, phase2=two)]  # fmt: skip
+            found = {"tokens_per_verification": tokens, "first_accepted": begin}
+            if two in (timings or {}):
+                plain, drafting = _times(timings[two], each)
+                found["speedup"] = bootstrap_ratio(plain, drafting, clusters, **draws)
+            rows += [row(name, value, phase1=one, phase2=two) for name, value in found.items()]
     return pd.DataFrame(rows)
+
+
+def _times(timing: Timing, each: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """ms of every answer, by plain decoding and by these rounds, the first of them phase 1's."""
+    tokens, drew = each["accepted"] + each["bonus"], each["rounds"] > 0
+    a_round = timing.token_ms * (1 + timing.overhead)
+    rounds_ms = drew * timing.verify_ms + np.maximum(each["rounds"] - 1, 0) * a_round
+    return (timing.prefill_verifier_ms + tokens * timing.token_ms,
+            timing.prefill_verifier_ms + rounds_ms)

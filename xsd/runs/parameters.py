@@ -225,6 +225,7 @@ class TruthParameters(NotebookParameters):
     thresholds: typed.Thresholds = Field([0.8, 0.85, 0.9, 0.95])
     resamples: typed.Resamples = 400
     batch_size: typed.AtATime = 32
+    timing: typed.Timing = "reference"
     pictures: bool = Field(False, description="also write every figure as PNG and SVG, where a "
                            "Chromium is installed")
     page: str = Field("", description="Markdown page whose measured block is written anew; empty: "

@@ -123,6 +123,9 @@ Level = Annotated[Any, PlainValidator(_level), PlainSerializer(_plain)]
 TrainedLevel = Annotated[Any, PlainValidator(_trained_level), PlainSerializer(_plain)]
 Arm = Annotated[str, PlainValidator(_arm)]
 Column = Annotated[Any, PlainValidator(_column), PlainSerializer(files.name_of)]
+Timing = Annotated[str | dict[str, float], Field(
+    description="times that speed-ups are predicted from: reference (its quoted RTX 4090), "
+    "measured (by notebook 05 of this run), or own ones in ms as a mapping or a JSON file")]
 Mode = Literal["free_running", "teacher_forced"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 Quant = Annotated[Literal["", "8bit", "4bit"],

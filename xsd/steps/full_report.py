@@ -4,7 +4,7 @@ every figure, into ``<run_dir>/report/`` (docs/metrics.md, section 9).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import plotly.io as pio
 
 from xsd.core import ParameterError
 from xsd.evaluate import curves, reliability, report_text, speedup, table, tables
+from xsd.evaluate.speedup import Timing
 from xsd.files import atomic_write, write_json
 from xsd.runs import doctor, folder, numbers, parameters
 from xsd.steps import evaluation, training
@@ -25,16 +26,19 @@ Tables = Mapping[str, pd.DataFrame]
 
 
 def write(P: parameters.TruthParameters, results: Mapping[str, Any],
-          tokens: Mapping[str, pd.DataFrame], found: Mapping[str, Tables]) -> dict[str, Any]:
+          tokens: Mapping[str, pd.DataFrame], found: Mapping[str, Tables],
+          timed: Mapping[str, Mapping[str, Timing]] | None = None) -> dict[str, Any]:
     """Write everything and return what was written: folder, tables, figures (numbers of files),
     pictures (a sentence). results: as truth.save returned them. tokens, found: the token table of
-    the real events, and truth's tables, of every held-out set."""
+    the real events, and truth's tables, of every held-out set; timed: truth.timings of it."""
     target = folder.resolve(P.run_dir) / "report"
     live = folder.load_results(P.run_dir).get("live", {})
     texts, numbers_of, written, drawn = [], {}, 0, {}
     for name, each in found.items():
         by_level = dict(list(each["metrics"].groupby("level", sort=False, observed=True)))
-        texts += [text_of(name, str(level), each, P.gamma) for level in by_level]
+        timings, clocks = (timed or {}).get(name, {}), live.get("test", {}).get(name, live)
+        texts += [text_of(name, str(level), each, P.gamma, timings.get(level), clocks)
+                  for level in by_level]  # fmt: skip
         rows = {level: part.to_dict("records") for level, part in by_level.items()}
         numbers_of[name] = results["test"][name] | {"levels": rows}
         written += sum(len(tables.write(frame, target / "tables" / f"{key}_{name}"))
@@ -57,15 +61,18 @@ def write(P: parameters.TruthParameters, results: Mapping[str, Any],
     return {"folder": target, "tables": written, "figures": len(drawn), "pictures": said}
 
 
-def text_of(name: str, level: str, found: Tables, gamma: int) -> str:
+def text_of(name: str, level: str, found: Tables, gamma: int, timing: Timing | None = None,
+            live: Mapping[str, Any] | None = None) -> str:
     """The eight sections for one level; the comparison with the floors is the drafting loop's, the
-    rest is one step."""
+    rest is one step. live: the set's part of the live results, where there is one."""
+    clock = (live or {}).get("arms", {}).get(level, {}).get("speedup", {})
     title = (f"{level} on {name}: one step after the verified prefix; against the floors as a "
              "greedy loop drafts")
     metrics, unit = found["metrics"], "unit == 'token_acceptance'"
     return report_text.report(
         title, metrics[metrics["level"] == level], gamma=gamma, floors=found["floors"].query(unit),
-        headline=found["headline"].query(unit).set_index("level").loc[level])
+        headline=found["headline"].query(unit).set_index("level").loc[level], timing=timing,
+        measured=None if clock.get("busy") else clock.get("value"))
 
 
 def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, found: Tables,
@@ -88,18 +95,30 @@ def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, foun
             title=f"Does a high cosine mean the same token? {name}"),
         "waterfall": truth_figures.gap_waterfall(
             gap, title=f"Where {P.waterfall} loses acceptance, {name}"),
-        "summary": figures.four_panels(
+        "metrics_summary": figures.four_panels(
             cosines=histogram, positions=positions, title=f"Summary, {name}",
             lengths=curves.unbroken_prefix_histogram(drafted),
             speedups=speedups(own, live, P.gamma)),
         "two_phase": truth_figures.two_phase(found["two_phase"]),
+        "by_threshold": figures.acceptance_by_position(
+            by_threshold(drafted[drafted["level"] == P.waterfall], taus),
+            title=f"{P.waterfall} by position at every τ, {name}"),
     }  # fmt: skip
+    if "speedup" in set(found["two_phase"]["metric"]):
+        out["two_phase_speedup"] = truth_figures.two_phase(found["two_phase"], "speedup")
     if found["kinds"]["n"].max() >= 5:
         out["kinds"] = truth_figures.losses_by_kind(
             found["kinds"], title=f"What {P.waterfall} loses in which words, {name}")
     if set(found["arms"]["arm"]) != {REAL}:
         out["arms"] = arms_figure(found, name)
     return out
+
+
+def by_threshold(drafted: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
+    """curves.by_position of one level at every τ, and of the tokens themselves, as levels."""
+    named = {"same token": None} | {f"cos > {tau:.2f}": tau for tau in taus}
+    return pd.concat([curves.by_position(drafted, tau, max_positions=evaluation.POSITIONS)
+                      .assign(level=name) for name, tau in named.items()])  # fmt: skip
 
 
 def arms_figure(found: Tables, name: str) -> go.Figure:

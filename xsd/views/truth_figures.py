@@ -174,21 +174,26 @@ def _points(row: dict[str, Any]) -> str:
     return f"<b>{text}</b>" if known and (row["low"] > 0 or row["high"] < 0) else text
 
 
-TITLE = "Tokens a verification: who drafts behind the prefill, who after it"
+PHASES = {
+    "tokens_per_verification": ("Tokens a verification", "tokens a verification"),
+    "speedup": ("Predicted speed-up", "× plain decoding, predicted")
+}  # fmt: skip
 
 
-def two_phase(frame: pd.DataFrame, *, title: str = TITLE) -> go.Figure:
-    """A grid: phase 1 down, phase 2 across, the best cell framed. frame: phase1, phase2, metric,
-    value, low, high."""
-    part = frame[frame["metric"] == "tokens_per_verification"]
+def two_phase(frame: pd.DataFrame, metric: str = "tokens_per_verification", *,
+              title: str = "") -> go.Figure:
+    """A grid: phase 1 down, phase 2 across, the best cell framed. frame: phase1, phase2, metric (of
+    PHASES), value, low, high."""
+    part, (said, unit) = frame[frame["metric"] == metric], PHASES[metric]
     if part.empty:
         raise MetricError("there is no combination to draw; run the two-phase evaluation first")
     rows, columns = list(dict.fromkeys(part["phase1"])), list(dict.fromkeys(part["phase2"]))
     grid = part.pivot(index="phase1", columns="phase2", values="value").loc[rows, columns]
+    title = title or f"{said}: who drafts behind the prefill, who after it"
     figure = theme.figure(title, x="phase 2", y="phase 1", height=210 + 38 * len(rows))
     _grid(figure, grid.to_numpy().tolist(), columns, rows, texttemplate="%{z:.2f}",
           colorscale=[[0, "white"], [1, theme.ADAPTER]], colorbar={"thickness": 12},
-          hovertemplate="%{y} behind the prefill, then %{x}<br>%{z:.2f} tokens a verification"
+          hovertemplate=f"%{{y}} behind the prefill, then %{{x}}<br>%{{z:.2f}} {unit}"
           "<extra></extra>")  # fmt: skip
     best = part.loc[part["value"].idxmax()]
     x, y = columns.index(best["phase2"]), rows.index(best["phase1"])
