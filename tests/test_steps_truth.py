@@ -16,7 +16,14 @@ from tiny_pair import make_samples, make_tiny_pair
 from xsd.core import MetricError, ParameterError
 from xsd.models import loading
 from xsd.runs import doctor, folder, notebooks, parameters
-from xsd.steps import counterfactual, evaluation, extraction, full_report, training
+from xsd.steps import (
+    counterfactual,
+    evaluation,
+    extraction,
+    full_report,
+    predictions,
+    training,
+)
 from xsd.views import truth_figures
 
 NOTEBOOK = notebooks.NOTEBOOK_FOLDER / "13_truth.ipynb"
@@ -146,7 +153,8 @@ def test_every_combination_of_phases_is_there_in_self_rollout(found):
     # L5F and B1 need states that are not there yet
     assert set(grid["phase1"]) == {"L1", *plain}
     assert set(grid["phase2"]) == {*LEVELS, *plain}
-    assert len(grid) == 2 * 4 * 6 and grid["value"].ge(0).all()
+    # tokens per verification, the first phase's accepted drafts and the predicted speed-up
+    assert len(grid) == 3 * 4 * 6 and grid["value"].ge(0).all()
 
 
 def test_the_headline_stands_beside_what_could_have_been_detected(found):
@@ -192,6 +200,29 @@ def test_a_run_that_shows_the_drafter_nothing_else_is_measured_and_reported(run_
     assert not (set(alone.first["checks"]["check"].str[:3]) & {"A/A"})
 
 
+def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run, tmp_path):
+    def timed(run_dir, **values):
+        given = parameters.TruthParameters.checked(
+            {"run_dir": str(run_dir), "levels": LEVELS, "waterfall": "L1", **values})
+        return predictions.timings(given, run.adapters, run.pairs)
+
+    folder.save_results(tmp_path, "train", {})
+    with pytest.raises(ParameterError, match="holds no measured costs; run notebook 05"):
+        timed(tmp_path, timing="measured")
+    ms = {"verifier_prefill": 30.0, "drafter_prefill": 10.0, "drafter_step": 2.0, "adapter L1": 1.0,
+          "adapter B1": 1.0, **{f"verify {n}": 9.0 + n for n in (1, 6, 10)}}  # fmt: skip
+    costs = {name: {"ms": one} for name, one in ms.items()}
+    folder.save_results(tmp_path, "live", {"costs": costs})
+    found = timed(tmp_path, timing="measured")
+    assert "L5F" not in found and {one.kind for one in found.values()} == {"measured"}
+    assert found["L1"].overhead == pytest.approx((5 * 3 + 15) / 10 - 1)
+    assert found["4-gram"].overhead == pytest.approx(15 / 10 - 1)
+    own = timed(tmp_path, timing={"verify_ms": 5})
+    tables = predictions.speedups(run.counts["simulated"], own)
+    assert set(tables["break_even"]["level"]) == {"any"} and len(tables["wall_clock"]) == 4
+    assert set(tables["expected_speedup"]["level"]) == {*LEVELS, *own}
+
+
 def test_the_waterfall_is_drawn_for_a_level_that_is_evaluated():
     for level, levels in (("B1", ["L1", "B1"]), ("L4", ["L1"])):
         with pytest.raises(ParameterError, match=r"one of the levels L1.* but B1"):
@@ -207,14 +238,16 @@ def test_the_report_holds_sections_tables_and_figures(run, found, run_dir):
     assert set(numbers["levels"]) == set(LEVELS) and numbers["gap"]
     assert numbers["above_floor"]["L1"]["n"] > 0
     stems = {path.stem for path in (place / "tables").glob("*.csv")}
-    assert {"gap_simulated", "arms_simulated", "metrics_simulated", "two_phase_simulated"} <= stems
+    assert {f"{name}_simulated" for name in (
+        "gap", "arms", "metrics", "two_phase", "expected_speedup", "wall_clock", "break_even",
+    )} <= stems  # fmt: skip
     assert run.written["tables"] == 3 * len(stems) == len(list((place / "tables").iterdir()))
     gap = pd.read_csv(place / "tables" / "gap_simulated.csv")
     assert len(gap) == len(found["gap"])
     pages = {path.stem for path in (place / "figures").glob("*.html")}
     kinds = {
-        "histogram", "by_position", "survival", "reliability", "waterfall", "summary",
-        "training_loss", "arms", "two_phase"
+        "histogram", "by_position", "by_threshold", "survival", "reliability", "waterfall",
+        "metrics_summary", "training_loss", "arms", "two_phase", "two_phase_speedup"
     }
     assert {f"{kind}_simulated" for kind in kinds} <= pages
     assert run.written["figures"] == len(pages)

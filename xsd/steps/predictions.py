@@ -1,0 +1,70 @@
+"""Step 13, what it would save: speed-ups predicted from acceptance and from times that are quoted,
+given or measured (docs/metrics.md, section 10). Notebook 05 measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pandas as pd
+
+from xsd.adapters.base import Adapter
+from xsd.bench import costs
+from xsd.core import ParameterError
+from xsd.evaluate import table, two_phase
+from xsd.evaluate.held_out import HeldOut
+from xsd.evaluate.speedup import Timing, break_even_table, expected_table, wall_clock_table
+from xsd.runs import folder, parameters
+from xsd.steps import truth
+
+
+def timings(P: parameters.TruthParameters, adapters: Mapping[str, Adapter],
+            pairs: HeldOut) -> dict[str, Timing]:
+    """Level or floor → what its speed-up is predicted from, as P.timing says: the reference's
+    times, one's own, or what notebook 05 measured; then levels it did not time are left out.
+
+    Raises: ParameterError where the run holds no measured costs, or not of rounds this wide.
+    """
+    reads = dict.fromkeys(truth.FLOORS, "") | {"drafter tokens": "drafter"} | {
+        level: one.reads for level, one in adapters.items()}  # fmt: skip
+    if P.timing != "measured":
+        return dict.fromkeys(reads, Timing.read(P.timing))
+    known = folder.load_results(P.run_dir).get("live", {}).get("costs")
+    if not known:
+        raise ParameterError(f"the run {P.run_dir} holds no measured costs; run notebook 05 with "
+                             f"run_dir={P.run_dir} first, or give timing=reference")
+    n_tokens = sum(map(len, pairs.answers)) / len(pairs)
+    return {
+        name: Timing.of(costs.stored_prices(known, level=name if name in adapters else "",
+                                            drafter=read in ("drafter", "both")),
+                        n_tokens=n_tokens, gamma=P.gamma, most=P.gamma_prefill)
+        for name, read in reads.items() if name not in adapters or f"adapter {name}" in known
+    }  # fmt: skip
+
+
+def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd.DataFrame]:
+    """Predictions by the reference's formulas: expected_speedup, of every timed level's token
+    acceptance as a greedy loop drafts; wall_clock, end to end at 21, 50, 70 and 100 %; break_even,
+    the acceptance that it takes. Each with level and kind of the timing."""
+    loop = counted[counted["arm"] == truth.LOOP].groupby("level")[["matched", "positions"]].sum()
+    share = (loop["matched"] / loop["positions"]).rename(dict(map(reversed, truth.FLOORS.items())))
+    of_any = {"any": next(iter(timed.values()))} if len(set(timed.values())) == 1 else timed
+    made = {"expected_speedup": (timed, lambda level, of: expected_table(share[level], of)),
+            "wall_clock": (of_any, lambda _, of: wall_clock_table(of)),
+            "break_even": (of_any, lambda _, of: break_even_table(overhead=of.overhead))}
+    return {name: pd.DataFrame([{"level": level, "timing": of.kind, **row}
+                                for level, of in some.items() for row in rows(level, of)])
+            for name, (some, rows) in made.items()}  # fmt: skip
+
+
+def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_prefill: int,
+           timed: Mapping[str, Timing] | None = None, **draws: int) -> pd.DataFrame:
+    """Tokens per verification and, of the levels that are timed, the predicted speed-up, for each
+    phase 1 (behind the prefill, from the answer's first token) and phase 2, in self-rollout; of the
+    floors those that follow the text."""
+    following = floor_table[floor_table["level"] != "position mode"]
+    levels = pd.concat([real, following], ignore_index=True).astype({"level": str})
+    first, second, lengths, clusters = two_phase.phases(
+        levels.replace({"level": {table.DRAFTER: "drafter tokens"}}), gamma_prefill)
+    return two_phase.every_pair(first, second, lengths, clusters, n_first=gamma_prefill,
+                                gamma=gamma, timings=timed, **draws)
