@@ -57,7 +57,8 @@ def place(tmp_path_factory):
 
 def given(place, **values):
     sizes = {
-        "arms": ARMS, "check_arms": ["L4", "B1"], "max_new_tokens": 12, "gamma": 3, "resamples": 50
+        "arms": ARMS, "check_arms": ["L4", "B1"], "max_new_tokens": 12, "gamma": 3, "resamples": 50,
+        "repeats": 1,
     }
     return parameters.LiveParameters.checked(
         {"run_dir": str(place / "run"), "pair": str(place / "pair"), **sizes, **values})

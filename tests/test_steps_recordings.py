@@ -147,7 +147,7 @@ def test_free_running_answers_are_handed_on_as_traces(tmp_path, pair):
     samples = [dataclasses.replace(clip, question=question)
                for clip in clips for question in QUESTIONS[:2]]
     free = pairs.free_running_pairs(pair, samples, 6)
-    handed = traces.of(store.MemoryPairs(free))
+    handed = traces.of(recordings.held_out_pairs(pair, free))
     traces.write(tmp_path / "t.json", handed)
     found = traces.run(tmp_path / "t.json", tmp_path / "run", resamples=50)
     assert found["n"] == len(handed) == 4 and found["n_sequences"] == 1

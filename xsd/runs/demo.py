@@ -26,7 +26,7 @@ DEMO: dict[str, dict[str, Any]] = {
         "arms": ["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram",
                  "L1", "L4", "B1", "L1+L5F"],
         "test_data": TEST_DATA, "check_arms": ["L4", "B1", "L1+L5F"], "check_in_turns": True,
-        "n_samples": 12, "n_samples_others": 6, "workers": 2, "resamples": 1000,
+        "n_samples": 10, "n_samples_others": 3, "workers": 2, "resamples": 1000,
     },
     "06_compare": {"resamples": 1000},
 }

@@ -137,7 +137,7 @@ class LiveParameters(ModelParameters):
     gamma: typed.Gamma = 5
     gamma_prefill: typed.GammaPrefill = 10
     max_new_tokens: typed.NewTokens = 48
-    repeats: int = whole(1, 1, 100, "how often each sample is timed")
+    repeats: int = whole(2, 1, 100, "how often each sample is timed")
     threads: int = whole(1, 1, 1024, "cores for each model; both run at the same time")
     workers: int = whole(1, 1, 256, "processes that share the check of all held-out samples")
     resamples: typed.Resamples = 400
@@ -198,8 +198,10 @@ class RecordingParameters(ModelParameters):
         [], description="adapter files or folders to draft with, besides the plain drafter")
     max_new_tokens: typed.NewTokens = 48
     gamma: typed.Gamma = 5
-    traces: str = Field("", description="trace file of models that ran elsewhere; empty: the "
-                        "answers given here")
+    traces: str = Field("", description="trace file, or stored pairs; empty: the answers given "
+                        "here")
+    prices: str = Field("", description="what prices the replay: a JSON of seconds, or a run "
+                        "folder with notebook 05")
     resamples: typed.Resamples = 400
 
 

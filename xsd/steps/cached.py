@@ -14,17 +14,8 @@ from xsd.bench import costs
 from xsd.core import ParameterError
 from xsd.decode import rules
 from xsd.decode.prices import Prices
-from xsd.evaluate import floors, held_out, table
+from xsd.evaluate import floors, table
 from xsd.evaluate.held_out import HeldOut
-from xsd.shards.store import ShardDataset
-
-
-def pairs_in(path: Path) -> HeldOut:
-    """The pairs in a folder with a manifest, or with one below ``teacher_forced`` or
-    ``free_running``, as a held-out set."""
-    places = (path, path / "teacher_forced", path / "free_running")
-    place = next((one for one in places if (one / "manifest.json").is_file()), path)
-    return held_out.of(path.name, ShardDataset(place))
 
 
 def arms(pairs: HeldOut, adapters: Mapping[str, Adapter], gamma: int) -> dict[str, floors.Floor]:

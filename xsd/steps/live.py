@@ -19,7 +19,7 @@ import torch
 from xsd.adapters.base import Adapter
 from xsd.bench import arms, records
 from xsd.bench import run as bench
-from xsd.core import Generation, ParameterError, Sample
+from xsd.core import DatasetError, Generation, ParameterError, Sample
 from xsd.decode import rules
 from xsd.evaluate import tables
 from xsd.evaluate.held_out import HeldOut
@@ -31,9 +31,9 @@ from xsd.steps import evaluation, training
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
-    """What live decoding works on. given: what it was opened with, so that another process can open
-    it too. adapters: by level. table: the n-gram table of the training answers, where an arm wants
-    one. samples: data set → its held-out set; timed: data set → the few samples that are timed."""
+    """What live decoding works on. given: what it was opened with, for another process to open it,
+    too. table: the n-gram table of the training answers, where an arm wants one. By data set:
+    samples, all held-out ones; timed, the few on the clock; left_out, why it has no pictures."""
 
     given: parameters.LiveParameters
     pair: loading.Pair
@@ -41,6 +41,7 @@ class Bench:
     table: rules.NGramTable | None
     samples: Mapping[str, HeldOut]
     timed: Mapping[str, list[Sample]]
+    left_out: Mapping[str, str]
 
     def arms(self, names: Sequence[str], *, pair: loading.Pair | None = None,
              **options: Any) -> list[arms.Arm]:
@@ -60,8 +61,8 @@ class Bench:
 def open_bench(given: parameters.LiveParameters) -> Bench:
     """Pair, adapters, table and samples of a run; torch is set to ``threads`` cores.
 
-    Raises: ParameterError when the run was extracted with another pair, a level was not trained, or
-    no baseline is among the arms.
+    Raises: ParameterError when a set was extracted with another pair, none has pictures, a level is
+    missing, or no baseline is among the arms.
     """
     if not set(given.arms) & set(arms.BASELINES):
         raise ParameterError(f"none of the arms {', '.join(given.arms)} is a baseline; add ar, "
@@ -69,46 +70,46 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
     named = [*given.arms, *given.check_arms]
     torch.set_num_threads(given.threads)
     pair = loading.load_pair(given.pair, **given.loads)
-    _check_pair(given, pair)
-    sets = [evaluation.held_out(given.run_dir, name) for name in given.test_data]
-    samples = {one.name: one for one in sets}
-    timed = {}
-    for place, (name, some) in enumerate(samples.items()):
-        n = given.n_samples_others if place and given.n_samples_others else given.n_samples
-        timed[name] = [some.load(index) for index in some.choose(n, given.seed)]
+    samples, timed, left_out = {}, {}, {}
+    for one in (evaluation.held_out(given.run_dir, name) for name in given.test_data):
+        _check_pair(given, pair, one)
+        n = given.n_samples_others if timed and given.n_samples_others else given.n_samples
+        try:
+            timed[one.name] = [one.load(index) for index in one.choose(n, given.seed)]
+            samples[one.name] = one
+        except (ParameterError, DatasetError) as error:
+            left_out[one.name] = str(error)
+    if not samples:
+        raise ParameterError("live decoding needs pictures: " + "; ".join(left_out.values()))
     table = None
     if any("ngram" in name for name in named):
         table = rules.NGramTable(evaluation.training_answers(given.run_dir, given.data))
     numbers = pair.verifier.head.weight  # adapters compute on the models' device, in their numbers
     adapters = {level: adapter.to(numbers.device, numbers.dtype) for level, adapter
                 in training.load(given.run_dir, arms.levels_of(named)).items()}
-    return Bench(given, pair, adapters, table, samples, timed)
+    return Bench(given, pair, adapters, table, samples, timed, left_out)
 
 
-def _check_pair(given: parameters.LiveParameters, pair: loading.Pair) -> None:
-    extracted = folder.load_results(given.run_dir).get("extract", {}).get("weights", {})
-    loaded = {"verifier": pair.verifier.weights_hash(), "drafter": pair.drafter.weights_hash()}
-    other = [role for role, found in loaded.items() if extracted and extracted.get(role) != found]
+def _check_pair(given: parameters.LiveParameters, pair: loading.Pair, pairs: HeldOut) -> None:
+    config = pairs.dataset.manifest["config"]
+    other = [role for role in ("verifier", "drafter")
+             if config.get(role, {}).get("weights", "") not in ("", getattr(
+                 pair, role).weights_hash())]
     if other:
         raise ParameterError(
-            f"the run {given.run_dir} was extracted with other weights ({' and '.join(other)}) "
-            f"than the pair {given.pair!r} has; give that pair, or another run_dir")
+            f"{pairs.name} was extracted with other weights ({' and '.join(other)}) than the pair "
+            f"{given.pair!r} has; give that pair, or another held-out set")
 
 
 def measure(opened: Bench, made: Sequence[arms.Arm], *,
             progress: Callable[[int], None] | None = None) -> list[records.Record]:
     """The timed run of these arms over all data sets, into the run's ``records.jsonl`` (a finished
-    one is found again); records of another configuration are put aside as
-    ``records.before.jsonl``.
-
-    Returns: the records of the timed samples, with their data set and with what intervals draw as
-    ``sequence``. Raises: as bench.run.measure.
-    """
+    one is found again; records of another configuration become ``records.before.jsonl``). Returns:
+    the records of the timed samples, with their data set. Raises: as bench.run.measure."""
     given = opened.given
     path = folder.resolve(given.run_dir) / "records.jsonl"
     samples = [sample for some in opened.timed.values() for sample in some]
-    known = {key: {"data": pairs.name, "sequence": cluster} for pairs in opened.samples.values()
-             for key, cluster in zip(pairs.keys, pairs.clusters, strict=True)}  # fmt: skip
+    data_of = {key: pairs.name for pairs in opened.samples.values() for key in pairs.keys}
     about = {"threads": given.threads, "parameters": given.model_dump(),
              "data_hash": folder.data_hash(given.run_dir)}
 
@@ -123,21 +124,23 @@ def measure(opened: Bench, made: Sequence[arms.Arm], *,
         os.replace(path, path.with_name("records.before.jsonl"))
         found = run()
     timed = {sample.key for sample in samples}
-    return [{**one, **known[one["sample"]]} for one in found if one["sample"] in timed]
+    return [{**one, "data": data_of[one["sample"]]} for one in found if one["sample"] in timed]
 
 
-def summary(found: Sequence[records.Record], levels: Collection[str], *, resamples: int,
-            seed: int) -> dict[str, dict[str, Any]]:
+def summary(found: Sequence[records.Record], levels: Collection[str], *, resamples: int, seed: int,
+            allow_near_ties: bool = False) -> dict[str, dict[str, Any]]:
     """data set → what bench.run.summarise says of it, baselines first, and which arms are best: of
     all that draft (best_arm), of those with an adapter (best_adapter_arm), and to be shown.
 
-    levels: the adapters that arms may name. The pair runs in float32 here, where a near-tie is no
-    excuse. Raises: LosslessError for any answer of a lossless arm that differs.
+    levels: the adapters that arms may name. allow_near_ties: where the models compute in less than
+    float32; in float32 a tie is no excuse. Raises: LosslessError for any answer of a lossless arm
+    that differs.
     """
     out = {}
     for data in dict.fromkeys(record["data"] for record in found):
         own = [record for record in found if record["data"] == data]
-        one = bench.summarise(own, n_resamples=resamples, seed=seed)
+        one = bench.summarise(own, n_resamples=resamples, seed=seed,
+                              allow_near_ties=allow_near_ties)
         rows = {name: {"label": arms.label_of(name), "kind": "measured", **row}
                 for name, row in sorted(one["arms"].items(),
                                         key=lambda item: (not item[1]["baseline"], item[0]))}

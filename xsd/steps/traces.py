@@ -25,9 +25,10 @@ from xsd.core import DatasetError, ParameterError
 from xsd.decode import replay
 from xsd.decode.prices import Prices
 from xsd.evaluate import floors, rounds, statistics
+from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance, sha256_of, write_json
 from xsd.runs import folder
-from xsd.steps import cached
+from xsd.steps import cached, evaluation, extraction
 
 EOS = frozenset({2})
 """Of the Llama vocabulary, which both 7B models use."""
@@ -80,16 +81,13 @@ def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
     return found
 
 
-def of(pairs: Any) -> list[Trace]:
-    """Stored answers as traces. pairs: shards.store.ShardDataset, or shards.store.MemoryPairs;
-    no state is read."""
-    ids = [pairs.ids(role) for role in ("drafter", "verifier")]
-    known = pairs.table()
-    one = known["sequence"].nunique() == 1  # then its clips are what the tables never see
-    rows = zip(known.itertuples(), *ids, strict=True)
-    return [Trace(row.clip, row.sequence, row.question, tuple(theirs.tolist()),
-                  tuple(own.tolist()), row.clip if one else "")
-            for row, theirs, own in rows if len(own)]
+def of(pairs: HeldOut) -> list[Trace]:
+    """Stored answers as traces, empty ones left out; of imported chunks the drafter's ids are not
+    known."""
+    theirs = pairs.ids_by_drafter if pairs.has_ids else [[]] * len(pairs)
+    rows = zip(pairs.samples.itertuples(), theirs, pairs.answers, pairs.scenes, strict=True)
+    return [Trace(row.clip, row.sequence, row.question, tuple(drafter), tuple(own), unseen=scene)
+            for row, drafter, own, scene in rows if own]
 
 
 def write(path: str | Path, traces: Sequence[Trace]) -> None:
@@ -160,14 +158,15 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
     Raises: DatasetError for a bad file, ShardError for a bad folder, ParameterError for gamma below
     1, adapters without states or unreadable prices.
     """
-    path, adapters = Path(path), adapters or {}
+    path, adapters = Path(path).absolute(), adapters or {}
+    stored = extraction.stored(str(path), "test") is not None
     if gamma < 1 or gamma_prefill < 0 or blocks < 2:
         raise ParameterError(
             f"gamma {gamma}, gamma_prefill {gamma_prefill} and blocks {blocks} must be at least 1, "
             "0 and 2")
-    if path.is_dir():
-        pairs = cached.pairs_in(path)
-        traces, eos = of(pairs.dataset), frozenset(pairs.eos) or EOS
+    if stored:
+        pairs = evaluation.held_out(run_dir, str(path))
+        traces, eos = of(pairs), frozenset(pairs.eos) or EOS
         origin = pairs.dataset.manifest["config"].get("data_hash", ""), pairs.dataset.mode
     elif adapters:
         raise ParameterError(f"{path} holds no states for adapters to read; give a folder of "
@@ -177,6 +176,8 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
     clusters = [trace.sequence for trace in traces]
     answers = [trace.verifier_ids for trace in traces]
     tried = arms(traces, ngram=ngram)
+    if stored and not pairs.has_ids:
+        del tried["drafter tokens"]
     if adapters:
         tried = {**cached.arms(pairs, adapters, gamma), **tried}
     found: dict[str, Any] = {
@@ -193,7 +194,7 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
             drafter = one.reads != "verifier" if one else name == "drafter tokens"
             priced = cached.read_prices(prices, drafter=drafter, level=getattr(one, "level", ""))
         # of our own pairs the first token is the verifier's, from its prefill: nobody drafts it
-        matches = [match[int(path.is_dir()):] for match in floor.match(answers)]
+        matches = [match[int(stored):] for match in floor.match(answers)]
         found["arms"][name] = {
             **acceptance(matches, clusters, gamma, n_resamples=resamples, seed=seed),
             "schedule": schedule(traces, floor, gamma=gamma, gamma_prefill=gamma_prefill,

@@ -93,7 +93,7 @@ def shares(generations: Mapping[str, Generation], *,
                                for lane in part["lane"]]},
             hovertemplate=f"{html.escape(arm)}<br>%{{label}}: %{{value:.1f}} ms<extra></extra>"))
         figure.add_annotation(x=(left + right) / 2, y=0.5, xref="paper", yref="paper",
-                              showarrow=False,
+                              showarrow=False, xanchor="center",
                               text=f"{html.escape(arm)}<br>{1e3 * generations[arm].total_s:.0f} ms")
     return figure
 
