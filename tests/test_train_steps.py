@@ -114,6 +114,71 @@ def test_an_adapter_of_another_run_is_loaded_by_its_path(run_dir, tmp_path):
         training.load(run_dir, [str(place), str(place / "best.safetensors")])
 
 
+@pytest.mark.parametrize(("profile", "level", "epochs", "batch", "rate", "patience"), [
+    ("reference", "L4", 50, 64, 1e-3, 10), ("converged", "L1", 300, 64, 1e-3, 50),
+    ("tokens", "B1", 50, 16, 2e-3, 10), ("smoke", "L5F", 8, 16, 2e-3, 10),
+    ("reference", "L6", 20, 1, 1e-4, 5), ("smoke", "L6", 8, 4, 1e-3, 5)])
+def test_unset_parameters_leave_the_profiles_value(profile, level, epochs, batch, rate, patience):
+    plain = parameters.TrainParameters.checked({"profile": profile})
+    made = training.config_of(plain, level)
+    assert (made.epochs, made.batch_size, made.learning_rate, made.patience) == (epochs, batch,
+                                                                               rate, patience)
+    set_ = {"profile": profile, "epochs": 3, "validation_share": 0.3}
+    made = training.config_of(parameters.TrainParameters.checked(set_), level)
+    assert (made.epochs, made.learning_rate, made.validation_share) == (3, rate, 0.3)
+
+
+def test_options_of_adapters_are_for_all_or_by_level_and_travel_with_the_file(run_dir):
+    own = {"dropout": 0.2, "L2": {"bottleneck": 5, "n_blocks": 2}}
+    run = given(run_dir, levels=["L2", "L3"], epochs=1, options=own)
+    results = training.run(run)
+    assert results["recipes"]["L2"]["adapter_options"] == {"dropout": 0.2, "bottleneck": 5,
+                                                           "n_blocks": 2}
+    loaded = training.load(run_dir, ["L2", "L3"])
+    assert len(loaded["L2"].blocks) == 2 and loaded["L2"].blocks[0].down.out_features == 5
+    assert loaded["L3"].options["dropout"] == 0.2
+    with pytest.raises(ParameterError, match=r"L3 cannot be made .* 'heads'"):
+        training.run(given(run_dir, levels=["L3"], options={"L3": {"heads": 2}}))
+
+
+def test_a_training_before_is_kept_and_the_best_of_a_level_has_a_star(run_dir):
+    for rate in (1e-6, 1e-2):
+        training.run(given(run_dir, levels=["L3"], learning_rate=rate, epochs=1))
+    found = training.trainings(run_dir).query("level == 'L3'")
+    assert sorted(found["training"].str[:6]) == ["L3_202", "curren"] or len(found) > 2
+    assert (found["best"] == "★").any() and found.loc[
+        found["best"] == "★", "token_acceptance"].min() == found["token_acceptance"].max()
+    earlier = next((training.adapter_folder(run_dir, "L3") / "earlier").iterdir())
+    assert list(training.load(run_dir, [str(earlier)])) == [earlier.name]
+    assert training.trained(run_dir).count("L3") == 1
+
+
+def test_other_pairs_may_choose_the_best_epoch(run_dir):
+    pairs = extraction.open_pairs(run_dir, "train", "simulated", "teacher_forced")
+    names = sorted(set(pairs.table()["sequence"]))
+    rest, first = pairs.subset(sequences=names[1:]), pairs.subset(sequences=names[:1])
+    config = training.config_of(given(run_dir, epochs=1), "L5")
+    places = {"run_dir": run_dir, "validation": first}
+    found = training.train(rest, {"L5": config}, **places)
+    assert found["pairs"] == len(rest) and found["levels"]["L5"]["epochs"] == 1
+    with pytest.raises(TrainingError, match="is in both training and validation"):
+        training.train(pairs, {"L5": config}, **places)
+
+
+def test_l6_takes_its_own_options_and_keeps_the_final_weights_too(run_dir):
+    options = {"lora_rank": 2, "lora_alpha": 4.0, "lora_dropout": 0.0, "lora_patience": 1,
+               "lora_accumulation": 3, "lora_checkpointing": True}
+    config = training.config_of(given(run_dir, **options), "L6")
+    assert (config.rank, config.alpha, config.dropout, config.patience, config.accumulation,
+            config.gradient_checkpointing) == (2, 4.0, 0.0, 1, 3, True)
+    line = training.run(given(run_dir, levels=["L6"], **options))["levels"]["L6"]
+    assert line["parameters"] == 2 * 4 * 2 * (32 + 32)
+    place = training.adapter_folder(run_dir, "L6")
+    assert all((place / name / "adapter_model.safetensors").is_file() for name in ("best", "final"))
+    rows = training.history(run_dir, ["L6"]).query("split == 'validation'")
+    assert rows[["accept_0.80", "accept_0.95"]].notna().all(axis=None)
+
+
 def test_the_runs_own_held_out_sets_are_guarded(run_dir, monkeypatch):
     test = extraction.open_pairs(run_dir, "test", "simulated", "teacher_forced")
     monkeypatch.setattr(extraction, "open_pairs", lambda *names: test)

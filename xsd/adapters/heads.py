@@ -40,10 +40,10 @@ Head = Tensor | DraftHead | Callable[[Tensor], Tensor]
 behind the final norm), or some of its rows."""
 
 
-def read(path: str | Path) -> Tensor:
+def read(path: str | Path, width: int | None = None) -> Tensor:
     """The verifier's LM head, float32 [V, D], in a .safetensors or .pt file, or in a folder whose
-    shards hold one. Nothing in a file is executed. Raises: CheckpointError when there is none, more
-    than one, or it is damaged."""
+    shards hold one. width: D of the states it is for. Nothing in a file is executed. Raises:
+    CheckpointError when there is none, more than one, it is damaged or of another width."""
     path = Path(path)
     found = sorted(path.rglob("head-verifier.safetensors")) if path.is_dir() else [path]
     if len({files.sha256_of(one) for one in found if one.is_file()}) != 1:
@@ -66,6 +66,9 @@ def read(path: str | Path) -> Tensor:
     if len(matrices) != 1:
         raise CheckpointError(f"{path} holds {len(matrices)} matrices; expected the one LM head of "
                               "shape [V, D]")
+    if width not in (None, matrices[0].shape[1]):
+        raise CheckpointError(f"the head in {path} is for states {matrices[0].shape[1]} wide and "
+                              f"these are {width} wide; give the head of their verifier")
     return matrices[0].float()
 
 

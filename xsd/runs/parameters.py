@@ -62,11 +62,25 @@ class TrainParameters(NotebookParameters):
         TRAINED, min_length=1, description="levels to train; L6 is LoRA of the drafter itself")
     data: typed.TrainData = "simulated"
     mode: typed.Mode = Field("teacher_forced", description="which pairs to train on")
-    profile: Literal["reference", "converged", "tokens", "rollout", "best"] = Field(
-        "best", description="recipe (docs/adapters.md, section 5)")
-    epochs: typed.Epochs = 8
-    batch_size: typed.AStep = 16
-    learning_rate: typed.Rate = 2e-3
+    validation_data: str = Field("", description="pairs that choose the best epoch, named as data; "
+                                 "empty: sequences held back from data")
+    validation_share: float = Field(0.1, gt=0, lt=1, description="of the training samples, held "
+                                    "back by whole sequences")
+    head: str = Field("", description="the verifier's LM head, a file or a folder of shards; "
+                      "empty: that of data")
+    device: str = Field("cpu", min_length=1, description="cpu or cuda")
+    profile: Literal["smoke", "best", "reference", "converged", "tokens", "rollout"] = Field(
+        "smoke", description="recipe (docs/adapters.md, section 5); smoke is best in 8 epochs")
+    epochs: typed.Epochs | None = Field(
+        None, description="longest training, in epochs; None, here and below: the recipe's")
+    batch_size: typed.AStep | None = Field(None, description="answers a step")
+    learning_rate: typed.Rate | None = Field(
+        None, description="AdamW's peak rate; lower it for wide models")
+    patience: typed.Epochs | None = Field(
+        None, description="epochs without a better validation before stopping")
+    options: dict[str, Any] = Field(
+        {}, description="of the adapters (docs/adapters.md, 1), for all or by level: "
+        "{'dropout': 0.2, 'L5': {'layers': 2}}")
     objective: str = Field("", description="loss, such as mse + 0.5*cosine + kl; empty: the "
                            "recipe's")
     position_decay: float = Field(
@@ -77,8 +91,15 @@ class TrainParameters(NotebookParameters):
         False, description="L5, L5F and B1 also read the token before (docs/adapters.md, 3)")
     draft_vocabulary: int = whole(0, 0, 10_000_000,
                                   "draft with the k most frequent tokens alone; 0: with all")
-    lora_learning_rate: typed.Rate = Field(
-        1e-3, description="L6's peak rate; 1e-4 for 7B models")
+    lora_learning_rate: typed.Rate | None = Field(
+        None, description="L6's peak rate; 1e-4 for 7B models")
+    lora_rank: int | None = Field(None, ge=1, le=4096, description="rank of L6's matrices")
+    lora_alpha: float | None = Field(None, gt=0, description="L6's scale, times 1 / rank")
+    lora_dropout: float | None = Field(None, ge=0, lt=1, description="on L6's matrices' input")
+    lora_accumulation: typed.AStep | None = Field(None, description="L6's forward passes a step")
+    lora_patience: typed.Epochs | None = Field(None, description="as patience, for L6")
+    lora_checkpointing: bool = Field(
+        False, description="L6 computes layers again in the backward pass, to save memory")
 
 
 class AcceptanceParameters(NotebookParameters):

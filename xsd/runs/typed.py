@@ -6,7 +6,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, get_args
 
 import yaml
 from pydantic import (
@@ -187,11 +187,12 @@ def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, 
         if not (name and sign):
             raise ParameterError(f"a parameter is written name=value, not {pair!r}")
         kind = model.model_fields[name].annotation if name in model.model_fields else None
+        number = float in (kind, *(getattr(one, "__origin__", one) for one in get_args(kind)))
         if str(kind).startswith("list") and not text.lstrip().startswith("["):
             text = f"[{text}]"
         try:
             values[name] = text if kind is str else yaml.safe_load(text)
-            if kind is float and isinstance(values[name], str):
+            if number and isinstance(values[name], str):
                 values[name] = float(text)  # YAML reads 1e-3 as text
         except yaml.YAMLError:
             raise ParameterError(f"the value of {name!r} cannot be read: {text!r}; lists are "

@@ -34,20 +34,26 @@ CACHED_PROMPTS, BATCH, GAMMA = 256, 32, 5
 
 
 def train(pairs: ShardDataset, *, run_dir: str | os.PathLike[str], data: str, folder: Path,
-          config: lora.LoraFitConfig, head: Tensor, seed: int,
+          config: lora.LoraFitConfig, head: Tensor, seed: int, device: str = "cpu",
+          validation: ShardDataset | None = None,
           **options: Any) -> tuple[FitResult, dict[str, Any]]:
     """Train (or find) L6 and judge it: (what fit_lora returned, held-out set of the run →
     :func:`judge`). Writes best/ (LoRA), drafter/ (merged, an ordinary one) and map/ (the ridge map)
     into ``folder``. options: of lora_fit.fit_lora, which says what it raises."""
     name = (extraction.known(pairs) or extraction.pair_file(run_dir))["pair"]
-    pair = loading.load_pair(name if name == "embedded" else run_folder.resolve(name))
+    pair = loading.load_pair(name if name == "embedded" else run_folder.resolve(name),
+                             device=device)
     states = source.open_states(pairs)
-    chosen, _ = source.split_by_sequence(states.sequence, config.validation_share, seed)
-    through = linear.fit_linear("ridge", states.batches(chosen, 64))
     clips = extraction.clips_of(run_dir, "train", data, pairs)
+    chosen = torch.arange(len(states))
+    if validation is None:
+        chosen, _ = source.split_by_sequence(states.sequence, config.validation_share, seed)
+    else:
+        clips += extraction.clips_of(run_dir, "train", str(validation.folder), validation)
+    through = linear.fit_linear("ridge", states.batches(chosen, 64))
     result = lora_fit.fit_lora(pair.drafter.model, pairs, prompts(clips, pair), folder=folder,
                                head=head, config=config, adapter=through, seed=seed, merge=True,
-                               **options)
+                               validation=validation, **options)
     drafter = pair.drafter
     loading.save_checkpoint(folder / "drafter", drafter.model, drafter.tokenizer, drafter.pixels)
     registry.save_adapter(through, folder / "map")

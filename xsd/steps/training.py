@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,53 +15,84 @@ import pandas as pd
 import torch
 
 from xsd import files
-from xsd.adapters import registry
+from xsd.adapters import heads, registry
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
-from xsd.train import fit, guards, recipes, source
+from xsd.train import epochs, fit, guards, recipes, source
 
 FULL_SIZE, FULL_LAYERS = 4096, 32
 """Hidden size of the 7B pair, and its drafter's layers."""
+EARLIER = "earlier"
 L6 = "L6"
 """The drafter's own LoRA (:mod:`xsd.steps.drafter_tuning`)."""
 
 
 def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.PathLike[str],
-          data: str = "simulated", seed: int = 0,
+          data: str = "simulated", seed: int = 0, validation: Any = None, head: str = "",
+          device: str = "cpu",
           progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Train the levels that the run lacks into ``<run_dir>/adapters``; finished ones are found
-    again.
+    again. Another training of a level that stands there is set aside (:func:`trainings`).
 
     Args: pairs: of the train split. configs: level (by name, as module:Class, a class or an object)
     → its FitConfig, for L6 a LoraFitConfig (:func:`config_of`). data: the data set of the pairs,
-    which L6 reads its prompts from. progress: called with the level's name and each epoch's row.
-    Returns: pairs, hidden_size, data_hash, and for each of ``levels`` what it reads, its size and
-    its best epoch. Raises: TrainingError when the run holds another training of a level, or
-    anything of its held-out sets is in the pairs.
+    which L6 reads its prompts from. validation: other pairs that choose the best epoch; None: whole
+    sequences of ``pairs``. head: a file or folder (heads.read); empty: that of the pairs. progress:
+    called with the level's name and each epoch's row.
+    Returns: pairs, hidden_size, data_hash, of each of ``levels`` what it reads, its size and its
+    best epoch, and its recipe. Raises: TrainingError when anything of the run's held-out sets is in
+    the pairs.
     """
     extraction.remember(run_dir, "train", [pairs])
-    states, head = source.open_states(pairs), pairs.head("verifier")
+    states, weight = source.open_states(pairs), None
+    if head:
+        weight = heads.read(folder.resolve(head), states.hidden_size)
+    elif pairs.manifest["heads"]:
+        weight = pairs.head("verifier")
     judged = guards.marks_of(held_out_sets(run_dir))
     lines: dict[str, Any] = {}
     for level, config in configs.items():
-        name = files.name_of(level)
+        name, place = files.name_of(level), adapter_folder(run_dir, level)
         report = None if progress is None else lambda row, name=name: progress(name, row)
-        given = {"folder": adapter_folder(run_dir, level), "config": config, "head": head,
-                 "seed": seed, "held_out": judged, "progress": report}
-        if level == L6:
-            from xsd.steps import drafter_tuning  # peft takes seconds to import, only L6 needs it
-
-            result, held_out = drafter_tuning.train(pairs, run_dir=run_dir, data=data, **given)
-            lines[name] = _line(result, "drafter") | {"held_out": held_out}
-        else:
-            result = fit.fit_adapter(level, states, **given)
-            reads = registry.load_any_adapter(result.best_path, level=level).reads
-            lines[name] = _line(result, reads)
+        given = {"folder": place, "config": config, "head": weight, "seed": seed,
+                 "validation": validation, "held_out": judged, "device": device,
+                 "progress": report}
+        try:
+            lines[name] = _train(level, pairs, states, run_dir, data, given)
+        except epochs.OtherTraining:
+            _set_aside(place)
+            lines[name] = _train(level, pairs, states, run_dir, data, given)
     return {"pairs": len(states), "hidden_size": states.hidden_size,
-            "data_hash": states.fingerprint(), "levels": lines}
+            "data_hash": states.fingerprint(), "levels": lines,
+            "recipes": {files.name_of(level): dataclasses.asdict(config)
+                        for level, config in configs.items()}}
+
+
+def _train(level: Any, pairs: ShardDataset, states: source.States, run_dir: Any, data: str,
+           given: dict[str, Any]) -> dict[str, Any]:
+    if level == L6:
+        from xsd.steps import drafter_tuning  # peft takes seconds to import, only L6 needs it
+
+        result, held_out = drafter_tuning.train(pairs, run_dir=run_dir, data=data, **given)
+        return _line(result, "drafter") | {"held_out": held_out}
+    result = fit.fit_adapter(level, states, **given)
+    return _line(result, registry.load_any_adapter(result.best_path, level=level).reads)
+
+
+def _set_aside(place: Path) -> None:
+    """What stands in a level's folder, into its subfolder earlier/<level>_<when it ended>."""
+    ended = datetime.fromtimestamp((place / "checkpoint.pt").stat().st_mtime)
+    stamp = f"{place.name}_{ended:%Y%m%d_%H%M%S}"
+    held = [path for path in place.iterdir() if path.name != EARLIER]
+    target = place / EARLIER / stamp
+    while target.exists():  # two within a second
+        target = target.with_name(f"{target.name}b")
+    target.mkdir(parents=True)
+    for path in held:
+        path.rename(target / path.name)
 
 
 def _line(result: fit.FitResult, reads: str) -> dict[str, Any]:
@@ -75,22 +108,33 @@ def _line(result: fit.FitResult, reads: str) -> dict[str, Any]:
 
 
 def config_of(given: parameters.TrainParameters, level: Any) -> Any:
-    """The recipe of a level: its profile with what the parameters change."""
+    """The recipe of a level: its profile with what the parameters change; None changes nothing."""
+    def changed(names: str, prefix: str = "") -> dict[str, Any]:
+        values = {name: getattr(given, prefix + name) for name in names.split()}
+        return {name: value for name, value in values.items() if value not in (None, "")}
+
+    recipe = recipes.settings(given.profile, level) | changed("epochs objective validation_share")
     if level == L6:
         from xsd.train import lora
 
-        return lora.LoraFitConfig(epochs=given.epochs, batch_size=4,
-                                  accumulation=max(1, given.batch_size // 4),
-                                  learning_rate=given.lora_learning_rate,
-                                  objective=given.objective or "tokens")
-    recipe = recipes.settings(given.profile, level)
-    fuses = given.token_fusion and level in fit.FUSING
-    return fit.FitConfig(
-        profile=recipe["profile"], objective=given.objective or recipe.get("objective"),
-        epochs=given.epochs, batch_size=given.batch_size, learning_rate=given.learning_rate,
-        position_decay=given.position_decay, noise=given.noise,
-        token_fusion=recipe.get("token_fusion", False) or fuses,
-        draft_vocabulary=given.draft_vocabulary or None)
+        if given.batch_size is not None:  # answers a step, four a forward pass
+            recipe |= {"batch_size": 4, "accumulation": max(1, given.batch_size // 4)}
+        recipe |= changed("learning_rate rank alpha dropout accumulation patience", "lora_")
+        return lora.LoraFitConfig(**recipe, gradient_checkpointing=given.lora_checkpointing)
+    recipe |= changed("batch_size learning_rate patience position_decay noise")
+    if given.token_fusion and level in fit.FUSING:
+        recipe["token_fusion"] = True
+    known = (*registry.LEVELS, *map(files.name_of, given.levels))
+    own = {name: value for name, value in given.options.items() if name not in known}
+    own |= given.options.get(files.name_of(level), {})
+    return fit.FitConfig(**recipe, draft_vocabulary=given.draft_vocabulary or None,
+                         adapter_options=own)
+
+
+def validation_pairs(given: parameters.TrainParameters) -> ShardDataset | None:
+    """The pairs that choose the best epoch where they are named, else None."""
+    name = given.validation_data
+    return extraction.open_pairs(given.run_dir, "train", name, given.mode) if name else None
 
 
 def save(given: parameters.TrainParameters, trained: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +152,8 @@ def run(given: parameters.TrainParameters, *,
     pairs = extraction.open_pairs(given.run_dir, "train", given.data, given.mode)
     configs = {level: config_of(given, level) for level in given.levels}
     return save(given, train(pairs, configs, run_dir=given.run_dir, data=given.data,
-                             seed=given.seed, progress=progress))
+                             validation=validation_pairs(given), head=given.head, seed=given.seed,
+                             device=given.device, progress=progress))
 
 
 # --- what a run holds
@@ -158,6 +203,33 @@ def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Ad
 # --- tables
 
 
+def trainings(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+    """Every training in a run, one row each: level, training ("current", or the folder it was set
+    aside in), ended, profile, epochs, best epoch, validation token acceptance, cosine and loss, and
+    a star in ``best`` for the best of each level (by token acceptance where all have it, else by
+    loss)."""
+    rows = []
+    for path in sorted((folder.resolve(run_dir) / "adapters").glob("**/history.json")):
+        about = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
+        rows_of = json.loads(path.read_text(encoding="utf-8"))
+        best = max(rows_of, key=lambda row: (row.get("token_acceptance", 0.0),
+                                             -row["validation_total"]))
+        current = path.parent.parent.name != EARLIER
+        rows.append({
+            "level": about["level"], "training": "current" if current else path.parent.name,
+            "ended": datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds"),
+            "profile": about["config"].get("profile", "L6"), "epochs": len(rows_of),
+            "best_epoch": best["epoch"], "token_acceptance": best.get("token_acceptance"),
+            "cosine": best["cosine_similarity"], "loss": best["validation_total"]})
+    frame = pd.DataFrame(rows)
+    if len(frame):
+        score = frame["token_acceptance"].astype(float)
+        score = -frame["loss"] if score.isna().any() else score
+        frame["best"] = score.groupby(frame["level"]).transform("max").eq(score).map(
+            {True: "★", False: ""})
+    return frame
+
+
 def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFrame:
     """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, each
     term as ``<term> loss``, and for validation token_acceptance, cosine and accept_0.90 …"""
@@ -180,17 +252,17 @@ def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
     return {"loss" if name == "total" else f"{name} loss": value for name, value in terms.items()}
 
 
-def most_terms(epochs: pd.DataFrame) -> str:
+def most_terms(history: pd.DataFrame) -> str:
     """The level whose loss is the sum of the most terms; the first of several."""
-    losses = [name for name in epochs if name.endswith(" loss")]
-    counts = epochs.set_index("level")[losses].notna().sum(axis=1)
+    losses = [name for name in history if name.endswith(" loss")]
+    counts = history.set_index("level")[losses].notna().sum(axis=1)
     return counts.idxmax()
 
 
-def terms(epochs: pd.DataFrame, level: str) -> pd.DataFrame:
+def terms(history: pd.DataFrame, level: str) -> pd.DataFrame:
     """The terms of one level's loss over its epochs, each divided by its first value in that split,
     as ``training_curves`` reads them."""
-    rows = epochs[epochs["level"] == level].dropna(axis=1, how="all")
+    rows = history[history["level"] == level].dropna(axis=1, how="all")
     losses = [name for name in rows if name.endswith(" loss")]
     first = rows.groupby("split")[losses].transform("first")
     long = rows.assign(**(rows[losses] / first)).melt(

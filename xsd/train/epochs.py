@@ -42,6 +42,10 @@ class FitResult:
     best_epoch: int
 
 
+class OtherTraining(TrainingError):
+    """The folder holds a training of another level, drafter, configuration, seed or data."""
+
+
 class EpochLoop:
     """One training, an epoch at a time. fit.Training and lora_fit.LoraTraining say what differs:
     prepare(), train_pass(epoch), predictions(), weights(), restore(weights) and save("best" |
@@ -218,7 +222,7 @@ class EpochLoop:
         if stored is None:
             return
         if stored["identity"] != self._identity():
-            raise TrainingError(
+            raise OtherTraining(
                 f"{self.folder} holds another training (level, drafter, configuration, seed or "
                 "data differ); choose another folder or delete it")
         self.restore(stored["adapter"])

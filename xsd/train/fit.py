@@ -82,11 +82,8 @@ class Training(EpochLoop):
                                                    seed)
         else:
             self.validation_states = source.open_states(validation)
-            guards.refuse_held_out(self.validation_states, held_out)
-            shared = set(self.states.sequence) & set(self.validation_states.sequence)
-            if shared:
-                raise TrainingError(f"sequence {min(shared)} is in both training and validation "
-                                    "data; keep whole sequences apart")
+            guards.refuse_validation(self.states, self.validation_states, held_out)
+            self.identity["validation"] = self.validation_states.fingerprint()
             train, held = torch.arange(len(self.states)), torch.arange(len(self.validation_states))
         self.train_indices, self.validation_indices = train, held
         self._choose_heads(head)

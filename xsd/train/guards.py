@@ -82,3 +82,18 @@ def refuse_held_out(states: source.States, sets: Sequence[Any] | Marks) -> None:
                 f"{len(copies)} of {len(states)} training answers are held-out ones under other "
                 f"names (first: sequence {states.sequence[copies[0]]}, by its hash); remove them "
                 "from the training data")
+
+
+def refuse_validation(states: source.States, validation: source.States,
+                      sets: Sequence[Any] | Marks) -> None:
+    """Raises: TrainingError when ``validation`` shares a sequence with the training ``states``, is
+    of other widths, or anything of the held-out ``sets`` is in it."""
+    refuse_held_out(validation, sets)
+    shared = set(states.sequence) & set(validation.sequence)
+    if shared:
+        raise TrainingError(f"sequence {min(shared)} is in both training and validation data; keep "
+                            "whole sequences apart")
+    sizes = [(one.drafter_size, one.hidden_size) for one in (states, validation)]
+    if sizes[0] != sizes[1]:
+        raise TrainingError(f"training states are {sizes[0]} wide (drafter, verifier) and those of "
+                            f"validation {sizes[1]}; validate on pairs of the same two models")

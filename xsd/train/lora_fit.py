@@ -27,8 +27,9 @@ Prompt = Callable[[PairedStates], Tensor]
 def fit_lora(
     model: nn.Module, dataset: Sequence[PairedStates] | Any, prompt: Prompt, *,
     folder: str | Path, head: Tensor, config: lora.LoraFitConfig | None = None,
-    adapter: Adapter | None = None, held_out: Sequence[Any] | guards.Marks = (), seed: int = 0,
-    merge: bool | None = None, progress: Progress = None,
+    adapter: Adapter | None = None, validation: Any = None,
+    held_out: Sequence[Any] | guards.Marks = (), seed: int = 0, merge: bool | None = None,
+    progress: Progress = None,
 ) -> FitResult:
     """Train L6 on teacher-forced pairs. Afterwards the best weights are merged into ``model``; a
     quantised one is left as it came.
@@ -36,7 +37,7 @@ def fit_lora(
     Args:
         model: the drafter (EventGPTForCausalLM, in 4 bits for QLoRA). dataset: a ShardDataset or
         PairedStates of the train split. prompt: sample → embeddings [L, D_d] of its whole prompt.
-        head: the verifier's, weight [V, D_v]. held_out: as in fit_adapter.
+        head: the verifier's, weight [V, D_v]. validation, held_out: as in fit_adapter.
         adapter: stands, frozen, between the drafter's states and the verifier's; needed where their
         widths differ (ridge, or L1–L5).
         merge: None means unless quantised. False leaves the model as it came, as an interruption
@@ -49,7 +50,8 @@ def fit_lora(
     if merge and quantised:
         raise TrainingError("a quantised drafter cannot take the weights in; train with merge=None "
                             "and call lora.merge_saved on one in bfloat16")
-    training = LoraTraining(model, dataset, prompt, folder, head, config, adapter, held_out, seed)
+    training = LoraTraining(model, dataset, prompt, folder, head, config, adapter, validation,
+                            held_out, seed)
     try:
         result = training.run(progress)
     finally:
@@ -71,7 +73,7 @@ class LoraTraining(EpochLoop):
     tuned: peft.PeftModel | None = None
 
     def __init__(self, model: nn.Module, dataset: Any, prompt: Prompt, folder: str | Path,
-                 head: Tensor, config: lora.LoraFitConfig, adapter: Adapter | None,
+                 head: Tensor, config: lora.LoraFitConfig, adapter: Adapter | None, validation: Any,
                  held_out: Sequence[Any] | guards.Marks, seed: int) -> None:
         where = model.get_input_embeddings().weight.device
         super().__init__(LEVEL, folder, config, seed, where)
@@ -80,13 +82,18 @@ class LoraTraining(EpochLoop):
         self.adapter = copy.deepcopy(adapter)
         if adapter is not None:
             self.adapter.to(where).eval().requires_grad_(False)
-        packed = not hasattr(dataset, "manifest")
-        states = source.PackedStates(dataset) if packed else source.StreamedStates(dataset)
-        source.refuse_test_split(states.split)
+        states, self.validation = source.open_states(dataset, memory_limit_gb=0), dataset
         guards.refuse_held_out(states, held_out)
         self._check(states)
-        self.train_indices, self.validation_indices = source.split_by_sequence(
-            states.sequence, config.validation_share, seed)
+        if validation is None:
+            self.train_indices, self.validation_indices = source.split_by_sequence(
+                states.sequence, config.validation_share, seed)
+        else:
+            judges = source.open_states(validation, memory_limit_gb=0)
+            guards.refuse_validation(states, judges, held_out)
+            self.validation, self.identity["validation"] = validation, judges.fingerprint()
+            self.train_indices = torch.arange(len(dataset))
+            self.validation_indices = torch.arange(len(validation))
         first = lora.decoder_of(model)[1].layers[0].self_attn.q_proj.weight
         # 4-bit weights are reordered by a CPU's first pass, so their bytes name nothing
         base = "quantised" if lora.is_quantised(model) else source.digest([first])
@@ -137,9 +144,9 @@ class LoraTraining(EpochLoop):
                 f"{sample.sequence}/{sample.clip}): pass the drafter and prompts that the dataset "
                 "was extracted with; a drafter that LoRA was merged into must be loaded afresh")
 
-    def _aligned(self, indices: Tensor) -> Aligned:
+    def _aligned(self, dataset: Any, indices: Tensor) -> Aligned:
         """The answers ``indices`` as the drafter with its LoRA says them now, with gradient."""
-        samples = [self.dataset[i] for i in indices.tolist()]
+        samples = [dataset[i] for i in indices.tolist()]
         answers = [sample.ids_by_verifier.to(self.device) for sample in samples]
         target = pad_sequence([sample.hidden_by_verifier.float().to(self.device)
                                for sample in samples], batch_first=True)
@@ -161,7 +168,7 @@ class LoraTraining(EpochLoop):
         batches = self.train_indices[order].split(config.batch_size)
         sums, count, waiting = {}, 0, 0
         for number, indices in enumerate(batches, start=1):
-            aligned, target, ids, mask = self._aligned(indices)
+            aligned, target, ids, mask = self._aligned(self.dataset, indices)
             losses, n = self.objective(aligned, target, ids, mask, self.head), int(mask.sum())
             (losses["total"] * n).backward()
             count, waiting = count + n, waiting + n
@@ -177,7 +184,8 @@ class LoraTraining(EpochLoop):
     def predictions(self) -> Iterator[Aligned]:
         """As EpochLoop.predictions."""
         self.model.eval()
-        return map(self._aligned, self.validation_indices.split(self.config.batch_size))
+        for indices in self.validation_indices.split(self.config.batch_size):
+            yield self._aligned(self.validation, indices)
 
     def weights(self) -> list[Tensor]:
         """What a checkpoint keeps of the LoRA weights."""
@@ -190,6 +198,5 @@ class LoraTraining(EpochLoop):
             parameter.copy_(weight)
 
     def save(self, name: str, row: dict[str, Any]) -> None:
-        """Write the best weights as peft does; there are no final ones."""
-        if name == "best":
-            lora.save(self.tuned, self.folder / "best")
+        """Write the weights into best/ or final/ as peft does."""
+        lora.save(self.tuned, self.folder / name)

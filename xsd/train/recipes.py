@@ -32,12 +32,20 @@ own predictions need not stay near the verifier's states; B1, which reads nothin
 which token its prediction became."""
 
 
+NAMES = ("smoke", "best", *PROFILES)
+"""What notebook 02 offers: "best" is what is known to be best for each level, "smoke" that in eight
+epochs."""
+_LORA = {"batch_size": 4, "accumulation": 4, "learning_rate": 1e-3}
+
+
 def settings(profile: str, level: Any) -> dict[str, Any]:
-    """FitConfig's arguments for a level: those of a profile, or with "best" what is known to be
-    best for that level."""
-    if profile != "best":
+    """The arguments of FitConfig for a level, of LoraFitConfig for L6, with one of NAMES."""
+    short = {"epochs": 8} if profile == "smoke" else {}
+    if level == "L6":
+        return {} if profile in ("reference", "converged") else _LORA | short
+    if profile in PROFILES:
         return {"profile": profile}
-    return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {})}
+    return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {}), **short}
 
 
 def check_positive(config: Any, names: Sequence[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -212,6 +213,22 @@ def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = 
                 showlegend=False, name=f"{level} best",
                 marker={"symbol": "star", "size": 13, "color": mark.colour},
                 hovertemplate=f"<b>{level}</b> best · epoch %{{x}}<extra></extra>")
+    return figure
+
+
+def training_panels(history: pd.DataFrame, values: Sequence[str]) -> go.Figure:
+    """:func:`training_curves` of several values, three panels a row, with one legend."""
+    names = [value.replace("_", " ") for value in values]
+    figure = make_subplots(-(-len(values) // 3), 3, subplot_titles=names, vertical_spacing=0.14)
+    figure.update_layout(template=theme.template(), height=300 * -(-len(values) // 3))
+    for number, value in enumerate(values):
+        row, column = number // 3 + 1, number % 3 + 1
+        for trace in training_curves(history, value=value).data:
+            trace.showlegend = number == 0 and trace.showlegend is not False
+            figure.add_trace(trace, row=row, col=column)
+        figure.update_xaxes(title_text="epoch", row=row, col=column)
+        if "loss" not in value and value != "cosine":
+            figure.update_yaxes(tickformat=".0%", row=row, col=column)
     return figure
 
 
