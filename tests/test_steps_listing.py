@@ -45,6 +45,9 @@ def test_runs_are_listed_with_what_differs_and_what_came_of_them(runs, capsys):
     assert cli.main(["runs", str(runs), "--json"]) == 0
     rows = json.loads(capsys.readouterr().out)
     assert rows[1]["accepted per round low"] == pytest.approx(2.4) and rows[0]["speed-up"] is None
+    stored = json.loads((runs / "report/run/results/live.json").read_text())
+    folder.save_results(runs / "report/run", "live", {**stored, "busy": True})
+    assert listing.listing([runs])["speed-up"].isna().all()
     assert cli.main(["runs", str(runs), "--csv"]) == 0
     assert capsys.readouterr().out.startswith("run,date,MB,holds,notebooks,gamma,data,")
 

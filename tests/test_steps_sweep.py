@@ -109,3 +109,24 @@ def test_shared_levels_are_trained_once_and_linked_into_the_points(tmp_path, mon
     held = [extraction.open_pairs(run, "test", "simulated", "teacher_forced").table()
             for run in (own, place)]
     assert held[0].equals(held[1]) and folder.data_hash(own) == folder.data_hash(place)
+
+
+def test_metrics_of_points_become_one_table_and_a_busy_machine_claims_nothing(tmp_path):
+    def ends(value):
+        return {"value": value, "low": value - 0.1, "high": value + 0.1}
+
+    rows = [{"parameters": {"gamma": gamma, "levels": ["L1"]}, "status": "finished",
+             "run_dir": str(tmp_path / str(gamma)), "seconds": 7.0} for gamma in (3, 5)]
+    for row, busy in zip(rows, (False, True), strict=True):
+        tokens = {"L1": {"kind": "adapter", "token_acceptance": ends(0.5),
+                         "accepted_per_round": ends(2.0)}, "ngram": {"kind": "floor"}}
+        arms = {"ar": {"label": "our loop", "baseline": True},
+                "L1": {"baseline": False, "speedup": ends(1.1)}}
+        folder.save_results(row["run_dir"], "tokens", {"test": {"simulated": {"rows": tokens}}})
+        folder.save_results(row["run_dir"], "live", {"test": {"simulated": {
+            "arms": arms, "baseline": "ar", "busy": busy}}})
+    found = sweep.metrics([*rows, {**rows[0], "status": "failed"}])
+    assert found["gamma"].tolist() == ["3", "5", "3"] and found["level"].tolist()[:2] == ["L1"] * 2
+    assert found["accepted_per_round low"].tolist()[:2] == [1.9, 1.9]
+    assert found["speedup"].tolist()[0] == 1.1 and found["speedup"][1:].isna().all()
+    assert found["baseline"].tolist()[:2] == ["our loop"] * 2

@@ -80,13 +80,13 @@ def text(value: Any) -> str:
 def headline(results: Mapping[str, Any]) -> dict[str, Any]:
     """Accepted drafts per round of the best adapter on the first held-out set (the simulated one
     where there is one), and the best live arm's speed-up with its baseline; None for what is not
-    known."""
+    known, nor claimed of a busy machine."""
     tests, live = results.get("tokens", {}).get("test", {}), results.get("live", {})
     data = "simulated" if "simulated" in tests else next(iter(tests), None)
     found = tests.get(data, {})
     adapter = found.get("rows", {}).get(found.get("best_adapter"), {})
     arms = live.get("arms", {})
-    arm = arms.get(live.get("best_arm"), {})
+    arm = {"label": "(busy machine)"} if live.get("busy") else arms.get(live.get("best_arm"), {})
     unknown = dict.fromkeys(("value", "low", "high"))
     return {"data": data, "best adapter": adapter.get("label"),
             **tables.sides("accepted per round", adapter.get("accepted_per_round", unknown)),

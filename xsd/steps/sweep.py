@@ -87,6 +87,8 @@ def run(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
         if base is not None and base.parent == out_dir / "shared":
             P = checked[name].model_copy(update={"run_dir": str(base)})
             shared[base] = P, [*dict.fromkeys([*shared.get(base, (P, []))[1], *levels])]
+    if jobs > 1 and source.stem == "05_live":
+        say("points that run together slow each other: their speed-ups will not hold")
     for base, (_, levels) in shared.items():
         say(f"making what points share, {folder.shown(base)}: an extraction" +
             "".join(f", {files.name_of(level)}" for level in levels))
@@ -224,5 +226,9 @@ def _measured(place: Path) -> list[dict[str, Any]]:
                     continue
                 own = found.setdefault((data, level), {"data": data, "level": level})
                 for name in METRICS:
-                    own |= tables.sides(name, one[name]) if name in one else {}
+                    busy = name == "speedup" and part.get("busy")
+                    own |= tables.sides(name, one[name]) if name in one and not busy else {}
+                if "arms" in part:
+                    own |= {"baseline": part["arms"][part["baseline"]]["label"],
+                            "busy": part.get("busy")}
     return list(found.values())
