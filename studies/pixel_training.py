@@ -7,6 +7,7 @@ studies.pixels.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 from collections.abc import Callable, Sequence
@@ -15,7 +16,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 from xsd.adapters import registry
 from xsd.adapters.bottleneck import PixelAlignment
@@ -27,12 +29,20 @@ VALIDATION_SHARE = 0.2
 
 @dataclass(frozen=True)
 class PixelPairs:
-    """events, video: float32 [N, 3, s, s] in 0…1, one scene each. sequence, split: N names."""
+    """events, video: float32 [N, 3, s, s] in 0…1, one scene each. sequence, split: N names.
+    duration_ms: of each pair's clip, 0 where unknown."""
 
     events: Tensor
     video: Tensor
     sequence: Sequence[str]
     split: Sequence[str]
+    duration_ms: Sequence[int] = ()
+
+    def subset(self, chosen: Sequence[int]) -> PixelPairs:
+        """The pairs at these places."""
+        names = ([column[i] for i in chosen] if column else ()
+                 for column in (self.sequence, self.split, self.duration_ms))
+        return PixelPairs(self.events[chosen], self.video[chosen], *names)
 
 
 def mean_picture(pairs: PixelPairs, seed: int = 0) -> Tensor:
@@ -110,6 +120,30 @@ def _pass(adapter: PixelAlignment, optimiser: torch.optim.Optimizer, pairs: Pixe
 
 @torch.no_grad()
 def align(adapter: PixelAlignment, events: Tensor, batch_size: int = 256) -> Tensor:
-    """The adapter's pictures, cut to 0…1: [N, 3, s, s] → the same."""
+    """The adapter's pictures as they come, also below 0 and above 1: [N, 3, s, s] → the same."""
     adapter.eval()
-    return torch.cat([adapter(part) for part in events.split(batch_size)]).clamp(0, 1)
+    return torch.cat([adapter(part) for part in events.split(batch_size)])
+
+
+def speed(adapter: PixelAlignment, events: Tensor, *, batch_size: int = 64,
+          repeats: int = 5) -> dict[str, Any]:
+    """What P0 costs here: pairs_per_s and ms_per_batch (median of ``repeats``); weight_bytes, and
+    peak_bytes that a batch takes besides: its pictures, and input and output of the widest
+    layer."""
+    batch, widest = events[:batch_size], [0]
+
+    def note(_: nn.Module, given: tuple[Tensor, ...], made: Tensor) -> None:
+        widest.append(given[0].nbytes + made.nbytes)
+
+    with contextlib.ExitStack() as hooks:
+        for layer in adapter.modules():
+            if not list(layer.children()):
+                hooks.callback(layer.register_forward_hook(note).remove)
+        align(adapter, batch)
+    timed = Timer("align(adapter, batch)", num_threads=torch.get_num_threads(),
+                  globals={"align": align, "adapter": adapter, "batch": batch})
+    seconds = sorted(timed.timeit(1).median for _ in range(repeats))[repeats // 2]
+    return {"pairs_per_s": len(batch) / seconds, "ms_per_batch": 1e3 * seconds,
+            "batch_size": len(batch), "threads": torch.get_num_threads(),
+            "weight_bytes": sum(one.nbytes for one in adapter.parameters()),
+            "peak_bytes": batch.nbytes + max(widest)}

@@ -1,5 +1,6 @@
 """P0 from event pictures to its table: what stands beside what, and that it is found again."""
 
+import dataclasses
 import itertools
 
 import pytest
@@ -27,11 +28,10 @@ def judged(given, pairs):
     """What the notebook does: P0's pictures, cosines of the three arms, results."""
     adapter, history, best_epoch = pixels.train(given, pairs["train"])
     test = pairs["test"]
-    aligned = pixel_training.align(adapter, test.events)
     mean = pixel_training.mean_picture(pairs["train"], given.seed)
-    arms = dict(zip(pixels.ARMS, (test.events, mean, aligned), strict=True))
+    arms = pixels.pictures(adapter, test, mean)
     near = pixels.cosines(arms, test.video)
-    return aligned, near, pixels.judge(given, near, pairs, adapter, history, best_epoch)
+    return arms[pixels.AFTER], near, pixels.judge(given, near, pairs, adapter, history, best_epoch)
 
 
 def test_before_floor_and_after(given, pairs):
@@ -49,9 +49,52 @@ def test_before_floor_and_after(given, pairs):
     before = torch.nn.functional.cosine_similarity(test.events.flatten(1), test.video.flatten(1))
     mean = results["arms"][pixels.BEFORE]["cosine"]["value"]
     assert mean == pytest.approx(float(before.mean()), abs=1e-6)
-    assert pixels.histogram(near, bins=7).groupby("level")["n"].sum().tolist() == [n] * 3
+    assert pixels.histogram(near, bins=7).groupby("level")["n"].sum().tolist() == [n] * 4
     shown = pixels.some(aligned, 4)
     assert len(shown) == 4 and shown[0].shape == (16, 16, 3) and shown[0].dtype == "uint8"
+
+
+def test_the_headline_is_p0_as_it_comes_and_the_cut_one_stands_beside_it(given, pairs):
+    aligned, near, results = judged(given, pairs)
+    video = pairs["test"].video
+    assert aligned.min() < 0 or aligned.max() > 1
+    for arm, picture in ((pixels.AFTER, aligned), (pixels.CUT, aligned.clamp(0, 1))):
+        one = results["arms"][arm]["cosine"]
+        by_hand = torch.nn.functional.cosine_similarity(picture.flatten(1), video.flatten(1))
+        assert one["value"] == pytest.approx(float(by_hand.mean()), abs=1e-6)
+        assert (one["std"], one["min"], one["max"]) == pytest.approx(
+            [float(f) for f in (by_hand.std(correction=0), by_hand.min(), by_hand.max())], abs=1e-6)
+    gains = pixels.gains(results).set_index("gain in")
+    assert list(gains.index) == ["mean cosine", *(f"share > {one:g}" for one in given.thresholds)]
+    before = near[pixels.BEFORE]
+    assert gains.loc["mean cosine", "cut to 0…1"] == pytest.approx(
+        (near[pixels.CUT] - before).mean())
+    assert gains.loc["share > 0.8", "as it comes"] == pytest.approx(
+        (near[pixels.AFTER] > 0.8).mean() - (before > 0.8).mean())
+
+
+def test_the_random_split_and_the_costs_stand_beside_the_split_by_sequence(given, pairs):
+    *_, results = judged(given, pairs)
+    table = pixels.splits(results).set_index("split")
+    assert list(table.index) == ["by sequence", "random 80/20"]
+    n = results["pairs"]["train"]
+    assert results["random_split"]["pairs"] == {"train": round(0.8 * n), "test": n - round(0.8 * n)}
+    assert table.loc["random 80/20", "held-out pairs"] == n - round(0.8 * n)
+    speed = results["speed"]
+    assert speed["pairs_per_s"] > 0 and speed["weight_bytes"] == 4 * results["parameters"]
+    assert speed["peak_bytes"] >= 3 * 16 * 16 * 4 * speed["batch_size"]  # its output at least
+
+
+def test_clips_of_several_lengths_are_counted_apart(given, pairs):
+    test = pairs["test"]
+    lengths = [500 + 500 * (i % 2) for i in range(len(test.sequence))]
+    mixed = {**pairs, "test": dataclasses.replace(test, duration_ms=lengths)}
+    _, near, results = judged(given, mixed)
+    assert {name: one["n"] for name, one in results["durations"].items()} == {
+        "500ms": lengths.count(500), "1000ms": lengths.count(1000)}
+    rows = pixels.splits(results).set_index("split")
+    assert rows.loc["by sequence, clips of 500ms", pixels.AFTER] == pytest.approx(
+        near[pixels.AFTER][::2].mean())
 
 
 def test_higher_thresholds_accept_no_more_and_percentiles_rise(given, pairs):
