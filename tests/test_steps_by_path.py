@@ -144,3 +144,35 @@ def test_a_chunk_file_is_imported_into_the_run_once(chunked, place):
     for _ in range(2):
         found = extraction.open_pairs(run, "train", str(place / "old_train.pt"))
         assert found.folder == run / "imported" / "old_train" and not found.has_token_ids
+
+
+def test_any_adapter_is_judged_on_any_pairs_with_any_head(found, chunked, place, capsys, tmp_path):
+    own = [str(place / "run" / "adapters" / level) for level in LEVELS]
+    said = ["evaluate", *own, "--pairs", str(place / "test"), "--train", str(place / "train")]
+    assert cli.main([*said, "--head", str(place / "head.pt"), "-o", str(tmp_path / "a")]) == 0
+    text = capsys.readouterr().out
+    assert text.count("[8] Tokens") == 2 and "the best floor" in text and "floor 4-gram" in text
+    assert (tmp_path / "a" / "report.txt").read_text() in text
+    stems = {path.stem for path in (tmp_path / "a" / "tables").iterdir()}
+    assert stems == {"metrics", "headline", "floors", "expected_speedup", "wall_clock",
+                     "break_even"}  # fmt: skip
+    stored = folder.load_results(tmp_path / "a")["evaluate"]
+    tokens = found[2]
+    rows = {row["level"]: row for row in stored["headline"] if row["unit"] == "token_acceptance"}
+    for level, name in zip(LEVELS, rows, strict=True):  # the head is the pairs' own: as in 04
+        here = tokens["test"]["test"]["rows"][level]["token_acceptance"]
+        assert rows[name]["acceptance"] == pytest.approx(here["value"])
+    assert cli.main([*said, "-o", str(tmp_path / "b"), "--train", str(place / "test")]) == 2
+    assert "sequences are in training and in test" in capsys.readouterr().err
+
+
+def test_what_nobody_knows_of_imported_pairs_is_left_out_with_a_sentence(chunked, place, capsys,
+                                                                         tmp_path):
+    said = ["evaluate", str(place / "run" / "adapters" / "L1"), "--pairs", str(chunked[1])]
+    with pytest.warns(UserWarning, match="word kinds and the prompt-lookup floor are left out"):
+        assert cli.main([*said, "-o", str(tmp_path / "a")]) == 2
+    assert "there is no floor to compare with; name the training set" in capsys.readouterr().err
+    with pytest.warns(UserWarning, match="was not checked"):
+        assert cli.main([*said, "--train", str(chunked[0]), "-o", str(tmp_path / "b")]) == 0
+    text = capsys.readouterr().out
+    assert "floor position mode" in text and "prompt lookup" not in text

@@ -204,7 +204,8 @@ def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run,
     def timed(run_dir, **values):
         given = parameters.TruthParameters.checked(
             {"run_dir": str(run_dir), "levels": LEVELS, "waterfall": "L1", **values})
-        return predictions.timings(given, run.adapters, run.pairs)
+        return predictions.timings(given.timing, run.adapters, run.pairs, run_dir=run_dir, gamma=5,
+                                   gamma_prefill=10)
 
     folder.save_results(tmp_path, "train", {})
     with pytest.raises(ParameterError, match="holds no measured costs; run notebook 05"):

@@ -108,6 +108,7 @@ class AcceptanceParameters(NotebookParameters):
     levels: typed.Levels = TRAINED
     test_data: typed.TestData = SETS
     mode: typed.HeldOutMode = "teacher_forced"
+    head: typed.Head = ""
     gamma: typed.Gamma = 5
     max_positions: typed.Positions = 20
     resamples: typed.Resamples = 400
@@ -237,6 +238,7 @@ class TruthParameters(NotebookParameters):
     data: typed.TrainData = Field("simulated",
                                   description="training set, whose answers make the floors")
     test_data: typed.TestData = Field(["simulated"])
+    head: typed.Head = ""
     drafter_sees: list[Literal["blank events", "other scene", "text only"]] = Field(
         ["blank events", "other scene", "text only"],
         description="what the drafter is shown in place of the clip's own events")

@@ -154,6 +154,8 @@ Data = Annotated[str, Field(min_length=1, description="simulated, or a dataset f
                             "splits")]
 TrainData = Annotated[str, Field(min_length=1, description="training set, from notebook 01")]
 TestData = Annotated[list[str], Field(min_length=1, description="held-out sets, from notebook 01")]
+Head = Annotated[str, Field(description="LM head of the verifier by path (a file, or a folder "
+                            "whose shards hold one); empty: the one stored with the pairs")]
 HeldOutMode = Annotated[Mode, Field(description="which held-out pairs to evaluate on")]
 Threshold = Annotated[float, Field(gt=-1, lt=1, description="cosine threshold τ")]
 Thresholds = Annotated[list[float], Field(min_length=1,

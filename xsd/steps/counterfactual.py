@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -46,9 +47,13 @@ class Shown(HeldOut):
 def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence[str], *,
          batch_size: int = 32) -> dict[str, HeldOut]:
     """The arms by name: the stored pairs, the same again, and those of ``drafter_sees``; the stored
-    pairs alone where that is empty. Raises: ParameterError as drafter_of and donors."""
-    out = {REAL: pairs}
-    if drafter_sees:
+    pairs alone where that is empty, or nobody knows the drafter (imported chunks), which is said.
+    Raises: ParameterError as drafter_of and donors."""
+    out, known = {REAL: pairs}, extraction.known(pairs.dataset)
+    if drafter_sees and not known:
+        warnings.warn(f"nobody knows the drafter of {pairs.name}, so what it is shown stays as it "
+                      "was: drafter_sees is left out", stacklevel=2)
+    elif drafter_sees:
         names = (AGAIN, *drafter_sees)
         forced = force(drafter_of(run_dir, pairs), pairs, names, batch_size)
         about = {field.name: getattr(pairs, field.name) for field in dataclasses.fields(HeldOut)}

@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from xsd.adapters import heads
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
 from xsd.embedded import language
@@ -37,23 +38,29 @@ FLOORS = {"position_mode": "position mode", "ngram": "4-gram", "prompt_lookup": 
 # --- what a run holds
 
 
-def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None) -> HeldOut:
+def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None,
+             head: str = "") -> HeldOut:
     """A held-out set, by name or path, with all that is known of it (of imported chunks: neither
-    texts, prompts nor pictures). mode, Raises: as extraction.open_pairs."""
+    texts, prompts nor pictures). head: of the verifier, by path; empty: the one stored with the
+    pairs. mode, Raises: as extraction.open_pairs, and as adapters.heads.read."""
     dataset = extraction.open_pairs(run_dir, "test", data, mode)
     about = extraction.known(dataset)
     load = datasets.pictures(dataset, lambda: extraction.clips_of(run_dir, "test", data, dataset))
-    found = pairs_of.of(datasets.name_of(data), dataset, prompt_ids=about.get("prompt_ids"),
+    own = heads.read(folder.resolve(head)) if head else None
+    found = pairs_of.of(datasets.name_of(data), dataset, own, prompt_ids=about.get("prompt_ids"),
                         eos=about.get("eos", ()), load=load)
+    if not about:
+        warnings.warn(f"nobody knows the words and prompts of {found.name} (imported chunks): word "
+                      "kinds and the prompt-lookup floor are left out", stacklevel=2)
     texts = about.get("token_texts") or [f"#{token}" for token in range(len(found.head))]
     return dataclasses.replace(found, texts=texts)
 
 
-def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str],
-                  mode: str | None = None) -> dict[str, HeldOut]:
+def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str], mode: str | None = None,
+                  head: str = "") -> dict[str, HeldOut]:
     """The held-out sets by their short names. Raises: ParameterError for a set that was not
     extracted, or two of one name; MetricError as check_leakage."""
-    found = [held_out(run_dir, name, mode) for name in names]
+    found = [held_out(run_dir, name, mode, head) for name in names]
     check_leakage(run_dir, found)
     if len({one.name for one in found}) < len(found):
         raise ParameterError(f"two of the held-out sets {', '.join(names)} share a name; rename "
@@ -166,20 +173,21 @@ def token_kinds(token_texts: Sequence[str]) -> list[str]:
 
 
 def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) -> pd.DataFrame:
-    """The floors that look at nothing, as rows of a token table. training: the answers of the
-    training set. Raises: ParameterError when no answer of the set has a second token."""
+    """The floors that look at nothing, as rows of a token table; those that nothing is known for
+    are left out. training: the answers of the training set. Raises: ParameterError when no answer
+    of the set has a second token."""
     if not any(len(ids) > 1 for ids in pairs.answers):
         raise ParameterError(
             f"every answer held out of {pairs.name} is a single token, so nothing is drafted and "
             "there is no acceptance to measure; extract with a larger max_new_tokens in notebook "
             "01, or other test_data")
-    tried = [floors.position_mode(training), floors.ngram(training, 4)]
+    tried = [floors.position_mode(training), floors.ngram(training, 4)] if training else []
     if pairs.prompts is not None:
         tried.append(floors.prompt_lookup(pairs.prompts))
-    return pd.concat([
+    return pd.concat([pd.DataFrame(), *(
         table.answers_as_rows(floor.match(pairs.answers), gamma, level=floor.name, first=-1,
                               clusters=pairs.clusters) for floor in tried
-    ], ignore_index=True)
+    )], ignore_index=True)  # fmt: skip
 
 
 def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mapping[str, Adapter],

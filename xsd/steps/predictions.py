@@ -4,6 +4,8 @@ given or measured (docs/metrics.md, section 10). Notebook 05 measures.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 
 import pandas as pd
@@ -14,30 +16,31 @@ from xsd.core import ParameterError
 from xsd.evaluate import table, two_phase
 from xsd.evaluate.held_out import HeldOut
 from xsd.evaluate.speedup import Timing, break_even_table, expected_table, wall_clock_table
-from xsd.runs import folder, parameters
+from xsd.runs import folder
 from xsd.steps import truth
 
 
-def timings(P: parameters.TruthParameters, adapters: Mapping[str, Adapter],
-            pairs: HeldOut) -> dict[str, Timing]:
-    """Level or floor → what its speed-up is predicted from, as P.timing says: the reference's
-    times, one's own, or what notebook 05 measured; then levels it did not time are left out.
+def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], pairs: HeldOut, *,
+            run_dir: str | os.PathLike[str], gamma: int, gamma_prefill: int) -> dict[str, Timing]:
+    """Level or floor → what its speed-up is predicted from: the reference's times, one's own, or
+    what notebook 05 measured in the run ("measured"); then levels it did not time are left out.
 
     Raises: ParameterError where the run holds no measured costs, or not of rounds this wide.
     """
     reads = dict.fromkeys(truth.FLOORS, "") | {"drafter tokens": "drafter"} | {
         level: one.reads for level, one in adapters.items()}  # fmt: skip
-    if P.timing != "measured":
-        return dict.fromkeys(reads, Timing.read(P.timing))
-    known = folder.load_results(P.run_dir).get("live", {}).get("costs")
+    if timing != "measured":
+        return dict.fromkeys(reads, Timing.read(timing))
+    path = folder.resolve(run_dir) / "results" / "live.json"
+    known = json.loads(path.read_text(encoding="utf-8"))["costs"] if path.is_file() else None
     if not known:
-        raise ParameterError(f"the run {P.run_dir} holds no measured costs; run notebook 05 with "
-                             f"run_dir={P.run_dir} first, or give timing=reference")
+        raise ParameterError(f"the run {run_dir} holds no measured costs; run notebook 05 with "
+                             f"run_dir={run_dir} first, or give timing=reference")
     n_tokens = sum(map(len, pairs.answers)) / len(pairs)
     return {
         name: Timing.of(costs.stored_prices(known, level=name if name in adapters else "",
                                             drafter=read in ("drafter", "both")),
-                        n_tokens=n_tokens, gamma=P.gamma, most=P.gamma_prefill)
+                        n_tokens=n_tokens, gamma=gamma, most=gamma_prefill)
         for name, read in reads.items() if name not in adapters or f"adapter {name}" in known
     }  # fmt: skip
 
@@ -48,6 +51,7 @@ def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd
     the acceptance that it takes. Each with level and kind of the timing."""
     loop = counted[counted["arm"] == truth.LOOP].groupby("level")[["matched", "positions"]].sum()
     share = (loop["matched"] / loop["positions"]).rename(dict(map(reversed, truth.FLOORS.items())))
+    timed = {level: of for level, of in timed.items() if level in share}
     of_any = {"any": next(iter(timed.values()))} if len(set(timed.values())) == 1 else timed
     made = {"expected_speedup": (timed, lambda level, of: expected_table(share[level], of)),
             "wall_clock": (of_any, lambda _, of: wall_clock_table(of)),

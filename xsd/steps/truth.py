@@ -11,6 +11,7 @@ Every arm is asked about the same tokens, positions 1 … n-1 of each held-out a
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -106,7 +107,8 @@ def _each(counted: pd.DataFrame,
           without: Sequence[str]) -> Iterator[tuple[str, str, Arms, list[str]]]:
     """Of every unit and level but some: unit, level, the counts of its arms, and the clusters of
     the answers, the same for all of them."""
-    clusters = counted[(counted["level"] == table.DRAFTER) & (counted["arm"] == LOOP)]["sequence"]
+    loop = counted[counted["arm"] == LOOP]
+    clusters = loop[loop["level"] == loop["level"].iloc[0]]["sequence"]
     for unit, columns in comparison.UNITS.items():
         found: dict[str, Arms] = {}
         for (level, arm), part in counted.groupby(["level", "arm"], sort=False):
@@ -177,8 +179,9 @@ def arms(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
 def headline(counted: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.DataFrame]:
     """(one row per level and unit: its acceptance, the best floor and the distance above it, with
     intervals, and what was detectable; the floors themselves: unit, floor, value, low, high, n)."""
-    rows, of_floors = [], []
-    found = comparison.above_floors(counted[counted["arm"] == LOOP], FLOORS, **draws)
+    rows, of_floors, loop = [], [], counted[counted["arm"] == LOOP]
+    below = {name: level for name, level in FLOORS.items() if level in set(loop["level"])}
+    found = comparison.above_floors(loop, below, **draws)
     for unit, levels in found.items():
         rows += [{
             "level": level, "unit": unit, "best floor": one.best, "n": one.arm.n,
@@ -187,7 +190,7 @@ def headline(counted: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.Data
             **tables.sides("above floor", one.above_best), "detectable": one.detectable,
         } for level, one in levels.items() if level not in FLOORS.values()]  # fmt: skip
         of_floors += [tables.row("floor", levels[level].arm, unit=unit, floor=name)
-                      for name, level in FLOORS.items()]  # fmt: skip
+                      for name, level in below.items()]  # fmt: skip
     return pd.DataFrame(rows), pd.DataFrame(of_floors).drop(columns="metric")
 
 
@@ -233,6 +236,7 @@ def free_running(run_dir: str | os.PathLike[str], data: str, pairs: HeldOut) -> 
         free = evaluation.held_out(run_dir, data, "free_running")
     except ParameterError:
         return None
+    free = dataclasses.replace(free, head=pairs.head)
     if free.dataset.mode != "free_running":
         return None
     if set(free.keys) != set(pairs.keys):
