@@ -14,11 +14,11 @@ from xsd.core import MetricError, ParameterError
 WIDTH = 16
 REFERENCE_COUNTS = {
     "L1": 2_113_537, "L2": 6_324_227, "L3": 16_797_698, "L4": 100_714_497, "L5": 102_819_841,
-    "B1": 102_819_841, "L5F": 169_936_897, "P0": 154_556_416,
+    "B1": 102_819_841, "L5F": 169_936_897, "X1": 102_828_033, "P0": 154_556_416,
 }  # fmt: skip
 ALL = [
     *registry.LEVELS, "B1 map", "L5F map", "L4 bidirectional", "L5 tokens", "B1 tokens",
-    "L5F tokens", "L5F lead 0"
+    "L5F tokens", "L5F lead 0", "L4 layers", "L5 layers", "L5F layers", "X1 layers"
 ]
 VOCABULARY = 11
 
@@ -28,7 +28,7 @@ def make(name: str, *, drafter_size: int | None = None, seed: int = 0) -> base.A
     level, _, variant = name.partition(" ")
     options = {
         "bidirectional": {"causal": False}, "tokens": {"vocab_size": VOCABULARY},
-        "lead 0": {"drafter_lead": 0}, "map": {"residual_map": True},
+        "lead 0": {"drafter_lead": 0}, "layers": {"layers": 2}, "map": {"residual_map": True},
     }.get(variant, {})
     torch.manual_seed(seed)
     adapter = registry.create_adapter(level, WIDTH, drafter_size=drafter_size, **options)

@@ -93,7 +93,8 @@ def test_our_own_levels_pass_the_check(level):
     checks.check_adapter(make(level))
 
 
-@pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "L5F tokens"])
+@pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "L5F tokens", "L5F layers", "X1",
+                                  "X1 layers"])
 def test_the_plain_unrolling_equals_the_fast_one(name):
     adapter, batch = make(name), make_batch([6, 4])
     given = (batch.drafter, batch.verifier, 3, batch.ids_by_verifier)

@@ -98,7 +98,9 @@ for level, blocks in (("L1", "layers"), ("L2", "blocks")):
 def _reference_names(adapter):
     """State dict of one of our adapters under the published file layout's names, written out by
     hand."""
-    names, result = THEIRS[adapter.level], {}
+    names, result = dict(THEIRS[adapter.level]), {}
+    for ours, theirs in LAYER.items():
+        names[ours.replace("layer.", "further.0.")] = theirs.replace("layers.0", "layers.1")
     for name, tensor in adapter.state_dict().items():
         stem, _, leaf = name.rpartition(".")
         result[names[name] if name in names else f"{names[stem]}.{leaf}"] = tensor
@@ -116,6 +118,8 @@ def _reference_names(adapter):
          "hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1,
          "use_token_embed": False
      }),
+     ("L5 layers", "L5_EAGLE",
+      {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 2}),
      ("L5F lead 0", "L5F_FusedEAGLE",
       {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),])  # fmt: skip
 def test_reference_pt_files_are_read_without_running_code(name, kind, config, tmp_path):
@@ -146,8 +150,9 @@ def test_b1_is_told_from_l5_by_its_folder_or_by_name(tmp_path):
     assert registry.load_any_adapter(tmp_path / "best.pt").level == "L5"
     with pytest.raises(CheckpointError, match=r"holds an L5 \(L5_EAGLE\), not the L4 asked for"):
         registry.load_any_adapter(tmp_path / "best.pt", level="L4")
-    torch.save(stored | {"config": config | {"num_layers": 2}}, tmp_path / "deep.pt")
-    with pytest.raises(CheckpointError, match="has 2 transformer layers and L5 has one"):
+    deep = {"adapter_type": "L4_Attention", "config": config | {"num_layers": 2}}
+    torch.save(stored | deep, tmp_path / "deep.pt")
+    with pytest.raises(CheckpointError, match="has 2 bidirectional layers, and L4 of several is"):
         registry.load_any_adapter(tmp_path / "deep.pt")
     torch.save(stored | {"config": config | {"use_token_embed": True}}, tmp_path / "fused.pt")
     with pytest.raises(CheckpointError, match="fuses tokens in front of its norm"):

@@ -64,6 +64,17 @@ def test_l5_is_also_asked_for_the_next_state():
     assert total == pytest.approx(float((here + 0.5 * later).detach()), rel=1e-5)
 
 
+def test_training_and_validation_are_one_sum_in_l5_too(tmp_path):
+    other = [dataclasses.replace(one, sequence=f"other {one.sequence}")
+             for one in examples.answers()]
+    config = FitConfig(epochs=1, learning_rate=1e-12, adapter_options={"dropout": 0.0})
+    result = fit.fit_adapter("L5", examples.answers(), folder=tmp_path, config=config,
+                             validation=other)
+    row = result.history[0]
+    assert row["train_total"] == pytest.approx(row["validation_total"], rel=1e-5)
+    assert row["train_mse"] == pytest.approx(row["validation_mse"], rel=1e-5)
+
+
 def test_rollout_steps_are_averaged_with_their_decay():
     adapter, head, batch = make("B1"), torch.randn(VOCABULARY, WIDTH), make_batch([6, 6])
     config = config_of({"profile": "rollout", "rollout_steps": 3, "rollout_decay": 0.5})

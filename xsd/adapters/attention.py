@@ -47,10 +47,15 @@ class TransformerLayer(nn.Module):
         x = x + self._drop(attended)
         return x + self._drop(self.ffn_down(self._drop(F.gelu(self.ffn_up(self.ffn_norm(x))))))
 
-    def forward(self, x: Tensor, allowed: Tensor | None) -> Tensor:
+    def look(self, x: Tensor, memory: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries of x, keys and values of ``memory`` [B, S, D] (None: of x, too)."""
+        queries, *own = self.project(x)
+        return queries, *(own if memory is None else self.project(memory)[1:])
+
+    def forward(self, x: Tensor, allowed: Tensor | None, memory: Tensor | None = None) -> Tensor:
         """x: [B, S, D]. allowed: bool, broadcastable to [B, heads, S, S], True where a query may
-        look at a key."""
-        attended = F.scaled_dot_product_attention(*self.project(x), attn_mask=allowed,
+        look at a key. memory: what it looks at, None: at x."""
+        attended = F.scaled_dot_product_attention(*self.look(x, memory), attn_mask=allowed,
                                                   dropout_p=self.dropout if self.training else 0.0)
         return self.finish(x, attended)
 
@@ -102,18 +107,28 @@ def allowed_keys(size: int, mask: Tensor | None, *, causal: bool,
 
 
 class LayerAdapter(Adapter):
-    """What L4, L5, B1 and L5F share: a transformer layer, LayerNorm, eye-initialised projection,
+    """What L4, L5, B1, L5F and X1 share: transformer layers, LayerNorm, eye-initialised projection,
     out = x + α (projection - x)."""
 
-    def _make_layer(self, n_heads: int | None, ffn: int | None, dropout: float,
-                    alpha: float) -> None:
+    def _make_layers(self, layers: int, n_heads: int | None, ffn: int | None, dropout: float,
+                     alpha: float) -> None:
         size = self.hidden_size
+        if layers < 1:
+            raise ParameterError(f"layers must be at least 1, not {layers}")
         n_heads, ffn = n_heads or math.gcd(8, size), ffn or default_sizes(size)["ffn"]
-        self.options |= {"n_heads": n_heads, "ffn": ffn, "dropout": dropout, "alpha": alpha}
-        self.layer = TransformerLayer(size, n_heads=n_heads, ffn=ffn, dropout=dropout)
+        self.options |= {"layers": layers, "n_heads": n_heads, "ffn": ffn, "dropout": dropout,
+                         "alpha": alpha}
+        made = [TransformerLayer(size, n_heads=n_heads, ffn=ffn, dropout=dropout)
+                for _ in range(layers)]
+        self.layer, self.further = made[0], nn.ModuleList(made[1:])
         self.final_norm = nn.LayerNorm(size)
         self.projection = eye_linear(size, size)
         self.alpha = nn.Parameter(torch.tensor(float(alpha)))
+
+    @property
+    def layers(self) -> list[TransformerLayer]:
+        """All layers, the first one first."""
+        return [self.layer, *self.further]
 
     def _leave(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self.alpha * (self.projection(self.final_norm(x)) - residual)
@@ -122,30 +137,38 @@ class LayerAdapter(Adapter):
 class AttentionAdapter(LayerAdapter):
     """L4. ``causal=True`` is this project's default: position t uses drafter states 0…t, all that
     exist while drafting. ``causal=False`` is the reference's: trained on whole answers; evaluated
-    here on prefixes all the same (with one layer a prefix's last position is exactly what the
+    here on prefixes all the same (with its one layer a prefix's last position is exactly what the
     causal mask gives, because keys and values come from the inputs alone)."""
 
     def __init__(self, hidden_size: int = 4096, *, level: str = "L4",
                  drafter_size: int | None = None, input_map: bool = False, causal: bool = True,
-                 n_heads: int | None = None, ffn: int | None = None, dropout: float = 0.1,
-                 alpha: float = 0.1) -> None:
+                 layers: int = 1, n_heads: int | None = None, ffn: int | None = None,
+                 dropout: float = 0.1, alpha: float = 0.1) -> None:
         super().__init__(hidden_size, drafter_size=drafter_size, input_map=input_map)
+        if layers > 1 and not causal:
+            raise ParameterError(f"{level} of {layers} layers must be causal: what it says of a "
+                                 "prefix is not what whole answers taught it")
         self.level, self.causal = level, causal
-        self._make_layer(n_heads, ffn, dropout, alpha)
+        self._make_layers(layers, n_heads, ffn, dropout, alpha)
         self.options["causal"] = causal
 
     @torch.no_grad()
     def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
              tokens: Tensor | None = None) -> Tensor:
         """As Adapter.step; only the last row is carried beyond the keys and values."""
-        x = self.input_map(self._need(drafter_states, "drafter", 1))
-        return self._leave(self.layer.last(x), x[-1])
+        residual = x = self.input_map(self._need(drafter_states, "drafter", 1))
+        *lower, last = self.layers
+        for layer in lower:
+            x = layer(x[None], causal_mask(len(x), x.device))[0]
+        return self._leave(last.last(x), residual[-1])
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *,
                 causal: bool | None = None) -> Tensor:
         """x: [B, S, D_d] → [B, S, D_v]. mask: bool [B, S], True on real positions. causal:
         overrides the adapter's own."""
-        x = self.input_map(x)
+        residual = x = self.input_map(x)
         causal = self.causal if causal is None else causal
         allowed = allowed_keys(x.shape[1], mask, causal=causal, device=x.device)
-        return self._leave(self.layer(x, allowed), x)
+        for layer in self.layers:
+            x = layer(x, allowed)
+        return self._leave(x, residual)

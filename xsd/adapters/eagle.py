@@ -1,9 +1,10 @@
-"""L5, B1 and L5F: EAGLE-style causal adapters (docs/adapters.md; 102 819 841 and 169 936 897
-parameters at 4096).
+"""L5, B1, L5F and X1: EAGLE-style causal adapters (docs/adapters.md; 102 819 841, 169 936 897 and
+102 828 033 parameters at 4096).
 
 L5 reads the drafter. B1 is the same module fed with verifier states and asked for the next one: the
-upper bound without the modality gap. L5F fuses both sensors' states. B1 and L5F draft several
-tokens by feeding on their own predictions: :meth:`EagleAdapter.unroll`.
+upper bound without the modality gap. L5F fuses both sensors' states, in X1 the drafter's look at
+the verifier's. B1, L5F and X1 draft several tokens by feeding on their own predictions:
+:meth:`EagleAdapter.unroll`.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ class EagleAdapter(LayerAdapter):
     """
 
     def __init__(self, hidden_size: int = 4096, *, level: str = "L5",
-                 drafter_size: int | None = None, input_map: bool = False,
+                 drafter_size: int | None = None, input_map: bool = False, layers: int = 1,
                  n_heads: int | None = None, ffn: int | None = None, dropout: float = 0.1,
                  alpha: float = 0.1, max_positions: int = 512,
                  prediction_weight: float | None = None, vocab_size: int | None = None,
@@ -45,7 +46,7 @@ class EagleAdapter(LayerAdapter):
         self.input_norm = nn.LayerNorm(hidden_size)
         self.positions = nn.Parameter(torch.empty(1, max_positions, hidden_size))
         nn.init.trunc_normal_(self.positions, std=0.02)
-        self._make_layer(n_heads, ffn, dropout, alpha)
+        self._make_layers(layers, n_heads, ffn, dropout, alpha)
         self.options |= {"max_positions": max_positions, "prediction_weight": prediction_weight,
                          "vocab_size": vocab_size, "residual_map": residual_map}
         self.residual_map: nn.Linear | None = None
@@ -87,8 +88,13 @@ class EagleAdapter(LayerAdapter):
         x = self.input_map(states[0])
         return self.input_norm(x), x if self.residual_map is None else self.residual_map(x)
 
+    def _memory(self, states: tuple[Tensor, ...], places: slice) -> Tensor | None:
+        """What the layers look at, [B, S, D_v]; None: at their own input."""
+        return None
+
     def _embed(self, states: tuple[Tensor, ...], first: int,
-               tokens: Tensor | None) -> tuple[Tensor, Tensor]:
+               tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(layer input, residual source, memory), each [B, S, D_v]."""
         base, residual = self._base(states)
         end = first + base.shape[1]
         if end > self.max_positions:
@@ -100,7 +106,8 @@ class EagleAdapter(LayerAdapter):
                                      "that stand before the predicted positions")
             embedded = self.token_embedding[tokens.clamp_min(0)] * (tokens >= 0).unsqueeze(-1)
             base = self.token_map(torch.cat([base, embedded.to(base.dtype)], dim=-1))
-        return base + self.positions[:, first:end], residual
+        places = slice(first, end)
+        return base + self.positions[:, places], residual, self._memory(states, places)
 
     def forward(self, *states: Tensor, mask: Tensor | None = None,
                 tokens: Tensor | None = None) -> Tensor:
@@ -108,20 +115,22 @@ class EagleAdapter(LayerAdapter):
         S, D_v]. mask: bool [B, S]. tokens: int64 [B, S]."""
         if len(states) == (2 if self.reads != "both" else 3):  # mask given by position
             *states, mask = states
-        embedded, residual = self._embed(tuple(states), 0, tokens)
-        allowed = allowed_keys(embedded.shape[1], mask, causal=True, device=embedded.device)
-        return self._leave(self.layer(embedded, allowed), residual)
+        x, residual, memory = self._embed(tuple(states), 0, tokens)
+        allowed = allowed_keys(x.shape[1], mask, causal=True, device=x.device)
+        for layer in self.layers:
+            x = layer(x, allowed, memory)
+        return self._leave(x, residual)
 
     def unroll(self, drafter: Tensor | None, verifier: Tensor, steps: int,
                tokens: Tensor | None = None) -> list[Tensor]:
-        """As Adapter.unroll, from every position at once (EAGLE-3's training-time test): there is
-        one layer, so true keys and values are computed once, and each start carries its own
-        further ones."""
+        """As Adapter.unroll, from every position at once (EAGLE-3's training-time test): true keys
+        and values are computed once, and each start carries its own further ones."""
         self._refuse_unroll(drafter)
         size = verifier.shape[1]
         rows = torch.arange(size, device=verifier.device)
         allowed = causal_mask(size, verifier.device)
-        seen: list[tuple[Tensor, Tensor]] = []  # keys and values: the true ones, then each start's
+        # of each layer keys and values: the true ones, then each start's own
+        seen: list[list[tuple[Tensor, ...]]] = [[] for _ in self.layers]
         results: list[Tensor] = []
         state = verifier
         for k in range(steps):
@@ -130,11 +139,13 @@ class EagleAdapter(LayerAdapter):
                 ahead = (rows + k + self.drafter_lead).clamp_max(size - 1)
                 states = (drafter[:, ahead], state)
             said = None if tokens is None else tokens[:, (rows + k).clamp_max(size - 1)]
-            embedded, residual = self._embed(states, min(k, self.max_positions - size), said)
-            queries, *new = self.layer.project(embedded)
-            seen.append(tuple(new))
-            attended = self.layer.attend_with(queries, *seen[0], allowed, seen[1:])
-            state = self._leave(self.layer.finish(embedded, attended), residual)
+            first = min(k, self.max_positions - size)
+            x, residual, memory = self._embed(states, first, said)
+            for layer, known in zip(self.layers, seen, strict=True):
+                queries, *new = layer.look(x, memory)
+                known.append(tuple(new))
+                x = layer.finish(x, layer.attend_with(queries, *known[0], allowed, known[1:]))
+            state = self._leave(x, residual)
             results.append(state)
         return results
 
@@ -170,3 +181,24 @@ class FusedEagleAdapter(EagleAdapter):
             residual = self.residual_map(torch.cat(states, dim=-1))
         mixed = gate * drafter + (1 - gate) * verifier + self.fusion(together)
         return self.input_norm(mixed), residual
+
+
+class CrossAdapter(EagleAdapter):
+    """X1, cross-modal attention: queries are the drafter's states (drafter[t+1], see L5F), keys and
+    values the verifier's known ones, verifier[0…t]; residual from the drafter's."""
+
+    reads = "both"
+    shift = 1
+    drafter_lead = 1
+
+    def __init__(self, hidden_size: int = 4096, *, level: str = "X1", **options: Any) -> None:
+        refused = {"vocab_size", "residual_map", "prediction_weight"} & {
+            name for name, value in options.items() if value}
+        if refused:
+            raise ParameterError(f"{level} takes no {', '.join(sorted(refused))}: its drafter has "
+                                 "read the token before; see docs/adapters.md, section 1")
+        super().__init__(hidden_size, level=level, **options)
+        self.memory_norm = nn.LayerNorm(hidden_size)
+
+    def _memory(self, states: tuple[Tensor, ...], places: slice) -> Tensor:
+        return self.memory_norm(states[1]) + self.positions[:, places]

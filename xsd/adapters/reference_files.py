@@ -25,12 +25,9 @@ _OPTIONS = {
 }
 # Their names of tensors, as patterns, and ours.
 _LAYER = {
-    r"^layers\.0\.attn_norm\.": "layer.attention_norm.",
-    r"^layers\.0\.attn\.in_proj_": "layer.query_key_value.",
-    r"^layers\.0\.attn\.out_proj\.": "layer.attention_out.",
-    r"^layers\.0\.ffn_norm\.": "layer.ffn_norm.",
-    r"^layers\.0\.ffn\.0\.": "layer.ffn_up.",
-    r"^layers\.0\.ffn\.3\.": "layer.ffn_down.",
+    r"^layers\.0\.": "layer.", r"\.attn_norm\.": ".attention_norm.",
+    r"\.attn\.in_proj_": ".query_key_value.", r"\.attn\.out_proj\.": ".attention_out.",
+    r"\.ffn\.0\.": ".ffn_up.", r"\.ffn\.3\.": ".ffn_down.",
 }
 _BOTTLENECK = {
     r"^layers\.(\d+)\.(?=down_proj|up_proj|layer_norm|alpha_param)": r"blocks.\1.",
@@ -58,8 +55,8 @@ class _PlainConfig:
 def read(path: Path, *, level: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(level, hidden_size and options as create_adapter takes them, tensors by this project's
     names). level: "B1" or "L5" for a file that says L5. Raises: CheckpointError when it is damaged,
-    would run code, is no adapter or another level than asked for, has several transformer layers,
-    or fuses tokens (in front of the norm there, behind it here)."""
+    would run code, is no adapter or another level than asked for, is an L4 of several layers, or
+    fuses tokens (in front of the norm there, behind it here)."""
     stored = _load(path)
     if not isinstance(stored, Mapping) or "model_state_dict" not in stored:
         raise CheckpointError(f"{path} is no adapter checkpoint: it has no model_state_dict; give "
@@ -100,10 +97,10 @@ def _options(path: Path, level: str, raw: Mapping[str, Any],
         return {"wide" if key == "bottleneck" else key: value for key, value in options.items()}
     if level in ("L1", "L2"):
         return options
-    layers = options.pop("n_blocks", 1)
-    if layers != 1:
-        raise CheckpointError(f"{path} has {layers} transformer layers and {level} has one here; "
-                              "retrain it with one")
+    options["layers"] = options.pop("n_blocks", 1)
+    if level == "L4" and options["layers"] > 1:
+        raise CheckpointError(f"{path} has {options['layers']} bidirectional layers, and L4 of "
+                              "several is causal here; retrain it with layers in its options")
     if level == "L4":
         return options | {"causal": False}  # as it was trained
     if raw.get("use_token_embed") or any(name.startswith("token_") for name in tensors):
@@ -116,6 +113,8 @@ def _options(path: Path, level: str, raw: Mapping[str, Any],
 
 
 def _renamed(name: str, level: str) -> str:
+    if level not in ("L1", "L2"):  # their layers 1, 2, … come after our first one
+        name = re.sub(r"^layers\.([1-9]\d*)", lambda one: f"further.{int(one[1]) - 1}", name)
     for pattern, replacement in _NAMES[level].items():
         name = re.sub(pattern, replacement, name)
     return name

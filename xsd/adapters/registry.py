@@ -22,12 +22,13 @@ from xsd.adapters import linear, reference_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
 from xsd.adapters.bottleneck import BottleneckAdapter, PixelAlignment, WideBottleneckAdapter
-from xsd.adapters.eagle import EagleAdapter, FusedEagleAdapter
+from xsd.adapters.eagle import CrossAdapter, EagleAdapter, FusedEagleAdapter
 from xsd.core import CheckpointError, ParameterError
 
 LEVELS: dict[str, type[Adapter]] = {
     "L1": BottleneckAdapter, "L2": BottleneckAdapter, "L3": WideBottleneckAdapter,
     "L4": AttentionAdapter, "L5": EagleAdapter, "B1": EagleAdapter, "L5F": FusedEagleAdapter,
+    "X1": CrossAdapter,
 }
 """The levels that fit_adapter trains."""
 CLOSED_FORMS: dict[str, type[Adapter]] = dict.fromkeys(linear.KINDS, linear.LinearAdapter)

@@ -65,7 +65,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 # --- one's own parts, by name: known here by their form alone, imported where they are used
 
-LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "B1")
+LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "X1", "B1")
 ARMS = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram",
         "prompt_lookup")
 SPELLINGS = {"vl_baseline": "ar", "VL": "ar"}

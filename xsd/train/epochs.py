@@ -53,6 +53,7 @@ class EpochLoop:
     besides), head, parameters and optimiser."""
 
     best_name = "best.safetensors"
+    next_weight = 0.0  # of the loss against the next state (L5; train/parts.py)
     to_save_memory = ""
     head: heads.Head | None
     parameters: list[torch.nn.Parameter]
@@ -135,19 +136,27 @@ class EpochLoop:
         names = [f"validation_{name}" for name in ("total", *self.objective.weights)]
         names += ["cosine_similarity", *(f"accept_{threshold:.2f}" for threshold in THRESHOLDS)]
         names += ["token_acceptance"] if self.head is not None else []
-        sums: dict[str, Any] = dict.fromkeys(["count", *names], 0.0)
+        sums: dict[str, Any] = dict.fromkeys(["count", "next", "next_count", *names], 0.0)
         for aligned, target, ids, mask in self.predictions():
             n = int(mask.sum())
             values = self._judge(aligned, target, ids, mask) if n else {}
             for name, value in values.items():
                 sums[name] = sums[name] + value.double() * n
             sums["count"] += n
+            later = mask[:, 1:]
+            if self.next_weight and later.any():
+                found = self.objective(aligned[:, :-1], target[:, 1:], ids[:, 1:], later, self.head)
+                sums["next"] += float(found["total"]) * int(later.sum())
+                sums["next_count"] += int(later.sum())
         means = self.processes.sums(sums)
-        count = means.pop("count")
+        count, following, n_following = map(means.pop, ("count", "next", "next_count"))
         if count == 0:
             raise TrainingError(f"no validation answer is long enough for {self.level}; raise "
                                 "validation_share or extract longer answers")
-        return {name: value / count for name, value in means.items()}
+        means = {name: value / count for name, value in means.items()}
+        if n_following:  # the same sum as train_total
+            means["validation_total"] += self.next_weight * following / n_following
+        return means
 
     def _judge(self, aligned: Tensor, target: Tensor, ids: Tensor,
                mask: Tensor) -> dict[str, Tensor]:

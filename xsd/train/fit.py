@@ -122,6 +122,8 @@ class Training(EpochLoop):
         torch.manual_seed(self.seed)
         self.adapter = self._new_adapter().to(self.device)
         self.about = {"adapter": self.adapter.config()}
+        pieces = parts.plan(self.adapter, self.config)
+        self.next_weight = 0.0 if self.adapter.shift or len(pieces) == 1 else pieces[1][1]
         self.parameters = [p for p in self.adapter.parameters() if p.requires_grad]
         self.optimiser = torch.optim.AdamW(self.parameters, lr=self.config.learning_rate,
                                            weight_decay=self.config.weight_decay, fused=True)
@@ -131,7 +133,7 @@ class Training(EpochLoop):
         is called input_map (D_d → D_v) starts as the closed form, too."""
         level, config, states = self.level, self.config, self.states
         options = dict(config.adapter_options)
-        if config.alpha is not None and level in ("L4", *FUSING):
+        if config.alpha is not None and level in ("L4", "X1", *FUSING):
             options.setdefault("alpha", config.alpha)
         if config.prediction_weight is not None and level in FUSING:
             options.setdefault("prediction_weight", config.prediction_weight)

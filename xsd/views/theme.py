@@ -52,6 +52,7 @@ LEVELS = {
     "L4": Mark("#00796B", "dashdot", "triangle-up"),
     "L5": Mark("#003D33", "solid", "x"),
     "L5F": Mark("#9C5FB5", "solid", "star"),
+    "X1": Mark("#6A3D9A", "dash", "star-diamond"),
     "B1": Mark(VERIFIER, "longdash", "hexagon"),
     "drafter_tokens": Mark(DRAFTER, "dot", "triangle-down"),
 }
