@@ -217,8 +217,9 @@ def test_closed_forms_explain_what_they_cannot_do():
         registry.create_adapter("identity", 8, drafter_size=4)
 
 
-def test_self_test_reports_every_level():
-    rows = checks.self_test(WIDTH, positions=4)
-    assert [row["level"] for row in rows] == list(registry.LEVELS)
+def test_self_test_reports_every_level_and_files(tmp_path):
+    path = str(registry.save_adapter(make("B1 tokens"), tmp_path / "mine.safetensors"))
+    rows = checks.self_test(WIDTH, levels=[*registry.LEVELS, path], positions=4)
+    assert [row["level"] for row in rows] == [*registry.LEVELS, "mine"]
     assert all(row["latency_ms"] > 0 and row["megabytes"] == 4 * row["parameters"] / 1e6
                for row in rows)

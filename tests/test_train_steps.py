@@ -8,6 +8,7 @@ import pytest
 import torch
 from tiny_pair import make_tiny_pair
 
+from xsd import cli
 from xsd.adapters import registry
 from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.models import loading
@@ -177,6 +178,20 @@ def test_l6_takes_its_own_options_and_keeps_the_final_weights_too(run_dir):
     assert all((place / name / "adapter_model.safetensors").is_file() for name in ("best", "final"))
     rows = training.history(run_dir, ["L6"]).query("split == 'validation'")
     assert rows[["accept_0.80", "accept_0.95"]].notna().all(axis=None)
+
+
+def test_the_verbs_train_by_path_and_look_at_adapters(run_dir, tmp_path, capsys):
+    out = str(tmp_path / "own")
+    asked = ["train", f"{run_dir}/shards/train_simulated", "-o", out, "-l", "L1", "-l", "X1"]
+    assert cli.main([*asked, "--options", "X1: {layers: 2}", "-p", "epochs=1"]) == 0
+    said = capsys.readouterr().out
+    assert "X1 epoch 1: loss" in said and "★" in said
+    loaded = training.load(out, ["L1", "X1"])
+    assert loaded["X1"].options["layers"] == 2 and loaded["X1"].reads == "both"
+    assert cli.main(["self-test", f"{out}/adapters/X1", "-l", "L2", "--width", "16"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[1].split()[:3] == ["X1", "of", "own"] and rows[2].split()[:3] == ["L2", "drafter",
+                                                                                  "16"]
 
 
 def test_the_runs_own_held_out_sets_are_guarded(run_dir, monkeypatch):

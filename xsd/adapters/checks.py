@@ -4,6 +4,7 @@ level's size and speed on this machine."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import statistics
 import tempfile
 import timeit
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+from xsd import files
 from xsd.adapters import registry
 from xsd.adapters.base import Adapter, alignment_loss
 from xsd.core import Batch, CheckpointError, ParameterError
@@ -97,18 +99,25 @@ def _check_file(adapter: Adapter, batch: Batch) -> None:
 
 
 def self_test(hidden_size: int = 192, *, levels: Sequence[Any] = tuple(registry.LEVELS),
-              positions: int = 50, seed: int = 0) -> list[dict[str, Any]]:
-    """One row per level, for a DataFrame: level, parameters, megabytes (float32) and latency_ms,
-    the median of one forward pass over ``positions`` positions on this machine."""
+              positions: int = 50, seed: int = 0, **options: Any) -> list[dict[str, Any]]:
+    """One row per level or adapter file, for a DataFrame: level, reads, width, parameters,
+    megabytes (float32) and latency_ms, the median of one forward pass over ``positions`` positions
+    on this machine. hidden_size, options: of levels; a file has its own."""
     rows = []
     with torch.random.fork_rng(devices=[]), torch.inference_mode():
         torch.manual_seed(seed)
-        states = torch.randn(1, positions, hidden_size)
         for level in levels:
-            adapter = registry.create_adapter(level, hidden_size).eval()
-            inputs = (states, states) if adapter.reads == "both" else (states,)
-            seconds = timeit.repeat(lambda: adapter(*inputs), number=1, repeat=12)  # noqa: B023
+            adapter = registry.load_any_adapter(level) if files.is_path(level) else (
+                registry.create_adapter(level, hidden_size, **options).eval())
+            drafter = torch.randn(1, positions, adapter.drafter_size)
+            verifier = torch.randn(1, positions, adapter.hidden_size)
+            states = {"drafter": (drafter,), "verifier": (verifier,), "both": (drafter, verifier)}
+            said = torch.zeros(1, positions, dtype=torch.int64)
+            run = functools.partial(adapter, *states[adapter.reads],
+                                    **({"tokens": said} if adapter.fuses_tokens else {}))
+            seconds = timeit.repeat(run, number=1, repeat=12)[2:]
             n = registry.count_parameters(adapter)
-            rows.append({"level": adapter.level, "parameters": n, "megabytes": 4 * n / 1e6,
-                         "latency_ms": 1e3 * statistics.median(seconds[2:])})
+            rows.append({"level": files.name_of(level), "reads": adapter.reads,
+                         "width": adapter.hidden_size, "parameters": n, "megabytes": 4 * n / 1e6,
+                         "latency_ms": 1e3 * statistics.median(seconds)})
     return rows

@@ -1,0 +1,70 @@
+"""``xsd train`` and ``xsd self-test``: adapters from the command line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from typer import Argument, Option, Typer
+
+from xsd.cli.data import QUIET, examples
+
+app = Typer(**QUIET)
+LEVEL = Option([], "-l", "--level", help="may be repeated; L1 to L6, X1, B1 or module:Class")
+OPTIONS = Option("", help="of the adapters, for all or by level: 'L5: {layers: 2}'")
+
+
+def _read(text: str) -> dict[str, Any]:
+    import yaml
+
+    return yaml.safe_load(f"{{{text}}}" if not text.startswith("{") else text)
+
+
+@app.command(epilog=examples(
+    "xsd train runs/dsec/shards/train_dsec -o runs/dsec -l L4 --profile reference",
+    "xsd train old/chunked_train_1s_4bit -o runs/old -l L5 --options 'layers: 2' "
+    "--validation old/chunked_val_1s_4bit --head old/vl_lm_head.pt"))
+def train(
+    pairs: str = Argument(help="a finished extraction, shards, another run, or .pt chunks"),
+    out: str = Option(..., "-o", "--out", metavar="RUN", help="run folder to train into"),
+    level: list[str] = LEVEL,
+    validation: str = Option("", help="pairs that choose the best epoch; default: held back"),
+    profile: str = Option("best", help="recipe, as in notebook 02"),
+    options: str = OPTIONS, head: str = Option("", help="LM head, a file or a folder of shards"),
+    seed: int = 0, device: str = "cpu",
+    parameter: list[str] = Option([], "-p", "--parameter", metavar="NAME=VALUE",
+                                  help="anything else that notebook 02 takes"),
+) -> None:
+    """Train adapters on pairs named by path, into RUN/adapters; resumes."""
+    from xsd.runs import parameters, typed
+    from xsd.steps import training
+
+    given = parameters.TrainParameters.checked({
+        "run_dir": out, "data": pairs, "validation_data": validation, "profile": profile,
+        "head": head, "seed": seed, "device": device, "options": _read(options),
+        **({"levels": level} if level else {}),
+        **typed.read_values(parameter, parameters.TrainParameters)})
+    results = training.run(given, progress=lambda name, row: print(
+        f"{name} epoch {row['epoch']}: loss {row['validation_total']:.4f}, cosine "
+        f"{row['cosine_similarity']:.4f}", flush=True))
+    print(training.table(results["levels"]).to_string(index=False))
+    print(training.trainings(out).to_string(index=False))
+
+
+@app.command(epilog=examples("xsd self-test --width 4096", "xsd self-test runs/smoke/adapters/L4",
+                             "xsd self-test -l L5 --options 'layers: 2'"))
+def self_test(
+    file: list[Path] = Argument(None, help="adapter files or folders"),
+    level: list[str] = LEVEL,
+    width: int = Option(192, min=1, help="hidden size of the levels"),
+    positions: int = Option(50, min=1, help="of the answer that is timed"),
+    options: str = OPTIONS,
+) -> None:
+    """Every level, or adapters by path: parameters, MB, and milliseconds on this machine."""
+    import pandas as pd
+
+    from xsd.adapters import checks, registry
+
+    chosen = [*map(str, file or ()), *level] or list(registry.LEVELS)
+    rows = checks.self_test(width, levels=chosen, positions=positions, **_read(options))
+    print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
