@@ -7,8 +7,6 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import pandas as pd
-
 from xsd.adapters.base import Adapter
 from xsd.bench import costs
 from xsd.core import ParameterError
@@ -41,11 +39,7 @@ def read_prices(path: str | Path, *, drafter: bool = True, level: str = "") -> P
     try:
         if path.is_dir():
             stored = json.loads((path / "results" / "live.json").read_text(encoding="utf-8"))
-            ms = pd.DataFrame([{"what": what, "ms": row["ms"]}
-                               for what, row in stored["costs"].items()])
-            rows = ms["what"].str.extract(r"^verify (\d+)$")[0]
-            curve = ms[rows.notna()].assign(rows=rows.dropna().astype(int))
-            return costs.prices(curve, ms, drafter=drafter, level=level)
+            return costs.stored_prices(stored["costs"], drafter=drafter, level=level)
         stored = json.loads(path.read_text(encoding="utf-8"))
         verify = {int(rows): float(seconds) for rows, seconds in stored["verify"].items()}
         names = ("verifier_prefill_s", "drafter_prefill_s", "draft_s")
