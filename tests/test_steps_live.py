@@ -354,6 +354,22 @@ def test_paths_one_event_frame_and_the_references_spellings_are_arms(place, tmp_
     assert counted["n_identical"] == counted["n_answers"] > 0
 
 
+def test_held_out_sets_by_path_are_timed_and_one_without_pictures_is_left_out(place, tmp_path):
+    shards, bare = place / "run" / "shards", tmp_path / "bare"
+    shutil.copytree(shards / "test_simulated" / "teacher_forced", bare / "teacher_forced")
+    path = str(place / "run" / "adapters" / "L4")
+    options = {"run_dir": str(tmp_path / "other"), "data": str(shards / "train_simulated"),
+               "arms": ["ar", "ngram", path], "check_arms": [path], "n_samples": 1}
+    bench = live.open_bench(given(place, test_data=[str(shards / "test_simulated"), str(bare)],
+                                  **options))
+    assert [len(some) for some in bench.timed.values()] == [1] and list(bench.left_out) == ["bare"]
+    assert "nobody knows their pictures" in bench.left_out["bare"]
+    records = live.measure(bench, bench.arms(bench.given.arms))
+    assert len(records) == 3 and all(one["identical_to_ar"] for one in records)
+    with pytest.raises(ParameterError, match=r"live decoding needs pictures: .*bare"):
+        live.open_bench(given(place, test_data=[str(bare)], **options))
+
+
 def test_wrong_arms_levels_and_pairs_are_named(place, tmp_path):
     with pytest.raises(ParameterError, match="none of the arms L4 is a baseline; add ar"):
         live.open_bench(given(place, arms=["L4"]))
