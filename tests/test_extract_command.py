@@ -7,7 +7,8 @@ import signal
 import numpy as np
 import pytest
 import torch
-from models_fixtures import pair_folder
+from models_fixtures import pair_folder, tiny_pair
+from tiny_pair import make_samples
 
 from xsd import cli
 from xsd.core import ParameterError
@@ -16,7 +17,7 @@ from xsd.runs import progress
 from xsd.sensors import folder
 from xsd.sensors.events import Events
 from xsd.shards import store
-from xsd.steps import data as datasets
+from xsd.steps import extract_request
 
 QUESTIONS = [("What is on the road?", 9), ("How does the car move?", 5),
              ("Describe the scene in detail.", 1)]
@@ -174,7 +175,7 @@ def test_verify_names_what_is_wrong_and_repair_brings_back_the_bytes(data, tmp_p
 def test_repair_says_what_it_cannot_mend(five, data, tmp_path, capsys):
     assert extract(data, tmp_path) == 0
     (tmp_path / "teacher_forced" / "shard-000001.safetensors").unlink()
-    (tmp_path / datasets.REQUEST).unlink()
+    (tmp_path / extract_request.FILE).unlink()
     assert cli.main(["data", "repair", str(tmp_path)]) == 1
     said = capsys.readouterr().out
     assert ("does not say what it was extracted from (no extract.json); give --pair, --data and "
@@ -208,13 +209,13 @@ def test_a_damaged_manifest_states_that_are_no_numbers_and_mixed_runs_are_found(
 
 
 def test_the_request_is_kept_for_later(five, data):
-    request = datasets.load_request(five / "teacher_forced")
+    request = extract_request.load_request(five / "teacher_forced")
     assert request.data == str(data.resolve()) and request.max_questions == 2
-    assert datasets.load_request(ranks.Rank(0, 2).part(five / "teacher_forced"),
+    assert extract_request.load_request(ranks.Rank(0, 2).part(five / "teacher_forced"),
                                 device="cuda").device == "cuda"
     with pytest.raises(ParameterError,
                        match="give the folder of the drives; `xsd data simulate FOLDER` makes one"):
-        datasets.Request(data="simulated").root()
+        extract_request.Request(data="simulated").root()
 
 
 def test_supervised_the_same_command_runs_without_that_option(data, tmp_path, monkeypatch):
@@ -252,3 +253,33 @@ def test_old_chunks_are_imported(tmp_path, capsys, data):
                        states[1, :3] + 1) and dataset[1].sequence == "seq0"
     assert cli.main(["data", "verify", str(tmp_path / "run")]) == 0
     assert cli.main(["data", "import-chunks", str(tmp_path / "no.pt"), str(tmp_path / "no")]) == 2
+
+
+def test_what_it_will_come_to_is_said_before_it_starts_and_whose_questions_they_were(
+        data, tmp_path, capsys):
+    (tmp_path / "mine.txt").write_text("Who crosses?\nIs it dark?\nWhere is the car?\n")
+    more = ["--questions-file", str(tmp_path / "mine.txt"), "--max-scenes", "3"]
+    assert extract(data, tmp_path / "run", *more) == 0
+    said = capsys.readouterr().out
+    assert "2 sequences, 3 clips, 2 questions: 6 pairs in 1 kind(s), at most 0.000 GB\n" in said
+    stored = store.ShardDataset(tmp_path / "run" / "teacher_forced")
+    assert stored.table()["question"].tolist()[:2] == ["Who crosses?", "Is it dark?"]
+    told = stored.manifest["provenance"]["questions_file"]
+    assert told["name"] == "mine.txt" and len(told["sha256"]) == 64
+    assert extract(data, tmp_path / "spread", "--sampling", "spread",
+                   "--questions-per-sequence", "1") == 0
+    assert len(store.ShardDataset(tmp_path / "spread" / "teacher_forced")) == 2
+
+
+def test_hours_come_from_one_batch_that_is_timed(tmp_path):
+    pair, samples = tiny_pair(), make_samples(42)
+    line = extract_request.announced(pair, samples, modes=["teacher_forced"], max_new_tokens=2,
+                                     dtype="fp16", batch_size=2)
+    assert line.endswith("GB, about 0.0 h as one batch took")
+    assert "42 pairs" in line
+
+
+def test_a_run_without_a_name_is_called_as_the_first_scripts_called_theirs():
+    one = extract_request.Request("dsec", duration="1s", quant="4bit", event_frames=1)
+    assert one.name() == "chunked_train_1s_4bit_1f"
+    assert extract_request.Request("dsec", "test").name() == "chunked_test_all_float32"

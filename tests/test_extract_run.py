@@ -13,7 +13,7 @@ from models_fixtures import tiny_pair
 from tiny_pair import make_samples
 
 from xsd.core import PairError, ParameterError, ShardError, StorageError
-from xsd.extract import plan, run
+from xsd.extract import checks, plan, run
 from xsd.shards import store
 from xsd.shards.writer import ShardWriter
 
@@ -230,3 +230,43 @@ def test_no_samples_and_unknown_modes_are_named(tmp_path):
         run.extract(tiny_pair(), [], tmp_path)
     with pytest.raises(ShardError, match="expected one or more of teacher_forced, free_running"):
         run.extract(tiny_pair(), make_samples(1), tmp_path, modes=("forced",))
+
+
+def test_a_run_goes_on_with_another_batch_size(samples, tmp_path):
+    stop = StopAfter(1, lambda: os.kill(os.getpid(), signal.SIGINT))
+    assert run.extract(tiny_pair(), samples, tmp_path, **OPTIONS, progress=stop).n == 2
+    report = run.extract(tiny_pair(), samples, tmp_path, **{**OPTIONS, "batch_size": 4})
+    assert report.finished and report.resumed == 2 and report.n == 9
+    assert run.extract(tiny_pair(), samples, tmp_path, **{**OPTIONS, "batch_size": 1}).finished
+    assert not any(checks.verify(tmp_path).values())
+
+
+def test_the_manifest_says_when_it_was_made_and_its_longest_answer(whole):
+    manifest = store.ShardDataset(whole[0] / "teacher_forced").manifest
+    assert manifest["provenance"]["created"].startswith(manifest["provenance"]["date"])
+    longest = store.ShardDataset(whole[0] / "teacher_forced").table()["n_tokens_verifier"].max()
+    assert manifest["max_seq_len"] == longest
+
+
+@pytest.mark.parametrize("save", [{"save_every": 5}, {"save_every_s": 1e9}])
+def test_what_was_not_saved_yet_is_saved_in_the_end_and_the_bytes_are_the_same(
+        samples, whole, tmp_path, save):
+    pieces = []
+    options = {**OPTIONS, **save, "samples_per_shard": 100}
+    run.extract(tiny_pair(), samples[:8], tmp_path, **options, progress=lambda p: pieces.append(
+        len(list((tmp_path / "teacher_forced").glob("pending-*")))))
+    assert pieces == ([0, 0, 1, 1] if "save_every" in save else [0, 0, 0, 0])
+    found = store.ShardDataset(tmp_path / "teacher_forced")
+    assert found.table()["seconds"].gt(0).all()
+    wanted = list(store.ShardDataset(whole[0] / "teacher_forced"))[:8]
+    assert all(torch.equal(a.hidden_by_verifier, b.hidden_by_verifier)
+               for a, b in zip(found, wanted, strict=True))
+
+
+def test_scenes_are_drawn_whole():
+    samples = make_samples(12, sequences=1)
+    some = plan.order(samples, max_scenes=1, seed=3)
+    assert len({one.clip for one in some}) == 1
+    assert len(some) == sum(one.clip == some[0].clip for one in samples)
+    with pytest.raises(ParameterError, match="max_scenes=0; give a positive number"):
+        plan.order(samples, max_scenes=0)

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studies.embedded_pair import recipe as pair
-from xsd.core import MetricError, ParameterError
+from xsd.core import DatasetError, MetricError, ParameterError
+from xsd.embedded import drive
 from xsd.evaluate import statistics
 from xsd.sensors import folder
 from xsd.steps import data
@@ -106,3 +107,32 @@ def test_a_clip_without_stored_images_is_painted_on_the_canvas_of_the_pair(tmp_p
             for one in sliced.event_frames] != [one.shape for one in sensor.event_frames] or any(
                 (a != b).any()
                 for a, b in zip(sensor.event_frames, sliced.event_frames, strict=True))
+
+
+@pytest.fixture
+def folder_of_drives(tmp_path):
+    """A dataset folder of one's own: two sequences, no questions."""
+    drive.write_dataset(tmp_path / "drives", split="test", n_sequences=2, seed=3, workers=1)
+    for path in (tmp_path / "drives").rglob(folder.QUESTIONS):
+        path.unlink()
+    return tmp_path / "drives"
+
+
+def test_all_clips_are_asked_all_questions_where_that_is_asked_for(folder_of_drives, tmp_path):
+    (tmp_path / "mine.txt").write_text("Where is the car?\n\nIs it dark?\nWho crosses?\n")
+    options = {"questions_file": str(tmp_path / "mine.txt")}
+    clips = len(folder.open_folder(folder_of_drives, "test"))
+    every = data.samples(folder_of_drives, "test", questions_per_sequence=0, **options)
+    assert len(every) == 3 * clips and every[1].question == "Is it dark?"
+    two = data.samples(folder_of_drives, "test", questions_per_sequence=0, max_questions=2,
+                       **options)
+    assert len(two) == 2 * clips
+    assert len(data.samples(folder_of_drives, "test", questions_per_sequence=2, **options)) == 4
+    (tmp_path / "mine.json").write_text('["Where is the car?"]')
+    options = {"questions_file": str(tmp_path / "mine.json"), "questions_per_sequence": 0}
+    assert len(data.samples(folder_of_drives, "test", **options)) == clips
+
+
+def test_a_folder_without_questions_is_not_asked_somebody_elses(folder_of_drives):
+    with pytest.raises(DatasetError, match=r"holds no questions.json.*give questions_file=… "):
+        data.samples(folder_of_drives, "test")

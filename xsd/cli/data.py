@@ -79,13 +79,19 @@ def prepare_dsec(
 def extract(
     context: Context,
     data: str = Argument(help="dataset folder (xsd data simulate makes one), or davis_road"),
-    out: Path = Option(..., "-o", "--out", metavar="RUN", help="run folder to write or continue"),
+    out: Path | None = Option(None, "-o", "--out", metavar="RUN", help="run folder to write or "
+                              "continue; else runs/chunked_<split>_<duration>_<quant>[_1f]"),
     pair: str = Option("embedded", help="embedded, or a folder with drafter/ and verifier/"),
     split: Split = SPLIT,
     modes: str = Option("teacher_forced", help="teacher_forced, free_running, or both, by comma"),
     layers: str = Option("-1", help="--layers=-1,-8: the last (after the norm) and one before"),
     max_samples: int = Option(-1, help="that many, whole clips drawn by the seed; -1 is all"),
-    max_questions: int = Option(10, help="asked of every clip: the folder's first so many"),
+    max_scenes: int = Option(-1, help="that many clips, drawn by the seed; -1 is all"),
+    sampling: Literal["all", "spread"] = Option("all", help="every clip is asked everything, or "
+                                                "a sequence each question once"),
+    questions_per_sequence: int = Option(10, help="of --sampling spread"),
+    max_questions: int = Option(10, help="the first so many of the folder's or the file's"),
+    questions_file: Path | None = Option(None, help="text, a question a line, or JSON"),
     max_new_tokens: int = Option(50, help="longest answer"),
     duration: str = Option("", help="only clips of this length: 1s, 500ms"),
     event_frames: Literal["5f", "1f"] | None = Option(None, help="default as the pair says"),
@@ -97,6 +103,8 @@ def extract(
     device: str = Option("cpu", help="cpu or cuda; under torchrun every process has its own GPU"),
     batch: int = Option(16, help="answers at a time"),
     samples_per_shard: int = Option(256, help="also what several processes share out"),
+    save_every: int = Option(0, help="samples between two writes to disk; 0: after each batch"),
+    save_every_s: float = Option(0.0, "--save-seconds", help="the same in seconds"),
     seed: int = 0,
     supervise: int = Option(0, metavar="N", help="start again after a crash, at most N times"),
 ) -> int:
@@ -112,37 +120,41 @@ def extract(
 
     rank = ranks.Rank.of_this_process()
     part = f"part {rank.part_name}" if rank.part_name else ""
+    request = _request(data=data, pair=pair, reuse_verifier=reuse_verifier, split=split,
+                       max_questions=max_questions, questions_file=questions_file or "",
+                       questions_per_sequence=questions_per_sequence * (sampling == "spread"),
+                       duration=duration, dtype=dtype, quant=quant, device=device,
+                       event_frames=int(event_frames[0]) if event_frames else 0)
+    request.root()
+    out = out or ROOT / "runs" / request.name()
     if supervise:  # the same command; the last word on --supervise counts
         command = [sys.executable, "-m", "xsd.cli", *context.obj, "--supervise", "0"]
         return supervision.supervise(command, out, supervise, part=rank.part_name)
-    from xsd.extract import run
+    from xsd.extract import plan, run
     from xsd.runs import progress
-    from xsd.steps import extraction
+    from xsd.steps import extract_request, extraction
 
-    request = _request(data=data, pair=pair, reuse_verifier=reuse_verifier, split=split,
-                       max_questions=max_questions, duration=duration, dtype=dtype, quant=quant,
-                       device=device, event_frames=int(event_frames[0]) if event_frames else 0)
-    request.root()
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
     models = replace(request, device=device).load_pair()
     samples = request.samples(models)
+    sizes = {"modes": words(modes), "max_new_tokens": max_new_tokens, "dtype": stored,
+             "batch_size": batch}
+    drawn = {"max_samples": max_samples, "seed": seed,
+             "max_scenes": None if max_scenes == -1 else max_scenes}
+    if not rank.rank:
+        print(f"{out}: {extract_request.announced(models, plan.order(samples, **drawn), **sizes)}",
+              flush=True)
     request.save(out, first=True)
-    report = run.extract(models, samples, out, modes=words(modes), layers=_integers(layers),
-                         dtype=stored, max_new_tokens=max_new_tokens, batch_size=batch,
-                         samples_per_shard=samples_per_shard, max_samples=max_samples, seed=seed,
-                         config=request.config(), verifier_from=reuse_verifier, rank=rank,
+    report = run.extract(models, samples, out, layers=_integers(layers), **sizes, **drawn,
+                         samples_per_shard=samples_per_shard, config=request.config(),
+                         about=request.about(), verifier_from=reuse_verifier, rank=rank,
+                         save_every=save_every, save_every_s=save_every_s,
                          progress=progress.lines(part and f"{part}: "))
     request.save(out)
     extraction.save_pair_file(out, models, request.pair, {one.question for one in samples},
                               loads={"dtype": dtype, "device": device, "quant": quant})
-    counted = (f"{report.n} samples, {report.tokens} tokens, {report.gb:.3f} GB in "
-               f"{report.seconds:.0f} s ({report.resumed} were done before)")
-    said = f"finished: {counted}" if report.finished else (
-        f"interrupted after {counted}; the same command continues")
-    if report.finished and not report.joined:
-        said += "; the other parts are still missing, the last one joins them"
-    print(f"{out}: {part and f'{part}, '}{said}")
+    print(f"{out}: {part and f'{part}, '}{report}")
     return 0 if report.finished else supervision.INTERRUPTED
 
 
@@ -259,11 +271,12 @@ def import_traces(
 
 def _request(run: Path | None = None, **given: Any) -> Any:
     """What is asked for, folders as a request keeps them: new, or a run's own with changes."""
-    from xsd.steps import data as datasets
+    from xsd.steps import extract_request
 
-    for name in ("data", "pair", "reuse_verifier"):
-        given[name] = given[name] and datasets.here(given[name])
-    return datasets.load_request(run, **given) if run else datasets.Request(**given)
+    for name in ("data", "pair", "reuse_verifier", "questions_file"):
+        if given.get(name):
+            given[name] = extract_request.here(given[name])
+    return extract_request.load_request(run, **given) if run else extract_request.Request(**given)
 
 
 def _integers(text: str) -> tuple[int, ...]:

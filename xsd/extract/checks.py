@@ -15,7 +15,7 @@ from xsd.extract import monitor, ranks
 from xsd.shards import format as layout
 from xsd.shards import store
 
-_OF_A_KIND = {"layer", "part", "verifier_from"}
+_OF_A_KIND = ("layer", "part", "verifier_from")
 """Settings in which the kinds of pairs of one run may differ."""
 _BLOCK = 4096
 
@@ -71,7 +71,7 @@ def _mixed(found: dict[Path, list[store.Problem]]) -> Iterator[tuple[Path, store
         config = layout.read_manifest(place)["config"]
         if "samples_hash" not in config:
             continue
-        config = {key: value for key, value in config.items() if key not in _OF_A_KIND}
+        config = layout.of_data(config, *_OF_A_KIND)
         run = place.parent.parent if place.match(ranks.PARTS) else place.parent
         other, wanted = first.setdefault(run, (place, config))
         if difference := layout.first_difference(wanted, config):

@@ -49,23 +49,27 @@ def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequ
             for number, record in enumerate(records) for question in questions]
 
 
-def order(samples: Sequence[Item], *, max_samples: int | None = None, seed: int = 0) -> list[Item]:
+def order(samples: Sequence[Item], *, max_samples: int | None = None,
+          max_scenes: int | None = None, seed: int = 0) -> list[Item]:
     """The samples clip by clip, so that a clip's images pass the vision tower once; clips keep the
-    order of their first sample. max_samples: that many, from clips drawn by ``seed`` (None or -1:
-    all). Raises: ParameterError for no samples or max_samples 0 or below -1."""
+    order of their first sample. max_samples, max_scenes: that many samples, or clips, of clips
+    drawn by ``seed`` (None or -1: all). Raises: ParameterError for no samples, 0 or below -1."""
     if not samples:
         raise ParameterError(
             "there are no samples to extract; give at least one clip and one question")
-    if max_samples is not None and (max_samples == 0 or max_samples < -1):
-        raise ParameterError(f"max_samples={max_samples}; give a positive number, or -1 for all")
+    for name, most in (("max_samples", max_samples), ("max_scenes", max_scenes)):
+        if most is not None and (most == 0 or most < -1):
+            raise ParameterError(f"{name}={most}; give a positive number, or -1 for all")
     clips: dict[tuple[str, str], list[Item]] = {}
     for item in samples:
         clips.setdefault((item.sequence, item.clip), []).append(item)
-    if max_samples not in (None, -1):
-        drawn, left = list(clips), max_samples
+    scenes = len(clips) if max_scenes in (None, -1) else max_scenes
+    left = len(samples) if max_samples in (None, -1) else max_samples
+    if scenes < len(clips) or left < len(samples):
+        drawn = list(clips)
         random.Random(seed).shuffle(drawn)
-        for key in drawn:
-            clips[key] = clips[key][:left]
+        for place, key in enumerate(drawn):
+            clips[key] = clips[key][:left] if place < scenes else []
             left -= len(clips[key])
     return [item for items in clips.values() for item in items]
 

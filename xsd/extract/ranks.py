@@ -148,9 +148,11 @@ def _join(folder: Path, parts: list[Path]) -> None:
         data = "".join(json.dumps(line) + "\n" for line in times).encode()
         atomic_write(folder / layout.TIMES, data)
         files["times"] = layout.entry_of(layout.TIMES, data)
+    config = {key: value for key, value in first["config"].items() if key != "part"}
     layout.write_manifest(folder, {
-        **first, "config": _common(first)["config"], "shards": shards, "n_samples": n_samples,
-        "files": files, "provenance": {**first["provenance"], "processes": len(parts)}
+        **first, "config": config, "shards": shards, "n_samples": n_samples, "files": files,
+        "max_seq_len": max(manifest.get("max_seq_len", 0) for manifest in manifests),
+        "provenance": {**first["provenance"], "processes": len(parts)}
     })
 
 
@@ -172,5 +174,5 @@ def _move(folder: Path, moves: Mapping[Path, tuple[Path, int]]) -> None:
 
 def _common(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """What the parts of one run share."""
-    config = {key: value for key, value in manifest["config"].items() if key != "part"}
-    return {**{key: manifest[key] for key in _SETTINGS}, "config": config}
+    return {**{key: manifest[key] for key in _SETTINGS},
+            "config": layout.of_data(manifest["config"], "part")}

@@ -34,7 +34,8 @@ def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
     if "samples_hash" not in config:
         raise ShardError(
             f"{folder} was not written by an extraction; restore {found[0].file.name} from a copy")
-    items = plan.order(samples, max_samples=config["max_samples"], seed=config["seed"])
+    items = plan.order(samples, max_samples=config["max_samples"],
+                       max_scenes=config.get("max_scenes"), seed=config["seed"])
     now = {"samples_hash": plan.plan_hash(items), "drafter": run.identity(pair.drafter),
            "verifier": run.identity(pair.verifier)}
     answers = None

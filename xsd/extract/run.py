@@ -54,6 +54,14 @@ class ExtractReport:
     folders: Mapping[str, Path]
     joined: bool = True
 
+    def __str__(self) -> str:
+        counted = (f"{self.n} samples, {self.tokens} tokens, {self.gb:.3f} GB in "
+                   f"{self.seconds:.0f} s ({self.resumed} were done before)")
+        if not self.finished:
+            return f"interrupted after {counted}; the same command continues"
+        missing = "; the other parts are still missing, the last one joins them"
+        return f"finished: {counted}" + ("" if self.joined else missing)
+
 
 Kind = tuple[Mode, int]
 """Mode and layer: what one folder of a run holds."""
@@ -65,20 +73,23 @@ def extract(
     pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
     modes: Sequence[Mode] = ("teacher_forced",), layers: Sequence[int] = (LAST,),
     max_new_tokens: int = 50, dtype: str = "fp16", batch_size: int = 16,
-    samples_per_shard: int = 256, max_samples: int | None = None, seed: int = 0,
-    config: Mapping[str, Any] | None = None, verifier_from: str | Path | None = None,
-    rank: ranks.Rank | None = None, progress: Any = None,
+    samples_per_shard: int = 256, max_samples: int | None = None, max_scenes: int | None = None,
+    seed: int = 0, config: Mapping[str, Any] | None = None,
+    about: Mapping[str, Any] | None = None, verifier_from: str | Path | None = None,
+    save_every: int = 0, save_every_s: float = 0.0, rank: ranks.Rank | None = None,
+    progress: Any = None,
 ) -> ExtractReport:
     """Write ``folder/<mode>`` for each mode; every finished batch survives a kill, and the same
-    call again continues the run.
+    call again continues the run, with another batch_size too.
 
     samples: core.Sample, or plan.LazySample (read a batch at a time). layers: which hidden states
     (batched.LAST); others than the last have folders of their own. dtype: how states are stored.
-    max_samples: that many, whole clips drawn by ``seed``. config: what else belongs to the run
-    (split, data_hash, quant …), compared on resuming. verifier_from: a finished run of the same
-    verifier, whose answers are taken instead of generated. rank: one of several processes that
-    share the run. progress: called with Progress after each batch, or anything with tqdm's
-    ``update(n)``.
+    max_samples, max_scenes: so many samples or clips, whole clips drawn by ``seed``. config: what
+    else belongs to the run (split, data_hash, quant …), compared on resuming; about: what only the
+    manifest's provenance says. verifier_from: a finished run of the same verifier, whose answers
+    are taken instead of generated. save_every, save_every_s: write to disk once so many samples or
+    seconds have gathered (0: each batch). rank: one of several processes that share the run.
+    progress: called with Progress after each batch, or anything with tqdm's ``update(n)``.
 
     Raises: ShardError if the folder was begun with other settings, StorageError (another writer,
     disk full: what was flushed stays), PairError if a saved LM head does not give the model's
@@ -87,20 +98,22 @@ def extract(
     started, rank, folder = time.perf_counter(), rank or ranks.Rank(), Path(folder)
     layers = list(dict.fromkeys(layers))
     _check(pair, modes, layers, batch_size, max_new_tokens)
-    items = plan.order(samples, max_samples=max_samples, seed=seed)
+    items = plan.order(samples, max_samples=max_samples, max_scenes=max_scenes, seed=seed)
     settings = {**dict(config or {}), "max_new_tokens": max_new_tokens, "batch_size": batch_size,
                 "seed": seed, "max_samples": max_samples, "pair": pair.name,
                 "n_samples": len(items), "samples_hash": plan.plan_hash(items),
                 "n_event_frames": pair.n_event_frames, "event_canvas": pair.event_canvas,
                 "code_version": __version__, "drafter": identity(pair.drafter),
                 "verifier": identity(pair.verifier)}
+    if max_scenes is not None:
+        settings["max_scenes"] = max_scenes
     answers = _answers(pair, layers, settings, verifier_from)
     folders = {(mode, layer): folder / pairs.folder_name(mode, layer)
                for mode in modes for layer in layers}
     share = rank.share(len(items), samples_per_shard)
     options = {"dtype": short_dtype(dtype), "samples_per_shard": samples_per_shard}
     with contextlib.ExitStack() as stack, supervise.interruptible() as stop:
-        writers = _open_writers(stack, folders, settings, options, rank, share)
+        writers = _open_writers(stack, folders, settings, options, about, rank, share)
         resumed = min((writer.n_written for writer in writers.values()), default=len(share))
         stack.enter_context(monitor.recording(folder, rank.part_name))
         if not all(writer.finished for writer in writers.values()):
@@ -109,7 +122,8 @@ def extract(
             for first in range(at - at % batch_size, share.stop, batch_size):
                 if stop.is_set():
                     break
-                _extract(pair, items, first, share, writers, answers, settings)
+                _extract(pair, items, first, share, writers, answers, settings,
+                         (save_every, save_every_s))
                 before, done = done, min(first + batch_size, share.stop) - share.start
                 rate = (done - resumed) / (time.perf_counter() - started)
                 if hasattr(progress, "update"):
@@ -160,7 +174,8 @@ def _answers(pair: Pair, layers: Sequence[int], settings: dict[str, Any],
 
 
 def _open_writers(stack: contextlib.ExitStack, folders: Mapping[Kind, Path],
-                  settings: Mapping[str, Any], options: Mapping[str, Any], rank: ranks.Rank,
+                  settings: Mapping[str, Any], options: Mapping[str, Any],
+                  about: Mapping[str, Any] | None, rank: ranks.Rank,
                   share: range) -> dict[Kind, ShardWriter]:
     """Writers of what is not finished yet; whatever happens, the stack flushes what they took."""
     writers = {}
@@ -173,14 +188,14 @@ def _open_writers(stack: contextlib.ExitStack, folders: Mapping[Kind, Path],
             part = {"rank": rank.rank, "world_size": rank.world_size, "first": share.start,
                     "n_samples": len(share)}
             place, kind = rank.part(place), {**kind, "config": {**config, "part": part}}
-        writers[mode, layer] = ShardWriter(place, **kind)
+        writers[mode, layer] = ShardWriter(place, **kind, about=about)
         stack.callback(writers[mode, layer].close, finished=False)
     return writers
 
 
 def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
-             writers: Mapping[Kind, ShardWriter], answers: Answers,
-             settings: Mapping[str, Any]) -> None:
+             writers: Mapping[Kind, ShardWriter], answers: Answers, settings: Mapping[str, Any],
+             save: tuple[int, float]) -> None:
     """The batch that begins at sample ``first`` of the common plan: always computed whole, so that
     a resumed run, or one of several processes, gives the same bytes; ``share`` of it is written."""
     began, longest = time.perf_counter(), settings["max_new_tokens"]
@@ -204,7 +219,7 @@ def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
             writer = writers[mode, layer]
             for states in found[layer][begin:end]:
                 writer.write(states)
-            writer.flush(seconds=shared + time.perf_counter() - began)
+            writer.took(shared + time.perf_counter() - began, *save)
 
 
 # --- Stage 0

@@ -43,7 +43,13 @@ class ExtractParameters(ModelParameters):
     n_train_sequences: int = whole(6, 0, 100_000,
                                    "drives to train adapters on; 0 extracts held-out sets alone")
     n_test_sequences: int = whole(4, 1, 100_000, "held-out drives; never the same sequences")
+    sampling: Literal["spread", "all"] = Field(
+        "spread", description="a sequence is asked each question once, or every clip everything")
     questions_per_sequence: typed.Asked = 4
+    max_questions: int = whole(10, 1, 1000, "the first so many of a folder's or file's questions")
+    questions_file: str = Field("", description="questions for dataset folders: a text file with "
+                                "one a line, or JSON; empty: the folder's own")
+    duration: str = Field("", description="only clips of this length in dataset folders: 1s, 500ms")
     max_new_tokens: typed.NewTokens = 48
     train_modes: list[typed.Mode] = Field(["teacher_forced"], min_length=1,
                                           description="kinds of pairs for training")

@@ -157,15 +157,23 @@ def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> N
 
 
 def read_questions(path: str | Path, n: int = 10) -> list[str]:
-    """The n most frequent questions of a file or a folder's. Raises: DatasetError for none."""
+    """The n most frequent questions of a file or a folder's; of a list of texts, or a text file
+    with one a line, the first n. Raises: DatasetError for none."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
-    entries, questions = read_json(path, DatasetError, "write it again"), []
+    questions: list[str] = []
+    if path.suffix == ".json" or not path.is_file():
+        entries = read_json(path, DatasetError, "write it again")
+    else:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        entries = [line.strip() for line in lines if line.strip()]
     with contextlib.suppress(KeyError, TypeError, AttributeError):
+        if entries and all(isinstance(entry, str) for entry in entries):
+            entries = [{"question": entry} for entry in entries]
         ordered = sorted(entries, key=lambda entry: -entry.get("count", 0))
         questions = [str(entry["question"]) for entry in ordered][:n]
     if not questions or not all(question.strip() for question in questions):
         raise DatasetError(f"{path} is malformed, or holds no question or one of zero length; "
-                           "expected a list of {question, count}")
+                           "expected a list of {question, count} or of texts, or a line for each")
     return questions
 
 

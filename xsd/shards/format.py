@@ -242,9 +242,16 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
 def check_same(folder: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     """Refuse to go on with a run that was begun otherwise. Raises: ShardError naming the field."""
     wanted = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the manifest
-    if difference := first_difference({key: manifest[key] for key in wanted}, wanted):
+    sides = [{**side, "config": of_data(side["config"])}
+             for side in ({key: manifest[key] for key in wanted}, wanted)]
+    if difference := first_difference(*sides):
         raise ShardError(f"{folder} was begun with other settings: {difference}; use the same ones "
                          "or another folder")
+
+
+def of_data(config: Mapping[str, Any], *more: str) -> dict[str, Any]:
+    """A run's settings without those that are no property of its data, nor ``more``."""
+    return {key: value for key, value in config.items() if key not in ("batch_size", *more)}
 
 
 def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -27,15 +28,16 @@ class ShardWriter:
     """Write paired states into ``folder``; opening it again with the same settings continues it.
 
     dtype: a format.StoredDtype, or torch's name of it. token_ids: False where the source had none
-    (-1 in the shards): token metrics refuse the run. Memory: samples_per_shard encoded samples,
-    three times that while a shard is written. Raises: ShardError naming the setting that differs
-    from the folder's; StorageError when another process writes there or the disk is full (the
-    folder stays resumable).
+    (-1 in the shards): token metrics refuse the run. about: for the provenance; compared with
+    nothing. Memory: samples_per_shard encoded samples, three times that while a shard is written.
+    Raises: ShardError naming the setting that differs from the folder's; StorageError when another
+    process writes there or the disk is full (the folder stays resumable).
     """
 
     def __init__(self, folder: str | Path, *, mode: Mode, tap: Tap = "post_norm",
                  dtype: str = "fp16", config: Mapping[str, Any] | None = None,
-                 samples_per_shard: int = 256, token_ids: bool = True) -> None:
+                 samples_per_shard: int = 256, token_ids: bool = True,
+                 about: Mapping[str, Any] | None = None) -> None:
         dtype = layout.short_dtype(dtype)
         settings = {"mode": mode, "tap": tap, "dtype": dtype,
                     "samples_per_shard": samples_per_shard, "config": dict(config or {})}
@@ -51,14 +53,15 @@ class ShardWriter:
         self._durable = 0  # how many of _rows are already in pieces
         self._pieces: list[tuple[Path, int]] = []  # and the sample after each piece's last
         self._untimed = 0  # first sample without a line in the times
+        self._spent = 0.0  # seconds since the last of these
         self._lock = FolderLock(self.folder)
         try:
-            self._open(settings, token_ids)
+            self._open(settings, token_ids, dict(about or {}))
         except BaseException:
             self._lock.release()
             raise
 
-    def _open(self, settings: dict[str, Any], token_ids: bool) -> None:
+    def _open(self, settings: dict[str, Any], token_ids: bool, about: dict[str, Any]) -> None:
         for left in self.folder.glob(".*.part"):  # half-written files of a killed process
             left.unlink()
         if (self.folder / layout.MANIFEST).exists():
@@ -68,9 +71,12 @@ class ShardWriter:
             self._untimed = self.n_written
             return
         self.manifest = {}
+        now = datetime.now(UTC)
+        origin = provenance(created=now.isoformat(timespec="seconds"), date=str(now.date()),
+                            **about)
         self._update(format=layout.FORMAT, version=layout.VERSION, **settings, token_ids=token_ids,
                      hidden_size_drafter=None, hidden_size_verifier=None, n_samples=0, shards=[],
-                     heads={}, files={}, finished=False, provenance=provenance())
+                     heads={}, files={}, finished=False, max_seq_len=0, provenance=origin)
 
     def _update(self, **changes: Any) -> None:
         """Change the manifest, on disk first."""
@@ -137,6 +143,15 @@ class ShardWriter:
         if len(self._rows) - self._durable >= self.samples_per_shard:
             self.flush()
 
+    def took(self, seconds: float, every: int = 0, every_s: float = 0.0) -> None:
+        """Note what the samples since the last call took, and flush: now, or once ``every`` samples
+        or ``every_s`` seconds have gathered."""
+        self._spent += seconds
+        gathered = self.n_written - self._untimed
+        if (not (every or every_s) or (every and gathered >= every)
+                or (every_s and self._spent >= every_s)):
+            self.flush(self._spent)
+
     def flush(self, seconds: float | None = None) -> None:
         """Make everything written so far survive a kill. seconds: what the samples since the last
         such call took, for the table. Raises: StorageError."""
@@ -158,7 +173,7 @@ class ShardWriter:
                     file.write(json.dumps(line) + "\n")
             except OSError as error:
                 raise storage_error(times, error) from error
-            self._untimed = self.n_written
+            self._untimed, self._spent = self.n_written, 0.0
 
     def _write_shard(self, number: int, first: int, rows: Sequence[layout.Row]) -> dict[str, Any]:
         """Both files of a shard; returns its entry for the manifest."""
@@ -176,7 +191,9 @@ class ShardWriter:
         """The first n rows as a shard."""
         rows, shards = self._rows[:n], self.manifest["shards"]
         entry = self._write_shard(len(shards), self.committed, rows)
-        self._update(**_widths(rows[0]), shards=[*shards, entry], n_samples=self.committed + n)
+        longest = max(row.length("verifier") for row in rows)
+        self._update(**_widths(rows[0]), shards=[*shards, entry], n_samples=self.committed + n,
+                     max_seq_len=max(longest, self.manifest.get("max_seq_len", 0)))
         self._rows = self._rows[n:]
         self._durable = max(self._durable - n, 0)
         while self._pieces and self._pieces[0][1] <= self.committed:
@@ -221,7 +238,7 @@ class ShardWriter:
         try:
             if not self._lock.held or self.finished:
                 return
-            self.flush()
+            self.flush(self._spent or None)
             if not finished:
                 return
             if self._rows:

@@ -1,5 +1,5 @@
-"""What a run looks at: simulated drives, the shipped recording or a dataset folder, which question
-each clip is asked, and the request that remembers it beside the shards (``extract.json``).
+"""What a run looks at: simulated drives, the shipped recording or a dataset folder, and which
+question each clip is asked.
 
 Clips of a sequence overlap by half: asking each of them everything would count near duplicates many
 times. By default a sequence is asked each question once, on one of its clips in turn. A data set of
@@ -8,29 +8,22 @@ a single sequence (the recording) asks every clip everything.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from xsd.core import ROOT, DatasetError, ParameterError, Sample, ShardError
+from xsd.core import ROOT, DatasetError, ParameterError, Sample
 from xsd.embedded import drive, language
-from xsd.extract import plan, ranks
+from xsd.extract import plan
 from xsd.extract.pairs import MODES
-from xsd.files import write_json
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder
 from xsd.shards.store import ShardDataset
 
-if TYPE_CHECKING:
-    from xsd.models import loading
-
 SIMULATED, RECORDED = "simulated", "davis_road"
-REQUEST = "extract.json"
 SEED_OFFSET = 1000
 """The embedded pair was trained on the simulated world's seed 0; runs draw from seed 1000 + theirs,
 so no drive is shared with it."""
@@ -92,10 +85,16 @@ def prepare(run_dir: str | os.PathLike[str], data: str, split: str, *, n_sequenc
 # --- which clip is asked what
 
 
-def questions_of(root: str | os.PathLike[str], n: int = 10) -> list[str]:
-    """The folder's own questions, most frequent first, else those of the simulated world."""
-    if (Path(root) / folder.QUESTIONS).is_file():
-        return folder.read_questions(root, n)
+def questions_of(root: str | os.PathLike[str], sequences: Collection[str], n: int = 10,
+                 file: str = "") -> list[str]:
+    """The questions of a file, else the folder's own, most frequent first; the shipped recording is
+    asked those of the simulated world. Raises: DatasetError for a folder without any."""
+    if file or (Path(root) / folder.QUESTIONS).is_file():
+        return folder.read_questions(run_folder.resolve(file) if file else root, n)
+    if set(sequences) != {RECORDED}:
+        raise DatasetError(f"{root} holds no {folder.QUESTIONS}, so nobody knows what to ask; give "
+                           "questions_file=… (--questions-file): a text file with a question a "
+                           "line, or JSON")
     return [question.text for question in language.questions()][:n]
 
 
@@ -118,22 +117,23 @@ def asked(clips: Sequence[tuple[str, str]], n_questions: int,
 
 
 def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence: int = 10,
-            max_questions: int = 10, n_sequences: int | None = None, duration: str = "",
-            n_event_frames: int = 5, canvas: str = "slice") -> list[plan.LazySample]:
+            max_questions: int = 10, questions_file: str = "", n_sequences: int | None = None,
+            duration: str = "", n_event_frames: int = 5,
+            canvas: str = "slice") -> list[plan.LazySample]:
     """The samples of a data set, read from disk when their turn comes.
 
-    questions_per_sequence: as in :func:`asked`; 0 asks every clip the first ``max_questions``.
-    n_sequences: the first so many (default: all). duration: only clips of this length. canvas: the
-    pair's, on which event frames are painted where a clip has no stored images. Raises:
-    DatasetError when the folder holds no such split or no question, ParameterError when no clip has
-    the duration.
+    questions_per_sequence: as in :func:`asked`; 0 asks every clip the first ``max_questions`` of
+    the folder or of ``questions_file``. n_sequences: the first so many (default: all). duration:
+    only clips of this length. canvas: the pair's, on which event frames are painted where a clip
+    has no stored images. Raises: DatasetError when the folder holds no such split or no question,
+    ParameterError when no clip has the duration.
     """
     records = folder.open_folder(root, split)
     kept = set(list(dict.fromkeys(record.sequence for record in records))[:n_sequences])
     records = _of_duration([one for one in records if one.sequence in kept], duration, root)
     if not records:
         raise DatasetError(f"{root} holds no clip of split {split!r}; give a folder with its index")
-    questions = questions_of(root, max_questions)
+    questions = questions_of(root, kept, max_questions, questions_file)
     grid = plan.folder_samples(records, questions, n_event_frames=n_event_frames, canvas=canvas)
     if not questions_per_sequence:
         return grid
@@ -187,92 +187,3 @@ def pictures(pairs: ShardDataset, clips: Callable[[], list[folder.ClipRecord]],
         return [known[name] for name in names]
 
     return lambda index, n_event_frames=0: lazily(n_event_frames)[index].load()
-
-
-# --- what an extraction was asked for
-
-
-@dataclasses.dataclass(frozen=True)
-class Request:
-    """The models and the samples of one extraction.
-
-    data: a dataset folder, or davis_road. max_questions, questions_per_sequence, n_sequences,
-    duration: as in :func:`samples`. event_frames: 5 or 1, 0 as the pair has it. dtype, quant,
-    device: how the models are loaded. reuse_verifier: a finished run that brings the verifier's
-    answers.
-    """
-
-    data: str
-    split: str = "train"
-    pair: str = "embedded"
-    max_questions: int = 10
-    questions_per_sequence: int = 0
-    n_sequences: int | None = None
-    duration: str = ""
-    event_frames: int = 0
-    dtype: str = "float32"
-    quant: str | None = None
-    device: str = "cpu"
-    reuse_verifier: str | None = None
-
-    def root(self) -> Path:
-        """The dataset folder. Raises: ParameterError where there is none."""
-        if self.data == SIMULATED:
-            raise ParameterError(
-                "give the folder of the drives; `xsd data simulate FOLDER` makes one")
-        return root_of("", self.data, self.split)
-
-    def load_pair(self) -> loading.Pair:
-        """Both models, with the number of event frames asked for. Raises: as load_pair."""
-        from xsd.models import loading  # three seconds that only who extracts should wait for
-
-        name = self.pair if self.pair == "embedded" else run_folder.resolve(self.pair)
-        pair = loading.load_pair(name, dtype=self.dtype, device=self.device, quant=self.quant)
-        return dataclasses.replace(pair, n_event_frames=self.event_frames or pair.n_event_frames)
-
-    def samples(self, pair: loading.Pair) -> list[plan.LazySample]:
-        """The samples, for this pair. Raises: as :func:`samples`."""
-        return samples(self.root(), self.split, n_sequences=self.n_sequences,
-                       questions_per_sequence=self.questions_per_sequence,
-                       max_questions=self.max_questions, duration=self.duration,
-                       n_event_frames=pair.n_event_frames, canvas=pair.event_canvas)
-
-    def config(self) -> dict[str, Any]:
-        """What belongs to the run besides models and samples, for extract.run.extract."""
-        return {"split": self.split, "data": name_of(self.data),
-                "data_hash": folder.data_hash(self.root()), "duration": self.duration,
-                "quant": self.quant, "max_questions": self.max_questions}
-
-    def save(self, place: str | Path, *, first: bool = False) -> None:
-        """Write extract.json into a run folder. first: only where there is none yet, as before an
-        extraction that may be refused. Raises: StorageError."""
-        if not (first and (Path(place) / REQUEST).is_file()):
-            write_json(Path(place) / REQUEST, self)
-
-
-def here(place: str | Path) -> str:
-    """A path as a request keeps it: relative to the checkout where it lies inside, else absolute.
-    Names of pairs and data sets stay as they are."""
-    names = ("embedded", SIMULATED, RECORDED)
-    return str(place) if place in names else run_folder.shown(Path(place).resolve())
-
-
-def load_request(place: str | Path, **changes: Any) -> Request:
-    """The request of a run, or of one of its kinds of pairs or parts. changes: what is otherwise
-    now (moved folders); None changes nothing. Raises: ShardError when the run does not say what it
-    was extracted from and changes do not name data and pair."""
-    place = Path(place)
-    place = place.parent if place.match(ranks.PARTS) else place
-    changes = {name: value for name, value in changes.items() if value is not None}
-    for path in (place / REQUEST, place.parent / REQUEST):
-        if path.is_file():
-            try:
-                stored = Request(**json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ShardError(f"{path} is damaged ({error}); delete it and give --pair, --data "
-                                 "and --split") from error
-            return dataclasses.replace(stored, **changes)
-    if not {"data", "pair"} <= set(changes):
-        raise ShardError(f"{place} does not say what it was extracted from (no {REQUEST}); give "
-                         "--pair, --data and --split")
-    return Request(**changes)

@@ -20,6 +20,7 @@ from xsd.shards import chunks
 from xsd.shards.format import MANIFEST
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
+from xsd.steps.extract_request import Request, here, load_request
 
 if TYPE_CHECKING:
     from xsd.models import loading
@@ -60,7 +61,7 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     return save(given, pair, samples, counts)
 
 
-def requests(given: parameters.ExtractParameters) -> dict[Key, datasets.Request]:
+def requests(given: parameters.ExtractParameters) -> dict[Key, Request]:
     """What is asked of the training set, if any, and of each held-out one. Simulated drives are
     made here, once."""
     sizes = {"train": given.n_train_sequences, "test": given.n_test_sequences}
@@ -69,9 +70,13 @@ def requests(given: parameters.ExtractParameters) -> dict[Key, datasets.Request]
     for split, name in (*names, *(("test", name) for name in given.test_data)):
         root = datasets.prepare(given.run_dir, name, split, n_sequences=sizes[split],
                                 seed=given.seed, workers=given.workers)
-        found[split, name] = datasets.Request(
-            datasets.here(root), split, datasets.here(given.pair), n_sequences=sizes[split],
-            questions_per_sequence=given.questions_per_sequence, **given.loads)
+        own = name not in (datasets.SIMULATED, datasets.RECORDED)  # clips of many lengths
+        spread = given.questions_per_sequence if given.sampling == "spread" else 0
+        found[split, name] = Request(
+            here(root), split, here(given.pair), n_sequences=sizes[split],
+            questions_per_sequence=spread, questions_file=given.questions_file if own else "",
+            max_questions=given.max_questions, duration=given.duration if own else "",
+            **given.loads)
     return found
 
 
@@ -84,7 +89,7 @@ def check_apart(samples: Mapping[Key, Sequence[plan.LazySample]]) -> None:
         statistics.check_disjoint(sequences["train"], sequences["test"])
 
 
-def extract(run_dir: str | os.PathLike[str], data: str, request: datasets.Request,
+def extract(run_dir: str | os.PathLike[str], data: str, request: Request,
             pair: loading.Pair, samples: Sequence[plan.LazySample], *, modes: Sequence[str],
             **options: Any) -> dict[str, Any]:
     """The pairs of one data set, named as given, into the run folder. options: of
@@ -100,7 +105,8 @@ def extract(run_dir: str | os.PathLike[str], data: str, request: datasets.Reques
     config = {"split": split, "data": datasets.name_of(data),
               "data_hash": dataset_folder.data_hash(root)}
     request.save(place, first=True)
-    report = extraction.extract(pair, samples, place, modes=modes, config=config, **options)
+    report = extraction.extract(pair, samples, place, modes=modes, config=config,
+                                about=request.about(), **options)
     if not report.finished:
         raise ParameterError(f"the extraction of {split} {data} was interrupted after {report.n} "
                              "samples; run it again to continue")
@@ -246,7 +252,7 @@ def clips_of(run_dir: str | os.PathLike[str], split: str, data: str,
     if stored(data, split) is None:
         return dataset_folder.open_folder(datasets.root_of(run_dir, data, split), split)
     try:
-        request = datasets.load_request(pairs.folder)
+        request = load_request(pairs.folder)
     except ShardError:
         raise ParameterError(f"{data} does not say of which clips its pairs are, so nobody knows "
                              "their pictures; name what xsd data extract wrote, or leave it out "
