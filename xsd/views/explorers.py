@@ -12,6 +12,7 @@ import pandas as pd
 from xsd.core import MetricError, Sample
 from xsd.evaluate import curves
 from xsd.evaluate import table as token_table
+from xsd.evaluate.statistics import Interval
 from xsd.views import figures, images, theme, tokens
 
 
@@ -80,8 +81,9 @@ def headline(data: ExplorerData, selection: Selection) -> str:
     """One line: the rule, and the unbroken prefix of each level with its interval."""
     table = curves.unbroken_prefix(rows(data, selection), selection.tau).set_index("level")
     rule = "same token" if selection.tau is None else f"cosine > {selection.tau:.2f}"
-    parts = ", ".join(f"{level} {row['value']:.2f} [{row['low']:.2f}, {row['high']:.2f}]"
-                      for level, row in table.loc[list(selection.levels)].iterrows())
+    found = table.loc[list(selection.levels), ["value", "low", "high"]]
+    parts = ", ".join(f"{level} {Interval(*row, 0, 0).text(percent=False)}"
+                      for level, *row in found.itertuples())
     return f"{rule} · unbroken prefix: {parts} · n = {int(table['n'].max())}"
 
 
