@@ -216,7 +216,8 @@ def _measured(place: Path) -> list[dict[str, Any]]:
         if path.is_symlink():
             continue
         results = json.loads(path.read_text(encoding="utf-8"))
-        for level, one in results.get("levels", {}).items():
+        # a point of another notebook may have trained what it lacked
+        for level, one in results.get("levels", {}).items() if not found else ():
             own = {name: one.get(name) for name in TRAINED}
             found["", level] = {"data": None, "level": level, **own}
         for data, part in results.get("test", {}).items():
