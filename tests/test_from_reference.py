@@ -4,7 +4,6 @@ its middle column names is there."""
 import importlib
 import re
 
-import click
 import pytest
 import typer
 
@@ -36,8 +35,7 @@ def test_every_line_has_the_references_side_and_ours():
 def verb(text):
     command, words = typer.main.get_command(app), text.split()[1:]
     for word in [word for word in words if not word.startswith("-")]:
-        assert isinstance(command, click.Group) or hasattr(command, "commands"), text
-        assert word in command.commands, f"xsd has no verb {text!r}"
+        assert word in getattr(command, "commands", {}), f"xsd has no verb {text!r}"
         command = command.commands[word]
     known = {option for one in command.params for option in one.opts}
     missing = [word for word in words if word.startswith("-") and word not in known]
@@ -93,7 +91,7 @@ def test_what_the_page_names_is_there(name):
 
 @pytest.mark.parametrize("wrong", ["xsd data nothing", "xsd plan --nothing", "02: nothing",
                                    "evaluate.hidden.nothing", "evaluate.nothing",
-                                   "results/nothing.json", "results/live.json: nothing", "0.90"])
+                                   "results/no_file.json", "results/live.json: no_key", "0.90"])
 def test_what_is_not_there_is_noticed(wrong):
     with pytest.raises((AssertionError, pytest.fail.Exception)):
         test_what_the_page_names_is_there(wrong)
