@@ -289,6 +289,7 @@ def test_a_busy_machine_claims_nothing():
     figure = figures.speedup_bars(live.bars(one))
     assert "no speed-up is claimed" in figure.layout.title.text
     assert figure.layout.xaxis.title.text == "times as fast as own greedy loop"
+    assert not any(text for bars in figure.data for text in bars.text)
 
 
 def test_other_settings_put_the_old_records_aside(place, bench, records):

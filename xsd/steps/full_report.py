@@ -140,8 +140,7 @@ def speedups(own: pd.DataFrame, live: Mapping[str, Any], gamma: int) -> pd.DataF
         rows = [{"name": level, "kind": "predicted", "low": None, "high": None,
                  "value": speedup.reference_wall_clock(accepted / drafted)}
                 for level, accepted, drafted in sums.itertuples()]  # fmt: skip
-    return pd.DataFrame(rows)[["name", "kind", "value", "low",
-                               "high"]].astype({"low": float, "high": float})
+    return pd.DataFrame(rows).astype({"low": float, "high": float})
 
 
 def measured_block(P: parameters.TruthParameters, results: Mapping[str, Any],

@@ -167,10 +167,11 @@ def speedup_bars(
         frame: pd.DataFrame, *,
         title: str = "Speed-up against the verifier's own decoding, same run") -> go.Figure:
     """Horizontal bars around 1×, the first row on top. frame: name, value, low, high (ratios; low
-    and high may be NaN), kind (of ``SOURCES``); and where known baseline (by name) and busy, which
-    the picture says. Raises: MetricError for another kind."""
+    and high may be NaN), kind (of ``SOURCES``); and where known baseline (by name) and busy: then
+    bars are pale and claim nothing. Raises: MetricError for another kind."""
     against = " or ".join(dict.fromkeys(frame.get("baseline", ["the baseline"])))
-    if any(frame.get("busy", ())):
+    busy = any(frame.get("busy", ()))
+    if busy:
         title += "<br>the machine was busy: no speed-up is claimed"
     figure = theme.figure(title, x=f"times as fast as {against}", height=150 + 40 * len(frame))
     for kind, part in frame.groupby("kind", sort=False, observed=True):
@@ -179,10 +180,10 @@ def speedup_bars(
         colour = theme.VERIFIER if kind == "measured" else theme.REJECTED
         figure.add_bar(
             x=part["value"].tolist(), y=part["name"].tolist(), orientation="h", name=kind,
-            marker={"color": colour, **SOURCES[kind]},
+            marker={"color": colour, **SOURCES[kind]}, opacity=0.3 if busy else 1,
             error_x=theme.interval(part, thickness=1.5, width=5, color=theme.INK),
-            text=[f"{value:.2f}×" for value in part["value"]], textposition="inside",
-            insidetextanchor="start",
+            text=["" if busy else f"{value:.2f}×" for value in part["value"]],
+            textposition="inside", insidetextanchor="start",
             hovertemplate=f"<b>%{{y}}</b><br>%{{x:.3f}}×<extra>{kind}</extra>")
     figure.add_vline(x=1, line=theme.DASHED)
     figure.update_yaxes(categoryorder="array", categoryarray=frame["name"].tolist()[::-1],
@@ -236,8 +237,12 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
                 speedups: pd.DataFrame, title: str = "Summary") -> go.Figure:
     """The frames of :func:`cosine_histogram`, :func:`acceptance_by_position` and
     :func:`speedup_bars`, and unbroken prefixes (lengths: level, length, share), in one picture."""
+    bars = speedup_bars(speedups)
+    busy = any(speedups.get("busy", ()))
     names = ("cosine of the states", "acceptance by position (token truth)",
-             "unbroken prefix: tokens before the first wrong one", "speed-up")
+             "unbroken prefix: tokens before the first wrong one",
+             "the machine was busy: no speed-up is claimed" if busy else
+             bars.layout.xaxis.title.text)
     figure = make_subplots(2, 2, subplot_titles=names, horizontal_spacing=0.1,
                            vertical_spacing=0.16)
     figure.update_layout(template=theme.template(), title={"text": title}, height=760,
@@ -250,8 +255,9 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
                        legendgroup=level, showlegend=False, marker={"color": mark.colour},
                        hovertemplate=f"<b>{level}</b> %{{x}} tokens: %{{y:.1%}}<extra></extra>",
                        row=2, col=1)
-    for trace in speedup_bars(speedups).data:
-        labels = [f"{name} · {value:.2f}×" for name, value in zip(trace.y, trace.x, strict=True)]
+    for trace in bars.data:
+        labels = [f"{name} · {text}".removesuffix(" · ")
+                  for name, text in zip(trace.y, trace.text, strict=True)]
         figure.add_trace(trace.update(showlegend=False, text=labels), row=2, col=2)
     figure.update_yaxes(categoryorder="array", categoryarray=speedups["name"].tolist()[::-1],
                         showticklabels=False, showgrid=False, row=2, col=2)
