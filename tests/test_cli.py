@@ -13,8 +13,8 @@ from xsd.cli import app
 from xsd.runs import doctor
 
 VERBS = {
-    (): ("run", "sweep", "runs", "report", "notebooks", "demo", "doctor", "plan", "data", "pair",
-         "bench"),
+    (): ("run", "sweep", "runs", "report", "notebooks", "demo", "doctor", "plan", "train",
+         "evaluate", "self-test", "data", "pair", "bench"),
     ("data",): ("simulate", "prepare-dsec", "extract", "status", "verify", "repair",
                 "import-chunks", "import-traces"),
     ("pair",): ("train", "card"),
@@ -42,6 +42,13 @@ def test_the_help_of_every_verb_ends_in_an_example(path, capsys):
     said = capsys.readouterr().out
     examples = said[said.index("Examples:"):]
     assert f"xsd {' '.join(path)}" in examples or f"-m xsd.cli {' '.join(path)}" in examples
+
+
+def test_the_readme_has_every_verb():
+    page = (app.ROOT / "README.md").read_text(encoding="utf-8")
+    table = page[page.index("## Verbs"):page.index("## The package")]
+    named = {verb for verbs in VERBS.values() for verb in verbs}
+    assert all(f"`{verb}" in table for verb in named), named
 
 
 @pytest.mark.parametrize(("old", "new"), [
