@@ -150,6 +150,12 @@ def test_validation_holds_out_whole_sequences():
         source.split_by_sequence(["s0", "s0"], 0.1, seed=0)
 
 
+def test_pairs_that_name_no_sequence_are_cut_once():
+    with pytest.warns(UserWarning, match="do not name their sequences, so their last 2 validate"):
+        train, held = source.split_by_sequence(["unknown"] * 10, 0.2, seed=0)
+    assert train.tolist() == list(range(8)) and held.tolist() == [8, 9]
+
+
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("share", [0.01, 0.3, 0.9])
 def test_a_split_covers_every_sample_and_repeats_with_its_seed(seed, share):
@@ -159,6 +165,17 @@ def test_a_split_covers_every_sample_and_repeats_with_its_seed(seed, share):
     assert not {names[i] for i in train} & {names[i] for i in held}
     again = source.split_by_sequence(names, share, seed)
     assert torch.equal(train, again[0]) and torch.equal(held, again[1])
+
+
+def test_unnamed_validation_data_is_compared_by_its_answers(tmp_path):
+    unnamed = [dataclasses.replace(one, sequence="unknown") for one in examples.answers(12)]
+    config = fit.FitConfig(epochs=1)
+    result = fit.fit_adapter("L1", unnamed[:8], folder=tmp_path / "a", config=config,
+                             validation=unnamed[8:])
+    assert len(result.history) == 1
+    with pytest.raises(TrainingError, match="held-out ones under other names"):
+        fit.fit_adapter("L1", unnamed[:8], folder=tmp_path / "b", config=config,
+                        validation=unnamed[8:], held_out=[unnamed[:1]])
 
 
 def test_validation_data_may_not_share_a_sequence(tmp_path):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from xsd.core import TrainingError
+from xsd.shards import chunks
 from xsd.train import source
 
 POSITIONS = 4
@@ -64,7 +65,7 @@ def refuse_held_out(states: source.States, sets: Sequence[Any] | Marks) -> None:
         raise TrainingError("the shards were extracted from the test split (their manifest says "
                             "so); train on the train split's shards")
     known = sets if isinstance(sets, Marks) else marks_of(sets)
-    shared = sorted(set(states.sequence) & known.sequences)
+    shared = sorted(set(states.sequence) & known.sequences - {chunks.UNKNOWN})
     if shared:
         raise TrainingError(f"sequence {shared[0]} is in the training data and in a held-out set "
                             f"({len(shared)} such); keep whole sequences apart")
@@ -89,7 +90,10 @@ def refuse_validation(states: source.States, validation: source.States,
     """Raises: TrainingError when ``validation`` shares a sequence with the training ``states``, is
     of other widths, or anything of the held-out ``sets`` is in it."""
     refuse_held_out(validation, sets)
-    shared = set(states.sequence) & set(validation.sequence)
+    shared = set(states.sequence) & set(validation.sequence) - {chunks.UNKNOWN}
+    if states is validation or states.fingerprint() == validation.fingerprint():
+        raise TrainingError("the validation data is the training data; give other pairs, or leave "
+                            "it out")
     if shared:
         raise TrainingError(f"sequence {min(shared)} is in both training and validation data; keep "
                             "whole sequences apart")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from xsd.core import Batch, PairedStates, TrainingError
-from xsd.shards import loader
+from xsd.shards import chunks, loader
 
 MEMORY_LIMIT_GB = 4.0
 """Above this, states are streamed from disk every epoch instead of being kept."""
@@ -179,9 +180,16 @@ def refuse_test_split(split: Sequence[str]) -> None:
 
 def split_by_sequence(sequence: Sequence[str], share: float, seed: int) -> tuple[Tensor, Tensor]:
     """(training indices, validation indices), whole sequences each; about ``share`` of the samples,
-    at least one sequence, validate. Raises: TrainingError when there is only one sequence:
-    neighbouring clips overlap, so cutting one would leak."""
-    names = sorted(set(sequence))
+    at least one sequence, validate. Imported chunks that name none are cut once, with a warning.
+    Raises: TrainingError when there is only one sequence: neighbouring clips overlap, so cutting
+    one would leak."""
+    names, size = sorted(set(sequence)), len(sequence)
+    if names == [chunks.UNKNOWN] and size > 1:
+        cut = size - max(1, round(share * size))
+        warnings.warn(f"the pairs do not name their sequences, so their last {size - cut} validate"
+                      "; clips at the cut may overlap (xsd data import-chunks --data names them)",
+                      stacklevel=2)
+        return torch.arange(cut), torch.arange(cut, size)
     if len(names) < 2:
         raise TrainingError(f"all samples come from one sequence ({names[0]}), which cannot be cut "
                             "into training and validation; extract a second one")
