@@ -72,7 +72,8 @@ def measure(arms: Sequence[Arm], samples: Sequence[Sample], *, path: str | os.Pa
             if not made:
                 continue
             wall, own_cpu, busy = (now - then for now, then in zip(_clocks(), began, strict=True))
-            others = round(max(0.0, (busy - own_cpu) / wall), 3) if busy == busy else None
+            # a system that does not even count this process (NaN, or some sandboxes) says nothing
+            others = round(max(0.0, busy - own_cpu) / wall, 3) if busy > own_cpu / 2 else None
             reference = own.get(sample.key) or next(
                 (list(g.ids) for arm, _, g in made if arm.name == "ar"), None)
             if reference is None:

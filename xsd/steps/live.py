@@ -177,6 +177,7 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
             "decode ms": row["decode_ms"], "spread of repeats": speed["spread"],
             "accepted per round": row.get("accepted_per_round", {}).get("value"),
             "accepted behind the prefill": row.get("hidden_accepted", {}).get("value"),
+            "drafts behind the prefill": row.get("hidden_accepted_drafted"),
             "identical": f"{row['identical']}/{found['n_timed']}",
         })
     numbers = [name for name in rows[0] if name not in ("arm", "identical")]
@@ -184,21 +185,12 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def one_frame_table(found: Mapping[str, Any]) -> pd.DataFrame:
-    """One data set of :func:`summary`: each arm that was run with the pair's event frames and with
-    one (``L4@1f``), side by side; empty where none was."""
-    rows = []
-    for name, one in found["arms"].items():
-        many = found["arms"].get(name.replace("@1f", ""))
-        for frames, row in ((("5", many), ("1", one)) if "@1f" in name and many else ()):
-            rows.append({
-                "arm": row["label"], "event frames": frames,
-                "accepted per round": row.get("accepted_per_round", {}).get("value"),
-                "accepted behind the prefill": row.get("hidden_accepted", {}).get("value"),
-                "drafts behind the prefill": row.get("hidden_accepted_drafted"),
-                "prefill ms": row["first_token_ms"], "decode ms": row["decode_ms"],
-                "ms per answer": row["total_ms"]["value"],
-            })
-    return pd.DataFrame(rows)
+    """The rows of :func:`table` of each arm that was run with the pair's event frames and with one
+    (``L4@1f``), side by side; empty where none was."""
+    both = [(name.replace("@1f", ""), name) for name in found["arms"] if "@1f" in name]
+    labels = [found["arms"][name]["label"] for pair in both if pair[0] in found["arms"]
+              for name in pair]
+    return table(found).set_index("arm").loc[labels].reset_index()
 
 
 def bars(found: Mapping[str, Any]) -> pd.DataFrame:
