@@ -123,7 +123,8 @@ def extract(P: StorageParameters) -> dict[str, ShardDataset]:
     """The training and the held-out pairs of the run's drives in float32, by split; extracted once
     and found again."""
     found: dict[str, ShardDataset] = {}
-    pair = loading.load_pair(extraction.pair_file(P.run_dir)["pair"])
+    about = extraction.pair_file(P.run_dir)
+    pair = loading.load_pair(about["pair"], **about.get("loads", {}))
     for split, n in {"train": P.n_train_sequences, "test": P.n_test_sequences}.items():
         root = datasets.root_of(P.run_dir, P.data, split)
         samples = datasets.samples(root, split, questions_per_sequence=P.questions_per_sequence,
