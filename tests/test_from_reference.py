@@ -68,8 +68,8 @@ def file(text):
     """A file of a run folder, and a key in it: both are written somewhere by these names."""
     path, _, key = text.partition(": ")
     name = path.rsplit("/", 1)[-1]
-    stem = name.rsplit(".", 1)[0]
-    written = (name, f'"{name}"', f'"{stem}"', f"/{stem}")
+    stem = name.rsplit(".", 1)[0].split("_<")[0]
+    written = (name, f'"{stem}"', f"/{stem}")
     assert any(one in SOURCES for one in written), f"nothing writes {path}"
     assert not key or f'"{key}"' in SOURCES, f"nothing writes {key} into {path}"
 
