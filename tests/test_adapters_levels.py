@@ -1,6 +1,8 @@
 """The levels: exact sizes, initialisation, no leak from the future, padding without effect,
 drafting position by position."""
 
+import dataclasses
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -259,3 +261,12 @@ def test_residual_map_starts_as_the_plain_residual(level, drafter_size):
     torch.testing.assert_close(mapped.align(batch).aligned, plain.align(batch).aligned)
     with pytest.raises(ParameterError, match="residual_map is for B1 and L5F"):
         registry.create_adapter("L5", WIDTH, residual_map=True)
+
+
+def test_pairs_of_another_width_are_refused_in_one_sentence():
+    for level, size in (("L1", 5), ("X1", 5), ("B1", WIDTH)):
+        batch = make_batch([3], drafter_size=size)
+        if level == "B1":
+            batch = dataclasses.replace(batch, verifier=batch.verifier[..., 1:])
+        with pytest.raises(ParameterError, match=f"{level} maps states 16 wide to 16 and these"):
+            make(level).align(batch)

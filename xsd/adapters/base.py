@@ -119,7 +119,14 @@ class Adapter(nn.Module):
 
     def inputs_of(self, batch: Batch) -> tuple[tuple[Tensor, ...], Tensor, Tensor, Tensor, Tensor]:
         """What :meth:`forward` reads of a batch and what it is to predict: (inputs, input mask,
-        target, ids, target mask)."""
+        target, ids, target mask). Raises: ParameterError for states of other widths."""
+        sizes = batch.drafter.shape[-1], batch.verifier.shape[-1]
+        if sizes[1] != self.hidden_size or (self.reads != "verifier"
+                                            and sizes[0] != self.drafter_size):
+            raise ParameterError(
+                f"{self.level} maps states {self.drafter_size} wide to {self.hidden_size} and "
+                f"these pairs are {sizes[0]} and {sizes[1]} wide; give an adapter trained on the "
+                "same two models")
         if self.shift == 0:
             return (batch.drafter,), batch.mask, batch.verifier, batch.ids_by_verifier, batch.mask
         inputs: tuple[Tensor, ...] = (batch.verifier[:, :-1],)
