@@ -111,6 +111,10 @@ def test_an_adapter_of_another_run_is_loaded_by_its_path(run_dir, tmp_path):
     for one, other in zip(*(adapter.state_dict().values() for adapter in loaded.values()),
                           strict=True):
         assert torch.equal(one, other)
+    alone = registry.save_adapter(loaded["L1"], tmp_path / "alone.safetensors")
+    curves = training.history(run_dir, ["L1", str(place / "best.safetensors"), str(alone)])
+    assert set(curves["level"]) == {"L1", "L1 of run"}
+    assert training.history(run_dir, [str(alone)]).empty
     with pytest.raises(ParameterError, match="two of the levels are called 'L1 of run'"):
         training.load(run_dir, [str(place), str(place / "best.safetensors")])
 

@@ -8,6 +8,7 @@ from functools import cache
 
 import pandas as pd
 
+from xsd import files
 from xsd.core import ParameterError, Sample
 from xsd.evaluate.held_out import HeldOut
 from xsd.runs import folder
@@ -44,5 +45,5 @@ def explorer(runs: Sequence[str], *, levels: Sequence[str],
     tokens = tokens.assign(run=tokens["run"] + " · " + tokens["data"].astype(str))
     found = explorers.ExplorerData(tokens, pictures(runs))
     held = found.levels(found.runs[0])
-    chosen = [level for level in levels if level in held] or held[:2]
+    chosen = [name for name in map(files.name_of, levels) if name in held] or held[:2]
     return explorers.AcceptanceExplorer(found, levels=chosen, tau=threshold)

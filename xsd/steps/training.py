@@ -236,6 +236,11 @@ def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFr
     rows = []
     for level in levels:
         path = adapter_folder(run_dir, level) / "history.json"
+        if files.is_path(level):
+            place = folder.resolve(level)
+            path = (place if place.is_dir() else place.parent) / "history.json"
+            if not path.is_file():
+                continue  # an adapter alone, without its training
         for row in json.loads(path.read_text(encoding="utf-8")):
             line = {"level": files.name_of(level), "epoch": row["epoch"]}
             judged = {"token_acceptance": row.get("token_acceptance"),
@@ -243,7 +248,7 @@ def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFr
             judged |= {name: value for name, value in row.items() if name.startswith("accept_")}
             rows.append({**line, "split": "train", **_losses(row, "train")})
             rows.append({**line, "split": "validation", **_losses(row, "validation"), **judged})
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows or {"level": [], "epoch": [], "split": [], "loss": []})
 
 
 def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
