@@ -110,7 +110,9 @@ def test_unlikely_drafts_end_a_round_and_cost_no_loss(records):
 @pytest.mark.parametrize(("name", "meaning"), [("L4", ("L4", 0, 0.0)),
                                                ("L1+ngram@3", ("L1+ngram", 3, 0.0)),
                                                ("B1~0.6", ("B1", 0, 0.6)),
-                                               ("L4@2~.5", ("L4", 2, 0.5))],
+                                               ("L4@2~.5", ("L4", 2, 0.5)),
+                                               ("L1 of a+L5F of b@1f@2", ("L1 of a+L5F of b", 2,
+                                                                          0.0))],
                          )
 def test_an_arms_name_says_its_settings(name, meaning):
     assert arms.parts_of(name) == meaning

@@ -49,7 +49,8 @@ class Arm:
 def parts_of(name: str) -> tuple[str, int, float]:
     """An arm's name as (kind, drafts a round, least probability); 0 where the name does not say.
     Raises: ParameterError for another form."""
-    found = re.fullmatch(r"([^@~\s]+)(?:@1f)?(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
+    kind = r"[^@~\s]+(?: of [^@~\s]+)*"  # "L4 of a" is how an adapter's file is called
+    found = re.fullmatch(rf"({kind})(?:@1f)?(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
     if not found:
         raise ParameterError(f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round), "
                              "L4@1f (one event frame) or L4~0.6 (stops at less likely drafts)")
