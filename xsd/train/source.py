@@ -50,12 +50,37 @@ class PackedStates:
             raise TrainingError(
                 f"the dataset mixes {' and '.join(sorted(modes))} pairs; train on one mode")
         self.mode = modes.pop()
-        self.drafter, self.verifier, self.ids_by_drafter, self.ids_by_verifier = (
-            torch.cat([*column, column[0].new_zeros(1, *column[0].shape[1:])])
-            for column in zip(*answers, strict=True))
+        columns = (torch.cat([*column, column[0].new_zeros(1, *column[0].shape[1:])])
+                   for column in zip(*answers, strict=True))
+        self._keep(columns, torch.tensor(lengths))
+
+    def _keep(self, columns: Iterable[Tensor], lengths: Tensor) -> None:
+        self.drafter, self.verifier, self.ids_by_drafter, self.ids_by_verifier = columns
         self.drafter_size, self.hidden_size = self.drafter.shape[-1], self.verifier.shape[-1]
-        self.lengths = torch.tensor(lengths)
-        self.starts = self.lengths.cumsum(0) - self.lengths
+        self.lengths, self.starts = lengths, lengths.cumsum(0) - lengths
+
+    @classmethod
+    def of_shards(cls, dataset: Any) -> PackedStates:
+        """The same of a shard dataset, its tensors filled batch by batch: half the memory, and no
+        look at single samples."""
+        self, table = cls.__new__(cls), dataset.table()
+        self.manifest, self.mode = dataset.manifest, dataset.mode
+        self.sequence, self.split = list(table["sequence"]), list(table["split"])
+        counts = table[["n_tokens_drafter", "n_tokens_verifier"]].min(axis=1)
+        end, at = int(counts.sum()), 0
+        if not end:
+            raise TrainingError(
+                "the dataset holds no position to train on; extract some answers first")
+        columns = (torch.zeros(end + 1, dataset.drafter_size),
+                   torch.zeros(end + 1, dataset.verifier_size),
+                   *torch.zeros(2, end + 1, dtype=torch.int64))
+        for batch in dataset.batches(256):
+            n = int(batch.mask.sum())
+            for column, name in zip(columns, COLUMNS, strict=True):
+                column[at:at + n] = getattr(batch, name)[batch.mask]
+            at += n
+        self._keep(columns, torch.from_numpy(counts.to_numpy().copy()))
+        return self
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -138,8 +163,10 @@ def open_states(dataset: Any, *, memory_limit_gb: float = MEMORY_LIMIT_GB) -> St
         size = first.hidden_by_drafter.nbytes + first.hidden_by_verifier.nbytes
         if manifest is not None and len(dataset) * size / 1e9 > memory_limit_gb:
             states = StreamedStates(dataset)
+        elif manifest is not None:
+            states = PackedStates.of_shards(dataset)
         else:
-            states = PackedStates((dataset[i] for i in range(len(dataset))), manifest)
+            states = PackedStates(dataset)
     refuse_test_split(states.split)
     return states
 
