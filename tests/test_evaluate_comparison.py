@@ -169,7 +169,9 @@ def test_printed_report_has_its_eight_sections():
     for clock, verdict in ((None, "no clock of this run says so"), (0.5, "too high"),
                            (9.0, "took 9.00×, so it is")):
         assert verdict in report_text.report("bare", parts[0], gamma=5, measured=clock)
-    slow = report_text.report("bare", parts[0], gamma=5, timing=Timing(verify_ms=900, kind="own"))
+    slow = report_text.report("bare", parts[0], gamma=5, timing=Timing(verify_ms=900, overhead=4.0,
+                                                                      kind="own"))
+    assert "break-even, γ = 5: 1× above 100 %   1.5× never   2× never" in slow
     assert "the times given" in slow and "slower than plain decoding, if it held" in slow
     alone = pd.concat([hidden.figures(found.assign(sequence="road"), **options),
                        tokens.figures(found.assign(sequence="road"), **options)])  # fmt: skip

@@ -115,6 +115,7 @@ def test_a_timing_is_the_references_ones_own_or_what_was_measured(tmp_path):
     measured = Timing.of(COSTS, n_tokens=20, gamma=5, most=22)
     assert (measured.kind, measured.n_drafted) == ("measured", 22)  # 180 ms hold 22 drafts of 8
     assert (measured.token_ms, measured.verify_ms) == pytest.approx((14.0, 70.0))
+    assert measured.gammas == (5,)  # what a round of other lengths costs was not asked
     assert measured.overhead == pytest.approx((5 * 8 + 1 + 20) / 14 - 1)  # one round of five drafts
     free = dataclasses.replace(COSTS, overlap=0.0)
     assert Timing.of(free, n_tokens=20, gamma=5, most=22).n_drafted == 0
@@ -123,6 +124,7 @@ def test_a_timing_is_the_references_ones_own_or_what_was_measured(tmp_path):
 def test_tables_of_predictions_hold_the_references_rows():
     assert [row["speedup"] for row in wall_clock_table(Timing())] == pytest.approx(
         [1.01, 1.14, 1.25, 1.47], abs=0.01)
-    rows = expected_table(0.8, Timing(), gammas=[5])
+    rows = expected_table(0.8, Timing())
+    assert [row["gamma"] for row in rows] == [5, 8, 10]
     assert rows[0]["tokens"] == expected_tokens(0.8, 5)
     assert rows[0]["relaxed"] == pytest.approx(0.8 * 5 / 1.1)

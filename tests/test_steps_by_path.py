@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from test_steps_truth import run_notebook
 from tiny_pair import make_tiny_pair
 from torch.nn.utils.rnn import pad_sequence
 
@@ -166,8 +167,9 @@ def test_any_adapter_is_judged_on_any_pairs_with_any_head(found, chunked, place,
     assert "sequences are in training and in test" in capsys.readouterr().err
 
 
-def test_what_nobody_knows_of_imported_pairs_is_left_out_with_a_sentence(chunked, place, capsys,
-                                                                         tmp_path):
+def test_what_nobody_knows_of_imported_pairs_is_left_out_with_a_sentence(found, chunked, place,
+                                                                         capsys, tmp_path):
+    assert found
     said = ["evaluate", str(place / "run" / "adapters" / "L1"), "--pairs", str(chunked[1])]
     with pytest.warns(UserWarning, match="word kinds and the prompt-lookup floor are left out"):
         assert cli.main([*said, "-o", str(tmp_path / "a")]) == 2
@@ -176,3 +178,17 @@ def test_what_nobody_knows_of_imported_pairs_is_left_out_with_a_sentence(chunked
         assert cli.main([*said, "--train", str(chunked[0]), "-o", str(tmp_path / "b")]) == 0
     text = capsys.readouterr().out
     assert "floor position mode" in text and "prompt lookup" not in text
+
+
+def test_notebook_13_measures_imported_pairs_by_what_is_known_of_them(chunked, place):
+    run, (train, test) = str(place / "measured"), map(str, chunked)
+    training.run(parameters.TrainParameters.checked(
+        {"run_dir": run, "data": train, "levels": LEVELS, "epochs": 1, "profile": "reference"}))
+    with pytest.warns(UserWarning, match="drafter_sees is left out"):
+        found = run_notebook(run, levels=LEVELS, data=train, test_data=[test],
+                             head=str(place / "head.pt"))
+    assert set(found.first["arms"]["arm"]) == {"real events"}
+    assert set(found.first["floors"]["floor"]) == {"position mode", "4-gram"}
+    assert set(found.first["two_phase"]["phase2"]) == {*LEVELS, "4-gram"}
+    assert "floor 4-gram" in found.text or "floor 4-gram" in (
+        folder.resolve(run) / "report" / "report.txt").read_text()

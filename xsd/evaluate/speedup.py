@@ -60,13 +60,12 @@ def wall_clock_table(timing: Timing, shares: Sequence[float] = (0.21, 0.5, 0.7,
     return [{"accepted": share, "speedup": reference_wall_clock(share, timing)} for share in shares]
 
 
-def expected_table(alpha: float, timing: Timing,
-                   gammas: Sequence[int] = (5, 8, 10)) -> list[dict[str, Any]]:
+def expected_table(alpha: float, timing: Timing) -> list[dict[str, Any]]:
     """Rows gamma, alpha, tokens (a round, with bonus), speedup (unbroken drafts), relaxed."""
     return [{"gamma": gamma, "alpha": alpha, "tokens": expected_tokens(alpha, gamma),
              "speedup": round_speedup(alpha, gamma, timing.overhead),
              "relaxed": relaxed_speedup(alpha, gamma, timing.overhead)}
-            for gamma in gammas]  # fmt: skip
+            for gamma in timing.gammas]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -74,8 +73,8 @@ class Timing:
     """What the reference's formulas read; by default its published inputs (RTX 4090, 7B in 4-bit,
     30 tokens), quoted and never this project's. decode_ms: the verifier's decoding of n_tokens.
     n_drafted: drafts made for free while the verifier is in prefill; verify_ms: one batched
-    verification of them. overhead: what a round costs beyond a verifier's token, in such tokens.
-    kind: quoted, own or measured."""
+    verification of them. overhead: what a round of any of the gammas costs beyond a verifier's
+    token, in such tokens. kind: quoted, own or measured."""
 
     prefill_drafter_ms: float = 130.0
     prefill_verifier_ms: float = 317.0
@@ -85,6 +84,7 @@ class Timing:
     verify_ms: float = 70.0
     overhead: float = 0.1
     kind: str = "quoted"
+    gammas: tuple[int, ...] = (5, 8, 10)
 
     @classmethod
     def of(cls, prices: Prices, *, n_tokens: float, gamma: int, most: int) -> Timing:
@@ -94,7 +94,8 @@ class Timing:
         round_s = gamma * prices.draft_s + prices.round_s + prices.verify_s(gamma + 1)
         return cls(1e3 * prices.drafter_prefill_s, 1e3 * prices.verifier_prefill_s,
                    1e3 * token_s * n_tokens, n_tokens, n_drafted,
-                   1e3 * prices.verify_s(max(1, n_drafted)), round_s / token_s - 1, "measured")
+                   1e3 * prices.verify_s(max(1, n_drafted)), round_s / token_s - 1, "measured",
+                   (gamma,))
 
     @classmethod
     def read(cls, given: str | Mapping[str, Any]) -> Timing:
@@ -102,7 +103,7 @@ class Timing:
         the reference's. Raises: ParameterError for other names, or a time that is none."""
         if given == "reference":
             return cls()
-        fields = [field.name for field in dataclasses.fields(cls)][:-1]
+        fields = [field.name for field in dataclasses.fields(cls)][:-2]
         try:
             text = "" if isinstance(given, Mapping) else Path(given).read_text(encoding="utf-8")
             own = json.loads(text) if text else given

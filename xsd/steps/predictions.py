@@ -55,7 +55,7 @@ def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd
     of_any = {"any": next(iter(timed.values()))} if len(set(timed.values())) == 1 else timed
     made = {"expected_speedup": (timed, lambda level, of: expected_table(share[level], of)),
             "wall_clock": (of_any, lambda _, of: wall_clock_table(of)),
-            "break_even": (of_any, lambda _, of: break_even_table(overhead=of.overhead))}
+            "break_even": (of_any, lambda _, of: break_even_table(of.gammas, overhead=of.overhead))}
     return {name: pd.DataFrame([{"level": level, "timing": of.kind, **row}
                                 for level, of in some.items() for row in rows(level, of)])
             for name, (some, rows) in made.items()}  # fmt: skip
