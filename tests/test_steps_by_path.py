@@ -185,10 +185,14 @@ def test_notebook_13_measures_imported_pairs_by_what_is_known_of_them(chunked, p
     training.run(parameters.TrainParameters.checked(
         {"run_dir": run, "data": train, "levels": LEVELS, "epochs": 1, "profile": "reference"}))
     with pytest.warns(UserWarning, match="drafter_sees is left out"):
-        found = run_notebook(run, levels=LEVELS, data=train, test_data=[test],
-                             head=str(place / "head.pt"))
+        by_path = [f"{run}/adapters/{level}" for level in LEVELS]
+        found = run_notebook(run, levels=by_path, data=train, test_data=[test],
+                             waterfall=by_path[0], head=str(place / "head.pt"))
     assert set(found.first["arms"]["arm"]) == {"real events"}
     assert set(found.first["floors"]["floor"]) == {"position mode", "4-gram"}
-    assert set(found.first["two_phase"]["phase2"]) == {*LEVELS, "4-gram"}
+    names = {"L1 of measured", "B1 of measured"}
+    assert set(found.first["two_phase"]["phase2"]) == {*names, "4-gram"}
+    gap = found.first["gap"].query("level == 'L1 of measured'")
+    assert "verifier-self" in set(gap["name"]), "B1 by path is the arm that reads the verifier"
     assert "floor 4-gram" in found.text or "floor 4-gram" in (
         folder.resolve(run) / "report" / "report.txt").read_text()

@@ -15,7 +15,7 @@ import plotly.io as pio
 from xsd.core import ParameterError
 from xsd.evaluate import curves, reliability, report_text, speedup, table, tables
 from xsd.evaluate.speedup import Timing
-from xsd.files import atomic_write, write_json
+from xsd.files import atomic_write, is_path, write_json
 from xsd.runs import doctor, folder, numbers, parameters
 from xsd.steps import evaluation, training
 from xsd.steps.counterfactual import REAL
@@ -46,9 +46,10 @@ def write(P: parameters.TruthParameters, results: Mapping[str, Any],
         own = tokens[name][tokens[name]["level"] != table.DRAFTER]
         drawn |= {f"{key}_{name}": figure
                   for key, figure in figures_of(P, name, own, each, live).items()}
-    history = training.history(P.run_dir, P.levels)
-    first = next(iter(found))
-    drawn[f"training_loss_{first}"] = figures.training_curves(history, title="Training loss")
+    trained = [level for level in P.levels if not is_path(level)]  # of those by path nobody knows
+    if trained:
+        drawn[f"training_loss_{next(iter(found))}"] = figures.training_curves(
+            training.history(P.run_dir, trained), title="Training loss")
     atomic_write(target / "report.txt", "\n".join(texts))
     write_json(target / "metrics.json",
                numbers.plain({"test": numbers_of, "provenance": results["provenance"]}))

@@ -63,7 +63,7 @@ def matches(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     (comparison.CHAIN) and what the drafter was shown."""
     real = table.drafted(found[REAL]).reset_index(drop=True)
     out = real[KEYS].astype({"level": str})
-    ceiling = out["level"] == B1
+    ceiling = out["level"].map(_is_ceiling).astype(bool)
     one_step = real["one_step_match"].astype("boolean")
     out[comparison.VERIFIER] = pd.array([True] * len(out), dtype="boolean")
     if ceiling.any():
@@ -79,6 +79,11 @@ def matches(found: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
         elif arm != REAL:
             out[arm] = _beside(out, other, "match")
     return out
+
+
+def _is_ceiling(level: str) -> bool:
+    """B1, or one by path ("B1 of a run")."""
+    return level.split(" of ")[0] == B1
 
 
 def _beside(rows: pd.DataFrame, other: pd.DataFrame, column: str, *on: str) -> pd.Series:
@@ -134,7 +139,7 @@ def side_by_side(gaps: pd.DataFrame, unit: str, names: Sequence[str] = SHOWN) ->
     rows = []
     for level, own in gaps[gaps["unit"] == unit].groupby("level", sort=False):
         found = own.drop_duplicates("name").set_index("name")
-        if level == B1:  # its own one step has another name
+        if _is_ceiling(level):  # its own one step has another name
             found = found.rename(index={comparison.SELF: ONE_STEP})
         line: dict[str, Any] = {"level": level}
         for name, one in found.reindex(names).iterrows():
