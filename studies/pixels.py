@@ -76,10 +76,11 @@ def read_pairs(P: PixelParameters, split: str) -> PixelPairs:
                                             n_event_frames=P.n_event_frames)
         places = middles(len(sample.event_frames), len(sample.video))
         start_us, end_us = record.t_us or (0, 0)
+        length_ms = 50 * round((end_us - start_us) / 5e4)  # a clip ends with a video frame
         for frame, place in zip(sample.event_frames, places, strict=True):
             events.append(square(np.asarray(frame), P.image_size))
             video.append(square(np.asarray(sample.video[place]), P.image_size))
-            about.append((record.sequence, split, round((end_us - start_us) / 1e3)))
+            about.append((record.sequence, split, length_ms))
     return PixelPairs(torch.stack(events), torch.stack(video), *zip(*about, strict=True))
 
 

@@ -29,7 +29,7 @@ def place(tmp_path_factory):
 def live_of(place, **values):
     return parameters.LiveParameters.checked(
         {"run_dir": str(place / "run"), "pair": str(place / "pair"), "test_data": ["simulated"],
-         "arms": ["ar", "L1"], "check_arms": ["L1"], "max_new_tokens": 6, **values})
+         "arms": ["ar", "L1"], "check_arms": ["L1"], "max_new_tokens": 6, "repeats": 1, **values})
 
 
 @pytest.mark.parametrize("notebook", ["00", "01", "05", "09"])
