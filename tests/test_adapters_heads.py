@@ -131,6 +131,8 @@ def test_a_head_is_read_from_a_file_or_a_folder_of_shards(tmp_path):
     for path in (stored, shards, tmp_path / "run"):
         found = heads.read(path)
         assert found.dtype == torch.float32 and torch.equal(found, weight.half().float())
+    with pytest.raises(CheckpointError, match="is for states 3 wide and these are 8 wide"):
+        heads.read(stored, 8)
 
 
 def test_what_holds_no_head_is_told_in_one_sentence(tmp_path):
