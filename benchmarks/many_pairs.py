@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from xsd.core import ROOT, PairedStates
@@ -25,7 +26,7 @@ from xsd.files import write_json
 from xsd.shards.writer import ShardWriter
 
 WIDTH, VOCABULARY, SEQUENCES, QUESTIONS = 64, 1024, 41, 10
-END = 2
+END, CHUNK = 2, 2000
 LEVELS = ["L1", "L4", "L5F", "B1"]
 
 
@@ -33,33 +34,36 @@ class World:
     """Head [V, D], the drafter's map [D, D], and templates of answers: what all pairs share."""
 
     def __init__(self, seed: int = 0) -> None:
-        draw = torch.Generator().manual_seed(seed)
-        self.head = torch.randn(VOCABULARY, WIDTH, generator=draw)
-        self.map = torch.randn(WIDTH, WIDTH, generator=draw) / WIDTH**0.5
-        lengths = torch.randint(12, 45, (QUESTIONS, 8), generator=draw)
-        self.templates = [[torch.randint(3, VOCABULARY, (int(n),), generator=draw) for n in row]
-                          for row in lengths]
+        draw = np.random.default_rng(seed)
+        self.head = draw.standard_normal((VOCABULARY, WIDTH), dtype=np.float32)
+        self.map = draw.standard_normal((WIDTH, WIDTH), dtype=np.float32) / np.float32(WIDTH**0.5)
+        self.templates = [[draw.integers(3, VOCABULARY, n) for n in row]
+                          for row in draw.integers(12, 45, (QUESTIONS, 8))]
 
     def pairs(self, n: int, split: str, sequences: int, seed: int) -> Iterator[PairedStates]:
         """n teacher-forced pairs, ten questions a clip, clips in ``sequences`` sequences."""
-        draw = torch.Generator().manual_seed(seed)
-        clips = n // QUESTIONS
-        for number in range(clips * QUESTIONS):
-            clip, question = divmod(number, QUESTIONS)
-            pick = int(torch.randint(8, (1,), generator=draw))
-            ids = self.templates[question][pick].clone()
-            changed = torch.rand(len(ids), generator=draw) < 0.3
-            ids[changed] = torch.randint(3, VOCABULARY, (int(changed.sum()),), generator=draw)
-            ids[-1] = END
-            noise = torch.randn(2, len(ids), WIDTH, generator=draw)
+        draw, clips = np.random.default_rng(seed), n // QUESTIONS
+        for first in range(0, clips * QUESTIONS, CHUNK):
+            numbers = range(first, min(first + CHUNK, clips * QUESTIONS))
+            picks = draw.integers(8, size=len(numbers))
+            answers = [self.templates[number % QUESTIONS][pick]
+                       for number, pick in zip(numbers, picks, strict=True)]
+            ids, ends = np.concatenate(answers), np.cumsum([len(one) for one in answers])
+            changed = draw.random(len(ids)) < 0.3
+            ids[changed] = draw.integers(3, VOCABULARY, changed.sum())
+            ids[ends - 1] = END
+            noise = draw.standard_normal((2, len(ids), WIDTH), dtype=np.float32)
             verifier = self.head[ids] + noise[0]
             drafter = verifier @ self.map + noise[1]
-            right = torch.rand(len(ids), generator=draw) < 0.8
-            said = torch.where(right, ids, (ids + 1) % VOCABULARY)
-            yield PairedStates(f"{split}_{clip * sequences // clips:03d}", f"{clip:06d}",
-                               f"Question {question}?", drafter, verifier, said, ids,
-                               "teacher_forced", text_by_drafter=text(said),
-                               text_by_verifier=text(ids), split=split)
+            said = np.where(draw.random(len(ids)) < 0.8, ids, (ids + 1) % VOCABULARY)
+            columns = [torch.from_numpy(one).tensor_split(torch.from_numpy(ends[:-1]))
+                       for one in (drafter, verifier, said, ids)]
+            for number, *states in zip(numbers, *columns, strict=True):
+                clip, question = divmod(number, QUESTIONS)
+                yield PairedStates(f"{split}_{clip * sequences // clips:03d}", f"{clip:06d}",
+                                   f"Question {question}?", *states, "teacher_forced",
+                                   text_by_drafter=text(states[2]),
+                                   text_by_verifier=text(states[3]), split=split)
 
 
 def text(ids: torch.Tensor) -> str:
@@ -75,7 +79,7 @@ def write(folder: Path, world: World, n: int, split: str, sequences: int) -> Non
         if out.finished:
             return
         for role in ("drafter", "verifier"):
-            out.save_head(role, world.head, VOCABULARY)
+            out.save_head(role, torch.from_numpy(world.head), VOCABULARY)
         for pair in world.pairs(n, split, sequences, seed=len(split)):
             out.write(pair)
     prompts = {f"Question {i}?": list(range(3, 13 + i)) for i in range(QUESTIONS)}

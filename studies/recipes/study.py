@@ -30,15 +30,18 @@ FIGURES = ("cosine", "accept", "token_acceptance", "accepted_per_round")
 
 
 def ensure(P: StudyParameters) -> None:
-    """Extract the pairs when the run folder holds none at all."""
-    if (folder.resolve(P.run_dir) / extraction.PAIR_FILE).is_file():
+    """Extract the pairs when the run folder holds none at all and not both sets come by path."""
+    train, test = extraction.stored(P.data, "train"), extraction.stored(P.test_data, "test")
+    if (folder.resolve(P.run_dir) / extraction.PAIR_FILE).is_file() or (train and test):
         return
     names = ("run_dir", "seed", "data", "n_train_sequences", "n_test_sequences",
              "questions_per_sequence", "max_new_tokens")
-    sets = dict.fromkeys([P.test_data, *parameters.SETS])
+    sets = dict.fromkeys([*([] if test else [P.test_data]), *parameters.SETS])
+    own = {"test_data": list(sets), "workers": max(2, P.workers)}
+    if train:
+        own["n_train_sequences"] = 0
     extraction.run(parameters.ExtractParameters.checked(
-        {name: getattr(P, name) for name in names}
-        | {"test_data": list(sets), "workers": max(2, P.workers)}))  # fmt: skip
+        {name: getattr(P, name) for name in names} | own))
 
 
 def run(P: StudyParameters, *,
