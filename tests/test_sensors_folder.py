@@ -231,7 +231,9 @@ def test_questions_are_kept_most_frequent_first(tmp_path):
                                                          ("also often?", 9)])
     assert folder.read_questions(tmp_path / "questions.json") == ["often?", "also often?", "rare?"]
     assert folder.read_questions(tmp_path, n=1) == ["often?"]
-    for bad in ("[]", '["often?"]', '[{"question": " ", "count": 1}]', '{"question": "a"}'):
+    (tmp_path / "questions.json").write_text('["first?", "second?"]')
+    assert folder.read_questions(tmp_path) == ["first?", "second?"]
+    for bad in ("[]", '["first?", 2]', '[{"question": " ", "count": 1}]', '{"question": "a"}'):
         (tmp_path / "questions.json").write_text(bad)
         with pytest.raises(DatasetError, match=r"\{question, count\}"):
             folder.read_questions(tmp_path)

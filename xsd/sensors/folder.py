@@ -167,7 +167,7 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
         lines = path.read_text(encoding="utf-8").splitlines()
         entries = [line.strip() for line in lines if line.strip()]
     with contextlib.suppress(KeyError, TypeError, AttributeError):
-        if entries and all(isinstance(entry, str) for entry in entries):
+        if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
             entries = [{"question": entry} for entry in entries]
         ordered = sorted(entries, key=lambda entry: -entry.get("count", 0))
         questions = [str(entry["question"]) for entry in ordered][:n]
