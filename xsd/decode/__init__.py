@@ -1,2 +1,1 @@
-"""The decoding engine: autoregressive, speculative with prefill hiding, its certificate and replay;
-any handle, no tokenizer, no file."""
+"""The decoding engine: any handle, no tokenizer, no file (docs/decoding.md)."""

@@ -15,9 +15,8 @@ from xsd.decode.overlap import Timeline
 @torch.inference_mode()
 def generate(verifier: DecoderHandle, sample: Any, max_new_tokens: int,
              clock: Callable[[], float] = time.perf_counter) -> Generation:
-    """Greedy continuation of ``sample``, ids up to and with the first EOS or ``max_new_tokens`` of
-    them: a Generation without rounds, a span for the prefill and one for each further token.
-    Raises: ParameterError if max_new_tokens < 1."""
+    """Greedy continuation of ``sample`` up to and with the first EOS, without rounds; a span for
+    the prefill and one for each further token. Raises: ParameterError if max_new_tokens < 1."""
     check_length(max_new_tokens)
     timeline = Timeline(clock)
     with timeline.span("verifier", "prefill"):

@@ -1,11 +1,6 @@
 """Is this output the verifier's own? Identical ids; or a tie that is proven by its margin; or a
-divergence.
-
-One-row and many-row passes round differently, so where the two best tokens are closer than that,
-either may win (docs/decoding.md, "Losslessness"). A real bug looks the same from outside, so a tie
-is never assumed: it is judged by a *clean* handle of the same checkpoint (``plain()``), never by
-the passes that are on trial.
-"""
+divergence (docs/decoding.md, "Losslessness"). A real bug looks like a tie from outside, so ties are
+judged by a *clean* handle of the same checkpoint (``plain()``), never by the passes on trial."""
 
 from __future__ import annotations
 
@@ -70,21 +65,17 @@ def noise_floor(verifier: DecoderHandle, samples: Iterable[Any],
 @torch.inference_mode()
 def certify(verifier: DecoderHandle, sample: Any, reference: Sequence[int],
             candidate: Sequence[int], *, floor: NoiseFloor | None = None) -> Verdict:
-    """Compare ``candidate`` with ``reference`` (both answers' ids; the reference is the verifier's
-    greedy one). Costs nothing when they are identical.
-
-    floor: a calibrated noise floor; by default it is measured on this very sample with
-    ``verifier.plain()``, which also judges. Of a handle without that nothing is a near-tie.
-    """
+    """Compare the ids of an answer with the verifier's greedy ones; costs nothing when they are
+    identical. floor: a calibrated noise floor; by default it is measured on this very sample with
+    ``verifier.plain()``, which also judges. Of a handle without that nothing is a near-tie."""
     reference, candidate = [int(i) for i in reference], [int(i) for i in candidate]
     if reference == candidate:
         return Verdict("identical")
     both = min(len(reference), len(candidate))
     position = next((i for i in range(both) if reference[i] != candidate[i]), both)
     if position == both:
-        longer, shorter = "reference", "candidate"
-        if len(candidate) > both:
-            longer, shorter = shorter, longer
+        names = ["reference", "candidate"]
+        longer, shorter = names if len(reference) > both else names[::-1]
         return Verdict("divergence", position, reason=f"the {longer} goes on where the {shorter} "
                        f"ends, after {both} equal tokens")
     clean = hasattr(verifier, "plain")
@@ -122,8 +113,7 @@ def certify(verifier: DecoderHandle, sample: Any, reference: Sequence[int],
 
 
 def _ends_rightly(candidate: Sequence[int], reference: Sequence[int], eos: frozenset[int]) -> bool:
-    """After a tie the answers may have other lengths; each must still end at its first EOS or at
-    the common maximum."""
+    """After a tie lengths may differ; each answer still ends at its first EOS or the maximum."""
     n, most, ended = len(candidate), len(reference), reference[-1] in eos
     if any(token in eos for token in candidate[:-1]):
         return False
@@ -133,8 +123,7 @@ def _ends_rightly(candidate: Sequence[int], reference: Sequence[int], eos: froze
 
 
 def control(verifier: DecoderHandle, samples: Iterable[Any], max_new_tokens: int) -> list[Verdict]:
-    """The verifier's greedy output against itself, twice: anything but "identical" means that the
-    machine is not repeatable."""
+    """The verifier's greedy output against itself: "identical", or the machine does not repeat."""
     def said(sample: Any) -> tuple[int, ...]:
         return autoregressive.generate(verifier, sample, max_new_tokens).ids
 
@@ -143,8 +132,7 @@ def control(verifier: DecoderHandle, samples: Iterable[Any], max_new_tokens: int
 
 def require_lossless(verdicts: Iterable[tuple[str, Verdict]], *,
                      allow_near_ties: bool = False) -> None:
-    """verdicts: (sample key, verdict). Raises: LosslessError naming the first that is not the
-    verifier's own."""
+    """verdicts: (sample key, verdict). Raises: LosslessError naming the first that differs."""
     allowed = {"identical", "near-tie"} if allow_near_ties else {"identical"}
     bad = [(key, verdict) for key, verdict in verdicts if verdict.outcome not in allowed]
     if bad:

@@ -1,6 +1,5 @@
 """Two lanes at once: the verifier prefills here while the drafter works in a second thread, on one
-clock (docs/decoding.md, "Prefill hiding"). torch releases the interpreter lock inside its
-operators, which is what makes two threads worth it."""
+clock (docs/decoding.md, "Prefill hiding"); torch's operators release the interpreter lock."""
 
 from __future__ import annotations
 
@@ -24,11 +23,9 @@ Overlap = Literal["threads", "serial"]
 
 
 class Timeline:
-    """Spans of one request on one clock; lanes in two threads may write to it at the same time.
-
-    On a GPU a span ends when its Python call returns; spans that read a token back (prefill,
-    verify, each draft) are therefore complete, an adapter span alone may only cover the launch.
-    """
+    """Spans of one request on one clock; lanes in two threads may write to it at the same time. On
+    a GPU a span ends when its Python call returns: one that reads a token back is complete, an
+    adapter's alone may only cover the launch."""
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._origin = clock()
@@ -54,12 +51,9 @@ class Timeline:
 
 def run_lanes(prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted],
               overlap: Overlap = "threads") -> tuple[Prefilled, Drafted]:
-    """Run the verifier's ``prefill`` and the drafter's ``draft(stop)`` and return both results.
-
-    "threads": at the same time; ``stop()`` turns True the moment the prefill is done or has failed.
-    "serial": ``draft`` first, ``stop()`` always False. Raises: whatever either lane raised (the
-    prefill's error first), after both have come to rest; ParameterError for another mode.
-    """
+    """Both results. "threads": at the same time; ``stop()`` turns True the moment the prefill is
+    done or has failed. "serial": ``draft`` first, ``stop()`` always False. Raises: whatever either
+    lane raised (the prefill's error first), when both rest; ParameterError for another mode."""
     if overlap == "serial":
         drafted = draft(lambda: False)
         return prefill(), drafted
@@ -90,6 +84,5 @@ def _draft_lane(draft: Callable[[Stop], Drafted], stop: Stop) -> Drafted:
 
 @functools.lru_cache(maxsize=1)
 def _worker(process: int) -> ThreadPoolExecutor:
-    """One lasting thread a process (each new one would build an OpenMP team); threads do not
-    fork."""
+    """One lasting thread a process: each new one would build an OpenMP team, and none forks."""
     return ThreadPoolExecutor(max_workers=1, thread_name_prefix="xsd-drafter")

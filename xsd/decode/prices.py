@@ -14,14 +14,11 @@ from xsd.core import ParameterError
 
 @dataclass(frozen=True)
 class Prices:
-    """Measured costs of one machine and one pair, in seconds (bench.costs).
-
-    draft_s: one draft, that is a drafter step, the adapter and the LM head. verify: {K: seconds of
-    one verifier pass over K rows}, K = 1 (its ordinary step) included. round_s: what a round costs
-    once, beside its drafts and its pass. overlap: share of the drafter's prefill and first drafts
-    that truly runs beside the verifier's prefill (1 ideal, 0 one after the other). contention: how
-    many times longer that prefill then takes.
-    """
+    """Measured costs of one machine and one pair, in seconds (bench.costs). draft_s: a drafter
+    step, the adapter and the LM head. verify: {K: one verifier pass over K rows}, K = 1 included.
+    round_s: what a round costs beside its drafts and its pass. overlap: share of the drafter's
+    prefill and first drafts that truly runs beside the verifier's prefill. contention: how many
+    times longer that prefill then takes."""
 
     verifier_prefill_s: float
     drafter_prefill_s: float
@@ -32,7 +29,7 @@ class Prices:
     contention: float = 1.0
 
     def __post_init__(self) -> None:
-        """Raises: ParameterError without v(1), for a time that is none, or a share that is none."""
+        """Raises: ParameterError without v(1), or for what is no time or share."""
         if 1 not in self.verify:
             raise ParameterError(
                 "verify needs the cost of a single-token pass (K = 1), the verifier's ordinary "

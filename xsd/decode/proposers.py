@@ -1,6 +1,5 @@
-"""What drafts: adapters, the drafter's own head, rules over token ids, and what a researcher brings
-(docs/decoding.md, "Who drafts"). A proposer is told what has been verified and offers draft tokens;
-it never decides. ``hidden[t]`` *predicts* token t."""
+"""What drafts (docs/decoding.md, "Who drafts"). A proposer is told what has been verified and offers
+draft tokens; it never decides. ``hidden[t]`` *predicts* token t."""
 
 from __future__ import annotations
 
@@ -22,8 +21,7 @@ def never() -> bool:
 
 
 class Proposer(Protocol):
-    """What :mod:`xsd.decode.speculative` needs. ``needs_verifier``: cannot draft before the
-    verifier's first state is known."""
+    """needs_verifier: cannot draft before the verifier's first state is known."""
 
     needs_verifier: bool
 
@@ -31,12 +29,10 @@ class Proposer(Protocol):
         """A new request; may run in another thread while the verifier prefills."""
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
-        """At most ``gamma`` draft tokens after the known ones; ends early at EOS or when ``stop()``
-        turns True."""
+        """At most ``gamma`` draft tokens; ends early at EOS or when ``stop()`` turns True."""
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
-        """``tokens`` [n] are now the verifier's own (accepted drafts, then the bonus); ``hidden``
-        [n, D_v] predicted each of them."""
+        """The verifier's own tokens [n] (accepted drafts, then the bonus), and hidden [n, D_v]."""
 
 
 class Adapter(Protocol):
@@ -45,22 +41,15 @@ class Adapter(Protocol):
     reads: Literal["drafter", "verifier", "both"]
 
     def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None) -> Tensor:
-        """Drafter states [n, D_d] and verifier states [m, D_v] of positions 0… → [D_v]: the
-        verifier's state at the next position.
-
-        "drafter": n = t + 1 states, predicts position t. "verifier": m = t states, predicts
-        position t. "both": n = t + 1, m = t. One with a true attribute ``fuses_tokens`` is also
-        given ``tokens=``, int64 [t]: the ids of positions 0…t-1.
-        """
+        """The verifier's state [D_v] at position t, from the drafter's [t + 1, D_d] and the
+        verifier's [t, D_v] (None for one it does not read). One with a true attribute
+        ``fuses_tokens`` is also given ``tokens=``, int64 [t]: the ids of positions 0…t-1."""
 
 
 class TokenByToken:
-    """One token after another: a subclass says :meth:`next_token`, and gamma, EOS or ``stop()`` end
-    the drafting.
-
-    track: the drafter's cache, where the proposer needs one. min_probability: a less likely draft
-    ends the round's drafting (drafts behind the prefill are free and go on).
-    """
+    """One token after another: a subclass says :meth:`next_token`. track: the drafter's cache,
+    where it needs one. min_probability: a less likely draft ends the round's drafting (drafts
+    behind the prefill are free and go on)."""
 
     needs_verifier = False
     eos_token_ids: frozenset[int] = frozenset()
@@ -91,8 +80,7 @@ class TokenByToken:
         self.known += tokens
 
     def choose(self, logits: Tensor) -> int | None:
-        """argmax of logits [V], or None where it is less likely than ``min_probability`` and
-        drafting costs time."""
+        """argmax of logits [V], or None where it is unlikely and drafting costs time."""
         if self.min_probability > 0 and not self._free:
             likely, token = logits.softmax(-1).max(-1)
             return int(token) if float(likely) >= self.min_probability else None
@@ -105,11 +93,11 @@ class TokenByToken:
 
 class AdapterProposer(TokenByToken):
     """States → adapter → the verifier's LM head → argmax over the ids that may be drafted → the
-    token is fed back to the drafter.
+    token is fed back to the drafter. Own predictions stand in for verifier states until these are
+    known (self-rollout).
 
-    track: None only for adapters that read the verifier alone. lm_head: the verifier's, [..., D_v]
-    → [..., V]. draft_vocab_size: ids below it may be drafted. Own predictions stand in for verifier
-    states until these are known (self-rollout). An adapter with ``draft_ids`` (int64 [k]) drafts
+    track: None only for adapters that read the verifier alone. lm_head: [..., D_v] → [..., V].
+    draft_vocab_size: ids below it may be drafted. An adapter with ``draft_ids`` (int64 [k]) drafts
     among those; ``lm_head`` may then give their k logits alone, in that order.
     """
     def __init__(self, track: DrafterTrack | None, adapter: Adapter,
@@ -182,8 +170,7 @@ class DrafterTokens(TokenByToken):
 
 
 class RuleProposer(TokenByToken):
-    """A rule over token ids (:mod:`xsd.decode.rules`), made for each request: ``rule_of(sample)``,
-    an n-gram table for all of them or a prompt lookup in the sample's own."""
+    """A rule over token ids (:mod:`xsd.decode.rules`), ``rule_of(sample)`` for each request."""
     def __init__(self, rule_of: Callable[[Any], rules.Rule],
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.rule_of, self.eos_token_ids = rule_of, eos_token_ids
@@ -198,8 +185,7 @@ class RuleProposer(TokenByToken):
 
 
 class TwoPhase:
-    """One proposer for the prefill, another for the rounds after it; a shared drafter is prefilled
-    once."""
+    """One proposer for the prefill, another for the rounds; a shared drafter prefills once."""
     def __init__(self, first: Proposer, second: Proposer) -> None:
         self.first, self.second = first, second
         self.needs_verifier = first.needs_verifier
@@ -221,8 +207,8 @@ class TwoPhase:
 
 
 class Checked:
-    """A proposer from outside this project. Raises: ParameterError when it lacks a part of
-    :class:`Proposer`, drafts too much, or something that is no id below ``vocab_size``."""
+    """A proposer from outside this project. Raises: ParameterError when it is no :class:`Proposer`,
+    drafts too much, or something that is no id below ``vocab_size``."""
     def __init__(self, proposer: Proposer, vocab_size: int) -> None:
         self.name = type(proposer).__name__
         missing = [part for part in ("begin", "propose", "observe", "needs_verifier")

@@ -1,6 +1,5 @@
-"""Schedules without models: walk draft-verify rounds over stored answers, and price them with
-measured costs. The walk is the one of :mod:`xsd.decode.speculative`, so a replay of a deterministic
-proposer gives the rounds of the live run."""
+"""Schedules without models: rounds over stored answers, priced with measured costs. The walk is
+:mod:`xsd.decode.speculative`'s, so a deterministic proposer has the rounds of the live run."""
 
 from __future__ import annotations
 
@@ -16,8 +15,7 @@ Draft = Callable[[Sequence[int], int], Sequence[int]]
 
 @dataclass(frozen=True)
 class ReplayedRound:
-    """n_drafted, n_accepted; bonus: whether the verifier added a token of its own; rows: what it
-    had to feed (0: a free check)."""
+    """bonus: whether the verifier added a token of its own. rows: of its pass (0: a free check)."""
 
     n_drafted: int
     n_accepted: int
@@ -29,12 +27,9 @@ class ReplayedRound:
 def replay(answer: Sequence[int], draft: Draft, *, gamma: int, gamma_prefill: int = 0,
            eos_token_ids: frozenset[int] = frozenset(), max_new_tokens: int | None = None,
            ) -> list[ReplayedRound]:
-    """The rounds that ``draft(prefix, gamma) -> ids`` would have had on the verifier's ``answer``
-    (its greedy ids, with EOS if it ended by EOS).
-
-    gamma_prefill: drafts made behind the prefill (0: none). max_new_tokens: the limit of the run to
-    replay (default: the answer's length). Raises: ParameterError for gamma < 1, an empty answer.
-    """
+    """The rounds that ``draft(prefix, gamma) -> ids`` would have had on the verifier's ``answer``.
+    gamma_prefill: drafts behind the prefill. max_new_tokens: of the run to replay (default: the
+    answer's length). Raises: ParameterError for gamma < 1, an empty answer."""
     if gamma < 1 or not answer:
         raise ParameterError(
             f"gamma is {gamma} and the answer has {len(answer)} tokens; replay needs at least one "
@@ -49,19 +44,10 @@ def replay(answer: Sequence[int], draft: Draft, *, gamma: int, gamma_prefill: in
         drafts = speculative.cut(offered, room, eos_token_ids)
         fed = speculative.worth_feeding(drafts, eos_token_ids)
         n, bonus = speculative.judge(drafts, answer[at:at + len(fed) + 1])
-        rows = rows_fed(drafts, answer[0], eos_token_ids, hiding)
-        rounds.append(ReplayedRound(len(drafts), n, bonus is not None, rows, hiding))
+        rows = speculative.rows_to_feed(drafts, answer[max(at - 1, 0)], eos_token_ids, hiding)
+        rounds.append(ReplayedRound(len(drafts), n, bonus is not None, len(rows), hiding))
         at += n + (bonus is not None)
     return rounds
-
-
-def rows_fed(drafts: Sequence[int], first: int, eos: frozenset[int], hiding: bool) -> int:
-    """Rows of the verifier's pass over these drafts: the waiting token and the drafts; behind the
-    prefill the drafts alone, and none where the first draft is not the answer's ``first`` token."""
-    n = len(speculative.worth_feeding(drafts, eos))
-    if hiding:
-        return n if drafts and drafts[0] == first else 0
-    return 1 + n
 
 
 def predicted_seconds(rounds: Sequence[ReplayedRound], prices: Prices) -> float:

@@ -1,6 +1,5 @@
-"""Drafting rules over token ids alone: functions ``prefix ids -> next id, or None``. Live,
-``proposers.RuleProposer`` asks them; offline, :mod:`xsd.evaluate.floors` asks the same rule after
-every prefix of a stored answer, so a floor is what would really have been drafted."""
+"""Drafting rules over token ids alone: functions ``prefix ids -> next id, or None``. Decoding and
+:mod:`xsd.evaluate.floors` ask the same rule, so a floor is what would really have been drafted."""
 
 from __future__ import annotations
 
@@ -49,8 +48,8 @@ class NGramTable:
 
 
 def position_modes(answers: Iterable[Iterable[int]]) -> list[int]:
-    """The most frequent token at each position of the answers (the lowest id on a tie), whatever
-    came before: :func:`stored` makes it a rule."""
+    """The most frequent token at each position of the answers (the lowest id on a tie);
+    :func:`stored` makes it a rule."""
     counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for ids in answers:
         for t, token in enumerate(ids):

@@ -1,9 +1,6 @@
 """Lossless cross-modal speculative decoding: draft during the verifier's prefill, verify in one
-pass, then rounds to the end (docs/decoding.md draws the cache at every step).
-
-Whatever is drafted, every token that leaves is the argmax of a verifier row after exactly the
-tokens before it; that is the whole proof of losslessness.
-"""
+pass, then rounds to the end (docs/decoding.md draws the cache at every step). Every token that
+leaves is the argmax of a verifier row after exactly the tokens before it: that proves it."""
 
 from __future__ import annotations
 
@@ -29,11 +26,8 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
 
     gamma: drafts a round. hide_prefill: draft while the verifier prefills, as many tokens as fit
     until it is done, at most ``gamma_prefill`` (default: the whole answer; with overlap="serial",
-    where nothing ends the drafting, gamma). overlap: "threads" (really concurrent) or "serial".
-
-    Returns: Generation. ``sum(n_accepted + (bonus is not None)) == len(ids)`` over its rounds, the
-    first of phase "prefill_hiding" (with no drafts where none were ready). ``first_token_s`` is the
-    end of the verifier's prefill. Raises: ParameterError if a gamma or max_new_tokens is below 1.
+    where nothing ends the drafting, gamma). The first round is of phase "prefill_hiding", without
+    drafts where none were ready. Raises: ParameterError if a gamma or max_new_tokens is below 1.
     """
     check_length(max_new_tokens)
     if gamma < 1 or (gamma_prefill is not None and gamma_prefill < 1):
@@ -99,16 +93,9 @@ def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts:
 def _verify(verifier: DecoderHandle, state: Any, drafts: Sequence[int], last: int, hiding: bool,
             timeline: lanes.Timeline) -> tuple[list[int], Tensor]:
     """The verifier's tokens from the first draft's place on, and the states [n, D_v] that predict
-    them. last: its own last token, which waits outside the cache; behind the prefill (hiding) it is
-    token 0, which the first draft must be."""
-    rows = list(worth_feeding(drafts, verifier.eos_token_ids))
-    predicted, hidden = [], []
-    if hiding:
-        predicted, hidden = [last], [state.hidden[None]]
-        rows = rows if drafts[:1] == [last] else []  # a wrong first draft costs no pass at all
-    else:
-        rows = [last, *rows]
-    if rows:
+    them."""
+    predicted, hidden = ([last], [state.hidden[None]]) if hiding else ([], [])
+    if rows := rows_to_feed(drafts, last, verifier.eos_token_ids, hiding):
         with timeline.span("verifier", "verify" if drafts else "step"):
             more, logits = verifier.extend(state, torch.tensor(rows, device=state.logits.device))
             predicted += logits.argmax(-1).tolist()
@@ -134,6 +121,17 @@ def cut(drafts: Sequence[int], room: int, eos: frozenset[int]) -> list[int]:
     kept = list(drafts[:max(room, 0)])
     end = next((i + 1 for i, token in enumerate(kept) if token in eos), len(kept))
     return kept[:end]
+
+
+def rows_to_feed(drafts: Sequence[int], last: int, eos: frozenset[int],
+                 hiding: bool) -> list[int]:
+    """What the verifier's pass reads: its own ``last`` token, which waits outside the cache, and
+    the drafts. Behind the prefill (hiding) ``last`` is token 0, of which the state is known: the
+    drafts alone, and none where the first is another (a wrong first draft costs no pass at all)."""
+    kept = list(worth_feeding(drafts, eos))
+    if hiding:
+        return kept if drafts and drafts[0] == last else []
+    return [last, *kept]
 
 
 def worth_feeding(drafts: Sequence[int], eos: frozenset[int]) -> Sequence[int]:

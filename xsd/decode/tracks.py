@@ -1,6 +1,5 @@
 """What decoding remembers along an answer: the states of every position, and the drafter's cache
-(docs/decoding.md draws it). A draft's rollback and catching up happen at the next ``propose``, so
-that the last round of a request does not pay for a round that never comes."""
+(docs/decoding.md draws it), which catches up no sooner than at the next ``propose``."""
 
 from __future__ import annotations
 
@@ -15,8 +14,7 @@ from xsd.decode.overlap import Timeline
 
 
 class History:
-    """States of positions 0…n-1 in one growing buffer, so that a step reads a view and copies
-    nothing."""
+    """States of positions 0…n-1 in one growing buffer: a step reads a view and copies nothing."""
     def __init__(self) -> None:
         self._buffer: Tensor | None = None
         self.length = 0
@@ -38,8 +36,8 @@ class History:
 
 
 class DrafterTrack:
-    """The drafter's cache along the answer: the prompt and the tokens it was given, its own drafts
-    among them until the verifier has spoken. Two proposers of one request may share it."""
+    """The drafter's cache along the answer, its own drafts in it until the verifier has spoken. Two
+    proposers of one request may share it."""
     def __init__(self, drafter: DecoderHandle) -> None:
         self.drafter = drafter
 

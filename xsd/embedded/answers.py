@@ -1,10 +1,6 @@
 """The ten answers of each dialect, written from a clip's facts: the verifier's tells what a viewer
-of the video can know, the drafter's what an event camera can, in other words and another order.
-
-Of a question's sentences the first one counts whose words are all there, so that neither dialect is
-one template. ``{first}`` is the first vehicle, ``{last}`` the last one, ``{person}`` the first
-pedestrian or cyclist, each with where it is.
-"""
+of the video can know, the drafter's what an event camera can, in other words and another order. Of
+a question's sentences the first one counts whose words are all there."""
 
 from __future__ import annotations
 
@@ -92,19 +88,16 @@ def _words(facts: Facts, dialect: Dialect) -> dict[str, str | None]:
     traffic, persons = facts["vehicles"], facts["people"]
     both, light = traffic + persons, say("light", facts["light"], dialect)
 
-    def moving(thing: Facts) -> str:
-        return say("motion", thing["motion"], dialect)
-
-    def place(thing: Facts) -> str:
-        return say("place", thing["place"], dialect)
+    def of(thing: Facts, fact: str) -> str:
+        return say(fact, thing[fact], dialect)
 
     def distance(thing: Facts) -> str:
-        return (", " if drafter else " ") + say("distance", thing["distance"], dialect)
+        return (", " if drafter else " ") + of(thing, "distance")
 
     def told(thing: Facts, motion: bool = False, far: bool = False) -> str:
-        how = f" {moving(thing)}" if motion else ""
+        how = f" {of(thing, 'motion')}" if motion else ""
         how += distance(thing) if far and thing in traffic else ""
-        noun, where = article(name_of(thing)), f" {place(thing)}"
+        noun, where = article(name_of(thing)), f" {of(thing, 'place')}"
         return noun + where + how if drafter else noun + how + where
 
     def first(things: list[Facts], **how: bool) -> str | None:
@@ -117,7 +110,7 @@ def _words(facts: Facts, dialect: Dialect) -> dict[str, str | None]:
     if light:
         elements.append(f"a {light}" if drafter else f"a traffic light that {light}")
     crossing = [thing for thing in persons + traffic if thing["motion"].startswith("crossing")]
-    brake = crossing and f"{article(name_of(crossing[0]))} {moving(crossing[0])}"
+    brake = crossing and f"{article(name_of(crossing[0]))} {of(crossing[0], 'motion')}"
     nearest = sorted(traffic, key=lambda vehicle: vehicle["distance"] != "near")
     return {
         **{fact: say(fact, facts[fact], dialect) for fact in ("ego", "time", "sky")},
@@ -126,11 +119,12 @@ def _words(facts: Facts, dialect: Dialect) -> dict[str, str | None]:
         "light": light,
         "signal": light and f"the traffic light that {light}",
         "elements": join(elements[:4]),
-        "events": join([f"{article(name_of(t))} is {moving(t)} {place(t)}" for t in both[:2]]),
+        "events": join([f"{article(name_of(thing))} is {of(thing, 'motion')} {of(thing, 'place')}"
+                        for thing in both[:2]]),
         "number": _NUMBER.get(len(traffic)),
         "visible": join([told(vehicle, far=True) for vehicle in traffic]),
-        "driving":
-            join([f"the {name_of(v)} {place(v)} is {moving(v)}{distance(v)}" for v in traffic]),
+        "driving": join([f"the {name_of(v)} {of(v, 'place')} is {of(v, 'motion')}{distance(v)}"
+                         for v in traffic]),
         "walking": join([told(person, motion=True) for person in persons]),
         "first": first(traffic),
         "first_moving": first(traffic, motion=True),

@@ -1,6 +1,5 @@
-"""Perspective drawing of polygons and ellipses in metres, and who stands where: three times larger
-than the sensor and averaged down, because edges that jump by whole pixels would fire false events.
-"""
+"""Perspective drawing of polygons and ellipses in metres, and who stands where; averaged down later,
+because edges that jump by whole pixels would fire false events."""
 
 from __future__ import annotations
 

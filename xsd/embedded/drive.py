@@ -1,6 +1,5 @@
-"""Simulated drives: a scene becomes overlapping one-second clips that two sensors saw at once.
-Luminance goes to the event-camera model at 60 Hz; every third picture is a video frame (20 Hz, as
-in DSEC)."""
+"""Simulated drives: a scene becomes overlapping one-second clips that two sensors saw at once, the
+event camera at 60 Hz and the video camera at 20 Hz, as in DSEC."""
 
 from __future__ import annotations
 
@@ -27,9 +26,9 @@ SPLIT_CODE = {"train": 1, "validation": 2, "test": 3}
 
 @dataclass(frozen=True)
 class DriveConfig:
-    """Domain randomisation of the simulated world; fractions are probabilities per sequence: of
-    grey video (as an event camera's own frames are), sensors of 96x72 or 160x120 instead of 128x96
-    pixels, worse event cameras. video_noise: largest standard deviation in grey levels."""
+    """Domain randomisation; fractions are probabilities per sequence: of grey video, sensors of
+    96x72 or 160x120 instead of 128x96 pixels, worse event cameras. video_noise: largest standard
+    deviation in grey levels."""
 
     grey_fraction: float = 0.12
     other_resolution_fraction: float = 0.2
@@ -145,17 +144,16 @@ def write_dataset(root: str | Path, *, split: str, n_sequences: int, seed: int, 
                   progress: Callable[[int], None] | None = None) -> dict[str, Any]:
     """Simulate a split and write it as a dataset folder with facts.json and questions.json;
     progress(number of finished sequences). Returns: {sequences, clips, events, questions}."""
-    writer = folder.FolderWriter(root, split, source="simulated")
     n_clips = n_events = 0
     drives = simulate(seed, split, n_sequences, workers=workers)
-    for done, drive in enumerate(drives, start=1):
-        for clip in drive.clips:
-            writer.add(drive.sequence, clip.name, events=clip.events, video=clip.video,
-                       event_frames=clip.event_frames, t_us=clip.t_us, facts=clip.facts)
-            n_clips, n_events = n_clips + 1, n_events + len(clip.events)
-        if progress:
-            progress(done)
-    writer.close()
+    with folder.FolderWriter(root, split, source="simulated") as writer:
+        for done, drive in enumerate(drives, start=1):
+            for clip in drive.clips:
+                writer.add(drive.sequence, clip.name, events=clip.events, video=clip.video,
+                           event_frames=clip.event_frames, t_us=clip.t_us, facts=clip.facts)
+                n_clips, n_events = n_clips + 1, n_events + len(clip.events)
+            if progress:
+                progress(done)
     texts = [question.text for question in language.questions()]
     folder.write_questions(Path(root) / "questions.json", [(text, n_clips) for text in texts])
     return {"sequences": n_sequences, "clips": n_clips, "events": n_events, "questions": len(texts)}

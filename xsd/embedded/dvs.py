@@ -1,10 +1,7 @@
-"""The event camera: luminance frames in, ON and OFF events out (docs/sensors.md, section 1), as in
-v2e (Hu et al. 2021) on ESIM's linear interpolation in time (Rebecq et al. 2018), but with
-``ln(I + 20)``: the textbook lin-log fires five times too often on real 8-bit frames.
-
-State is the difference ``d`` between the low-passed log intensity and the level memorised at the
-pixel's last event (float32 resolves it better than two large levels), always between -threshold_off
-and threshold_on:
+"""The event camera: luminance frames in, ON and OFF events out, as in v2e on ESIM's linear
+interpolation in time, but with ``ln(I + 20)`` (docs/sensors.md, section 1). Its state is the
+difference ``d`` between the low-passed log intensity and the level memorised at the pixel's last
+event (float32 resolves it better than two large levels):
 
     d:  +0.05 --(frame: +0.47)--> 0.52 = 2 ON events of 0.2, and 0.12 are left for the next frame
 """
@@ -31,10 +28,10 @@ class DvsConfig:
     """What kind of event camera; the defaults match a real DAVIS346 (docs/sensors.md, section 2).
 
     threshold_on, threshold_off: rise and fall of log intensity that make an event, means over
-    pixels; threshold_sigma: their deviation. cutoff_hz: low-pass of a fully lit pixel (dark ones
-    are slower; 0: none). leak_hz: spontaneous ON events per pixel and second. shot_hz: noise events
-    per dark pixel and second (up to four times fewer in light). refractory_us: an event closer than
-    this to its pixel's last one is dropped. offset: added to the luminance before the logarithm.
+    pixels; threshold_sigma: their deviation. cutoff_hz: low-pass of a fully lit pixel (0: none).
+    leak_hz, shot_hz: spontaneous ON events per pixel, noise events per dark pixel, each second.
+    refractory_us: an event closer than this to its pixel's last one is dropped. offset: added to
+    the luminance before the logarithm.
     """
 
     threshold_on: float = 0.2
@@ -86,9 +83,9 @@ class DvsSimulator:
         return np.maximum(drawn, 0.01).astype(np.float32)
 
     def step(self, luminance: np.ndarray, time_us: int) -> Events:
-        """Show one frame, float or uint8 [H, W] in 0…255; the first only initialises. Returns: the
-        events after the previous frame's time and up to this one's, in order. Raises: EventError
-        for another shape, luminance outside 0…255, or time that does not rise."""
+        """Events since the previous frame, in order; a frame is float or uint8 [H, W] in 0…255, and
+        the first only initialises. Raises: EventError for another shape, luminance outside 0…255,
+        or time that does not rise."""
         level = self._level(luminance)
         log_level = np.log(level)
         if self.time_us is None:
@@ -192,9 +189,9 @@ class DvsSimulator:
 
 def simulate_events(frames: np.ndarray | Iterable[np.ndarray], times_us: Sequence[int] | np.ndarray,
                     config: DvsConfig, generator: np.random.Generator) -> Events:
-    """Events of a video of luminance frames [T, H, W] (float or uint8, 0…255; or T arrays) at T
-    rising times, in order of time within (times_us[0], times_us[-1]]. generator: the only source of
-    randomness. Raises: EventError for no frame, another number of times; as DvsSimulator.step."""
+    """Events of luminance frames [T, H, W] at T rising times, in order, within (times_us[0],
+    times_us[-1]]. generator: the only source of randomness. Raises: EventError for no frame,
+    another number of times; as DvsSimulator.step."""
     frames = frames if isinstance(frames, np.ndarray) else list(frames)
     if len(frames) == 0 or len(frames) != len(times_us):
         raise EventError(

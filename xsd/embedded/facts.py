@@ -1,6 +1,5 @@
-"""What a viewer of a clip can know, read off the rendered id images: a fact is kept only when its
-object is visible in the square both models see. ``events`` on an actor says whether an event camera
-can know it: it moved against the background often enough to fire."""
+"""What a viewer of a clip can know, read off the rendered id images: of what is visible in the
+square both models see. ``events`` on an actor says whether an event camera can know it, too."""
 
 from __future__ import annotations
 

@@ -17,28 +17,23 @@ class Question(NamedTuple):
     text: str
 
 
-_QUESTIONS = (
-    Question("key_elements", "What are the key elements in this scene?"),
-    Question("happening", "What is happening in this scene?"),
-    Question("vehicles", "Which vehicles are visible?"),
-    Question("movement", "How are the vehicles moving?"),
-    Question("people", "Are there any pedestrians or cyclists?"),
-    Question("traffic_light", "What is the state of the traffic light?"),
-    Question("time_of_day", "What time of day is it?"),
-    Question("ego_motion", "How is the camera moving?"),
-    Question("surroundings", "What are the surroundings of the road?"),
-    Question("hazard", "What should the driver pay attention to?"),
-)
-
-
 def questions() -> list[Question]:
     """The ten questions, most frequent first."""
-    return list(_QUESTIONS)
+    return [Question("key_elements", "What are the key elements in this scene?"),
+            Question("happening", "What is happening in this scene?"),
+            Question("vehicles", "Which vehicles are visible?"),
+            Question("movement", "How are the vehicles moving?"),
+            Question("people", "Are there any pedestrians or cyclists?"),
+            Question("traffic_light", "What is the state of the traffic light?"),
+            Question("time_of_day", "What time of day is it?"),
+            Question("ego_motion", "How is the camera moving?"),
+            Question("surroundings", "What are the surroundings of the road?"),
+            Question("hazard", "What should the driver pay attention to?")]
 
 
 def answer(facts: Facts, kind: str, dialect: Dialect = "verifier") -> str:
-    """One dialect's answer to one kind of question (of all ten: ``answers.answers``) from facts as
-    facts.clip_facts gives them. Raises: DatasetError for an unknown kind."""
+    """One dialect's answer to one kind of question (all ten: ``answers.answers``). Raises:
+    DatasetError for an unknown kind."""
     texts = answers(facts, dialect)
     if kind not in texts:
         raise DatasetError(f"unknown kind of question {kind!r}; the world knows {sorted(texts)}")

@@ -1,6 +1,5 @@
 """A simulated drive in DSEC's own raw format (docs/sensors.md, section 6). Luminance is rendered
-small and enlarged to 640 x 480 before the event-camera model sees it, which makes edges softer than
-a real sensor's."""
+small and enlarged, which makes edges softer than a real sensor's."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""What is on the simulated road, and where everything is at time t, in metres: X to the right of
-the camera, Z ahead of it, Y above the ground. A seed names a scene."""
+"""What is on the simulated road, and where it is at time t, in metres: X to the right of the
+camera, Z ahead of it, Y above the ground."""
 
 from __future__ import annotations
 

@@ -1,2 +1,1 @@
-"""What the two sensors saw: event streams, event frames, video frames, the dataset folder, raw
-DSEC."""
+"""What the two sensors saw, and the dataset folder it is kept in (docs/sensors.md)."""

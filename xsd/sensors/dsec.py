@@ -1,5 +1,4 @@
-"""Raw DSEC sequences: events, rectified images and timestamps, cut into clips of the dataset folder
-(docs/sensors.md, section 6)."""
+"""Raw DSEC sequences, cut into clips of the dataset folder (docs/sensors.md, section 6)."""
 
 from __future__ import annotations
 
@@ -58,14 +57,13 @@ def open_sequence(folder_path: str | Path) -> DsecSequence:
 
 def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
                 rectify: bool = False) -> Events:
-    """Events with start_us <= t < end_us (absolute µs), read without loading the whole file:
-    ``ms_to_idx[ms]`` is the first event with t >= 1000 * ms. rectify: move each to its rectified
-    pixel, dropping those that leave the sensor. Raises: EventError when the file is unreadable;
-    DatasetError when a wanted rectify map is missing."""
+    """Events with start_us <= t < end_us (absolute µs), without reading the whole file. rectify:
+    move each to its rectified pixel, dropping those that leave the sensor. Raises: EventError when
+    the file is unreadable; DatasetError when a wanted rectify map is missing."""
     try:
         with event_files.h5_module(sequence.events_path).File(sequence.events_path, "r") as file:
             offset = int(file["t_offset"][()])
-            index = file["ms_to_idx"]
+            index = file["ms_to_idx"]  # of each ms, the first event with t >= 1000 * ms
             first_ms = min(max((start_us - offset) // 1000, 0), len(index) - 1)
             last_ms = max(-(-(end_us - offset) // 1000), 0)
             group = file["events"]
@@ -100,11 +98,10 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
             hop_us: int = 500_000, video_size: tuple[int, int] | None = None,
             canvas: frames.Canvas = "slice", rectify: bool = False,
             progress: Callable[[str, int, int], None] | None = None) -> dict[str, Any]:
-    """Cut every raw sequence under ``source`` (or ``source`` itself) that is not in the index yet
-    into a dataset folder. video_size: width and height to resize the images to. progress(sequence,
-    clips done, clips in all). Returns: {sequences, clips, skipped (too few events), resumed
-    (sequences that were there), notes}. Raises: DatasetError when there is no raw sequence; as
-    :func:`read_window`; StorageError."""
+    """Cut every raw sequence under ``source`` that is not in the index yet into a dataset folder.
+    video_size: width and height to resize the images to. progress(sequence, clips done, in all).
+    Returns: {sequences, clips, skipped (too few events), resumed (sequences that were there),
+    notes}. Raises: as :func:`sequence_folders` and :func:`read_window`; StorageError."""
     begun = (Path(root) / folder.INDEX).is_file()
     done = {record.sequence for record in folder.open_folder(root)} if begun else set()
     summary: dict[str, Any] = {"sequences": 0, "clips": 0, "skipped": 0, "resumed": 0, "notes": []}

@@ -1,6 +1,5 @@
-"""The columns of an event file of any kind (docs/sensors.md, section 3). The dataset keeps events
-as a pickled dict, and a pickle can run any code: it is read here by an unpickler that knows plain
-containers, numbers and numeric arrays, and nothing else."""
+"""The columns of an event file of any kind (docs/sensors.md, section 3). A pickled dict, which
+could run any code, is read by an unpickler that knows plain containers and numeric arrays alone."""
 
 from __future__ import annotations
 
@@ -22,8 +21,8 @@ DSEC_SENSOR = {"width": 640, "height": 480}
 
 
 def read_columns(path: Path) -> dict[str, Any]:
-    """The arrays of an event file by the names it gives them, and width and height where it says.
-    Raises: EventError when it is missing, of another type, or unreadable."""
+    """The arrays of an event file by its own names, and width and height where it says. Raises:
+    EventError when it is missing, of another type, or unreadable."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise EventError(f"{path}: event files of type {path.suffix or '(none)'} are not read "

@@ -1,5 +1,4 @@
-"""Event streams: one record, its checks, reading of the usual files, and the dataset's own file
-(docs/sensors.md, section 3)."""
+"""Event streams: the record, its checks, and its files (docs/sensors.md, section 3)."""
 
 from __future__ import annotations
 
@@ -134,9 +133,8 @@ def official_limit_note(events: Events) -> str | None:
 
 
 def read_events(path: str | Path, *, width: int | None = None, height: int | None = None) -> Events:
-    """Read and check an event file: the dataset's pickled-dict ``.npy``, a structured ``.npy``,
-    ``.npz``, ``.aedat4``, DSEC's ``.h5`` (with its ``t_offset``). width, height: of the sensor, if
-    the file does not say. Raises: as event_files.read_columns, from_columns and check_events."""
+    """Read and check an event file. width, height: of the sensor, if the file does not say.
+    Raises: as event_files.read_columns, from_columns and check_events."""
     columns = event_files.read_columns(Path(path))
     sides = {"width": columns.get("width") if width is None else width,
              "height": columns.get("height") if height is None else height}
@@ -147,15 +145,13 @@ def read_events(path: str | Path, *, width: int | None = None, height: int | Non
 
 
 def write_events(path: str | Path, events: Events) -> None:
-    """Write the dataset's file: ``.npy`` with a pickled dict of x, y, t, p, width and height where
-    known. The same events give the same bytes. Raises: StorageError."""
+    """Write the dataset's file, a pickled dict in a ``.npy``; the same events give the same bytes.
+    Raises: StorageError."""
     content: dict[str, Any] = {
         "x": np.array(events.x, np.uint16), "y": np.array(events.y, np.uint16),
         "t": np.array(events.t_us, np.int64), "p": np.array(events.p, np.uint8)}
     if events.width is not None and events.height is not None:
         content |= {"width": int(events.width), "height": int(events.height)}
-    holder = np.empty((), object)
-    holder[()] = content
     buffer = io.BytesIO()
-    np.lib.format.write_array(buffer, holder, allow_pickle=True)
+    np.save(buffer, content, allow_pickle=True)
     atomic_write(path, buffer.getvalue())

@@ -1,6 +1,5 @@
-"""The dataset folder: clips of events and video with an index, read as users have it, written the
-same way (docs/sensors.md, section 5). Clips of one sequence overlap, so everything statistical goes
-by sequence."""
+"""The dataset folder: clips of events and video with an index (docs/sensors.md, section 5). Clips
+of one sequence overlap, so everything statistical goes by sequence."""
 
 from __future__ import annotations
 
@@ -48,10 +47,9 @@ class ClipRecord:
 
 
 def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
-    """The clips of a dataset folder, in the order of its index. With a split: of ``root/<split>``
-    where it has an index, else the entries of ``root`` with that split. Without one: of ``root``,
-    else of all its subfolders with an index. Raises: DatasetError for a missing folder or index, a
-    malformed entry, a split without clips."""
+    """The clips of a dataset folder, in the order of its index: of ``root/<split>``, else the
+    entries of ``root`` with that split; without a split of ``root``, else of all its subfolders.
+    Raises: DatasetError for a missing folder or index, a malformed entry, a split without clips."""
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root}: there is no such dataset folder")
@@ -128,9 +126,9 @@ def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
 
 def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
                 canvas: frames.Canvas | None = None) -> Sample:
-    """One clip with one question, as both models see it. Event frames are the stored images where
-    no canvas is asked for, else painted on ``canvas`` (``slice`` by default). Raises: DatasetError
-    for a question of zero length or missing files; EventError and VideoError for bad ones."""
+    """One clip with one question. Event frames are the stored images where no canvas is asked for,
+    else painted (on ``slice`` by default). Raises: DatasetError for a question of zero length or
+    missing files; EventError and VideoError for bad ones."""
     if not question.strip():
         raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
     stored = stored_frames(record, n_event_frames) if canvas is None else ()
@@ -157,8 +155,8 @@ def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> N
 
 
 def read_questions(path: str | Path, n: int = 10) -> list[str]:
-    """The n most frequent questions of a file or a folder's; of a list of texts, or a text file
-    with one a line, the first n. Raises: DatasetError for none."""
+    """The n most frequent questions of a file or folder, or the first n of texts without a count.
+    Raises: DatasetError for none."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
     questions: list[str] = []
     if path.suffix == ".json" or not path.is_file():
@@ -220,9 +218,9 @@ class FolderWriter:
     def add(self, sequence: str, clip: str, *, events: Events, video: np.ndarray,
             event_frames: Sequence[np.ndarray] | None = None, t_us: tuple[int, int] | None = None,
             facts: Any = None) -> str:
-        """Write one clip's files and remember its entry. Returns: the clip's id. video: uint8 [n,
-        H, W, 3]. event_frames: painted on the sensor canvas if not given. facts: anything JSON can
-        hold. Raises: DatasetError when the sequence is in another split; StorageError."""
+        """Write one clip's files and return its id. video: uint8 [n, H, W, 3]. event_frames:
+        painted on the sensor canvas if not given. facts: anything JSON can hold. Raises:
+        DatasetError when the sequence is in another split; StorageError."""
         other = self._splits.setdefault(sequence, self.split)
         if other != self.split:
             raise DatasetError(f"sequence {sequence} is already in split {other!r}; clips of a "

@@ -19,14 +19,11 @@ Canvas = Literal["slice", "sensor"]
 
 def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
                  by: Literal["count", "time"] = "count") -> list[np.ndarray]:
-    """Cut a stream into slices and paint each one on white, OFF blue and ON red, the last event of
-    a pixel winning: n_frames images uint8 [H, W, 3].
-
-    canvas: ``slice`` is the official picture size (the slice's largest x and y, plus one),
-    ``sensor`` the sensor's. by: ``count`` is the official cut, N // n_frames events each and the
-    rest in the last; ``time`` equal durations. Raises: EventError for fewer events than frames,
-    events outside the sensor, or an empty slice on the slice canvas.
-    """
+    """n_frames images uint8 [H, W, 3]: slices of the stream on white, OFF blue and ON red, the last
+    event of a pixel winning. canvas: ``slice`` is the official size (the slice's largest x and y,
+    plus one). by: ``count`` is the official cut, N // n_frames events each and the rest in the
+    last; ``time`` equal durations. Raises: EventError for fewer events than frames, events outside
+    the sensor, or an empty slice on the slice canvas."""
     if n_frames < 1:
         raise EventError(f"{n_frames} event frames were asked for; at least one is needed")
     if len(events) < n_frames:
@@ -94,8 +91,8 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
 
 
 def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
-    """Uniformly sampled frames of a video file or a folder of .png and .jpg: uint8 [n_frames, H, W,
-    3]. Raises: VideoError for no frame, one that does not decode, images that differ in size."""
+    """Uniformly sampled frames of a video file or a folder of images: uint8 [n_frames, H, W, 3].
+    Raises: VideoError for no frame, one that does not decode, images that differ in size."""
     path = Path(path)
     if path.is_dir():
         images = sorted(file for file in path.iterdir()

@@ -40,8 +40,7 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
 def read(path: str | Path, *, max_seconds: float = 10.0,
          max_side: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     """The first ``max_seconds`` of a video file: frames uint8 [T, H, W, 3], at most ``max_side``
-    long; times_us int64 [T], rising from 0 (one without a time gets the next by the average rate).
-    Raises: as :func:`decoded`."""
+    long; times_us int64 [T], rising from 0 (by the average rate where a frame has no time)."""
     pictures: list[np.ndarray] = []
     times: list[int] = []
     with decoded(Path(path)) as (stream, frames):

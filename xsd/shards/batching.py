@@ -1,9 +1,5 @@
-"""Which answers are read in what order, and which share a batch: numbers only, no state is touched
-(docs/shards.md, Streaming).
-
-An epoch is a function of (seed, epoch, lengths) alone. So it is the same for any number of ranks
-and workers, and a stream can be taken up again at any batch.
-"""
+"""Which answers are read in what order, and which share a batch: a function of (seed, epoch,
+lengths) alone, so that a stream can be taken up again at any batch (docs/shards.md, Streaming)."""
 
 from __future__ import annotations
 
@@ -19,11 +15,8 @@ Item = tuple[int, int]
 
 def check_bounds(batch_size: int | None = None, tokens_per_batch: int | None = None,
                  max_padding: float | None = None) -> None:
-    """What a batch may hold. Raises: ShardError for values that allow no batch.
-
-    batch_size: answers at most. tokens_per_batch: positions at most, padding included. max_padding:
-    share of a batch's positions that padding stays below; None does not look at lengths.
-    """
+    """What a batch may hold: answers, and positions with padding, at most; max_padding: the share
+    of positions that padding stays below (None: any). Raises: ShardError for no possible batch."""
     bounds = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch}
     if batch_size is None and tokens_per_batch is None:
         raise ShardError("a batch needs a bound; give batch_size (answers), tokens_per_batch "
@@ -62,9 +55,9 @@ def shuffled(shards: Sequence[int], items_of: Callable[[int], Iterable[Item]], *
 def batched(items: Iterable[Item], *, batch_size: int | None = None,
             tokens_per_batch: int | None = None,
             max_padding: float | None = None) -> Iterator[list[int]]:
-    """Indices of one batch after another, within :func:`check_bounds`: each when it is full, what
-    is left of the ranges of lengths at the end, shortest first. Answers without a position are left
-    out. Raises: ShardError for an answer longer than tokens_per_batch."""
+    """Indices of one batch after another: each when it is full, what is left of the ranges of
+    lengths at the end, shortest first; answers without a position never. Raises: ShardError for an
+    answer longer than tokens_per_batch."""
     most = float("inf") if batch_size is None else batch_size
     room = float("inf") if tokens_per_batch is None else tokens_per_batch
     edges = [1]

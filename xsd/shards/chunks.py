@@ -28,8 +28,7 @@ UNKNOWN = "unknown"
 
 
 def _load(path: Path) -> Any:
-    """Tensors, numbers and texts only; nothing in the file is executed. Mapped, so that a chunk of
-    1.6 GB is not held at once."""
+    """Nothing in the file is executed. Mapped: a chunk of 1.6 GB is not held at once."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
@@ -81,13 +80,10 @@ def _index(path: Path) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
 
 def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = None, first: int = 0,
                 progress: Callable[[int], None] | None = None) -> Iterator[PairedStates]:
-    """The samples from number ``first`` on of a chunked folder or a single .pt file, one chunk
-    mapped at a time.
-
-    clips: (sequence, clip) of every scene of the dataset folder, by which ``sample_idx`` is named;
-    without it the sequence is "unknown" (neighbouring scenes overlap: they may not pass as
-    independent). Raises: ShardError for missing, truncated, foreign or inconsistent files.
-    """
+    """The samples from number ``first`` on of a chunked folder or a .pt file. clips: (sequence,
+    clip) of every scene of the dataset folder, which ``sample_idx`` counts; without it the sequence
+    is "unknown" (scenes overlap: they may not pass as independent). Raises: ShardError for missing,
+    truncated, foreign or inconsistent files."""
     chunks, config = _index(Path(path))
     done = 0
     for file, n_samples in chunks:
@@ -122,11 +118,8 @@ def import_chunks(path: str | Path, folder: str | Path, *, dtype: str = "fp32",
                   clips: Sequence[tuple[str, str]] | None = None,
                   head: Tensor | None = None, samples_per_shard: int = 256,
                   progress: Callable[[int], None] | None = None) -> int:
-    """Convert to a run folder; a second call continues. Returns the number of samples.
-
-    dtype: fp32 keeps every bit. head: the verifier's LM head [V, D]. progress(n): after n more
-    samples. Raises: as read_chunks and ShardWriter.
-    """
+    """Convert to a run folder, or go on; returns the number of samples. dtype: fp32 keeps every
+    bit. head: the verifier's LM head [V, D]. Raises: as read_chunks and ShardWriter."""
     path = Path(path)
     config = {"imported_from": path.name, "clips": clips is not None,
               "source_config": _index(path)[1],

@@ -240,7 +240,7 @@ def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:
 
 
 def check_same(folder: Path, manifest: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
-    """Refuse to go on with a run that was begun otherwise. Raises: ShardError naming the field."""
+    """Raises: ShardError naming the first setting in which the run was begun otherwise."""
     wanted = json.loads(json.dumps(dict(settings)))  # tuples become lists, as in the manifest
     sides = [{**side, "config": of_data(side["config"])}
              for side in ({key: manifest[key] for key in wanted}, wanted)]

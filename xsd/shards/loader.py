@@ -22,16 +22,14 @@ from xsd.shards.store import ShardDataset
 
 
 class Loader(IterableDataset[Batch]):
-    """Iterate over an epoch's batches; the next iteration is the next epoch, in another order.
+    """Iterate over an epoch's batches (batching.check_bounds); the next iteration is the next
+    epoch, in another order, or goes on where one was broken off.
 
-    batch_size, tokens_per_batch, max_padding: what a batch may hold (batching.check_bounds).
     shuffle_seed: None reads in the order written. shuffle_buffer: answers from which the next is
-    drawn; a few shards' worth mixes well. rank, world_size: this process of how many. drop_uneven:
-    leave out the last batches where not every rank gets one. indices: these samples only. prefetch:
-    batches read ahead, by so many ``readers`` (threads). dtype: float32, bfloat16 or float16.
-
-    One iterator at a time; broken off, it is continued by the next. Raises: ShardError for settings
-    that allow no batch, and while iterating for a file that cannot be read.
+    drawn; a few shards' worth mixes well. drop_uneven: leave out the last batches where not every
+    rank gets one. indices: these samples only. prefetch: batches read ahead, by so many ``readers``
+    (threads). dtype: float32, bfloat16 or float16. Raises: ShardError for settings that allow no
+    batch, and while iterating for a file that cannot be read.
     """
 
     def __init__(self, dataset: ShardDataset, *, batch_size: int | None = None,
@@ -77,8 +75,8 @@ class Loader(IterableDataset[Batch]):
         self.epoch, self._base, self._taken = epoch, 0, 0
 
     def state(self, taken: int | None = None) -> dict[str, Any]:
-        """Where the stream stands, as JSON: the next batch, and what decides the order. taken:
-        batches received since the iteration began, where DataLoader workers give them out."""
+        """Where the stream stands, as JSON. taken: batches received since the iteration began,
+        where DataLoader workers give them out."""
         taken = self._taken if taken is None else taken
         return {"epoch": self.epoch, "batch": self._base + taken * self.world_size, **self._order()}
 
@@ -150,13 +148,12 @@ class Loader(IterableDataset[Batch]):
     # --- size
 
     def n_batches(self) -> int:
-        """This rank's batches in the present epoch, from its beginning. Reads all offsets once."""
+        """This rank's batches in the present epoch, from its beginning; reads all offsets."""
         n = sum(1 for _ in self._planned(self._reader()))
         return n // self.world_size + (not self.drop_uneven and self.rank < n % self.world_size)
 
     def memory_bound(self) -> int:
-        """Bytes that an iteration holds at most (docs/shards.md, Memory). Reads all offsets once.
-        """
+        """Bytes that an iteration holds at most (docs/shards.md, Memory); reads all offsets."""
         reader, shards = self._reader(), self.dataset.manifest["shards"]
         longest = max(max(reader.shard(number).lengths, default=0) for number in self._by_shard)
         positions = min(unit * self.bounds[name]

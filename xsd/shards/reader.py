@@ -135,9 +135,7 @@ class Memory:
 
 class ShardReader:
     """Samples and padded batches of a run folder by (number of the shard, row in it), as ``dtype``.
-
-    n_open: shards used last that stay open. memory: of batches' states, by role; None for new.
-    """
+    n_open: shards used last that stay open. memory: of batches' states, by role; None for new."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], *, dtype: str = "float32",
                  n_open: int = 16, memory: Mapping[str, Memory] | None = None) -> None:
@@ -172,8 +170,8 @@ class ShardReader:
         return found
 
     def batch(self, places: Sequence[tuple[int, int]], index: Sequence[int]) -> Batch:
-        """The samples at these places, as ``store.collate`` pads them, with states of the chosen
-        dtype. index: their names. Raises: ShardError naming a file that cannot be read."""
+        """The samples at these places, padded as by ``store.collate``. index: their names. Raises:
+        ShardError naming a file that cannot be read."""
         rows = [(self.shard(number), row) for number, row in places]
         lengths = [file.lengths[row] for file, row in rows]
         ids = torch.zeros(2, len(rows), max(lengths), dtype=torch.int64)

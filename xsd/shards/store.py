@@ -26,14 +26,10 @@ from xsd.shards.reader import ShardReader, read_metadata
 
 
 class ShardDataset:
-    """The samples of a finished run folder, in the order written: ``len``, ``[i]``
-    (core.PairedStates, float32 states), iteration.
-
-    drafter_size, verifier_size: widths D_d, D_v of the states. has_token_ids: False where the
-    source kept none; they read as -1. Raises: ShardError if the folder is no run, is unfinished
-    (unless ``unfinished``: then its complete shards), is not of the expected mode or tap, or lacks
-    a shard or holds a truncated one. :func:`verify` compares checksums.
-    """
+    """The samples of a finished run folder (or of an ``unfinished`` one's complete shards), in the
+    order written, as core.PairedStates with float32 states. drafter_size, verifier_size: widths D_d
+    and D_v. has_token_ids: False where the source kept none (they read as -1). Raises: ShardError
+    if the folder is no such run, is of another mode or tap, or lacks a shard or part of one."""
 
     def __init__(self, folder: str | Path, *, expected_mode: Mode | None = None,
                  expected_tap: Tap | None = None, unfinished: bool = False) -> None:
@@ -60,7 +56,7 @@ class ShardDataset:
         if broken := list(_wrong_sizes(self.folder, self.manifest)):
             raise ShardError("; ".join(map(str, broken[:3])))
         self._firsts = [shard["first"] for shard in self.manifest["shards"]]
-        self._indices: list[int] | None = None  # a subset's places in the whole run
+        self._indices: Sequence[int] = range(self.manifest["n_samples"])  # places in the whole run
         self._reader = ShardReader(self.folder, self.manifest)
         self._table: pd.DataFrame | None = None
         self._ids: dict[str, list[np.ndarray]] = {}
@@ -79,10 +75,10 @@ class ShardDataset:
     @property
     def is_whole(self) -> bool:
         """False for a subset."""
-        return self._indices is None
+        return isinstance(self._indices, range)
 
     def __len__(self) -> int:
-        return self.manifest["n_samples"] if self._indices is None else len(self._indices)
+        return len(self._indices)
 
     def __iter__(self) -> Iterator[PairedStates]:
         return (self[i] for i in range(len(self)))
@@ -95,35 +91,32 @@ class ShardDataset:
 
     def locate(self, index: int) -> tuple[int, int]:
         """(number of the shard, row in it) of the sample at ``index``, 0 … len - 1."""
-        position = index if self._indices is None else self._indices[index]
+        position = self._indices[index]
         number = bisect.bisect_right(self._firsts, position) - 1
         return number, position - self._firsts[number]
 
     def by_shard(self, indices: Sequence[int] | None = None) -> Mapping[int, Sequence[int]]:
-        """Number of a shard → the indices that lie in it (all, or of ``indices``), ascending in
-        both. Of a whole run these are ranges, so that nothing grows with the number of samples."""
+        """Number of a shard → the indices that lie in it (all, or of ``indices``), ascending; of a
+        whole run as ranges, so that nothing grows with the number of samples."""
         if indices is None and self.is_whole:
             return {number: range(shard["first"], shard["first"] + shard["n_samples"])
                     for number, shard in enumerate(self.manifest["shards"])}
-        chosen = self._chosen(indices)
         found: dict[int, list[int]] = {}
-        for (number, _), index in sorted((self.locate(i), i) for i in chosen):
+        for (number, _), index in sorted((self.locate(i), i) for i in self._chosen(indices)):
             found.setdefault(number, []).append(index)
         return found
 
     def ids(self, role: str) -> list[np.ndarray]:
-        """The token ids [S] of every sample, int64, by "drafter" or "verifier", kept once asked
-        for; no state is read. Raises: ShardError for a shard that cannot be read."""
+        """The token ids [S] of every sample, int64, kept once asked for; no state is read."""
         if role not in self._ids:
             files = map(self._reader.shard, range(len(self._firsts)))
             every = [ids for file in files for ids in np.split(file.column(f"ids_by_{role}"),
                                                                file.offsets[role][1:-1])]
-            self._ids[role] = every if self.is_whole else [every[i] for i in self._indices or ()]
+            self._ids[role] = [every[i] for i in self._indices]
         return self._ids[role]
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
-        """Every sample once and in order, ``batch_size`` at a time, as :func:`collate` pads them.
-        Shuffled, by rank, read ahead: loader.Loader. Raises: ShardError for a size below 1."""
+        """Every sample once and in order, padded as by :func:`collate`; loader.Loader shuffles."""
         if batch_size < 1:
             raise ShardError(f"batch_size={batch_size}; expected at least 1")
         for start in range(0, len(self), batch_size):
@@ -131,8 +124,7 @@ class ShardDataset:
             yield self._reader.batch([self.locate(i) for i in index], index)
 
     def table(self) -> pd.DataFrame:
-        """One line per sample: sequence, clip, question, split, mode, text_by_*, extra (JSON),
-        n_tokens_*, seconds (NaN if unknown)."""
+        """One line per sample: format.SCHEMA and seconds (NaN if unknown)."""
         if self._table is None:
             parts = (read_metadata(self.folder / shard["metadata_file"])
                      for shard in self.manifest["shards"])
@@ -144,8 +136,8 @@ class ShardDataset:
         return self._table.copy(deep=False)
 
     def head(self, role: str) -> Tensor:
-        """The LM head's weight, float32 [V, D]; ``states @ head.T`` are the logits. Raises:
-        ShardError if none was saved, or the states were taken before the final norm."""
+        """The LM head's weight, float32 [V, D]. Raises: ShardError if none was saved, or the states
+        were taken before the final norm."""
         path = self.folder / self._head(role)["file"]
         if self.tap != "post_norm":
             raise ShardError(
@@ -156,7 +148,7 @@ class ShardDataset:
             return file.get_tensor("weight").float().clone()
 
     def draft_vocab_size(self, role: str = "verifier") -> int:
-        """Ids below it exist for both models. Raises: ShardError if no head was saved."""
+        """Ids below it exist for both models; saved with the head."""
         return self._head(role)["draft_vocab_size"]
 
     def _head(self, role: str) -> dict[str, Any]:
@@ -168,8 +160,8 @@ class ShardDataset:
 
     def subset(self, *, sequences: Sequence[str] | None = None,
                indices: Sequence[int] | None = None) -> ShardDataset:
-        """The same files with fewer samples: those of the sequences, or at the indices, or both.
-        Order is kept. Raises: ShardError for a sequence that is not there."""
+        """The same files with the samples of the sequences and at the indices alone. Raises:
+        ShardError for a sequence that is not there."""
         chosen = self._chosen(indices)
         if sequences is not None:
             column = self.table()["sequence"].tolist()
@@ -180,7 +172,7 @@ class ShardDataset:
         view = copy.copy(self)
         view._ids = {}
         view._table = self.table().iloc[chosen].reset_index(drop=True)
-        view._indices = chosen if self._indices is None else [self._indices[i] for i in chosen]
+        view._indices = [self._indices[i] for i in chosen]
         return view
 
     def _chosen(self, indices: Sequence[int] | None) -> list[int]:
@@ -190,14 +182,12 @@ class ShardDataset:
 
 
 class MemoryPairs(list[PairedStates]):
-    """Pairs in memory with table, ids and batches as ShardDataset has them: for the few samples of
-    a cell of one's own."""
+    """Pairs in memory, read like a ShardDataset: for the few samples of a cell of one's own."""
 
     def table(self) -> pd.DataFrame:
         """One row per sample: sequence, clip, question, text_by_drafter, text_by_verifier."""
         columns = ["sequence", "clip", "question", "text_by_drafter", "text_by_verifier"]
-        return pd.DataFrame([[getattr(one, name) for name in columns] for one in self],
-                            columns=columns)
+        return pd.DataFrame(map(vars, self), columns=columns)
 
     def ids(self, role: str) -> list[np.ndarray]:
         """The token ids [S] of every sample by "drafter" or "verifier"."""
@@ -206,13 +196,13 @@ class MemoryPairs(list[PairedStates]):
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Every sample once and in order, ``batch_size`` at a time."""
         for start in range(0, len(self), batch_size):
-            chunk = self[start:start + batch_size]
-            yield collate(chunk, range(start, start + len(chunk)))
+            chosen = range(len(self))[start:start + batch_size]
+            yield collate([self[i] for i in chosen], chosen)
 
 
 def collate(pairs: Sequence[PairedStates], index: Sequence[int]) -> Batch:
-    """Samples in memory to one batch of float32 states: positions that both models have, padded on
-    the right with 0 and False. Raises: ShardError if their modes differ."""
+    """One batch of float32 states: the positions that both models have, padded on the right with 0
+    and False. Raises: ShardError if the modes differ."""
     modes = {pair.mode for pair in pairs}
     if len(modes) != 1:
         raise ShardError(f"a batch mixes {' and '.join(sorted(modes)) or 'no'} pairs; read one run "

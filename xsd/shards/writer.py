@@ -27,11 +27,10 @@ from xsd.shards.lock import FolderLock
 class ShardWriter:
     """Write paired states into ``folder``; opening it again with the same settings continues it.
 
-    dtype: a format.StoredDtype, or torch's name of it. token_ids: False where the source had none
-    (-1 in the shards): token metrics refuse the run. about: for the provenance; compared with
-    nothing. Memory: samples_per_shard encoded samples, three times that while a shard is written.
-    Raises: ShardError naming the setting that differs from the folder's; StorageError when another
-    process writes there or the disk is full (the folder stays resumable).
+    dtype: a format.StoredDtype, or torch's name of it. token_ids: False where the source had none:
+    token metrics refuse the run. about: for the provenance; compared with nothing. Raises:
+    ShardError naming the setting that differs from the folder's; StorageError when another process
+    writes there or the disk is full (the folder stays resumable).
     """
 
     def __init__(self, folder: str | Path, *, mode: Mode, tap: Tap = "post_norm",
@@ -153,8 +152,8 @@ class ShardWriter:
             self.flush(self._spent)
 
     def flush(self, seconds: float | None = None) -> None:
-        """Make everything written so far survive a kill. seconds: what the samples since the last
-        such call took, for the table. Raises: StorageError."""
+        """Make everything written so far survive a kill. seconds: what it took since the last such
+        call. Raises: StorageError."""
         while len(self._rows) >= self.samples_per_shard:
             self._commit(self.samples_per_shard)
         if rest := self._rows[self._durable:]:
@@ -200,8 +199,7 @@ class ShardWriter:
             self._pieces.pop(0)[0].unlink(missing_ok=True)
 
     def save_head(self, role: str, weight: Tensor, draft_vocab_size: int) -> None:
-        """Stage 0: a model's LM head, weight [V, D], beside its states. Raises: ShardError if the
-        run has another head already."""
+        """A model's LM head, weight [V, D]. Raises: ShardError if the run has another already."""
         data, heads = save({"weight": weight.detach().cpu().contiguous()}), self.manifest["heads"]
         path = self.folder / layout.head_name(role)
         entry = {**layout.entry_of(path.name, data), "vocab_size": weight.shape[0],
@@ -215,8 +213,8 @@ class ShardWriter:
         self._update(heads={**heads, role: entry})
 
     def rewrite_shard(self, number: int, pairs: Sequence[PairedStates]) -> None:
-        """Replace a damaged shard by the same samples extracted again. Raises: ShardError for
-        another number of samples; StorageError."""
+        """Replace a damaged shard by its samples extracted again. Raises: ShardError for another
+        number of them; StorageError."""
         before = self.manifest["shards"][number]
         if len(pairs) != before["n_samples"]:
             raise ShardError(f"{self.folder / before['file']} holds {before['n_samples']} samples "
@@ -233,7 +231,7 @@ class ShardWriter:
         (self.folder / layout.TIMES).unlink(missing_ok=True)
 
     def close(self, finished: bool = True) -> None:
-        """Flush and let others write. finished=False leaves the run to be continued. Raises:
+        """Flush and let others write; finished=False leaves the run to be continued. Raises:
         ShardError if nothing was written."""
         try:
             if not self._lock.held or self.finished:
