@@ -161,7 +161,7 @@ class Corpus:
     def dialogues(self, dialect: language.Dialect) -> list[list[Dialogue]]:
         """Per clip the ten questions with their answers, in the order of language.questions()."""
         asked = language.questions()
-        return [[Dialogue(q.text, text, language.fact_spans(text))
+        return [[Dialogue(q.text, text, tuple(found[:2] for found in language.spans(text)))
                  for q, text in zip(asked, texts, strict=True)] for texts in self.answers(dialect)]
 
     def label_matrix(self, dialect: language.Dialect) -> np.ndarray:

@@ -142,6 +142,6 @@ def _asked_of_a_view(facts: dict[str, Any]) -> list[Dialogue]:
         turns = question.kind == "ego_motion" and facts["ego"] in _EGO
         if question.kind == "time_of_day" or turns:
             text = language.answer(facts, question.kind, "verifier")
-            start, end = language.fact_spans(text)[0]
+            start, end, *_ = language.spans(text)[0]
             asked.append(Dialogue(question.text, text[:end], ((start, end),), whole=False))
     return asked

@@ -1,5 +1,5 @@
-"""What drafts (docs/decoding.md, "Who drafts"). A proposer is told what has been verified and offers
-draft tokens; it never decides. ``hidden[t]`` *predicts* token t."""
+"""What drafts (docs/decoding.md, "Who drafts"). A proposer is told what has been verified and
+offers draft tokens; it never decides. ``hidden[t]`` *predicts* token t."""
 
 from __future__ import annotations
 

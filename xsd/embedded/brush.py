@@ -1,4 +1,4 @@
-"""Perspective drawing of polygons and ellipses in metres, and who stands where; averaged down later,
+"""Perspective drawing in metres, and who stands where; larger than the sensor and averaged down,
 because edges that jump by whole pixels would fire false events."""
 
 from __future__ import annotations

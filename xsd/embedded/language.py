@@ -58,14 +58,14 @@ _MEANINGS = _meanings()
 _PATTERN = re.compile(r"\b(" + "|".join(map(re.escape, _MEANINGS)) + r")\b")
 
 
+def spans(text: str) -> list[tuple[int, int, str, str]]:
+    """(start, end, fact, value) of every phrase that states a fact, in characters of the text."""
+    return [(*match.span(), *_MEANINGS[match[1]]) for match in _PATTERN.finditer(text.lower())]
+
+
 def mentions(text: str) -> list[tuple[str, str]]:
     """The facts an answer states, in order: [('colour', 'red'), ('kind', 'van'), …]."""
-    return [_MEANINGS[match.group(1)] for match in _PATTERN.finditer(text.lower())]
-
-
-def fact_spans(text: str) -> tuple[tuple[int, int], ...]:
-    """(start, end) characters of every phrase that states a fact."""
-    return tuple(match.span() for match in _PATTERN.finditer(text.lower()))
+    return [found[2:] for found in spans(text)]
 
 
 def score(text: str, facts: Facts, kind: str, dialect: Dialect) -> dict[str, tuple[int, int]]:
@@ -83,10 +83,9 @@ def score(text: str, facts: Facts, kind: str, dialect: Dialect) -> dict[str, tup
 def word_kinds(text: str) -> list[tuple[str, str]]:
     """(word, kind) for every word: the fact it states, or ``function``."""
     kinds, end = [], 0
-    for match in _PATTERN.finditer(text.lower()):
-        fact = _MEANINGS[match.group(1)][0]
+    for start, stop, fact, _ in spans(text):
         kind = {"kind": "object", "ego": "ego motion"}.get(fact, fact)
-        kinds += [(word, "function") for word in text[end:match.start()].split()]
-        kinds += [(word, kind) for word in text[match.start():match.end()].split()]
-        end = match.end()
+        kinds += [(word, "function") for word in text[end:start].split()]
+        kinds += [(word, kind) for word in text[start:stop].split()]
+        end = stop
     return kinds + [(word, "function") for word in text[end:].split()]

@@ -1,2 +1,1 @@
-"""EventGPT as a transformers model, the loading of both models, and the decoder handle over a KV
-cache (docs/models.md)."""
+"""Both models, their loading, and the decoder handle over a KV cache (docs/models.md)."""

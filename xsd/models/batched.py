@@ -24,10 +24,9 @@ LAST = -1
 
 @dataclass(frozen=True)
 class Continuation:
-    """An answer of n tokens. ids: int64 [n], the model's own choices: its greedy answer, cut after
-    the first EOS (EOS kept), or what it would have said before each forced token. hidden: [n, D].
-    layers: the same positions in other layers (``LAST``), [n, D] each. finish: of a greedy
-    answer."""
+    """An answer of n tokens. ids: int64 [n], the model's own choices: its greedy answer up to and
+    with the first EOS, or what it would have said before each forced token. hidden: [n, D]. layers:
+    the same positions in other layers (``LAST``)."""
 
     ids: Tensor
     hidden: Tensor
@@ -42,9 +41,9 @@ class BatchedAnswers:
     def generate(self, samples: Sequence[Sample], max_new_tokens: int, *, batch_size: int = 16,
                  progress: Callable[[int], None] | None = None,
                  layers: Sequence[int] = ()) -> list[Continuation]:
-        """Greedy answers, the same ids as one at a time: prompts padded on the left, rows leaving
-        at their EOS, one prefill for a batch's questions on one clip. progress(n): n samples just
-        finished. layers: others to keep (see ``LAST``, which is ``hidden``)."""
+        """Greedy answers, the same ids as one at a time: rows leave at their EOS, a batch's
+        questions on one clip share its prefill. progress(n): n samples just finished. layers:
+        others to keep (see ``LAST``)."""
         results: list[Continuation] = []
         for chunk in _chunks(samples, batch_size, progress):
             cache, tails = self._shared_prefill(chunk)
@@ -55,9 +54,9 @@ class BatchedAnswers:
     def force(self, samples: Sequence[Sample], ids: Sequence[Tensor], *, batch_size: int = 16,
               progress: Callable[[int], None] | None = None,
               layers: Sequence[int] = ()) -> list[Continuation]:
-        """States before each forced token, the whole answer (prompt + ids[:-1]) in one pass, padded
-        on the right, where a causal decoder's real positions never look. progress, layers: as in
-        :meth:`generate`. Raises: ValueError if the two lists differ in length."""
+        """States before each forced token, the whole answer in one pass (padded on the right, where
+        a causal decoder never looks); otherwise as :meth:`generate`. Raises: ValueError if the two
+        lists differ in length."""
         if len(samples) != len(ids):
             raise ValueError(f"{len(samples)} samples but {len(ids)} answers to force; one answer "
                              "for each sample is expected")
@@ -80,8 +79,8 @@ class BatchedAnswers:
 
     def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
         """A cache with each row's prompt up to its visual tokens, run once a clip, and the rest of
-        it [L_i, D]. The cache is empty, and the rows are whole prompts, where no two rows share a
-        clip, prefixes differ in length, or a prompt would be cut."""
+        it [L_i, D]; or an empty cache and whole prompts, where no two rows share a clip, prefixes
+        differ in length, or a prompt would be cut."""
         cache = DynamicCache(config=self.decoder.config)
         contents = [content(self.images(sample)) for sample in samples]
         split = [self.prompt_ids(sample.question) for sample in samples]
@@ -152,8 +151,7 @@ def _chunks(samples: Sequence[Sample], size: int,
 
 
 def _left_padded(tails: list[Tensor], cached: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Embeddings [B, L, D], positions [B, L] and mask [B, cached + L] of rows [L_i, D]; no mask for
-    equal lengths (attention is faster without)."""
+    """Embeddings [B, L, D], positions [B, L] and mask [B, cached + L]; none for equal lengths."""
     lengths = torch.tensor([len(tail) for tail in tails], device=tails[0].device)
     longest = int(lengths.max())
     padding = (longest - lengths)[:, None]
@@ -176,8 +174,7 @@ def content(images: Sequence[Any]) -> str:
 
 
 def place(decoder: nn.Module, layer: int) -> int:
-    """The decoder layer that ``layer`` enters. Raises: ParameterError for -1, which enters none,
-    and outside the stack."""
+    """The decoder layer that ``layer`` enters. Raises: ParameterError for one that enters none."""
     depth = len(decoder.layers)
     if layer == LAST or not -depth - 1 <= layer < depth:
         raise ParameterError(
@@ -189,7 +186,7 @@ def place(decoder: nn.Module, layer: int) -> int:
 @contextlib.contextmanager
 def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
     """While open, the list holds the states [B, S, D] of the decoder's latest call in the layers
-    given (not -1, which the decoder returns). Raises: as :func:`place`."""
+    given. Raises: as :func:`place`."""
     states: list[Any] = [None] * len(layers)
 
     def keep(index: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

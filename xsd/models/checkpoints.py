@@ -1,4 +1,5 @@
-"""What tensors a checkpoint folder holds, and how they differ from what a model expects."""
+"""What tensors a checkpoint folder holds, and how they differ from what a model expects. Whatever
+is missing, damaged or does not fit is a CheckpointError."""
 
 from __future__ import annotations
 
@@ -45,8 +46,7 @@ def read_json(path: Path) -> Any:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """One file or the shards of an index, safetensors before .bin. Raises: CheckpointError if one
-    is missing or an index damaged."""
+    """One file or the shards of an index, safetensors before .bin."""
     for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
         index = single.with_name(f"{single.name}.index.json")
         if index.is_file():
@@ -66,8 +66,7 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name → shape of every tensor in the folder's weight files, from their headers. Raises:
-    CheckpointError if a file is damaged or a pickle of more than tensors."""
+    """Name → shape of every tensor in the folder's weight files, from their headers."""
     shapes: dict[str, list[int]] = {}
     for path in weight_files(folder):
         if path.suffix != ".safetensors":
@@ -85,8 +84,7 @@ def tensor_shapes(folder: Path) -> dict[str, list[int]]:
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
-    """Tensors of a .bin file, memory-mapped where its format allows. Raises: CheckpointError if it
-    is damaged or holds anything else, which is not unpickled."""
+    """Tensors of a .bin file, memory-mapped where its format allows; nothing else is unpickled."""
     try:
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
@@ -104,8 +102,7 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
 
 def find_tower(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
                needed: bool) -> Path | None:
-    """The CLIP folder: ``override``, or what the raw config names, here or beside it. Raises:
-    CheckpointError if the override is no folder, or a needed tower is nowhere here."""
+    """The CLIP folder: ``override``, or what the raw config names, here or beside it."""
     if override is not None:
         if not Path(override).is_dir():
             raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the "
@@ -125,8 +122,7 @@ def find_tower(folder: Path, raw: dict[str, Any], override: str | Path | None, *
 
 def describe_tower(folder: Path, clip_folder: Path | None,
                    shapes: dict[str, list[int]]) -> dict[str, Any]:
-    """CLIPVisionConfig fields: from the CLIP folder, else read off the tensors (64 channels a
-    head). Raises: CheckpointError if neither says enough."""
+    """CLIPVisionConfig fields: from the CLIP folder, else off the tensors (64 channels a head)."""
     if clip_folder is not None:
         found = read_json(clip_folder / "config.json")
         found = found.get("vision_config", found)
@@ -153,8 +149,7 @@ def describe_tower(folder: Path, clip_folder: Path | None,
 
 
 def load_tower(clip: nn.Module, folder: Path) -> None:
-    """Copy a CLIP folder's vision weights into the model. Raises: CheckpointError if they do not
-    fit."""
+    """Copy a CLIP folder's vision weights into the model."""
     tensor_shapes(folder)  # says what is wrong with a damaged file
     weights: dict[str, torch.Tensor] = {}
     for path in weight_files(folder):

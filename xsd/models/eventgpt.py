@@ -1,7 +1,6 @@
-"""EventGPT as a transformers model: a Llama decoder that reads event frames through CLIP, a
-projector and an adaptor (docs/models.md, "The drafter"), F frames of P CLIP states each becoming
-F + P event tokens in the place of id -200. Tensor names on disk are the official ones, so both read
-each other's checkpoints. Importing this module registers it with transformers' Auto classes."""
+"""EventGPT as a transformers model: a Llama decoder that reads F event frames of P CLIP states as
+F + P event tokens in the place of id -200 (docs/models.md, "The drafter"), with the official tensor
+names. Importing this module registers it with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -29,10 +28,9 @@ CLIP_VIT_L_14_336: dict[str, Any] = {
 
 
 class EventGPTConfig(LlamaConfig):
-    """LlamaConfig plus the vision side. mm_visual_tower: path or name of the CLIP folder (in
-    released files of somebody else's machine). event_feature_adaptor: only its presence counts.
-    vision_config: CLIPVisionConfig fields, absent from official files. tokenizer_model_max_length:
-    where a prompt with its event tokens is cut."""
+    """LlamaConfig plus the vision side. mm_visual_tower: path or name of the CLIP folder.
+    event_feature_adaptor: only its presence counts. vision_config: CLIPVisionConfig fields, absent
+    from official files. tokenizer_model_max_length: where a prompt with its event tokens is cut."""
 
     model_type = "EventChat_llama"
 
@@ -89,8 +87,7 @@ class EventGPTModel(LlamaModel):
 
 
 class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
-    """EventGPT with its language-model head; ``hidden_states[-1]`` is after the final norm and
-    ``lm_head`` of it the logits."""
+    """EventGPT with its language-model head; ``hidden_states[-1]`` is after the final norm."""
 
     config_class = EventGPTConfig
     _tied_weights_keys: ClassVar = {"lm_head.weight": "model.embed_tokens.weight"}
@@ -104,16 +101,16 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def event_tokens(self, pixels: Tensor) -> Tensor:
-        """[F,3,h,w] (or [B,F,3,h,w]) pixels to [F+P, D] (or [B,F+P,D]) event tokens: temporal ones
-        (means over a frame's P), then spatial ones (means over frames)."""
+        """[(B,)F,3,h,w] pixels to [(B,)F+P,D] event tokens: temporal ones (means over a frame's P),
+        then spatial ones (means over frames)."""
         weight = self.model.feature_adaptor.weight  # never quantised: its dtype is the model's own
         frames = pixels.to(weight.device, weight.dtype).flatten(0, -4)
         features = self.model.event_features(frames).unflatten(0, pixels.shape[:-3])
         return torch.cat([features.mean(dim=-2), features.mean(dim=-3)], dim=-2)
 
     def embed_prompt(self, ids: Tensor, event_tokens: Tensor) -> Tensor:
-        """Prompts int64 [L] or [B,L] with event_tokens [E,D] or [B,E,D] in place of their one -200
-        (else ValueError), as embeddings [L-1+E, D] or [B, L-1+E, D], cut at the maximum."""
+        """Prompts int64 [(B,)L] with event_tokens [(B,)E,D] in place of their one -200 (else
+        ValueError), as embeddings [(B,)L-1+E,D], cut at the maximum."""
         if ids.dim() == 1:
             return self.embed_prompt(ids[None], event_tokens[None])[0]
         words = self.get_input_embeddings()(ids.clamp(min=0))

@@ -1,5 +1,5 @@
-"""The two 7B models as configurations, and what any pair's configurations say about its size:
-counted on a skeleton on the meta device, nothing loaded."""
+"""The two 7B models as configurations, and any pair's size by its configurations: counted on the
+meta device, nothing loaded."""
 
 from __future__ import annotations
 
@@ -43,10 +43,9 @@ def verifier_config() -> VideoLlavaConfig:
 @dataclass(frozen=True)
 class ModelSize:
     """What a plan needs of one model. parameters: by part (tower, projector, embeddings, linear,
-    norms, head). linear: the decoder's linear layers, which alone are quantised; linear_rows: their
-    output rows together; largest_linear: parameters of the largest. kv_width: key (or value)
-    numbers a position and layer. frame_tokens: tower states of one picture. visual_tokens: prompt
-    positions of them all. vision: the tower's configuration."""
+    norms, head); linear are the decoder's layers that are quantised, with linear_rows output rows,
+    largest_linear parameters in the largest. kv_width: key (or value) numbers a position and layer.
+    frame_tokens: tower states of one picture. visual_tokens: prompt positions of them all."""
 
     name: str
     role: Role

@@ -34,9 +34,8 @@ class DecoderState:
 
 
 class ModelHandle(batched.BatchedAnswers):
-    """One loaded model (core.DecoderHandle; models.batched for many samples). draft_vocab_size: ids
-    from it on are padding or added tokens, never drafted. max_prompt: where the drafter's prompt is
-    cut."""
+    """One loaded model (core.DecoderHandle). draft_vocab_size: ids from it on are padding or added
+    tokens, never drafted. max_prompt: where the drafter's prompt is cut."""
 
     def __init__(self, model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, *,
                  draft_vocab_size: int, name: str = "") -> None:
@@ -68,8 +67,7 @@ class ModelHandle(batched.BatchedAnswers):
         return list(images)
 
     def visual_tokens(self, sample: Sample, *, reuse: bool = True) -> Tensor:
-        """[E, D]: F + P event tokens, or frames × P video tokens; with ``reuse`` remembered by what
-        the images show. Raises: as :meth:`images`."""
+        """[E, D] event or video tokens; with ``reuse`` remembered by what the images show."""
         images = self.images(sample)
         if not reuse:
             return self._encode_images(images)
@@ -151,8 +149,7 @@ class ModelHandle(batched.BatchedAnswers):
         return self.head(hidden.to(self.head.weight.device, self.head.weight.dtype))
 
     def plain(self) -> ModelHandle:
-        """A fresh handle on the same weights whose every pass is transformers' own: it judges what
-        a faster one said (decode.certificate)."""
+        """A handle on the same weights whose every pass is transformers' own."""
         other = ModelHandle(self.model, self.tokenizer, self.role, self.pixels,
                             draft_vocab_size=self.draft_vocab_size, name=self.name)
         other._steps_fit = False
@@ -203,10 +200,9 @@ def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
 
 
 def prompt_ids(role: str, tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
-    """Ids before the visual tokens (BOS first) and after them. The drafter's sides are tokenised
-    each by itself, as the official code does; the verifier's prompt whole, with ``<video>`` as one
-    special token, and split there. Raises: DatasetError for an empty question; CheckpointError if
-    the verifier's tokenizer has no ``<video>``."""
+    """Ids before the visual tokens (BOS first) and after them: the drafter's sides tokenised each
+    by itself, as the official code does; the verifier's prompt whole, and split at ``<video>``.
+    Raises: DatasetError for an empty question; CheckpointError for a tokenizer without it."""
     if not question.strip():
         raise DatasetError(
             "a question has zero length; give each sample a question with at least one word")

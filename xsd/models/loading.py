@@ -1,6 +1,5 @@
-"""Checkpoint folders on this machine to decoder handles: the drafter (EventGPT), the verifier (a
-video model of transformers), and the pair. Files and the model type are checked before the weights
-are read; names, shapes and NaN after it."""
+"""Checkpoint folders on this machine to decoder handles: drafter, verifier, pair. Files and the
+model type are checked before the weights are read; names, shapes and NaN after it."""
 
 from __future__ import annotations
 
@@ -70,8 +69,7 @@ def check_device(device: str) -> None:
 def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
               device: str = "cpu", quant: str | None = None) -> Pair:
     """``"embedded"`` or a folder with drafter/ and verifier/ (its pair.json may name others).
-    Raises: CheckpointError for a folder that is no pair; as :func:`shared_vocabulary` and
-    :func:`check_device`."""
+    Raises: as :func:`pair_folder`, :func:`shared_vocabulary` and :func:`check_device`."""
     check_device(device)
     folder, info = pair_folder(profile)
     options = {"dtype": dtype, "device": device, "quant": quant}
@@ -85,8 +83,7 @@ def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "f
 
 
 def shared_vocabulary(drafter: ModelHandle, verifier: ModelHandle) -> int:
-    """Leading ids that are the same text token in both models. Raises: PairError, with the first
-    difference."""
+    """Leading ids that are the same text token in both models. Raises: PairError."""
     shared = min(drafter.draft_vocab_size, verifier.draft_vocab_size)
     sizes = f"{drafter.draft_vocab_size} text tokens against {verifier.draft_vocab_size}"
     ours, theirs = (handle.tokenizer.convert_ids_to_tokens(list(range(shared)))
@@ -142,8 +139,7 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
 
 def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch.dtype = "float32",
                   device: str = "cpu") -> ModelHandle:
-    """A video model that AutoModelForImageTextToText reads: Video-LLaVA, LLaVA-NeXT-Video. Raises:
-    as load_drafter."""
+    """A video model that AutoModelForImageTextToText reads. Raises: as load_drafter."""
     folder, raw = open_checkpoint(path)
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video "
@@ -181,9 +177,6 @@ def _check_video_model(model: nn.Module, folder: Path) -> None:
             f"{folder} is of model type {model.config.model_type!r}, which does not read a video "
             f"as plain frames; the verifier must take {VIDEO_TOKEN} and pixel values alone, as "
             "Video-LLaVA and LLaVA-NeXT-Video do")
-
-
-# --- shared steps
 
 
 def save_checkpoint(folder: str | Path, model: nn.Module, tokenizer: Any,

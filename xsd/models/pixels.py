@@ -30,8 +30,8 @@ class PixelSpec:
     std: tuple[float, float, float] = CLIP_STD
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
-        """N images uint8 [H,W,3] to float32 [N,3,crop,crop]: bicubic to the shortest edge, centre
-        crop, /255, normalised. Raises: DatasetError for none or one that is not uint8 RGB."""
+        """N images uint8 [H,W,3] to float32 [N,3,crop,crop]. Raises: DatasetError for none, or one
+        that is not uint8 RGB."""
         if len(images) == 0:
             raise DatasetError("there is no image to preprocess: a sample needs at least one event "
                                "frame and one video frame")
@@ -65,7 +65,7 @@ class PixelSpec:
 
 def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
     """The first preprocessor configuration found in the folders, else CLIP's with ``image_size``.
-    Raises: CheckpointError if a file is not JSON or its crop is not the tower's ``image_size``."""
+    Raises: CheckpointError if a file is not JSON or its crop is not ``image_size``."""
     for path in (folder / name for folder in folders if folder for name in _FILES):
         if not path.is_file():
             continue

@@ -1,5 +1,5 @@
-"""Memory, disk and hours of a run, *predicted* by the formulas in the docstrings from counted
-parameters and a stated machine speed; how far they were checked: docs/models.md, "Planning"."""
+"""Memory, disk and hours of a run, *predicted* from counted parameters and a stated machine speed
+(docs/models.md, "Planning")."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ MEASURED_SHARES = (0.75, 0.6)
 
 
 def measure_machine(device: str = "cpu", *, size: int = 768, repeats: int = 3) -> Machine:
-    """Time square matrix products, and for the bandwidth a matrix (240 MB, more than a cache holds)
-    times a vector: a second or two. size: side of the products on a CPU (8 times that on a GPU)."""
+    """Time square matrix products (``size`` a side on a CPU, 8 times that on a GPU), and for the
+    bandwidth a matrix larger than a cache times a vector: a second or two."""
     place, threads = torch.device(device), torch.get_num_threads()
 
     def seconds(left: torch.Tensor, right: torch.Tensor) -> float:
@@ -132,9 +132,9 @@ def kv_bytes(size: ModelSize, positions: int, batch: int, dtype: str) -> int:
 
 
 def activation_bytes(size: ModelSize, batch: int, dtype: str, quant: str | None = None) -> int:
-    """The widest moment of a forward pass without gradients: the tower over one clip's pictures, or
-    the decoder's gated layer over ``batch`` prompts (an upper bound), (2·width + 3·inner) numbers a
-    position: residual, normed input, gate, up, product. 4-bit adds one unpacked weight."""
+    """The widest moment of a forward pass: the tower over one clip's pictures, or the decoder's
+    gated layer over ``batch`` prompts, (2·width + 3·inner) numbers a position (residual, normed
+    input, gate, up, product). 4-bit adds one unpacked weight."""
     in_tower = 2 * size.vision.hidden_size + 3 * size.vision.intermediate_size
     in_decoder = 2 * size.hidden + 3 * size.intermediate
     widest = max(size.n_frames * size.frame_tokens * in_tower,
@@ -144,8 +144,7 @@ def activation_bytes(size: ModelSize, batch: int, dtype: str, quant: str | None 
 
 def memory(pair: Sizes, *, dtype: str, quant: str | None, batch: int,
            new_tokens: int) -> dict[str, float]:
-    """Bytes of both models, ``batch`` answers at a time: weights, KV cache and activations of each,
-    and their PEAK (the models do not run at the same time)."""
+    """Bytes of weights, KV cache and activations, and their PEAK (one model runs at a time)."""
     found: dict[str, float] = {}
     weights, working = 0.0, 0
     for size in pair:
@@ -204,8 +203,7 @@ def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str 
                        questions: int, new_tokens: int, batch: int,
                        modes: tuple[str, ...]) -> dict[str, float]:
     """By what is done: a clip's prompt up to its questions once a batch, then ``new_tokens`` steps
-    for each batch of answers. teacher_forced: the drafter is forced in one pass; free_running: it
-    generates too."""
+    for each batch of answers; the drafter is forced in one pass or generates, by mode."""
     drafter, verifier = pair
     samples, prompts = clips * questions, clips * -(-questions // batch)
     steps = -(-samples // batch) * new_tokens
@@ -228,9 +226,8 @@ def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str 
 
 def training(parameters: int, verifier: ModelSize, machine: Machine, *, samples: int, tokens: int,
              epochs: int, batch: int) -> tuple[float, float]:
-    """Seconds and peak bytes of an adapter under float32 AdamW: 6 · parameters operations a
-    position, 4 · V · D for the frozen head; 16 bytes a parameter, the head, and per position 3 rows
-    of logits and 24 states."""
+    """Seconds and peak bytes of an adapter under float32 AdamW: 6 · parameters operations, 4 · V ·
+    D for the frozen head, 3 rows of logits and 24 states a position; 16 bytes a parameter."""
     head = verifier.vocab * verifier.hidden
     seconds = samples * tokens * epochs * (6.0 * parameters + 4.0 * head) / machine.flops("float32")
     rows = 3 * verifier.vocab + 24 * verifier.hidden

@@ -1,7 +1,6 @@
 """The decoder stack for a few rows a call: what transformers' LlamaModel computes, without the
 memory traffic and bookkeeping that dominate small models on a CPU. Projections that read one input
-are one matrix, stored input-major; the rotary table is made once; keys and values stand in a buffer
-that grows in place, so a rollback is an assignment."""
+are one matrix; keys and values stand in a buffer that grows in place."""
 
 from __future__ import annotations
 

@@ -67,9 +67,6 @@ def join(streams: Sequence[Events]) -> Events:
     return Events(*columns, streams[0].width, streams[0].height)
 
 
-# --- checks
-
-
 def from_columns(columns: Mapping[str, Any], *, width: int | None = None, height: int | None = None,
                  name: str = "the event stream") -> Events:
     """Events from arrays of any integer type under x, y, t, p (p may be bool, 0/1 or -1/1). Raises:
@@ -127,9 +124,6 @@ def official_limit_note(events: Events) -> str | None:
         return None
     return (f"the stream lasts {duration / 1000:.1f} ms; the official EventGPT code, tuned for 50 "
             "ms, refuses 100 ms and more; used here all the same")
-
-
-# --- files
 
 
 def read_events(path: str | Path, *, width: int | None = None, height: int | None = None) -> Events:

@@ -27,21 +27,17 @@ UNKNOWN = "unknown"
 """The sequence of every sample where no dataset folder names them."""
 
 
-def _load(path: Path) -> Any:
-    """Nothing in the file is executed. Mapped: a chunk of 1.6 GB is not held at once."""
+def _load_chunk(path: Path, n_samples: int | None = None) -> dict[str, Any]:
+    """One file's samples, checked; mapped, so that 1.6 GB are not held at once, and nothing in it
+    is executed. n_samples: what the index announces, None without one."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise ShardError(f"{path} is missing; copy it beside the others, or extract those samples "
                          "again") from error
     except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
         raise ShardError(f"{path} cannot be read ({str(error).strip().splitlines()[0]}); it is "
                          "truncated or not such a file") from error
-
-
-def _load_chunk(path: Path, n_samples: int | None = None) -> dict[str, Any]:
-    """One file's samples, checked. n_samples: what the index announces, None without one."""
-    data = _load(path)
     absent = [key for key in _NEEDED if not isinstance(data, dict) or key not in data]
     if absent:
         raise ShardError(

@@ -219,9 +219,6 @@ def collate(pairs: Sequence[PairedStates], index: Sequence[int]) -> Batch:
                  [pair.sequence for pair in pairs], list(index), pairs[0].mode)
 
 
-# --- checks
-
-
 @dataclass(frozen=True)
 class Problem:
     """One damaged file. shard: its number, where a repair extracts that shard again."""
