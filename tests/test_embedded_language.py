@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from studies.embedded_pair.card import compare_facts
 from xsd.core import DatasetError
 from xsd.embedded import drive, language
 
@@ -23,7 +24,7 @@ FACTS = _facts(range(6))
 
 @given(st.sampled_from(FACTS), st.sampled_from(KINDS), st.sampled_from(["verifier", "drafter"]))
 def test_the_right_answer_scores_fully(facts, kind, dialect):
-    assert all(right == expected for right, expected in language.score(
+    assert all(right == expected for right, expected in compare_facts(
         language.answer(facts, kind, dialect), facts, kind, dialect).values())
 
 
@@ -38,14 +39,14 @@ def test_a_wrong_colour_counts_against_the_answer():
     right = language.answer(facts, "vehicles")
     colour = facts["vehicles"][0]["colour"]
     wrong = right.replace(colour, next(c for c in COLOURS if c != colour), 1)
-    correct, expected = language.score(wrong, facts, "vehicles", "verifier")["colour"]
+    correct, expected = compare_facts(wrong, facts, "vehicles", "verifier")["colour"]
     assert correct == expected - 1
 
 
 def test_an_invented_thing_counts_against_the_answer():
     facts = next(f for f in FACTS if f["vehicles"])
     invented = language.answer(facts, "vehicles") + " And a red bus."
-    correct, expected = language.score(invented, facts, "vehicles", "verifier")["kind"]
+    correct, expected = compare_facts(invented, facts, "vehicles", "verifier")["kind"]
     assert expected == correct + 1
 
 

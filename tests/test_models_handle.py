@@ -229,7 +229,7 @@ def test_both_prompts_have_one_bos_and_the_questions_own_words():
 
 def test_text_and_token_text_round_trip():
     handle = handle_of("drafter")
-    ids = handle.encode("the car\n")
+    ids = handle.tokenizer("the car\n", add_special_tokens=False).input_ids
     assert handle.text(ids) == "the car\n" and 1 not in ids
     assert "".join(handle.token_text(i) for i in ids) == " the car\n"
 

@@ -34,6 +34,20 @@ def held_out(n_sequences: int, *, seed: int, first: int = 0) -> list[Asked]:
     return sorted(rows, key=lambda row: row[0].key)
 
 
+def compare_facts(text: str, facts: dict[str, Any], kind: str,
+                  dialect: language.Dialect) -> dict[str, tuple[int, int]]:
+    """Facts stated rightly: {fact: (right, expected)}, compared in the order of mention; one that
+    is missing, wrong or invented counts against the answer."""
+    truth = language.mentions(language.answer(facts, kind, dialect))
+    stated = language.mentions(text)
+    result = {}
+    for fact in sorted({fact for fact, _ in truth + stated}):
+        expected, got = ([v for k, v in some if k == fact] for some in (truth, stated))
+        right = sum(a == b for a, b in zip(expected, got, strict=False))
+        result[fact] = (right, max(len(expected), len(got)))
+    return result
+
+
 def answer_table(pair: Any, rows: Sequence[Asked], *, max_new_tokens: int = 64,
                  roles: Sequence[str] = ROLES, progress: Callable | None = None) -> pd.DataFrame:
     """The models' answers to the rows, with the facts they state rightly.
@@ -54,7 +68,7 @@ def answer_table(pair: Any, rows: Sequence[Asked], *, max_new_tokens: int = 64,
                 "answer": text.strip(), "truth": language.answer(facts, kind, role),
                 "finish": continuation.finish,
             }  # fmt: skip
-            scores = language.score(text, facts, kind, role) or {"nothing": (0, 0)}
+            scores = compare_facts(text, facts, kind, role) or {"nothing": (0, 0)}
             table += [{**about, "fact": fact, "right": right, "expected": expected}
                       for fact, (right, expected) in scores.items()]
     return pd.DataFrame(table)

@@ -24,11 +24,12 @@ from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive, language, render, scenes
 from xsd.embedded.answers import answers
 from xsd.embedded.facts import centre_square, seen_by_events
-from xsd.embedded.scenes import COLOURS, SURROUNDINGS, VEHICLE_MOTIONS, VEHICLES
+from xsd.embedded.scenes import COLOURS, SURROUNDINGS, VEHICLES
 from xsd.files import atomic_write
 from xsd.sensors import frames
 
 _PLACES = ("left", "ahead", "right")
+VEHICLE_MOTIONS = ("parked", "approaching", "away", "waiting", "crossing_right", "crossing_left")
 _PEDESTRIAN = ("none", "crossing_right", "crossing_left", "standing_left", "standing_right")
 
 LABELS: dict[str, tuple[str, ...]] = {

@@ -23,9 +23,8 @@ Overlap = Literal["threads", "serial"]
 
 
 class Timeline:
-    """Spans of one request on one clock; lanes in two threads may write to it at the same time. On
-    a GPU a span ends when its Python call returns: one that reads a token back is complete, an
-    adapter's alone may only cover the launch."""
+    """Spans of one request on one clock, from two threads. On a GPU a span ends when its Python
+    call returns: an adapter's alone, which reads no token back, may only cover the launch."""
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._origin = clock()

@@ -47,21 +47,18 @@ class Adapter(Protocol):
 
 
 class TokenByToken:
-    """One token after another: a subclass says :meth:`next_token`. track: the drafter's cache,
-    where it needs one. min_probability: a less likely draft ends the round's drafting (drafts
-    behind the prefill are free and go on)."""
+    """One token after another: a subclass says :meth:`next_token`. min_probability: a less likely
+    draft ends the round's drafting (drafts behind the prefill are free and go on)."""
 
     needs_verifier = False
     eos_token_ids: frozenset[int] = frozenset()
     min_probability: float = 0.0
     track: DrafterTrack | None = None
 
-    def begin(self, sample: Any, timeline: Timeline | None = None, *,
-              prefilled: bool = False) -> None:
-        """A new request. prefilled: another proposer has just begun it on the same track."""
+    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         self.known: list[int] = []
         self.timeline = timeline or Timeline()
-        if self.track is not None and not prefilled:
+        if self.track is not None:
             self.track.begin(sample, timeline)
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
@@ -94,12 +91,9 @@ class TokenByToken:
 class AdapterProposer(TokenByToken):
     """States → adapter → the verifier's LM head → argmax over the ids that may be drafted → the
     token is fed back to the drafter. Own predictions stand in for verifier states until these are
-    known (self-rollout).
-
-    track: None only for adapters that read the verifier alone. lm_head: [..., D_v] → [..., V].
-    draft_vocab_size: ids below it may be drafted. An adapter with ``draft_ids`` (int64 [k]) drafts
-    among those; ``lm_head`` may then give their k logits alone, in that order.
-    """
+    known. track: None only for adapters that read the verifier alone. lm_head: [..., D_v] → [...,
+    V]. An adapter with ``draft_ids`` (int64 [k]) drafts among those; ``lm_head`` may then give
+    their k logits alone, in that order."""
     def __init__(self, track: DrafterTrack | None, adapter: Adapter,
                  lm_head: Callable[[Tensor], Tensor], draft_vocab_size: int,
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
@@ -118,9 +112,8 @@ class AdapterProposer(TokenByToken):
         ids = getattr(adapter, "draft_ids", None)
         self.draft_ids = None if ids is None else ids[ids < draft_vocab_size]
 
-    def begin(self, sample: Any, timeline: Timeline | None = None, *,
-              prefilled: bool = False) -> None:
-        super().begin(sample, timeline, prefilled=prefilled)
+    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
+        super().begin(sample, timeline)
         self.verifier_states = History()
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
@@ -175,9 +168,8 @@ class RuleProposer(TokenByToken):
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.rule_of, self.eos_token_ids = rule_of, eos_token_ids
 
-    def begin(self, sample: Any, timeline: Timeline | None = None, *,
-              prefilled: bool = False) -> None:
-        super().begin(sample, timeline, prefilled=prefilled)
+    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
+        super().begin(sample, timeline)
         self.rule = self.rule_of(sample)
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
@@ -191,11 +183,9 @@ class TwoPhase:
         self.needs_verifier = first.needs_verifier
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        self._active = self.first
-        self.first.begin(sample, timeline)
-        track = getattr(self.second, "track", None)
-        shared = track is not None and track is getattr(self.first, "track", None)
-        self.second.begin(sample, timeline, **({"prefilled": True} if shared else {}))
+        self._active, timeline = self.first, timeline or Timeline()
+        for proposer in (self.first, self.second):
+            proposer.begin(sample, timeline)
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
         return self._active.propose(gamma, stop)

@@ -48,8 +48,7 @@ class NGramTable:
 
 
 def position_modes(answers: Iterable[Iterable[int]]) -> list[int]:
-    """The most frequent token at each position of the answers (the lowest id on a tie);
-    :func:`stored` makes it a rule."""
+    """The most frequent token at each position of the answers, for :func:`stored`."""
     counts: defaultdict[int, Counter[int]] = defaultdict(Counter)
     for ids in answers:
         for t, token in enumerate(ids):

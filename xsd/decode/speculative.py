@@ -73,8 +73,7 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
 def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts: int,
              timeline: lanes.Timeline, overlap: lanes.Overlap,
              ) -> tuple[tuple[Any, int, float], tuple[Sequence[int], float, float]]:
-    """(state, token 0, when it was known) of the verifier and (drafts, start, end) of the drafter,
-    in seconds."""
+    """(state, token 0, when known) of the verifier and (drafts, start, end) of the drafter."""
     def prefill() -> tuple[Any, int, float]:
         with timeline.span("verifier", "prefill"):
             state = verifier.prefill(sample)
@@ -92,8 +91,7 @@ def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts:
 
 def _verify(verifier: DecoderHandle, state: Any, drafts: Sequence[int], last: int, hiding: bool,
             timeline: lanes.Timeline) -> tuple[list[int], Tensor]:
-    """The verifier's tokens from the first draft's place on, and the states [n, D_v] that predict
-    them."""
+    """The verifier's tokens from the first draft's place on, and their states [n, D_v]."""
     predicted, hidden = ([last], [state.hidden[None]]) if hiding else ([], [])
     if rows := rows_to_feed(drafts, last, verifier.eos_token_ids, hiding):
         with timeline.span("verifier", "verify" if drafts else "step"):

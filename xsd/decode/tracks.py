@@ -36,13 +36,15 @@ class History:
 
 
 class DrafterTrack:
-    """The drafter's cache along the answer, its own drafts in it until the verifier has spoken. Two
-    proposers of one request may share it."""
+    """The drafter's cache along the answer; two proposers of one request may share it."""
     def __init__(self, drafter: DecoderHandle) -> None:
         self.drafter = drafter
+        self._timeline: Timeline | None = None
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        """Prefill: ``history`` holds the state that predicts token 0."""
+        """Prefill, once for a request's timeline: ``history`` predicts token 0."""
+        if timeline is not None and timeline is self._timeline:
+            return  # the request's other proposer has done it
         self._timeline = timeline or Timeline()
         self.cached: list[int] = []
         self.history = History()

@@ -26,9 +26,8 @@ SPLIT_CODE = {"train": 1, "validation": 2, "test": 3}
 
 @dataclass(frozen=True)
 class DriveConfig:
-    """Domain randomisation; fractions are probabilities per sequence: of grey video, sensors of
-    96x72 or 160x120 instead of 128x96 pixels, worse event cameras. video_noise: largest standard
-    deviation in grey levels."""
+    """Domain randomisation: of sequences the fraction with grey video, 96x72 or 160x120 instead of
+    128x96 pixels, or a worse event camera. video_noise: largest deviation in grey levels."""
 
     grey_fraction: float = 0.12
     other_resolution_fraction: float = 0.2
@@ -58,8 +57,7 @@ class Drive:
 
 def simulate_sequence(seed: int, split: str, index: int,
                       config: DriveConfig | None = None) -> Drive:
-    """Simulate sequence ``index`` of a split; the same arguments give the same bytes. Raises:
-    DatasetError for an unknown split."""
+    """The same arguments give the same bytes. Raises: DatasetError for an unknown split."""
     if split not in SPLIT_CODE:
         raise DatasetError(f"unknown split {split!r}; the simulated world has {sorted(SPLIT_CODE)}")
     config = config or DriveConfig()

@@ -26,13 +26,11 @@ _Fired = tuple[np.ndarray, np.ndarray, np.ndarray]  # pixel, time in µs, polari
 @dataclass(frozen=True)
 class DvsConfig:
     """What kind of event camera; the defaults match a real DAVIS346 (docs/sensors.md, section 2).
-
     threshold_on, threshold_off: rise and fall of log intensity that make an event, means over
     pixels; threshold_sigma: their deviation. cutoff_hz: low-pass of a fully lit pixel (0: none).
     leak_hz, shot_hz: spontaneous ON events per pixel, noise events per dark pixel, each second.
     refractory_us: an event closer than this to its pixel's last one is dropped. offset: added to
-    the luminance before the logarithm.
-    """
+    the luminance before the logarithm."""
 
     threshold_on: float = 0.2
     threshold_off: float = 0.2
@@ -63,8 +61,7 @@ class DvsConfig:
 
 
 class DvsSimulator:
-    """One sensor of height x width pixels that is shown frame after frame. generator: draws the
-    thresholds now and the noise at each step."""
+    """One sensor, shown frame after frame. generator: draws thresholds now, noise at each step."""
 
     def __init__(self, height: int, width: int, config: DvsConfig,
                  generator: np.random.Generator) -> None:
@@ -83,9 +80,8 @@ class DvsSimulator:
         return np.maximum(drawn, 0.01).astype(np.float32)
 
     def step(self, luminance: np.ndarray, time_us: int) -> Events:
-        """Events since the previous frame, in order; a frame is float or uint8 [H, W] in 0…255, and
-        the first only initialises. Raises: EventError for another shape, luminance outside 0…255,
-        or time that does not rise."""
+        """Events since the previous frame, in order; the first, float or uint8 [H, W], initialises.
+        Raises: EventError for another shape, luminance outside 0…255, time that does not rise."""
         level = self._level(luminance)
         log_level = np.log(level)
         if self.time_us is None:

@@ -47,8 +47,7 @@ def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts:
             found[sort].append({
                 "kind": actor.kind, "colour": None if grey else actor.colour,
                 "place": actor.place, "motion": actor.motion,
-                "distance": "near" if depth < NEAR_M else "far", "events": fires(number, sort),
-            })  # fmt: skip
+                "distance": "near" if depth < NEAR_M else "far", "events": fires(number, sort)})
     for things in found.values():
         things.sort(key=lambda thing: ("left", "ahead", "right").index(thing["place"]))
     light_seen = scene.light is not None and visible(LIGHT_ID, "light")
@@ -57,8 +56,7 @@ def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts:
         "right": scene.right, "light": ("unknown" if grey else scene.light) if light_seen else None,
         "light_events": light_seen and fires(LIGHT_ID, "light"),
         "vehicles": found["vehicle"], "people": found["person"], "grey": grey,
-        "moving": scene.ego != "stopped",
-    }  # fmt: skip
+        "moving": scene.ego != "stopped"}
 
 
 def seen_by_events(facts: dict[str, Any]) -> dict[str, Any]:
@@ -69,5 +67,4 @@ def seen_by_events(facts: dict[str, Any]) -> dict[str, Any]:
         "right": facts["right"] if moving else None,
         "light": "unknown" if facts["light"] and facts["light_events"] else None,
         "vehicles": [{**v, "colour": None} for v in facts["vehicles"] if v["events"]],
-        "people": [{**v, "colour": None} for v in facts["people"] if v["events"]],
-    }  # fmt: skip
+        "people": [{**v, "colour": None} for v in facts["people"] if v["events"]]}

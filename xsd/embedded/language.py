@@ -32,8 +32,7 @@ def questions() -> list[Question]:
 
 
 def answer(facts: Facts, kind: str, dialect: Dialect = "verifier") -> str:
-    """One dialect's answer to one kind of question (all ten: ``answers.answers``). Raises:
-    DatasetError for an unknown kind."""
+    """One of ``answers.answers``. Raises: DatasetError for an unknown kind of question."""
     texts = answers(facts, dialect)
     if kind not in texts:
         raise DatasetError(f"unknown kind of question {kind!r}; the world knows {sorted(texts)}")
@@ -65,19 +64,7 @@ def spans(text: str) -> list[tuple[int, int, str, str]]:
 
 def mentions(text: str) -> list[tuple[str, str]]:
     """The facts an answer states, in order: [('colour', 'red'), ('kind', 'van'), …]."""
-    return [found[2:] for found in spans(text)]
-
-
-def score(text: str, facts: Facts, kind: str, dialect: Dialect) -> dict[str, tuple[int, int]]:
-    """Facts stated rightly: {fact: (right, expected)}, compared in the order of mention; one that
-    is missing, wrong or invented counts against the answer."""
-    truth, said = mentions(answer(facts, kind, dialect)), mentions(text)
-    result = {}
-    for fact in sorted({fact for fact, _ in truth + said}):
-        expected, got = ([v for k, v in some if k == fact] for some in (truth, said))
-        right = sum(a == b for a, b in zip(expected, got, strict=False))
-        result[fact] = (right, max(len(expected), len(got)))
-    return result
+    return [(fact, value) for _, _, fact, value in spans(text)]
 
 
 def word_kinds(text: str) -> list[tuple[str, str]]:

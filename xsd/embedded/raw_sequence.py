@@ -25,9 +25,8 @@ CLOCK_START_US = 51_648_500_000
 def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
           image_size: tuple[int, int] = (360, 270),
           rendered: tuple[int, int] = (160, 120)) -> dict[str, Any]:
-    """Write ``events/left/events.h5``, ``rectify_map.h5``, rectified images (DSEC: 1440 x 1080) and
-    timestamps. Returns: {events, images, duration_s}. Raises: DatasetError when the folder holds a
-    sequence already; EventError without h5py."""
+    """Write events, rectify map, rectified images (DSEC: 1440 x 1080) and timestamps. Returns:
+    {events, images, duration_s}. Raises: DatasetError when the folder holds a sequence already."""
     folder = Path(folder)
     timestamps = folder / "images" / "timestamps.txt"
     if timestamps.exists():
@@ -56,8 +55,7 @@ def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
 
 
 def _write_events(folder: Path, stream: event_streams.Events) -> None:
-    """x, y uint16, t uint32 µs after t_offset, p uint8, ``ms_to_idx[ms]`` the first event with t >=
-    1000 ms; blosc-zstd, as DSEC."""
+    """t in µs after t_offset, ``ms_to_idx[ms]`` the first event with t >= 1000 ms, as DSEC."""
     h5py = event_files.h5_module(folder / "events.h5")
     import hdf5plugin
 

@@ -14,8 +14,7 @@ from xsd.sensors.events import Events
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """Events and frames of one sensor on one clock. frames: uint8 [T, H, W] grey or [T, H, W, 3];
-    times_us: int64 [T], rising."""
+    """frames: uint8 [T, H, W] grey or [T, H, W, 3]. times_us: int64 [T], rising."""
 
     events: Events
     frames: np.ndarray

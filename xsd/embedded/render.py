@@ -1,5 +1,4 @@
-"""Draw a scene at time t for both cameras, and who is visible where: sky, roadside, road, then
-everything else from far to near."""
+"""Draw a scene at time t for both cameras, from far to near, and who is visible where."""
 
 from __future__ import annotations
 
@@ -18,15 +17,13 @@ SCENERY_ID = 240
 _SKY: dict[tuple[str, str], Colour] = {
     ("day", "clear"): (120, 175, 240), ("day", "overcast"): (200, 204, 208),
     ("dusk", "clear"): (255, 150, 90), ("dusk", "overcast"): (170, 120, 125),
-    ("night", "clear"): (14, 18, 48), ("night", "overcast"): (40, 40, 44),
-}  # fmt: skip
+    ("night", "clear"): (14, 18, 48), ("night", "overcast"): (40, 40, 44)}
 _FACADES = ((150, 90, 70), (150, 150, 155), (190, 175, 140), (120, 125, 140))
 _SPACING_M = {"towers": 9.0, "houses": 8.0, "trees": 6.0, "fields": 5.0}
 
 
 class Renderer:
-    """Draws one scene on a sensor of width x height pixels, shared by both cameras (as in a DAVIS);
-    textures come from the scene's own seed."""
+    """Draws one scene on a sensor that both cameras share; textures come from the scene's seed."""
 
     def __init__(self, scene: Scene, width: int = 128, height: int = 96) -> None:
         self.scene, self.width, self.height = scene, width, height

@@ -1,5 +1,4 @@
-"""What is on the simulated road, and where it is at time t, in metres: X to the right of the
-camera, Z ahead of it, Y above the ground."""
+"""What is on the simulated road, and where at time t: metres right (X), up (Y) and ahead (Z)."""
 
 from __future__ import annotations
 
@@ -15,14 +14,12 @@ VEHICLES = {"car": (1.9, 1.5, 4.2), "van": (2.0, 2.3, 5.0), "truck": (2.4, 3.0, 
 """Width, height, length in metres."""
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (205, 30, 30), "blue": (35, 70, 210), "white": (236, 236, 236), "black": (22, 22, 26),
-    "yellow": (238, 205, 30), "green": (30, 150, 60),
-}  # fmt: skip
+    "yellow": (238, 205, 30), "green": (30, 150, 60)}
 EGO = {"stopped": (0.0, 0.0), "slow": (3.0, 0.0), "fast": (7.5, 0.0), "left": (2.5, -4.5),
        "right": (2.5, 4.5)}
 """Ego motion: forward speed in m/s, yaw rate in degrees/s (positive turns right)."""
 SURROUNDINGS = ("towers", "houses", "trees", "fields")
 TIMES, SKIES, LIGHTS = ("day", "dusk", "night"), ("clear", "overcast"), ("red", "yellow", "green")
-VEHICLE_MOTIONS = ("parked", "approaching", "away", "waiting", "crossing_right", "crossing_left")
 
 
 @dataclass(frozen=True)

@@ -41,9 +41,8 @@ class BatchedAnswers:
     def generate(self, samples: Sequence[Sample], max_new_tokens: int, *, batch_size: int = 16,
                  progress: Callable[[int], None] | None = None,
                  layers: Sequence[int] = ()) -> list[Continuation]:
-        """Greedy answers, the same ids as one at a time: rows leave at their EOS, a batch's
-        questions on one clip share its prefill. progress(n): n samples just finished. layers:
-        others to keep (see ``LAST``)."""
+        """Greedy answers, the same ids as one at a time; a batch's questions on one clip share its
+        prefill. progress(n): n samples just finished. layers: others to keep (see ``LAST``)."""
         results: list[Continuation] = []
         for chunk in _chunks(samples, batch_size, progress):
             cache, tails = self._shared_prefill(chunk)
@@ -54,9 +53,8 @@ class BatchedAnswers:
     def force(self, samples: Sequence[Sample], ids: Sequence[Tensor], *, batch_size: int = 16,
               progress: Callable[[int], None] | None = None,
               layers: Sequence[int] = ()) -> list[Continuation]:
-        """States before each forced token, the whole answer in one pass (padded on the right, where
-        a causal decoder never looks); otherwise as :meth:`generate`. Raises: ValueError if the two
-        lists differ in length."""
+        """States before each forced token, in one pass (padded on the right, where a causal decoder
+        never looks); else as :meth:`generate`. Raises: ValueError for lists of other lengths."""
         if len(samples) != len(ids):
             raise ValueError(f"{len(samples)} samples but {len(ids)} answers to force; one answer "
                              "for each sample is expected")
@@ -78,9 +76,8 @@ class BatchedAnswers:
         return results
 
     def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
-        """A cache with each row's prompt up to its visual tokens, run once a clip, and the rest of
-        it [L_i, D]; or an empty cache and whole prompts, where no two rows share a clip, prefixes
-        differ in length, or a prompt would be cut."""
+        """A cache with each row's prompt up to its visual tokens and the rest of it [L_i, D]; or an
+        empty one and whole prompts, where none share a clip or prompts differ or would be cut."""
         cache = DynamicCache(config=self.decoder.config)
         contents = [content(self.images(sample)) for sample in samples]
         split = [self.prompt_ids(sample.question) for sample in samples]
@@ -185,8 +182,7 @@ def place(decoder: nn.Module, layer: int) -> int:
 
 @contextlib.contextmanager
 def recorded(decoder: nn.Module, layers: Sequence[int]) -> Iterator[list[Tensor]]:
-    """While open, the list holds the states [B, S, D] of the decoder's latest call in the layers
-    given. Raises: as :func:`place`."""
+    """The list holds, while open, the states [B, S, D] of the decoder's latest call by layer."""
     states: list[Any] = [None] * len(layers)
 
     def keep(index: int, module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> None:

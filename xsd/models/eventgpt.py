@@ -101,8 +101,7 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
         self.post_init()
 
     def event_tokens(self, pixels: Tensor) -> Tensor:
-        """[(B,)F,3,h,w] pixels to [(B,)F+P,D] event tokens: temporal ones (means over a frame's P),
-        then spatial ones (means over frames)."""
+        """[(B,)F,3,h,w] pixels to [(B,)F+P,D]: means over a frame's P, then means over frames."""
         weight = self.model.feature_adaptor.weight  # never quantised: its dtype is the model's own
         frames = pixels.to(weight.device, weight.dtype).flatten(0, -4)
         features = self.model.event_features(frames).unflatten(0, pixels.shape[:-3])
@@ -132,8 +131,7 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
                 past_key_values: Any = None, inputs_embeds: Tensor | None = None,
                 labels: Tensor | None = None, use_cache: bool | None = None,
                 logits_to_keep: int | Tensor = 0, **kwargs: Any) -> CausalLMOutputWithPast:
-        """Logits [B,S,V]; with event_pixels [B,F,3,h,w], S = L-1+F+P and mask and labels [B,L] are
-        widened the same way."""
+        """Logits [B,S,V]; event_pixels [B,F,3,h,w] widen mask and labels [B,L] to S = L-1+F+P."""
         if event_pixels is not None:
             tokens = self.event_tokens(event_pixels)
             shape, mask = tokens.shape[:2], attention_mask
@@ -155,8 +153,7 @@ class EventGPTForCausalLM(LlamaPreTrainedModel, GenerationMixin):
     @torch.no_grad()
     def generate(self, input_ids: Tensor | None = None, event_pixels: Tensor | None = None,
                  attention_mask: Tensor | None = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; with event_pixels [B,F,3,h,w] the result holds the new ids
-        only, without the prompt."""
+        """transformers' own; with event_pixels [B,F,3,h,w] the result holds the new ids only."""
         if event_pixels is None:
             return super().generate(input_ids, attention_mask=attention_mask, **kwargs)
         tokens = self.event_tokens(event_pixels)

@@ -1,5 +1,4 @@
-"""The two 7B models as configurations, and any pair's size by its configurations: counted on the
-meta device, nothing loaded."""
+"""The two 7B models as configurations, and any pair's size, counted without loading it."""
 
 from __future__ import annotations
 

@@ -157,10 +157,6 @@ class ModelHandle(batched.BatchedAnswers):
 
     # --- text and identity
 
-    def encode(self, text: str) -> list[int]:
-        """Ids of a text without BOS or EOS."""
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
     def text(self, ids: Sequence[int] | Tensor) -> str:
         """The text of ids, special tokens left out."""
         return self.tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)

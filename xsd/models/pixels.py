@@ -30,8 +30,7 @@ class PixelSpec:
     std: tuple[float, float, float] = CLIP_STD
 
     def __call__(self, images: Sequence[np.ndarray]) -> Tensor:
-        """N images uint8 [H,W,3] to float32 [N,3,crop,crop]. Raises: DatasetError for none, or one
-        that is not uint8 RGB."""
+        """N images uint8 [H,W,3] to float32 [N,3,crop,crop]. Raises: DatasetError for others."""
         if len(images) == 0:
             raise DatasetError("there is no image to preprocess: a sample needs at least one event "
                                "frame and one video frame")

@@ -1,5 +1,4 @@
-"""Memory, disk and hours of a run, *predicted* from counted parameters and a stated machine speed
-(docs/models.md, "Planning")."""
+"""Memory, disk and hours of a run, *predicted* (docs/models.md, "Planning")."""
 
 from __future__ import annotations
 
@@ -180,8 +179,7 @@ def prefill_flops(size: ModelSize, positions: int) -> float:
 
 
 def prompt_seconds(size: ModelSize, machine: Machine, dtype: str) -> float:
-    """Tower over every picture of a clip (2 · parameters · states, and attention), projector, and
-    prefill, bound by compute."""
+    """Tower over every picture of a clip, projector, and prefill, bound by compute."""
     states, tower = size.n_frames * size.frame_tokens, size.vision
     attention = 4.0 * tower.num_hidden_layers * tower.hidden_size * states * size.frame_tokens
     vision = 2.0 * (size.tower_parameters + size.parameters["projector"]) * states + attention

@@ -139,8 +139,7 @@ def read_events(path: str | Path, *, width: int | None = None, height: int | Non
 
 
 def write_events(path: str | Path, events: Events) -> None:
-    """Write the dataset's file, a pickled dict in a ``.npy``; the same events give the same bytes.
-    Raises: StorageError."""
+    """Write the dataset's pickled dict in a ``.npy``; the same events give the same bytes."""
     content: dict[str, Any] = {
         "x": np.array(events.x, np.uint16), "y": np.array(events.y, np.uint16),
         "t": np.array(events.t_us, np.int64), "p": np.array(events.p, np.uint8)}

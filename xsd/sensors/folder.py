@@ -155,8 +155,7 @@ def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> N
 
 
 def read_questions(path: str | Path, n: int = 10) -> list[str]:
-    """The n most frequent questions of a file or folder, or the first n of texts without a count.
-    Raises: DatasetError for none."""
+    """The n most frequent (or first n) questions of a file or folder. Raises: DatasetError."""
     path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
     questions: list[str] = []
     if path.suffix == ".json" or not path.is_file():
@@ -200,8 +199,8 @@ def data_hash(root: str | Path) -> str:
 
 
 class FolderWriter:
-    """Write clips into ``root``, as a context manager (or call :meth:`close`): the index last, so
-    that it lists no half clip; one that is there is added to, clips of the same name replaced."""
+    """Write clips into ``root``, as a context manager: the index last, so that it lists no half
+    clip; one that is there is added to, clips of the same name replaced."""
 
     def __init__(self, root: str | Path, split: str, *, source: str | None = None) -> None:
         self.root, self.split, self.source = Path(root), split, source
@@ -249,18 +248,14 @@ class FolderWriter:
             self._facts[place] = facts
         return place
 
-    def close(self) -> None:
-        """Write facts.json (if there are any) and the index, sorted by id."""
-        if self._facts:
-            write_json(self.root / FACTS, self._facts)
-        write_json(self.root / INDEX, [self._entries[key] for key in sorted(self._entries)])
-
     def __enter__(self) -> FolderWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            self.close()
+            if self._facts:
+                write_json(self.root / FACTS, self._facts)
+            write_json(self.root / INDEX, [self._entries[key] for key in sorted(self._entries)])
 
 
 def _write_png(path: Path, picture: np.ndarray) -> None:

@@ -70,16 +70,14 @@ def uniform_indices(n_available: int, n_frames: int) -> list[int]:
 
 def windows(times_us: np.ndarray, clip_us: int = 1_000_000,
             hop_us: int = 500_000) -> list[tuple[int, int]]:
-    """Start and end in µs of every whole clip on the pictures' clock (int64 [T], rising); the last
-    picture lasts one interval."""
-    gap = int(np.median(np.diff(times_us))) if len(times_us) > 1 else 0
+    """Start and end in µs of every whole clip on the clock of the pictures (int64 [T], rising)."""
+    gap = int(np.median(np.diff(times_us))) if len(times_us) > 1 else 0  # the last picture's
     last = int(times_us[-1]) + gap - clip_us
     return [(start, start + clip_us) for start in range(int(times_us[0]), last + 1, hop_us)]
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """One image file as uint8 [H, W, 3], resized to ``size`` (width, height). Raises: VideoError
-    when it is missing or does not decode."""
+    """uint8 [H, W, 3], resized to ``size`` (width, height). Raises: VideoError for no image."""
     try:
         with Image.open(path) as image:
             picture = image.convert("RGB")

@@ -1,2 +1,1 @@
-"""Paired hidden states on disk: ragged safetensors with a manifest, written safely, read by index
-or in shuffled batches."""
+"""Paired hidden states on disk: ragged safetensors with a manifest (docs/shards.md)."""

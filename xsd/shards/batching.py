@@ -55,9 +55,8 @@ def shuffled(shards: Sequence[int], items_of: Callable[[int], Iterable[Item]], *
 def batched(items: Iterable[Item], *, batch_size: int | None = None,
             tokens_per_batch: int | None = None,
             max_padding: float | None = None) -> Iterator[list[int]]:
-    """Indices of one batch after another: each when it is full, what is left of the ranges of
-    lengths at the end, shortest first; answers without a position never. Raises: ShardError for an
-    answer longer than tokens_per_batch."""
+    """Indices of one batch after another, each when it is full, at the end what is left, shortest
+    first. Raises: ShardError for an answer longer than tokens_per_batch."""
     most = float("inf") if batch_size is None else batch_size
     room = float("inf") if tokens_per_batch is None else tokens_per_batch
     edges = [1]

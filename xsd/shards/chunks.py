@@ -1,10 +1,9 @@
-"""Hidden states as the first scripts for this task left them (padded .pt files), read safely and
-converted to a run folder.
+"""Hidden states as the first scripts for this task left them, converted to a run folder.
 
 A folder holds index.json ({"config", "chunks": [{"path", "n_samples"}]}) and chunks/*.pt, each a
 dict {"egpt_hidden", "vl_hidden": [n, S, D] float32, "seq_lens": [n], "metadata": n dicts}; a single
-file is one such dict with "config". Both models ran freely and each answer was cut to the shorter
-of the two: free_running, after the final norm. Token ids were not kept: -1, and marked as absent.
+file is one such dict with "config". Both models ran freely, each answer was cut to the shorter of
+the two (free_running, after the final norm), and token ids were not kept: -1, marked as absent.
 """
 
 from __future__ import annotations

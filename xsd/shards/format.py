@@ -162,8 +162,7 @@ def pack_metadata(rows: Sequence[Row]) -> bytes:
 
 
 def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The lines of a JSON-lines file, if there is one, that hold all the keys: a killed writer may
-    have written half of its last line."""
+    """The whole lines of a JSON-lines file, if there is one, that hold all the keys."""
     found = []
     for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
         with contextlib.suppress(ValueError):
@@ -197,8 +196,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    """Raises: ShardError if there is none, it is of another version, was changed, or names an
-    unknown mode, tap, dtype or file."""
+    """Raises: ShardError if there is none, or it is of another version, changed, or unknown."""
     path = Path(folder) / MANIFEST
     try:
         data = path.read_bytes()
@@ -255,8 +253,7 @@ def of_data(config: Mapping[str, Any], *more: str) -> dict[str, Any]:
 
 
 def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:
-    """``"config.quant is '4bit' in the folder but None now"`` for the first field (by name) that
-    differs, else None."""
+    """``"config.quant is '4bit' in the folder but None now"`` for the first difference, or None."""
     if not (isinstance(stored, Mapping) and isinstance(wanted, Mapping)):
         same = stored == wanted
         return None if same else f"{name} is {stored!r} in the folder but {wanted!r} now"

@@ -23,14 +23,11 @@ from xsd.shards.store import ShardDataset
 
 class Loader(IterableDataset[Batch]):
     """Iterate over an epoch's batches (batching.check_bounds); the next iteration is the next
-    epoch, in another order, or goes on where one was broken off.
-
-    shuffle_seed: None reads in the order written. shuffle_buffer: answers from which the next is
-    drawn; a few shards' worth mixes well. drop_uneven: leave out the last batches where not every
-    rank gets one. indices: these samples only. prefetch: batches read ahead, by so many ``readers``
-    (threads). dtype: float32, bfloat16 or float16. Raises: ShardError for settings that allow no
-    batch, and while iterating for a file that cannot be read.
-    """
+    epoch, in another order, or goes on where one was broken off. shuffle_seed: None reads in the
+    order written. shuffle_buffer: answers from which the next is drawn. drop_uneven: leave out the
+    last batches where not every rank gets one. indices: these samples only. prefetch: batches read
+    ahead, by so many ``readers`` (threads). dtype: float32, bfloat16 or float16. Raises: ShardError
+    for impossible settings or an unreadable file."""
 
     def __init__(self, dataset: ShardDataset, *, batch_size: int | None = None,
                  tokens_per_batch: int | None = None, max_padding: float | None = None,
@@ -75,8 +72,7 @@ class Loader(IterableDataset[Batch]):
         self.epoch, self._base, self._taken = epoch, 0, 0
 
     def state(self, taken: int | None = None) -> dict[str, Any]:
-        """Where the stream stands, as JSON. taken: batches received since the iteration began,
-        where DataLoader workers give them out."""
+        """Where the stream stands, as JSON. taken: batches received from DataLoader workers."""
         taken = self._taken if taken is None else taken
         return {"epoch": self.epoch, "batch": self._base + taken * self.world_size, **self._order()}
 

@@ -1,6 +1,5 @@
 """Reading straight from shard files: one positioned read per answer and model, into the padded
-batch itself. A reader keeps only offsets, ids, scales and sequence names of a shard (8 to 40 bytes
-a position); any number of threads may read."""
+batch itself; only offsets, ids, scales and names are kept. Any number of threads may read."""
 
 from __future__ import annotations
 
@@ -186,8 +185,7 @@ class ShardReader:
 
     def _states(self, role: str, rows: Sequence[tuple[ShardFile, int]],
                 lengths: Sequence[int]) -> Tensor:
-        """[B, S, D] of one model: read in place where the dtype is the stored one, else converted,
-        a group of answers at a time in a scratch."""
+        """[B, S, D] of one model, read in place or converted, a group of answers at a time."""
         shape = len(rows), max(lengths), self._widths[role]
         out = (self.memory[role].take if self.memory else torch.empty)(shape, dtype=self.dtype)
         row_bytes = shape[2] * self._stored.itemsize

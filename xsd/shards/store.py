@@ -1,5 +1,4 @@
-"""Reading a run folder (any sample by index, ids without states, padded batches) and checking it
-file by file. Nothing in it is executed."""
+"""Reading a run folder, and checking it file by file; nothing in it is executed."""
 
 from __future__ import annotations
 
@@ -136,8 +135,7 @@ class ShardDataset:
         return self._table.copy(deep=False)
 
     def head(self, role: str) -> Tensor:
-        """The LM head's weight, float32 [V, D]. Raises: ShardError if none was saved, or the states
-        were taken before the final norm."""
+        """The LM head's weight, float32 [V, D]. Raises: ShardError for none, or another tap."""
         path = self.folder / self._head(role)["file"]
         if self.tap != "post_norm":
             raise ShardError(
@@ -160,8 +158,7 @@ class ShardDataset:
 
     def subset(self, *, sequences: Sequence[str] | None = None,
                indices: Sequence[int] | None = None) -> ShardDataset:
-        """The same files with the samples of the sequences and at the indices alone. Raises:
-        ShardError for a sequence that is not there."""
+        """These samples alone, of the same files. Raises: ShardError for an unknown sequence."""
         chosen = self._chosen(indices)
         if sequences is not None:
             column = self.table()["sequence"].tolist()
@@ -233,8 +230,7 @@ class Problem:
 
 
 def verify(folder: str | Path) -> list[Problem]:
-    """Every missing, truncated or changed file of a run, in order. A damaged manifest is a
-    ShardError."""
+    """Every missing, truncated or changed file of a run; a damaged manifest is a ShardError."""
     folder, changed = Path(folder), "does not match its checksum"
     manifest = layout.read_manifest(folder)
     found = list(_wrong_sizes(folder, manifest))

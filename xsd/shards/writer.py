@@ -1,9 +1,6 @@
-"""Writing a run folder: durable after every flush, resumable after any kill, one writer at a time.
-
-What is not yet a whole shard is flushed into pieces (``pending-<first>-<check>.safetensors``); a
-whole one is its two files, then the manifest (the point of commitment), then pieces are removed.
-Shard files are the same bytes as those of an uninterrupted run.
-"""
+"""Writing a run folder: durable after every flush, resumable after any kill, the same bytes as in
+one go. What is not yet a whole shard is flushed into pieces (``pending-<first>-<check>``); a whole
+one is its two files, then the manifest (the point of commitment), then pieces are removed."""
 
 from __future__ import annotations
 
@@ -26,12 +23,9 @@ from xsd.shards.lock import FolderLock
 
 class ShardWriter:
     """Write paired states into ``folder``; opening it again with the same settings continues it.
-
-    dtype: a format.StoredDtype, or torch's name of it. token_ids: False where the source had none:
-    token metrics refuse the run. about: for the provenance; compared with nothing. Raises:
-    ShardError naming the setting that differs from the folder's; StorageError when another process
-    writes there or the disk is full (the folder stays resumable).
-    """
+    dtype: a format.StoredDtype, or torch's name of it. token_ids: False where the source had none.
+    about: for the provenance; compared with nothing. Raises: ShardError naming the setting that
+    differs from the folder's; StorageError for another writer or a full disk (resumable)."""
 
     def __init__(self, folder: str | Path, *, mode: Mode, tap: Tap = "post_norm",
                  dtype: str = "fp16", config: Mapping[str, Any] | None = None,
@@ -120,8 +114,7 @@ class ShardWriter:
         return self.manifest["finished"]
 
     def write(self, pair: PairedStates) -> None:
-        """Take one sample. Raises: ShardError for another mode, tap or width, NaN, or a finished
-        run; StorageError."""
+        """Take one sample. Raises: ShardError for one that is not of this run; StorageError."""
         name = f"{pair.sequence}/{pair.clip}"
         if self.finished:
             raise ShardError(
@@ -143,8 +136,7 @@ class ShardWriter:
             self.flush()
 
     def took(self, seconds: float, every: int = 0, every_s: float = 0.0) -> None:
-        """Note what the samples since the last call took, and flush: now, or once ``every`` samples
-        or ``every_s`` seconds have gathered."""
+        """Note what the last samples took, and flush: now, or every so many samples or seconds."""
         self._spent += seconds
         gathered = self.n_written - self._untimed
         if (not (every or every_s) or (every and gathered >= every)
@@ -152,8 +144,7 @@ class ShardWriter:
             self.flush(self._spent)
 
     def flush(self, seconds: float | None = None) -> None:
-        """Make everything written so far survive a kill. seconds: what it took since the last such
-        call. Raises: StorageError."""
+        """Make everything so far survive a kill. seconds: what it took since the last such call."""
         while len(self._rows) >= self.samples_per_shard:
             self._commit(self.samples_per_shard)
         if rest := self._rows[self._durable:]:
@@ -213,8 +204,7 @@ class ShardWriter:
         self._update(heads={**heads, role: entry})
 
     def rewrite_shard(self, number: int, pairs: Sequence[PairedStates]) -> None:
-        """Replace a damaged shard by its samples extracted again. Raises: ShardError for another
-        number of them; StorageError."""
+        """Replace a damaged shard. Raises: ShardError for another number of samples."""
         before = self.manifest["shards"][number]
         if len(pairs) != before["n_samples"]:
             raise ShardError(f"{self.folder / before['file']} holds {before['n_samples']} samples "
@@ -231,8 +221,7 @@ class ShardWriter:
         (self.folder / layout.TIMES).unlink(missing_ok=True)
 
     def close(self, finished: bool = True) -> None:
-        """Flush and let others write; finished=False leaves the run to be continued. Raises:
-        ShardError if nothing was written."""
+        """Flush and let others write. Raises: ShardError if a finished run would be empty."""
         try:
             if not self._lock.held or self.finished:
                 return
