@@ -83,7 +83,8 @@ def run(P: StorageParameters, *, progress: Callable[[str], None] | None = None) 
         "rounding": {dtype: rounding(exact["test"], of["test"]) for dtype, of in stored.items()},
         "gamma": P.gamma,
         "pairs": {split: len(one) for split, one in exact.items()},
-        "tokens": {split: one.n_tokens for split, one in exact.items()},
+        "tokens": {split: int(one.table()["n_tokens_verifier"].sum())
+                   for split, one in exact.items()},
         "n_clusters": len(set(judged[EXACT].clusters)),
         "provenance": provenance(seed=P.seed, parameters=P.model_dump(),
                                  data_hash=str(exact["train"].manifest["config"].get("data_hash"))),

@@ -67,11 +67,6 @@ class ShardDataset:
         self.__dict__ = {**state, "_reader": ShardReader(state["folder"], state["manifest"])}
 
     @property
-    def n_tokens(self) -> int:
-        """The verifier's positions, over all samples."""
-        return int(self.table()["n_tokens_verifier"].sum())
-
-    @property
     def is_whole(self) -> bool:
         """False for a subset."""
         return isinstance(self._indices, range)
@@ -79,11 +74,8 @@ class ShardDataset:
     def __len__(self) -> int:
         return len(self._indices)
 
-    def __iter__(self) -> Iterator[PairedStates]:
-        return (self[i] for i in range(len(self)))
-
     def __getitem__(self, index: int) -> PairedStates:
-        position = range(len(self))[index]  # IndexError out of range
+        position = range(len(self))[index]  # IndexError out of range, which ends an iteration
         values = self.table().iloc[position][list(layout.TEXT_COLUMNS)].to_dict()
         values |= {"tap": self.tap, "extra": json.loads(values["extra"])}
         return PairedStates(**values, **self._reader.sample(*self.locate(position)))
