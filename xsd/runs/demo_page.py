@@ -47,8 +47,7 @@ def pictures(results: Mapping[str, Any]) -> dict[str, Any]:
     for data, found in sets(results.get("tokens", {}).get("test")):
         drawn["accepted"][data] = figures.accepted_per_round_dots(
             _rows(found["rows"], "accepted_per_round"),
-            title=f"Accepted drafts per round on {name(data)}").update_xaxes(
-                title_text="accepted drafts per round, mean and 95 % interval")
+            title=f"Accepted drafts per round on {name(data)}")
         if "by_position" in found:
             frame = pd.DataFrame(found["by_position"]).astype(dict.fromkeys(BOUNDS, float))
             for curve in ("survival", "marginal"):

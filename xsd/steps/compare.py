@@ -245,8 +245,7 @@ def picture(found: pd.DataFrame, which: str, metric: str) -> go.Figure:
     title = f"{METRICS[metric].capitalize()} · {which}"
     if metric == "speedup":
         return figures.speedup_bars(frame, title=title)
-    return figures.accepted_per_round_dots(frame, title=title,
-                                           x=f"{METRICS[metric]}, with 95 % interval")
+    return figures.accepted_per_round_dots(frame, title=title, x=METRICS[metric])
 
 
 def curves(runs: Sequence[str]) -> pd.DataFrame:

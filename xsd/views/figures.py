@@ -65,14 +65,17 @@ def acceptance_by_position(frame: pd.DataFrame, *, curve: str = "marginal",
 
 
 def accepted_per_round_dots(
-        frame: pd.DataFrame, *, x: str = "accepted drafts per round, mean and 95 % interval",
+        frame: pd.DataFrame, *, x: str = "accepted drafts per round",
         title: str = "What counts is the distance above the best floor") -> go.Figure:
-    """The headline: one dot with its interval per level, floor and ceiling; a line at the best
-    floor. frame: name, kind ("ceiling" | "adapter" | "drafter" | "floor": drawn in this order, the
-    largest value on top), value, low, high, n (what was counted)."""
+    """The headline: one dot with its interval, where one is known, per level, floor and ceiling; a
+    line at the best floor. frame: name, kind ("ceiling" | "adapter" | "drafter" | "floor": drawn in
+    this order, the largest value on top), value, low, high, n (what was counted)."""
     rank = frame["kind"].map({"ceiling": 0, "adapter": 1, "drafter": 2, "floor": 3})
     ordered = frame.assign(_rank=rank).sort_values(["_rank", "value"], ascending=[True, False],
                                                    kind="stable")
+    known = ordered["low"].notna().any()
+    x += ", mean and 95 % interval" if known else " (one sequence: no interval)"
+    bounds = " [%{customdata[0]:.2f}, %{customdata[1]:.2f}]" if known else ""
     figure = theme.figure(title, x=x, height=150 + 34 * len(frame))
     for kind, part in ordered.groupby("kind", sort=False, observed=True):
         mark = theme.Mark(theme.KINDS[kind], symbol="diamond" if kind == "floor" else "circle")
@@ -81,8 +84,8 @@ def accepted_per_round_dots(
             marker=mark.marker(12),
             error_x=theme.interval(part, thickness=2, width=5, color=mark.colour),
             customdata=part[["low", "high", "n"]].to_numpy().tolist(),
-            hovertemplate="<b>%{y}</b><br>%{x:.2f} [%{customdata[0]:.2f}, %{customdata[1]:.2f}]"
-            "<br>n = %{customdata[2]}<extra></extra>")
+            hovertemplate=f"<b>%{{y}}</b><br>%{{x:.2f}}{bounds}<br>n = %{{customdata[2]}}"
+            "<extra></extra>")
     floors = ordered.loc[ordered["kind"].isin(["floor", "drafter"]), "value"]
     if len(floors):
         best = float(floors.max())
@@ -220,16 +223,17 @@ def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = 
 def training_panels(history: pd.DataFrame, values: Sequence[str]) -> go.Figure:
     """:func:`training_curves` of several values, three panels a row, with one legend."""
     names = [value.replace("_", " ") for value in values]
-    figure = make_subplots(-(-len(values) // 3), 3, subplot_titles=names, vertical_spacing=0.14)
+    figure = make_subplots(-(-len(values) // 3), 3, subplot_titles=names, vertical_spacing=0.16)
     figure.update_layout(template=theme.template(), height=300 * -(-len(values) // 3))
     for number, value in enumerate(values):
         row, column = number // 3 + 1, number % 3 + 1
         for trace in training_curves(history, value=value).data:
             trace.showlegend = number == 0 and trace.showlegend is not False
             figure.add_trace(trace, row=row, col=column)
-        figure.update_xaxes(title_text="epoch", row=row, col=column)
+        if number + 3 >= len(values):  # below it stands no panel
+            figure.update_xaxes(title_text="epoch", row=row, col=column)
         if "loss" not in value and value != "cosine":
-            figure.update_yaxes(tickformat=".0%", row=row, col=column)
+            figure.update_yaxes(tickformat=".1~%", row=row, col=column)
     return figure
 
 
