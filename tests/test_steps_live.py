@@ -285,6 +285,9 @@ def test_a_busy_machine_claims_nothing():
     assert said.startswith("the machine was busy (other processes took 48%, repeats spread by 2%)")
     assert "no speed-up over the best baseline, own greedy loop, is claimed" in said
     assert "×" not in said
+    unsteady = live.sentence(measured_set(busy=True, others=0.01, spread=0.4))
+    assert unsteady.startswith("the machine was unsteady (other processes took 1%, repeats spread "
+                               "by 40%)")
     table = live.table(one)
     assert table["speed-up over own greedy loop"].isna().all()
     assert (table["ms per answer"] == 400).all() and (table["prefill ms"] == 100).all()

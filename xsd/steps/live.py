@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 
 from xsd.adapters.base import Adapter
-from xsd.bench import arms, records
+from xsd.bench import arms, records, speedups
 from xsd.bench import run as bench
 from xsd.core import DatasetError, Generation, ParameterError, Sample
 from xsd.decode import rules
@@ -206,10 +206,13 @@ def sentence(found: Mapping[str, Any]) -> str:
     speed, baseline = best["speedup"], found["arms"][found["baseline"]]["label"]
     low, high = speed["low"], speed["high"]
     if speed["busy"]:
-        signs = [f"{what} {share:.0%}" for what, share in (
-            ("other processes took", speed["others"]), ("repeats spread by", speed["spread"]))
-                 if share is not None]
-        return (f"the machine was busy ({', '.join(signs)}); no speed-up over the best baseline, "
+        others = speed["others"] or 0.0
+        apart = max(one["speedup"]["spread"] or 0.0
+                    for one in (best, found["arms"][found["baseline"]]))
+        why = (f"the machine was busy (other processes took {others:.0%}"
+               if others > speedups.OTHERS else "the machine was unsteady (other processes took "
+               f"{others:.0%}")
+        return (f"{why}, repeats spread by {apart:.0%}); no speed-up over the best baseline, "
                 f"{baseline}, is claimed")
     if low is None or high is None:
         verdict = "one sequence gives no interval"

@@ -175,7 +175,7 @@ def speedup_bars(
     against = " or ".join(dict.fromkeys(frame.get("baseline", ["the baseline"])))
     busy = any(frame.get("busy", ()))
     if busy:
-        title += "<br>the machine was busy: no speed-up is claimed"
+        title += "<br>the machine was busy or unsteady: no speed-up is claimed"
     figure = theme.figure(title, x=f"times as fast as {against}", height=150 + 40 * len(frame))
     for kind, part in frame.groupby("kind", sort=False, observed=True):
         if kind not in SOURCES:
@@ -245,7 +245,7 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
     busy = any(speedups.get("busy", ()))
     names = ("cosine of the states", "acceptance by position (token truth)",
              "unbroken prefix: tokens before the first wrong one",
-             "the machine was busy: no speed-up is claimed" if busy else
+             "busy or unsteady machine: no speed-up is claimed" if busy else
              bars.layout.xaxis.title.text)
     figure = make_subplots(2, 2, subplot_titles=names, horizontal_spacing=0.1,
                            vertical_spacing=0.16)
