@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections.abc import Mapping
@@ -56,6 +57,8 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    # It reads no annotation such as ``int | None`` and warns of them; ours are checked above.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
     target = out_dir / source.name
     began, failed = time.perf_counter(), None
     try:
