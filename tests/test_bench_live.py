@@ -264,6 +264,17 @@ def test_one_stalled_sample_does_not_choose_the_baseline():
     assert speed["low"] == pytest.approx(speed["value"]) == speed["high"]
 
 
+def test_the_baseline_is_chosen_sample_by_sample_however_long_the_answers_are():
+    """On the middle sample "ar" is faster, so its median time is smaller; on four of five it is
+    not."""
+    times = {"ar": [1, 2, 3, 10, 11], "ar_all_cores": [0.9, 1.8, 3.1, 9, 10], "L4": [1] * 5}
+    records = [record(arm, f"s{i}", seconds, sequence=f"drive {i}", baseline=arm != "L4")
+               for arm, some in times.items() for i, seconds in enumerate(some)]
+    found = speedups.of(records, n_resamples=50)
+    assert {row["baseline"] for row in found.values()} == {"ar_all_cores"}
+    assert found["ar"]["value"] == pytest.approx(0.9)
+
+
 def test_repeats_are_paired_by_their_median_and_their_spread_is_told():
     def repeated(arm, seconds):
         return [record(arm, f"s{i}", s * (1 + i), sequence=f"drive {i}", repeat=k,

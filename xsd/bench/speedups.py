@@ -24,8 +24,9 @@ def seconds(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, str, pd
     """Of the samples that every arm has run: seconds [sample, arm], the median over repeats; the
     best baseline; and the cluster of each sample.
 
-    The best baseline has the smallest *median* over samples, so that one stalled sample cannot
-    choose it. Raises: MetricError without a baseline or a common sample.
+    The best baseline is the one that no other beats by much, sample by sample: its worst *median*
+    of paired ratios against the others is the largest. So neither one stalled sample nor a few long
+    answers can choose it. Raises: MetricError without a baseline or a common sample.
     """
     rows = pd.DataFrame(records, columns=["arm", "sample", "sequence", "baseline", "total_s"])
     times = rows.groupby(["sample", "arm"])["total_s"].median().unstack("arm").dropna()
@@ -35,7 +36,8 @@ def seconds(records: Sequence[Mapping[str, Any]]) -> tuple[pd.DataFrame, str, pd
             f"{rows['arm'].nunique()} arms share {len(times)} samples and {len(baselines)} of them "
             "are baselines; measure 'ar' beside the others")
     clusters = rows.drop_duplicates("sample").set_index("sample")["sequence"]
-    return times, times[baselines].median().idxmin(), clusters.reindex(times.index)
+    worst = {one: times[baselines].div(times[one], axis=0).median().min() for one in baselines}
+    return times, max(baselines, key=worst.__getitem__), clusters.reindex(times.index)
 
 
 def of(records: Sequence[Mapping[str, Any]], *, n_resamples: int = statistics.N_RESAMPLES,
