@@ -257,8 +257,9 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
 
 
 def measured_arm(low=0.9, high=1.2, **speed):
-    speed = {"value": 1.0, "low": low, "high": high, "n": 3, "total": 1.01, "slower": 0.5,
-             "baseline": "own greedy loop", "spread": 0.02, "others": 0.01, "busy": False, **speed}
+    speed = {"value": 1.0, "low": low, "high": high, "n": 9, "n_clusters": 9, "total": 1.01,
+             "slower": 0.5, "baseline": "own greedy loop", "spread": 0.02, "others": 0.01,
+             "busy": False, **speed}
     return {"label": "L4", "kind": "measured", "speedup": speed, "total_ms": {"value": 400.0},
             "first_token_ms": 100.0, "decode_ms": 300.0, "identical": 3}
 
@@ -277,6 +278,11 @@ def test_the_sentence_says_which_way_it_went_and_against_what(low, high, words):
     said = live.sentence(measured_set(low=low, high=high))
     assert "best of 4 on these 3 samples" in said and "baseline, own greedy loop (median" in said
     assert words in said and "50% of its samples are slower" in said
+
+
+def test_few_sequences_claim_nothing():
+    said = live.sentence(measured_set(low=1.1, high=1.3, n_clusters=2))
+    assert said.split(":")[1].startswith(" 2 sequences are too few to claim anything")
 
 
 def test_a_busy_machine_claims_nothing():

@@ -28,6 +28,9 @@ from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.steps import evaluation, training
 
+FEW = 5
+"""Of fewer sequences nothing is claimed: a bootstrap of two draws almost no interval."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Bench:
@@ -216,6 +219,8 @@ def sentence(found: Mapping[str, Any]) -> str:
                 f"{baseline}, is claimed")
     if low is None or high is None:
         verdict = "one sequence gives no interval"
+    elif speed["n_clusters"] < FEW:
+        verdict = f"{speed['n_clusters']} sequences are too few to claim anything"
     elif low > 1:
         verdict = "faster, and its interval lies above 1"
     elif high < 1:
