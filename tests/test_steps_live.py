@@ -354,7 +354,8 @@ def test_paths_one_event_frame_and_the_references_spellings_are_arms(place, tmp_
     records = live.measure(bench, bench.arms(asked.arms))
     drafted = {one["arm"]: [len(r["drafted"]) for r in one["rounds"]] for one in records}
     assert all(one["identical_to_ar"] for one in records)
-    assert drafted["L4+ar"][0] and not any(drafted["L4+ar"][1:])
+    # how much fits behind the prefill is up to the clock; after it nothing is drafted
+    assert not any(drafted["L4+ar"][1:])
     found = live.summary(records, bench.adapters, resamples=50, seed=0)["simulated"]
     assert {row["label"] for row in found["arms"].values()} == {
         "own greedy loop", "L4", "L4 of run", "L4 + own greedy loop", "L4, 1 event frame"}
