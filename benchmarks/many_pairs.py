@@ -86,7 +86,7 @@ def write(folder: Path, world: World, n: int, split: str, sequences: int) -> Non
     write_json(folder / "pair.json", {
         "pair": "made up", "eos": [END], "prompt_ids": prompts,
         "token_texts": ["<unk>", "<s>", "</s>", *(f" w{i}" for i in range(3, VOCABULARY))],
-    })  # fmt: skip
+    })
 
 
 def run(notebook: str, out: Path, **parameters: object) -> dict[str, float]:
@@ -96,7 +96,7 @@ def run(notebook: str, out: Path, **parameters: object) -> dict[str, float]:
              for word in ("-p", f"{name}={','.join(value) if isinstance(value, list) else value}")]
     began = time.perf_counter()
     child = subprocess.Popen([sys.executable, "-m", "xsd.cli", "run", notebook, "-o", str(out),
-                              *given], cwd=ROOT, stdout=subprocess.DEVNULL)  # fmt: skip
+                              *given], cwd=ROOT, stdout=subprocess.DEVNULL)
     _, status, usage = os.wait4(child.pid, 0)
     if status:
         raise RuntimeError(f"notebook {notebook} failed; see {out}")

@@ -72,7 +72,7 @@ def token_table(**columns: np.ndarray) -> pd.DataFrame:
     return pd.DataFrame({
         "level": "", "sample": answer, "sequence": names, "position": np.tile(np.arange(size), n),
         **{name: values.reshape(-1) for name, values in columns.items()}
-    })  # fmt: skip
+    })
 
 
 def run(out: Path, sizes: Sizes | None = None) -> str:
@@ -149,7 +149,7 @@ def _head(sizes: Sizes) -> list[ratios.Ratio]:
     seconds = ratios.interleave({
         "token metrics": lambda: head_tokens(flat, weight, top_k=5, targets=targets),
         "bare matrix product": lambda: flat @ weight.T,
-    }, repeats=max(1, sizes.repeats - 2))  # fmt: skip
+    }, repeats=max(1, sizes.repeats - 2))
     note = f"top-5, cross-entropy; {len(flat)} × {sizes.width} × {sizes.vocabulary}"
     return [
         ratios.ratio("token metrics", seconds, "token metrics", "bare matrix product", target=0.7,
@@ -168,7 +168,7 @@ def _statistics(sizes: Sizes) -> dict[str, Any]:
     table = token_table(
         one_step_match=match, one_step_rank=np.where(match, 0, 255),
         cross_entropy=np.full(shape, np.nan, np.float32),
-        one_step_cosine=rng.uniform(0.5, 1.0, shape).astype(np.float32))  # fmt: skip
+        one_step_cosine=rng.uniform(0.5, 1.0, shape).astype(np.float32))
     resamples = {"n_resamples": sizes.resamples}
     return {
         "bootstrap_samples": n,

@@ -61,7 +61,7 @@ def answers(n: int, width: int, lengths: tuple[int, int], seed: int = 0) -> Iter
                            states, states, ids, ids, "teacher_forced",
                            text_by_drafter="x" * 4 * size, text_by_verifier="x" * 4 * size,
                            split="train",
-                           )  # fmt: skip
+                           )
 
 
 def write_run(folder: Path, n: int, width: int, sizes: Sizes, dtype: str) -> ShardDataset:

@@ -58,7 +58,7 @@ def cosines(a: Tensor, b: Tensor) -> Tensor:
 
 def fit(pairs: PixelPairs, *, width: int, epochs: int, batch_size: int, learning_rate: float,
         seed: int = 0, progress: Callable[[dict[str, Any]], None] | None = None
-        ) -> tuple[PixelAlignment, list[dict[str, Any]], int]:  # fmt: skip
+        ) -> tuple[PixelAlignment, list[dict[str, Any]], int]:
     """Train P0 on MSE + 0.5 (1 - cos), AdamW, cosine schedule; the epoch with the least loss on
     whole held-back train sequences is kept.
 

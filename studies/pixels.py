@@ -91,7 +91,7 @@ def digest(pairs: PixelPairs) -> str:
 
 def train(P: PixelParameters, pairs: PixelPairs, *, name: str = "P0",
           progress: Callable[[dict[str, Any]], None] | None = None
-          ) -> tuple[PixelAlignment, list[dict[str, Any]], int]:  # fmt: skip
+          ) -> tuple[PixelAlignment, list[dict[str, Any]], int]:
     """P0, a row per epoch and the kept epoch; trained into ``<run_dir>/adapters/<name>``, or found
     there. Raises: ParameterError when that folder holds a P0 of other data or parameters."""
     place = folder.resolve(P.run_dir) / "adapters" / name
@@ -192,7 +192,7 @@ def judge(P: PixelParameters, near: Mapping[str, np.ndarray], pairs: Mapping[str
         "speed": pixel_training.speed(adapter, test.events),
         "provenance": provenance(seed=P.seed, data_hash=digest(pairs["train"]),
                                  parameters=P.model_dump()),
-    }  # fmt: skip
+    }
     folder.save_results(P.run_dir, "pixels", results)
     return results
 

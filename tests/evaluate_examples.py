@@ -24,7 +24,7 @@ def as_table(mask, clusters, level="L1", first_sample=0, **columns):
     return pd.DataFrame({
         "level": level, "sample": row + first_sample, "sequence": np.asarray(clusters)[row],
         "position": at, **{name: np.asarray(values)[mask] for name, values in columns.items()}
-    })  # fmt: skip
+    })
 
 
 def pick(figures, metric, threshold=None, position=None):

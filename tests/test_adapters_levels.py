@@ -17,7 +17,7 @@ WIDTH = 16
 REFERENCE_COUNTS = {
     "L1": 2_113_537, "L2": 6_324_227, "L3": 16_797_698, "L4": 100_714_497, "L5": 102_819_841,
     "B1": 102_819_841, "L5F": 169_936_897, "X1": 102_828_033, "P0": 154_556_416,
-}  # fmt: skip
+}
 ALL = [
     *registry.LEVELS, "B1 map", "L5F map", "L4 bidirectional", "L5 tokens", "B1 tokens",
     "L5F tokens", "L5F lead 0", "L4 layers", "L5 layers", "L5F layers", "X1 layers"
@@ -51,7 +51,7 @@ def make_batch(lengths: list[int], *, drafter_size: int = WIDTH, seed: int = 0) 
                       torch.randint(VOCABULARY, shape, generator=generator),
                       torch.randint(VOCABULARY, shape, generator=generator), mask,
                       [f"s{i}" for i in range(shape[0])], list(range(shape[0])), "teacher_forced",
-                      )  # fmt: skip
+                      )
 
 
 @pytest.mark.parametrize("level", REFERENCE_COUNTS)
@@ -106,7 +106,7 @@ def test_layer_equals_torchs_own_encoder_layer():
                                         norm_first=True).eval()
     pairs = [("attention_norm", theirs.norm1), ("attention_out", theirs.self_attn.out_proj),
              ("ffn_norm", theirs.norm2), ("ffn_up", theirs.linear1), ("ffn_down", theirs.linear2),
-             ]  # fmt: skip
+             ]
     for name, module in pairs:
         getattr(ours, name).load_state_dict(module.state_dict())
     ours.query_key_value.load_state_dict(
@@ -168,7 +168,7 @@ def test_padding_has_no_effect(name, seed, lengths, extra):
     noisy = core.Batch(batch.drafter.masked_fill(~mask[..., None], 1e3),
                        batch.verifier.masked_fill(~mask[..., None], -1e3), batch.ids_by_drafter,
                        batch.ids_by_verifier, mask, batch.sequence, batch.index, batch.mode,
-                       )  # fmt: skip
+                       )
     for training in (
             False,
             True):  # train mode shows the bidirectional L4 as it is trained; dropout is silenced
@@ -183,7 +183,7 @@ def test_padding_has_no_effect(name, seed, lengths, extra):
                                      for x in (batch.drafter, batch.verifier, batch.ids_by_drafter,
                                                batch.ids_by_verifier)),
                                    torch.ones(1, length, dtype=torch.bool), ["s"], [0], batch.mode,
-                                   )  # fmt: skip
+                                   )
                 want = adapter.align(alone)
                 torch.testing.assert_close(result.aligned[row][result.mask[row]], want.aligned[0],
                                            atol=1e-4, rtol=1e-4)

@@ -121,7 +121,7 @@ def _reference_names(adapter):
      ("L5 layers", "L5_EAGLE",
       {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 2}),
      ("L5F lead 0", "L5F_FusedEAGLE",
-      {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),])  # fmt: skip
+      {"hidden_dim": WIDTH, "num_heads": 8, "ffn_dim": 32, "num_layers": 1}),])
 def test_reference_pt_files_are_read_without_running_code(name, kind, config, tmp_path):
     adapter, batch = make(name), make_batch([4])
     stored = {"model_state_dict": _reference_names(adapter), "config": config, "epoch": 3}

@@ -218,7 +218,7 @@ def record(arm, sample, seconds, *, sequence="a", identical=True, baseline=False
         "verdict": {
             "outcome": "identical" if identical else outcome, "position": 2, "reason": "made up"
         },
-    }  # fmt: skip
+    }
 
 
 def test_summary_is_against_the_best_baseline_from_paired_ratios():
@@ -233,7 +233,7 @@ def test_summary_is_against_the_best_baseline_from_paired_ratios():
         record("L1", "x", 2.0, rounds=[first, two, empty]),
         record("L1", "y", 1.0, sequence="b", rounds=[two]),
         record("L1", "only here", 9.0),
-    ]  # fmt: skip
+    ]
     summary = run.summarise(records, n_resamples=200)
     assert summary["baseline"] == "hf_generate" and summary["n_samples"] == 2 and summary[
         "n_clusters"] == 2

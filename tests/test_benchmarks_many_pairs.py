@@ -17,10 +17,10 @@ def test_made_up_pairs_are_trained_on_by_path_and_their_tokens_are_found(tmp_pat
     assert pairs.drafter_size == many_pairs.WIDTH
     training.run(parameters.TrainParameters.checked(
         {"run_dir": run, "data": str(train), "levels": ["L1"], "profile": "reference",
-         "epochs": 1}))  # fmt: skip
+         "epochs": 1}))
     found = ready.token_table(parameters.TokenParameters.checked(
         {"run_dir": run, "data": str(train), "test_data": [str(test)], "levels": ["L1"],
-         "resamples": 50}))  # fmt: skip
+         "resamples": 50}))
     rows = found["test"]["held_out"]["rows"]
     assert 0.7 < rows["drafter_tokens"]["token_acceptance"]["value"] < 0.9
     assert rows["ngram"]["token_acceptance"]["value"] > 0.2

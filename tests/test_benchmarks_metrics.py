@@ -15,7 +15,7 @@ from xsd.evaluate.kernels import head_tokens
 SMALL = bench_metrics.Sizes(n_samples=8, full=20, positions=4, width=32, batch=4, vocabulary=50,
                             head_samples=2, vocabularies=(64, 128), memory_rows=8, loop_positions=6,
                             resamples=50, repeats=1,
-                            )  # fmt: skip
+                            )
 
 
 def test_the_table_names_every_comparison_and_the_file_holds_the_facts(tmp_path):

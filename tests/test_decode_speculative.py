@@ -238,7 +238,7 @@ def test_spans_and_rounds_lie_on_one_clock():
     assert {(s.lane, s.what) for s in got.spans} == {
         ("drafter", "prefill"), ("drafter", "draft"), ("adapter", "adapter"),
         ("verifier", "prefill"), ("verifier", "verify"), ("verifier", "step"),
-    }  # fmt: skip
+    }
     assert all(0 <= s.start_s < s.end_s <= got.total_s for s in got.spans)
     assert all(r.draft_start_s <= r.draft_end_s <= r.verify_start_s < r.verify_end_s <= got.total_s
                for r in got.rounds)

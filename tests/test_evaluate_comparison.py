@@ -63,7 +63,7 @@ def whole(share=1.0):
 
 def test_waterfall_steps_add_up():
     arms = {"verifier": whole(), "verifier-self": arm(0.95), "teacher-forced drafter": arm(0.8),
-            "self-rollout": arm(0.6), "free-running": arm(0.5)}  # fmt: skip
+            "self-rollout": arm(0.6), "free-running": arm(0.5)}
     steps = comparison.gap(arms, CLUSTERS, n_resamples=200)
     names = [step["name"] for step in steps if step["metric"] == "loss"]
     assert names == ["capacity and objective", "modality", "rollout", "drift"]
@@ -92,7 +92,7 @@ def test_acceptance_by_word_kind():
 
 def test_losses_within_a_kind_of_word_are_paired_differences():
     arms = {"all": [True] * 5, "before": [True, True, True, True, False],
-            "after": [True, False, True, False, False]}  # fmt: skip
+            "after": [True, False, True, False, False]}
     groups = ["function", "colour", "colour", "colour", "function"]
     rows = comparison.loss_by_group(
         arms, [("modality", "before", "after"), ("whole", "all", "after")], groups,
@@ -108,7 +108,7 @@ def test_a_waterfall_in_accepted_tokens_begins_at_what_the_verifier_itself_would
     rounds = np.full(120, 4)
     steps = comparison.gap(
         {"verifier": (rounds * 5, rounds), "teacher-forced drafter": (rounds * 2, rounds)},
-        CLUSTERS, n_resamples=50)  # fmt: skip
+        CLUSTERS, n_resamples=50)
     assert [(step["name"], step["value"]) for step in steps] == [
         ("verifier", 5.0), ("capacity and modality", 3.0), ("teacher-forced drafter", 2.0)
     ]
@@ -144,7 +144,7 @@ def test_printed_report_has_its_eight_sections():
     found = found.rename(columns={"index": "sample"})
     options = {"n_resamples": 50}
     parts = [hidden.figures(found, **options), tokens.figures(found, **options),
-             reliability.figures(found, **options)]  # fmt: skip
+             reliability.figures(found, **options)]
     headline = pd.Series({"best floor": "4-gram", "clusters": 3}
                          | tables.sides("acceptance", Interval(0.9, 0.8, 1.0, 108, 3))
                          | tables.sides("floor", Interval(0.4, 0.3, 0.5, 108, 3))
@@ -174,7 +174,7 @@ def test_printed_report_has_its_eight_sections():
     assert "break-even, γ = 5: 1× above 100 %   1.5× never   2× never" in slow
     assert "the times given" in slow and "slower than plain decoding, if it held" in slow
     alone = pd.concat([hidden.figures(found.assign(sequence="road"), **options),
-                       tokens.figures(found.assign(sequence="road"), **options)])  # fmt: skip
+                       tokens.figures(found.assign(sequence="road"), **options)])
     changed = pd.Series({**headline, "clusters": 1} | tables.sides(
         "above floor", Interval(0.5, np.nan, np.nan, 108, 1)))
     said = report_text.report("bare", alone, gamma=5, headline=changed)

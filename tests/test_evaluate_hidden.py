@@ -54,7 +54,7 @@ def test_equals_the_plain_loop(seed, gamma):
     tokens, accepted, runs, prefill, decode = plain(aligned, target, mask, gamma)
     assert pick(found, "cosine_mean")["n"] == len(tokens) == int(mask.sum())
     for name, of in (("mean", statistics.fmean), ("std", statistics.pstdev),
-                     ("median", statistics.median), ("min", min), ("max", max)):  # fmt: skip
+                     ("median", statistics.median), ("min", min), ("max", max)):
         assert value(f"cosine_{name}") == pytest.approx(of(tokens), abs=1e-6)
     assert value("length_mean") == pytest.approx(float(mask.sum(1).float().mean()))
     for tau in TAUS:

@@ -49,7 +49,7 @@ def test_how_a_set_is_cut_into_batches_does_not_change_a_bit(seed, order):
       "the aligned state at sample 0, position 0 .* NaN"),
      (lambda a, t, m: (a, t.index_fill(1, torch.tensor([0]), 0.0), m),
       "the target state at sample 0, position 0 .* zero vector"),
-     (lambda a, t, m: (a[0], t, m), r"must be \[B, S, D\]")])  # fmt: skip
+     (lambda a, t, m: (a[0], t, m), r"must be \[B, S, D\]")])
 def test_bad_states_are_named(break_it, message):
     with pytest.raises(MetricError, match=message):
         cosines(*break_it(*random_states(1)[:3]))
@@ -91,7 +91,7 @@ def test_a_tie_goes_to_the_lower_id_and_ids_beyond_the_vocabulary_are_never_draf
      ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "targets": torch.tensor([1, -1])},
       "outside the head's 8 tokens"),
      ({"hidden": torch.ones(2, 4), "weight": torch.ones(8, 4), "targets": torch.tensor([1])},
-      "one token id for each state")])  # fmt: skip
+      "one token id for each state")])
 def test_wrong_heads_are_named(arguments, message):
     with pytest.raises(MetricError, match=message):
         head_tokens(**arguments)

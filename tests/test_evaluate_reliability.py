@@ -15,7 +15,7 @@ def table_of(cosines, matches, samples, level="L4"):
     frame = pd.DataFrame({
         "level": level, "sample": samples, "sequence": samples,
         "one_step_cosine": np.asarray(cosines, np.float32).astype(float), "one_step_match": matches
-    })  # fmt: skip
+    })
     return frame.assign(position=frame.groupby("sample").cumcount() - 1)
 
 
@@ -26,7 +26,7 @@ def test_bands_count_matches_and_open_below_so_that_they_add_up_to_thresholds():
     found = reliability.bands(TOKENS, n_resamples=50)
     assert found[["cosine_low", "cosine_high", "n", "n_match"]].to_numpy().tolist() == [
         [-1, 0.5, 2, 0], [0.85, 0.9, 1, 0], [0.9, 0.95, 3, 2], [0.95, 1.0, 1, 1]
-    ]  # fmt: skip
+    ]
     middle = found.iloc[2]
     assert middle["wilson_low"] < 2 / 3 < middle["wilson_high"]
     assert middle["cosine"] == pytest.approx((0.92 + 0.91 + 0.95) / 3)
@@ -41,7 +41,7 @@ def test_accept_at_a_threshold_stands_beside_the_truth():
     by_position = found[found["position"].notna()]
     assert by_position[["position", "n", "value"]].to_numpy().tolist() == [
         [0, 2, 1.0], [1, 1, 1.0], [2, 1, 0.0]
-    ]  # fmt: skip
+    ]
     nowhere = reliability.figures(TOKENS, thresholds=[0.99], n_resamples=50)
     assert "match_above" not in set(nowhere["metric"])
     assert reliability.misstatement(TOKENS, nowhere)["match above τ"].isna().all()
@@ -56,7 +56,7 @@ def test_intervals_are_the_clustered_bootstraps():
     expected = statistics.bootstrap_ratio(match & above, above, names, n_resamples=50)
     row = found[(found["metric"] == "match_above") & found["position"].isna()].iloc[0]
     assert tuple(row[["value", "low", "high", "n"]]) == (
-        expected.value, expected.low, expected.high, expected.n)  # fmt: skip
+        expected.value, expected.low, expected.high, expected.n)
 
 
 def test_needed_threshold_is_the_lowest_that_keeps_the_promise():
@@ -67,7 +67,7 @@ def test_needed_threshold_is_the_lowest_that_keeps_the_promise():
     found = reliability.needed(table_of(cosine, match, "a"), shares)
     for share, out in zip(shares, found.to_dict("records"), strict=True):
         kept = [tau for tau in sorted({-1.0, *cosine})
-                if (cosine > tau).any() and match[cosine > tau].mean() >= share]  # fmt: skip
+                if (cosine > tau).any() and match[cosine > tau].mean() >= share]
         assert out["threshold"] == (min(kept) if kept else None)
         if kept:
             assert out["tokens above"] == (cosine > out["threshold"]).mean()

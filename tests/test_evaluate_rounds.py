@@ -150,7 +150,7 @@ def test_a_round_accepts_what_its_own_start_gives_not_what_one_step_says():
     ([3], [[0] * 8], [0], 5, 2, "no answer has a position"),
     ([6], [[0] * 8], [8], 5, 2, "a run is longer than its draft"),
     ([3], [[3] * 8], [8], 5, 2, "a run is longer than its draft"),
-])  # fmt: skip
+])
 def test_runs_that_cannot_be_are_refused(first, runs, lengths, n_first, gamma, message):
     with pytest.raises(MetricError, match=message):
         walk(runs, lengths, gamma, first=first, n_first=n_first)

@@ -53,7 +53,7 @@ def test_adapters_drafter_and_floors_are_counted_on_the_same_tokens(head):
     batches = make_batches(head)
     tokens = table.of_batches(adapters, batches, head, gamma=3, drafter=True)
     answers = [b.ids_by_verifier[i, :int(b.mask[i].sum())].tolist() for b in batches
-               for i in range(4)]  # fmt: skip
+               for i in range(4)]
     floor = floors.ngram(answers, 4)
     rows = table.answers_as_rows(floor.match(answers), 3, level="ngram", first=-1,
                                  clusters=[f"drive{i // 4}" for i in range(12)])

@@ -76,7 +76,7 @@ def test_partial_tables_in_any_order_give_the_same_figures_and_no_loss_is_no_fig
 
 
 @pytest.mark.parametrize("options", [{"top_k": (0,)}, {"top_k": (1, 255)}, {"gamma": 0},
-                                     {"max_positions": 0}])  # fmt: skip
+                                     {"max_positions": 0}])
 def test_settings_without_a_meaning_are_refused(options):
     with pytest.raises(MetricError, match="top_k must lie in 1 … 254"):
         tokens.figures(made(0)[0], **options)

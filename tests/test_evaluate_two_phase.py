@@ -41,7 +41,7 @@ def test_a_round_accepts_what_its_own_start_gives_not_what_one_step_says():
     walked = rounds.walk([[0, 0, 0, 0, 2, 5, 5, 0]], [8], 5, first=[3], n_first=5)
     assert list(zip(walked.accepted, walked.drafted, walked.bonus, strict=True)) == [
         (3, 5, 1), (2, 4, 1), (0, 1, 1)
-    ]  # fmt: skip
+    ]
 
 
 def test_phases_are_read_from_the_token_table():
@@ -51,7 +51,7 @@ def test_phases_are_read_from_the_token_table():
         "level": "L4", "sample": list("aaabcc"), "sequence": list("xxxxyy"),
         "position": [-1, 0, 1, -1, -1, 0], "match": [True, True, False, True, False, True],
         "accepted": [2, 1, 0, 1, 0, 1],
-    })  # fmt: skip
+    })
     later = whole[whole["position"] >= 0].assign(level="B1")
     first, second, lengths, clusters = phases(pd.concat([whole, later]), n_first=1)
     assert {name: runs.tolist() for name, runs in first.items()} == {"L4": [1, 0]}
@@ -67,7 +67,7 @@ def test_phases_are_read_from_the_token_table():
     ([6], [[0] * 8], [8], 5, "longer than its draft"),
     ([3], [[3] * 8], [8], 5, "longer than its draft"),
     ([3], [[0] * 4], [8], 5, "do not fit"),
-])  # fmt: skip
+])
 def test_runs_that_cannot_be_are_refused(first, runs, lengths, n_first, message):
     with pytest.raises(MetricError, match=message):
         rounds.walk(runs, lengths, 2, first=first, n_first=n_first)

@@ -47,7 +47,7 @@ def extract(data, out, *more):
         str(out), "--pair",
         str(pair_folder()), "--max-new-tokens", "4", "--batch", "3", "--samples-per-shard", "4",
         "--max-questions", "2", "--stored", "fp32", *more
-    ])  # fmt: skip
+    ])
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ N = 80
 OPTIONS = {
     "modes": ("teacher_forced", "free_running"), "max_new_tokens": 3, "batch_size": 2,
     "samples_per_shard": 7, "dtype": "fp16",
-}  # fmt: skip
+}
 QUICK = {**OPTIONS, "modes": ("teacher_forced",)}
 
 

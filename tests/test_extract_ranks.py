@@ -21,7 +21,7 @@ from xsd.shards import store, writer
 OPTIONS = {
     "modes": ("teacher_forced", "free_running"), "layers": (-1, -2), "max_new_tokens": 4,
     "batch_size": 4, "samples_per_shard": 3, "dtype": "fp16",
-}  # fmt: skip
+}
 N = 11
 KINDS = ("free_running", "free_running.layer-2", "teacher_forced", "teacher_forced.layer-2")
 
@@ -203,7 +203,7 @@ def test_the_same_command_under_torchrun_goes_on_after_one_process_was_killed(
                                        rdzv_backend="c10d", rdzv_endpoint="localhost:0",
                                        max_restarts=0, monitor_interval=0.1, start_method="fork",
                                        log_line_prefix_template="",
-                                       )  # fmt: skip
+                                       )
         return launcher.elastic_launch(config, torchrun_worker)(samples, tmp_path, options, killed)
 
     with pytest.raises(ChildFailedError):

@@ -60,7 +60,7 @@ def test_repair_brings_back_the_very_bytes_and_touches_nothing_else(samples, who
     assert {problem.file.name for problem in mended} == {
         "shard-000001.safetensors", "shard-000002.parquet", "head-drafter.safetensors",
         "times.jsonl",
-    }  # fmt: skip
+    }
     assert store.verify(damaged) == [] and contents(damaged) == contents(whole)
     assert untouched.stat().st_mtime_ns == before
     assert store.ShardDataset(damaged).table()["seconds"].isna().all()
@@ -83,7 +83,7 @@ def test_status_says_where_a_run_stands(samples, tmp_path):
     run.extract(tiny_pair(), samples, tmp_path, **OPTIONS, progress=lambda p:
                 (seen.append(monitor.status(tmp_path)[0]), os.kill(os.getpid(), signal.SIGINT)
                  if p.done == 4 else None),
-                )  # fmt: skip
+                )
     assert [(s.state, s.done, s.total, s.pid) for s in seen] == [("running", 2, 9, os.getpid()),
                                                                  ("running", 4, 9, os.getpid())]
     assert seen[1].rate > 0 and seen[1].eta_s == pytest.approx(5 / seen[1].rate)

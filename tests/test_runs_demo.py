@@ -167,7 +167,7 @@ def test_the_recording_comes_second_and_has_no_interval():
             name: {key: {**kept, "low": None, "high": None} if isinstance(kept, dict) else kept
                    for key, kept in row.items()} for name, row in one["rows"].items()}},
         "simulated": one,
-    }  # fmt: skip
+    }
     found["tokens"] = {"gamma": 5, "test": sets}
     page = body(found)
     lead = page[:page.index("<nav>")]

@@ -79,7 +79,7 @@ def users_folder(root, with_images=True):
         "video_data": "interlaken_00_c/000003", "mp4_data": "interlaken_00_c/000003.mp4",
         "event_image": [f"interlaken_00_c/000003_{i}.png" for i in range(5)],
         "event_image_1f": ["interlaken_00_c/000003_0.png"], "conversations": [],
-    }  # fmt: skip
+    }
     (root / folder.INDEX).write_text(json.dumps([entry]))
     events = stream()
     path = root / "event_npy" / "interlaken_00_c" / "000003.npy"

@@ -30,12 +30,12 @@ def chunk(first, n):
         "sample_idx": (first + row) // 2, "question_idx": (first + row) % 2,
         "question": f"Q{(first + row) % 2}?", "egpt_text": "one", "vl_text": "other",
         "seq_len": LENGTHS[first + row]
-    } for row in range(n)]  # fmt: skip
+    } for row in range(n)]
     return {
         "egpt_hidden": drafter, "vl_hidden": verifier,
         "seq_lens": torch.tensor(LENGTHS[first:first + n]), "metadata": lines, "chunk_id": first,
         "n_samples": n,
-    }  # fmt: skip
+    }
 
 
 CONFIG = {

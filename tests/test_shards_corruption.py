@@ -41,7 +41,7 @@ def test_every_single_byte_flip_in_any_file_of_a_run_is_detected(run):
         "head-drafter.safetensors", "head-verifier.safetensors", "manifest.json",
         *(f"shard-00000{i}.{kind}" for i in range(3) for kind in ("parquet", "safetensors")),
         "times.jsonl",
-    ]  # fmt: skip
+    ]
     # Every file has its share, and the rest falls where the bytes are.
     chosen = [path for path in files for _ in range(50)]
     chosen += draw.choices(files, [path.stat().st_size for path in files], k=FLIPS - len(chosen))

@@ -253,7 +253,7 @@ def test_a_position_of_another_stream_is_refused(dataset, tmp_path):
 
 @pytest.mark.parametrize("options, message",
                          [({"rank": 2, "world_size": 2}, "rank=2 of world_size=2; expected 0 … 1"),
-                          ({"prefetch": 0}, "prefetch=0; expected at least 1")])  # fmt: skip
+                          ({"prefetch": 0}, "prefetch=0; expected at least 1")])
 def test_impossible_settings_are_refused(dataset, options, message):
     with pytest.raises(ShardError, match=message):
         Loader(dataset, batch_size=2, **options)

@@ -30,7 +30,7 @@ def place(tmp_path_factory):
         drive.write_dataset(root / "drives", split=split, n_sequences=2, seed=7, workers=1)
         assert cli.main(["data", "extract", str(root / "drives"), "-o", str(root / split),
                          "--pair", str(pair), "--split", split, "--modes", modes,
-                         "--max-questions", "2", "--max-new-tokens", "8"]) == 0  # fmt: skip
+                         "--max-questions", "2", "--max-new-tokens", "8"]) == 0
     return root
 
 
@@ -63,7 +63,7 @@ def test_what_the_verb_extracted_is_trained_on_and_judged_and_nothing_else_is_ex
     rows = folder.load_tokens(run)
     assert rows["draft_token"].notna().all() and "kind" in rows, "texts are known"
     assert set(tokens["test"]["test"]["rows"]) == {*LEVELS, "drafter_tokens", "position_mode",
-                                                   "ngram", "prompt_lookup"}  # fmt: skip
+                                                   "ngram", "prompt_lookup"}
 
 
 def test_the_pictures_of_a_sample_come_from_the_folder_that_was_extracted(found):
@@ -113,11 +113,11 @@ def chunked(place):
             [getattr(one, f"hidden_by_{theirs}")[:n] for one, n in zip(some, lengths, strict=True)],
             batch_first=True) for ours, theirs in (("egpt", "drafter"), ("vl", "verifier"))}
         lines = [{"sample_idx": i // 2, "question_idx": i % 2, "question": one.question}
-                 for i, one in enumerate(some)]  # fmt: skip
+                 for i, one in enumerate(some)]
         torch.save({**columns, "seq_lens": torch.tensor(lengths), "metadata": lines},
                    place / f"{name}.pt")
         assert cli.main(["data", "import-chunks", str(place / f"{name}.pt"), str(place / name),
-                         "--head", str(place / "head.pt"), *more]) == 0  # fmt: skip
+                         "--head", str(place / "head.pt"), *more]) == 0
     return place / "old_train", place / "old_test"
 
 
@@ -156,7 +156,7 @@ def test_any_adapter_is_judged_on_any_pairs_with_any_head(found, chunked, place,
     assert (tmp_path / "a" / "report.txt").read_text() in text
     stems = {path.stem for path in (tmp_path / "a" / "tables").iterdir()}
     assert stems == {"metrics", "headline", "floors", "expected_speedup", "wall_clock",
-                     "break_even"}  # fmt: skip
+                     "break_even"}
     stored = folder.load_results(tmp_path / "a")["evaluate"]
     tokens = found[2]
     rows = {row["level"]: row for row in stored["headline"] if row["unit"] == "token_acceptance"}

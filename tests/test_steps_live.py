@@ -147,7 +147,7 @@ def test_a_sample_is_the_one_that_was_extracted(bench):
     assert (sample.key, sample.question) == (own.keys[0], own.samples["question"].iloc[0])
     assert len(sample.event_frames) == 5 and sample.video.shape[0] == 8
     references = [some.reference(i, 12) for some in bench.samples.values()
-                  for i in range(len(some))]  # fmt: skip
+                  for i in range(len(some))]
     whole = [ids for ids in references if ids is not None]
     assert whole and all(len(ids) == 12 or ids[-1] == 2 for ids in whole)
 

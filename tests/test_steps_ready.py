@@ -47,3 +47,12 @@ def test_what_is_there_is_left_alone(made, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "trained", lambda run_dir: ["L4"])
     ready.ensure(own, adapters=True)
     assert made == []
+
+
+def test_a_run_on_pairs_from_elsewhere_gets_no_token_table_of_other_pairs(made, tmp_path):
+    (tmp_path / "shards").mkdir()
+    (tmp_path / "shards" / "named.json").write_text('{"train": ["elsewhere"]}')
+    compare = parameters.CompareParameters.checked({"run_dir": str(tmp_path),
+                                                    "runs": [str(tmp_path)]})
+    ready.ensure(compare, tokens=True)
+    assert made == []

@@ -53,7 +53,7 @@ def found(run_dir):
     pairs = evaluation.held_out_sets(run_dir, given.test_data, given.mode)
     states = {name: table.measure(adapters, one, gamma=None) for name, one in pairs.items()}
     figures_of = {name: hidden.figures(one, thresholds=given.thresholds, n_resamples=50)
-                  for name, one in states.items()}  # fmt: skip
+                  for name, one in states.items()}
     results = evaluation.hidden(figures_of, adapters, pairs, threshold=0.9)
     evaluation.save(run_dir, "hidden", results, pairs, given.model_dump(), figures_of)
     tokens = ready.token_table(
@@ -145,7 +145,7 @@ def bounds_of(node):
         return set()
     own = {one for name in node if name in ("low", "high") or name.endswith(("_low", "_high"))
            if not name.startswith("cosine_")
-           for one in (node[name] if isinstance(node[name], list) else [node[name]])}  # fmt: skip
+           for one in (node[name] if isinstance(node[name], list) else [node[name]])}
     return own.union(*map(bounds_of, node.values()))
 
 

@@ -211,7 +211,7 @@ def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run,
     with pytest.raises(ParameterError, match="holds no measured costs; run notebook 05"):
         timed(tmp_path, timing="measured")
     ms = {"verifier_prefill": 30.0, "drafter_prefill": 10.0, "drafter_step": 2.0, "adapter L1": 1.0,
-          "adapter B1": 1.0, **{f"verify {n}": 9.0 + n for n in (1, 6, 10)}}  # fmt: skip
+          "adapter B1": 1.0, **{f"verify {n}": 9.0 + n for n in (1, 6, 10)}}
     costs = {name: {"ms": one} for name, one in ms.items()}
     folder.save_results(tmp_path, "live", {"costs": costs})
     found = timed(tmp_path, timing="measured")
@@ -241,7 +241,7 @@ def test_the_report_holds_sections_tables_and_figures(run, found, run_dir):
     stems = {path.stem for path in (place / "tables").glob("*.csv")}
     assert {f"{name}_simulated" for name in (
         "gap", "arms", "metrics", "two_phase", "expected_speedup", "wall_clock", "break_even",
-    )} <= stems  # fmt: skip
+    )} <= stems
     assert run.written["tables"] == 3 * len(stems) == len(list((place / "tables").iterdir()))
     gap = pd.read_csv(place / "tables" / "gap_simulated.csv")
     assert len(gap) == len(found["gap"])
@@ -288,9 +288,9 @@ def test_pictures_are_drawn_where_there_is_a_browser_and_named_where_there_is_no
 def gap_rows(*values):
     names = [("level", "verifier"), ("loss", "modality"), ("level", "teacher-forced drafter"),
              ("level", "teacher-forced drafter"), ("loss", "drift"),
-             ("level", "free-running")]  # fmt: skip
+             ("level", "free-running")]
     rows = [{"metric": kind, "name": name, "value": v, "low": v - 0.02, "high": v + 0.02}
-            for (kind, name), v in zip(names, values, strict=True)]  # fmt: skip
+            for (kind, name), v in zip(names, values, strict=True)]
     ends = {0: 1.0, 1: 0.8, 2: 0.8, 3: 0.8, 4: 0.3, 5: 0.3}
     starts = {1: 1.0, 4: 0.8}
     return pd.DataFrame(
@@ -322,7 +322,7 @@ def test_arms_kinds_and_phases_are_drawn_from_their_tables(found):
     kinds = pd.DataFrame(
         [{"loss": loss, "group": group, "value": 0.1, "low": low, "high": 0.2, "n": 9}
          for loss, low in (("modality", 0.05), ("drift", -0.1))
-         for group in ("colour", "motion")])  # fmt: skip
+         for group in ("colour", "motion")])
     cells = truth_figures.losses_by_kind(kinds).data[0].text
     assert [list(line)
             for line in cells] == [["<b>10.0</b>", "10.0"]] * 2  # bold: the interval excludes zero

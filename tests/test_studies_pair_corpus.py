@@ -20,7 +20,7 @@ def test_duplicate_rate_counts_every_member_of_a_group():
     table = pd.DataFrame({
         "role": "verifier", "sequence": "s", "clip": list("0123"), "kind": "people",
         "answer": ["a", "a", "b", "c"],
-    })  # fmt: skip
+    })
     assert card.duplicate_rate(table) == 0.5
     assert card.duplicate_rate(table.drop_duplicates("answer")) == 0.0
 

@@ -17,7 +17,7 @@ from xsd.models import handle as handles
 view_settings = {
     "zoom": st.floats(1.15, 1.8), "roll_degrees": st.floats(-8, 8), "right": st.floats(-1, 1),
     "down": st.floats(-1, 1), "gain": st.floats(0.5, 1.05),
-}  # fmt: skip
+}
 
 
 @given(st.builds(views.View, **view_settings), st.sampled_from([24, 96]))

@@ -16,7 +16,7 @@ def given(tmp_path_factory):
     return PixelParameters.checked({
         "run_dir": str(tmp_path_factory.mktemp("pixels")), "image_size": 16, "width": 8,
         "epochs": 4, "workers": 1, "resamples": 50, "n_train_sequences": 3, "n_test_sequences": 2,
-    })  # fmt: skip
+    })
 
 
 @pytest.fixture(scope="module")

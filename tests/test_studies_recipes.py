@@ -182,7 +182,7 @@ def test_answers_of_one_token_alone_are_refused():
     one = batches()[0]
     short = Batch(one.drafter[:, :1], one.verifier[:, :1], one.ids_by_drafter[:, :1],
                   one.ids_by_verifier[:, :1], one.mask[:, :1], one.sequence, one.index, one.mode,
-                  )  # fmt: skip
+                  )
     adapter = linear.fit_linear("ridge", [one])
     with pytest.raises(MetricError, match="no held-out answer has a second token"):
         counted(adapter, [short], 3)

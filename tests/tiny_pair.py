@@ -33,7 +33,7 @@ _SENTENCES = (*QUESTIONS, DRAFTER_SYSTEM, "USER: ASSISTANT: <ev_start> <ev_end>"
 VISION = {
     "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
     "image_size": 28, "patch_size": 14, "projection_dim": 16,
-}  # fmt: skip
+}
 
 
 def tiny_tokenizer(*added: str) -> LlamaTokenizer:
@@ -68,7 +68,7 @@ def make_tiny_pair(folder: str | Path, seed: int = 0, *, hidden_size: int = 32,
             "hidden_size": hidden_size, "intermediate_size": 2 * hidden_size,
             "num_attention_heads": 4, "num_key_value_heads": 4, "initializer_range": 0.3,
             "max_position_embeddings": 512, "pad_token_id": 0,
-        }  # fmt: skip
+        }
         drafter = EventGPTForCausalLM(
             EventGPTConfig(vocab_size=text, num_hidden_layers=drafter_layers,
                            vision_config=dict(VISION), **llama))

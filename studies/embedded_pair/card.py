@@ -67,7 +67,7 @@ def answer_table(pair: Any, rows: Sequence[Asked], *, max_new_tokens: int = 64,
                 "role": role, "sequence": sample.sequence, "clip": sample.clip, "kind": kind,
                 "answer": text.strip(), "truth": language.answer(facts, kind, role),
                 "finish": continuation.finish,
-            }  # fmt: skip
+            }
             scores = compare_facts(text, facts, kind, role) or {"nothing": (0, 0)}
             table += [{**about, "fact": fact, "right": right, "expected": expected}
                       for fact, (right, expected) in scores.items()]
@@ -107,7 +107,7 @@ def accuracy(table: pd.DataFrame, by: str | None = None, *, resamples: int = 200
             "facts": int(rows["expected"].sum()),
             "wholly_right": float((wholly["right"] == wholly["expected"]).mean()),
             "answers": len(wholly),
-        })  # fmt: skip
+        })
     return pd.DataFrame(out)
 
 
@@ -138,7 +138,7 @@ def score(folder: str | Path, *, n_sequences: int, command: str, seed: int = 200
         "sequences": n_sequences, "seed": seed, "command": command,
         "n_sequences": trained["n_sequences"], "training_seed": trained["seed"],
         "profile": trained["profile"],
-    })  # fmt: skip
+    })
 
 
 def write(folder: str | Path, table: pd.DataFrame, about: dict[str, Any]) -> Path:
@@ -162,7 +162,7 @@ def text(table: pd.DataFrame, about: dict[str, Any]) -> str:
         f"sequence and question (seed {about['seed']}).", "",
         "| model | question | facts right | 95 % interval | answers wholly right | facts |",
         "|---|---|---|---|---|---|",
-    ]  # fmt: skip
+    ]
     overall = accuracy(table).assign(kind="**all**")
     for row in pd.concat([overall, accuracy(table, "kind")]).to_dict("records"):
         right, low, high, wholly = (
@@ -171,7 +171,7 @@ def text(table: pd.DataFrame, about: dict[str, Any]) -> str:
                      f"| {row['facts']} |")
     return "\n".join([
         *lines, "", f"Duplicate answers of the verifier: {100 * duplicate_rate(table):.1f} %.", "",
-        f"Command: {about['command']}", ""])  # fmt: skip
+        f"Command: {about['command']}", ""])
 
 
 _CARD = """

@@ -41,7 +41,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     **{f"{place}_distance": ("near", "far") for place in _PLACES},
     "pedestrian": _PEDESTRIAN, "pedestrian_colour": tuple(COLOURS),
     "cyclist": ("none", "left", "right"), "cyclist_colour": tuple(COLOURS),
-}  # fmt: skip
+}
 """The facts as classification targets; -1 where a clip (or an event camera) does not decide one."""
 
 LAYOUT_KINDS = ("nothing", *VEHICLES, "pedestrian", "cyclist", "light", *SURROUNDINGS)

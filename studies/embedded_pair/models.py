@@ -69,7 +69,7 @@ def _llama(vocab_size: int, layers: int, pad: int) -> dict[str, Any]:
         "num_hidden_layers": layers, "num_attention_heads": _HEADS, "num_key_value_heads": _HEADS,
         "max_position_embeddings": 1024, "rms_norm_eps": 1e-5, "bos_token_id": 1, "eos_token_id": 2,
         "pad_token_id": pad, "tie_word_embeddings": False,
-    }  # fmt: skip
+    }
 
 
 def new_drafter(vocab_size: int, *, seed: int, layers: int = 4) -> EventGPTForCausalLM:
@@ -144,7 +144,7 @@ def _decoder_parts(body: nn.Module, lm_head: nn.Linear) -> dict[str, Any]:
         "embed": body.embed_tokens, "middle": body.layers[n_layers // 2 - 1],
         "early": body.layers[max(0, n_layers // 3 - 1)],
         "decoder": nn.ModuleList([body.embed_tokens, body.layers, body.norm, lm_head]),
-    }  # fmt: skip
+    }
 
 
 def drafter_parts(model: EventGPTForCausalLM) -> Parts:
@@ -168,7 +168,7 @@ def drafter_parts(model: EventGPTForCausalLM) -> Parts:
         n_visual=N_EVENT_FRAMES + body.config.n_frame_tokens, tower_width=_TOWER["hidden_size"],
         grounding_frames=tuple(range(N_EVENT_FRAMES)),
         prompt_ids=partial(handles.prompt_ids, "drafter"),
-        **_decoder_parts(body, model.lm_head))  # fmt: skip
+        **_decoder_parts(body, model.lm_head))
 
 
 def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
@@ -189,7 +189,7 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
         patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:], patch_frames=tuple(range(8)),
         n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"],
         grounding_frames=(0, 2, 5, 7), prompt_ids=partial(handles.prompt_ids, "verifier"),
-        **_decoder_parts(model.model.language_model, model.lm_head))  # fmt: skip
+        **_decoder_parts(model.model.language_model, model.lm_head))
 
 
 def verifier_tokenizer(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:

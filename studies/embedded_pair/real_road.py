@@ -113,4 +113,4 @@ def compare_with_simulation(recording: Recording, config: dvs.DvsConfig,
         "n_real": len(real), "n_simulated": len(simulated), "ratio": len(simulated) / len(real),
         "on_share_real": float(real.p.mean()), "on_share_simulated": float(simulated.p.mean()),
         "spatial_correlation": float(np.corrcoef(*maps)[0, 1]),
-    }  # fmt: skip
+    }

@@ -56,7 +56,7 @@ PROFILES = {
         {"verifier": LanguageConfig(steps=2400, batch_size=4),
          "drafter": LanguageConfig(steps=4500, batch_size=6)},
     ),
-}  # fmt: skip
+}
 FIRST_HELD_OUT_SEED = 1000
 """Seeds from here on belong to notebooks 01 to 07 (xsd/steps/data.py) and to the card."""
 

@@ -99,13 +99,13 @@ def train_model(parts: Parts, material: Material, tokenizer: Any, folder: Path, 
         reading.SceneReader(width, grounding.PatchReader(width, *PATCH_CLASSES), CLASSES["ego"]),
         reading.ClipTruths(material.labels, ego, material.colour_known, codes),
         middle=parts.middle, early=parts.early, patches=parts.patches,
-    ).to(device)  # fmt: skip
+    ).to(device)
     common = {
         "embed": parts.embed, "visual": visual, "tower": parts.tower, "readers": readers,
         "trained": nn.ModuleList([parts.decoder, parts.projector]),
         "before": parts.prompt_ids(tokenizer, "?")[0], "n_visual": parts.n_visual,
         "n_clips": len(material.images), "device": device,
-    }  # fmt: skip
+    }
     reading.train_lower_half(**common, decode=parts.decode_lower, config=reading_config,
                              **kept("reading"))
     language.train_decoder(**common, decode=parts.decode, lm_head=parts.lm_head, segments=choose,

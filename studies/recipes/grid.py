@@ -101,7 +101,7 @@ def jobs(levels: Sequence[str], recipes: Sequence[str], seeds: Sequence[int], *,
     ]
     wanted += [Job(name, CLOSED_FORM, 0) for name in FLOORS]
     wanted += [job for share in shares for level in curve
-               for job in curve_jobs(level, seeds, share)]  # fmt: skip
+               for job in curve_jobs(level, seeds, share)]
     own = [job.level for job in wanted if job.level not in FLOORS]
     by_size = [*FLOORS, *sorted(dict.fromkeys([*registry.LEVELS, *own]), key=_weight)]
     length = {"converged": 0, "documented": 1, "reference": 1, "best": 2, CLOSED_FORM: 3}

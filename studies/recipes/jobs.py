@@ -78,7 +78,7 @@ def work(job: Job, P: StudyParameters) -> dict[str, Any]:
     identity = {
         "data": data.hashes, "gamma": P.gamma, "threshold": P.threshold,
         "config": None if config is None else dataclasses.asdict(config),
-    }  # fmt: skip
+    }
     place = folder.resolve(P.run_dir) / "study" / job.place
     stored = place / "results.json"
     if stored.is_file():
@@ -91,7 +91,7 @@ def work(job: Job, P: StudyParameters) -> dict[str, Any]:
     record = {
         "identity": identity, "reads": adapter.reads,
         "parameters": registry.count_parameters(adapter), **cost, "counts": counts.to_dict("list"),
-    }  # fmt: skip
+    }
     write_json(stored, record)
     # finished: best.safetensors and history.json stay
     (place / "checkpoint.pt").unlink(missing_ok=True)
@@ -119,4 +119,4 @@ def _train(job: Job, data: Data, config: FitConfig, place: Path) -> tuple[Any, d
     return registry.load_any_adapter(result.best_path, level=job.level), {
         "seconds": seconds, "steps": epochs * math.ceil(batches / config.accumulation),
         "epochs": epochs, "best_epoch": result.best_epoch, "pairs": len(states),
-    }  # fmt: skip
+    }

@@ -81,7 +81,7 @@ def without_adapter(training: Sequence[Sequence[int]], pairs: HeldOut,
             "positions": [len(hit) for hit in hits.values()],
             "matched": [int(hit.sum()) for hit in hits.values()],
             "accepted": each["accepted"], "rounds": each["rounds"],
-        })  # fmt: skip
+        })
     return out
 
 

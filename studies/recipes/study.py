@@ -72,7 +72,7 @@ def run(P: StudyParameters, *,
         "curve": _curve(P, data, records, seeds),
         "provenance": provenance(seed=P.seed, data_hash=data.hashes["train"],
                                  parameters=P.model_dump()),
-    }  # fmt: skip
+    }
     folder.save_results(P.run_dir, "study", results)
     for name, found in (("study", table(results)), ("study_times", times(results)),
                         ("study_curve", curve(results))):
@@ -119,7 +119,7 @@ def _row(P: StudyParameters, records: Records, some: Sequence[Job]) -> dict[str,
         "level": some[0].level, "recipe": some[0].recipe, "reads": one["reads"],
         "parameters": one["parameters"], "pairs": one["pairs"], **means, "n_seeds": len(some),
         **measure.figures(_counts(records, some), **_options(P)),
-    }  # fmt: skip
+    }
 
 
 def _rows(P: StudyParameters, data: jobs.Data, records: Records,
@@ -133,7 +133,7 @@ def _rows(P: StudyParameters, data: jobs.Data, records: Records,
     return rows + [
         {"level": name, "recipe": NO_ADAPTER, **measure.figures([counts], **_options(P))}
         for name, counts in bare.items()
-    ]  # fmt: skip
+    ]
 
 
 def _times(P: StudyParameters, records: Records, seeds: Sequence[int]) -> list[dict[str, Any]]:

@@ -66,7 +66,7 @@ def of(records: Sequence[Mapping[str, Any]], *, n_resamples: int = statistics.N_
             **{name: _known(value) for name, value in dataclasses.asdict(interval).items()},
             "total": float(times[baseline].sum() / times[arm].sum()), "baseline": baseline,
             "slower": float((ratios < 1).mean()), "spread": spread.get(arm), "others": others,
-            "busy": loose or (others or 0.0) > OTHERS,
+            "busy": bool(loose or (others or 0.0) > OTHERS),
         }
     return found
 

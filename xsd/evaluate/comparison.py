@@ -80,7 +80,7 @@ def above_floors(counted: pd.DataFrame, below: Mapping[str, str],
         each = {level: part[list(columns)].to_numpy().T for level, part in parts.items()}
         floors = {name: each[level] for name, level in below.items()}
         out[unit] = {level: compare_with_floors(counts, floors, clusters, **options)
-                     for level, counts in each.items()}  # fmt: skip
+                     for level, counts in each.items()}
     return out
 
 
@@ -107,7 +107,7 @@ def compare_arms(arms: Mapping[str, Counts], reference: str, clusters: Sequence[
                 "difference_high": apart.high,
                 "differs": apart.excludes(0.0) if apart.n_clusters > 1 else None,
                 "detectable": _detectable(counts, arms[reference], clusters),
-            }  # fmt: skip
+            }
     return out
 
 
@@ -167,9 +167,9 @@ def gap(arms: Mapping[str, Counts], clusters: Sequence[str],
     order for every arm. Raises: MetricError as losses_between and the bootstrap do.
     """
     heights = {name: bootstrap_ratio(*counts, clusters, **options)
-               for name, counts in arms.items()}  # fmt: skip
+               for name, counts in arms.items()}
     levels = {name: row("level", height, name=name) | {"start": 0.0, "end": height.value}
-              for name, height in heights.items()}  # fmt: skip
+              for name, height in heights.items()}
     rows = [levels[VERIFIER]]
     for loss, before, after in losses_between(arms):
         if rows[-1] is not levels[before]:
@@ -192,7 +192,7 @@ def counts_by_group(matches: Any, groups: Sequence[str],
     tokens = pd.DataFrame({"match": matches, "group": groups, "cluster": clusters})
     sums = tokens.groupby(["cluster", "group"])["match"].agg(["sum", "size"]).unstack(fill_value=0)
     return {name: (sums["sum", name].to_numpy(), sums["size", name].to_numpy())
-            for name in sums["size"]}  # fmt: skip
+            for name in sums["size"]}
 
 
 def loss_by_group(arms: Mapping[str, Any], losses: Iterable[tuple[str, str, str]],
@@ -205,4 +205,4 @@ def loss_by_group(arms: Mapping[str, Any], losses: Iterable[tuple[str, str, str]
     return [row("token_loss", bootstrap_ratio_difference(counts[before][group], found, names,
                                                          **options), loss=loss, group=group)
             for loss, before, after in losses
-            for group, found in counts[after].items()]  # fmt: skip
+            for group, found in counts[after].items()]

@@ -49,7 +49,7 @@ def by_position(tokens: pd.DataFrame, tau: float | None = None, *, cosine: str =
                 **{f"{name}{end}": [getattr(one, end[1:] or "value") for one in line]
                    for name, line in zip(("marginal", "survival"), found, strict=True)
                    for end in ("", "_low", "_high")},
-            }))  # fmt: skip
+            }))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -70,7 +70,7 @@ def unbroken_prefix_histogram(tokens: pd.DataFrame, tau: float | None = None) ->
     for level, _, prefix in _prefixes(tokens, tau):
         length, n = np.unique(prefix, return_counts=True)
         pieces.append(pd.DataFrame({"level": level, "length": length, "n": n,
-                                    "share": n / n.sum()}))  # fmt: skip
+                                    "share": n / n.sum()}))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -92,7 +92,7 @@ def cosine_histogram(tokens: pd.DataFrame, column: str = "cosine", *, bins: int 
         n, _ = np.histogram(np.clip(values.to_numpy(float), edges[0], edges[-1]), edges)
         pieces.append(pd.DataFrame({"level": level, "cosine_low": edges[:-1],
                                     "cosine_high": edges[1:], "n": n,
-                                    "share": n / len(values)}))  # fmt: skip
+                                    "share": n / len(values)}))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -107,7 +107,7 @@ def by_draft(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
             here = accepted[room >= k]
             rows.append({"level": level, "draft": k, "n": len(here),
                          "marginal": _share(here >= k),
-                         "conditional": _share(here[here >= k - 1] >= k)})  # fmt: skip
+                         "conditional": _share(here[here >= k - 1] >= k)})
     return pd.DataFrame(rows)
 
 
@@ -126,7 +126,7 @@ def by_kind(tokens: pd.DataFrame, *, n_resamples: int = RESAMPLES,
         drawn = bootstrap_columns(sums["sum"], sums["size"], sums.index, n_resamples=n_resamples,
                                   seed=seed)
         rows += [{"level": level, "kind": kind, **vars(one)}
-                 for kind, one in zip(sums["size"], drawn, strict=True)]  # fmt: skip
+                 for kind, one in zip(sums["size"], drawn, strict=True)]
     found = pd.DataFrame(rows)
     order = found.groupby("kind")["n"].max().sort_values(ascending=False, kind="stable").index
     found["place"] = order.get_indexer(found["kind"])

@@ -89,7 +89,7 @@ class HeldOut:
         """The sequence of every sample, or its clip where there is but one sequence: what another
         picture is taken from. Clips of a sequence overlap, so no interval draws them."""
         clips = [f"{one}/{clip}" for one, clip in zip(self.clusters, self.samples["clip"],
-                                                      strict=True)]  # fmt: skip
+                                                      strict=True)]
         return clips if len(set(self.clusters)) == 1 else self.clusters
 
     def reference(self, index: int, max_new_tokens: int) -> tuple[int, ...] | None:

@@ -52,7 +52,7 @@ def summary(values: Any) -> dict[str, float]:
     order."""
     values = np.sort(np.asarray(values, dtype=np.float64).reshape(-1))
     out = {"mean": values.mean(), "std": values.std(), "min": values[0], "max": values[-1],
-           "median": np.median(values)}  # fmt: skip
+           "median": np.median(values)}
     at = np.percentile(values, PERCENTILES)
     return out | {f"p{key}": value for key, value in zip(PERCENTILES, at, strict=True)}
 
@@ -70,7 +70,7 @@ def _overall(cosine: np.ndarray, clusters: list[str], taus: Sequence[float], gam
     lengths, ones = inside.sum(axis=1), np.ones(len(cosine))
     cosines = np.where(inside, cosine, 0).sum(axis=1, dtype=np.float64)
     ratios = {("cosine_mean", None): (cosines, lengths),
-              ("accepted_weighted", None): (cosines, ones)}  # fmt: skip
+              ("accepted_weighted", None): (cosines, ones)}
     unbroken = {}
     for tau in taus:
         accepted = cosine > np.float32(tau)
@@ -81,7 +81,7 @@ def _overall(cosine: np.ndarray, clusters: list[str], taus: Sequence[float], gam
             ("unbroken_prefix_mean", tau): (run, ones),
             ("draft_acceptance_prefill", tau): (run / lengths, ones),
             ("draft_acceptance_decode", tau): (np.minimum(run, gamma) / gamma, ones),
-        }  # fmt: skip
+        }
     above, below = (np.stack(one, axis=1) for one in zip(*ratios.values(), strict=True))
     drawn = bootstrap_columns(above, below, clusters, n_resamples=n_resamples, seed=seed)
     out = [row("cosine_mean", drawn[0], threshold=None, position=None)]
@@ -105,5 +105,5 @@ def _by_position(cosine: np.ndarray, clusters: list[str], taus: Sequence[float],
         out += spread("cosine", cosine[inside[:, t], t], ["mean", "std"], position=t)
         for tau, (marginal, survival) in zip(taus, bands, strict=True):
             out += [row("accept_at", marginal[t], threshold=tau, position=t),
-                    row("survival_at", survival[t], threshold=tau, position=t)]  # fmt: skip
+                    row("survival_at", survival[t], threshold=tau, position=t)]
     return out

@@ -51,7 +51,7 @@ def bands(tokens: pd.DataFrame, edges: Sequence[float] = BANDS, *,
                 "cosine_high": edges[band + 1], "n": of.n, "n_match": int(matched[i]),
                 "n_clusters": of.n_clusters, "rate": of.value, "low": of.low, "high": of.high,
                 "wilson_low": unclustered.low, "wilson_high": unclustered.high,
-            })  # fmt: skip
+            })
     return pd.DataFrame(rows)
 
 
@@ -71,10 +71,10 @@ def figures(tokens: pd.DataFrame, *, thresholds: Sequence[float] = THRESHOLDS,
     rows = []
     draws = {"n_resamples": n_resamples, "seed": seed}
     kept = ["level", "rate", "low", "high", "n", "n_clusters", "cosine_low", "cosine_high",
-            "n_match"]  # fmt: skip
+            "n_match"]
     drawn = bands(tokens, edges, **draws).reindex(columns=kept).rename(columns={
         "rate": "value", "cosine_low": "band_low", "cosine_high": "band_high"
-    })  # fmt: skip
+    })
     grids = table.by_level(_known(tokens), "cosine", "match")
     for level, about, (cosine, match), inside in grids:
         own = drawn[drawn["level"] == level].assign(metric="match_given_cosine", position=None)
@@ -94,7 +94,7 @@ def _at_threshold(above: np.ndarray, match: np.ndarray, inside: np.ndarray, clus
         "overstatement": (above.astype(int) - match, inside),
         "match_above": (match & above, above),
         "match_below": (match & ~above, inside & ~above),
-    }  # fmt: skip
+    }
     for name, (hits, of) in ratios.items():
         if of.any():
             yield row(name, bootstrap_ratio(hits.sum(axis=1), of.sum(axis=1), clusters, **draws))
@@ -121,7 +121,7 @@ def misstatement(tokens: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
                 **tables.sides("overstates", at.loc["overstatement"]),
                 "match above τ": at["value"].get("match_above"),
                 "match below τ": at["value"].get("match_below"), "n": len(own),
-            })  # fmt: skip
+            })
     return pd.DataFrame(rows)
 
 
@@ -142,7 +142,7 @@ def needed(tokens: pd.DataFrame, shares: Sequence[float] = (0.8, 0.9, 0.95, 0.99
             rows.append({
                 "level": level, "match wanted": share, "threshold": below if kept else None,
                 "tokens above": kept / len(values), "n": len(values)
-            })  # fmt: skip
+            })
     return pd.DataFrame(rows)
 
 
@@ -150,7 +150,7 @@ def _known(tokens: pd.DataFrame, columns: tuple[str, str] = ONE_STEP) -> pd.Data
     """The rows that have a cosine, the columns of cosine and match under these names."""
     names = ["level", "sample", "sequence", "position", *columns]
     known = tokens.loc[tokens[columns[0]].notna(), names].set_axis(
-        [*names[:4], "cosine", "match"], axis=1)  # fmt: skip
+        [*names[:4], "cosine", "match"], axis=1)
     if (known["cosine"].abs() > 1).any():
         raise MetricError("a cosine lies outside [-1, 1]; measure it with table.measure")
     return known

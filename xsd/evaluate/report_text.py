@@ -28,7 +28,7 @@ class _Figures:
         self.rows = dict(zip(keys, metrics.to_dict("records"), strict=True))
         self.bands = metrics[metrics["metric"] == "match_given_cosine"].to_dict("records")
         self.thresholds = sorted(tau for name, tau, at in self.rows
-                                 if name == "accept_at" and at is None)  # fmt: skip
+                                 if name == "accept_at" and at is None)
 
     def __call__(self, metric: str, tau: float | None = None, at: int | None = None,
                  key: str = "value") -> Any:
@@ -89,10 +89,10 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
             of, gamma, timing or Timing(), measured),
         "[7] By position in the answer": _positions(of, positions),
         "[8] Tokens: the verifier's verdict": _tokens(of, gamma, headline, floors),
-    }  # fmt: skip
+    }
     parts = [f"{'=' * _WIDTH}\n{title}\n{heading}\n{'=' * _WIDTH}"]
     parts += ["\n".join([name, "-" * _WIDTH, *(f"  {line}" for line in lines)])
-              for name, lines in sections.items()]  # fmt: skip
+              for name, lines in sections.items()]
     return "\n\n".join(parts) + "\n"
 
 
@@ -111,23 +111,23 @@ def _speedup(of: _Figures, gamma: int, timing: Timing, measured: float | None) -
         estimate = reference_estimates(of("unbroken_prefix_mean", 0.9),
                                        of("draft_acceptance_decode", 0.9), gamma, timing)
         figures = "   ".join(f"{name.replace('_', ' ')} {value:.2f}×"
-                             for name, value in estimate.items())  # fmt: skip
+                             for name, value in estimate.items())
         lines += [f"the reference's formulas at cos > 0.90, {_TIMES[timing.kind]}: {figures}",
-                  _verdict(estimate["end_to_end"], measured)]  # fmt: skip
+                  _verdict(estimate["end_to_end"], measured)]
     else:
         lines.append("the reference's formulas read the threshold 0.90, which was not measured")
     if of.has("token_acceptance"):
         alpha = of("token_acceptance")
         lines += [f"{alpha:.1%} of the tokens, γ = {one['gamma']}: {one['tokens']:.2f} tokens a "
                   f"round, {one['speedup']:.2f}× unbroken, {one['relaxed']:.2f}× relaxed"
-                  for one in expected_table(alpha, timing)]  # fmt: skip
+                  for one in expected_table(alpha, timing)]
     shares = (f"{one['accepted']:.0%} {one['speedup']:.2f}×" for one in wall_clock_table(timing))
     lines.append(f"end to end when so many of the hidden drafts are accepted: {'   '.join(shares)}")
     for gamma in timing.gammas:
         needed = break_even_table([gamma], overhead=timing.overhead)
         lines.append(f"break-even, γ = {gamma}: " + "   ".join(
             f"{row['target']:g}× above {row['alpha_percent']} %" if row["alpha_percent"] <= 100 else
-            f"{row['target']:g}× never" for row in needed))  # fmt: skip
+            f"{row['target']:g}× never" for row in needed))
     return lines
 
 
@@ -177,7 +177,7 @@ def _tokens(of: _Figures, gamma: int, headline: pd.Series | None,
         f"accepted drafts per round, γ = {gamma}: "
         f"{of.text('token_accepted_per_round', percent=False)} without, {with_bonus:.2f} with the "
         "bonus token",
-    ]  # fmt: skip
+    ]
     if floors is not None:
         lines += [f"floor {row['floor']}: {_interval(row).text()}"
                   for row in floors.to_dict("records")]
@@ -196,7 +196,7 @@ def _tokens(of: _Figures, gamma: int, headline: pd.Series | None,
 def _sentence(headline: pd.Series) -> str:
     """One honest sentence."""
     arm, floor, above = (_interval(headline, name)
-                         for name in ("acceptance", "floor", "above floor"))  # fmt: skip
+                         for name in ("acceptance", "floor", "above floor"))
     verdict = "is above" if above.value > 0 else "is below"
     over = f"{headline['clusters']} sequences"
     if headline["clusters"] < 2:

@@ -34,9 +34,9 @@ class Rounds:
         """accepted, drafted, bonus, rounds: int64 [n_requests]; what the paired, clustered
         bootstrap resamples."""
         each = {"accepted": self.accepted, "drafted": self.drafted, "bonus": self.bonus,
-                "rounds": np.ones_like(self.request)}  # fmt: skip
+                "rounds": np.ones_like(self.request)}
         return {name: np.bincount(self.request, weights, self.n_requests).astype(np.int64)
-                for name, weights in each.items()}  # fmt: skip
+                for name, weights in each.items()}
 
 
 def walk(runs: Any, lengths: Any, gamma: int, *, first: Any = None,
@@ -247,7 +247,7 @@ class Acceptance:
                      "draft_acceptance_rate": rate,
                      "per_position_acceptance_rate": self.marginal},
             "sglang": {"accept_length": with_bonus, "accept_rate": rate},
-        }  # fmt: skip
+        }
         if system.lower() not in forms:
             raise MetricError(f"unknown convention {system!r}; choose among {', '.join(forms)}")
         return forms[system.lower()]

@@ -51,7 +51,7 @@ def break_even_table(gammas: Sequence[int] = (5, 8, 10), targets: Sequence[float
     """Rows gamma, target, alpha_percent (whole, halves up): the reference's break-even table."""
     return [{"gamma": gamma, "target": target,
              "alpha_percent": int(100 * break_even(target, gamma, overhead) + 0.5 + 1e-9)}
-            for gamma in gammas for target in targets]  # fmt: skip
+            for gamma in gammas for target in targets]
 
 
 def wall_clock_table(timing: Timing, shares: Sequence[float] = (0.21, 0.5, 0.7,
@@ -65,7 +65,7 @@ def expected_table(alpha: float, timing: Timing) -> list[dict[str, Any]]:
     return [{"gamma": gamma, "alpha": alpha, "tokens": expected_tokens(alpha, gamma),
              "speedup": round_speedup(alpha, gamma, timing.overhead),
              "relaxed": relaxed_speedup(alpha, gamma, timing.overhead)}
-            for gamma in timing.gammas]  # fmt: skip
+            for gamma in timing.gammas]
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: 
         "hidden_drafts": checked, "draft": n_rounds * gamma * prices.draft_s,
         "align": n_rounds * prices.round_s,
         "verify": n_rounds * prices.verify_s(gamma + 1) if n_rounds > 0 else 0.0,
-    }  # fmt: skip
+    }
     total = math.fsum(parts.values())
     baseline = prices.verifier_prefill_s + (n_tokens - 1) * prices.verify_s(1)
     parts_ms = {name: 1e3 * seconds for name, seconds in parts.items()}

@@ -116,7 +116,7 @@ def bootstrap(figure: Callable[[np.ndarray], np.ndarray], columns: Any, clusters
             for i in np.flatnonzero(~whole & finite.any(axis=0)):
                 low[i], high[i] = np.quantile(drawn[finite[:, i], i], ends)
     return [Interval(*map(float, one), round(float(n)), len(sums))
-            for *one, n in zip(values, low, high, counted, strict=True)]  # fmt: skip
+            for *one, n in zip(values, low, high, counted, strict=True)]
 
 
 def bootstrap_mean(values: Any, clusters: Sequence[Any], **options: Any) -> Interval:

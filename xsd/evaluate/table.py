@@ -101,7 +101,7 @@ def rows(adapter: Any, batch: Batch, head: torch.Tensor, gamma: int | None = Non
     match = np.zeros(mask.shape, dtype=bool)
     match[mask] = found["one_step_match"]
     return found | {"match": match[mask], "cosine": found["one_step_cosine"],
-                    "accepted": rounds.runs_of(match, gamma)[mask]}  # fmt: skip
+                    "accepted": rounds.runs_of(match, gamma)[mask]}
 
 
 def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
@@ -121,7 +121,7 @@ def drafter_rows(batch: Batch, gamma: int) -> drafting.Columns:
         "cosine": cosine, "one_step_cosine": cosine,
         "accepted": rounds.runs_of(match, gamma)[mask],
         "one_step_rank": np.where(match[mask], 0, drafting.MISSED).astype(np.uint8),
-    }  # fmt: skip
+    }
 
 
 _TYPES = {
@@ -129,7 +129,7 @@ _TYPES = {
     "cosine": np.float64, "draft_probability": np.float64, "accepted": np.int32,
     "one_step_match": bool, "one_step_cosine": np.float64, "one_step_rank": np.uint8,
     "cross_entropy": np.float32,
-}  # fmt: skip
+}
 
 
 def _joined(pieces: Mapping[str, Sequence[drafting.Columns]],
@@ -144,7 +144,7 @@ def _joined(pieces: Mapping[str, Sequence[drafting.Columns]],
     index = whole["index"].to_numpy()
     places = pd.Index(clusters).get_indexer(index)
     keys = {"level": pd.Categorical.from_codes(whole["level"], list(pieces)), "sample": index,
-            "sequence": _categorical(list(clusters.values()), places)}  # fmt: skip
+            "sequence": _categorical(list(clusters.values()), places)}
     types = {name: dtype for name, dtype in _TYPES.items() if name in whole}
     return pd.DataFrame(keys).join(whole[list(types)].astype(types))
 
@@ -229,5 +229,5 @@ def answers_as_rows(matches: Sequence[Sequence[bool]], gamma: int, *, level: str
     index, at = inside.nonzero()
     part = {"index": index, "position": at + first, "match": match[inside],
             "one_step_match": match[inside], "cosine": np.full(len(at), np.nan),
-            "accepted": rounds.runs_of(match, gamma)[inside]}  # fmt: skip
+            "accepted": rounds.runs_of(match, gamma)[inside]}
     return _joined({level: [part]}, dict(enumerate(clusters or map(str, range(len(lengths))))))

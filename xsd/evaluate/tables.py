@@ -18,7 +18,7 @@ COLUMNS = ("metric", "threshold", "position", "value", "low", "high", "n", "n_cl
 _LATEX = str.maketrans({
     "\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}",
     **{sign: f"\\{sign}" for sign in "&%$#_{}"}
-})  # fmt: skip
+})
 
 
 def row(metric: str, value: Interval | float, *, n: int | None = None,
@@ -74,7 +74,7 @@ def latex(table: pd.DataFrame) -> str:
     lines = [map(str, table), *table.map(_cell).itertuples(index=False, name=None)]
     head, *body = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in lines]
     return "\n".join([rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule", head, r"\midrule",
-                      *body, r"\bottomrule", r"\end{tabular}", ""])  # fmt: skip
+                      *body, r"\bottomrule", r"\end{tabular}", ""])
 
 
 def write(table: pd.DataFrame, stem: str | Path, *,

@@ -79,7 +79,7 @@ def _by_position(match: np.ndarray, inside: np.ndarray, clusters: list[str],
     out = []
     for t, reached in enumerate(before.sum(axis=0)):
         out += [row("token_acceptance", marginal[t], position=t),
-                row("token_survival", survival[t], position=t)]  # fmt: skip
+                row("token_survival", survival[t], position=t)]
         if reached:
             out.append(row("token_conditional", survived[:, t].sum() / reached, position=t,
                            n=int(inside[:, t].sum())))

@@ -40,4 +40,4 @@ def cost(adapter: Adapter, batches: Sequence[Batch], head: Tensor, ids: Tensor, 
         "size": len(ids), "coverage": float(torch.isin(answers, ids).float().mean()),
         "full": full, "reduced": reduced, "kept": reduced / full if full else float("nan"),
         "head_share": len(ids) / len(head),
-    }  # fmt: skip
+    }

@@ -100,7 +100,7 @@ def force(drafter: ModelHandle, pairs: HeldOut, names: Sequence[str],
             elif name == "blank events":
                 frames = [[np.full_like(frame, 255) for frame in one] for one in own]
             seen = [dataclasses.replace(sample, event_frames=shown)
-                    for sample, shown in zip(samples, frames, strict=True)]  # fmt: skip
+                    for sample, shown in zip(samples, frames, strict=True)]
             handle = blind if name == "text only" else drafter
             out[name] += handle.force(seen, answers, batch_size=batch_size)
     return out

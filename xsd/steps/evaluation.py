@@ -99,7 +99,7 @@ def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
     """Write ``results/<name>.json`` with its provenance and return it; ``tables/<name>_<data>.csv``
     of long tables by held-out set. given: the notebook's parameters."""
     data_hash = "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16]
-                         for one in pairs.values())  # fmt: skip
+                         for one in pairs.values())
     found = {**results, "provenance": provenance(seed=given["seed"], data_hash=data_hash,
                                                  parameters=dict(given))}
     folder.save_results(run_dir, name, found)
@@ -138,7 +138,7 @@ def figure(value: statistics.Interval | Mapping[str, Any]) -> dict[str, Any]:
     known = vars(value) if isinstance(value, statistics.Interval) else value
     counts = {name: int(known[name]) for name in ("n", "n_clusters")}
     return {name: None if pd.isna(known[name]) else float(known[name])
-            for name in ("value", "low", "high")} | counts  # fmt: skip
+            for name in ("value", "low", "high")} | counts
 
 
 def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
@@ -148,7 +148,7 @@ def hidden_table(found: Mapping[str, Any]) -> pd.DataFrame:
         "level": level, "reads": one["reads"], **tables.sides("cosine", one["cosine"]),
         **tables.sides("accept", one["accept"]), "unbroken": one["unbroken_prefix"]["value"],
         "tokens": one["cosine"]["n"],
-    } for level, one in found["levels"].items()])  # fmt: skip
+    } for level, one in found["levels"].items()])
 
 
 # --- 04: tokens
@@ -187,7 +187,7 @@ def floor_rows(pairs: HeldOut, training: Sequence[Sequence[int]], gamma: int) ->
     return pd.concat([pd.DataFrame(), *(
         table.answers_as_rows(floor.match(pairs.answers), gamma, level=floor.name, first=-1,
                               clusters=pairs.clusters) for floor in tried
-    )], ignore_index=True)  # fmt: skip
+    )], ignore_index=True)
 
 
 def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mapping[str, Adapter],
@@ -208,7 +208,7 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
             **about(name, adapters), "token_acceptance": figure(matched.arm),
             "token_acceptance_above_floor": figure(matched.above_best),
             "accepted_per_round": figure(accepted.arm), "above_floor": figure(accepted.above_best),
-        }  # fmt: skip
+        }
     for level in adapters:
         part = tokens[tokens["level"] == level]
         rank, right = part["one_step_rank"], part["one_step_match"].to_numpy(int)
@@ -217,7 +217,7 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
             np.stack([rank == 0, rank < top_k, above - right], axis=1), np.ones((len(part), 1)),
             part["sequence"], **options)
         rows[level] |= {"one_step": figure(one_step), "top_k": figure(best), "cosine_overstates":
-                        {"threshold": threshold, **figure(overstates)}}  # fmt: skip
+                        {"threshold": threshold, **figure(overstates)}}
     reading = [level for level in adapters if rows[level]["kind"] == "adapter"]
     return {
         "rows": rows, "best_floor": accepted.best,
@@ -226,7 +226,7 @@ def acceptance(tokens: pd.DataFrame, floor_tokens: pd.DataFrame, adapters: Mappi
         "n_samples": int((counted["level"] == counted["level"].iloc[0]).sum()),
         "n_clusters": accepted.arm.n_clusters,
         **drawn(table.drafted(tokens)),
-    }  # fmt: skip
+    }
 
 
 def drawn(tokens: pd.DataFrame) -> dict[str, dict[str, list[Any]]]:
@@ -269,4 +269,4 @@ def acceptance_table(found: Mapping[str, Any]) -> pd.DataFrame:
         **tables.sides("token_acceptance", one["token_acceptance"]),
         **tables.sides("accepted_per_round", one["accepted_per_round"]),
         **tables.sides("above_floor", one["above_floor"]), "n": one["accepted_per_round"]["n"],
-    } for one in found["rows"].values()])  # fmt: skip
+    } for one in found["rows"].values()])

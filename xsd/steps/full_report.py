@@ -38,7 +38,7 @@ def write(P: parameters.TruthParameters, results: Mapping[str, Any],
         by_level = dict(list(each["metrics"].groupby("level", sort=False, observed=True)))
         timings, clocks = (timed or {}).get(name, {}), live.get("test", {}).get(name, live)
         texts += [text_of(name, str(level), each, P.gamma, timings.get(level), clocks)
-                  for level in by_level]  # fmt: skip
+                  for level in by_level]
         rows = {level: part.to_dict("records") for level, part in by_level.items()}
         numbers_of[name] = results["test"][name] | {"levels": rows}
         written += sum(len(tables.write(frame, target / "tables" / f"{key}_{name}"))
@@ -104,7 +104,7 @@ def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, foun
         "by_threshold": figures.acceptance_by_position(
             by_threshold(drafted[drafted["level"] == P.waterfall], taus),
             title=f"{P.waterfall} by position at every τ, {name}"),
-    }  # fmt: skip
+    }
     if "speedup" in set(found["two_phase"]["metric"]):
         out["two_phase_speedup"] = truth_figures.two_phase(found["two_phase"], "speedup")
     if found["kinds"]["n"].max() >= 5:
@@ -119,7 +119,7 @@ def by_threshold(drafted: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
     """curves.by_position of one level at every τ, and of the tokens themselves, as levels."""
     named = {"same token": None} | {f"cos > {tau:.2f}": tau for tau in taus}
     return pd.concat([curves.by_position(drafted, tau, max_positions=evaluation.POSITIONS)
-                      .assign(level=name) for name, tau in named.items()])  # fmt: skip
+                      .assign(level=name) for name, tau in named.items()])
 
 
 def arms_figure(found: Tables, name: str) -> go.Figure:
@@ -140,7 +140,7 @@ def speedups(own: pd.DataFrame, live: Mapping[str, Any], gamma: int) -> pd.DataF
         sums = each[["accepted", "drafted"]].sum()
         rows = [{"name": level, "kind": "predicted", "low": None, "high": None,
                  "value": speedup.reference_wall_clock(accepted / drafted)}
-                for level, accepted, drafted in sums.itertuples()]  # fmt: skip
+                for level, accepted, drafted in sums.itertuples()]
     return pd.DataFrame(rows).astype({"low": float, "high": float})
 
 
@@ -153,7 +153,7 @@ def measured_block(P: parameters.TruthParameters, results: Mapping[str, Any],
     n_answers = first["checks"]["n"].iloc[1]
     lines = [f"Held-out set *{name}*: {head['n']} tokens of {n_answers} answers, "
              f"{head['clusters']} drives, γ = {P.gamma}, seed {about['seed']}, revision "
-             f"`{str(about['git_revision'])[:10]}`."]  # fmt: skip
+             f"`{str(about['git_revision'])[:10]}`."]
     for unit, own in first["acceptances"].groupby("unit", sort=False):
         label, own = truth_figures.UNITS[unit][0], own.drop(columns="unit")
         lines += ["", f"{label[0].upper()}{label[1:]}:", "", tables.markdown(own).rstrip()]
@@ -181,7 +181,7 @@ def save_html(figure: go.Figure, path: Path) -> None:
 
         atomic_write(script, get_plotlyjs())
     atomic_write(path, pio.to_html(figure, include_plotlyjs=script.name, full_html=True,
-                                   div_id=path.stem, auto_play=False))  # fmt: skip
+                                   div_id=path.stem, auto_play=False))
 
 
 def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1000) -> str:

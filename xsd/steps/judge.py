@@ -43,7 +43,7 @@ def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "
     counted = counted.assign(arm=truth.LOOP).astype({"level": str, "sequence": str})
     reliable = reliability.figures(own, thresholds=thresholds, **draws)
     found = {"metrics": truth.metrics(own, reliable, thresholds=thresholds, top_k=top_k,
-                                      gamma=gamma, **draws)}  # fmt: skip
+                                      gamma=gamma, **draws)}
     if set(counted["level"]) == set(levels):
         raise MetricError(f"{pairs} holds neither prompts nor tokens of the drafter, so there is "
                           "no floor to compare with; name the training set too (--train)")
@@ -55,7 +55,7 @@ def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "
     for name, rows in found.items():
         tables.write(rows, place / "tables" / name)
     text = "\n".join(full_report.text_of(held_out.name, level, found, gamma, timed.get(level))
-                     for level in levels)  # fmt: skip
+                     for level in levels)
     atomic_write(place / "report.txt", text)
     folder.save_tokens(out, table.join({held_out.name: table.drafted(tokens)}))
     given = {"adapters": list(adapters), "pairs": pairs, "head": head, "train": train}

@@ -28,7 +28,7 @@ def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], 
     Raises: ParameterError where the run holds no measured costs, or not of rounds this wide.
     """
     reads = dict.fromkeys(truth.FLOORS, "") | {"drafter tokens": "drafter"} | {
-        level: one.reads for level, one in adapters.items()}  # fmt: skip
+        level: one.reads for level, one in adapters.items()}
     if timing != "measured":
         return dict.fromkeys(reads, Timing.read(timing))
     path = folder.resolve(run_dir) / "results" / "live.json"
@@ -42,7 +42,7 @@ def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], 
                                             drafter=read in ("drafter", "both")),
                         n_tokens=n_tokens, gamma=gamma, most=gamma_prefill)
         for name, read in reads.items() if name not in adapters or f"adapter {name}" in known
-    }  # fmt: skip
+    }
 
 
 def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd.DataFrame]:
@@ -58,7 +58,7 @@ def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd
             "break_even": (of_any, lambda _, of: break_even_table(of.gammas, overhead=of.overhead))}
     return {name: pd.DataFrame([{"level": level, "timing": of.kind, **row}
                                 for level, of in some.items() for row in rows(level, of)])
-            for name, (some, rows) in made.items()}  # fmt: skip
+            for name, (some, rows) in made.items()}
 
 
 def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_prefill: int,

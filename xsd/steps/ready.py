@@ -58,6 +58,8 @@ def _ensure_tokens(P: parameters.CompareParameters | parameters.ExploreParameter
     if own not in map(folder.resolve, P.runs) or (own / "tokens.parquet").is_file():
         return
     begun = (own / extraction.PAIR_FILE).is_file()
+    if not begun and extraction.named(own):
+        return  # its sets stand elsewhere and only their owner knows them: 06 says to run 04
     about = extraction.pair_file(own) if begun else {}
     known = {name: about[name] for name in ("data", "test_data") if name in about}
     given = {"run_dir": P.run_dir, "seed": P.seed, **known}

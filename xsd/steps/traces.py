@@ -102,7 +102,7 @@ def arms(traces: Sequence[Trace], *, ngram: int = 4) -> dict[str, floors.Floor]:
     found = {"drafter tokens": floors.drafter_tokens([trace.drafter_ids for trace in traces])}
     unseen = [trace.unseen or trace.sequence for trace in traces]
     others = {one: [trace.verifier_ids for trace, own in zip(traces, unseen, strict=True)
-                    if own != one] for one in dict.fromkeys(unseen)}  # fmt: skip
+                    if own != one] for one in dict.fromkeys(unseen)}
     if len(others) < 2:
         return found
     for build in (floors.position_mode, lambda answers: floors.ngram(answers, ngram)):

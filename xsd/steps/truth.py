@@ -130,7 +130,7 @@ def gap(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
         for unit, level, own, clusters in _each(counted, FLOORS.values())
         for row in comparison.gap({arm: own[arm] for arm in comparison.CHAIN if arm in own},
                                   clusters, **draws)
-    ])  # fmt: skip
+    ])
 
 
 def side_by_side(gaps: pd.DataFrame, unit: str, names: Sequence[str] = SHOWN) -> pd.DataFrame:
@@ -161,7 +161,7 @@ def kinds(drafted: pd.DataFrame, level: str, **draws: int) -> pd.DataFrame:
     losses of the gap those of the loop when the drafter is shown something else."""
     own = drafted[drafted["level"] == level]
     arms = {arm: own[arm].astype(bool) for arm in own.columns.drop(KEYS)
-            if arm != AGAIN and own[arm].notna().all()}  # fmt: skip
+            if arm != AGAIN and own[arm].notna().all()}
     losses = comparison.losses_between([arm for arm in arms if arm in comparison.CHAIN])
     losses += [(arm, LOOP, arm) for arm in arms if arm not in comparison.CHAIN]
     rows = comparison.loss_by_group(arms, losses, own["kind"].astype(str),
@@ -175,7 +175,7 @@ def arms(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     rows = []
     for unit, level, own, clusters in _each(counted, evaluation.FLOORS.values()):
         seen = {REAL: own[LOOP]} | {arm: each for arm, each in own.items()
-                                    if arm not in comparison.CHAIN}  # fmt: skip
+                                    if arm not in comparison.CHAIN}
         compared = comparison.compare_arms(seen, REAL, clusters, **draws)
         rows += [{"level": level, "unit": unit, **row} for row in compared]
     return pd.DataFrame(rows).drop(columns="metric")
@@ -193,9 +193,9 @@ def headline(counted: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.Data
             "clusters": one.arm.n_clusters, **tables.sides("acceptance", one.arm),
             **tables.sides("floor", one.floors[one.best]),
             **tables.sides("above floor", one.above_best), "detectable": one.detectable,
-        } for level, one in levels.items() if level not in FLOORS.values()]  # fmt: skip
+        } for level, one in levels.items() if level not in FLOORS.values()]
         of_floors += [tables.row("floor", levels[level].arm, unit=unit, floor=name)
-                      for name, level in below.items()]  # fmt: skip
+                      for name, level in below.items()]
     return pd.DataFrame(rows), pd.DataFrame(of_floors).drop(columns="metric")
 
 
@@ -207,7 +207,7 @@ def metrics(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[f
     of_states = hidden.figures(own, thresholds=thresholds, gamma=gamma, **draws)
     of_tokens = tokens.figures(own, top_k=(1, top_k), gamma=gamma, **draws)
     return tables.frame([row for part in (of_states, of_tokens, reliable)
-                         for row in part.to_dict("records")])  # fmt: skip
+                         for row in part.to_dict("records")])
 
 
 def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence[Sequence[int]],
@@ -220,7 +220,7 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
          "n": sequences["held_out"]},
         {"check": "answers that equal another held-out answer", "value": rate.shared, "n": rate.n},
         {"check": "answers that stand in the training set", "value": rate.in_training, "n": rate.n},
-    ]  # fmt: skip
+    ]
     _, _, own, clusters = next(one for one in _each(counted, []) if one[1] == level)
     if AGAIN in own:
         twice = (comparison.rates(own[arm]) for arm in (LOOP, AGAIN))
@@ -230,7 +230,7 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
             "value": found.value, "low": found.low, "high": found.high,
             "passed": not found.excludes(0.0) if found.n_clusters > 1 else None,
             "n": len(clusters),
-        })  # fmt: skip
+        })
     return pd.DataFrame(rows, columns=["check", "value", "low", "high", "passed", "n"])
 
 
@@ -256,15 +256,15 @@ def save(P: parameters.TruthParameters, sets: Mapping[str, HeldOut], sequences: 
     set its tables as rows, the best floor and every level's distance above it."""
     results: dict[str, Any] = {
         "gamma": P.gamma, "waterfall": P.waterfall, "sequences": dict(sequences), "test": {}
-    }  # fmt: skip
+    }
     for name, each in found.items():
         heads = each["headline"].query("unit == 'token_acceptance'").rename(columns={
             "above floor": "value", "above floor low": "low", "above floor high": "high",
             "clusters": "n_clusters"
-        }).set_index("level")  # fmt: skip
+        }).set_index("level")
         above = heads[["value", "low", "high", "n", "n_clusters"]].to_dict("index")
         results["test"][name] = {
             **{key: frame.to_dict("records") for key, frame in each.items()},
             "best_floor": heads["best floor"].iloc[0], "above_floor": above
-        }  # fmt: skip
+        }
     return evaluation.save(P.run_dir, "truth", results, sets, P.model_dump())

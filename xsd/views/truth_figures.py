@@ -15,7 +15,7 @@ from xsd.views import theme
 ARMS = {
     "real events": (theme.ADAPTER, "circle"), "blank events": (theme.REJECTED, "square"),
     "other scene": (theme.DRAFTER, "diamond"), "text only": (theme.SOFT_INK, "x"),
-}  # fmt: skip
+}
 """Colour and mark of what the drafter saw."""
 LOSS = "#C0504D"
 WHISKERS = {"thickness": 1.3, "width": 4}
@@ -50,7 +50,7 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
             customdata=own[["name", "value", "low", "high"]].to_numpy().tolist(),
             hovertemplate=f"<b>%{{customdata[0]}}</b><br>%{{customdata[1]:{form}}} "
             f"[%{{customdata[2]:{form}}}, %{{customdata[3]:{form}}}]<extra>%{{fullData.name}}"
-            "</extra>")  # fmt: skip
+            "</extra>")
         for row in own.to_dict("records"):
             _write_beside(figure, row, top, form)
     places = steps["x"].tolist()
@@ -109,7 +109,7 @@ def arms(frame: pd.DataFrame, *, floor: float | None = None,
             customdata=part[["level", "low", "high", "n"]].to_numpy().tolist(),
             hovertemplate=f"<b>%{{customdata[0]}}</b>, {name}<br>%{{x:{form}}} "
             f"[%{{customdata[1]:{form}}}, %{{customdata[2]:{form}}}]<br>n = %{{customdata[3]:.0f}}"
-            "<extra></extra>")  # fmt: skip
+            "<extra></extra>")
     if floor is not None:
         figure.add_vline(x=floor, line={"dash": "dash", "color": theme.SOFT_INK, "width": 1.5})
         figure.add_annotation(x=floor, y=1, yref="paper", yanchor="bottom", showarrow=False,
@@ -153,7 +153,7 @@ def losses_by_kind(frame: pd.DataFrame, *, least: int = 5,
         colorscale=[[0, theme.rgba(theme.ADAPTER, 0.75)], [0.5, "white"], [1, LOSS]],
         colorbar={"title": {"text": "points lost"}, "thickness": 12},
         hovertemplate="<b>%{y}</b>, %{x}<br>%{z:.1f} points [%{customdata[0]:.1%}, "
-        "%{customdata[1]:.1%}]<extra></extra>")  # fmt: skip
+        "%{customdata[1]:.1%}]<extra></extra>")
     figure.update_xaxes(side="top")
     figure.update_layout(margin={"t": 130})
     return figure
@@ -177,7 +177,7 @@ def _points(row: dict[str, Any]) -> str:
 PHASES = {
     "tokens_per_verification": ("Tokens a verification", "tokens a verification"),
     "speedup": ("Predicted speed-up", "× plain decoding, predicted")
-}  # fmt: skip
+}
 
 
 def two_phase(frame: pd.DataFrame, metric: str = "tokens_per_verification", *,
@@ -194,7 +194,7 @@ def two_phase(frame: pd.DataFrame, metric: str = "tokens_per_verification", *,
     _grid(figure, grid.to_numpy().tolist(), columns, rows, texttemplate="%{z:.2f}",
           colorscale=[[0, "white"], [1, theme.ADAPTER]], colorbar={"thickness": 12},
           hovertemplate=f"%{{y}} behind the prefill, then %{{x}}<br>%{{z:.2f}} {unit}"
-          "<extra></extra>")  # fmt: skip
+          "<extra></extra>")
     best = part.loc[part["value"].idxmax()]
     x, y = columns.index(best["phase2"]), rows.index(best["phase1"])
     figure.add_shape(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5,
