@@ -151,3 +151,13 @@ def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
     assert cli.main(["sweep", "03", "levels=L1|L4,B1", "-o", str(tmp_path)]) == 0
     assert asked == [{"levels": [["L1"], ["L2"]], "seed": [0, 1]},
                      {"levels": [["L1"], ["L4", "B1"]]}]
+
+
+@pytest.mark.parametrize(("words", "sentence"), [
+    (["self-test", "--options", "layers:["], "--options cannot be read: 'layers:['; write"),
+    (["train", "no/such/pairs", "-o", "runs/none", "-l", "L1"], "there is nothing at "),
+])
+def test_what_cannot_be_read_is_said_in_one_sentence(words, sentence, capsys):
+    assert cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and "Traceback" not in said

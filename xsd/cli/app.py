@@ -11,7 +11,7 @@ from typing import Any, Literal
 from typer import Argument, Exit, Option, Typer
 
 from xsd import __version__
-from xsd.cli import data, judge, models
+from xsd.cli import data, models
 from xsd.cli.data import NUMBERS, OUT, QUANT, QUIET, Quant, Stored, examples, words
 from xsd.core import ROOT, ParameterError, XsdError
 
@@ -26,7 +26,6 @@ app = Typer(result_callback=_end, context_settings={"help_option_names": HELP}, 
 pair_app = Typer(help="Train the embedded pair, judge it.", **QUIET)
 app.add_typer(models.app)
 app.add_typer(data.app, name="data")
-app.command(epilog=judge.EXAMPLES)(judge.evaluate)
 app.add_typer(pair_app, name="pair")
 DATA_VERBS = [(one.name or one.callback.__name__).replace("_", "-")
               for one in data.app.registered_commands]

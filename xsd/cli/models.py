@@ -1,4 +1,4 @@
-"""``xsd train`` and ``xsd self-test``: adapters from the command line."""
+"""``xsd train``, ``xsd evaluate`` and ``xsd self-test``: adapters from the command line."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from typer import Argument, Option, Typer
 
 from xsd.cli.data import QUIET, examples
+from xsd.core import ParameterError
 
 app = Typer(**QUIET)
 LEVEL = Option([], "-l", "--level", help="may be repeated; L1 to L6, X1, B1 or module:Class")
@@ -17,7 +18,11 @@ OPTIONS = Option("", help="of the adapters, for all or by level: 'L5: {layers: 2
 def _read(text: str) -> dict[str, Any]:
     import yaml
 
-    return yaml.safe_load(f"{{{text}}}" if not text.startswith("{") else text)
+    try:
+        return yaml.safe_load(text if text.startswith("{") else f"{{{text}}}")
+    except yaml.YAMLError:
+        raise ParameterError(f"--options cannot be read: {text!r}; write 'layers: 2', or by level "
+                             "'L5: {layers: 2}'") from None
 
 
 @app.command(epilog=examples(
@@ -49,6 +54,26 @@ def train(
         f"{row['cosine_similarity']:.4f}", flush=True))
     print(training.table(results["levels"]).to_string(index=False))
     print(training.trainings(out).to_string(index=False))
+
+
+@app.command(epilog=examples(
+    "xsd evaluate runs/a/adapters/L4 --pairs data/test --train data/train -o reports/l4",
+    "xsd evaluate best_model.pt --pairs chunked_test --head vl_lm_head.pt -o reports/theirs"))
+def evaluate(
+    adapter: list[str] = Argument(help="files or folders of adapters"),
+    pairs: str = Option(..., help="an extraction, shards, or the reference's .pt chunks"),
+    head: str = Option("", help="the verifier's LM head; default: the one stored with the pairs"),
+    train: str = Option("", help="training pairs, for the floors and the check of leakage"),
+    out: Path = Option(..., "-o", "--out", metavar="DIR", help="write here"),
+    gamma: int = Option(5, min=1, help="draft tokens a round"),
+    timing: str = Option("reference", help="times of the predicted speed-ups: reference, measured "
+                                           "(in DIR), or a JSON file of own ones in ms"),
+) -> None:
+    """Judge adapters by path on stored pairs: the printed report, tables, the token table."""
+    from xsd.steps import judge
+
+    print(judge.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
+                      timing=timing))
 
 
 @app.command(epilog=examples("xsd self-test --width 4096", "xsd self-test runs/smoke/adapters/L4",

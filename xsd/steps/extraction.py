@@ -13,7 +13,7 @@ from xsd.core import ParameterError, ShardError
 from xsd.evaluate import floors, statistics
 from xsd.extract import plan
 from xsd.extract.pairs import MODES
-from xsd.files import provenance, write_json
+from xsd.files import is_path, provenance, write_json
 from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
 from xsd.shards import chunks
@@ -223,6 +223,9 @@ def pairs_folder(run_dir: str | os.PathLike[str], split: str, data: str,
     if path is not None:
         raise ParameterError(f"{data} holds no {what} after the last layer (it holds: "
                              f"{', '.join(held) or 'none'}); give one of its modes")
+    if is_path(data) and not folder.resolve(data).exists():
+        raise ParameterError(f"there is nothing at {folder.resolve(data)}; give an extraction, a "
+                             "folder of shards or of .pt chunks, another run, or a dataset folder")
     others = sorted(f"{one.parent.name}/{one.name}" for one in place.parent.glob("*/*/"))
     raise ParameterError(
         f"the run {run_dir} holds no {what} of {split} {datasets.name_of(data)} (it holds: "
