@@ -23,6 +23,7 @@ from xsd.steps import (
     full_report,
     predictions,
     training,
+    truth,
 )
 from xsd.views import truth_figures
 
@@ -113,6 +114,13 @@ def test_the_same_arm_again_agrees_with_the_stored_states(found):
     checks = found["checks"].set_index("check")
     assert bool(checks["passed"].iloc[0]) and bool(checks["passed"].iloc[-1])
     assert checks.index[-1].startswith("A/A: L1")
+
+
+def test_a_check_of_sequences_that_nobody_names_is_not_passed(run):
+    unnamed = truth.checks(run.counts["simulated"], "L1", run.pairs, run.answers,
+                           {"training": 0, "held_out": 3}, n_resamples=50, seed=0)
+    assert unnamed["check"].iloc[0] == "held-out sequences that were trained on"
+    assert unnamed[["value", "passed"]].iloc[0].isna().all()
 
 
 def test_the_drafter_alone_is_the_loop_of_its_own_tokens_in_every_arm(found, run):

@@ -70,8 +70,9 @@ def held_out_sets(run_dir: str | os.PathLike[str], names: Sequence[str], mode: s
 
 def check_leakage(run_dir: str | os.PathLike[str], sets: Iterable[HeldOut]) -> dict[str, int]:
     """Compare the sequences of every training set of the run with those of the held-out sets.
-    Returns the numbers of sequences: training, held_out. Raises: MetricError naming shared
-    sequences, or when the run holds no training set to compare with."""
+    Returns the numbers of sequences whose names are known, training and held_out; with none on one
+    side nothing was compared. Raises: MetricError naming shared sequences, or when the run trained
+    here and holds no training set to compare with."""
     train = extraction.training_sequences(run_dir)
     test = {name for one in sets for name in one.samples["sequence"]}
     trained_here = any((folder.resolve(run_dir) / "adapters").glob("*/best.safetensors"))
@@ -82,7 +83,7 @@ def check_leakage(run_dir: str | os.PathLike[str], sets: Iterable[HeldOut]) -> d
         warnings.warn("whether training and held-out sequences differ was not checked: imported "
                       "chunks do not name theirs, and adapters by path not what they were trained "
                       "on", stacklevel=2)
-    return {"training": len(train), "held_out": len(test)}
+    return dict(zip(("training", "held_out"), map(len, sides), strict=True))
 
 
 def training_answers(run_dir: str | os.PathLike[str], data: str) -> list[list[int]]:

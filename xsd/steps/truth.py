@@ -215,9 +215,10 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
     """What guards the figures: check, value, low, high, passed, n. sequences: as
     evaluation.check_leakage counted them; level: whose loop is measured twice."""
     rate = floors.duplicate_rate(pairs.answers, training)
+    compared = all(sequences.values())  # check_leakage has refused what both sides hold
     rows: list[dict[str, Any]] = [
-        {"check": "held-out sequences that were trained on", "value": 0, "passed": True,
-         "n": sequences["held_out"]},
+        {"check": "held-out sequences that were trained on", "value": 0 if compared else None,
+         "passed": compared or None, "n": sequences["held_out"]},
         {"check": "answers that equal another held-out answer", "value": rate.shared, "n": rate.n},
         {"check": "answers that stand in the training set", "value": rate.in_training, "n": rate.n},
     ]
