@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd import core, files
-from xsd.core import ParameterError
+from xsd.core import DatasetError, ParameterError, StorageError
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -214,3 +214,34 @@ def test_a_part_named_by_its_path_has_a_short_name():
                         ("made_here:Other", "the module made_here holds no Other")):
         with pytest.raises(ParameterError, match=words):
             files.import_object(text)
+
+
+@pytest.mark.parametrize(("data", "said"), [
+    (b"{", "is not JSON"), (b"\xff\xfe{}", "is not JSON"), (b"[" * 300_000, "is not JSON .nested too deep"),
+    (b" " * 2_000_000 + b"1", "is larger than 1 MB"),
+])
+def test_json_that_cannot_be_read_is_one_sentence(tmp_path, data, said):
+    path = tmp_path / "x.json"
+    path.write_bytes(data)
+    with pytest.raises(DatasetError, match=rf"x\.json.* {said}.*; write it again"):
+        files.read_json(path, DatasetError, "write it again", max_bytes=1 << 20)
+
+
+def test_json_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf[1]")
+    assert files.read_json(tmp_path / "x.json", DatasetError, "write it again") == [1]
+
+
+def test_what_killed_processes_left_is_removed_and_the_rest_stays(tmp_path):
+    (tmp_path / ".a.json.0123.part").touch()
+    (tmp_path / "b.part").touch()
+    files.remove_leftovers(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["b.part"]
+
+
+def test_a_folder_has_one_writer_of_a_kind(tmp_path):
+    with files.FolderLock(tmp_path, "train.lock"):
+        assert files.lock_holder(tmp_path, "train.lock") == os.getpid()
+        with files.FolderLock(tmp_path), pytest.raises(StorageError, match="is being written by"):
+            files.FolderLock(tmp_path, "train.lock")
+    assert list(tmp_path.iterdir()) == []

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from shard_examples import example, folder_bytes
 
+from xsd import files
 from xsd.core import ShardError, StorageError
-from xsd.shards import lock, store, writer
+from xsd.shards import store, writer
 
 OPTIONS = {"mode": "teacher_forced", "dtype": "fp32", "config": {"seed": 3}, "samples_per_shard": 4}
 
@@ -109,12 +110,12 @@ def test_other_settings_are_refused_naming_the_field(tmp_path, change, message):
     with pytest.raises(ShardError,
                        match=re.escape(message) + "; use the same ones or another folder"):
         writer.ShardWriter(tmp_path, **{**OPTIONS, **change})
-    assert lock.lock_holder(tmp_path) is None
+    assert files.lock_holder(tmp_path) is None
 
 
 def test_a_second_writer_is_refused_with_the_first_ones_pid(tmp_path):
     first = writer.ShardWriter(tmp_path, **OPTIONS)
-    assert lock.lock_holder(tmp_path) == os.getpid()
+    assert files.lock_holder(tmp_path) == os.getpid()
     with pytest.raises(StorageError,
                        match=f"being written by process {os.getpid()}; wait for it to finish"):
         writer.ShardWriter(tmp_path, **OPTIONS)
@@ -128,7 +129,7 @@ def test_a_killed_writer_leaves_no_lock(tmp_path):
     done = subprocess.run([sys.executable, "-c", code, tmp_path], check=False,
                           cwd=Path(writer.__file__).parents[2])
     assert done.returncode == -9
-    assert lock.lock_holder(tmp_path) is None
+    assert files.lock_holder(tmp_path) is None
     writer.ShardWriter(tmp_path, **OPTIONS).close(finished=False)
 
 

@@ -1,11 +1,12 @@
-"""Safe writing, hashes, where a number came from, and objects named by a text. Only the standard
-library and xsd.core are imported here."""
+"""Safe writing and reading, one writer to a folder, hashes, where a number came from, and objects
+named by a text. Only the standard library and xsd.core are imported here."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import errno
+import fcntl
 import hashlib
 import importlib
 import json
@@ -25,8 +26,9 @@ from xsd.core import ROOT, ParameterError, StorageError, XsdError
 
 @contextlib.contextmanager
 def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary file beside ``target``; on success sync and rename it, on failure leave the
-    target as it was. Raises: StorageError when it cannot be written or the disk is full."""
+    """Yield a temporary file beside ``target``; on success sync and rename it (the name is synced,
+    too), on failure leave the target as it was. Raises: StorageError when it cannot be written or
+    the disk is full."""
     target = Path(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
     try:
@@ -36,11 +38,27 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
+        sync_names(target.parent)
     except OSError as error:
         raise storage_error(target, error) from error
     finally:
         with contextlib.suppress(OSError):  # gone, or the folder never was one
             temporary.unlink()
+
+
+def sync_names(folder: str | os.PathLike[str]) -> None:
+    """Make the names in a folder survive a loss of power, not only the files' content."""
+    names = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(names)
+    finally:
+        os.close(names)
+
+
+def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+    """Delete what killed processes left of :func:`atomic_path`; only where ``folder`` is locked."""
+    for path in Path(folder).glob(".*.part"):
+        path.unlink(missing_ok=True)
 
 
 def storage_error(target: str | os.PathLike[str], error: OSError) -> StorageError:
@@ -75,14 +93,29 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def read_json(path: str | os.PathLike[str], error: type[XsdError], way_out: str) -> Any:
-    """A JSON file. Raises: ``error``, with the way out, when it is missing or damaged."""
+def read_json(path: str | os.PathLike[str], error: type[XsdError], way_out: str, *,
+              max_bytes: int = 1 << 28) -> Any:
+    """A JSON file, with or without a byte-order mark. Raises: ``error``, with the way out, when it
+    is missing, damaged, nested too deep or larger than ``max_bytes``."""
     try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            data = file.read(max_bytes + 1)
     except FileNotFoundError as problem:
         raise error(f"{path} is missing; {way_out}") from problem
-    except (OSError, ValueError) as problem:
-        raise error(f"{path} is not JSON ({problem}); {way_out}") from problem
+    except OSError as problem:
+        raise error(f"{path} cannot be read ({problem.strerror}); {way_out}") from problem
+    if len(data) > max_bytes:
+        raise error(f"{path} is larger than {max_bytes >> 20} MB; {way_out}")
+    return parse_json(data, str(path), error, way_out)
+
+
+def parse_json(text: str | bytes, what: str, error: type[XsdError], way_out: str) -> Any:
+    """The value that a JSON text stands for. Raises: ``error`` naming ``what``."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as problem:
+        why = "nested too deep" if isinstance(problem, RecursionError) else problem
+        raise error(f"{what} is not JSON ({why}); {way_out}") from problem
 
 
 def sha256_of(*paths: str | os.PathLike[str]) -> str:
@@ -92,6 +125,70 @@ def sha256_of(*paths: str | os.PathLike[str]) -> str:
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
+
+
+# --- one writer to a folder
+
+LOCK = "writer.lock"
+
+
+class FolderLock:
+    """One writer to a folder: an advisory lock, held from its making until release() or the end of
+    a ``with`` block, that dies with its process. name: the lock's file, for several kinds of
+    writers. Raises: StorageError naming the process that has it."""
+
+    def __init__(self, folder: str | os.PathLike[str], name: str = LOCK) -> None:
+        folder = Path(folder)
+        self.path = folder / name
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            while True:
+                self._file = open(self.path, "a+")  # noqa: SIM115 (held until release)
+                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                # The last holder may have removed the name between our open and our lock.
+                own = os.fstat(self._file.fileno()).st_ino
+                if self.path.exists() and own == self.path.stat().st_ino:
+                    break
+                self._file.close()
+        except BlockingIOError as error:
+            self._file.seek(0)
+            holder = self._file.read().strip() or "unknown"
+            self._file.close()
+            raise StorageError(f"{folder} is being written by process {holder}; wait for it to "
+                               "finish, stop it, or choose another folder") from error
+        except OSError as error:
+            raise storage_error(folder, error) from error
+        self._file.truncate(0)
+        self._file.write(str(os.getpid()))
+        self._file.flush()
+
+    @property
+    def held(self) -> bool:
+        """True until release()."""
+        return not self._file.closed
+
+    def release(self) -> None:
+        """Let others write; a second call does nothing."""
+        if self.held:
+            self.path.unlink(missing_ok=True)
+            self._file.close()
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+
+def lock_holder(folder: str | Path, name: str = LOCK) -> int | None:
+    """Process id of the writer at work in the folder; None if there is none, a killed one too."""
+    with contextlib.suppress(FileNotFoundError), open(Path(folder) / name) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            text = file.read().strip()
+            return int(text) if text.isdigit() else 0
+    return None
 
 
 # --- where a number came from
@@ -143,12 +240,11 @@ def _command() -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    try:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
                               timeout=10, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+        return done.stdout.strip() if done.returncode == 0 else ""
+    return ""
 
 
 # --- a researcher's own parts

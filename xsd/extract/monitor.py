@@ -16,8 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from xsd.core import ShardError
 from xsd.extract import ranks
+from xsd.files import lock_holder
 from xsd.shards import format as layout
-from xsd.shards import lock
 
 ERRORS = "errors.jsonl"
 
@@ -118,7 +118,7 @@ def _status(folder: Path) -> Status:
     seconds = sum(line["seconds"] for line in last)
     rate = sum(line["n"] for line in last) / seconds if seconds else None
     eta_s = (total - done) / rate if rate and total is not None else None
-    pid = None if manifest["finished"] else lock.lock_holder(folder)
+    pid = None if manifest["finished"] else lock_holder(folder)
     state = "finished" if manifest["finished"] else "stopped" if pid is None else "running"
     return Status(folder, manifest["mode"], state, done, total, rate, eta_s, size / 1e9,
                   max(time.time() - written, 0.0), pid)

@@ -16,9 +16,8 @@ from typing import Any
 import torch.distributed
 
 from xsd.core import ParameterError, ShardError, StorageError
-from xsd.files import atomic_write
+from xsd.files import FolderLock, atomic_write, lock_holder
 from xsd.shards import format as layout
-from xsd.shards import lock
 
 PARTS = "part-*-of-*"
 _WAIT_S = 120.0
@@ -106,9 +105,9 @@ def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int) 
             # The parts may have gone between the two looks, into a run that is finished now.
             return finished(folder) is not None
         try:
-            held = lock.FolderLock(folder)
+            held = FolderLock(folder)
         except StorageError:
-            if lock.lock_holder(folder) is None or time.monotonic() > end:
+            if lock_holder(folder) is None or time.monotonic() > end:
                 raise
             time.sleep(0.05)
             continue

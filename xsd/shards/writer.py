@@ -16,9 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap
-from xsd.files import atomic_write, provenance, sha256_of, storage_error
+from xsd.files import FolderLock, atomic_write, provenance, sha256_of, storage_error
 from xsd.shards import format as layout
-from xsd.shards.lock import FolderLock
 
 
 class ShardWriter:
