@@ -217,7 +217,8 @@ def test_a_part_named_by_its_path_has_a_short_name():
 
 
 @pytest.mark.parametrize(("data", "said"), [
-    (b"{", "is not JSON"), (b"\xff\xfe{}", "is not JSON"), (b"[" * 300_000, "is not JSON .nested too deep"),
+    (b"{", "is not JSON"), (b"\xff\xfe{}", "is not JSON"),
+    (b"[" * 300_000, "is not JSON .nested too deep"),
     (b" " * 2_000_000 + b"1", "is larger than 1 MB"),
 ])
 def test_json_that_cannot_be_read_is_one_sentence(tmp_path, data, said):
