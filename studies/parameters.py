@@ -12,6 +12,8 @@ from xsd.runs.typed import NotebookParameters, whole
 
 DRIVES = "drives to train on, where the run holds no extraction"
 TEST_DRIVES = "held-out drives, likewise"
+HeldOut = Annotated[str, Field(description="held-out set, where it is another than data's own: a "
+                               "dataset folder, or pairs by path")]
 
 
 class PairParameters(ModelParameters):
@@ -33,7 +35,9 @@ class StorageParameters(NotebookParameters):
     dtypes: list[typed.Dtype] = Field(
         ["fp32", "bf16", "fp16", "int8"], min_length=1,
         description="how the states are stored; fp32 is compared with")
-    data: typed.Data = "simulated"
+    data: typed.TrainData = Field("simulated", description="simulated, a dataset folder, or pairs "
+                                  "by path")
+    test_data: HeldOut = ""
     n_train_sequences: int = whole(6, 2, 100_000,
                                    "drives to train on, at most those that the run holds")
     n_test_sequences: int = whole(4, 1, 100_000, TEST_DRIVES)
@@ -52,7 +56,9 @@ class PixelParameters(NotebookParameters):
     """11: the pixel-level baseline P0."""
 
     notebook = "11_pixels"
-    data: typed.Data = "simulated"
+    data: typed.TrainData = Field("simulated", description="simulated, a dataset folder, or pairs "
+                                  "by path")
+    test_data: HeldOut = ""
     n_train_sequences: int = whole(6, 2, 100_000, DRIVES)
     n_test_sequences: int = whole(4, 1, 100_000, TEST_DRIVES)
     image_size: int = whole(32, 8, 1024,

@@ -32,6 +32,7 @@ from xsd.files import provenance, write_json
 from xsd.runs import folder
 from xsd.sensors import folder as dataset_folder
 from xsd.steps import data as datasets
+from xsd.steps import extraction
 from xsd.train import guards
 
 FULL_SIZE, FULL_WIDTH = 224, 512
@@ -59,15 +60,21 @@ def middles(n_events: int, n_video: int) -> list[int]:
 
 
 def read_pairs(P: PixelParameters, split: str) -> PixelPairs:
-    """The pairs of a split; simulated drives are made when the run has none. Raises: ParameterError
-    when the data set has no such split."""
-    root = datasets.root_of(P.run_dir, P.data, split)
-    if not (root / dataset_folder.INDEX).is_file():
-        n = P.n_train_sequences if split == "train" else P.n_test_sequences
-        datasets.prepare(P.run_dir, P.data, split, n_sequences=n, seed=P.seed, workers=P.workers)
-    records = dataset_folder.open_folder(root, split)
+    """The pairs of a split, from a data set or from the clips that pairs by path were extracted
+    from; simulated drives are made when the run has none. Raises: ParameterError when the data set
+    has no such split."""
+    data = P.data if split == "train" else P.test_data or P.data
+    if extraction.stored(data, split) is not None:
+        records = extraction.clips_of(P.run_dir, split, data,
+                                      extraction.open_pairs(P.run_dir, split, data))
+    else:
+        root = datasets.root_of(P.run_dir, data, split)
+        if not (root / dataset_folder.INDEX).is_file():
+            n = P.n_train_sequences if split == "train" else P.n_test_sequences
+            datasets.prepare(P.run_dir, data, split, n_sequences=n, seed=P.seed, workers=P.workers)
+        records = dataset_folder.open_folder(root, split)
     if not records:
-        raise ParameterError(f"{root} holds no clip of split {split!r}; give a data set with both "
+        raise ParameterError(f"{data} holds no clip of split {split!r}; give a data set with both "
                              f"splits, or {datasets.SIMULATED!r}")
     events, video, about = [], [], []
     for record in records:

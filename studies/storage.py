@@ -121,28 +121,41 @@ def storage_folder(run_dir: str | os.PathLike[str], dtype: str, split: str) -> P
 
 
 def extract(P: StorageParameters) -> dict[str, ShardDataset]:
-    """The training and the held-out pairs of the run's drives in float32, by split; extracted once
-    and found again."""
+    """The training and the held-out pairs in float32, by split: those behind a path, or of the
+    run's drives, extracted once and found again. Raises: ParameterError for pairs by path that are
+    rounded already."""
     found: dict[str, ShardDataset] = {}
-    about = extraction.pair_file(P.run_dir)
-    pair = loading.load_pair(about["pair"], **about.get("loads", {}))
-    for split, n in {"train": P.n_train_sequences, "test": P.n_test_sequences}.items():
-        root = datasets.root_of(P.run_dir, P.data, split)
-        samples = datasets.samples(root, split, questions_per_sequence=P.questions_per_sequence,
-                                   n_sequences=n, n_event_frames=pair.n_event_frames,
-                                   canvas=pair.event_canvas)
-        place = storage_folder(P.run_dir, EXACT, split)
-        settings = {"split": split, "data": datasets.name_of(P.data),
-                    "data_hash": dataset_folder.data_hash(root)}
-        report = extract_run.extract(pair, samples, place, modes=(MODE,), dtype=EXACT,
-                                     max_new_tokens=P.max_new_tokens, batch_size=32, seed=P.seed,
-                                     config=settings)
-        if not report.finished:
-            raise ParameterError(f"the extraction of {split} was interrupted after {report.n} "
-                                 "samples; run it again to continue")
-        found[split] = ShardDataset(place / MODE, expected_mode=MODE)
+    sets = {"train": (P.data, P.n_train_sequences),
+            "test": (P.test_data or P.data, P.n_test_sequences)}
+    for split, (data, n) in sets.items():
+        if extraction.stored(data, split) is None:
+            found[split] = _extract(P, data, split, n)
+            continue
+        one = found[split] = extraction.open_pairs(P.run_dir, split, data, MODE)
+        if one.manifest["dtype"] != EXACT:
+            raise ParameterError(f"{data} holds states that are rounded to {one.manifest['dtype']} "
+                                 f"already; give pairs extracted with --stored {EXACT}")
     statistics.check_disjoint(*(one.table()["sequence"] for one in found.values()))
     return found
+
+
+def _extract(P: StorageParameters, data: str, split: str, n_sequences: int) -> ShardDataset:
+    about = extraction.pair_file(P.run_dir)
+    pair = loading.load_pair(about["pair"], **about.get("loads", {}))
+    root = datasets.root_of(P.run_dir, data, split)
+    samples = datasets.samples(root, split, questions_per_sequence=P.questions_per_sequence,
+                               n_sequences=n_sequences, n_event_frames=pair.n_event_frames,
+                               canvas=pair.event_canvas)
+    place = storage_folder(P.run_dir, EXACT, split)
+    settings = {"split": split, "data": datasets.name_of(data),
+                "data_hash": dataset_folder.data_hash(root)}
+    report = extract_run.extract(pair, samples, place, modes=(MODE,), dtype=EXACT,
+                                 max_new_tokens=P.max_new_tokens, batch_size=32, seed=P.seed,
+                                 config=settings)
+    if not report.finished:
+        raise ParameterError(f"the extraction of {split} was interrupted after {report.n} "
+                             "samples; run it again to continue")
+    return ShardDataset(place / MODE, expected_mode=MODE)
 
 
 def recode(exact: ShardDataset, place: Path, dtype: str) -> ShardDataset:

@@ -9,6 +9,8 @@ from test_steps_truth import run_notebook
 from tiny_pair import make_tiny_pair
 from torch.nn.utils.rnn import pad_sequence
 
+from studies import parameters as studies
+from studies import pixels, storage
 from xsd import cli
 from xsd.core import ParameterError
 from xsd.embedded import drive
@@ -30,7 +32,7 @@ def place(tmp_path_factory):
         drive.write_dataset(root / "drives", split=split, n_sequences=2, seed=7, workers=1)
         assert cli.main(["data", "extract", str(root / "drives"), "-o", str(root / split),
                          "--pair", str(pair), "--split", split, "--modes", modes,
-                         "--max-questions", "2", "--max-new-tokens", "8"]) == 0
+                         "--max-questions", "2", "--max-new-tokens", "8", "--stored", "fp32"]) == 0
     return root
 
 
@@ -196,3 +198,34 @@ def test_notebook_13_measures_imported_pairs_by_what_is_known_of_them(chunked, p
     assert "verifier-self" in set(gap["name"]), "B1 by path is the arm that reads the verifier"
     assert "floor 4-gram" in found.text or "floor 4-gram" in (
         folder.resolve(run) / "report" / "report.txt").read_text()
+
+
+# --- the studies of notebooks 10 and 11
+
+
+def test_the_storage_study_rewrites_pairs_by_path_and_refuses_rounded_ones(place, tmp_path):
+    train, test = str(place / "train"), str(place / "test")
+    given = {"run_dir": str(tmp_path), "data": train, "test_data": test,
+             "levels": ["L1"], "dtypes": ["fp32", "int8"], "epochs": 1, "resamples": 50}
+    asked = studies.StorageParameters.checked(given)
+    ready.ensure(asked)
+    results = storage.run(asked)
+    assert results["pairs"] == {
+        split: len(extraction.open_pairs(tmp_path, split, str(place / split), "teacher_forced"))
+        for split in ("train", "test")}
+    assert not (tmp_path / extraction.PAIR_FILE).exists(), "nothing was extracted"
+    rounded = str(tmp_path / "storage" / "int8" / "train")
+    with pytest.raises(ParameterError, match="holds states that are rounded to int8 already; give"):
+        storage.run(studies.StorageParameters.checked({**given, "data": rounded}))
+
+
+def test_pixels_are_those_of_the_clips_behind_pairs_by_path(place, tmp_path):
+    given = studies.PixelParameters.checked({
+        "run_dir": str(tmp_path), "data": str(place / "train"), "test_data": str(place / "test"),
+        "image_size": 8, "n_event_frames": 2})
+    for split in ("train", "test"):
+        found = pixels.read_pairs(given, split)
+        clips = extraction.clips_of(tmp_path, split, str(place / split), extraction.open_pairs(
+            tmp_path, split, str(place / split), "teacher_forced"))
+        assert set(found.sequence) == {clip.sequence for clip in clips}
+        assert len(found.sequence) == 2 * len(clips)

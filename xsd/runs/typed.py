@@ -150,8 +150,6 @@ def _count(low: int, high: int, text: str) -> Any:
 Levels = Annotated[list[Level], Field(min_length=1, description="trained levels to evaluate")]
 PairName = Annotated[str, Field(min_length=1, description="embedded (the shipped pair), or a "
                                 "folder with drafter/ and verifier/")]
-Data = Annotated[str, Field(min_length=1, description="simulated, or a dataset folder with both "
-                            "splits")]
 TrainData = Annotated[str, Field(min_length=1, description="training set, from notebook 01")]
 TestData = Annotated[list[str], Field(min_length=1, description="held-out sets, from notebook 01")]
 Head = Annotated[str, Field(description="LM head of the verifier by path (a file, or a folder "

@@ -44,7 +44,8 @@ def _extract(P: typed.NotebookParameters, own: dict[str, Any]) -> None:
     sets = {name: getattr(P, name) for name in (
         "data", "test_data", *parameters.ModelParameters.model_fields) if hasattr(P, name)}
     if "test_data" in sets:
-        sets["test_data"] = [name for name in P.test_data  # type: ignore[attr-defined]
+        asked = sets["test_data"] or sets["data"]
+        sets["test_data"] = [name for name in ([asked] if isinstance(asked, str) else asked)
                              if extraction.stored(name, "test") is None]
     by_path = extraction.stored(sets.get("data", datasets.SIMULATED), "train") is not None
     if by_path:
