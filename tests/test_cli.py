@@ -154,7 +154,7 @@ def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
-    (["self-test", "--options", "layers:["], "--options cannot be read: 'layers:['; write"),
+    (["self-test", "--options", "layers:["], "--options cannot be 'layers:[': expected names"),
     (["train", "no/such/pairs", "-o", "runs/none", "-l", "L1"], "there is nothing at "),
 ])
 def test_what_cannot_be_read_is_said_in_one_sentence(words, sentence, capsys):

@@ -84,14 +84,14 @@ def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Pat
             help_parameters: bool = Option(False, "--help-parameters",
                                            help="print what the notebook takes, and stop")) -> None:
     """Execute a notebook headless, with checked parameters, into reports/<notebook>."""
-    from xsd.runs import notebooks, typed
+    from xsd.runs import command_line, notebooks
 
     source, model = _notebook(notebook)
     if help_parameters:
         for name, field in model.model_fields.items():
             print(f"{name} = {field.get_default()!r}\n    {field.description}")
         return
-    values = typed.read_values(parameter, model)
+    values = command_line.read_values(parameter, model)
     target = notebooks.run_notebook(source, out or ROOT / "reports" / source.stem, values)
     print(f"finished: {target}")
 
@@ -110,14 +110,15 @@ def sweep(notebook: str = NOTEBOOK,
     Points share one extraction and one training per level, or those of run_dir.
     """
     from xsd.files import atomic_write
-    from xsd.runs import folder, typed
+    from xsd.runs import command_line, folder
     from xsd.steps import listing
     from xsd.steps import sweep as points
 
     source, model = _notebook(notebook)
-    axes = typed.read_grid([*(axis or []), *grid], model)
+    axes = command_line.read_grid([*(axis or []), *grid], model)
     target = (out or ROOT / "reports" / f"sweep_{source.stem}").resolve()
-    rows = points.run(source, axes, target, fixed=typed.read_values(parameter, model), jobs=jobs)
+    fixed = command_line.read_values(parameter, model)
+    rows = points.run(source, axes, target, fixed=fixed, jobs=jobs)
     found, place = points.metrics(rows), folder.shown(target)
     atomic_write(target / "sweep.csv", found.to_csv(index=False))
     print(listing.shown(found).to_string(index=False))

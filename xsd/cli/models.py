@@ -16,13 +16,10 @@ OPTIONS = Option("", help="of the adapters, for all or by level: 'L5: {layers: 2
 
 
 def _read(text: str) -> dict[str, Any]:
-    import yaml
+    from xsd.runs import command_line, typed
 
-    try:
-        return yaml.safe_load(text if text.startswith("{") else f"{{{text}}}")
-    except yaml.YAMLError:
-        raise ParameterError(f"--options cannot be read: {text!r}; write 'layers: 2', or by level "
-                             "'L5: {layers: 2}'") from None
+    return command_line.read_mapping(text, lambda why: ParameterError(
+        f"--options cannot be {typed.shortened(text)}: {why}"))
 
 
 @app.command(epilog=examples(
@@ -41,14 +38,14 @@ def train(
                                   help="anything else that notebook 02 takes"),
 ) -> None:
     """Train adapters on pairs named by path, into RUN/adapters; resumes."""
-    from xsd.runs import parameters, typed
+    from xsd.runs import command_line, parameters
     from xsd.steps import training
 
     given = parameters.TrainParameters.checked({
         "run_dir": out, "data": pairs, "validation_data": validation, "profile": profile,
         "head": head, "seed": seed, "device": device, "options": _read(options),
         **({"levels": level} if level else {}),
-        **typed.read_values(parameter, parameters.TrainParameters)})
+        **command_line.read_values(parameter, parameters.TrainParameters)})
     results = training.run(given, progress=lambda name, row: print(
         f"{name} epoch {row['epoch']}: loss {row['validation_total']:.4f}, cosine "
         f"{row['cosine_similarity']:.4f}", flush=True))

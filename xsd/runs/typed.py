@@ -1,14 +1,13 @@
-"""What a notebook's parameters may be: the base of their models, kinds of values that several
-notebooks take, reading from a command line."""
+"""What a notebook's parameters may be: the base of their models, and kinds of values that several
+notebooks take."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self, get_args
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-import yaml
 from pydantic import (
     BaseModel,
     BeforeValidator,
@@ -26,7 +25,7 @@ from xsd.core import ParameterError
 class NotebookParameters(BaseModel):
     """What every notebook takes. Strict types (an int may stand for a float)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
     notebook: ClassVar[str] = ""
 
     run_dir: str = Field("runs/smoke", min_length=1,
@@ -43,31 +42,81 @@ class NotebookParameters(BaseModel):
     def checked(cls, values: Mapping[str, Any]) -> Self:
         """A model of ``values``. Raises: ParameterError naming the notebook, the parameter, what
         was given and what is expected."""
+        for name, value in values.items():
+            cls.field(name)
+            if why := unusual(value):
+                raise cls.refusal(name, value, why)
         try:
             return cls.model_validate(dict(values))
         except ValidationError as error:
-            first, known = error.errors()[0], cls.model_fields
-        name = ".".join(map(str, first["loc"]))
-        if first["type"] == "extra_forbidden":
-            raise ParameterError(f"notebook {cls.notebook} has no parameter {name!r}: "
-                                 f"{hint(name, known)}it takes {', '.join(known)}")
+            first = error.errors()[0]
         why = first["msg"].removeprefix("Value error, ")
-        raise ParameterError(
-            f"parameter {name!r} of notebook {cls.notebook} cannot be {first['input']!r}: "
-            f"{why[0].lower()}{why[1:]} ({known[first['loc'][0]].description})")
+        raise cls.refusal(".".join(map(str, first["loc"])), first["input"], why)
+
+    @classmethod
+    def field(cls, name: str) -> Any:
+        """The pydantic field of a parameter. Raises: ParameterError where there is none."""
+        if name not in (known := cls.model_fields):
+            raise ParameterError(f"notebook {cls.notebook} has no parameter {shortened(name)}: "
+                                 f"{hint(name, known)}it takes {', '.join(known)}")
+        return known[name]
+
+    @classmethod
+    def refusal(cls, name: str, value: Any, why: str) -> ParameterError:
+        """The error for a value that the parameter ``name`` (``levels.0``: of a list) cannot be."""
+        about = cls.model_fields[name.partition(".")[0]].description
+        return ParameterError(f"parameter {name!r} of notebook {cls.notebook} cannot be "
+                              f"{shortened(value)}: {why[0].lower()}{why[1:]} ({about})")
+
+
+MAX_TEXT, MAX_LIST, MAX_DEPTH = 10_000, 1000, 8
+
+
+def unusual(value: Any, depth: int = 0) -> str:
+    """Why no parameter may hold this, of whatever type (control characters, numbers that no file
+    can hold, sizes that nobody meant, an entry twice); empty where it may."""
+    if isinstance(value, str):
+        if len(value) > MAX_TEXT:
+            return f"it has {len(value)} characters, and a text may have {MAX_TEXT}"
+        return "it holds a line break or another character that cannot be printed" if re.search(
+            "[\\x00-\\x1f\\x7f\ud800-\udfff]", value) else ""
+    if isinstance(value, (int, float)):
+        return "" if -2**63 < value < 2**63 else "expected a finite number below 2^63"
+    if not isinstance(value, (list, tuple, dict)):
+        return ""
+    if len(value) > MAX_LIST or depth > MAX_DEPTH:
+        return f"a list may have {MAX_LIST} entries, and {MAX_DEPTH} lists in each other"
+    if isinstance(value, dict) and not all(isinstance(key, str) for key in value):
+        return "names in braces must be texts"
+    parts = [*value, *value.values()] if isinstance(value, dict) else value
+    texts = [one for one in value if isinstance(one, (str, float))]
+    if twice := next((one for place, one in enumerate(texts) if one in texts[:place]), None):
+        return f"{shortened(twice)} stands in it twice"
+    return next(filter(None, (unusual(one, depth + 1) for one in parts)), "")
+
+
+def shortened(value: Any) -> str:
+    """A value as a message shows it."""
+    try:
+        text = repr(value[:200] if isinstance(value, (str, list)) else value)
+    except ValueError:  # Python writes no number of more than 4300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= 120 else f"{text[:100]} …"
 
 
 def hint(name: str, known: Iterable[str]) -> str:
-    """``"did you mean …? "`` where a known name is close."""
-    close = difflib.get_close_matches(name, known, n=1)
-    return f"did you mean {close[0]!r}? " if close else ""
+    """``"did you mean …? "`` where a known name is close, or differs in its capitals alone."""
+    lower = {one.lower(): one for one in known}
+    close = difflib.get_close_matches(name.lower(), lower, n=1)
+    return f"did you mean {lower[close[0]]!r}? " if close else ""
 
 
 # --- one's own parts, by name: known here by their form alone, imported where they are used
 
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "X1", "B1")
-ARMS = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram",
-        "prompt_lookup")
+BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup")
+ARMS = (*BASELINES, "drafter", "ngram", "prompt_lookup")
+SETTINGS = r"(@1f)?(@([1-9]|[1-5]\d|6[0-4]))?(~0?\.\d+)?"
 SPELLINGS = {"vl_baseline": "ar", "VL": "ar"}
 """The reference's names of arms, and ours; the verifier alone is also what may follow a prefill."""
 
@@ -82,7 +131,8 @@ def _level(value: Any, *more: str) -> Any:
     if value in (*LEVELS, *more) or files.is_path(value) or _own(value) or all(
             hasattr(value, name) for name in ("reads", "shift", "forward")):
         return value
-    raise ValueError(f"input should be one of {', '.join((*LEVELS, *more))}, an adapter's file or "
+    raise ValueError(f"{hint(str(value), (*LEVELS, *more))}input should be one of "
+                     f"{', '.join((*LEVELS, *more))}, an adapter's file or "
                      "folder, or a class of your own as module:Class (docs/extending.md)")
 
 
@@ -98,17 +148,23 @@ def _plain(value: Any) -> str:
 
 def _arm(value: Any) -> str:
     """An arm of ours, a level, an adapter's file or folder, one of your own as "module:Class", or
-    two of them joined by +; settings behind @ or ~ are read where the arm is made. The reference's
-    spellings (vl_baseline, L4+VL) become ours."""
+    two of them joined by +, with settings behind @ or ~ where a model or rule drafts. The
+    reference's spellings (vl_baseline, L4+VL) become ours."""
     kind, *settings = re.split("(?=[@~])", value if isinstance(value, str) else "", maxsplit=1)
-    parts = [SPELLINGS.get(part, part) for part in kind.split("+")]
-    if len(parts) <= 2 and all(part in (*ARMS, *LEVELS) or files.is_path(part) or _own(part)
-                               for part in parts):
-        return "+".join(parts) + "".join(settings)
-    raise ValueError(f"input should be one of {', '.join(ARMS)}, a level ({', '.join(LEVELS)}), an "
-                     "adapter's file or folder, a proposer of your own as module:Class "
-                     "(docs/extending.md), or two joined by +, such as L1+ngram (vl_baseline and "
-                     "L4+VL are understood)")
+    parts, said = [SPELLINGS.get(part, part) for part in kind.split("+")], "".join(settings)
+    alone = [part for part in (parts[:-1] if len(parts) == 2 and parts[1] == "ar" else parts)
+             if part in BASELINES]
+    if len(parts) <= 2 and re.fullmatch(SETTINGS, said) and (not alone or (len(parts) == 1 and (
+            not said or re.fullmatch(r"hf_prompt_lookup@\d+", value)))) and all(
+            part in (*ARMS, *LEVELS) or files.is_path(part) or _own(part) for part in parts):
+        return "+".join(parts) + said
+    guess = next(filter(None, (hint(part, (*ARMS, *LEVELS)) for part in parts
+                               if part not in (*ARMS, *LEVELS))), "")
+    raise ValueError(f"{guess}input should be one of {', '.join(ARMS)}, a level "
+                     f"({', '.join(LEVELS)}), an adapter's file or folder, a proposer of your own "
+                     "as module:Class (docs/extending.md), or two that draft joined by +, such as "
+                     "L1+ngram (vl_baseline and L4+VL are understood); what drafts may have "
+                     "settings: L4@3, L4@1f, L4~0.6")
 
 
 def _column(value: Any) -> Any:
@@ -156,8 +212,8 @@ Head = Annotated[str, Field(description="LM head of the verifier by path (a file
                             "whose shards hold one); empty: the one stored with the pairs")]
 HeldOutMode = Annotated[Mode, Field(description="which held-out pairs to evaluate on")]
 Threshold = Annotated[float, Field(gt=-1, lt=1, description="cosine threshold τ")]
-Thresholds = Annotated[list[float], Field(min_length=1,
-                                          description="all cosine thresholds that are counted")]
+Thresholds = Annotated[list[Threshold], Field(
+    min_length=1, description="all cosine thresholds that are counted")]
 Rate = Annotated[float, Field(gt=0, lt=1,
                               description="AdamW's peak rate; lower it for wide models")]
 Gamma = _count(1, 64, "draft tokens a round")
@@ -173,45 +229,3 @@ Simulators = _count(1, 256, "processes that simulate drives")
 Asked = _count(1, 50, "questions a sequence is asked, each on one of its clips")
 ClipMs = _count(1, 3_600_000, "length of a clip")
 HopMs = _count(1, 3_600_000, "from one clip's start to the next one's")
-
-
-# --- from a command line
-
-
-def read_values(pairs: list[str], model: type[NotebookParameters]) -> dict[str, Any]:
-    """``["levels=L1,L4", "seed=3"]`` as typed values: text for text fields, otherwise YAML; a comma
-    makes a list where one is expected. Raises: ParameterError."""
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        name, sign, text = pair.partition("=")
-        if not (name and sign):
-            raise ParameterError(f"a parameter is written name=value, not {pair!r}")
-        kind = model.model_fields[name].annotation if name in model.model_fields else None
-        number = float in (kind, *(getattr(one, "__origin__", one) for one in get_args(kind)))
-        if str(kind).startswith("list") and not text.lstrip().startswith("["):
-            text = f"[{text}]"
-        try:
-            values[name] = text if kind is str else yaml.safe_load(text)
-            if number and isinstance(values[name], str):
-                values[name] = float(text)  # YAML reads 1e-3 as text
-        except yaml.YAMLError:
-            raise ParameterError(f"the value of {name!r} cannot be read: {text!r}; lists are "
-                                 "written a,b or [a, b]") from None
-        except ValueError:
-            raise ParameterError(
-                f"the value of {name!r} must be a number, not {text!r}") from None
-    return values
-
-
-def read_grid(axes: list[str], model: type[NotebookParameters]) -> dict[str, list[Any]]:
-    """``["seed=0,1", "levels=L1|L4,B1"]`` as typed axes of a grid, split at | where there is one;
-    ``level``: ``levels`` with one each. Raises: ParameterError."""
-    grid = {}
-    for axis in axes:
-        name, sign, text = axis.partition("=")
-        if not sign:
-            raise ParameterError(f"a grid axis is written name=value,value, not {axis!r}")
-        name = "levels" if name == "level" and "levels" in model.model_fields else name
-        given = [one for one in text.split("|" if "|" in text else ",") if one]
-        grid[name] = [read_values([f"{name}={one}"], model)[name] for one in given]
-    return grid
