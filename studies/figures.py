@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +9,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from xsd.views import theme
+from xsd.views import safe, theme
+from xsd.views.safe import Html
 
 RECIPES = {
     "best": theme.Mark(theme.ADAPTER, symbol="circle"),
@@ -21,6 +21,7 @@ RECIPES = {
     "no adapter": theme.Mark(theme.REJECTED, symbol="line-ns-open"),
 }
 """How a recipe is drawn: hue and shape both differ, so that neither is needed alone."""
+_STRUCK = Html('<span style="color:{};text-decoration:line-through">{}</span>')
 _BESIDE = 0.2
 """Distance between the recipes of one level, in rows."""
 _APART = 1.06
@@ -48,9 +49,10 @@ def acceptance_by_bytes(frame: pd.DataFrame, *, title: str = "What a stored byte
 
     frame: of ``storage.acceptance``; dtypes in the order drawn.
     """
+    frame = safe.labels(frame)
     titles = (f"{label}, held out", "minus the adapter trained on fp32 states, same answers")
     figure = make_subplots(1, 2, horizontal_spacing=0.11, subplot_titles=titles)
-    figure.update_layout(template=theme.template(), title={"text": title}, height=440,
+    figure.update_layout(template=theme.template(), title={"text": safe.label(title)}, height=440,
                          margin={"t": 90}, legend_y=-0.32)
     number = ".1%" if percent else ".2f"
     sizes = dict(zip(frame["dtype"], frame["bytes_per_token"], strict=True))
@@ -92,6 +94,7 @@ def accepted_by_recipe(
     frame: of ``study.table``; levels stand from top to bottom as they come. gamma: where the axis
     ends, since no round accepts more.
     """
+    frame = safe.labels(frame)
     levels = list(dict.fromkeys(frame["level"]))
     figure = theme.figure(title, height=180 + 44 * len(levels),
                           x="accepted drafts per round in self-rollout, mean and 95 % interval")
@@ -136,7 +139,7 @@ def learning_curve(frame: pd.DataFrame, *,
     """
     figure = theme.figure(title, x="training drives (logarithmic)", height=380,
                           y="accepted drafts per round")
-    value = "accepted_per_round"
+    value, frame = "accepted_per_round", safe.labels(frame)
     for index, (level, part) in enumerate(frame.groupby("level", sort=False)):
         mark = theme.mark(str(level).replace(",", " of"), index)
         part = part.sort_values("sequences")
@@ -160,7 +163,7 @@ def facts_right(frame: pd.DataFrame, *, by: str = "kind",
     """
     figure = theme.figure(title, x="share of facts right, with 95 % interval over drives",
                           height=160 + 30 * frame[by].nunique())
-    for role, part in frame.groupby("role", sort=True):
+    for role, part in safe.labels(frame).groupby("role", sort=True):
         colour = theme.LANES[str(role)]
         symbol = "circle" if role == "verifier" else "diamond"
         figure.add_scatter(
@@ -173,18 +176,17 @@ def facts_right(frame: pd.DataFrame, *, by: str = "kind",
     return figure
 
 
-def transcript(rows: Iterable[tuple[str, str, str, Sequence[tuple[str, bool]]]]) -> str:
+def transcript(rows: Iterable[tuple[str, str, str, Sequence[tuple[str, bool]]]]) -> Html:
     """Questions and answers: rows (question, role, what it is, [(word, right?)]); wrong words are
     struck in grey."""
-    parts, last = ['<div style="font-family:sans-serif;line-height:1.6">'], None
-    wrong = f'<span style="color:{theme.REJECTED};text-decoration:line-through">'
+    parts, last = [], None
     for question, role, note, words in rows:
         if question != last:
-            parts.append(f'<div style="margin-top:.6em"><b>{html.escape(question)}</b></div>')
+            parts.append(Html('<div style="margin-top:.6em"><b>{}</b></div>').format(question))
             last = question
-        said = " ".join(html.escape(word) if right else f"{wrong}{html.escape(word)}</span>"
-                        for word, right in words)
-        colour = theme.LANES.get(role, theme.INK)
-        parts.append(f'<div><span style="color:{colour};font-weight:600">{html.escape(role)}</span>'
-                     f" <small>{html.escape(note)}</small> {said}</div>")
-    return "".join(parts) + "</div>"
+        said = [word if right else _STRUCK.format(theme.REJECTED, word) for word, right in words]
+        parts.append(Html('<div><span style="color:{};font-weight:600">{}</span> <small>{}</small> '
+                          "{}</div>").format(theme.LANES.get(role, theme.INK), role, note,
+                                             Html(" ").join(said)))
+    return Html('<div style="font-family:sans-serif;line-height:1.6">{}</div>').format(
+        Html().join(parts))

@@ -3,7 +3,7 @@
 import json
 import re
 
-_PLOT = re.compile(r'Plotly\.newPlot\("([^"]+)",')
+_PLOT = re.compile(r'class="figure" data-at="([^"]+)">')
 
 
 def _values(node):
@@ -24,8 +24,8 @@ def picture_disagreements(page, results):
     held = {f"{value * scale:.6g}" for value in _values(results) for scale in (1, 1e3)} | {"0"}
     found = []
     for plot in _PLOT.finditer(page):
-        traces, _ = json.JSONDecoder().raw_decode(page[plot.end():].replace("<\\/", "</"))
-        for trace in traces:
+        drawn, _ = json.JSONDecoder().raw_decode(page[plot.end():])
+        for trace in drawn["data"]:
             along = "x" if trace.get("orientation") == "h" else "y"
             starts = trace.get("base") or []
             for axis in ("x", "y"):

@@ -114,7 +114,7 @@ def test_every_number_in_a_picture_is_in_the_results(finished):
     page = demo.build(finished, profile="demo", seed=0, seconds={}).read_text()
     stored = json.loads((finished / "results.json").read_text())
     assert page.count(
-        "Plotly.newPlot(") >= 6 and "in the answer" in page and "milliseconds since" in page
+        'class="figure"') >= 6 and "in the answer" in page and "milliseconds since" in page
     assert pages.picture_disagreements(page, stored) == []
     stored["tokens"]["test"]["simulated"]["by_position"]["survival"][2] += 0.0123
     for span in stored["live"]["timeline"]["generations"]["baseline"]["spans"]:

@@ -36,7 +36,7 @@ def test_a_threshold_colours_by_cosine_instead_of_by_token():
 
 def test_text_and_hover_are_escaped():
     page = tokens.box('<script>"', "bonus", ['a"b<c'])
-    assert "<script>" not in page and "&lt;script&gt;" in page and 'title="a&quot;b&lt;c"' in page
+    assert "<script>" not in page and "&lt;script&gt;" in page and 'title="a&#34;b&lt;c"' in page
 
 
 def test_white_space_tokens_are_visible():

@@ -9,6 +9,7 @@ threshold.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -75,6 +76,16 @@ class LosslessError(XsdError):
 
 class TrainingError(XsdError):
     """Training stopped: NaN, divergence, a refused split, out of memory."""
+
+
+_UNSEEN = re.compile(
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    """Text of unknown origin for a terminal, a file or a page: control signs, marks of writing
+    direction and halves of surrogate pairs as ``\\u001b``; tabs and ends of lines stay."""
+    return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
 # --- records

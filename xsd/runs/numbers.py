@@ -12,7 +12,7 @@ from typing import Any
 from bs4 import BeautifulSoup
 from markupsafe import Markup
 
-from xsd.core import XsdError
+from xsd.core import XsdError, printable
 
 
 class ReportError(XsdError):
@@ -57,7 +57,7 @@ def written(value: Any, form: str = "") -> str:
     for a ratio (``.2fx`` → 1.07×)."""
     if value is None:
         return "–"
-    return f"{value:{form[:-1]}}×" if form.endswith("x") else f"{value:{form}}"
+    return printable(f"{value:{form[:-1]}}×" if form.endswith("x") else f"{value:{form}}")
 
 
 def kind_of(results: Mapping[str, Any], path: str) -> str:

@@ -1,9 +1,12 @@
 """The report: one offline HTML page of a Jinja template, ``results.json`` beside it, and executed
 notebooks as pages. Numbers come in through ``num`` and ``cell`` alone (xsd/runs/numbers.py); the
-same results give the same bytes."""
+same results give the same bytes. What is data stays data: no script but the two that stand here
+runs in a page, and nothing is loaded from elsewhere (docs/security.md)."""
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html
 import json
 import re
@@ -11,20 +14,36 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from xsd.files import atomic_write, write_json
+from xsd.core import printable
+from xsd.files import atomic_write, read_json, write_json
 from xsd.runs import numbers
+from xsd.views.safe import Html
+
+if TYPE_CHECKING:
+    from nbformat import NotebookNode
 
 TEMPLATES = Path(__file__).parent / "templates"
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
-WIDGET_MIME = "application/vnd.jupyter.widget-view+json"
+SHOWN_MIMES = ("text/html", "text/markdown", "image/png", "image/jpeg", "text/plain")
+"""Of a notebook's outputs, besides figures, what a page shows: what cannot run, once cleaned."""
+LARGEST_HTML = 4_000_000
 PLOT_CONFIG = {"responsive": True, "displaylogo": False,
                "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]}
+DRAW = """(function(){function draw(){
+document.querySelectorAll('script.figure').forEach(function(e){
+var f=JSON.parse(e.textContent),at=document.getElementById(e.dataset.at);
+Plotly.newPlot(at,f.data,f.layout,%s).then(function(){if(f.frames)Plotly.addFrames(at,f.frames)})});
+document.querySelectorAll('[data-key]').forEach(function(e){e.title=e.dataset.key})}
+if(!document.querySelector('script.figure')||(window.Plotly&&Plotly.newPlot))return draw();
+var s=document.createElement('script');s.src='plotly.min.js';s.onload=draw;
+document.body.appendChild(s)})()""" % json.dumps(PLOT_CONFIG)  # noqa: UP031 (braces all over)
+"""Draws the figures of a page, which stand in it as JSON, with the plotly.js in it or beside it."""
 
 
 def build_report(template: str, results: Mapping[str, Any], out_dir: str | Path, *, title: str,
@@ -38,9 +57,10 @@ def build_report(template: str, results: Mapping[str, Any], out_dir: str | Path,
     """
     out_dir, results = Path(out_dir), numbers.plain(results)
     body = render(template, results, **parts)
-    library = Markup(get_plotlyjs()) if "Plotly.newPlot" in body else ""
+    library = get_plotlyjs() if 'class="figure"' in body else ""
     page = _environment().get_template("page.html.j2").render(
-        title=title, body=body, plotly_js=library, notebooks=[Path(one).stem for one in notebooks],
+        title=title, body=body, plotly_js=Markup(library), draw=Markup(DRAW),
+        policy=_policy(library, DRAW), notebooks=[Path(one).stem for one in notebooks],
         provenance=json.dumps(results.get("provenance", {}), indent=1, sort_keys=True))
     wrong = numbers.disagreements(page, results)
     if wrong:
@@ -67,7 +87,17 @@ def render(template: str, results: Mapping[str, Any], **parts: Any) -> Markup:
 
 def _environment() -> Environment:
     return Environment(loader=FileSystemLoader(TEMPLATES), autoescape=True, trim_blocks=True,
-                       lstrip_blocks=True, undefined=ChainableUndefined)
+                       lstrip_blocks=True, undefined=ChainableUndefined,
+                       finalize=lambda shown: printable(shown) if type(shown) is str else shown)
+
+
+def _policy(*scripts: str) -> str:
+    """What a browser may run and load for a page: these scripts, and what they themselves add."""
+    digests = (hashlib.sha256(script.replace("\r\n", "\n").encode()).digest()
+               for script in scripts if script)
+    allowed = " ".join(f"'sha256-{base64.b64encode(one).decode()}'" for one in digests)
+    return (f"default-src 'none'; script-src {allowed} 'strict-dynamic'; style-src 'unsafe-inline';"
+            " img-src data: blob:; font-src data:; base-uri 'none'; form-action 'none'")
 
 
 def _picture(figure: Any, name: str) -> Markup:
@@ -75,53 +105,159 @@ def _picture(figure: Any, name: str) -> Markup:
     drawn = json.loads(figure.to_json())
     title = (drawn["layout"].pop("title", None) or {}).get("text", "")
     drawn["layout"].setdefault("margin", {}).setdefault("t", 40)
-    heading = f'<div class="figure-title" data-plain="1">{html.escape(title)}</div>'
-    height = drawn["layout"].get("height", 450)
-    plot = _plotly(drawn, name, f'class="plot" style="min-height:{height}px"')
-    return Markup(f'{heading if title else ""}<div class="wide">{plot}</div>')
+    lines = Markup("<br>").join(html.unescape(line) for line in title.split("<br>"))
+    heading = Markup('<div class="figure-title" data-plain="1">{}</div>').format(lines)
+    height = int(drawn["layout"].get("height", 450))
+    return Markup('{}<div class="wide"><div id="{}" class="plot" style="min-height:{}px"></div>{}'
+                  "</div>").format(heading if title else "", name, height, _figure(drawn, name))
 
 
-def _plotly(drawn: Mapping[str, Any], name: str, attributes: str = "") -> str:
-    """The element and the script of one figure, given as plotly's JSON."""
-    data, layout, frames, config = (
-        json.dumps(one, sort_keys=True).replace("</", "<\\/")
-        for one in (drawn["data"], drawn["layout"], drawn.get("frames"), PLOT_CONFIG))
-    script = f'Plotly.newPlot("{name}",{data},{layout},{config})'
-    if drawn.get("frames"):
-        script += f'.then(function(){{Plotly.addFrames("{name}",{frames})}})'
-    return f'<div id="{name}" {attributes}></div><script>{script}</script>'
+def _figure(drawn: Mapping[str, Any], name: str) -> Markup:
+    """plotly's JSON as the page's data, for ``DRAW`` to draw into the element of that name."""
+    parts = json.dumps({key: drawn.get(key) for key in ("data", "layout", "frames")},
+                       sort_keys=True).replace("<", "\\u003c")
+    return Markup('<script type="application/json" class="figure" data-at="{}">{}</script>').format(
+        name, Markup(parts))
+
+
+# --- executed notebooks
 
 
 def notebook_page(source: str | Path, folder: str | Path) -> Path:
-    """An executed notebook as an offline page with live figures; plotly.js is written beside it.
-    Raises: ReportError if the page would load anything from elsewhere."""
-    import nbformat
+    """An executed notebook, whoever made it, as an offline page with live figures; plotly.js is
+    written beside it. Its HTML is cleaned and its scripts are left out. Raises: ReportError if it
+    cannot be read, or a link leads out of the folder."""
     from nbconvert import HTMLExporter
 
     source, folder = Path(source), Path(folder)
-    notebook = nbformat.read(source, 4)
-    notebook.metadata.pop("widgets", None)
-    notebook.metadata.pop("papermill", None)  # start and end times would differ from run to run
-    library = '<script src="plotly.min.js"></script>'
-    for place, cell in enumerate(notebook.cells):
-        for number, output in enumerate(cell.get("outputs", [])):
-            data = output.get("data", {})
-            data.pop(WIDGET_MIME, None)  # dead without a kernel; its text stays
-            if PLOTLY_MIME in data:
-                data.pop("image/png", None)
-                picture = _plotly(data.pop(PLOTLY_MIME), f"cell-{place}-{number}")
-                data["text/html"], library = library + picture, ""
-    exporter = HTMLExporter(template_name="lab", embed_images=True)
+    if folder.is_symlink():
+        raise numbers.ReportError(f"{folder} is a link to another place; remove it, so that the "
+                                  "pages are written here")
+    notebook, figures = _shown(read_notebook(source))
+    exporter = HTMLExporter(template_name="lab", sanitize_html=True)
+    exporter.register_filter("clean_html", clean)  # every cell's Markdown and HTML goes through it
     for address in ("mathjax_url", "require_js_url", "jupyter_widgets_base_url", "mermaid_js_url"):
         setattr(exporter, address, "")
-    page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": source.stem}})
-    page = re.sub(r'<script[^>]*src=""[^>]*>\s*</script>', "", page)
-    loads = numbers.external_requests(page)
+    try:
+        page, _ = exporter.from_notebook_node(notebook, {"metadata": {"name": source.stem}})
+        page = re.sub(r"(?is)<script\b.*?</script\s*>", "", page)  # the template's own
+        page = page.replace("<head>", Html(
+            '<head><meta http-equiv="Content-Security-Policy" content="{}">').format(_policy(DRAW)),
+            1)
+        before, end, after = page.rpartition("</body>")
+        page = f"{before}{''.join(figures)}<script>{DRAW}</script>{end}{after}"
+        loads = numbers.external_requests(page)
+    except RecursionError as error:
+        raise numbers.ReportError(f"{source} holds text nested too deep to be shown; run the "
+                                  "notebook again") from error
     if loads:
         raise numbers.ReportError(
             f"the page of notebook {source.name} would load {loads[0]} when opened; "
             "let the notebook show pictures as figures or inline images")
-    if not library:
+    if figures:
         atomic_write(folder / "plotly.min.js", get_plotlyjs())
     atomic_write(folder / f"{source.stem}.html", page)
     return folder / f"{source.stem}.html"
+
+
+def read_notebook(path: Path) -> NotebookNode:
+    """A notebook of any age, in today's form. Raises: ReportError."""
+    import nbformat
+
+    way_out = "run the notebook again"
+    if not path.is_file() or not path.resolve().is_relative_to(path.parent.resolve()):
+        raise numbers.ReportError(f"{path} is no file of its folder; put the notebook itself there")
+    found = read_json(path, numbers.ReportError, way_out)
+    try:
+        return nbformat.from_dict(nbformat.convert(nbformat.from_dict(found), 4))
+    except Exception as error:  # nbformat meets what it does not know with any of a dozen
+        raise numbers.ReportError(
+            f"{path} is no notebook ({type(error).__name__}: {str(error)[:100]}); {way_out}"
+        ) from error
+
+
+def _shown(notebook: NotebookNode) -> tuple[NotebookNode, list[Markup]]:
+    """A notebook made anew of what a page shows, and the figures in it. Nothing else of the old one
+    is taken over: no metadata, attachments, raw cells as they are, or widgets (dead without a
+    kernel; their text stays)."""
+    from nbformat import v4
+
+    cells, figures = [], []
+    for place, cell in enumerate(notebook.get("cells", [])):
+        kind, text = cell.get("cell_type"), _text(cell.get("source", ""))
+        if kind == "code":
+            made = v4.new_code_cell(text, execution_count=_count(cell))
+            for number, output in enumerate(cell.get("outputs", [])):
+                made.outputs.append(_output(output, f"cell-{place}-{number}", figures))
+        else:
+            made = v4.new_markdown_cell(text if kind == "markdown" else str(
+                Html("<pre>{}</pre>").format(text)))
+        made["id"] = f"cell-{place}"
+        cells.append(made)
+    return v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}}), figures
+
+
+def _output(output: Mapping[str, Any], name: str, figures: list[Markup]) -> NotebookNode:
+    """One output of a cell; its figure, called ``name``, is added to ``figures``."""
+    from nbformat import v4
+
+    kind = output.get("output_type")
+    if kind == "stream":
+        stream = "stderr" if output.get("name") == "stderr" else "stdout"
+        return v4.new_output("stream", name=stream, text=_text(output.get("text", "")))
+    if kind == "error":
+        return v4.new_output("error", traceback=[_text(output.get("traceback", []))])
+    data = output.get("data", {})
+    shown = {mime: _text(data[mime]) for mime in SHOWN_MIMES if mime in data}
+    if (drawn := data.get(PLOTLY_MIME)) is not None:
+        figures.append(_figure(drawn, name))
+        shown = {"text/html": f'<div id="{name}"></div>'}
+    elif len(shown.get("text/html", "")) > LARGEST_HTML:
+        shown = {"text/plain": f"not shown: {len(shown['text/html']) / 1e6:.0f} MB of HTML"}
+    made = {"text/plain": f"not shown: {', '.join(data)}"} | shown
+    if kind == "execute_result":
+        return v4.new_output(kind, made, execution_count=_count(output))
+    return v4.new_output("display_data", made)
+
+
+def _text(value: Any) -> str:
+    return "".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _count(numbered: Mapping[str, Any]) -> int | None:
+    found = numbered.get("execution_count")
+    return found if isinstance(found, int) else None
+
+
+_words = re.compile(r"\S+").findall
+_TAGS = frozenset(_words(
+    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption "
+    "figure h1 h2 h3 h4 h5 h6 hr i img kbd li ol p pre s small span strong sub summary sup table "
+    "tbody td tfoot th thead tr u ul"))
+_ATTRIBUTES = frozenset(_words("align alt border class colspan id rowspan style title"))
+_STYLES = frozenset(_words(
+    "background-color border border-bottom border-collapse border-color border-radius color "
+    "display font font-family font-size font-style font-weight line-height margin margin-left "
+    "margin-right margin-top max-width min-height min-width overflow-x padding text-align "
+    "text-decoration vertical-align white-space"))
+"""None of them can name a file or an address, or lay itself over the page."""
+_PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+")
+_LINK = re.compile(r"(?is)(https?://|mailto:).*|[^:&\\]*")
+
+
+def clean(text: str) -> str:
+    """HTML of unknown origin without whatever could run, load or cover the page: the tags, the
+    attributes and the styles that a page of words, tables and inline pictures needs stay."""
+    import bleach
+    from bleach.css_sanitizer import CSSSanitizer
+
+    def allowed(tag: str, name: str, value: str) -> bool:
+        if (tag, name) in (("img", "src"), ("a", "href")):
+            return bool((_PICTURE if tag == "img" else _LINK).fullmatch(value))
+        return name in _ATTRIBUTES
+
+    # Their text is no text to be read.
+    text = re.sub(r"(?is)<(script|style|template|title)\b.*?(</\1\s*>|$)", "", str(text))
+    return bleach.clean(text, tags=_TAGS, attributes=allowed, strip=True,
+                        protocols={"http", "https", "mailto", "data"},
+                        css_sanitizer=CSSSanitizer(allowed_css_properties=_STYLES))

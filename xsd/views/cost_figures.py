@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import plotly.graph_objects as go
 
-from xsd.views import theme
+from xsd.views import safe, theme
 
 PARTS = {"prefill": theme.SOFT_INK, "draft": theme.DRAFTER, "verify": theme.VERIFIER}
 
@@ -43,6 +43,7 @@ def predicted_and_measured(frame: pd.DataFrame, *,
     frame: arm, predicted_ms, measured_ms, residual, and the shares prefill, draft, verify of the
     prediction.
     """
+    frame = safe.labels(frame)
     figure = theme.figure(title, x="milliseconds per answer", height=170 + 60 * len(frame))
     hatched = {"shape": "/", "fgcolor": "white", "fillmode": "overlay", "solidity": 0.2}
     for part, colour in PARTS.items():

@@ -3,17 +3,17 @@ widgets that choose it (``AcceptanceExplorer``)."""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from xsd.core import MetricError, Sample
+from xsd.core import MetricError, Sample, printable
 from xsd.evaluate import curves
 from xsd.evaluate import table as token_table
 from xsd.evaluate.statistics import Interval
 from xsd.views import figures, images, theme, tokens
+from xsd.views.safe import Html
 
 
 @dataclass(frozen=True)
@@ -98,8 +98,8 @@ def samples_at(data: ExplorerData, selection: Selection) -> pd.DataFrame:
     return ordered[[name for name in columns if name in here]].reset_index(drop=True)
 
 
-def strips(data: ExplorerData, selection: Selection) -> str:
-    """HTML: draft over verifier of the chosen sample, one strip per chosen level."""
+def strips(data: ExplorerData, selection: Selection) -> Html:
+    """Draft over verifier of the chosen sample, one strip per chosen level."""
     own = rows(data, selection)
     own = own[own["sample"] == selection.sample]
     parts = [tokens.pairs(own[own["level"] == level], selection.tau, here=selection.position,
@@ -107,11 +107,11 @@ def strips(data: ExplorerData, selection: Selection) -> str:
              for level in selection.levels if (own["level"] == level).any()]
     if not parts:
         return tokens.caption(f"No sample has position {selection.position} here.")
-    return "".join(parts) + tokens.legend(("accepted", "rejected", "unused", "verifier"))
+    return Html().join(parts) + tokens.legend(("accepted", "rejected", "unused", "verifier"))
 
 
-def pictures(data: ExplorerData, selection: Selection) -> str:
-    """HTML: event frames and video frames of the chosen sample, or why not."""
+def pictures(data: ExplorerData, selection: Selection) -> Html:
+    """Event frames and video frames of the chosen sample, or why not."""
     sample = data.sample(selection.sample) if selection.sample else None
     if sample is None:
         return tokens.caption(f"The pictures of {selection.sample} are not at hand.")
@@ -210,8 +210,8 @@ class AcceptanceExplorer:
         if owner not in (self.position, self.samples):
             self._draw()
         self.figure.update_shapes({"x0": self.selection.position, "x1": self.selection.position})
-        line = html.escape(headline(self.data, self.selection))
-        self.title.value = f'<div style="font:15px {theme.FONT}">{line}</div>'
+        line = headline(self.data, self.selection)
+        self.title.value = Html('<div style="font:15px {}">{}</div>').format(theme.FONT, line)
         self.strips.value = strips(self.data, self.selection)
         self.pictures.value = pictures(self.data, self.selection)
 
@@ -236,4 +236,4 @@ def _line(row: dict) -> str:
     question = f" · {row['question']}" if "question" in row else ""
     said = (f"{tokens.visible(str(row['draft_token']))} → "
             f"{tokens.visible(str(row['verifier_token']))}")
-    return f"{sign} {row['cosine']:.3f}  {said}  · {row['sample']}{question}"
+    return printable(f"{sign} {row['cosine']:.3f}  {said}  · {row['sample']}{question}")

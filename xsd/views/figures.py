@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from xsd.core import MetricError
-from xsd.views import theme
+from xsd.views import safe, theme
 
 CURVES = {
     "marginal": "share of tokens accepted at this position",
@@ -70,6 +70,7 @@ def accepted_per_round_dots(
     """The headline: one dot with its interval, where one is known, per level, floor and ceiling; a
     line at the best floor. frame: name, kind ("ceiling" | "adapter" | "drafter" | "floor": drawn in
     this order, the largest value on top), value, low, high, n (what was counted)."""
+    frame = safe.labels(frame)
     rank = frame["kind"].map({"ceiling": 0, "adapter": 1, "drafter": 2, "floor": 3})
     ordered = frame.assign(_rank=rank).sort_values(["_rank", "value"], ascending=[True, False],
                                                    kind="stable")
@@ -104,7 +105,7 @@ def acceptance_by_kind(frame: pd.DataFrame, *, title: str = "Which words are acc
     """A dot with its interval for each level in each kind of word; the kinds accepted best on top.
     frame: level, kind, value, low, high, n (tokens). least: kinds with fewer tokens are left out.
     Raises: MetricError when no kind has that many tokens."""
-    frame = frame[frame.groupby("kind")["n"].transform("max") >= least]
+    frame = safe.labels(frame[frame.groupby("kind")["n"].transform("max") >= least])
     if frame.empty:
         raise MetricError(
             f"no kind of word has {least} tokens or more; lower ``least`` or evaluate more samples")
@@ -174,9 +175,10 @@ def speedup_bars(
     bars are pale and claim nothing. Raises: MetricError for another kind."""
     against = " or ".join(dict.fromkeys(frame.get("baseline", ["the baseline"])))
     busy = any(frame.get("busy", ()))
-    if busy:
-        title += "<br>the machine was busy or unsteady: no speed-up is claimed"
-    figure = theme.figure(title, x=f"times as fast as {against}", height=150 + 40 * len(frame))
+    note = "the machine was busy or unsteady: no speed-up is claimed" if busy else ""
+    figure = theme.figure(title, note=note, x=f"times as fast as {against}",
+                          height=150 + 40 * len(frame))
+    frame = safe.labels(frame)
     for kind, part in frame.groupby("kind", sort=False, observed=True):
         if kind not in SOURCES:
             raise MetricError(f"a speed-up is measured, predicted or quoted, not {kind!r}")
@@ -200,7 +202,7 @@ def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = 
     """One line per level and split over epochs; validation solid, training pale; a star at the
     best validation epoch. history: level, epoch, split ("train" | "validation") and the column
     named by ``value``; lower is better if the name holds "loss"."""
-    called = value.replace("_", " ")
+    called, history = value.replace("_", " "), safe.labels(history)
     figure = theme.figure(title or f"Training · {called}", x="epoch", y=called)
     groups = history.groupby(["level", "split"], sort=False, observed=True)
     for index, ((level, split), part) in enumerate(groups):
@@ -222,7 +224,7 @@ def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = 
 
 def training_panels(history: pd.DataFrame, values: Sequence[str]) -> go.Figure:
     """:func:`training_curves` of several values, three panels a row, with one legend."""
-    names = [value.replace("_", " ") for value in values]
+    names = [safe.label(value.replace("_", " ")) for value in values]
     figure = make_subplots(-(-len(values) // 3), 3, subplot_titles=names, vertical_spacing=0.16)
     figure.update_layout(template=theme.template(), height=300 * -(-len(values) // 3))
     for number, value in enumerate(values):
@@ -241,7 +243,7 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
                 speedups: pd.DataFrame, title: str = "Summary") -> go.Figure:
     """The frames of :func:`cosine_histogram`, :func:`acceptance_by_position` and
     :func:`speedup_bars`, and unbroken prefixes (lengths: level, length, share), in one picture."""
-    bars = speedup_bars(speedups)
+    bars, speedups = speedup_bars(speedups), safe.labels(speedups)
     busy = any(speedups.get("busy", ()))
     names = ("cosine of the states", "acceptance by position (token truth)",
              "unbroken prefix: tokens before the first wrong one",
@@ -249,7 +251,7 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
              bars.layout.xaxis.title.text)
     figure = make_subplots(2, 2, subplot_titles=names, horizontal_spacing=0.1,
                            vertical_spacing=0.16)
-    figure.update_layout(template=theme.template(), title={"text": title}, height=760,
+    figure.update_layout(template=theme.template(), title={"text": safe.label(title)}, height=760,
                          margin={"t": 90}, legend={"y": -0.08}, barmode="group")
     for trace in cosine_histogram(cosines, thresholds=()).data:
         figure.add_trace(trace.update(showlegend=False, legendgroup=trace.name), row=1, col=1)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 import io
 from collections.abc import Sequence
 
@@ -12,6 +11,7 @@ from PIL import Image
 
 from xsd.core import Sample, VideoError
 from xsd.views import theme
+from xsd.views.safe import Html
 
 
 def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
@@ -36,25 +36,25 @@ def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
 
 
 def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = theme.SOFT_INK,
-              side: int = 128) -> str:
+              side: int = 128) -> Html:
     """A row of small pictures with a label in the sensor's colour; side: the longer one, pixels."""
-    cells = "".join(
-        f'<img alt="{html.escape(label)} {index}" src="{png_uri(image, max_side=side)}" '
-        'style="margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%">'
-        for index, image in enumerate(images))
+    cell = Html('<img alt="{} {}" src="{}" '
+                'style="margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%">')
+    cells = [cell.format(label, index, png_uri(image, max_side=side))
+             for index, image in enumerate(images)]
     style = f"font:13px {theme.FONT};color:{colour};font-weight:600"
-    head = f'<div style="{style}">{html.escape(label)}</div>' if label else ""
-    return f'<div class="filmstrip" data-plain="1">{head}{cells}</div>'
+    head = Html('<div style="{}">{}</div>').format(style, label) if label else ""
+    return Html('<div class="filmstrip" data-plain="1">{}{}</div>').format(head,
+                                                                           Html().join(cells))
 
 
-def sensors(sample: Sample, *, side: int = 128, n_video: int = 8) -> str:
+def sensors(sample: Sample, *, side: int = 128, n_video: int = 8) -> Html:
     """What both models saw: event frames above video frames, with the question."""
-    clip = f"{html.escape(sample.sequence)} / {html.escape(sample.clip)}"
-    question = (f'<div style="font:14px {theme.FONT};margin:4px 0"><b>'
-                f'{html.escape(sample.question)}</b> <span style="color:{theme.SOFT_INK}">'
-                f"{clip}</span></div>")
+    question = Html(
+        '<div style="font:14px {};margin:4px 0"><b>{}</b> <span style="color:{}">{} / {}</span>'
+        "</div>").format(theme.FONT, sample.question, theme.SOFT_INK, sample.sequence, sample.clip)
     events = filmstrip(sample.event_frames, label="event frames: the drafter's eyes",
                        colour=theme.DRAFTER, side=side)
     video = filmstrip(list(sample.video[:n_video]), label="video frames: the verifier's eyes",
                       colour=theme.VERIFIER, side=side)
-    return f'<div class="sensors" data-plain="1">{question}{events}{video}</div>'
+    return Html('<div class="sensors" data-plain="1">{}{}{}</div>').format(question, events, video)

@@ -12,6 +12,8 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
+from xsd.views import safe
+
 DRAFTER = "#E07B00"
 VERIFIER = "#0072B2"
 ADAPTER = "#009E73"
@@ -68,8 +70,9 @@ def mark(level: str, index: int = 0) -> Mark:
 
 
 def by_level(frame: pd.DataFrame) -> Iterator[tuple[str, pd.DataFrame, Mark]]:
-    """Name, rows and mark of each level, in the order of the table."""
-    for index, (level, part) in enumerate(frame.groupby("level", sort=False, observed=True)):
+    """Name, rows and mark of each level, in the order of the table; texts as labels."""
+    groups = safe.labels(frame).groupby("level", sort=False, observed=True)
+    for index, (level, part) in enumerate(groups):
         yield str(level), part, mark(str(level), index)
 
 
@@ -108,9 +111,10 @@ def register() -> None:
     pio.templates.default = "xsd"
 
 
-def figure(title: str, *, x: str = "", y: str = "", height: int = 400) -> go.Figure:
-    """An empty figure in the shared look; height in pixels."""
+def figure(title: str, *, note: str = "", x: str = "", y: str = "", height: int = 400) -> go.Figure:
+    """An empty figure in the shared look; height in pixels, note: a second line of the title."""
+    title = "<br>".join(safe.label(line) for line in (title, note) if line)
     drawn = go.Figure(layout={"template": template(), "title": {"text": title}, "height": height})
-    drawn.update_xaxes(title_text=x)
-    drawn.update_yaxes(title_text=y)
+    drawn.update_xaxes(title_text=safe.label(x))
+    drawn.update_yaxes(title_text=safe.label(y))
     return drawn

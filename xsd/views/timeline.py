@@ -3,7 +3,6 @@ walks through the rounds without a kernel."""
 
 from __future__ import annotations
 
-import html
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,7 +12,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from xsd.core import Generation, MetricError
-from xsd.views import theme
+from xsd.views import safe, theme
 
 LANE_ORDER = ("drafter", "adapter", "verifier")
 STOPS = 40
@@ -40,7 +39,7 @@ def timeline(generations: Mapping[str, Generation], *,
              title: str = "Where the time goes") -> go.Figure:
     """Bars by arm and lane. generations: arm name → Generation, the baseline among them; the first
     arm is drawn on top."""
-    frame = spans(generations)
+    frame, generations = safe.labels(spans(generations)), safe.keys(generations)
     rows = frame["row"].unique().tolist()
     figure = theme.figure(title, x="milliseconds since the request began (hatched: prefill)",
                           height=150 + 46 * len(rows))
@@ -80,7 +79,7 @@ def stages(generations: Mapping[str, Generation]) -> pd.DataFrame:
 def shares(generations: Mapping[str, Generation], *,
            title: str = "What the lanes did: share of their work") -> go.Figure:
     """A ring for each arm of :func:`stages`, the answer's milliseconds inside."""
-    frame = stages(generations)
+    frame, generations = safe.labels(stages(generations)), safe.keys(generations)
     arms = list(generations)
     figure = theme.figure(title, height=420)
     for place, (arm, part) in enumerate(frame.groupby("arm", sort=False)):
@@ -91,10 +90,10 @@ def shares(generations: Mapping[str, Generation], *,
             domain={"x": [left, right]}, textinfo="percent",
             marker={"colors": [theme.rgba(theme.LANES[lane], next(pale[lane], 0.3))
                                for lane in part["lane"]]},
-            hovertemplate=f"{html.escape(arm)}<br>%{{label}}: %{{value:.1f}} ms<extra></extra>"))
+            hovertemplate=f"{arm}<br>%{{label}}: %{{value:.1f}} ms<extra></extra>"))
         figure.add_annotation(x=(left + right) / 2, y=0.5, xref="paper", yref="paper",
                               showarrow=False, xanchor="center",
-                              text=f"{html.escape(arm)}<br>{1e3 * generations[arm].total_s:.0f} ms")
+                              text=f"{arm}<br>{1e3 * generations[arm].total_s:.0f} ms")
     return figure
 
 
@@ -158,9 +157,10 @@ def _said(generations: Mapping[str, Generation], seen: pd.DataFrame,
     lines = []
     for arm, generation in generations.items():
         n = int(seen.loc[seen["arm"] == arm, "n_tokens"].max() if arm in set(seen["arm"]) else 0)
-        text = html.escape(token_text(generation.ids[:n]).strip()) if n else "…"
+        text = token_text(generation.ids[:n]).strip() if n else "…"
         wrapped = textwrap.wrap(text, 95, break_long_words=False, break_on_hyphens=False)
-        lines.append(f"<b>{html.escape(arm)}</b> · {n} tokens: {'<br>'.join(wrapped)}")
+        said = "<br>".join(map(safe.label, wrapped))
+        lines.append(f"<b>{safe.label(arm)}</b> · {n} tokens: {said}")
     return {"x": 0, "y": -0.32, "xref": "paper", "yref": "paper", "xanchor": "left",
             "yanchor": "top", "align": "left", "showarrow": False, "text": "<br>".join(lines),
             "font": {"size": 13}}

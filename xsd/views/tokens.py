@@ -1,9 +1,7 @@
-"""Token strips: the words of draft and verifier as coloured boxes. Plain HTML, every text escaped,
-facts on hover."""
+"""Token strips: the words of draft and verifier as coloured boxes, facts on hover."""
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -11,6 +9,7 @@ import pandas as pd
 
 from xsd.core import Generation
 from xsd.views import theme
+from xsd.views.safe import Html
 
 COLOURS = {
     "accepted": (theme.rgba(theme.ADAPTER, 0.22), theme.ADAPTER),
@@ -37,25 +36,25 @@ def visible(text: str) -> str:
     return shown.strip(" ") or ("␣" if shown else "∅")
 
 
-def box(text: str, state: str, hover: Sequence[str] = ()) -> str:
+def box(text: str, state: str, hover: Sequence[str] = ()) -> Html:
     """One token as an HTML span. state: one of ``COLOURS``. hover: one fact per line."""
     ground, edge = COLOURS[state]
     ink = theme.SOFT_INK if state in ("rejected", "unused") else theme.INK
     struck = "text-decoration:line-through;" if state == "rejected" else ""
-    style = f"{_BOX}background:{ground};border-color:{edge};color:{ink};{struck}"
-    title = html.escape("\n".join(hover))
-    return (f'<span class="token {state}" style="{style}" title="{title}">'
-            f"{html.escape(visible(text))}</span>")
+    style = f"{_BOX}background-color:{ground};border-color:{edge};color:{ink};{struck}"
+    return Html('<span class="token {}" style="{}" title="{}">{}</span>').format(
+        state, style, "\n".join(hover), visible(text))
 
 
-def caption(text: str, tag: str = "div") -> str:
+def caption(text: str, tag: str = "div") -> Html:
     """A line of small grey text; nothing for an empty one."""
     style = f"font:13px {theme.FONT};color:{theme.SOFT_INK};margin-right:6px"
-    return f'<{tag} style="{style}">{html.escape(text)}</{tag}>' if text else ""
+    line = Html('<{0} style="{1}">{2}</{0}>').format(tag, style, text)
+    return line if text else Html()
 
 
 def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "",
-          here: int | None = None) -> str:
+          here: int | None = None) -> Html:
     """Draft above verifier, one column per position, wrapping as text does.
 
     tokens: rows of one sample and level of the token table, with its texts. tau: None for the
@@ -68,13 +67,13 @@ def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "",
         state = "accepted" if unbroken else "unused" if right else "rejected"
         facts = _facts(row)
         line = theme.INK if row["position"] == here else "transparent"
-        columns.append(
+        columns.append(Html(
             '<span style="display:inline-block;text-align:left;margin:2px 3px 6px 0;'
-            f'vertical-align:top;border-bottom:3px solid {line}">'
-            f'{box(str(row["draft_token"]), state, facts)}<br>'
-            f'{box(str(row["verifier_token"]), "verifier", facts)}</span>')
-    body = "".join(columns)
-    return f'<div class="token-pairs" data-plain="1">{caption(label)}<div>{body}</div></div>'
+            'vertical-align:top;border-bottom:3px solid {}">{}<br>{}</span>').format(
+                line, box(str(row["draft_token"]), state, facts),
+                box(str(row["verifier_token"]), "verifier", facts)))
+    return Html('<div class="token-pairs" data-plain="1">{}<div>{}</div></div>').format(
+        caption(label), Html().join(columns))
 
 
 def _facts(row: dict) -> list[str]:
@@ -86,7 +85,7 @@ def _facts(row: dict) -> list[str]:
     return [*facts, "same token" if row["match"] else "another token"]
 
 
-def rounds(generation: Generation, token_text: Callable[[int], str]) -> str:
+def rounds(generation: Generation, token_text: Callable[[int], str]) -> Html:
     """A live run, one strip per round: accepted and rejected draft tokens, then the bonus."""
     strips = []
     for number, one in enumerate(generation.rounds):
@@ -98,14 +97,15 @@ def rounds(generation: Generation, token_text: Callable[[int], str]) -> str:
         if one.bonus is not None:
             about = f"round {number}", MEANING["bonus"]
             boxes.append(box(token_text(one.bonus), "bonus", about))
-        strips.append('<div class="token-strip" data-plain="1" style="line-height:2">'
-                      f'{caption(str(number), "span")}{" ".join(boxes)}</div>')
-    return f'<div class="token-rounds" data-plain="1">{"".join(strips)}</div>'
+        strips.append(Html('<div class="token-strip" data-plain="1" style="line-height:2">{}{}'
+                           "</div>").format(caption(str(number), "span"), Html(" ").join(boxes)))
+    return Html('<div class="token-rounds" data-plain="1">{}</div>').format(Html().join(strips))
 
 
-def legend(states: Iterable[str] = tuple(COLOURS)) -> str:
+def legend(states: Iterable[str] = tuple(COLOURS)) -> Html:
     """What the colours mean."""
-    parts = [f'<span style="margin-right:14px;white-space:nowrap">{box(state, state)} '
-             f"{html.escape(MEANING[state])}</span>" for state in states]
+    part = Html('<span style="margin-right:14px;white-space:nowrap">{} {}</span>')
+    parts = [part.format(box(state, state), MEANING[state]) for state in states]
     style = f"font:12px/2.1 {theme.FONT};color:{theme.SOFT_INK}"
-    return f'<div class="token-legend" data-plain="1" style="{style}">{" ".join(parts)}</div>'
+    return Html('<div class="token-legend" data-plain="1" style="{}">{}</div>').format(
+        style, Html(" ").join(parts))

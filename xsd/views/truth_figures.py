@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from xsd.core import MetricError
-from xsd.views import theme
+from xsd.views import safe, theme
 
 ARMS = {
     "real events": (theme.ADAPTER, "circle"), "blank events": (theme.REJECTED, "square"),
@@ -35,6 +35,7 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
     """
     label, form = _unit(frame, "there is no step to draw; measure the gap first")
     figure = theme.figure(title, y=label, height=460)
+    frame = safe.labels(frame)
     steps = frame.astype({"low": float, "high": float}).assign(x=_places(frame["metric"].tolist()))
     top = float(frame[["start", "end"]].max(axis=None))
     for kind, own in steps.groupby("metric", sort=False):
@@ -94,7 +95,7 @@ def arms(frame: pd.DataFrame, *, floor: float | None = None,
     """One row per level, a dot with its interval for each arm; a dashed line at the best floor.
     frame: the rows of truth's table arms in one unit."""
     label, form = _unit(frame, "there is no arm to draw; measure the counterfactual arms first")
-    frame = frame.astype({"low": float, "high": float})
+    frame = safe.labels(frame.astype({"low": float, "high": float}))
     levels = list(dict.fromkeys(frame["level"]))[::-1]
     names = [name for name in dict.fromkeys(frame["arm"]) if name != "real events again"]
     figure = theme.figure(title, x=label, height=190 + 52 * len(levels))
@@ -133,7 +134,7 @@ def losses_by_kind(frame: pd.DataFrame, *, least: int = 5,
     """A grid of kinds of words and losses; each cell says how much acceptance is lost, in points,
     bold where the interval excludes zero. frame: table kinds. least: kinds with fewer tokens are
     left out. Raises: MetricError when none has as many."""
-    frame = frame[frame.groupby("group")["n"].transform("max") >= least]
+    frame = safe.labels(frame[frame.groupby("group")["n"].transform("max") >= least])
     if frame.empty:
         raise MetricError(
             f"no kind of word has {least} tokens or more; lower ``least`` or evaluate more samples")
@@ -184,7 +185,7 @@ def two_phase(frame: pd.DataFrame, metric: str = "tokens_per_verification", *,
               title: str = "") -> go.Figure:
     """A grid: phase 1 down, phase 2 across, the best cell framed. frame: phase1, phase2, metric (of
     PHASES), value, low, high."""
-    part, (said, unit) = frame[frame["metric"] == metric], PHASES[metric]
+    part, (said, unit) = safe.labels(frame[frame["metric"] == metric]), PHASES[metric]
     if part.empty:
         raise MetricError("there is no combination to draw; run the two-phase evaluation first")
     rows, columns = list(dict.fromkeys(part["phase1"])), list(dict.fromkeys(part["phase2"]))
