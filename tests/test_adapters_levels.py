@@ -203,6 +203,29 @@ def test_step_by_step_equals_the_whole_answer_at_once(name):
         torch.testing.assert_close(got, aligned[row])
 
 
+@settings(max_examples=40, deadline=None)
+@given(name=st.sampled_from([name for name in ALL if hasattr(make(name), "keep")]),
+       turns=st.lists(st.tuples(st.integers(0, 9), st.integers(1, 4)), min_size=1, max_size=6))
+def test_steps_on_kept_keys_and_values_equal_those_on_the_whole_answer(name, turns):
+    """A turn takes back to a position, and reads a few others from there on."""
+    adapter, kept = make(name), make(name).keep()
+    states = torch.randn(2, 0, WIDTH)
+    for seed, (back, n) in enumerate(turns):
+        back = min(back, states.shape[1])
+        new = torch.randn(2, n, WIDTH, generator=torch.Generator().manual_seed(seed))
+        states = torch.cat([states[:, :back], new], dim=1)
+        kept.forget(back)
+        size = states.shape[1]
+        tokens = torch.arange(size) % VOCABULARY
+        if adapter.reads != "both":
+            given_states = states[0], states[0]
+        else:
+            ahead = torch.cat([states[0][:1]] * adapter.drafter_lead + [states[0]])
+            given_states = ahead, states[1]
+        torch.testing.assert_close(adapter.step(*given_states, tokens, kept),
+                                   adapter.step(*given_states, tokens), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "L5F map", "B1 tokens", "L5F tokens"])
 def test_unroll_equals_feeding_predictions_back_one_by_one(name):
     adapter, batch, steps = make(name), make_batch([7, 7]), 4

@@ -398,6 +398,24 @@ def test_costs_cover_every_part_in_one_table(pair, adapters, samples):
         costs.measure({}, repeats=0)
 
 
+@pytest.mark.parametrize("level", ["L4", "B1", "L5F"])
+def test_drafts_on_kept_keys_and_values_are_those_of_steps_over_the_whole_answer(
+        level, pair, adapters, samples):
+    class Forgetful:
+        """The same adapter without a memory."""
+        def __init__(self, adapter):
+            self.reads, self.step = adapter.reads, adapter.step
+
+    for sample in samples:
+        rounds = []
+        for adapter in (adapters[level], Forgetful(adapters[level])):
+            proposer = arms.proposer_of("mine", pair, {"mine": adapter})
+            found = speculative.generate(pair.verifier, proposer, sample, gamma=4,
+                                         max_new_tokens=24, hide_prefill=False)
+            rounds.append([one.drafted for one in found.rounds])
+        assert rounds[0] == rounds[1] and any(rounds[0])
+
+
 def test_a_step_that_fuses_tokens_is_timed_with_the_tokens_given(pair, adapters, samples):
     given = []
 

@@ -59,19 +59,6 @@ class TransformerLayer(nn.Module):
                                                   dropout_p=self.dropout if self.training else 0.0)
         return self.finish(x, attended)
 
-    def last(self, x: Tensor) -> Tensor:
-        """x: [S, D] → [D], what :meth:`forward` says at the last position when it may look at all:
-        one query, and one row from there on."""
-        width = x.shape[1]
-        normed = self.attention_norm(x)
-        weight, bias = self.query_key_value.weight, self.query_key_value.bias
-        query = F.linear(normed[-1:], weight[:width], bias[:width])
-        query = query.view(1, self.n_heads, -1).transpose(0, 1)
-        packed = F.linear(normed, weight[width:], bias[width:]).view(len(x), 2, self.n_heads, -1)
-        keys, values = packed.permute(1, 2, 0, 3)
-        attended = F.scaled_dot_product_attention(query[None], keys[None], values[None])
-        return self.finish(x[None, -1:], attended)[0, 0]
-
     def attend_with(self, queries: Tensor, keys: Tensor, values: Tensor, allowed: Tensor,
                     own: list[tuple[Tensor, Tensor]]) -> Tensor:
         """Attention over shared keys, and for each query over further keys of its own (eagle.py's
@@ -106,6 +93,32 @@ def allowed_keys(size: int, mask: Tensor | None, *, causal: bool,
     return allowed | torch.eye(size, dtype=torch.bool, device=device)
 
 
+class Kept:
+    """Keys and values of an answer's first ``length`` positions, [heads, length, d] of each layer,
+    in buffers that grow by doubling: what makes one more step cost the same at every length."""
+
+    def __init__(self, n_layers: int) -> None:
+        self.length = 0
+        self._buffers: list[Tensor | None] = [None] * n_layers
+
+    def forget(self, length: int) -> None:
+        """What was read at positions from ``length`` on is no longer so."""
+        self.length = min(self.length, length)
+
+    def add(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Those of the next n positions, each [1, heads, n, d]; returns all, [1, heads, length + n,
+        d]. ``length`` itself is moved by who has filled every layer."""
+        end, buffer = self.length + keys.shape[2], self._buffers[layer]
+        if buffer is None or end > buffer.shape[3]:
+            grown = keys.new_empty(2, *keys.shape[:2], max(64, 2 * end), keys.shape[3])
+            if buffer is not None:
+                grown[:, :, :, :self.length] = buffer[:, :, :, :self.length]
+            self._buffers[layer] = buffer = grown
+        for kept, new in zip(buffer, (keys, values), strict=True):
+            kept[:, :, self.length:end] = new
+        return buffer[0, :, :, :end], buffer[1, :, :, :end]
+
+
 class LayerAdapter(Adapter):
     """What L4, L5, B1, L5F and X1 share: transformer layers, LayerNorm, eye-initialised projection,
     out = x + α (projection - x)."""
@@ -130,6 +143,39 @@ class LayerAdapter(Adapter):
         """All layers, the first one first."""
         return [self.layer, *self.further]
 
+    def _embed(self, states: tuple[Tensor, ...], first: int,
+               tokens: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        """(layer input, residual source, memory or None), each [B, S, D_v], of the states that
+        stand at positions from ``first`` on."""
+        x = self.input_map(states[0])
+        return x, x, None
+
+    def keep(self) -> Kept:
+        """An empty cache for :meth:`step`, one for each answer."""
+        return Kept(len(self.layers))
+
+    @torch.no_grad()
+    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
+             tokens: Tensor | None = None, kept: Kept | None = None) -> Tensor:
+        """As Adapter.step; only what ``kept`` does not hold is computed. The caller says what of it
+        has changed since (``kept.forget``)."""
+        known, said = self._known(drafter_states, verifier_states, tokens)
+        kept, n = kept or self.keep(), len(known[0])
+        kept.forget(n - 1)
+        first = kept.length
+        x, residual, memory = self._embed(tuple(one[None, first:] for one in known), first,
+                                          None if said is None else said[None, first:])
+        allowed = causal_mask(n, x.device)[first:] if n - first > 1 else None
+        for number, layer in enumerate(self.layers):
+            queries, *new = layer.look(x, memory)
+            seen = kept.add(number, *new)
+            if number == len(self.layers) - 1:  # one row from here on
+                x, queries, allowed = x[:, -1:], queries[:, :, -1:], None
+            attended = F.scaled_dot_product_attention(queries, *seen, attn_mask=allowed)
+            x = layer.finish(x, attended)
+        kept.length = n
+        return self._leave(x, residual[:, -1:])[0, 0]
+
     def _leave(self, x: Tensor, residual: Tensor) -> Tensor:
         return residual + self.alpha * (self.projection(self.final_norm(x)) - residual)
 
@@ -151,16 +197,6 @@ class AttentionAdapter(LayerAdapter):
         self.level, self.causal = level, causal
         self._make_layers(layers, n_heads, ffn, dropout, alpha)
         self.options["causal"] = causal
-
-    @torch.no_grad()
-    def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None,
-             tokens: Tensor | None = None) -> Tensor:
-        """As Adapter.step; only the last row is carried beyond the keys and values."""
-        residual = x = self.input_map(self._need(drafter_states, "drafter", 1))
-        *lower, last = self.layers
-        for layer in lower:
-            x = layer(x[None], causal_mask(len(x), x.device))[0]
-        return self._leave(last.last(x), residual[-1])
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *,
                 causal: bool | None = None) -> Tensor:

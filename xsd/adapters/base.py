@@ -166,23 +166,30 @@ class Adapter(nn.Module):
         Returns: [D_v]: verifier state n - 1 when shift == 0, m when shift == 1. Raises:
         ParameterError when a needed sequence is missing, empty or too short.
         """
-        keywords = self._as_drafting()
+        states, said = self._known(drafter_states, verifier_states, tokens)
+        if self.pointwise:
+            return self(*(one[None, -1:] for one in states))[0, -1]
+        keywords = self._as_drafting() | ({} if said is None else {"tokens": said[None]})
+        return self(*(one[None] for one in states), **keywords)[0, -1]
+
+    def _known(self, drafter: Tensor | None, verifier: Tensor | None,
+               tokens: Tensor | None) -> tuple[list[Tensor], Tensor | None]:
+        """What :meth:`forward` reads at the positions known so far: states, each [n, D], and the
+        tokens before the predicted positions, int64 [n] (None for an adapter that fuses none)."""
         if self.shift == 0:
-            states = self._need(drafter_states, "drafter", 1)
-            if self.fuses_tokens:
-                known = self._need(tokens, "token", len(states) - 1)[:len(states) - 1]
-                keywords["tokens"] = F.pad(known, (1, 0), value=-1)[None]
-            return self(states[-1:][None] if self.pointwise else states[None], **keywords)[0, -1]
-        known = self._need(verifier_states, "verifier", 1)
+            states = self._need(drafter, "drafter", 1)
+            if not self.fuses_tokens:
+                return [states], None
+            said = self._need(tokens, "token", len(states) - 1)[:len(states) - 1]
+            return [states], F.pad(said, (1, 0), value=-1)
+        known, said = self._need(verifier, "verifier", 1), None
         if self.fuses_tokens:
-            tokens = self.tokens_said(known) if tokens is None else tokens
-            keywords["tokens"] = self._need(tokens, "token", len(known))[None, :len(known)]
-        inputs = [known[None]]
-        if self.reads == "both":
-            lead = self.drafter_lead
-            drafter = self._need(drafter_states, "drafter", len(known) + lead)
-            inputs.insert(0, drafter[lead:][None, :len(known)])
-        return self(*inputs, **keywords)[0, -1]
+            said = self._need(self.tokens_said(known) if tokens is None else tokens, "token",
+                              len(known))[:len(known)]
+        if self.reads != "both":
+            return [known], said
+        lead = self.drafter_lead
+        return [self._need(drafter, "drafter", len(known) + lead)[lead:][:len(known)], known], said
 
     def _need(self, states: Tensor | None, whose: str, at_least: int) -> Tensor:
         have = 0 if states is None else len(states)

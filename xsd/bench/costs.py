@@ -3,7 +3,6 @@ Whatever measures returns one row per operation: what, ms (median), low, high (q
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -91,16 +90,18 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
 
         return once
 
-    def adapt(adapter: Any, head: Callable[[torch.Tensor], torch.Tensor]) -> int:
-        fused = {"tokens": ids} if getattr(adapter, "fuses_tokens", False) else {}
-        state = adapter.step(drafter_states, verifier_states, **fused)
-        return int(head(state[None])[0].argmax())
+    def adapt(adapter: Any, head: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], int]:
+        more: dict[str, Any] = {"tokens": ids} if getattr(adapter, "fuses_tokens", False) else {}
+        if hasattr(adapter, "keep"):  # the first, warming step fills it; the others read one row
+            more["kept"] = adapter.keep()
+        return lambda: int(head(adapter.step(drafter_states, verifier_states, **more)[None]
+                                )[0].argmax())
 
     return measure({
         "drafter_prefill": lambda: int(drafter.prefill(sample).logits.argmax()),
         "verifier_prefill": lambda: int(verifier.prefill(sample).logits.argmax()),
         "drafter_step": step(drafter, by_drafter), "verifier_step": step(verifier, by_verifier),
-        **{f"adapter {level}": functools.partial(adapt, one, draft_head(verifier, one))
+        **{f"adapter {level}": adapt(one, draft_head(verifier, one))
            for level, one in adapters.items()},
     }, repeats=repeats)
 

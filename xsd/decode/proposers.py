@@ -12,7 +12,7 @@ from torch import Tensor
 from xsd.core import ParameterError
 from xsd.decode import rules
 from xsd.decode.overlap import Stop, Timeline
-from xsd.decode.tracks import DrafterTrack, History
+from xsd.decode.tracks import DrafterTrack, History, n_common
 
 
 def never() -> bool:
@@ -43,7 +43,9 @@ class Adapter(Protocol):
     def step(self, drafter_states: Tensor | None, verifier_states: Tensor | None) -> Tensor:
         """The verifier's state [D_v] at position t, from the drafter's [t + 1, D_d] and the
         verifier's [t, D_v] (None for one it does not read). One with a true attribute
-        ``fuses_tokens`` is also given ``tokens=``, int64 [t]: the ids of positions 0…t-1."""
+        ``fuses_tokens`` is also given ``tokens=``, int64 [t]: the ids of positions 0…t-1; one with
+        a method ``keep`` is given ``kept=`` what that returned for this answer
+        (adapters/attention.py)."""
 
 
 class TokenByToken:
@@ -114,11 +116,17 @@ class AdapterProposer(TokenByToken):
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         super().begin(sample, timeline)
-        self.verifier_states = History()
+        self.verifier_states, self.said = History(), []
+        keep = getattr(self.adapter, "keep", None)
+        self.kept = keep() if keep is not None else None
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         if self.needs_verifier:
             self.verifier_states.replace(len(self.known), hidden)
+        if self.kept is not None:
+            # own predictions gave way to the verifier's states; else what was rejected goes
+            agreed = 0 if self.needs_verifier else 1 + n_common(self.said, tokens)
+            self.kept.forget(len(self.known) + agreed)
         super().observe(tokens, hidden)
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
@@ -131,13 +139,16 @@ class AdapterProposer(TokenByToken):
             self.track.follow(text)
             drafter_states = self.track.states()
         with self.timeline.span("adapter", "adapter"):
-            fused = {"tokens": torch.tensor(text, dtype=torch.long)} if self.fuses_tokens else {}
-            predicted = self.adapter.step(drafter_states, self.verifier_states.rows(), **fused)
+            more = {"tokens": torch.tensor(text, dtype=torch.long)} if self.fuses_tokens else {}
+            if self.kept is not None:
+                more["kept"] = self.kept
+            predicted = self.adapter.step(drafter_states, self.verifier_states.rows(), **more)
             token = self.choose(self._draft_logits(self.lm_head(predicted[None])[0]))
             if self.draft_ids is not None and token is not None:
                 token = int(self.draft_ids[token])
         if self.needs_verifier and token is not None:
             self.verifier_states.replace(len(text), predicted[None])
+        self.said = [*drafts, token]
         return token
 
     def _draft_logits(self, logits: Tensor) -> Tensor:

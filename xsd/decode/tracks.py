@@ -13,6 +13,12 @@ from xsd.core import DecoderHandle
 from xsd.decode.overlap import Timeline
 
 
+def n_common(one: Sequence[int | None], other: Sequence[int]) -> int:
+    """How many ids both begin with."""
+    differ = (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differ, min(len(one), len(other)))
+
+
 class History:
     """States of positions 0…n-1 in one growing buffer: a step reads a view and copies nothing."""
     def __init__(self) -> None:
@@ -56,9 +62,7 @@ class DrafterTrack:
 
     def follow(self, known: Sequence[int]) -> None:
         """Make the cache hold prompt + known: roll back to what is common, extend with the rest."""
-        differ = (i for i, (mine, own) in enumerate(zip(self.cached, known, strict=False))
-                  if mine != own)
-        same = next(differ, min(len(self.cached), len(known)))
+        same = n_common(self.cached, known)
         missing = list(known[same:])
         if same == len(self.cached) and not missing:
             return
