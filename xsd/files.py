@@ -55,9 +55,9 @@ def sync_names(folder: str | os.PathLike[str]) -> None:
         os.close(names)
 
 
-def remove_leftovers(folder: str | os.PathLike[str]) -> None:
+def remove_leftovers(folder: str | os.PathLike[str], name: str = "") -> None:
     """Delete what killed processes left of :func:`atomic_path`; only where ``folder`` is locked."""
-    for path in Path(folder).glob(".*.part"):
+    for path in Path(folder).glob(f".{name}*.part"):
         path.unlink(missing_ok=True)
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import repeat
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from xsd import processes
 from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive, language, render, scenes
 from xsd.embedded.answers import answers
@@ -214,7 +214,7 @@ def build(folder: str | Path, *, split: str, n_sequences: int, seed: int, size: 
             progress(n)
     video.flush()
     events.flush()
-    with ProcessPoolExecutor(workers) as pool:
+    with processes.pool(workers) as pool:
         numbers = range(n_sequences)
         codes = np.concatenate(
             list(pool.map(layout, repeat(seed), repeat(split), numbers, chunksize=8)))

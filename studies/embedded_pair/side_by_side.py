@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import multiprocessing
 
+from xsd import processes
 from xsd.core import TrainingError, XsdError
 
 
@@ -34,8 +35,9 @@ def run(task: Callable[..., Any], each: Sequence[tuple], *, threads: int = 1,
         for arguments in each
     ]
     try:
-        for child in children:
-            child.start()
+        with processes.deaf():
+            for child in children:
+                child.start()
         while any(child.is_alive() for child in children) or not reports.empty():
             failed = [child for child in children if child.exitcode]
             try:
@@ -65,6 +67,7 @@ def run(task: Callable[..., Any], each: Sequence[tuple], *, threads: int = 1,
 
 
 def _call(task: Callable[..., Any], arguments: tuple, threads: int, reports: Any) -> None:
+    processes.end_with_parent()
     torch.set_num_threads(max(1, threads))
     try:
         task(*arguments, lambda *report: reports.put(("progress", report)))

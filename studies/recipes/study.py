@@ -9,7 +9,6 @@ split, early stopping whole sequences of it, and a sequence in both is refused.
 from __future__ import annotations
 
 import concurrent.futures
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -19,6 +18,7 @@ import torch
 from studies.parameters import StudyParameters
 from studies.recipes import grid, jobs, measure
 from studies.recipes.grid import CLOSED_FORM, FLOORS, Job
+from xsd import processes
 from xsd.evaluate import statistics, tables
 from xsd.files import provenance
 from xsd.runs import folder, parameters
@@ -87,9 +87,7 @@ def _worked(wanted: Sequence[Job], P: StudyParameters) -> Iterator[tuple[Job, di
     if P.workers == 1:
         yield from ((job, jobs.work(job, P)) for job in wanted)
         return
-    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
-    with concurrent.futures.ProcessPoolExecutor(P.workers, context, torch.set_num_threads,
-                                                (1,)) as pool:
+    with processes.pool(P.workers, torch.set_num_threads, 1) as pool:
         waiting = {pool.submit(jobs.work, job, P): job for job in wanted}
         for done in concurrent.futures.as_completed(waiting):
             yield waiting[done], done.result()

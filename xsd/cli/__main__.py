@@ -3,7 +3,7 @@ extraction start it."""
 
 import sys
 
-from xsd.cli import app
+from xsd.cli import door
 
 if __name__ == "__main__":  # not in the processes of a sweep
-    sys.exit(app.run())
+    sys.exit(door.main())

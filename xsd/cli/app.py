@@ -32,7 +32,7 @@ DATA_VERBS = [(one.name or one.callback.__name__).replace("_", "-")
 
 
 def run(argv: list[str] | None = None) -> int:
-    """Run one verb and return its exit status (see :func:`xsd.cli.main`)."""
+    """Run one verb and return its exit status (see xsd/cli/door.py)."""
     given = list(sys.argv[1:] if argv is None else argv)
     # As they were written before the verbs stood in groups.
     if given[:1] == ["pair"] and (len(given) == 1 or given[1] not in PAIR_WORDS):
@@ -42,6 +42,8 @@ def run(argv: list[str] | None = None) -> int:
     try:
         app(given, prog_name="xsd", obj=given)
     except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # typer's 1 says less than ours
+            raise stop.__context__ from None
         return int(stop.code or 0)
     except XsdError as error:
         print(f"xsd: {error}", file=sys.stderr)

@@ -4,7 +4,6 @@ event camera at 60 Hz and the video camera at 20 Hz, as in DSEC."""
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from itertools import product, repeat
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from xsd import processes
 from xsd.core import DatasetError
 from xsd.embedded import dvs, facts, language, render, scenes
 from xsd.sensors import folder, frames
@@ -134,7 +134,7 @@ def simulate(seed: int, split: str, n_sequences: int, *, workers: int = 1,
     if workers <= 1:
         yield from (simulate_sequence(seed, split, i) for i in indices)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    with processes.pool(workers) as pool:
         yield from pool.map(simulate_sequence, repeat(seed), repeat(split), indices, chunksize=4)
 
 

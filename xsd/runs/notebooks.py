@@ -3,24 +3,31 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import shutil
+import tempfile
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from xsd.core import ROOT, ParameterError, StorageError, XsdError
-from xsd.files import provenance, sha256_of, write_json
-from xsd.runs import parameters, typed
+from xsd import files
+from xsd.core import ROOT, ParameterError, XsdError
+from xsd.runs import folder, parameters, typed
 
 NOTEBOOK_FOLDER = ROOT / "notebooks"
 QUIET = {
     "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error", "TOKENIZERS_PARALLELISM": "false", "PYTHONHASHSEED": "0",
+    "PYDEVD_DISABLE_FILE_VALIDATION": "1",
 }
-"""Environment of an executed notebook: no bars, no network; outputs depend on parameters alone."""
+"""Environment of an executed notebook: no bars, no network, nothing about a debugger; outputs
+depend on parameters alone."""
+KERNELS = "xsd-kernel-"
 
 
 class NotebookError(XsdError):
@@ -42,55 +49,126 @@ def find(notebook: str | os.PathLike[str]) -> Path:
     return path
 
 
+def read(path: str | os.PathLike[str]) -> Any:
+    """A notebook file as nbformat has it; nothing of it runs. Raises: ParameterError when it is no
+    notebook of Python that JupyterLab would open."""
+    import nbformat
+
+    def refused(why: str) -> ParameterError:
+        return ParameterError(f"{path} {why}; give a notebook that JupyterLab has saved")
+
+    stored = files.read_json(path, ParameterError, "give a notebook that JupyterLab has saved")
+    known = stored if isinstance(stored, dict) else {}
+    if known.get("nbformat") != 4:
+        raise refused("is no notebook of format 4 (its nbformat is "
+                      f"{typed.shortened(known.get('nbformat'))})")
+    try:
+        nbformat.validate(stored, relax_add_props=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # cells of 4.4 have no ids; they are given some
+            notebook = nbformat.reads(Path(path).read_text(encoding="utf-8-sig"), 4)
+    except (nbformat.ValidationError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        raise refused(f"is a damaged notebook ({_first_line(str(error))[:120]})") from error
+    about = notebook.metadata
+    language = about.get("language_info", {}).get("name") or about.get("kernelspec", {}).get(
+        "language", "python")
+    if language not in ("python", "ipython"):
+        raise refused(f"is a notebook of {str(language)[:40]!r}, and these are run by Python")
+    if not all(isinstance(one.metadata.get("papermill", {}), dict)
+               for one in (notebook, *notebook.cells)):
+        raise refused("is a damaged notebook (what papermill noted in it is no mapping)")
+    return notebook
+
+
 def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[str],
                  params: Mapping[str, Any] | None = None, *,
                  model: type[typed.NotebookParameters] | None = None) -> Path:
     """Execute a notebook with ``params`` over its defaults, in the checkout. Returns the executed
-    copy, ``out_dir/<stem>.ipynb``. model: of the parameters; by default the stem's.
+    copy, ``out_dir/<stem>.ipynb``, which takes the place of an earlier one when it is whole.
+    model: of the parameters; by default the stem's.
 
     Raises: ParameterError before anything runs; NotebookError naming notebook, cell and error, or
-    that its kernel died or a cell took too long; StorageError when the disk refuses.
+    that its kernel died or a cell took too long; StorageError when the disk refuses, or the same
+    notebook is at work on this folder or run.
     """
     source, out_dir, given = find(notebook), Path(out_dir).resolve(), dict(params or {})
     checked = (model or parameters.model_of(source.stem)).checked(given)
-    import papermill
+    tags = [cell.metadata.get("tags", ()) for cell in read(source).cells]
+    if given and not any("parameters" in some for some in tags):
+        raise ParameterError(f"{source} has no cell tagged 'parameters', so that none can be given "
+                             "to it; tag the cell that sets them")
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    # It reads no annotation such as ``int | None`` and warns of them; ours are checked above.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
     target = out_dir / source.name
-    began, failed = time.perf_counter(), None
-    try:
-        out_dir.mkdir(parents=True, exist_ok=True)
-        known = {"XSD_NOTEBOOK": source.name, "XSD_STARTED_IN": os.getcwd()}
-        with mock.patch.dict(os.environ, {**QUIET, **known}):
-            papermill.execute_notebook(str(source), str(target), parameters=given,
-                                       kernel_name="python3", language="python", cwd=str(ROOT),
-                                       progress_bar=False, log_output=False,
-                                       # each FigureWidget's state holds 5 MB of plotly.js
-                                       store_widget_state=False)
-    except PapermillExecutionError as error:
-        failed = error
-    except (DeadKernelError, CellTimeoutError) as error:
-        stopped = ("a cell took too long" if isinstance(error, CellTimeoutError) else
-                   "its kernel died (often: not enough memory)")
-        raise NotebookError(
-            f"notebook {source.name} stopped: {stopped}: {_first_line(str(error))}") from error
-    except OSError as error:
-        raise StorageError(
-            f"notebook {source.name} could not be run into {out_dir} ({error.strerror or error}); "
-            "free space or choose another folder") from error
-    record = provenance(seed=checked.seed, notebook=source.name, notebook_sha256=sha256_of(source),
-                        parameters=checked.model_dump(),
-                        seconds=round(time.perf_counter() - began, 2),
-                        status="failed" if failed else "finished")
-    write_json(target.with_suffix(".provenance.json"), record)
+    began, failed, cause = time.perf_counter(), "", None
+    with _alone(source.stem, out_dir, folder.resolve(checked.run_dir)), _kernel_folder() as kernel:
+        known = {"XSD_NOTEBOOK": source.name, "XSD_STARTED_IN": os.getcwd(),
+                 "JUPYTER_RUNTIME_DIR": str(kernel)}
+        with mock.patch.dict(os.environ, {**QUIET, **known}), files.atomic_path(target) as written:
+            try:
+                _execute(source, written, given)
+            except PapermillExecutionError as error:
+                failed, cause = (f" in code cell [{error.exec_count}]: {error.ename}: "
+                                 f"{_first_line(error.evalue)}"), error
+            except CellTimeoutError as error:
+                failed, cause = f": a cell took too long: {_first_line(str(error))}", error
+            except DeadKernelError as error:
+                failed, cause = (": its kernel died (often: not enough memory): "
+                                 f"{_first_line(str(error))}"), error
+        record = files.provenance(
+            seed=checked.seed, notebook=source.name, notebook_sha256=files.sha256_of(source),
+            parameters=checked.model_dump(), seconds=round(time.perf_counter() - began, 2),
+            status="failed" if failed else "finished")
+        files.write_json(target.with_suffix(".provenance.json"), record)
     if failed:
-        raise NotebookError(
-            f"notebook {source.name} stopped in code cell [{failed.exec_count}]: {failed.ename}: "
-            f"{_first_line(failed.evalue)}; the executed copy is {target}")
+        raise NotebookError(f"notebook {source.name} stopped{failed}; the executed copy is "
+                            f"{target}") from cause
     return target
+
+
+def _execute(source: Path, written: Path, given: Mapping[str, Any]) -> None:
+    import papermill
+
+    # It reads no annotation such as ``int | None`` and warns of them; ours are checked.
+    logging.getLogger("papermill").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not end in one")  # written ends in .part
+        papermill.execute_notebook(
+            # it takes braces in a path for parameters
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, written)),
+            parameters=dict(given), kernel_name="python3", language="python", cwd=str(ROOT),
+            progress_bar=False, log_output=False,
+            # what it logs when it is told to end is no error of the notebook's
+            extra_arguments=["--log-level=CRITICAL"],
+            # each FigureWidget's state holds 5 MB of plotly.js
+            store_widget_state=False)
+
+
+@contextlib.contextmanager
+def _alone(stem: str, out_dir: Path, run_dir: Path) -> Iterator[None]:
+    """One process runs this notebook into these folders; what a killed one left half-written there
+    goes. A run that may only be read is not locked."""
+    writable = {run_dir} if os.access(run_dir, os.W_OK) else set()
+    with contextlib.ExitStack() as held:
+        for place in {out_dir, *writable}:
+            held.enter_context(files.FolderLock(place, f".{stem}.lock"))
+        for place, name in ((out_dir, stem), *((one / part, stem.partition("_")[2]) for one in
+                                               writable for part in ("", "results"))):
+            files.remove_leftovers(place, f"{name}.")
+        yield
+
+
+@contextlib.contextmanager
+def _kernel_folder() -> Iterator[Path]:
+    """A folder for the file that says how to reach the kernel; those of killed runs go."""
+    base = Path(tempfile.gettempdir())
+    for left in base.glob(f"{KERNELS}*"):
+        if files.lock_holder(left) is None:
+            shutil.rmtree(left, ignore_errors=True)
+    with tempfile.TemporaryDirectory(
+            prefix=KERNELS, ignore_cleanup_errors=True) as made, files.FolderLock(made):
+        yield Path(made)
 
 
 def _first_line(text: str | None) -> str:

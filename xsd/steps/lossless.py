@@ -3,14 +3,14 @@ several processes if asked."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import multiprocessing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pandas as pd
 
+from xsd import processes
 from xsd.core import Sample
 from xsd.decode import autoregressive, certificate
 from xsd.models.handle import DecoderState, ModelHandle
@@ -59,8 +59,7 @@ def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) 
     parts = [jobs[len(jobs) * i // n:len(jobs) * (i + 1) // n] for i in range(n)]
     progress = progress or (lambda n: None)
     rows = []
-    with ProcessPoolExecutor(max(1, n - 1),
-                             mp_context=multiprocessing.get_context("spawn")) as pool:
+    with processes.pool(n - 1) if n > 1 else contextlib.nullcontext() as pool:
         others = [pool.submit(_check_part, opened.given.model_dump(), part) for part in parts[1:]]
         for row in _checked(opened, parts[0]):  # this process takes its share
             rows.append(row)

@@ -6,19 +6,18 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import pandas as pd
 
-from xsd import files
+from xsd import files, processes
 from xsd.core import ParameterError, StorageError, XsdError
 from xsd.evaluate import tables
 from xsd.runs import folder, notebooks, parameters, typed
@@ -179,14 +178,10 @@ def _each(work: Callable[..., str | None], tasks: Mapping[Any, Sequence[Any]],
             yield name, *_timed(work, given)
         return
     cores = str(max(1, (os.cpu_count() or 1) // jobs))
-    with mock.patch.dict(os.environ, dict.fromkeys(THREADS, cores)), ProcessPoolExecutor(
-            jobs, multiprocessing.get_context("spawn")) as pool:
+    with mock.patch.dict(os.environ, dict.fromkeys(THREADS, cores)), processes.pool(jobs) as pool:
         running = {pool.submit(_timed, work, given): name for name, given in tasks.items()}
-        try:
-            for done in as_completed(running):
-                yield running[done], *done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        for done in as_completed(running):
+            yield running[done], *done.result()
 
 
 def _timed(work: Callable[..., str | None], given: Sequence[Any]) -> tuple[str | None, float]:

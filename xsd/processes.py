@@ -1,0 +1,61 @@
+"""Helper processes that live no longer than the process that started them."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+
+@contextlib.contextmanager
+def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterator[
+        ProcessPoolExecutor]:
+    """``n`` processes that work at the same time, each after ``begin(*given)``. They end with this
+    one however it ends, and at once when the block is left by an error. Ctrl-C, which a terminal
+    sends to all of them, is this process's business alone."""
+    # a fork of a process with threads may hang
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(n, context, _begin, (begin, given)) as made:
+        with deaf():  # they start now
+            for _ in range(n):
+                made.submit(os.getpid)
+        try:
+            yield made
+        except BaseException:
+            for one in list((made._processes or {}).values()):
+                one.terminate()
+            made.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def deaf() -> Iterator[None]:
+    """Processes started in this block never hear Ctrl-C; this one hears it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """What a helper process calls first: it ends where the process that started it is gone."""
+    parent = multiprocessing.parent_process()
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    if parent is not None:
+        threading.Thread(target=wait, daemon=True).start()
+
+
+def _begin(begin: Callable[..., Any] | None, given: tuple[Any, ...]) -> None:
+    end_with_parent()
+    if begin:
+        begin(*given)
