@@ -20,7 +20,7 @@ REFERENCE_COUNTS = {
 }
 ALL = [
     *registry.LEVELS, "B1 map", "L5F map", "L4 bidirectional", "L5 tokens", "B1 tokens",
-    "L5F tokens", "L5F lead 0", "L4 layers", "L5 layers", "L5F layers", "X1 layers"
+    "L5F tokens", "L5F lead 0", "L5F verified", "L4 layers", "L5 layers", "L5F layers", "X1 layers"
 ]
 VOCABULARY = 11
 
@@ -30,7 +30,8 @@ def make(name: str, *, drafter_size: int | None = None, seed: int = 0) -> base.A
     level, _, variant = name.partition(" ")
     options = {
         "bidirectional": {"causal": False}, "tokens": {"vocab_size": VOCABULARY},
-        "lead 0": {"drafter_lead": 0}, "layers": {"layers": 2}, "map": {"residual_map": True},
+        "lead 0": {"drafter_lead": 0}, "verified": {"verified_only": True},
+        "layers": {"layers": 2}, "map": {"residual_map": True},
     }.get(variant, {})
     torch.manual_seed(seed)
     adapter = registry.create_adapter(level, WIDTH, drafter_size=drafter_size, **options)
@@ -226,7 +227,8 @@ def test_steps_on_kept_keys_and_values_equal_those_on_the_whole_answer(name, tur
                                    adapter.step(*given_states, tokens), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "L5F map", "B1 tokens", "L5F tokens"])
+@pytest.mark.parametrize("name", ["B1", "L5F", "L5F lead 0", "L5F map", "L5F verified",
+                                  "B1 tokens", "L5F tokens"])
 def test_unroll_equals_feeding_predictions_back_one_by_one(name):
     adapter, batch, steps = make(name), make_batch([7, 7]), 4
     with torch.no_grad():
@@ -235,7 +237,8 @@ def test_unroll_equals_feeding_predictions_back_one_by_one(name):
         for start in range(6):
             known = batch.verifier[row, :start + 1]
             for k in range(1, min(steps, 6 - start) + 1):
-                drafter = batch.drafter[row, :len(known) + adapter.drafter_lead]
+                seen = start + 1 if adapter.verified_only else len(known)
+                drafter = batch.drafter[row, :seen + adapter.drafter_lead]
                 predicted = adapter.step(drafter, known, batch.ids_by_verifier[row, :len(known)])
                 torch.testing.assert_close(results[k - 1][row, start], predicted, atol=1e-4,
                                            rtol=1e-4)

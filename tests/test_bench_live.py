@@ -398,6 +398,17 @@ def test_costs_cover_every_part_in_one_table(pair, adapters, samples):
         costs.measure({}, repeats=0)
 
 
+def test_an_adapter_of_verified_states_alone_steps_the_drafter_once_a_round(pair, samples):
+    torch.manual_seed(0)
+    adapter = registry.create_adapter("L5F", pair.verifier.hidden_size, verified_only=True).eval()
+    proposer = arms.proposer_of("mine", pair, {"mine": adapter})
+    found = speculative.generate(pair.verifier, proposer, samples[0], gamma=4, max_new_tokens=24)
+    drafting = [one for one in found.rounds if one.drafted]
+    steps = [span for span in found.spans if span.lane == "drafter" and span.what == "draft"]
+    assert 0 < len(steps) <= len(drafting) < sum(len(one.drafted) for one in drafting)
+    assert found.ids == autoregressive.generate(pair.verifier, samples[0], 24).ids
+
+
 @pytest.mark.parametrize("level", ["L4", "B1", "L5F"])
 def test_drafts_on_kept_keys_and_values_are_those_of_steps_over_the_whole_answer(
         level, pair, adapters, samples):

@@ -21,7 +21,8 @@ def decode_loop(adapter, batch, head, gamma, row, start):
     known = list(batch.verifier[row, :start + 1])
     for accepted in range(min(gamma, length - 1 - start)):
         position = start + 1 + accepted
-        predicted = adapter.step(drafter[:position + 1], torch.stack(known), ids[:position])
+        seen = start + 2 if adapter.verified_only else position + 1
+        predicted = adapter.step(drafter[:seen], torch.stack(known), ids[:position])
         if int((head @ predicted).argmax()) != int(ids[position]):
             return accepted
         known.append(predicted)

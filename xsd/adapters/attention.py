@@ -160,7 +160,7 @@ class LayerAdapter(Adapter):
         """As Adapter.step; only what ``kept`` does not hold is computed. The caller says what of it
         has changed since (``kept.forget``)."""
         known, said = self._known(drafter_states, verifier_states, tokens)
-        kept, n = kept or self.keep(), len(known[0])
+        kept, n = kept or self.keep(), len(known[-1])
         kept.forget(n - 1)
         first = kept.length
         x, residual, memory = self._embed(tuple(one[None, first:] for one in known), first,

@@ -79,6 +79,7 @@ class Adapter(nn.Module):
     causal: bool = True
     pointwise: bool = False  # position t of the output depends on position t of the input alone
     drafter_lead: int = 0
+    verified_only: bool = False  # reads no drafter state that follows a draft token
     fuses_tokens: bool = False
     made_from: Any = None  # the researcher's own class it was made from, else None
     draft_ids: Tensor | None  # int64 [k], ascending: the only tokens it drafts; None: all
@@ -189,7 +190,8 @@ class Adapter(nn.Module):
         if self.reads != "both":
             return [known], said
         lead = self.drafter_lead
-        return [self._need(drafter, "drafter", len(known) + lead)[lead:][:len(known)], known], said
+        least = lead + (1 if self.verified_only else len(known))
+        return [self._need(drafter, "drafter", least)[lead:][:len(known)], known], said
 
     def _need(self, states: Tensor | None, whose: str, at_least: int) -> Tensor:
         have = 0 if states is None else len(states)

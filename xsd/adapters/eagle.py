@@ -137,7 +137,7 @@ class EagleAdapter(LayerAdapter):
             states: tuple[Tensor, ...] = (state,)
             if self.reads == "both":
                 ahead = (rows + k + self.drafter_lead).clamp_max(size - 1)
-                states = (drafter[:, ahead], state)
+                states = (drafter[:, ahead[:0] if k and self.verified_only else ahead], state)
             said = None if tokens is None else tokens[:, (rows + k).clamp_max(size - 1)]
             first = min(k, self.max_positions - size)
             x, residual, memory = self._embed(states, first, said)
@@ -156,13 +156,15 @@ class FusedEagleAdapter(EagleAdapter):
 
     drafter_lead=1 (default): beside verifier[t] stands drafter[t+1], which follows the verifier's
     token t and exists while drafting. 0: the reference's alignment, drafter[t] beside verifier[t].
+    verified_only: the drafter steps once a round in place of once a draft; beside an own prediction
+    stands a linear map of it (to be trained with rollout_steps of 2 and more).
     """
 
     reads = "both"
     shift = 1
 
     def __init__(self, hidden_size: int = 4096, *, level: str = "L5F", drafter_lead: int = 1,
-                 **options: Any) -> None:
+                 verified_only: bool = False, **options: Any) -> None:
         if drafter_lead not in (0, 1):
             raise ParameterError(f"drafter_lead must be 0 (the reference's) or 1, not "
                                  f"{drafter_lead!r}: further drafter states do not exist while "
@@ -171,9 +173,16 @@ class FusedEagleAdapter(EagleAdapter):
         self.drafter_lead = self.options["drafter_lead"] = drafter_lead
         self.gate = nn.Linear(2 * hidden_size, hidden_size)
         self.fusion = nn.Linear(2 * hidden_size, hidden_size)
+        self.verified_only = self.options["verified_only"] = verified_only
+        if verified_only:
+            self.stand_in = eye_linear(hidden_size, self.drafter_size)
 
     def _base(self, states: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
-        drafter, verifier = self.input_map(states[0]), states[1]
+        verifier, missing = states[1], states[1].shape[1] - states[0].shape[1]
+        if missing:
+            own = self.stand_in(verifier[:, -missing:])
+            states = (torch.cat([states[0], own], dim=1), verifier)
+        drafter = self.input_map(states[0])
         together = torch.cat([drafter, verifier], dim=-1)
         gate = torch.sigmoid(self.gate(together))
         residual = verifier

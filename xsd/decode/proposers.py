@@ -45,7 +45,8 @@ class Adapter(Protocol):
         verifier's [t, D_v] (None for one it does not read). One with a true attribute
         ``fuses_tokens`` is also given ``tokens=``, int64 [t]: the ids of positions 0…t-1; one with
         a method ``keep`` is given ``kept=`` what that returned for this answer
-        (adapters/attention.py)."""
+        (adapters/attention.py); one with a true ``verified_only`` the drafter's states [n + 1] of n
+        verified tokens alone."""
 
 
 class TokenByToken:
@@ -111,6 +112,7 @@ class AdapterProposer(TokenByToken):
         self.draft_vocab_size, self.eos_token_ids = draft_vocab_size, eos_token_ids
         self.needs_verifier = adapter.reads != "drafter"
         self.fuses_tokens = getattr(adapter, "fuses_tokens", False)
+        self.verified_only = getattr(adapter, "verified_only", False)
         ids = getattr(adapter, "draft_ids", None)
         self.draft_ids = None if ids is None else ids[ids < draft_vocab_size]
 
@@ -136,7 +138,7 @@ class AdapterProposer(TokenByToken):
                 "proposer may draft (TwoPhase)")
         text, drafter_states = [*self.known, *drafts], None
         if self.track is not None:
-            self.track.follow(text)
+            self.track.follow(self.known if self.verified_only else text)
             drafter_states = self.track.states()
         with self.timeline.span("adapter", "adapter"):
             more = {"tokens": torch.tensor(text, dtype=torch.long)} if self.fuses_tokens else {}
