@@ -9,9 +9,8 @@ from xsd.core import ROOT, DatasetError, EventError, VideoError
 from xsd.embedded import recording
 from xsd.embedded.dvs import DvsConfig, simulate_events
 from xsd.files import sha256_of
+from xsd.sensors import event_files, folder, frames
 from xsd.sensors import events as event_streams
-from xsd.sensors import folder, frames
-from xsd.sensors.events import Events
 
 PLACE = ROOT / "data" / "davis_road"
 FILE = PLACE / "davis346_road.aedat4"
@@ -100,9 +99,9 @@ def test_what_cannot_be_cut_or_compared_is_named(tmp_path, monkeypatch):
     (tmp_path / "cut.aedat4").write_bytes(FILE.read_bytes()[:100_000])
     with pytest.raises(EventError, match=r"cut\.aedat4 could not be read as events"):
         recording.read_aedat4(tmp_path / "cut.aedat4")
-    one = Events(np.zeros(1, np.uint16), np.zeros(1, np.uint16), np.array([1]),
-                 np.zeros(1, np.uint8), 2, 2)
-    monkeypatch.setattr(event_streams, "read_events", lambda _: one)
-    (tmp_path / "frameless.aedat4").write_bytes(b"")
-    with pytest.raises(VideoError, match="its frames do not decode"):
-        recording.read_aedat4(tmp_path / "frameless.aedat4")
+    shots = {"x": [0], "frames": np.zeros((2, 4, 4, 4), np.uint8), "times": np.array([5, 5])}
+    for kinds, message in ((["RGBA"] * 2, "its frames are RGBA"), (["RGB"] * 2, "do not rise")):
+        monkeypatch.setattr(event_files, "read_columns",
+                            lambda _, kinds=kinds: shots | {"formats": np.array(kinds)})
+        with pytest.raises(VideoError, match=message):
+            recording.read_aedat4(tmp_path / "a.aedat4")

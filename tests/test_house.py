@@ -21,8 +21,8 @@ setup_env = importlib.util.module_from_spec(SETUP_SPEC)
 SETUP_SPEC.loader.exec_module(setup_env)
 
 USED_WITHOUT_IMPORT = {
-    "accelerate", "anywidget", "bitsandbytes", "ipykernel", "jupyterlab", "kaleido", "protobuf",
-    "sentencepiece"
+    "accelerate", "aedat", "anywidget", "bitsandbytes", "ipykernel", "jupyterlab", "kaleido",
+    "protobuf", "sentencepiece"
 }
 """Needed by another package or as a program; each says so in the README's table."""
 

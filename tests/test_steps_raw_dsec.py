@@ -6,7 +6,7 @@ import pytest
 from xsd import cli
 from xsd.core import DatasetError, ParameterError
 from xsd.embedded import raw_sequence
-from xsd.sensors import dsec, folder
+from xsd.sensors import dsec, folder, frames
 from xsd.steps import raw_dsec
 
 SMALL = {"duration_s": 0.6, "image_size": (24, 18), "rendered": (40, 30)}
@@ -64,7 +64,7 @@ def test_the_command_cuts_resumes_and_sums_up(raw, tmp_path, capsys):
 
 def test_mistakes_are_named(raw, tmp_path):
     with pytest.raises(ParameterError, match="written WxH, such as 480x360, not '480'"):
-        raw_dsec.size_of("480")
+        frames.size_of("480")
     with pytest.raises(ParameterError, match="both must be at least 1 ms"):
         raw_dsec.prepare(raw, tmp_path / "made", clip_ms=0)
     assert cli.main(["prepare-dsec", str(tmp_path), str(tmp_path / "made")]) == 2

@@ -98,7 +98,7 @@ def read_json(path: str | os.PathLike[str], error: type[XsdError], way_out: str,
     """A JSON file, with or without a byte-order mark. Raises: ``error``, with the way out, when it
     is missing, damaged, nested too deep or larger than ``max_bytes``."""
     try:
-        with open(path, "rb") as file:
+        with open(os.open(path, os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
             data = file.read(max_bytes + 1)
     except FileNotFoundError as problem:
         raise error(f"{path} is missing; {way_out}") from problem

@@ -65,10 +65,11 @@ def prepare_dsec(
     rectify: bool = Option(False, "--rectify", help="move events by the sequence's rectify map"),
 ) -> None:
     """Cut raw DSEC sequences into a dataset folder; resumes after the last finished sequence."""
+    from xsd.sensors import frames
     from xsd.steps import raw_dsec
 
     summary = raw_dsec.prepare(source, root, split=split, clip_ms=clip_ms, hop_ms=hop_ms,
-                               video_size=raw_dsec.size_of(video_size), canvas=canvas,
+                               video_size=frames.size_of(video_size), canvas=canvas,
                                rectify=rectify)
     print(raw_dsec.sentence(summary, root))
 

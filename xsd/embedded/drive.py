@@ -143,15 +143,14 @@ def write_dataset(root: str | Path, *, split: str, n_sequences: int, seed: int, 
     """Simulate a split and write it as a dataset folder with facts.json and questions.json;
     progress(number of finished sequences). Returns: {sequences, clips, events, questions}."""
     n_clips = n_events = 0
-    drives = simulate(seed, split, n_sequences, workers=workers)
-    with folder.FolderWriter(root, split, source="simulated") as writer:
-        for done, drive in enumerate(drives, start=1):
+    texts = [question.text for question in language.questions()]
+    with folder.writing(root), folder.FolderWriter(root, split, source="simulated") as writer:
+        for done, drive in enumerate(simulate(seed, split, n_sequences, workers=workers), start=1):
             for clip in drive.clips:
                 writer.add(drive.sequence, clip.name, events=clip.events, video=clip.video,
                            event_frames=clip.event_frames, t_us=clip.t_us, facts=clip.facts)
                 n_clips, n_events = n_clips + 1, n_events + len(clip.events)
             if progress:
                 progress(done)
-    texts = [question.text for question in language.questions()]
-    folder.write_questions(Path(root) / "questions.json", [(text, n_clips) for text in texts])
+        folder.write_questions(Path(root) / folder.QUESTIONS, [(text, n_clips) for text in texts])
     return {"sequences": n_sequences, "clips": n_clips, "events": n_events, "questions": len(texts)}

@@ -14,7 +14,7 @@ from xsd.embedded import dvs, scenes
 from xsd.embedded.drive import LUMINANCE_HZ, VIDEO_HZ
 from xsd.embedded.render import Renderer
 from xsd.files import atomic_write
-from xsd.sensors import dsec, event_files
+from xsd.sensors import containers, dsec
 from xsd.sensors import events as event_streams
 from xsd.sensors.timed_video import LUMA
 
@@ -56,7 +56,7 @@ def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
 
 def _write_events(folder: Path, stream: event_streams.Events) -> None:
     """t in µs after t_offset, ``ms_to_idx[ms]`` the first event with t >= 1000 ms, as DSEC."""
-    h5py = event_files.h5_module(folder / "events.h5")
+    h5py = containers.h5_module(folder / "events.h5")
     import hdf5plugin
 
     folder.mkdir(parents=True, exist_ok=True)

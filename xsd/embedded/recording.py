@@ -8,32 +8,33 @@ from pathlib import Path
 import numpy as np
 
 from xsd.core import VideoError
+from xsd.sensors import event_files
 from xsd.sensors import events as event_streams
 from xsd.sensors.events import Events
 
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """frames: uint8 [T, H, W] grey or [T, H, W, 3]. times_us: int64 [T], rising."""
+    """frames: uint8 [T, H, W] grey or [T, H, W, 3]; T is 0 where the sensor takes none. times_us:
+    int64 [T], rising."""
 
     events: Events
     frames: np.ndarray
     times_us: np.ndarray
 
 
-def read_aedat4(path: str | Path) -> Recording:
+def read_aedat4(path: str | Path, **size: int | None) -> Recording:
     """Events and frames of an ``.aedat4`` file (DAVIS cameras); a frame's time is the middle of its
-    exposure. Raises: as sensors.events.read_events; VideoError when it holds no frame."""
-    events = event_streams.read_events(path)
-    import aedat  # read_events has explained itself if it is missing
-
-    try:
-        found = [packet["frame"] for packet in aedat.Decoder(str(path)) if "frame" in packet]
-    except RuntimeError as error:
-        raise VideoError(f"{path}: its frames do not decode ({error}); the file may be cut off: "
-                         "copy it again") from error
-    if not found:
-        raise VideoError(
-            f"{path} holds no frame; expected a recording with events and frames (a DAVIS camera)")
-    return Recording(events, np.stack([frame["pixels"] for frame in found]),
-                     np.array([frame["t"] for frame in found], np.int64))
+    exposure. size and Raises: as in sensors.events.read_events; VideoError when its frames cannot
+    be shown."""
+    found = event_files.read_columns(Path(path))
+    frames, times = found["frames"], found["times"].astype(np.int64)
+    kinds = set(found["formats"].tolist())
+    if kinds == {"I;16"}:
+        frames = (frames >> 8).astype(np.uint8)
+    elif kinds not in (set(), {"L"}, {"RGB"}):
+        raise VideoError(f"{path}: its frames are {', '.join(sorted(kinds))}; expected grey "
+                         "or RGB")
+    if (np.diff(times) <= 0).any():
+        raise VideoError(f"{path}: the times of its frames do not rise; record it again")
+    return Recording(event_streams.checked(found, str(path), **size), frames, times)

@@ -214,6 +214,8 @@ class RecordingParameters(ModelParameters):
     notebook = "09_recordings"
     source: str = Field("davis_road", min_length=1,
                         description="davis_road (shipped), an event file, or a video")
+    sensor_size: str = Field("", description="WxH of the sensor, where an event file does not say; "
+                             "empty: from its events")
     clip_ms: typed.ClipMs = 1000
     hop_ms: typed.HopMs = 500
     max_clips: int = whole(3, 1, 10_000, "clips that are asked")

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from xsd.core import DatasetError, EventError
-from xsd.sensors import event_files, folder, frames
+from xsd.core import DatasetError, EventError, XsdError
+from xsd.sensors import containers, event_files, folder, frames
 from xsd.sensors import events as event_streams
 from xsd.sensors.events import Events
 
@@ -36,23 +36,28 @@ def open_sequence(folder_path: str | Path) -> DsecSequence:
     times_path = root / "images" / "timestamps.txt"
     images = root / "images" / "left" / "rectified"
     for path in (events_path, times_path, images):
-        if not path.exists():
+        if not (path.is_dir() if path == images else path.is_file()):
             raise DatasetError(f"{root} is not a raw DSEC sequence: {path.relative_to(root)} is "
                                "missing; unpack the sequence's archives there")
     try:
-        times = np.array([int(line) for line in times_path.read_text().split()], np.int64)
-    except ValueError as error:
-        raise DatasetError(
-            f"{times_path} must hold one whole number (µs) a line: {error}") from error
-    paths = tuple(sorted(images.glob("*.png")))
+        with open(times_path, encoding="utf-8-sig") as file:
+            lines = file.read(1 << 24).split()  # more than any sequence's
+        times = np.array([int(line) for line in lines], np.int64)
+    except (ValueError, OverflowError, OSError) as error:
+        raise DatasetError(f"{times_path} must hold one whole number (µs) a line: "
+                           f"{str(error)[:200]}") from error
+    paths = tuple(frames.in_order(images.glob("*.png")))
     if len(paths) != len(times) or not len(paths):
         raise DatasetError(
             f"{root}: {len(paths)} images but {len(times)} timestamps; unpack the images again")
     if (np.diff(times) <= 0).any():
         raise DatasetError(f"{times_path}: the times do not rise; copy the file again")
+    if times[0] < 0 or times[-1] - times[0] > event_streams.LONGEST_US:
+        raise DatasetError(f"{times_path}: the times run from {times[0]} to {times[-1]} µs, more "
+                           "than a day; copy the file again")
     rectify = events_path.with_name("rectify_map.h5")
-    return DsecSequence(root.name, events_path, rectify if rectify.is_file() else None, paths,
-                        times)
+    return DsecSequence(root.resolve().name, events_path, rectify if rectify.is_file() else None,
+                        paths, times)
 
 
 def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
@@ -60,23 +65,42 @@ def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
     """Events with start_us <= t < end_us (absolute µs), without reading the whole file. rectify:
     move each to its rectified pixel, dropping those that leave the sensor. Raises: EventError when
     the file is unreadable; DatasetError when a wanted rectify map is missing."""
+    path = sequence.events_path
     try:
-        with event_files.h5_module(sequence.events_path).File(sequence.events_path, "r") as file:
-            offset = int(file["t_offset"][()])
-            index = file["ms_to_idx"]  # of each ms, the first event with t >= 1000 * ms
+        with containers.open_h5(path) as file:
+            offset, index = containers.h5_number(file, "t_offset"), _column(file, "ms_to_idx")
+            columns = {name: _column(file, f"events/{name}") for name in ("x", "y", "t", "p")}
+            t = columns["t"]  # of each ms, ms_to_idx has the first event with t >= 1000 * ms
             first_ms = min(max((start_us - offset) // 1000, 0), len(index) - 1)
             last_ms = max(-(-(end_us - offset) // 1000), 0)
-            group = file["events"]
-            last = int(index[last_ms]) if last_ms < len(index) else len(group["t"])
-            part = slice(int(index[first_ms]), last)
-            columns = {name: group[name][part] for name in ("x", "y", "t", "p")}
-    except (OSError, KeyError, ValueError, RuntimeError) as error:
-        raise EventError(f"{sequence.events_path} could not be read as DSEC events ({error}); "
-                         "download it again") from error
-    columns["t"] = columns["t"].astype(np.int64) + offset
-    events = event_streams.from_columns(columns, width=WIDTH, height=HEIGHT,
-                                        name=str(sequence.events_path)).between(start_us, end_us)
+            last = int(index[last_ms]) if last_ms < len(index) else len(t)
+            first = int(index[first_ms])
+            if not (0 <= first <= last <= len(t)
+                    and (first == 0 or t[first - 1] < 1000 * first_ms)
+                    and (last == len(t) or t[last] >= 1000 * last_ms)):
+                raise EventError(f"{path}: ms_to_idx does not lead to the events from {first_ms} "
+                                 f"to {last_ms} ms; download it again")
+            columns = {name: containers.h5_part(file, column, slice(first, last))
+                       for name, column in columns.items()}
+    except XsdError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way; the answer is the same
+        raise EventError(f"{path} could not be read as DSEC events ({str(error)[:200]}); download "
+                         "it again") from error
+    events = event_streams.from_columns(columns | {"t_offset": offset}, width=WIDTH, height=HEIGHT,
+                                        name=str(path))
+    if len(events):
+        event_streams.check_events(events, str(path))
+    events = events.between(start_us, end_us)
     return _rectified(sequence, events) if rectify else events
+
+
+def _column(file: Any, name: str) -> Any:
+    node = containers.h5_node(file, name)
+    if node is None or not hasattr(node, "dtype") or len(node.shape) != 1:
+        raise EventError(f"{file.filename} could not be read as DSEC events: it has no column "
+                         f"{name}; download it again")
+    return node
 
 
 def _rectified(sequence: DsecSequence, events: Events) -> Events:
@@ -84,12 +108,18 @@ def _rectified(sequence: DsecSequence, events: Events) -> Events:
         raise DatasetError(f"sequence {sequence.name} has no events/left/rectify_map.h5; unpack it "
                            "or leave rectification out")
     try:
-        with event_files.h5_module(path).File(path, "r") as file:
-            table = file["rectify_map"][:]
-    except (OSError, KeyError) as error:
-        raise EventError(f"{path} could not be read ({error}); download it again") from error
-    moved = np.rint(table[events.y, events.x]).astype(np.int64)
-    kept = (moved >= 0).all(axis=1) & (moved[:, 0] < WIDTH) & (moved[:, 1] < HEIGHT)
+        with containers.open_h5(path) as file:
+            node = containers.h5_node(file, "rectify_map")
+            if node.shape != (HEIGHT, WIDTH, 2) or node.dtype.kind != "f":
+                raise ValueError(f"rectify_map is {node.dtype} {node.shape}")
+            table = containers.h5_part(file, node)
+    except XsdError:
+        raise
+    except Exception as error:
+        raise EventError(f"{path} could not be read ({str(error)[:200]}); download it again"
+                         ) from error
+    moved = np.rint(table[events.y, events.x])
+    kept = ((moved >= 0) & (moved < [WIDTH, HEIGHT])).all(axis=1)  # NaN is neither
     x, y = moved[kept].T.astype(np.uint16)
     return Events(x, y, events.t_us[kept], events.p[kept], WIDTH, HEIGHT)
 
@@ -136,7 +166,7 @@ def prepare(source: str | Path, root: str | Path, *, split: str, clip_us: int = 
 
 def sequence_folders(source: str | Path) -> list[Path]:
     """The raw sequences under ``source``, or itself. Raises: DatasetError when there is none."""
-    source = Path(source)
+    source = Path(source).resolve()  # its name is the sequence's
     if (source / "events").is_dir():
         return [source]
     found = sorted(path.parent for path in source.glob("*/events") if path.is_dir())

@@ -1,183 +1,151 @@
-"""The columns of an event file of any kind (docs/sensors.md, section 3). A pickled dict, which
-could run any code, is read by an unpickler that knows plain containers and numeric arrays alone."""
+"""The columns of an event file of any kind (docs/sensors.md, section 3)."""
 
 from __future__ import annotations
 
-import math
-import pickle
-import zipfile
-import zlib
-from collections.abc import Mapping, Sequence
+import importlib.util
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import Any, BinaryIO, ClassVar
+from typing import Any
 
 import numpy as np
 
-from xsd.core import EventError
+from xsd.core import EventError, XsdError
+from xsd.sensors import containers, names
 
 Columns = Mapping[str, Any]
 DSEC_SENSOR = {"width": 640, "height": 480}
+SPELLINGS = {"x": ("x", "xs"), "y": ("y", "ys"), "t": ("t", "ts", "t_us", "timestamp",
+             "timestamps"), "p": ("p", "ps", "on", "polarity")}
+_WANTED = {name for names in SPELLINGS.values() for name in names} | {"width", "height"}
 
 
 def read_columns(path: Path) -> dict[str, Any]:
-    """The arrays of an event file by its own names, and width and height where it says. Raises:
-    EventError when it is missing, of another type, or unreadable."""
+    """The arrays of an event file by its own names, and width and height where it says; of .aedat4
+    its pictures, too. Raises: EventError when it is missing, of another type, or unreadable."""
     reader = _READERS.get(path.suffix.lower())
     if reader is None:
         raise EventError(f"{path}: event files of type {path.suffix or '(none)'} are not read "
                          f"here; expected one of {', '.join(sorted(_READERS))}")
-    if not path.is_file():
-        raise EventError(f"{path}: there is no such event file")
+    names.check_plain(path, EventError, "event file")
     try:
         return dict(reader(path))
-    except (OSError, ValueError, KeyError, RuntimeError, MemoryError, zipfile.BadZipFile,
-            zlib.error) as error:
-        raise EventError(f"{path} could not be read as events ({error}); the file is damaged or of "
-                         "another kind") from error
+    except XsdError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way; the answer is the same
+        raise EventError(f"{path} could not be read as events ({str(error)[:200]}); the file is "
+                         "damaged or of another kind") from error
 
 
 def _read_npy(path: Path) -> Columns:
-    layout = np.lib.format
-    with open(path, "rb") as file:
-        old = layout.read_magic(file) == (1, 0)
-        header = (layout.read_array_header_1_0 if old else layout.read_array_header_2_0)(file)
-        if header[-1].hasobject:
-            content = _unpickle(file, path)
-            if not isinstance(content, dict):
-                raise EventError(f"{path} holds a pickled {type(content).__name__}; expected a "
-                                 "dict with x, y, t, p")
-            return content
-        file.seek(0)
-        array = layout.read_array(file, allow_pickle=False)
-    if array.dtype.names is None:
-        raise EventError(f"{path} holds a plain array of shape {array.shape}; expected a dict or a "
-                         "structured array with x, y, t, p")
-    return {name: array[name] for name in array.dtype.names}
+    content = containers.read_npy(path, _WANTED)
+    if isinstance(content, dict):
+        return content
+    if content.dtype.names is None:
+        raise EventError(f"{path} holds a plain array of shape {content.shape}; expected a dict or "
+                         "a structured array with x, y, t, p")
+    return {name: content[name] for name in content.dtype.names}
 
 
 def _read_npz(path: Path) -> Columns:
-    with np.load(path, allow_pickle=False) as archive:
-        return dict(archive)
+    return containers.read_npz(path, _WANTED)
 
 
-def _read_aedat4(path: Path) -> Columns:
+def _read_text(path: Path) -> Columns:
+    """v2e's text: lines of t x y p, t in seconds, ``#`` before remarks."""
+    containers.check_size(path, 8 * path.stat().st_size)
     try:
-        import aedat
-    except ImportError as error:
-        raise EventError(f"{path}: reading .aedat4 needs the package aedat; install it with: pip "
-                         "install aedat==2.3.0") from error
-    decoder = aedat.Decoder(str(path))
-    streams = [one for one in decoder.id_to_stream().values() if one["type"] == "events"]
-    if not streams:
-        raise EventError(f"{path} holds no event stream")
-    packets = [packet["events"] for packet in decoder if "events" in packet]
-    if not packets:
-        raise EventError(f"{path} is empty: its event stream holds no packet")
-    array, sensor = np.concatenate(packets), streams[0]
-    return {name: array[name] for name in ("x", "y", "t", "on")} | {
-        name: sensor[name] for name in ("width", "height")}
-
-
-def h5_module(path: Path) -> ModuleType:
-    """h5py with DSEC's blosc filter. Raises: EventError naming ``path`` without the packages."""
-    try:
-        import h5py
-        import hdf5plugin  # noqa: F401  registers the filter
-    except ImportError as error:
-        raise EventError(f"{path}: reading DSEC's .h5 needs the packages h5py and hdf5plugin; "
-                         "install them with pip") from error
-    return h5py
+        rows = np.loadtxt(path, np.float64, ndmin=2, encoding="utf-8-sig")
+    except ValueError as error:
+        raise EventError(f"{path} is no text of events ({str(error)[:100]}); expected lines of t x "
+                         "y p: seconds, two pixels, polarity") from error
+    if rows.shape[1] != 4 or (len(rows) and (rows[:, 0] % 1 == 0).all()):
+        raise EventError(f"{path}: expected lines of t x y p with t in seconds, such as 0.000190 "
+                         "307 8 0; other texts are not read, save .npz with x, y, t, p")
+    return dict(zip("txyp", (np.rint(1e6 * rows[:, 0]), *rows[:, 1:].T), strict=True))
 
 
 def _read_h5(path: Path) -> Columns:
-    with h5_module(path).File(path, "r") as file:
-        columns: dict[str, Any] = {name: file["events"][name][:] for name in ("x", "y", "t", "p")}
-        if "t_offset" in file:
-            columns["t"] = columns["t"].astype(np.int64) + int(file["t_offset"][()])
-        return columns | (DSEC_SENSOR if "ms_to_idx" in file else {})
+    with containers.open_h5(path) as file:
+        streams = [columns for name in ("events", "CD/events", "")
+                   if (columns := _stream(file, name))]
+        if len(streams) != 1:
+            there = [*file, *(f"{name}/{child}" for name in ("events", "CD") for node in
+                              [containers.h5_node(file, name)] if hasattr(node, "keys")
+                              for child in node)]
+            raise EventError(f"{path} holds {len(streams)} streams with x, y, t and p (found: "
+                             f"{', '.join(there)[:200] or 'nothing'}); expected events/x, y, t, p "
+                             "as DSEC has them, or CD/events, else save .npz with x, y, t, p")
+        columns = streams[0]
+        if containers.h5_node(file, "t_offset") is not None:
+            columns["t_offset"] = containers.h5_number(file, "t_offset")
+        # DSEC's sensor, unless the events themselves say that it is a larger one
+        fits = all(columns[axis].max(initial=0) < side for axis, side in (
+            ("x", DSEC_SENSOR["width"]), ("y", DSEC_SENSOR["height"])) if axis in columns)
+        known = fits and containers.h5_node(file, "ms_to_idx") is not None
+        return columns | (DSEC_SENSOR if known else {})
 
 
-_READERS = {".npy": _read_npy, ".npz": _read_npz, ".aedat4": _read_aedat4, ".h5": _read_h5,
-            ".hdf5": _read_h5}
-
-# --- a pickle read without running it
-
-
-class _Dtype:
-    """Stands in for numpy.dtype: a kind and a size, nothing that could reach memory."""
-
-    known = ("b1", "O8", "O", *(kind + size for kind in "iuf" for size in "1248"))
-
-    def __init__(self, code: str, *_: Any) -> None:
-        self.code, self.order = str(code), "="
-        if self.code not in self.known:
-            raise pickle.UnpicklingError(f"arrays of type {self.code!r} are not events")
-
-    def __setstate__(self, state: tuple) -> None:
-        if state[1] not in ("|", "<", ">", "="):
-            raise pickle.UnpicklingError(f"byte order {state[1]!r}")
-        self.order = state[1]
-
-    def plain(self) -> np.dtype:
-        if self.code.startswith("O"):
-            return np.dtype(object)
-        return np.dtype(self.order.replace("|", "=") + self.code)
+def _stream(file: Any, name: str) -> dict[str, Any]:
+    """The four columns under that name, as a group of datasets or one of records; else nothing."""
+    node = containers.h5_node(file, name)
+    fields = getattr(getattr(node, "dtype", None), "names", None) or (
+        node if hasattr(node, "keys") else ())
+    found = [field for field in fields if field in _WANTED]
+    if not all(set(names) & set(found) for names in SPELLINGS.values()):
+        return {}
+    if hasattr(node, "dtype"):
+        records = containers.h5_part(file, node)
+        return {field: records[field] for field in found}
+    return {field: containers.h5_part(file, containers.h5_node(file, f"{name}/{field}"))
+            for field in found}
 
 
-class _Array:
-    """Stands in for an array until its state arrives."""
-
-    value: np.ndarray | None = None
-
-    def __setstate__(self, state: tuple) -> None:
-        _, shape, dtype, fortran, content = state
-        self.value = _array(content, dtype, shape, "F" if fortran else "C")
-
-
-def _array(content: Any, dtype: _Dtype, shape: Sequence[int], order: str) -> np.ndarray:
-    plain, shape = dtype.plain(), tuple(int(size) for size in shape)
-    if plain.hasobject:
-        if not isinstance(content, list) or len(content) != math.prod(shape):
-            raise pickle.UnpicklingError("an object array does not list its objects")
-        array = np.empty(len(content), object)
-        array[:] = content
-        return array.reshape(shape, order=order)
-    return np.frombuffer(content, plain).reshape(shape, order=order).astype(plain.newbyteorder("="))
-
-
-class _Unpickler(pickle.Unpickler):
-    """Only numpy's names for rebuilding arrays are known, each answered by a stand-in of ours."""
-
-    known: ClassVar[dict[tuple[str, str], Any]] = {
-        ("multiarray", "_reconstruct"): lambda *_: _Array(),
-        ("multiarray", "scalar"): lambda dtype, content: _array(content, dtype, (), "C")[()],
-        ("numeric", "_frombuffer"): _array,
-        ("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _Dtype,
-        ("_codecs", "encode"): lambda text, _codec: text.encode("latin1"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        place = module.removeprefix("numpy._core.").removeprefix("numpy.core.")
-        if (place, name) not in self.known:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which is code, not data")
-        return self.known[place, name]
+_DECODE_AEDAT4 = """
+import contextlib, resource, sys
+with contextlib.suppress(OSError, ValueError):
+    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+import aedat, numpy as np
+decoder = aedat.Decoder(sys.argv[1])
+streams = [one for one in decoder.id_to_stream().values() if one["type"] == "events"]
+packets = list(decoder)
+events = [one["events"] for one in packets if "events" in one]
+shots = [one["frame"] for one in packets if "frame" in one]
+found = {"streams": len(streams), "frames": np.stack([one["pixels"] for one in shots] or [[]]),
+         "times": [one["t"] for one in shots], "formats": [one["format"] for one in shots]}
+if events:
+    found["events"] = np.concatenate(events)
+if streams:
+    found |= {name: streams[0][name] for name in ("width", "height")}
+np.savez(sys.argv[2], **found)
+"""
 
 
-def _unpickle(file: BinaryIO, path: Path) -> Any:
-    try:
-        return _settle(_Unpickler(file).load())
-    except Exception as error:  # a hostile pickle can fail in any way; the answer is the same
-        raise EventError(f"{path} was refused: its pickle is not a plain dict of arrays ({error}); "
-                         "nothing in it was run") from error
+def _read_aedat4(path: Path) -> Columns:
+    """In a process of its own: on damaged files the decoder panics, or takes all the memory."""
+    if importlib.util.find_spec("aedat") is None:
+        raise EventError(f"{path}: reading .aedat4 needs the package aedat; install it with: pip "
+                         "install aedat==2.3.0")
+    with tempfile.TemporaryDirectory() as place:
+        arguments = [str(path.resolve()), f"{place}/a.npz"]
+        done = subprocess.run([sys.executable, "-P", "-c", _DECODE_AEDAT4, *arguments], text=True,
+                              capture_output=True, check=False, timeout=600)
+        if done.returncode:
+            said = (done.stderr.strip().splitlines() or ["it was ended"])[-1]
+            raise ValueError(said.split(": ", 1)[-1])
+        with np.load(f"{place}/a.npz", allow_pickle=False) as archive:
+            found = dict(archive)
+    if found["streams"] != 1:
+        raise EventError(f"{path} holds {found['streams']} event streams; one is read")
+    if "events" not in found:
+        raise EventError(f"{path} is empty: its event stream holds no packet")
+    events = found.pop("events")
+    return {name: events[name] for name in ("x", "y", "t", "on")} | {
+        name: found[name] for name in ("width", "height", "frames", "times", "formats")}
 
 
-def _settle(value: Any) -> Any:
-    """Replace the stand-ins by their arrays."""
-    if isinstance(value, _Array):
-        value = value.value
-    if isinstance(value, np.ndarray) and value.dtype == object and value.size == 1:
-        return _settle(value.reshape(-1)[0])
-    if isinstance(value, dict):
-        return {key: _settle(item) for key, item in value.items()}
-    return value
+_READERS = {".npy": _read_npy, ".npz": _read_npz, ".txt": _read_text, ".aedat4": _read_aedat4,
+            ".h5": _read_h5, ".hdf5": _read_h5}
+SUFFIXES = tuple(_READERS)

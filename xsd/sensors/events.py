@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,8 @@ from xsd.sensors import event_files
 
 OFFICIAL_LIMIT_US = 100_000
 """The official EventGPT code refuses streams this long (it was tuned for 50 ms)."""
-_NAMES = {"x": ("x",), "y": ("y",), "t": ("t", "t_us", "timestamp", "timestamps"),
-          "p": ("p", "on", "polarity")}
+MOST_PIXELS, LONGEST_US = 1 << 23, 24 * 3600 * 1_000_000
+"""Of a sensor and of a recording: what is larger is no event camera's, but takes the memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,32 +70,51 @@ def join(streams: Sequence[Events]) -> Events:
 
 def from_columns(columns: Mapping[str, Any], *, width: int | None = None, height: int | None = None,
                  name: str = "the event stream") -> Events:
-    """Events from arrays of any integer type under x, y, t, p (p may be bool, 0/1 or -1/1). Raises:
-    EventError for missing columns or numbers that are none of these."""
+    """Events from arrays of whole numbers under x, y, t, p (p may be bool, 0/1 or -1/1), which may
+    be stored as floats; t_offset is added to t. Raises: EventError for missing columns or numbers
+    that are none of these; nothing is rounded or wrapped."""
     found: dict[str, np.ndarray] = {}
-    for column, spellings in _NAMES.items():
-        key = next((spelling for spelling in spellings if spelling in columns), None)
-        if key is None:
-            there = ", ".join(map(str, columns)) or "nothing"
-            raise EventError(f"{name} has no column {column!r} (found: {there}); events need x, y, "
-                             "t and p")
-        found[column] = values = np.asarray(columns[key])
-        if values.ndim != 1 or values.dtype.kind not in "biu":
-            raise EventError(f"{name}: column {column!r} is {values.dtype} of shape "
-                             f"{values.shape}; expected whole numbers [N] (t in microseconds)")
+    for column, spellings in event_files.SPELLINGS.items():
+        keys = [spelling for spelling in spellings if spelling in columns]
+        if len(keys) != 1:
+            there = ", ".join(str(key)[:40] for key in list(columns)[:20]) or "nothing"
+            what = f"no column {column!r}" if not keys else f"several columns for {column!r}"
+            raise EventError(f"{name} has {what} (found: {there}); events need x, y, t and p")
+        found[column] = _whole(np.asarray(columns[keys[0]]), column, name)
     if len({len(values) for values in found.values()}) > 1:
         said = ", ".join(f"{column} {len(values)}" for column, values in found.items())
         raise EventError(f"{name}: columns differ in length ({said})")
     x, y, t, p = found.values()
-    p = p.astype(np.int8)  # an unsigned byte of 255 is a -1
-    in_sensor = "pixel coordinates must lie in the sensor, from 0 on"
+    if p.dtype.str[1:] == "u4":
+        p = p.astype(np.int32)  # v2e writes its -1 as 4294967295
+    in_sensor, offset = "pixel coordinates must lie in the sensor, from 0 on", 1 << 61
     for what, values, lowest, highest, hint in (
             ("x", x, 0, 65535, in_sensor), ("y", y, 0, 65535, in_sensor),
+            ("t", t, -offset, offset, "expected microseconds"),
             ("polarity", p, -1, 1, "expected 0 or -1 (OFF) and 1 (ON)")):
         if values.size and (values.min() < lowest or values.max() > highest):
             raise EventError(f"{name}: {what} runs from {values.min()} to {values.max()}; {hint}")
-    return Events(x.astype(np.uint16), y.astype(np.uint16), t.astype(np.int64),
+    offset = columns.get("t_offset", 0)
+    if abs(offset) > 1 << 61:
+        raise EventError(f"{name}: t_offset is {offset}; expected microseconds")
+    return Events(x.astype(np.uint16), y.astype(np.uint16), t.astype(np.int64) + offset,
                   (p > 0).astype(np.uint8), width, height)
+
+
+def _whole(values: np.ndarray, column: str, name: str) -> np.ndarray:
+    """The column, if it holds nothing but whole numbers, exactly."""
+    kinds = "biuf" if column == "p" else "iuf"
+    good = values.ndim == 1 and values.dtype.kind in kinds
+    if good and values.dtype.kind == "f" and values.size:
+        # beyond this a float skips whole numbers: the times were rounded when they were saved
+        exact = 2 ** (np.finfo(values.dtype).nmant + 1)
+        good = bool(np.isfinite(values).all() and (np.rint(values) == values).all()
+                    and np.abs(values).max() <= exact)
+    if not good:
+        raise EventError(f"{name}: column {column!r} is {values.dtype} of shape {values.shape} and "
+                         "not whole; expected whole numbers [N], t in microseconds (seconds times "
+                         "1e6, rounded)")
+    return values
 
 
 def check_events(events: Events, name: str = "the event stream") -> None:
@@ -110,11 +130,18 @@ def check_events(events: Events, name: str = "the event stream") -> None:
                          f"µs follows {times[first]} µs; sort by t before saving")
     if times[0] < 0:
         raise EventError(f"{name} begins at {times[0]} µs; times must not be negative")
+    if times[-1] - times[0] > LONGEST_US:
+        raise EventError(f"{name} runs from {times[0]} to {times[-1]} µs, more than a day; "
+                         "expected t in microseconds")
     for axis, values, size in (("x", events.x, events.width), ("y", events.y, events.height)):
         if size is not None and values.max() >= size:
             raise EventError(
                 f"{name}: {axis} reaches {values.max()} but the sensor is {events.width}x"
-                f"{events.height} (width x height); give its right size")
+                f"{events.height} (width x height); give its right size (width and height of "
+                "read_events, sensor_size of notebook 09)")
+    if math.prod(events.size) > MOST_PIXELS:
+        raise EventError(f"{name}: a sensor of {events.size[0]}x{events.size[1]} pixels; at most "
+                         f"{MOST_PIXELS} in all are painted")
 
 
 def official_limit_note(events: Events) -> str | None:
@@ -129,13 +156,25 @@ def official_limit_note(events: Events) -> str | None:
 def read_events(path: str | Path, *, width: int | None = None, height: int | None = None) -> Events:
     """Read and check an event file. width, height: of the sensor, if the file does not say.
     Raises: as event_files.read_columns, from_columns and check_events."""
-    columns = event_files.read_columns(Path(path))
+    return checked(event_files.read_columns(Path(path)), str(path), width=width, height=height)
+
+
+def checked(columns: Mapping[str, Any], name: str, *, width: int | None = None,
+            height: int | None = None) -> Events:
+    """Events from the columns of a file, checked. Raises: as from_columns and check_events."""
     sides = {"width": columns.get("width") if width is None else width,
              "height": columns.get("height") if height is None else height}
-    known = {name: int(side) for name, side in sides.items() if side is not None}
-    events = from_columns(columns, name=str(path), **known)
-    check_events(events, str(path))
+    known = {axis: _side(value, axis, name) for axis, value in sides.items() if value is not None}
+    events = from_columns(columns, name=name, **known)
+    check_events(events, name)
     return events
+
+
+def _side(value: Any, axis: str, name: str) -> int:
+    side = np.asarray(value)
+    if side.size != 1 or side.dtype.kind not in "iu" or not 1 <= side.reshape(-1)[0] <= 65536:
+        raise EventError(f"{name}: its {axis} is not one whole number from 1 to 65536")
+    return int(side.reshape(-1)[0])
 
 
 def write_events(path: str | Path, events: Events) -> None:

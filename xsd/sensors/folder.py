@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,9 @@ import numpy as np
 from PIL import Image
 
 from xsd.core import DatasetError, Sample
-from xsd.files import read_json, storage_error, write_json
+from xsd.files import FolderLock, read_json, remove_leftovers, storage_error, write_json
 from xsd.sensors import events as event_streams
-from xsd.sensors import frames
+from xsd.sensors import frames, names
 from xsd.sensors.events import Events
 
 INDEX = "EventGPT_Instruction_Subset.json"
@@ -78,49 +78,52 @@ def _indexed(root: Path) -> list[Path]:
 
 
 def _records(root: Path) -> list[ClipRecord]:
-    index, records = root / INDEX, []
-    entries = read_json(index, DatasetError, "write it again")
+    return [record for record, _ in _clips(root)]
+
+
+def _clips(root: Path) -> list[tuple[ClipRecord, dict[str, Any]]]:
+    """The index: every clip with its own entry."""
+    index, clips = root / INDEX, []
+    entries = read_json(index, DatasetError, "write it again", max_bytes=1 << 26)
     if not isinstance(entries, list):
         raise DatasetError(f"{index} holds a {type(entries).__name__}; expected a list of clips")
     for number, entry in enumerate(entries):
         try:
-            records.append(_record(root, entry))
+            clips.append((_record(root, entry), entry))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise DatasetError(f"{index}: entry {number} is malformed ({reason}); a clip needs id, "
-                               "event_data and video_data") from error
-    return records
+            raise DatasetError(f"{index}: entry {number} is malformed ({reason[:200]}); a clip "
+                               "needs id, event_data and video_data") from error
+    return clips
 
 
 def _record(root: Path, entry: Mapping[str, Any]) -> ClipRecord:
-    events, video = _inside(entry["event_data"]), _inside(entry["video_data"])
-    mp4 = _inside(entry.get("mp4_data") or f"{video}.mp4")
-    images, single = (tuple(root / kind / _inside(name) for name in entry.get(kind) or ())
+    events, video = names.inside(entry["event_data"]), names.inside(entry["video_data"])
+    mp4 = names.inside(entry.get("mp4_data") or f"{video}.mp4")
+    images, single = (tuple(root / kind / names.inside(name) for name in names.listed(entry, kind))
                       for kind in ("event_image", "event_image_1f"))
-    t_us = entry.get("t_us")
+    if type(entry["id"]) not in (str, int):
+        raise ValueError("its id is neither a text nor a number")
+    name, split, source = str(entry["id"]), entry.get("split"), entry.get("source")
+    for one in (name, *(one for one in (split, source) if one is not None)):
+        names.plain(one)
     return ClipRecord(
-        root, entry.get("split"), str(entry["id"]), events.parent.as_posix(), events.stem,
+        root, split, name, events.parent.as_posix(), events.stem,
         root / "event_npy" / events, images, single, root / "video" / video, root / "mp4" / mp4,
-        None if t_us is None else (int(t_us[0]), int(t_us[1])), entry.get("source"))
-
-
-def _inside(name: str) -> Path:
-    path = Path(name)
-    if path.is_absolute() or ".." in path.parts:
-        raise ValueError(f"path {name!r} leaves the folder")
-    return path
+        names.span(entry.get("t_us")), source)
 
 
 def load_events(record: ClipRecord) -> Events:
-    """The clip's events, checked. Raises: EventError when the file is missing or bad."""
-    return event_streams.read_events(record.events_path)
+    """The clip's events, checked. Raises: EventError when the file is missing or bad;
+    DatasetError where it is a link out of the folder."""
+    return event_streams.read_events(names.within(record.root, record.events_path))
 
 
 def stored_frames(record: ClipRecord, n_event_frames: int) -> tuple[Path, ...]:
     """The clip's stored event images where all ``n_event_frames`` of them are there, else none."""
     for paths in (record.event_images_1f, record.event_images):
         if len(paths) == n_event_frames and all(path.is_file() for path in paths):
-            return paths
+            return tuple(names.within(record.root, path) for path in paths)
     return ()
 
 
@@ -129,8 +132,7 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
     """One clip with one question. Event frames are the stored images where no canvas is asked for,
     else painted (on ``slice`` by default). Raises: DatasetError for a question of zero length or
     missing files; EventError and VideoError for bad ones."""
-    if not question.strip():
-        raise DatasetError(f"clip {record.id}: the question has zero length; ask something")
+    names.check_question(question, f"clip {record.id}")
     stored = stored_frames(record, n_event_frames) if canvas is None else ()
     pictures = [frames.read_image(path) for path in stored] or frames.event_frames(
         load_events(record), n_event_frames, canvas=canvas or "slice")
@@ -142,6 +144,9 @@ def load_sample(record: ClipRecord, question: str, *, n_event_frames: int = 5,
 def load_video(record: ClipRecord, n_frames: int = 8) -> np.ndarray:
     """uint8 [n_frames, H, W, 3] from the folder of images or the mp4. Raises: DatasetError."""
     for path in (record.video_dir, record.mp4_path):
+        if names.within(record.root, path).is_dir():
+            images = [names.within(record.root, image) for image in frames.images_in(path)]
+            return frames.read_frames(images, n_frames)
         if path.exists():
             return frames.read_video(path, n_frames)
     raise DatasetError(f"clip {record.id} has no video: neither the folder {record.video_dir} nor "
@@ -156,28 +161,34 @@ def write_questions(path: str | Path, questions: Iterable[tuple[str, int]]) -> N
 
 def read_questions(path: str | Path, n: int = 10) -> list[str]:
     """The n most frequent (or first n) questions of a file or folder. Raises: DatasetError."""
-    path = Path(path) / QUESTIONS if Path(path).is_dir() else Path(path)
-    questions: list[str] = []
+    path = names.within(Path(path), Path(path) / QUESTIONS) if Path(path).is_dir() else Path(path)
+    questions: list[Any] = []
     if path.suffix == ".json" or not path.is_file():
-        entries = read_json(path, DatasetError, "write it again")
+        entries = read_json(path, DatasetError, "write it again", max_bytes=1 << 24)
     else:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        entries = [line.strip() for line in lines if line.strip()]
-    with contextlib.suppress(KeyError, TypeError, AttributeError):
+        try:
+            with open(path, encoding="utf-8-sig") as file:
+                entries = list(filter(None, map(str.strip, file.read(1 << 24).split("\n"))))
+        except (OSError, ValueError) as error:
+            raise DatasetError(f"{path} is not UTF-8 text ({error}); save it again") from error
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
         if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
             entries = [{"question": entry} for entry in entries]
-        ordered = sorted(entries, key=lambda entry: -entry.get("count", 0))
-        questions = [str(entry["question"]) for entry in ordered][:n]
-    if not questions or not all(question.strip() for question in questions):
+        ordered = sorted(entries, key=lambda entry: -int(entry.get("count", 0)))
+        questions = [entry["question"] for entry in ordered][:n]
+    if not questions or not all(isinstance(one, str) and one.strip() for one in questions):
         raise DatasetError(f"{path} is malformed, or holds no question or one of zero length; "
                            "expected a list of {question, count} or of texts, or a line for each")
-    return questions
+    return [names.check_question(question, str(path)) for question in questions]
 
 
 def read_facts(root: str | Path) -> dict[str, Any]:
     """What is true of each clip, by its id; empty where the folder does not say."""
-    path = Path(root) / FACTS
-    return read_json(path, DatasetError, "write it again") if path.is_file() else {}
+    path = names.within(Path(root), Path(root) / FACTS)
+    facts = read_json(path, DatasetError, "write it again") if path.is_file() else {}
+    if not isinstance(facts, dict):
+        raise DatasetError(f"{path} holds a {type(facts).__name__}; expected {{id: facts}}")
+    return facts
 
 
 def data_hash(root: str | Path) -> str:
@@ -187,15 +198,26 @@ def data_hash(root: str | Path) -> str:
         found = [place / name for name in (INDEX, QUESTIONS, FACTS)]
         found += [path for name in _CONTENT for path in (place / name).rglob("*")
                   if not path.name.startswith(".")]
-        files |= {path.relative_to(root).as_posix(): path for path in found if path.is_file()}
+        files |= {path.relative_to(root).as_posix(): names.within(place, path)
+                  for path in found if path.is_file()}
     digest = hashlib.sha256()
     for name, path in sorted(files.items()):
-        content = path.read_bytes()
-        digest.update(f"{name}\0{len(content)}\0".encode() + content)
+        digest.update(f"{name}\0{path.stat().st_size}\0".encode(errors="surrogateescape"))
+        with open(path, "rb") as file:
+            hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
 
 
 # --- writing
+
+
+@contextlib.contextmanager
+def writing(root: str | Path) -> Iterator[None]:
+    """One writer to a dataset folder, who removes what killed ones left. Raises: StorageError."""
+    with FolderLock(root):
+        for place in (Path(root), *Path(root).glob("event_npy/*/")):
+            remove_leftovers(place)
+        yield
 
 
 class FolderWriter:
@@ -208,8 +230,12 @@ class FolderWriter:
         self._facts: dict[str, Any] = {}
         self._splits: dict[str, str] = {}
         if (self.root / INDEX).is_file():
-            entries = read_json(self.root / INDEX, DatasetError, "write it again")
-            for record, entry in zip(_records(self.root), entries, strict=True):
+            numbers: dict[str, int] = {}
+            for number, (record, entry) in enumerate(_clips(self.root)):
+                if (first := numbers.setdefault(record.id, number)) != number:
+                    raise DatasetError(
+                        f"id {record.id} stands twice in {self.root / INDEX} (entries {first} and "
+                        f"{number}); give every clip its own before adding to the folder")
                 self._entries[record.id] = entry
                 self._splits[record.sequence] = str(record.split)
             self._facts = read_facts(self.root)
@@ -219,26 +245,32 @@ class FolderWriter:
             facts: Any = None) -> str:
         """Write one clip's files and return its id. video: uint8 [n, H, W, 3]. event_frames:
         painted on the sensor canvas if not given. facts: anything JSON can hold. Raises:
-        DatasetError when the sequence is in another split; StorageError."""
+        DatasetError when the sequence is in another split, or a name is none; StorageError."""
         other = self._splits.setdefault(sequence, self.split)
         if other != self.split:
             raise DatasetError(f"sequence {sequence} is already in split {other!r}; clips of a "
                                f"sequence overlap, so it cannot also be in {self.split!r}")
         place = f"{sequence}/{clip}"
+        try:
+            names.inside(place)
+        except ValueError as error:
+            raise DatasetError(f"clip {place[:80]!r} cannot be written: {error}") from error
+        for name in _CONTENT:
+            names.within(self.root, self.root / name / place)
         if event_frames is None:
             event_frames = frames.event_frames(events, 5, canvas="sensor")
         single = (frames.event_frames(events, 1, canvas="sensor")[0] if len(events) else
                   np.full_like(event_frames[0], 255))
         event_streams.write_events(self.root / "event_npy" / f"{place}.npy", events)
-        names = [f"{place}_{i}.png" for i in range(len(event_frames))]
-        for name, picture in zip(names, event_frames, strict=True):
+        images = [f"{place}_{i}.png" for i in range(len(event_frames))]
+        for name, picture in zip(images, event_frames, strict=True):
             _write_png(self.root / "event_image" / name, picture)
         _write_png(self.root / "event_image_1f" / f"{place}_0.png", single)
         for i, picture in enumerate(video):
             _write_png(self.root / "video" / place / f"{i:06d}.png", picture)
         self._entries[place] = entry = {
             "id": place, "split": self.split, "event_data": f"{place}.npy", "video_data": place,
-            "mp4_data": f"{place}.mp4", "event_image": names,
+            "mp4_data": f"{place}.mp4", "event_image": images,
             "event_image_1f": [f"{place}_0.png"], "conversations": []}
         if t_us is not None:
             entry["t_us"] = list(map(int, t_us))

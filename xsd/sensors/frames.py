@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import re
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps
 
-from xsd.core import EventError, VideoError
-from xsd.sensors import timed_video
+from xsd.core import EventError, ParameterError, VideoError
+from xsd.sensors import names, timed_video
 from xsd.sensors.events import Events
 
 _IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg")
@@ -70,45 +73,113 @@ def uniform_indices(n_available: int, n_frames: int) -> list[int]:
 
 def windows(times_us: np.ndarray, clip_us: int = 1_000_000,
             hop_us: int = 500_000) -> list[tuple[int, int]]:
-    """Start and end in µs of every whole clip on the clock of the pictures (int64 [T], rising)."""
+    """Start and end in µs of every whole clip on the clock of the pictures (int64 [T], rising).
+    Raises: VideoError where that is a million clips and more."""
     gap = int(np.median(np.diff(times_us))) if len(times_us) > 1 else 0  # the last picture's
-    last = int(times_us[-1]) + gap - clip_us
-    return [(start, start + clip_us) for start in range(int(times_us[0]), last + 1, hop_us)]
+    starts = range(int(times_us[0]), int(times_us[-1]) + gap - clip_us + 1, hop_us)
+    if len(starts) >= 1_000_000:
+        raise VideoError(f"{len(times_us)} pictures from {times_us[0]} to {times_us[-1]} µs make "
+                         f"{len(starts)} clips; check the times or choose a longer hop")
+    return [(start, start + clip_us) for start in starts]
+
+
+def size_of(text: str) -> tuple[int, int] | None:
+    """``"480x360"`` as (width, height), at most 4096 of each; empty is None. Raises: ParameterError
+    otherwise."""
+    if not text:
+        return None
+    width, sign, height = text.lower().partition("x")
+    if not (sign and all(re.fullmatch("[0-9]{1,4}", side) and 0 < int(side) <= 4096
+                         for side in (width, height))):
+        raise ParameterError(f"a size is written WxH, such as 480x360, not {text!r}, and at "
+                             "most 4096x4096")
+    return int(width), int(height)
 
 
 def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndarray:
-    """uint8 [H, W, 3], resized to ``size`` (width, height). Raises: VideoError for no image."""
+    """A .png or .jpg as uint8 [H, W, 3], turned as its camera says, 16-bit grey scaled to 8 bits,
+    resized to ``size`` (width, height). Raises: VideoError for no image and for kinds whose values
+    would change on the way (docs/sensors.md, section 4)."""
+    names.check_plain(path, VideoError, "image")
     try:
-        with Image.open(path) as image:
-            picture = image.convert("RGB")
-            return np.asarray(picture.resize(size, Image.Resampling.BICUBIC) if size else picture)
-    except FileNotFoundError as error:
-        raise VideoError(f"{path}: there is no such image") from error
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
-        raise VideoError(f"{path} does not decode as an image ({error}); write it again") from error
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # asked below
+            with Image.open(path, formats=("PNG", "JPEG")) as image:
+                _check_kind(image, path)
+                picture = _eight_bits(ImageOps.exif_transpose(image), path)
+        return np.asarray(picture.resize(size, Image.Resampling.BICUBIC) if size else picture)
+    except VideoError:
+        raise
+    except Exception as error:  # a damaged image can fail in any way; the answer is the same
+        raise VideoError(f"{path} does not decode as an image ({str(error)[:200]}); write it "
+                         "again as .png or .jpg") from error
+
+
+def _check_kind(image: Image.Image, path: str | Path) -> None:
+    """Before anything is unpacked."""
+    if image.width * image.height > timed_video.MOST_PIXELS:
+        raise VideoError(f"{path}: a picture of {image.width}x{image.height} pixels is not read "
+                         f"(at most {timed_video.MOST_PIXELS}); scale it down")
+    if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+        raise VideoError(f"{path} is animated; write its frames as one .png each")
+
+
+def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
+    if image.mode in ("I", "I;16", "I;16B", "I;16L") and not image.has_transparency_data:
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise VideoError(f"{path}: grey values of more than 16 bits are not read")
+        return Image.fromarray((values >> 8).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA") if image.mode != "I;16" else image
+        if image.mode != "RGBA" or image.getchannel("A").getextrema()[0] < 255:
+            raise VideoError(f"{path} has transparent pixels, whose colour nobody knows; put it on "
+                             "a background before")
+    elif image.mode not in ("1", "L", "P", "RGB"):
+        raise VideoError(f"{path}: pictures of kind {image.mode} are not read; save it as RGB")
+    return image.convert("RGB")
+
+
+def in_order(paths: Iterable[Path]) -> list[Path]:
+    """Pictures in the order of the numbers in their names (2 before 10). Raises: VideoError where
+    the names leave the order open."""
+    numbers = {path: tuple(int(part) if k % 2 else part for k, part in
+                           enumerate(re.split("([0-9]+)", path.stem))) for path in sorted(paths)}
+    ordered = sorted(numbers, key=numbers.__getitem__)
+    decimal = next((path for path in ordered if re.search(r"[0-9][.,][0-9]", path.stem)), None)
+    if decimal and ordered != list(numbers):
+        raise VideoError(f"{decimal.parent}: {decimal.name} and others have decimal numbers of "
+                         "several lengths; number the frames 000000, 000001, …")
+    for one, other in itertools.pairwise(ordered):
+        if numbers[one] == numbers[other]:
+            raise VideoError(f"{one.parent} holds {one.name} and {other.name}, twice the same "
+                             "frame; keep one of them")
+    return ordered
+
+
+def images_in(folder: Path) -> list[Path]:
+    """The .png and .jpg files of a folder that are not hidden, in order. Raises: VideoError."""
+    found = [path for path in folder.iterdir()
+             if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")]
+    if not found:
+        raise VideoError(f"{folder} holds no frame; expected .png or .jpg images")
+    return in_order(found)
 
 
 def read_video(path: str | Path, n_frames: int = 8) -> np.ndarray:
     """Uniformly sampled frames of a video file or a folder of images: uint8 [n_frames, H, W, 3].
     Raises: VideoError for no frame, one that does not decode, images that differ in size."""
     path = Path(path)
-    if path.is_dir():
-        images = sorted(file for file in path.iterdir()
-                        if file.suffix.lower() in _IMAGE_SUFFIXES and not file.name.startswith("."))
-        if not images:
-            raise VideoError(f"{path} holds no frame; expected .png or .jpg images")
-        wanted = uniform_indices(len(images), n_frames)
-        pictures = {i: read_image(images[i]) for i in dict.fromkeys(wanted)}
-        if len({picture.shape for picture in pictures.values()}) > 1:
-            raise VideoError(f"{path}: the images differ in size; a video's frames must all agree")
-    else:
-        # Counted first: one frame in memory at a time, and a container's own count is often wrong.
-        with timed_video.decoded(path) as (_, frames):
-            n_available = sum(1 for _ in frames)
-        if n_available == 0:
-            raise VideoError(f"{path} holds no video frame")
-        wanted = uniform_indices(n_available, n_frames)
-        with timed_video.decoded(path) as (_, frames):
-            pictures = {i: frame.to_ndarray(format="rgb24")
-                        for i, frame in enumerate(frames) if i in wanted}
+    if not path.is_dir():
+        return timed_video.sampled(path, lambda n: uniform_indices(n, n_frames))
+    return read_frames(images_in(path), n_frames)
+
+
+def read_frames(images: Sequence[Path], n_frames: int = 8) -> np.ndarray:
+    """Uniformly sampled of these pictures: uint8 [n_frames, H, W, 3]. Raises: VideoError."""
+    wanted = uniform_indices(len(images), n_frames)
+    pictures = {i: read_image(images[i]) for i in dict.fromkeys(wanted)}
+    if len({picture.shape for picture in pictures.values()}) > 1:
+        raise VideoError(f"{images[0].parent}: the images differ in size; a video's frames must "
+                         "all agree")
     return np.stack([pictures[i] for i in wanted])

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import itertools
+import re
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +13,20 @@ import numpy as np
 from PIL import Image
 
 from xsd.core import VideoError
+from xsd.sensors import names
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 """ITU-R BT.601, as cameras and PIL's "L" have it."""
+
+
+MOST_PIXELS, MOST_FRAMES, MOST_BYTES = 1 << 24, 100_000, 2 << 30
+"""Of a picture; of a video that is sampled to its end; of what is kept of one."""
+_KINDS = {"mov": rb".{4}(ftyp|moov|mdat|free|skip|wide)", "matroska": rb"\x1aE\xdf\xa3",
+          "avi": rb"RIFF.{4}AVI ", "mpeg": rb"\0\0\x01\xba"}
+"""What files of each of FFmpeg's containers begin with. It is told which to use: asked to guess, it
+paints texts and follows play lists to other files."""
+SUFFIXES = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".webm": "matroska",
+            ".avi": "avi", ".mpg": "mpeg", ".mpeg": "mpeg"}
 
 
 @contextlib.contextmanager
@@ -24,17 +37,49 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
     except ImportError as error:
         raise VideoError(f"{path}: reading video files needs the package av (pip install av); or "
                          "give a folder of .png images") from error
-    if not path.is_file():
-        raise VideoError(f"{path}: there is no such video file or folder of images")
+    kind = SUFFIXES.get(path.suffix.lower())
+    if kind is None:
+        raise VideoError(f"{path}: videos of type {path.suffix or '(none)'} are not read; expected "
+                         f"one of {', '.join(SUFFIXES)} or a folder of .png or .jpg images")
+    names.check_plain(path, VideoError, "video file or folder of images")
+    with open(path, "rb") as file:
+        if not re.match(_KINDS[kind], file.read(16), re.DOTALL):
+            raise VideoError(f"{path} does not decode as a video: it does not begin as "
+                             f"{path.suffix} files do; rename it, or make it again")
     try:
-        with av.open(str(path)) as container:
+        # "file:", since FFmpeg takes what stands before a colon for a protocol
+        with av.open(f"file:{path.resolve()}", format=kind,
+                     options={"protocol_whitelist": "file"}) as container:
             if not container.streams.video:
                 raise VideoError(f"{path} holds no video frame")
             stream = container.streams.video[0]
+            if stream.width * stream.height > MOST_PIXELS:
+                raise VideoError(f"{path}: frames of {stream.width}x{stream.height} pixels are not "
+                                 f"read (at most {MOST_PIXELS}); scale the video down")
+            stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield stream, container.decode(stream)
-    except (av.error.FFmpegError, OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
         raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it "
                          "again") from error
+
+
+def upright(frame: Any, path: Path) -> np.ndarray:
+    """A frame as players show it, uint8 [H, W, 3]: turned and mirrored as its file says. Raises:
+    VideoError for a turn that is not by quarters."""
+    picture = frame.to_ndarray(format="rgb24")
+    for data in frame.side_data:
+        if data.type.name != "DISPLAYMATRIX":
+            continue
+        right, down, _, right_of_y, down_of_y = np.frombuffer(data, np.int32)[:5] / 65536
+        if abs(right) == abs(down_of_y) == 1 and down == right_of_y == 0:
+            flips = right, down_of_y
+        elif abs(down) == abs(right_of_y) == 1 and right == down_of_y == 0:
+            picture, flips = picture.swapaxes(0, 1), (right_of_y, down)
+        else:
+            raise VideoError(f"{path} is to be shown turned by {frame.rotation} degrees; only "
+                             "quarters are read: turn it before")
+        picture = np.ascontiguousarray(picture[::int(flips[1]), ::int(flips[0])])
+    return picture
 
 
 def read(path: str | Path, *, max_seconds: float = 10.0,
@@ -43,8 +88,9 @@ def read(path: str | Path, *, max_seconds: float = 10.0,
     long; times_us int64 [T], rising from 0 (by the average rate where a frame has no time)."""
     pictures: list[np.ndarray] = []
     times: list[int] = []
-    with decoded(Path(path)) as (stream, frames):
-        step_us = int(1e6 / float(stream.average_rate)) if stream.average_rate else 40_000
+    path = Path(path)
+    with decoded(path) as (stream, frames):
+        step_us = max(1, int(1e6 / float(stream.average_rate))) if stream.average_rate else 40_000
         for frame in frames:
             time_us = None
             if frame.pts is not None and frame.time_base is not None:
@@ -53,11 +99,35 @@ def read(path: str | Path, *, max_seconds: float = 10.0,
                 time_us = times[-1] + step_us if times else 0
             if times and time_us - times[0] > max_seconds * 1e6:
                 break
-            pictures.append(_small(frame.to_ndarray(format="rgb24"), max_side))
+            pictures.append(_small(upright(frame, path), max_side))
             times.append(time_us)
+            if pictures[-1].nbytes * len(pictures) > MOST_BYTES:
+                raise VideoError(f"{path}: {len(pictures)} frames of its first {max_seconds} s "
+                                 f"take {MOST_BYTES >> 30} GB; give less max_seconds or max_side")
+    return _stacked(pictures, path), np.array(times, np.int64) - times[0]
+
+
+def sampled(path: Path, choose: Callable[[int], list[int]]) -> np.ndarray:
+    """The frames that ``choose`` names of so many, uint8 [n, H, W, 3]. Raises: VideoError."""
+    # Counted first: one frame in memory at a time, and a container's own count is often wrong.
+    with decoded(path) as (_, frames):
+        n_available = sum(1 for _ in itertools.islice(frames, MOST_FRAMES + 1))
+    if n_available > MOST_FRAMES:
+        raise VideoError(f"{path} holds more than {MOST_FRAMES} frames; a clip is a short video")
+    wanted = choose(n_available) if n_available else []
+    with decoded(path) as (_, frames):
+        pictures = {i: upright(frame, path)
+                    for i, frame in enumerate(itertools.islice(frames, max(wanted, default=0) + 1))
+                    if i in wanted}
+    return _stacked([pictures[i] for i in wanted], path)
+
+
+def _stacked(pictures: list[np.ndarray], path: Path) -> np.ndarray:
     if not pictures:
         raise VideoError(f"{path} holds no video frame")
-    return np.stack(pictures), np.array(times, np.int64) - times[0]
+    if len({picture.shape for picture in pictures}) > 1:
+        raise VideoError(f"{path}: the frames change their size; make it again in one size")
+    return np.stack(pictures)
 
 
 def _small(picture: np.ndarray, max_side: int | None) -> np.ndarray:

@@ -4,15 +4,15 @@ repaired without asking again; and what it will come to, said before it starts."
 from __future__ import annotations
 
 import dataclasses
-import json
 import time
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from xsd.core import ParameterError, ShardError
 from xsd.extract import pairs, plan, ranks
-from xsd.files import sha256_of, write_json
+from xsd.files import read_json, sha256_of, write_json
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.format import TORCH_DTYPES
@@ -113,11 +113,14 @@ def load_request(place: str | Path, **changes: Any) -> Request:
     changes = {name: value for name, value in changes.items() if value is not None}
     for path in (place / FILE, place.parent / FILE):
         if path.is_file():
+            way_out = "delete it and give --pair, --data and --split"
             try:
-                stored = Request(**json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError) as error:
-                raise ShardError(f"{path} is damaged ({error}); delete it and give --pair, --data "
-                                 "and --split") from error
+                stored = Request(**read_json(path, ShardError, way_out, max_bytes=1 << 16))
+                for name, kinds in typing.get_type_hints(Request).items():
+                    if not isinstance(value := getattr(stored, name), kinds):
+                        raise TypeError(f"{name} is {value!r}")
+            except TypeError as error:
+                raise ShardError(f"{path} is damaged ({error}); {way_out}") from error
             return dataclasses.replace(stored, **changes)
     if not {"data", "pair"} <= set(changes):
         raise ShardError(f"{place} does not say what it was extracted from (no {FILE}); give "

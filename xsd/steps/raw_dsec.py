@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,11 @@ import pandas as pd
 
 from xsd.core import ParameterError
 from xsd.embedded import raw_sequence
-from xsd.files import write_json
+from xsd.files import FolderLock, read_json, write_json
 from xsd.runs import progress
 from xsd.sensors import dsec, folder, frames
 
 SETTINGS = "preparation.json"
-
-
-def size_of(text: str) -> tuple[int, int] | None:
-    """``"480x360"`` as (width, height); empty is None. Raises: ParameterError otherwise."""
-    if not text:
-        return None
-    width, sign, height = text.lower().partition("x")
-    if not (sign and width.isdigit() and height.isdigit() and int(width) and int(height)):
-        raise ParameterError(f"a picture size is written WxH, such as 480x360, not {text!r}")
-    return int(width), int(height)
 
 
 def prepare(source: str | Path, root: str | Path, *, split: str = "train", clip_ms: int = 1000,
@@ -45,15 +34,10 @@ def prepare(source: str | Path, root: str | Path, *, split: str = "train", clip_
     root = Path(root)
     settings = {"split": split, "clip_ms": clip_ms, "hop_ms": hop_ms, "canvas": canvas,
                 "video_size": list(video_size) if video_size else None, "rectify": rectify}
-    if (root / SETTINGS).is_file():
-        before = json.loads((root / SETTINGS).read_text(encoding="utf-8"))
-        for name, value in settings.items():
-            if before.get(name) != value:
-                raise ParameterError(f"{root} was begun with {name}={before.get(name)!r}, not "
-                                     f"{value!r}; choose another folder, or the same settings")
-    write_json(root / SETTINGS, settings)
     bars: dict[str, Any] = {}
     with contextlib.ExitStack() as stack:
+        stack.enter_context(folder.writing(root))
+        _check_settings(root / SETTINGS, settings)
 
         def show(sequence: str, done: int, total: int) -> None:
             if sequence not in bars:
@@ -66,6 +50,18 @@ def prepare(source: str | Path, root: str | Path, *, split: str = "train", clip_
                                rectify=rectify, progress=show)
     files = (path for path in root.rglob("*") if path.is_file())
     return {**summary, "gb": sum(path.stat().st_size for path in files) / 1e9}
+
+
+def _check_settings(path: Path, settings: Mapping[str, Any]) -> None:
+    """The folder's way to cut clips: written, or compared with the one that it was begun with."""
+    if path.is_file():
+        before = read_json(path, ParameterError, "delete it and give the same settings again")
+        for name, value in settings.items():
+            there = before.get(name) if isinstance(before, dict) else before
+            if there != value:
+                raise ParameterError(f"{path.parent} was begun with {name}={there!r}, not "
+                                     f"{value!r}; choose another folder, or the same settings")
+    write_json(path, settings)
 
 
 def sentence(summary: Mapping[str, Any], root: str | Path) -> str:
@@ -84,8 +80,9 @@ def simulated_source(source: str | Path, *, n_sequences: int = 2, seed: int = 0,
     """Make sure that ``source`` holds simulated sequences in DSEC's raw format."""
     for index in range(n_sequences):
         place = Path(source) / f"simulated_{seed:02d}_{index:02d}"
-        if not (place / "images" / "timestamps.txt").is_file():  # written last
-            raw_sequence.write(place, seed=1000 * seed + index, duration_s=duration_s)
+        with FolderLock(source):
+            if not (place / "images" / "timestamps.txt").is_file():  # written last
+                raw_sequence.write(place, seed=1000 * seed + index, duration_s=duration_s)
 
 
 def table(root: str | Path) -> pd.DataFrame:

@@ -3,9 +3,8 @@ depth. What is missing is made, and said so."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +16,11 @@ from xsd.embedded import drive, dvs, recording
 from xsd.evaluate import held_out, statistics, table
 from xsd.models.loading import Pair
 from xsd.runs import folder
+from xsd.sensors import event_files, frames, names, timed_video
 from xsd.sensors import events as event_streams
-from xsd.sensors import frames, timed_video
 from xsd.sensors.events import Events
 from xsd.shards.store import MemoryPairs
 
-EVENT_SUFFIXES = (".npy", ".npz", ".h5", ".hdf5", ".aedat4")
 N_VIDEO = 8
 SHIPPED = "davis_road"
 """The recording that comes with the project: a DAVIS346 beside a road, events and grey pictures."""
@@ -48,13 +46,19 @@ class Source:
         return int(self.times_us[0]), int(self.times_us[-1]) + gap
 
 
-def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 346,
-                seed: int = 0) -> Source:
-    """``"davis_road"``, an event file (.npy, .npz, .h5, .aedat4) or a video (its first max_seconds,
-    at most max_side wide and high). Raises: EventError; VideoError, also for a single picture."""
+def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 346, seed: int = 0,
+                sensor_size: tuple[int, int] | None = None) -> Source:
+    """``"davis_road"``, an event file or a video (its first max_seconds, at most max_side wide and
+    high). sensor_size: width and height of the sensor, where an event file does not say. Raises:
+    EventError; VideoError, also for a single picture; ParameterError for the
+    sensor_size of a video."""
     shipped = str(path) == SHIPPED
     path = ROOT / "data/davis_road/davis346_road.aedat4" if shipped else folder.resolve(path)
-    if path.suffix.lower() not in EVENT_SUFFIXES:
+    suffix = path.suffix.lower()
+    if suffix in timed_video.SUFFIXES:
+        if sensor_size:
+            raise ParameterError(f"sensor_size is of event files; the events of {path} are made on "
+                                 "its pictures (max_side)")
         pictures, times = timed_video.read(path, max_seconds=max_seconds, max_side=max_side)
         if len(pictures) < 2:
             raise VideoError(
@@ -62,14 +66,21 @@ def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 
         made = dvs.simulate_events(timed_video.luminance(pictures), times, dvs.DvsConfig(),
                                    np.random.default_rng(seed))
         return Source(path.stem, made, pictures, times, "events from the video")
-    if path.suffix.lower() == ".aedat4":
-        with contextlib.suppress(VideoError):  # events alone, from a sensor that takes no pictures
-            found = recording.read_aedat4(path)
+    if suffix not in event_files.SUFFIXES:
+        raise EventError(f"{path}: files of type {path.suffix or '(none)'} are not read here; "
+                         f"expected one of {', '.join(event_files.SUFFIXES)} (events) or "
+                         f"{', '.join(timed_video.SUFFIXES)} (videos)")
+    size = dict(zip(("width", "height"), sensor_size, strict=True)) if sensor_size else {}
+    if suffix == ".aedat4":
+        found = recording.read_aedat4(path, **size)
+        if len(found.frames):  # else events alone, from a sensor that takes no pictures
             grey = found.frames.ndim == 3
             pictures = np.repeat(found.frames[..., None], 3, axis=3) if grey else found.frames
             return Source(path.stem, found.events, pictures, found.times_us, "both recorded")
-    return Source(path.stem, event_streams.read_events(path), None, np.empty(0, np.int64),
-                  "pictures from the events")
+        events = found.events
+    else:
+        events = event_streams.read_events(path, **size)
+    return Source(path.stem, events, None, np.empty(0, np.int64), "pictures from the events")
 
 
 def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: int = 6,
@@ -83,7 +94,11 @@ def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: in
     start, end = source.span_us
     length = min(1000 * clip_ms, end - start)
     made: list[Sample] = []
-    for k, first in enumerate(range(start, end - length + 1, 1000 * hop_ms)):
+    starts = range(start, end - length + 1, 1000 * hop_ms)
+    if len(starts) > 1_000_000:
+        raise ParameterError(f"{source.name}: {(end - start) / 1e6:.0f} s every {hop_ms} ms make "
+                             f"{len(starts)} clips; give a longer hop_ms")
+    for k, first in enumerate(starts):
         events = source.events.between(first, first + length)
         inside = np.flatnonzero((source.times_us >= first) & (source.times_us < first + length))
         if len(events) < 5 or (source.pictures is not None and len(inside) == 0):
@@ -100,6 +115,12 @@ def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: in
         raise EventError(f"{source.name}: no window of {length / 1000:.0f} ms holds five events; "
                          "choose longer clips or another recording")
     return made
+
+
+def asked(clips: Sequence[Sample], questions: Sequence[str]) -> list[Sample]:
+    """Every clip with every question. Raises: DatasetError for a question that is none."""
+    questions = [names.check_question(one, "questions") for one in questions]
+    return [replace(clip, question=question) for clip in clips for question in questions]
 
 
 def known(n_sequences: int = 12, seed: int = 0) -> dict[str, Any]:
