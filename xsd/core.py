@@ -88,6 +88,12 @@ def printable(text: str) -> str:
     return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
+def not_finite(who: str) -> CheckpointError:
+    """What to raise where a model's logits are no numbers."""
+    return CheckpointError(f"the {who} gives NaN or infinity in place of logits; load it with "
+                           "--dtype float32 or bfloat16")
+
+
 # --- records
 
 

@@ -58,13 +58,19 @@ def hf_generate(handle: ModelHandle, sample: Sample, max_new_tokens: int,
     autoregressive.check_length(max_new_tokens)
     start = time.perf_counter()
     inputs = hf_inputs(handle, sample)
+    length = inputs["input_ids"].shape[1]
+    handle.check_length(length)
+    room = handle.max_positions - length + 1  # transformers would go on beyond
     first, eos = _FirstToken(), handle.eos_token_ids
-    output = handle.model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False,
-                                   eos_token_id=sorted(eos), pad_token_id=min(eos, default=0),
+    output = handle.model.generate(**inputs, max_new_tokens=min(max_new_tokens, room),
+                                   do_sample=False, eos_token_id=sorted(eos),
+                                   pad_token_id=min(eos, default=0),
                                    stopping_criteria=StoppingCriteriaList([first]), **options)
-    ids = output[0, inputs["input_ids"].shape[1]:].tolist()[:max_new_tokens]
+    ids = output[0, length:].tolist()[:max_new_tokens]
     total_s = time.perf_counter() - start
     end = next((i + 1 for i, token in enumerate(ids) if token in eos), len(ids))
+    if ids[end - 1] not in eos and end < max_new_tokens:
+        handle.check_length(length + end)
     return Generation(tuple(ids[:end]), "eos" if ids[end - 1] in eos else "length", (), (),
                       (first.at or start) - start, total_s)
 

@@ -4,6 +4,7 @@ judged by a *clean* handle of the same checkpoint (``plain()``), never by the pa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from xsd.core import DecoderHandle, LosslessError, ParameterError
+from xsd.core import DecoderHandle, LosslessError, ParameterError, not_finite
 from xsd.decode import autoregressive
 
 Outcome = Literal["identical", "near-tie", "divergence"]
@@ -51,7 +52,8 @@ class Verdict:
 def noise_floor(verifier: DecoderHandle, samples: Iterable[Any],
                 answers: Iterable[Sequence[int]]) -> NoiseFloor:
     """Calibrate on this machine, with the handle's clean form where it has one. Raises:
-    ParameterError when no answer has a second token (nothing was compared)."""
+    ParameterError when no answer has a second token (nothing was compared), CheckpointError where
+    logits are no numbers."""
     judge = getattr(verifier, "plain", lambda: verifier)()
     floors = [_floor(_one_row(judge, sample, ids), _many_rows(judge, sample, ids))
               for sample, ids in zip(samples, answers, strict=True)]
@@ -59,6 +61,8 @@ def noise_floor(verifier: DecoderHandle, samples: Iterable[Any],
         raise ParameterError(
             "no answer has a second token, so one-row and many-row passes cannot be compared; "
             "calibrate on longer answers")
+    if not all(math.isfinite(floor.largest) for floor in floors):
+        raise not_finite(getattr(verifier, "role", "model"))
     return NoiseFloor(max(floor.largest for floor in floors), sum(floor.n for floor in floors))
 
 
@@ -81,6 +85,9 @@ def certify(verifier: DecoderHandle, sample: Any, reference: Sequence[int],
     clean = hasattr(verifier, "plain")
     judge = verifier.plain() if clean else verifier
     one_row = _one_row(judge, sample, candidate)
+    if not bool(one_row.isfinite().all()) or (floor and not math.isfinite(floor.largest)):
+        return Verdict("divergence", position, reference[position], candidate[position],
+                       reason="logits are not finite: NaN or infinity decides nothing")
     if floor is None:
         measured = _many_rows(judge, sample, candidate) if clean else one_row
         floor = _floor(one_row, measured)

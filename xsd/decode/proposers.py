@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xsd.core import ParameterError
 from xsd.decode import rules
+from xsd.decode.autoregressive import greedy
 from xsd.decode.overlap import Stop, Timeline
 from xsd.decode.tracks import DrafterTrack, History, n_common
 
@@ -53,6 +54,7 @@ class TokenByToken:
     """One token after another: a subclass says :meth:`next_token`. min_probability: a less likely
     draft ends the round's drafting (drafts behind the prefill are free and go on)."""
 
+    role = "drafter (or its adapter)"
     needs_verifier = False
     eos_token_ids: frozenset[int] = frozenset()
     min_probability: float = 0.0
@@ -68,6 +70,8 @@ class TokenByToken:
         drafts: list[int] = []
         self._free = stop is not never
         while len(drafts) < gamma and not stop():
+            if self.track and not self.track.has_room(len(self.known) + len(drafts)):
+                break
             token = self.next_token(drafts)
             if token is None:
                 break
@@ -84,7 +88,7 @@ class TokenByToken:
         if self.min_probability > 0 and not self._free:
             likely, token = logits.softmax(-1).max(-1)
             return int(token) if float(likely) >= self.min_probability else None
-        return int(logits.argmax())
+        return greedy(logits[None], self)[0]
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
         """The token after ``known`` and the drafts of this round, or None to end the round."""

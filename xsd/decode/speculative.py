@@ -4,6 +4,7 @@ leaves is the argmax of a verifier row after exactly the tokens before it: that 
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from xsd.core import DecoderHandle, Generation, ParameterError, Round
 from xsd.decode import overlap as lanes
-from xsd.decode.autoregressive import check_length
+from xsd.decode.autoregressive import check_length, greedy
 from xsd.decode.proposers import Proposer
 
 
@@ -35,6 +36,7 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
             f"gamma is {gamma} and gamma_prefill {gamma_prefill}; draft at least 1 token, or use "
             "autoregressive.generate")
     timeline, eos = lanes.Timeline(clock), verifier.eos_token_ids
+    positions = getattr(verifier, "max_positions", sys.maxsize)
     room = max_new_tokens - 1  # the bonus fills the last place
     hidden_drafts = min(room, gamma_prefill or (gamma if overlap == "serial" else room))
     if not hide_prefill or proposer.needs_verifier:
@@ -45,9 +47,10 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
     rounds: list[Round] = []
     while True:
         hiding = not rounds
-        drafts = cut(drafts, max_new_tokens - len(ids) - 1, eos)
-        verify_start = timeline.now()
         kept = state.length + (not hiding)
+        # as far as the plain loop may go, and no row further
+        drafts = cut(drafts, min(max_new_tokens - len(ids) - 1, positions - kept), eos)
+        verify_start = timeline.now()
         predicted, hidden = _verify(verifier, state, drafts, last, hiding, timeline)
         n_accepted, bonus = judge(drafts, predicted)
         tokens = drafts[:n_accepted] + ([] if bonus is None else [bonus])
@@ -77,7 +80,7 @@ def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts:
     def prefill() -> tuple[Any, int, float]:
         with timeline.span("verifier", "prefill"):
             state = verifier.prefill(sample)
-            first = int(state.logits.argmax())
+            first = greedy(state.logits[None], verifier)[0]
         return state, first, timeline.now()
 
     def draft(stop: lanes.Stop) -> tuple[Sequence[int], float, float]:
@@ -96,7 +99,7 @@ def _verify(verifier: DecoderHandle, state: Any, drafts: Sequence[int], last: in
     if rows := rows_to_feed(drafts, last, verifier.eos_token_ids, hiding):
         with timeline.span("verifier", "verify" if drafts else "step"):
             more, logits = verifier.extend(state, torch.tensor(rows, device=state.logits.device))
-            predicted += logits.argmax(-1).tolist()
+            predicted += greedy(logits, verifier)
         hidden.append(more)
     return predicted, torch.cat(hidden)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,10 @@ class DrafterTrack:
             self.prompt_length = self.state.length
             self.logits = self.state.logits
             self.history.replace(0, self.state.hidden[None])
+
+    def has_room(self, n: int) -> bool:
+        """Whether the drafter has positions for ``n`` tokens of the answer."""
+        return self.prompt_length + n <= getattr(self.drafter, "max_positions", sys.maxsize)
 
     def follow(self, known: Sequence[int]) -> None:
         """Make the cache hold prompt + known: roll back to what is common, extend with the rest."""

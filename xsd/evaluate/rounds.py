@@ -119,17 +119,18 @@ def pad(matches: Iterable[Sequence[bool]]) -> tuple[np.ndarray, np.ndarray]:
 
 def from_requests(requests: Iterable[Sequence[Round]], gamma: int | None = None, *,
                   phase: str | None = None) -> Rounds:
-    """The rounds of live generations (core.Generation.rounds), one sequence for each request.
-    phase: "prefill_hiding" or "decode" alone. gamma: default the longest draft. Raises: MetricError
-    when a round drafted over gamma, or none is left."""
-    requests = [[r for r in rounds if phase in (None, r.phase)] for rounds in requests]
+    """The rounds of live generations (core.Generation.rounds) that drafted something, one sequence
+    for each request. phase: "prefill_hiding" or "decode" alone. gamma: default the longest draft.
+    Raises: MetricError when a round drafted over gamma, or none is left."""
+    requests = [[r for r in rounds if r.drafted and phase in (None, r.phase)]
+                for rounds in requests]
     flat = [(r.n_accepted, len(r.drafted), int(r.bonus is not None), i)
             for i, rounds in enumerate(requests) for r in rounds]
     if not flat:
         raise MetricError(
             "no round was recorded; acceptance has a meaning only for generations that drafted")
     accepted, drafted, bonus, request = np.asarray(flat, dtype=np.int64).T
-    gamma = max(1, int(drafted.max())) if gamma is None else gamma
+    gamma = int(drafted.max()) if gamma is None else gamma
     if drafted.max() > gamma or gamma < 1:
         raise MetricError(
             f"a round drafted {drafted.max()} tokens but gamma is {gamma}; pass the longest draft "

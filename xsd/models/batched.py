@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache
 
-from xsd.core import ParameterError, Sample
+from xsd.core import ParameterError, Sample, not_finite
 
 LAST = -1
 """The state after the final norm. Other layers are numbered as in transformers' ``hidden_states``:
@@ -62,6 +62,8 @@ class BatchedAnswers:
         for chunk in _chunks(samples, batch_size, progress):
             cache, tails = self._shared_prefill(chunk)
             rows = list(zip(tails, ids[len(results):len(results) + len(chunk)], strict=True))
+            self.check_length(cache.get_seq_length() - 1 +
+                              max(len(tail) + len(answer) for tail, answer in rows))
             lines = [torch.cat([tail, self._lookup(answer[:-1])]) for tail, answer in rows]
             embeds = pad_sequence(lines, batch_first=True)
             with recorded(self.decoder, layers) as others:
@@ -70,14 +72,14 @@ class BatchedAnswers:
             for row, (tail, answer) in enumerate(rows):
                 cut = slice(len(tail) - 1, len(tail) - 1 + len(answer))
                 hidden, *kept = (one[row, cut].clone().cpu() for one in (states, *others))
-                top_ids = self.lm_head(states[row, cut]).argmax(-1).cpu()
+                top_ids = greedy(self.lm_head(states[row, cut]), self.role).cpu()
                 results.append(Continuation(top_ids, hidden, "forced",
                                             dict(zip(layers, kept, strict=True))))
         return results
 
     def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
         """A cache with each row's prompt up to its visual tokens and the rest of it [L_i, D]; or an
-        empty one and whole prompts, where none share a clip or prompts differ or would be cut."""
+        empty one and whole prompts, where none share a clip or prompts differ in length."""
         cache = DynamicCache(config=self.decoder.config)
         contents = [content(self.images(sample)) for sample in samples]
         split = [self.prompt_ids(sample.question) for sample in samples]
@@ -86,9 +88,8 @@ class BatchedAnswers:
             if name not in prefixes:
                 prefixes[name] = self._join(before, self.visual_tokens(sample))
         lengths = {len(prefix) for prefix in prefixes.values()}
-        longest = max(lengths) + max(len(after) for _, after in split)
-        if (len(prefixes) == len(samples) or len(lengths) > 1
-                or (self.max_prompt is not None and longest > self.max_prompt)):
+        self.check_length(max(lengths) + max(len(after) for _, after in split))
+        if len(prefixes) == len(samples) or len(lengths) > 1:
             return cache, [self.prompt_embeddings(sample) for sample in samples]
         self.decoder(inputs_embeds=torch.stack(list(prefixes.values())), past_key_values=cache,
                      use_cache=True)
@@ -103,12 +104,14 @@ class BatchedAnswers:
         ids: list[list[int]] = [[] for _ in tails]
         states: list[list[Tensor]] = [[] for _ in tails]
         rows = list(range(len(tails)))  # the answer that each row of the batch belongs to
+        cached = cache.get_seq_length()
         for step in range(max_new_tokens):
+            self.check_length(cached + max(len(tails[row]) for row in rows) + step)
             with recorded(self.decoder, layers) as others:
                 output = self.decoder(inputs_embeds=embeds, attention_mask=mask,
                                       position_ids=positions, past_key_values=cache, use_cache=True)
             hidden = output.last_hidden_state[:, -1]
-            chosen = self.lm_head(hidden).argmax(-1)
+            chosen = greedy(self.lm_head(hidden), self.role)
             tokens = chosen.tolist()
             others = [other[:, -1].to(hidden.device) for other in others]
             kept = torch.stack([hidden, *others], dim=1)  # [B, 1 + layers, D]
@@ -135,6 +138,15 @@ class BatchedAnswers:
             found.append(Continuation(torch.tensor(answer, dtype=torch.long), hidden, finish,
                                       dict(zip(layers, others, strict=True))))
         return found
+
+
+def greedy(logits: Tensor, role: str) -> Tensor:
+    """The best id of each row of logits [n, V]. Raises: CheckpointError where they are no
+    numbers."""
+    best = logits.argmax(-1)  # of a row with NaN: the NaN
+    if not bool(logits.gather(-1, best[:, None]).isfinite().all()):
+        raise not_finite(role)
+    return best
 
 
 def _chunks(samples: Sequence[Sample], size: int,

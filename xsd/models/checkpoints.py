@@ -1,20 +1,22 @@
-"""What tensors a checkpoint folder holds, and how they differ from what a model expects. Whatever
-is missing, damaged or does not fit is a CheckpointError."""
+"""What tensors a checkpoint folder holds, read so that what is checked is what is loaded, how they
+differ from what a model expects, and the drafter's tower. Whatever is missing, damaged, ambiguous
+or does not fit is a CheckpointError."""
 
 from __future__ import annotations
 
+import math
 import pickle
-from collections.abc import Iterable, Sequence
+import zipfile
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import nn
 
-from xsd import files
 from xsd.core import CheckpointError
+from xsd.models.checkpoint_files import LAYOUTS, check_files, read_config, read_json
 
 TOWER = "model.visual_tower."
 """Where EventGPT's CLIP begins: ``model.visual_tower.visual_tower.vision_model.*``."""
@@ -23,6 +25,8 @@ IGNORED = ("position_ids", "rotary_emb.inv_freq")
 _FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
            "num_channels", "image_size", "patch_size", "hidden_act", "layer_norm_eps",
            "attention_dropout", "projection_dim")
+_WEIGHTS = ("F16", "BF16", "F32", "F64", torch.float16, torch.bfloat16, torch.float32,
+            torch.float64)
 
 
 def differences(missing: Iterable[str], unexpected: Iterable[str],
@@ -40,47 +44,76 @@ def _few(names: list[str], n: int = 3) -> str:
     return ", ".join(names[:n]) + (f", and {len(names) - n} more" if len(names) > n else "")
 
 
-def read_json(path: Path) -> Any:
-    """A checkpoint's JSON file. Raises: CheckpointError if it is missing or damaged."""
-    return files.read_json(path, CheckpointError, "copy it again from the original checkpoint")
-
-
 def weight_files(folder: Path) -> list[Path]:
-    """One file or the shards of an index, safetensors before .bin."""
-    for single in (folder / "model.safetensors", folder / "pytorch_model.bin"):
-        index = single.with_name(f"{single.name}.index.json")
-        if index.is_file():
-            try:
-                shards = sorted(set(read_json(index)["weight_map"].values()))
-            except (TypeError, KeyError, AttributeError) as error:
-                raise CheckpointError(f"{index} is not a shard index with a 'weight_map'; download "
-                                      "it again") from error
-            if absent := [name for name in shards if not (folder / name).is_file()]:
-                raise CheckpointError(f"{folder} lacks {len(absent)} of {len(shards)} weight shards"
-                                      f" ({_few(absent)}); download the missing files")
-            return [folder / name for name in shards]
-        if single.is_file():
-            return [single]
-    raise CheckpointError(f"no weights in {folder}: expected model.safetensors, pytorch_model.bin "
-                          "or a shard index; download the checkpoint again")
-
-
-def tensor_shapes(folder: Path) -> dict[str, list[int]]:
-    """Name → shape of every tensor in the folder's weight files, from their headers."""
-    shapes: dict[str, list[int]] = {}
-    for path in weight_files(folder):
-        if path.suffix != ".safetensors":
-            shapes |= {name: list(tensor.shape) for name, tensor in load_bin(path).items()}
-            continue
+    """The one file or the shards of the one index. Raises: CheckpointError for none, or several."""
+    found = [name for name in LAYOUTS if (folder / name).is_file()]
+    if not found:
+        raise CheckpointError(f"no weights in {folder}: expected model.safetensors, "
+                              "pytorch_model.bin or a shard index; download the checkpoint again")
+    shards = found
+    for index in (name for name in found if name.endswith(".index.json")):
         try:
-            with safe_open(path, framework="pt") as file:
-                names = file.keys()
-                shapes |= {name: file.get_slice(name).get_shape() for name in names}
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is truncated or no safetensors file "
-                                  f"({path.stat().st_size} bytes; {error}); download it again"
-                                  ) from error
-    return shapes
+            shards = sorted(set(read_json(folder / index)["weight_map"].values()))
+            suffix = Path(index.removesuffix(".index.json")).suffix
+            strangers = [name for name in shards
+                         if Path(name).name != name or Path(name).suffix != suffix]
+        except (TypeError, KeyError, AttributeError) as error:
+            raise CheckpointError(f"{folder / index} is not a shard index with a 'weight_map'; "
+                                  "download it again") from error
+        if strangers or not shards:
+            raise CheckpointError(f"{folder / index} names {_few(strangers) or 'no shard'}; it may "
+                                  f"name *{suffix} files of its own folder alone")
+    # an index may stand beside the one file that it names
+    if len(found) > 1 and [*shards, f"{shards[0]}.index.json"] != found:
+        raise CheckpointError(f"{folder} holds its weights more than once ({', '.join(found)}); "
+                              "move away what is out of date")
+    if absent := [name for name in shards if not (folder / name).is_file()]:
+        raise CheckpointError(f"{folder} lacks {len(absent)} of {len(shards)} weight shards "
+                              f"({_few(absent)}); download the missing files")
+    return [folder / name for name in shards]
+
+
+def open_tensors(folder: Path) -> dict[str, Any]:
+    """Name → tensor, or a slice of a safetensors file that is read when it is indexed, of all the
+    folder's weights. Raises: CheckpointError for a damaged file, a name that stands twice, numbers
+    that are no weights, and the names of LoRA, PEFT or a wrapper."""
+    found: dict[str, Any] = {}
+    for path in weight_files(folder):
+        if path.suffix == ".safetensors":
+            try:
+                with safe_open(path, framework="pt") as file:
+                    names = file.keys()
+                    here = {name: file.get_slice(name) for name in names}
+            except SafetensorError as error:
+                raise CheckpointError(f"{path} is truncated or no safetensors file "
+                                      f"({path.stat().st_size} bytes; {error}); download it again"
+                                      ) from error
+        else:
+            here = load_bin(path)
+        if twice := sorted(found.keys() & here.keys()):
+            raise CheckpointError(f"{path} holds {_few(twice)}, which another shard holds, too; "
+                                  "download the shards of one version")
+        if odd := [f"{name} as {kind}" for name, tensor in here.items()
+                   if (kind := _kind(tensor)) not in _WEIGHTS and not name.endswith(IGNORED)]:
+            raise CheckpointError(f"{path} stores {_few(odd)}; weights in float16, bfloat16 or "
+                                  "float32 are expected (quantise while loading: --quant)")
+        found |= here
+    wrapped = next((name for name in found if "lora_" in name or ".base_layer." in name
+                    or name.startswith(("base_model.model.", "module.", "_orig_mod."))), None)
+    if wrapped is not None:
+        raise CheckpointError(f"{folder} holds {wrapped}: names of PEFT or of a training wrapper; "
+                              "merge adapters (merge_and_unload), unwrap the model and save again")
+    return found
+
+
+def _kind(tensor: Any) -> Any:
+    return tensor.dtype if isinstance(tensor, torch.Tensor) else tensor.get_dtype()
+
+
+def shapes_of(tensors: Mapping[str, Any]) -> dict[str, list[int]]:
+    """Name → shape of what :func:`open_tensors` gives."""
+    return {name: list(tensor.shape if isinstance(tensor, torch.Tensor) else tensor.get_shape())
+            for name, tensor in tensors.items()}
 
 
 def load_bin(path: Path) -> dict[str, torch.Tensor]:
@@ -88,13 +121,35 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
     try:
         with open(path, "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+        if mapped and any(one.compress_type for one in zipfile.ZipFile(path).infolist()):
+            raise CheckpointError(f"{path} is compressed, which torch never does and would unpack "
+                                  "without a bound; convert it to safetensors")
+        found = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         raise CheckpointError(f"{path} holds more than tensors and was not unpickled, because that "
                               "could run code; convert it to safetensors") from error
-    except (RuntimeError, EOFError, ValueError) as error:
+    except (RuntimeError, EOFError, ValueError, zipfile.BadZipFile) as error:
         raise CheckpointError(f"{path} is truncated or damaged ({str(error).splitlines()[0]}); "
                               "download it again") from error
+    if not isinstance(found, dict) or not all(isinstance(name, str) and
+                                              isinstance(tensor, torch.Tensor)
+                                              for name, tensor in found.items()):
+        holds = _few(list(map(str, found))) if isinstance(found, dict) else type(found).__name__
+        raise CheckpointError(f"{path} is no state dict of names and tensors (it holds {holds}); "
+                              "save the model's state_dict() alone, best as safetensors")
+    return found
+
+
+def check_room(folder: Path, model: nn.Module, shapes: Mapping[str, Sequence[int]],
+               lacks: str | tuple[()]) -> None:
+    """Before a model is filled: it may not be much larger than its files. model: on the meta
+    device. Raises: CheckpointError with both numbers."""
+    wanted = sum(tensor.numel() for name, tensor in model.state_dict().items()
+                 if not name.startswith(lacks))
+    held = sum(math.prod(shape) for shape in shapes.values())
+    if wanted > 4 * held + 10**8:
+        raise CheckpointError(f"{folder}: config.json describes a model of {wanted:.3g} numbers, "
+                              f"but the weights hold {held:.3g}; take both from one checkpoint")
 
 
 # --- the drafter's vision tower: where it is, how it is built, its weights
@@ -102,16 +157,17 @@ def load_bin(path: Path) -> dict[str, torch.Tensor]:
 
 def find_tower(folder: Path, raw: dict[str, Any], override: str | Path | None, *,
                needed: bool) -> Path | None:
-    """The CLIP folder: ``override``, or what the raw config names, here or beside it."""
-    if override is not None:
-        if not Path(override).is_dir():
-            raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the "
-                                  "CLIP model (config.json and weights)")
-        return Path(override)
+    """The CLIP folder: ``override``, or what the raw config names (from the checkpoint's folder on,
+    wherever xsd is started)."""
     named = raw.get("mm_visual_tower")
-    for candidate in (Path(named), folder / named) if named else ():
-        if (candidate / "config.json").is_file():
-            return candidate
+    beside = folder / named if isinstance(named, str) and named else None
+    if override is not None and not Path(override).is_dir():
+        raise CheckpointError(f"vision_tower={override} is no folder; give the folder of the "
+                              "CLIP model (config.json and weights)")
+    chosen = beside if override is None else Path(override)
+    if chosen is not None and (override is not None or (chosen / "config.json").is_file()):
+        check_files(chosen)
+        return chosen
     if needed:
         raise CheckpointError(
             f"{folder} holds no vision-tower weights, and the tower its config names, {named!r}, "
@@ -124,7 +180,7 @@ def describe_tower(folder: Path, clip_folder: Path | None,
                    shapes: dict[str, list[int]]) -> dict[str, Any]:
     """CLIPVisionConfig fields: from the CLIP folder, else off the tensors (64 channels a head)."""
     if clip_folder is not None:
-        found = read_json(clip_folder / "config.json")
+        found = read_config(clip_folder)
         found = found.get("vision_config", found)
         return {name: found[name] for name in _FIELDS if name in found}
     prefix = next((name.partition("embeddings.")[0] for name in shapes
@@ -150,12 +206,9 @@ def describe_tower(folder: Path, clip_folder: Path | None,
 
 def load_tower(clip: nn.Module, folder: Path) -> None:
     """Copy a CLIP folder's vision weights into the model."""
-    tensor_shapes(folder)  # says what is wrong with a damaged file
-    weights: dict[str, torch.Tensor] = {}
-    for path in weight_files(folder):
-        loaded = load_file(path) if path.suffix == ".safetensors" else load_bin(path)
-        weights |= {name.split("vision_model.", 1)[1]: tensor for name, tensor in loaded.items()
-                    if "vision_model." in name and not name.endswith(IGNORED)}
+    weights = {name.split("vision_model.", 1)[1]: tensor[...]
+               for name, tensor in open_tensors(folder).items()
+               if "vision_model." in name and not name.endswith(IGNORED)}
     if not weights:
         raise CheckpointError(f"{folder} holds no CLIP vision tensors (names with "
                               "'vision_model.'); give the folder of a CLIP model")

@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.video_llava import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
-from xsd.models import loading
+from xsd.models import checkpoint_files, loading
 from xsd.models.eventgpt import CLIP_VIT_L_14_336, EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import Role
 from xsd.models.quantization import PROJECTORS, TOWERS
@@ -76,16 +76,18 @@ def sizes(pair: str | Path = FULL) -> tuple[ModelSize, ModelSize]:
                 _size_of(VideoLlavaForConditionalGeneration, verifier_config(), "verifier",
                          "Video-LLaVA-7B"))
     _, info = loading.pair_folder(pair, names="'full', 'embedded'")
-    drafter, verifier = (loading.open_checkpoint(info[role])[0] for role in ("drafter", "verifier"))
-    config, model_class = loading.verifier_class(verifier)
-    return (_size_of(EventGPTForCausalLM, EventGPTConfig.from_pretrained(drafter), "drafter",
-                     drafter.name, int(info.get("n_event_frames", N_EVENT_FRAMES))),
-            _size_of(model_class, config, "verifier", verifier.name))
+    drafter, raw = loading.open_checkpoint(info["drafter"], "4bit")  # quantised or not
+    config = loading.drafter_config(drafter, raw)
+    verifier, raw = loading.open_checkpoint(info["verifier"], "4bit")
+    theirs, model_class = loading.verifier_class(verifier, raw)
+    return (_size_of(EventGPTForCausalLM, config, "drafter", drafter.name,
+                     info.get("n_event_frames", N_EVENT_FRAMES)),
+            _size_of(model_class, theirs, "verifier", verifier.name))
 
 
 def _size_of(model_class: type, config: Any, role: Role, name: str,
              n_event_frames: int = N_EVENT_FRAMES) -> ModelSize:
-    with torch.device("meta"):
+    with torch.device("meta"), checkpoint_files.answered(name):
         model = model_class(config)
     decoder = getattr(model.model, "language_model", model.model)
     linear = [layer for layer in decoder.layers.modules() if isinstance(layer, nn.Linear)]

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from xsd.core import CheckpointError, DatasetError, Sample, VideoError
+from xsd.core import CheckpointError, DatasetError, ParameterError, Sample, VideoError
 from xsd.models import batched, small_steps
 from xsd.models.pixels import PixelSpec
 
 Role = Literal["drafter", "verifier"]
 _REMEMBERED_CLIPS = 64
+_LONGEST_TOKEN = 64
+"""Characters; more to a position than this is no question."""
 DRAFTER_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.")
@@ -35,19 +37,20 @@ class DecoderState:
 
 class ModelHandle(batched.BatchedAnswers):
     """One loaded model (core.DecoderHandle). draft_vocab_size: ids from it on are padding or added
-    tokens, never drafted. max_prompt: where the drafter's prompt is cut."""
+    tokens, never drafted. max_positions: of prompt and answer together. unused_settings: what of
+    generation_config.json is not used, in a sentence."""
 
     def __init__(self, model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, *,
-                 draft_vocab_size: int, name: str = "") -> None:
+                 draft_vocab_size: int, name: str = "", unused_settings: str = "") -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.role, self.pixels, self.name = tokenizer, role, pixels, name
         self.decoder = getattr(model.model, "language_model", model.model)
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self.head = model.get_output_embeddings()
         self.vocab_size: int = self.head.weight.shape[0]
-        self.draft_vocab_size = draft_vocab_size
+        self.draft_vocab_size, self.unused_settings = draft_vocab_size, unused_settings
         self.eos_token_ids = _eos(model, tokenizer)
-        self.max_prompt: int | None = getattr(model.config, "tokenizer_model_max_length", None)
+        self.max_positions: int = model.config.get_text_config().max_position_embeddings
         self.device = self.head.weight.device
         self._embed = model.get_input_embeddings()
         self._vision: dict[str, Tensor] = {}
@@ -91,15 +94,36 @@ class ModelHandle(batched.BatchedAnswers):
         return features.reshape(-1, self.hidden_size)
 
     def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
-        """Ids before (BOS first) and after the visual tokens."""
-        return prompt_ids(self.role, self.tokenizer, question)
+        """Ids before (BOS first) and after the visual tokens. Raises: ParameterError for a question
+        beyond the positions there are; as :func:`prompt_ids`."""
+        most = min(self.max_positions,
+                   getattr(self.model.config, "tokenizer_model_max_length", self.max_positions))
+        if len(question) > _LONGEST_TOKEN * most:  # not worth tokenising
+            raise ParameterError(f"a question of {len(question)} characters is longer than the "
+                                 f"{most} positions of the {self.role}; ask a shorter one")
+        before, after = prompt_ids(self.role, self.tokenizer, question)
+        self.check_length(len(before) + len(after), most)
+        if (largest := max(*before, *after)) >= (rows := self._embed.weight.shape[0]):
+            raise CheckpointError(f"the {self.role}'s tokenizer says id {largest}, but the model "
+                                  f"has {rows} words; use the tokenizer saved with these weights")
+        return before, after
+
+    def check_length(self, positions: int, most: int | None = None) -> None:
+        """Raises: ParameterError where prompt and answer take more positions than there are. most:
+        of the prompt alone, where the drafter would cut it."""
+        if positions > (most or self.max_positions):
+            raise ParameterError(
+                f"prompt and answer need {positions} positions, but the {self.role} has "
+                f"{most or self.max_positions} (config.json); ask a shorter question or for fewer "
+                "new tokens (max_new_tokens)")
 
     @torch.no_grad()
     def prompt_embeddings(self, sample: Sample, *, reuse_vision: bool = True) -> Tensor:
-        """[L, D] input embeddings of the whole prompt, cut at ``max_prompt``."""
+        """[L, D] input embeddings of the whole prompt. Raises: ParameterError for one too long."""
         before, after = self.prompt_ids(sample.question)
         visual = self.visual_tokens(sample, reuse=reuse_vision)
-        return torch.cat([self._join(before, visual), self._lookup(after)])[:self.max_prompt]
+        self.check_length(len(before) + len(visual) + len(after))
+        return torch.cat([self._join(before, visual), self._lookup(after)])
 
     def _join(self, before: Sequence[int], visual: Tensor) -> Tensor:
         return torch.cat([self._lookup(before), visual.to(self._embed.weight.dtype)])
@@ -124,7 +148,9 @@ class ModelHandle(batched.BatchedAnswers):
 
     @torch.no_grad()
     def extend(self, state: DecoderState, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """Append ids int64 [n] (n ≥ 1) in place: hidden [n, D] and logits [n, V] after each."""
+        """Append ids int64 [n] (n ≥ 1) in place: hidden [n, D] and logits [n, V] after each.
+        Raises: ParameterError beyond ``max_positions``."""
+        self.check_length(state.length + len(ids))
         if isinstance(state.cache, small_steps.GrowingCache):
             hidden = self._small_steps(self._lookup(ids), state.cache)
         else:

@@ -1,30 +1,33 @@
-"""Checkpoint folders on this machine to decoder handles: drafter, verifier, pair. Files and the
-model type are checked before the weights are read; names, shapes and NaN after it."""
+"""Checkpoint folders on this machine to decoder handles: drafter, verifier, pair. Files, model
+type, sizes and what the engine cannot do are checked before a model is built, the tensors before it
+is filled, names, shapes and NaN after it. No code of a checkpoint is run, nothing is fetched."""
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, AutoTokenizer
-from transformers.utils import logging as hf_logging
+from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig
 
 from xsd.core import ROOT, CheckpointError, PairError, ParameterError
-from xsd.models import checkpoints
+from xsd.models import checkpoint_files, checkpoints, settings
+from xsd.models.checkpoint_files import answered
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import VIDEO_TOKEN, ModelHandle, Role
 from xsd.models.pixels import PixelSpec, read_pixel_spec
 from xsd.models.quantization import dtype_of, quantization_config
+from xsd.models.settings import quiet
 
 EMBEDDED = ROOT / "data" / "pair"
 """The pair that ships with the repository: drafter/, verifier/, pair.json."""
+MOST_FRAMES = 64
+"""Event frames of one clip."""
+_NAMES = ("drafter", "verifier", "vision_tower", "name")
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,25 @@ class Pair:
 
 def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, dict[str, Any]]:
     """A pair's folder and what its pair.json says, always with the folders of "drafter" and
-    "verifier". Raises: CheckpointError (naming ``names``) where there is none."""
+    "verifier". Raises: CheckpointError (naming ``names``) where there is none, or it says what no
+    pair is."""
     folder = EMBEDDED if str(profile) == "embedded" else Path(profile)
     if not folder.is_dir():
         hint = f"give {names} or a folder with drafter/ and verifier/"
         if folder == EMBEDDED:
             hint = "it ships with the repository; clone that again or train it with notebook 00"
         raise CheckpointError(f"no pair at {folder}: {hint}")
-    info = checkpoints.read_json(folder / "pair.json") if (folder / "pair.json").is_file() else {}
-    return folder, info | {role: folder / info.get(role, role) for role in ("drafter", "verifier")}
+    path = folder / "pair.json"
+    info = checkpoint_files.read_json(path) if path.is_file() else {}
+    for name, value in info.items():
+        frames = type(value) is int and 1 <= value <= MOST_FRAMES
+        good = {"n_event_frames": frames, "event_canvas": value in ("slice", "sensor")}
+        if not good.get(name, name not in _NAMES or isinstance(value, str)):
+            raise CheckpointError(f"{path}: {name} is {str(value)[:60]!r}; expected are a text, "
+                                  f"event_canvas slice or sensor, n_event_frames 1 … {MOST_FRAMES}")
+    return folder, info | {
+        role: folder / info.get(role, role) for role in _NAMES[:3]
+        if role in info or role != "vision_tower"}
 
 
 def check_device(device: str) -> None:
@@ -109,20 +122,20 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
     """An EventGPT checkpoint folder, official or ours. quant: None, "4bit" or "8bit". vision_tower:
     a CLIP folder, for a checkpoint without tower tensors or their description. Raises:
     CheckpointError for anything missing, truncated, of the wrong type or shape, not finite."""
-    folder, raw = open_checkpoint(path)
+    folder, raw = open_checkpoint(path, quant)
     model_type = EventGPTConfig.model_type
     if raw.get("model_type") != model_type:
         raise CheckpointError(f"{folder} is of model type {raw.get('model_type')!r} but the "
                               f"drafter must be {model_type!r}; give an EventGPT checkpoint")
-    shapes = checkpoints.tensor_shapes(folder)
+    tensors = checkpoints.open_tensors(folder)
+    shapes = checkpoints.shapes_of(tensors)
     has_tower = any(name.startswith(checkpoints.TOWER) for name in shapes)
     clip_folder = checkpoints.find_tower(folder, raw, vision_tower, needed=not has_tower)
-    with _quiet():
-        config = EventGPTConfig.from_pretrained(folder)
-    if config.vision_config is None:
-        config.vision_config = checkpoints.describe_tower(folder, clip_folder, shapes)
-    model = _from_pretrained(EventGPTForCausalLM, folder, dtype, device, quant, config=config,
-                             lacks=() if has_tower else checkpoints.TOWER)
+    if raw.get("vision_config") is None:
+        raw["vision_config"] = checkpoints.describe_tower(folder, clip_folder, shapes)
+    config = drafter_config(folder, raw)
+    model = _build(EventGPTForCausalLM, config, folder, tensors, dtype, device, quant,
+                   lacks=() if has_tower else checkpoints.TOWER)
     if not has_tower:
         checkpoints.load_tower(model.model.visual_tower.clip, clip_folder)
     pixels = read_pixel_spec(folder, clip_folder, image_size=config.tower_config().image_size)
@@ -140,33 +153,44 @@ def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.
 def load_verifier(path: str | Path, quant: str | None = None, dtype: str | torch.dtype = "float32",
                   device: str = "cpu") -> ModelHandle:
     """A video model that AutoModelForImageTextToText reads. Raises: as load_drafter."""
-    folder, raw = open_checkpoint(path)
+    folder, raw = open_checkpoint(path, quant)
     if raw.get("model_type") == EventGPTConfig.model_type:
         raise CheckpointError(f"{folder} is an EventGPT checkpoint, the drafter; give a video "
                               "model such as Video-LLaVA as the verifier")
-    has_tower = any("image_tower." in name for name in checkpoints.tensor_shapes(folder))
-    config, model_class = verifier_class(folder)
-    with _quiet(), torch.device("meta"):
-        _check_video_model(model_class(config), folder)
-    model = _from_pretrained(model_class, folder, dtype, device, quant,
-                             lacks=() if has_tower else "model.image_tower.")
+    config, model_class = verifier_class(folder, raw)
+    tensors = checkpoints.open_tensors(folder)
+    has_tower = any("image_tower." in name for name in tensors)
+    model = _build(model_class, config, folder, tensors, dtype, device, quant,
+                   lacks=() if has_tower else "model.image_tower.")
     if not has_tower and hasattr(model.model, "image_tower"):  # which videos never use
         model.model.image_tower.load_state_dict(model.model.video_tower.state_dict())
     pixels = read_pixel_spec(folder, image_size=config.vision_config.image_size)
-    return _handle(model, "verifier", pixels, folder, quant)
+    handle = _handle(model, "verifier", pixels, folder, quant)
+    mark = handle.tokenizer.convert_tokens_to_ids(VIDEO_TOKEN)
+    named = getattr(config, "video_token_id", None) or getattr(config, "video_token_index", None)
+    if mark != named:
+        raise CheckpointError(f"{folder}: {VIDEO_TOKEN} is id {named} to config.json and {mark} to "
+                              "the tokenizer; use the tokenizer saved with the video checkpoint")
+    return handle
 
 
-def verifier_class(folder: Path) -> tuple[Any, type]:
+def drafter_config(folder: Path, raw: dict[str, Any]) -> EventGPTConfig:
+    """The configuration of what :func:`open_checkpoint` gave. Raises: CheckpointError."""
+    with quiet(), answered(folder / "config.json"):
+        return EventGPTConfig.from_dict(raw)
+
+
+def verifier_class(folder: Path, raw: dict[str, Any]) -> tuple[Any, type]:
     """A verifier's configuration and class. Raises: CheckpointError for no image-text model."""
     try:
-        with _quiet():
-            config = AutoConfig.from_pretrained(folder)
-        return config, AutoModelForImageTextToText._model_mapping[type(config)]
-    except (ValueError, KeyError) as error:
-        model_type = checkpoints.read_json(folder / "config.json").get("model_type")
+        config_class = CONFIG_MAPPING[raw.get("model_type")]
+        model_class = AutoModelForImageTextToText._model_mapping[config_class]
+    except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"{folder} is of model type {model_type!r}, which transformers does not know as an "
-            "image-text model; give a video model such as Video-LLaVA") from error
+            f"{folder} is of model type {raw.get('model_type')!r}, which transformers does not "
+            "know as an image-text model; give a video model such as Video-LLaVA") from error
+    with quiet(), answered(folder / "config.json"):
+        return config_class.from_dict(raw), model_class
 
 
 def _check_video_model(model: nn.Module, folder: Path) -> None:
@@ -177,24 +201,31 @@ def _check_video_model(model: nn.Module, folder: Path) -> None:
             f"{folder} is of model type {model.config.model_type!r}, which does not read a video "
             f"as plain frames; the verifier must take {VIDEO_TOKEN} and pixel values alone, as "
             "Video-LLaVA and LLaVA-NeXT-Video do")
+    read, depth = model.config.vision_feature_layer, model.config.vision_config.num_hidden_layers
+    for layer in read if isinstance(read, list) else [read]:
+        if type(layer) is not int or not -depth - 1 <= layer <= depth:
+            raise CheckpointError(f"{folder}/config.json reads vision_feature_layer {layer!r} of a "
+                                  f"tower with {depth} layers; copy it from the original")
 
 
 def save_checkpoint(folder: str | Path, model: nn.Module, tokenizer: Any,
                     pixels: PixelSpec) -> None:
     """Write what load_drafter / load_verifier read."""
-    with _quiet():
+    with quiet():
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     pixels.write(folder)
 
 
-def open_checkpoint(path: str | Path) -> tuple[Path, dict[str, Any]]:
-    """A checkpoint's folder and config.json. Raises: CheckpointError where one is missing."""
+def open_checkpoint(path: str | Path, quant: str | None = None) -> tuple[Path, dict[str, Any]]:
+    """A checkpoint's folder, its files looked at, and config.json (checkpoint_files.read_config).
+    Raises: CheckpointError where one is missing or may not be read."""
     folder = Path(path)
     if not folder.is_dir():
         raise CheckpointError(f"no checkpoint folder at {folder}; give the directory of a "
                               "downloaded checkpoint (nothing is downloaded here)")
-    return folder, checkpoints.read_json(folder / "config.json")
+    checkpoint_files.check_files(folder)
+    return folder, checkpoint_files.read_config(folder, quant)
 
 
 def _handle(model: Any, role: Role, pixels: PixelSpec, folder: Path,
@@ -203,55 +234,44 @@ def _handle(model: Any, role: Role, pixels: PixelSpec, folder: Path,
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(f"{folder}: {name} holds NaN or infinity after loading; download "
                                   "it again, or load with dtype='float32' or 'bfloat16'")
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model")):
-        raise CheckpointError(f"{folder} holds no tokenizer.json or tokenizer.model; copy the "
-                              "tokenizer files of the original checkpoint there")
-    with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = settings.read_tokenizer(folder, model.config)
+    added = tokenizer.added_tokens_decoder
     base = tokenizer.vocab_size  # without added special tokens, and the padding rows of the head
-    while base - 1 in tokenizer.added_tokens_decoder:
+    while base - 1 in added:
         base -= 1
     base = min(base, model.get_output_embeddings().weight.shape[0])
-    handle = ModelHandle(model, tokenizer, role, pixels, name=folder.name, draft_vocab_size=base)
+    unused = settings.neutral(folder, model, tokenizer)
+    handle = ModelHandle(model, tokenizer, role, pixels, name=folder.name, draft_vocab_size=base,
+                         unused_settings=unused)
+    if unused:
+        warnings.warn(unused, stacklevel=4)
     if quant is not None and handle.device.type == "cpu":
         handle.weights_hash()  # bitsandbytes repacks 4-bit weights at the first CPU forward
     return handle
 
 
-def _from_pretrained(model_class: Any, folder: Path, dtype: str | torch.dtype, device: str,
-                     quant: str | None, *, lacks: str | tuple[()], **kwargs: Any) -> Any:
-    """lacks: how names of tensors begin that are filled afterwards."""
+def _build(model_class: Any, config: Any, folder: Path, tensors: dict[str, Any],
+           dtype: str | torch.dtype, device: str, quant: str | None, *,
+           lacks: str | tuple[()]) -> Any:
+    """A model filled with exactly these tensors. lacks: how names of tensors begin that are filled
+    afterwards."""
     dtype = dtype_of(dtype)
-    if quant is not None:
-        kwargs |= {"quantization_config": quantization_config(quant, dtype),
-                   "device_map": {"": device}}
-    try:
-        with _quiet():
-            model, info = model_class.from_pretrained(
-                folder, dtype=dtype, local_files_only=True, output_loading_info=True,
-                ignore_mismatched_sizes=True, **kwargs)
-    except (RuntimeError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise CheckpointError(f"{folder} could not be loaded: {reason}; check its files against "
-                              "the original") from error
+    options = {} if quant is None else {"quantization_config": quantization_config(quant, dtype),
+                                        "device_map": {"": device}}
+    settings.check_decoder(config, folder)
+    with quiet(), answered(folder / "config.json"), torch.device("meta"):
+        empty = model_class(config)
+    if model_class is not EventGPTForCausalLM:
+        _check_video_model(empty, folder)
+    checkpoints.check_room(folder, empty, checkpoints.shapes_of(tensors), lacks)
+    with quiet(), answered(folder):
+        model, info = model_class.from_pretrained(
+            None, config=config, state_dict=tensors, generation_config=GenerationConfig(),
+            dtype=dtype, attn_implementation="sdpa", local_files_only=True,
+            output_loading_info=True, ignore_mismatched_sizes=True, **options)
     missing = [name for name in info["missing_keys"] if not name.startswith(lacks)]
     if wrong := checkpoints.differences(missing, info["unexpected_keys"], info["mismatched_keys"]):
         raise CheckpointError(f"{folder} does not fit {model_class.__name__}: {wrong}; check "
                               "config.json (of the drafter: or give the matching CLIP folder as "
                               "vision_tower), or download it again")
     return model if quant is not None else model.to(device)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' progress bars and notes off for a while: this module checks by itself."""
-    bars, level = hf_logging.is_progress_bar_enabled(), hf_logging.get_verbosity()
-    hf_logging.disable_progress_bar()
-    hf_logging.set_verbosity_error()
-    try:
-        with warnings.catch_warnings(action="ignore", category=FutureWarning):
-            yield
-    finally:
-        hf_logging.set_verbosity(level)
-        if bars:
-            hf_logging.enable_progress_bar()

@@ -13,11 +13,15 @@ from torch import Tensor
 
 from xsd.core import CheckpointError, DatasetError
 from xsd.files import write_json
-from xsd.models import checkpoints
+from xsd.models.checkpoint_files import read_json
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+
+_STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3,
+          "rescale_factor": 1 / 255}
+_LONGEST_EDGE = 4096
 
 
 @dataclass(frozen=True)
@@ -64,22 +68,35 @@ class PixelSpec:
 
 def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
     """The first preprocessor configuration found in the folders, else CLIP's with ``image_size``.
-    Raises: CheckpointError if a file is not JSON or its crop is not ``image_size``."""
+    Raises: CheckpointError if a file is not JSON, its crop is not ``image_size``, or it asks for
+    pixels of another kind."""
     for path in (folder / name for folder in folders if folder for name in _FILES):
         if not path.is_file():
             continue
-        found = checkpoints.read_json(path)
+        found = read_json(path)
         found = found.get("video_processor") or found.get("image_processor") or found
         if "image_mean" not in found and "size" not in found:
             continue
         size = found.get("size", image_size)
-        if not isinstance(size, int):
+        if isinstance(size, dict):
             size = size.get("shortest_edge") or size.get("height") or image_size
         crop = found.get("crop_size", size) if found.get("do_center_crop", True) else size
-        crop = crop if isinstance(crop, int) else crop["height"]
+        crop = crop.get("height") if isinstance(crop, dict) else crop
+        mean, std = found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD)
+        other = [f"{name}={found[name]!r}" for name, ours in _STEPS.items()
+                 if name in found and found[name] != ours]
+        if type(size) is not int or not image_size <= size <= _LONGEST_EDGE:
+            other.append(f"size={str(size)[:40]}")
+        if not all(isinstance(three, (list, tuple)) and len(three) == 3 and
+                   all(isinstance(one, (int, float)) and -10 < one < 10 for one in three)
+                   for three in (mean, std)) or min(std) <= 0:
+            other.append(f"image_mean={str(mean)[:40]}, image_std={str(std)[:40]}")
+        if other:
+            raise CheckpointError(f"{path} sets {', '.join(other)}; pictures are resized to "
+                                  f"{image_size} … {_LONGEST_EDGE} pixels (bicubic), cropped, "
+                                  "divided by 255 and normalised by three means and deviations")
         if crop != image_size:
             raise CheckpointError(f"{path} crops to {crop} pixels but the vision tower reads "
                                   f"{image_size}; use the preprocessor file of this tower")
-        return PixelSpec(size, crop, tuple(found.get("image_mean", CLIP_MEAN)),
-                         tuple(found.get("image_std", CLIP_STD)))
+        return PixelSpec(size, crop, tuple(mean), tuple(std))
     return PixelSpec(image_size, image_size)

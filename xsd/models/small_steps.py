@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaModel
 
 _ROOM = 64
+_TURNED = 4096
+"""Positions whose rotation is known from the start; more as they come."""
 _WIDEST = 1024
 """Wider, a step is bound by its weights, and copies of them would cost memory for nothing."""
 
@@ -75,8 +77,10 @@ class Steps:
             weights = (layer.input_layernorm.weight, qkv.t(), mix.o_proj.weight.t(),
                        layer.post_attention_layernorm.weight, gate_up.t(), mlp.down_proj.weight.t())
             self.layers.append(tuple(weight.detach().contiguous() for weight in weights))
-        positions = torch.arange(config.max_position_embeddings)[None]
-        cos, sin = decoder.rotary_emb(self.norm, positions)
+        self._turn(min(config.max_position_embeddings, _TURNED))
+
+    def _turn(self, positions: int) -> None:
+        cos, sin = self._decoder.rotary_emb(self.norm, torch.arange(positions)[None])
         first, second = sin[0].chunk(2, -1)
         self._cos = cos[0, :, None]
         # With the sign of rotate_half, so that a roll suffices.
@@ -94,6 +98,8 @@ class Steps:
         n, start = embeds.shape[0], cache.length
         end, heads, width = start + n, self.heads, self.width
         cache.reserve(end)
+        if end > len(self._cos):
+            self._turn(2 * end)
         cos, sin = self._cos[start:end], self._sin[start:end]
         half = cos.shape[-1] // 2
         mask = torch.ones(n, end, dtype=torch.bool).tril_(start) if n > 1 else None

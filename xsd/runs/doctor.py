@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -59,8 +60,13 @@ def packages() -> list[Finding]:
 
 
 def disk(folder: Path) -> Finding:
-    """Free space where runs are written."""
-    free = shutil.disk_usage(folder).free / 1e9
+    """Free space where runs are written, if they can be."""
+    try:
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free / 1e9
+    except OSError as error:
+        return Finding("bad", f"{folder} cannot be written ({error.strerror})", "runs and reports "
+                       "are written there: mount it writable, or copy the checkout elsewhere")
     if free < LEAST_GB:
         return Finding("bad", f"{free:.1f} GB free at {folder}", f"{LEAST_GB} GB are needed for "
                        "the installation and a demo run; free some space")
