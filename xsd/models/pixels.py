@@ -74,7 +74,8 @@ def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
         if not path.is_file():
             continue
         found = read_json(path)
-        found = found.get("video_processor") or found.get("image_processor") or found
+        inner = (found.get(name) for name in ("video_processor", "image_processor"))
+        found = next((one for one in inner if isinstance(one, dict) and one), found)
         if "image_mean" not in found and "size" not in found:
             continue
         size = found.get("size", image_size)
@@ -82,6 +83,9 @@ def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
             size = size.get("shortest_edge") or size.get("height") or image_size
         crop = found.get("crop_size", size) if found.get("do_center_crop", True) else size
         crop = crop.get("height") if isinstance(crop, dict) else crop
+        if crop != image_size:
+            raise CheckpointError(f"{path} crops to {crop} pixels but the vision tower reads "
+                                  f"{image_size}; use the preprocessor file of this tower")
         mean, std = found.get("image_mean", CLIP_MEAN), found.get("image_std", CLIP_STD)
         other = [f"{name}={found[name]!r}" for name, ours in _STEPS.items()
                  if name in found and found[name] != ours]
@@ -95,8 +99,5 @@ def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:
             raise CheckpointError(f"{path} sets {', '.join(other)}; pictures are resized to "
                                   f"{image_size} … {_LONGEST_EDGE} pixels (bicubic), cropped, "
                                   "divided by 255 and normalised by three means and deviations")
-        if crop != image_size:
-            raise CheckpointError(f"{path} crops to {crop} pixels but the vision tower reads "
-                                  f"{image_size}; use the preprocessor file of this tower")
         return PixelSpec(size, crop, tuple(mean), tuple(std))
     return PixelSpec(image_size, image_size)
