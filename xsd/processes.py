@@ -29,7 +29,6 @@ def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterat
         except BaseException:
             for one in list((made._processes or {}).values()):
                 one.terminate()
-            made.shutdown(wait=False, cancel_futures=True)
             raise
 
 

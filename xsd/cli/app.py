@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from importlib import import_module
@@ -46,7 +47,8 @@ def run(argv: list[str] | None = None) -> int:
             raise stop.__context__ from None
         return int(stop.code or 0)
     except XsdError as error:
-        print(f"xsd: {error}", file=sys.stderr)
+        # one line, and no escape from a name that somebody sent
+        print("xsd:", re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error)), file=sys.stderr)
         return 2
     return 0
 
@@ -94,8 +96,10 @@ def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Pat
             print(f"{name} = {field.get_default()!r}\n    {field.description}")
         return
     values = command_line.read_values(parameter, model)
-    target = notebooks.run_notebook(source, out or ROOT / "reports" / source.stem, values)
-    print(f"finished: {target}")
+    out = (out or ROOT / "reports" / source.stem).resolve()
+    before = (out / source.name).is_file()
+    target = notebooks.run_notebook(source, out, values)
+    print(f"finished: {target}" + (", in place of an earlier run's" if before else ""))
 
 
 @app.command(epilog=examples("xsd sweep 04 gamma=3,5 'levels=L1|L4|L5F,B1' -j 2",
@@ -121,9 +125,9 @@ def sweep(notebook: str = NOTEBOOK,
     target = (out or ROOT / "reports" / f"sweep_{source.stem}").resolve()
     fixed = command_line.read_values(parameter, model)
     rows = points.run(source, axes, target, fixed=fixed, jobs=jobs)
-    found, place = points.metrics(rows), folder.shown(target)
-    atomic_write(target / "sweep.csv", found.to_csv(index=False))
-    print(listing.shown(found).to_string(index=False))
+    place, kept = folder.shown(target), listing.sweep_of(target)["runs"]
+    atomic_write(target / "sweep.csv", points.metrics(kept).to_csv(index=False))
+    print(listing.shown(points.metrics(rows)).to_string(index=False))
     print(f"the table: {place}/sweep.csv; side by side: xsd run 06 -p runs={place} "
           f"-p run_dir={place}/compared")
     failed = [row for row in rows if row["status"] == "failed"]
@@ -140,6 +144,8 @@ def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
     from xsd.steps import listing
 
     found = listing.listing(folder or [ROOT / "runs", ROOT / "reports"])
+    if (missing := [place for place in folder or () if not place.is_dir()]) and found.empty:
+        raise ParameterError(f"there is no folder {missing[0]}; give one that holds runs")
     if as_json:
         print(found.to_json(orient="records", indent=1, force_ascii=False))
     elif as_csv:
@@ -152,14 +158,16 @@ def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
 @app.command(epilog=examples("xsd report reports/05_live"))
 def report(folder: Path = Argument(help="with executed notebooks")) -> None:
     """Turn the executed notebooks of a folder into offline pages."""
+    from xsd.files import FolderLock
     from xsd.runs import report as pages
 
     executed = sorted(folder.glob("*.ipynb"))
     if not executed:
         raise ParameterError(f"there is no executed notebook in {folder}; run one with xsd run NB "
                              f"-o {folder}")
-    for path in executed:
-        print(pages.notebook_page(path, folder / "notebooks"))
+    with FolderLock(folder):
+        for path in executed:
+            print(pages.notebook_page(path, folder / "notebooks"))
 
 
 @app.command("notebooks", epilog=examples("xsd notebooks check", "xsd notebooks refresh 04 05"))
@@ -169,11 +177,14 @@ def keep_notebooks(
     notebook: list[str] = Argument(None, help="default: all", autocompletion=_names),
 ) -> None:
     """Keep the committed notebooks in the form that git and nbval need."""
+    from xsd.files import FolderLock
+
     hygiene = _beside("tools.hygiene")
     paths = [_notebook(one)[0] for one in notebook or []] or hygiene.committed()
     for path in paths if action != "check" else []:
         print(f"{action} {path.name}", flush=True)
-        getattr(hygiene, action)(path)
+        with FolderLock(path.parent, f".{path.stem}.lock"):
+            getattr(hygiene, action)(path)
     hygiene.check(paths)
     print(f"{len(paths)} notebooks are in their committed form")
 
@@ -244,7 +255,11 @@ def plan(
 @app.command(epilog=examples("xsd bench train -o reports/here"))
 def bench(what: Literal["extract", "train", "metrics"], out: Path | None = OUT) -> None:
     """Measure one room against its alternatives, into reports/bench_<what>."""
-    print(_beside(f"benchmarks.{what}").run(out or ROOT / "reports" / f"bench_{what}"))
+    from xsd.files import FolderLock
+
+    out = out or ROOT / "reports" / f"bench_{what}"
+    with FolderLock(out, "bench.lock"):
+        print(_beside(f"benchmarks.{what}").run(out))
 
 
 SEQUENCES = Option(40, help="held-out drives for the card")
@@ -257,9 +272,13 @@ def train(profile: Literal["smoke", "quick", "full"] = Option(
           workers: int = Option(2, help="processes that simulate"),
           sequences: int = SEQUENCES) -> None:
     """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
+    from xsd.files import FolderLock
+
     recipe = _beside("studies.embedded_pair.recipe")
-    written = recipe.train(out or recipe.default_folder(profile, seed), profile, seed=seed,
-                           device=device, workers=workers, progress=recipe.bars())
+    place = Path(out or recipe.default_folder(profile, seed))
+    with FolderLock(place, "pair.lock"):
+        written = recipe.train(place, profile, seed=seed, device=device, workers=workers,
+                               progress=recipe.bars())
     command = f"`xsd pair train --profile {profile} --seed {seed}`"
     about = _beside("studies.embedded_pair.card").score(written, n_sequences=sequences,
                                                         command=command)

@@ -41,11 +41,14 @@ def train(
     from xsd.runs import command_line, parameters
     from xsd.steps import training
 
+    more = command_line.read_values(parameter, parameters.TrainParameters)
+    if twice := more.keys() & {"run_dir", "data", "validation_data", "profile", "head", "seed",
+                               "device", "options", "levels"}:
+        raise ParameterError(f"-p {min(twice)}=… has an argument or option of its own; give that")
     given = parameters.TrainParameters.checked({
         "run_dir": out, "data": pairs, "validation_data": validation, "profile": profile,
         "head": head, "seed": seed, "device": device, "options": _read(options),
-        **({"levels": level} if level else {}),
-        **command_line.read_values(parameter, parameters.TrainParameters)})
+        **({"levels": level} if level else {}), **more})
     results = training.run(given, progress=lambda name, row: print(
         f"{name} epoch {row['epoch']}: loss {row['validation_total']:.4f}, cosine "
         f"{row['cosine_similarity']:.4f}", flush=True))
@@ -67,10 +70,12 @@ def evaluate(
                                            "(in DIR), or a JSON file of own ones in ms"),
 ) -> None:
     """Judge adapters by path on stored pairs: the printed report, tables, the token table."""
+    from xsd.files import FolderLock
     from xsd.steps import judge
 
-    print(judge.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
-                      timing=timing))
+    with FolderLock(out.resolve(), "evaluate.lock"):
+        print(judge.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
+                          timing=timing))
 
 
 @app.command(epilog=examples("xsd self-test --width 4096", "xsd self-test runs/smoke/adapters/L4",

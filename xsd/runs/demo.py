@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from xsd.files import provenance
+from xsd.files import FolderLock, provenance
 from xsd.runs import demo_page, folder, notebooks, parameters, report
 
 STEPS = ("01_extract", "02_train", "03_hidden", "04_tokens", "05_live", "06_compare")
@@ -51,12 +51,13 @@ def run(out_dir: str | Path, *, profile: str = "demo", seed: int = 0, say: Any =
     out_dir = folder.resolve(out_dir)
     plan = {step: given(step, profile, out_dir / "run", seed) for step in STEPS}
     seconds: dict[str, float] = {}
-    for number, step in enumerate(STEPS, 1):
-        say(f"[{number}/{len(STEPS)}] {step}", flush=True)
-        began = time.perf_counter()
-        notebooks.run_notebook(step, out_dir, plan[step])
-        seconds[step] = round(time.perf_counter() - began, 1)
-    page = build(out_dir, profile=profile, seed=seed, seconds=seconds)
+    with FolderLock(out_dir):
+        for number, step in enumerate(STEPS, 1):
+            say(f"[{number}/{len(STEPS)}] {step}", flush=True)
+            began = time.perf_counter()
+            notebooks.run_notebook(step, out_dir, plan[step])
+            seconds[step] = round(time.perf_counter() - began, 1)
+        page = build(out_dir, profile=profile, seed=seed, seconds=seconds)
     say(f"{sum(seconds.values()):.0f} s in all")
     return page
 

@@ -3,21 +3,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
 from xsd.core import ROOT, Generation, ParameterError
-from xsd.files import atomic_path, write_json
+from xsd.files import atomic_path, read_json, write_json
 from xsd.runs import numbers
 
 if TYPE_CHECKING:
     import pandas as pd
+
+AGAIN = "run the notebook that made it again"
+MAX_VALUES = 500_000_000
+"""Of a token table: 4 GB."""
 
 
 def resolve(run_dir: str | os.PathLike[str]) -> Path:
@@ -39,12 +43,29 @@ def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str
 
 
 def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
-    """All results of a run by name. Raises: ParameterError when the run has none."""
+    """All results of a run by name. Raises: ParameterError when the run has none, or one that is
+    not what our notebooks write."""
     files = sorted((resolve(run_dir) / "results").glob("*.json"))
     if not files:
         raise ParameterError(f"the run {run_dir} holds no results; run notebooks 01 to 05 with "
                              f"run_dir={run_dir} first")
-    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in files}
+    found = {path.stem: read_json(path, ParameterError, AGAIN) for path in files}
+    for path in files:
+        with as_written(path):
+            dict(found[path.stem].get("provenance", {}).get("parameters", {}))
+    return found
+
+
+@contextlib.contextmanager
+def as_written(what: str | os.PathLike[str]) -> Iterator[None]:
+    """For reading results, tables and records as our notebooks write them: where ``what`` is not so
+    (a damaged or edited file), a ParameterError says it in place of the error it led to."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
+        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
+        raise ParameterError(
+            f"{what} is not what our notebooks write ({why}); {AGAIN}") from error
 
 
 def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | None:
@@ -52,8 +73,9 @@ def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | Non
     path = resolve(run_dir) / "results" / "extract.json"
     if not path.is_file():
         return None
-    found = json.loads(path.read_text(encoding="utf-8")).get("data_hashes", {})
-    return "+".join(value[:16] for name, value in found.items() if name.startswith(split)) or None
+    with as_written(path):
+        found = read_json(path, ParameterError, AGAIN).get("data_hashes", {}).items()
+        return "+".join(value[:16] for name, value in found if name.startswith(split)) or None
 
 
 def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
@@ -66,13 +88,18 @@ def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
 
 def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     """The token table of a run, ``run`` its folder where absent. Raises: ParameterError."""
-    import pandas as pd
+    import pyarrow.parquet
 
     path = resolve(run_dir) / "tokens.parquet"
     if not path.is_file():
         raise ParameterError(
             f"the run {run_dir} has no token table; run notebook 04 with run_dir={run_dir} first")
-    tokens = pd.read_parquet(path)
+    with as_written(path):
+        about = pyarrow.parquet.read_metadata(path)
+        if about.num_rows * about.num_columns > MAX_VALUES:
+            raise ValueError(f"it says that it holds {about.num_rows} rows")
+        tokens = pyarrow.parquet.read_table(path).to_pandas()
+        tokens[["data", "level", "sample", "sequence", "position"]]  # what every reader needs
     return tokens if "run" in tokens.columns else tokens.assign(run=path.parent.name)
 
 
@@ -90,5 +117,7 @@ def live_of(stored: Mapping[str, Any]) -> tuple[dict[str, Generation], dict[int,
     """generations by arm, texts by token id, and about, of what :func:`save_live` wrote; results
     hold it as ``live/timeline``."""
     read = TypeAdapter(Generation).validate_python
-    generations = {arm: read(stored["generations"][arm]) for arm in stored["order"]}
-    return generations, {int(key): text for key, text in stored["texts"].items()}, stored["about"]
+    with as_written("the stored answer of notebook 05"):
+        generations = {arm: read(stored["generations"][arm]) for arm in stored["order"]}
+        texts = {int(key): text for key, text in stored["texts"].items()}
+        return generations, texts, stored["about"]

@@ -3,10 +3,10 @@ prices of a replay (the reference's cached mode)."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
+from xsd import files
 from xsd.adapters.base import Adapter
 from xsd.bench import costs
 from xsd.core import ParameterError
@@ -14,6 +14,7 @@ from xsd.decode import rules
 from xsd.decode.prices import Prices
 from xsd.evaluate import floors, table
 from xsd.evaluate.held_out import HeldOut
+from xsd.runs import folder
 
 
 def arms(pairs: HeldOut, adapters: Mapping[str, Adapter], gamma: int) -> dict[str, floors.Floor]:
@@ -38,9 +39,9 @@ def read_prices(path: str | Path, *, drafter: bool = True, level: str = "") -> P
     path = Path(path)
     try:
         if path.is_dir():
-            stored = json.loads((path / "results" / "live.json").read_text(encoding="utf-8"))
+            stored = files.read_json(path / "results" / "live.json", ParameterError, folder.AGAIN)
             return costs.stored_prices(stored["costs"], drafter=drafter, level=level)
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = files.read_json(path, ParameterError, "give a JSON of seconds")
         verify = {int(rows): float(seconds) for rows, seconds in stored["verify"].items()}
         names = ("verifier_prefill_s", "drafter_prefill_s", "draft_s")
         return Prices(*(float(stored[name]) for name in names), verify)

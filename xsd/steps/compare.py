@@ -39,6 +39,11 @@ def per_sample(run: str, metric: str) -> pd.DataFrame:
     if metric == "speedup":
         return _speedups(run)
     tokens = folder.load_tokens(run)
+    with folder.as_written(folder.resolve(run) / "tokens.parquet"):
+        return _of_tokens(run, tokens, metric)
+
+
+def _of_tokens(run: str, tokens: pd.DataFrame, metric: str) -> pd.DataFrame:
     if metric == "cosine":
         keys = ["data", "level", "sample", "sequence"]
         known = tokens[tokens["cosine"].notna()].groupby(keys, sort=False, observed=True)["cosine"]
@@ -47,7 +52,8 @@ def per_sample(run: str, metric: str) -> pd.DataFrame:
         gamma = folder.load_results(run).get("tokens", {}).get("gamma", 5)
         above, below = _COUNTS[metric]
         rows = table.counts(tokens, gamma).rename(columns={above: "above", below: "below"})
-    rows = rows.rename(columns={"sequence": "cluster"}).astype({"level": str, "data": str})
+    rows = rows.rename(columns={"sequence": "cluster"}).astype(
+        {"level": str, "data": str, "above": float, "below": float})
     return rows.sort_values(["data", "level", "sample"], kind="stable", ignore_index=True)
 
 
@@ -60,7 +66,8 @@ def _live(run: str) -> dict[str, list[dict[str, Any]]]:
     # brings the models' libraries, seconds that most comparisons need not wait
     from xsd.bench import records
 
-    found = pd.DataFrame(records.read_records(path))
+    with folder.as_written(path):
+        found = pd.DataFrame(records.read_records(path)).astype({"sample": str, "sequence": str})
     origin = folder.load_tokens(run).drop_duplicates("sample").set_index("sample")
     origin = origin[["data", "sequence"]].astype(str)
     found["data"] = found["sample"].map(origin["data"]).fillna(datasets.SIMULATED)
@@ -74,10 +81,12 @@ def _speedups(run: str) -> pd.DataFrame:
 
     pieces = []
     for name, part in _live(run).items():
-        times, baseline, clusters = speedups.seconds(part)
-        ratios = times.rdiv(times[baseline], axis=0)
-        own = ratios.melt(var_name="level", value_name="above", ignore_index=False).reset_index()
-        pieces.append(own.assign(data=name, below=1.0, cluster=own["sample"].map(clusters)))
+        with folder.as_written(folder.resolve(run) / "records.jsonl"):
+            times, baseline, clusters = speedups.seconds(part)
+            ratios = times.rdiv(times[baseline], axis=0)
+            own = ratios.melt(var_name="level", value_name="above", ignore_index=False)
+            own = own.reset_index()
+            pieces.append(own.assign(data=name, below=1.0, cluster=own["sample"].map(clusters)))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -85,10 +94,11 @@ def _speedup_rows(run: str, **options: Any) -> list[dict[str, Any]]:
     """Rows of :func:`values` for the live arms, with baseline, spread and busy."""
     from xsd.bench import arms, speedups
 
-    return [{"data": name, "level": arm, "kind": "measured", **row,
-             "baseline": arms.label_of(row["baseline"])}
-            for name, part in _live(run).items()
-            for arm, row in speedups.of(part, **options).items()]
+    live = _live(run)
+    with folder.as_written(folder.resolve(run) / "records.jsonl"):
+        return [{"data": name, "level": arm, "kind": "measured", **row,
+                 "baseline": arms.label_of(row["baseline"])}
+                for name, part in live.items() for arm, row in speedups.of(part, **options).items()]
 
 
 def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd.DataFrame:
@@ -108,9 +118,12 @@ def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd
             about = {"run": name, "data": which, "level": level, "kind": kind}
             rows.append(about | dataclasses.asdict(found))
         # floors hold no row per sample, so they are shown and not paired
-        for which, tokens in folder.load_results(run).get("tokens", {}).get("test", {}).items():
+        results = folder.load_results(run)
+        with folder.as_written(folder.resolve(run) / "results" / "tokens.json"):
             rows += [{"run": name, "data": which, "level": row["label"], "kind": "floor",
-                      **row[metric]} for row in tokens["rows"].values()
+                      **row[metric]}
+                     for which, tokens in results.get("tokens", {}).get("test", {}).items()
+                     for row in tokens["rows"].values()
                      if row["kind"] == "floor" and metric in row]
     found = pd.DataFrame(rows)
     starred = ~found["kind"].isin(["ceiling", "floor"]) & ~found.get("busy", False)
@@ -180,7 +193,10 @@ def apart(runs: Sequence[str], metric: str, *, baseline: str = "") -> pd.DataFra
     both sides. Raises: ParameterError for a baseline that is not among the runs.
     """
     called = dict(zip(listing.names(runs), runs, strict=True))
-    made = {name: _made_with(run, metric) for name, run in called.items()}
+    made = {}
+    for name, run in called.items():
+        with folder.as_written(folder.resolve(run) / "results"):
+            made[name] = _made_with(run, metric)
     base = _baseline(called, baseline)
     rows = []
     for name, sets in made.items():

@@ -3,7 +3,8 @@ first table of notebook 06."""
 
 from __future__ import annotations
 
-import json
+import contextlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ import pandas as pd
 
 from xsd.core import ParameterError
 from xsd.evaluate import tables
+from xsd.files import read_json
 from xsd.runs import folder
 from xsd.runs.parameters import NOTEBOOKS
 
@@ -27,7 +29,8 @@ PLACES = ("*", "*/run", "*/*/run")
 
 def listing(roots: Iterable[Path]) -> pd.DataFrame:
     """One row per run or report in ``roots``: where it is, when it was last written to, what it
-    holds, the parameters that differ among the rows, and its :func:`headline`."""
+    holds, the parameters that differ among the rows, and its :func:`headline`. Of results that
+    cannot be read the row says why (``problem``)."""
     places = {one for root in roots for pattern in PLACES for one in root.glob(pattern)}
     rows, made, came = [], [], []
     for place in sorted(places):
@@ -35,14 +38,23 @@ def listing(roots: Iterable[Path]) -> pd.DataFrame:
             place.name == "run" and any(place.parent.glob(pattern)))]
         if not holds or (place / "run" / "results").is_dir():
             continue
-        files = [path.lstat() for path in place.rglob("*") if path.is_file()]
-        last = datetime.fromtimestamp(max(file.st_mtime for file in files))
-        results = folder.load_results(place) if "results" in holds else {}
-        made.append(parameters(results))
-        came.append(headline(results))
+        files = []
+        for path in place.rglob("*"):
+            with contextlib.suppress(FileNotFoundError):  # of a run that is being written
+                files += [path.lstat()] * path.is_file()
+        last = datetime.fromtimestamp(max((file.st_mtime for file in files), default=0))
+        problem = ""
+        try:
+            results = folder.load_results(place) if "results" in holds else {}
+            with folder.as_written(place / "results"):
+                made.append(parameters(results))
+                came.append(headline(results))
+        except ParameterError as error:
+            problem, made, came = str(error), [*made[:len(rows)], {}], [*came[:len(rows)], {}]
         rows.append({"run": folder.shown(place), "date": f"{last:%Y-%m-%d %H:%M}",
                      "MB": round(sum(file.st_size for file in files) / 1e6, 1),
-                     "holds": ", ".join(holds), "notebooks": " ".join(sorted(made[-1]))})
+                     "holds": ", ".join(holds), "notebooks": " ".join(sorted(made[-1])),
+                     **({"problem": problem} if problem else {})})
     return pd.concat(map(pd.DataFrame, (rows, differing(made), came)), axis="columns")
 
 
@@ -98,20 +110,44 @@ def shown(frame: pd.DataFrame) -> pd.DataFrame:
     """For reading: numbers with their intervals, no column that is empty throughout."""
     known = {name for name in frame if frame[name].notna().any()}
     kept = [name for name in frame if name.removesuffix(" low").removesuffix(" high") in known]
-    return tables.with_intervals(frame[kept]).fillna("")
+    found = tables.with_intervals(frame[kept]).fillna("")
+    # a name may come from a folder that somebody sent, and a terminal obeys what it is shown
+    return found.map(lambda value: re.sub(r"[\x00-\x1f\x7f-\x9f]", "?", value) if isinstance(
+        value, str) else value)
 
 
 # --- side by side
 
 
+def sweep_of(place: Path) -> dict[str, Any]:
+    """What a sweep keeps in its folder: notebook, notebook_sha256, fixed, runs (name, parameters,
+    run_dir, status, error and seconds of each point). Raises: ParameterError."""
+    way_out = "run the sweep into another folder"
+    stored = read_json(place / "sweep.json", ParameterError, way_out)
+    rows = stored.get("runs") if isinstance(stored, dict) else None
+    if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(
+            row.get("run_dir"), str) and row.get("status") in ("finished", "failed")
+            for row in rows):
+        raise ParameterError(f"{place / 'sweep.json'} is not what a sweep writes; {way_out}")
+    return stored
+
+
 def runs_of(runs: Sequence[str]) -> list[str]:
-    """The run folders; a sweep's folder stands for its finished points. Raises: ParameterError."""
+    """The run folders; a sweep's folder stands for its finished points, which stand in it (also
+    where it was moved). Raises: ParameterError, too where a point's run is another's folder."""
     found = []
     for run in runs:
-        record = folder.resolve(run) / "sweep.json"
-        rows = json.loads(record.read_text(encoding="utf-8"))["runs"] if record.is_file() else [
-            {"run_dir": run, "status": "finished"}]
-        found += [row["run_dir"] for row in rows if row["status"] == "finished"]
+        place = folder.resolve(run)
+        if not (place / "sweep.json").is_file():
+            found.append(run)
+            continue
+        for row in sweep_of(place)["runs"]:
+            own = place / Path(str(row.get("name", ""))).name / "run"
+            own = own if own.is_dir() else folder.resolve(row["run_dir"])
+            if row["status"] == "finished" and not own.resolve().is_relative_to(place.resolve()):
+                raise ParameterError(f"the points of {run} are not in its folder but in {own}; "
+                                     f"give that run: runs={own}")
+            found += [folder.shown(own)] * (row["status"] == "finished")
     if not found:
         raise ParameterError(f"no point of {', '.join(runs)} has finished; run the sweep again")
     return found
@@ -137,13 +173,17 @@ def overview(runs: Sequence[str]) -> pd.DataFrame:
     rows = []
     results = [folder.load_results(run) for run in runs]
     differ = differing([parameters(found) for found in results])
-    for name, found, own in zip(names(runs), results, differ, strict=True):
-        made, trained, tokens = (found.get(step, {}) for step in ("extract", "train", "tokens"))
-        origin = next((one["provenance"] for one in (tokens, made) if "provenance" in one), {})
-        rows.append({
-            "run": name, "pair": made.get("pair"),
+    for run, name, found, own in zip(runs, names(runs), results, differ, strict=True):
+        with folder.as_written(folder.resolve(run) / "results"):
+            rows.append(_overview(name, found) | own | headline(found))
+    return shown(pd.DataFrame(rows))
+
+
+def _overview(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
+    made, trained, tokens = (found.get(step, {}) for step in ("extract", "train", "tokens"))
+    origin = next((one["provenance"] for one in (tokens, made) if "provenance" in one), {})
+    return {"run": name, "pair": made.get("pair"),
             "revision": str(origin.get("git_revision", ""))[:10], "seed": origin.get("seed"),
             "training pairs": made.get("train", {}).get("pairs"),
             "recipe": trained.get("profile"), "levels": ", ".join(trained.get("levels", {})),
-            "gamma": tokens.get("gamma"), **own, **headline(found)})
-    return shown(pd.DataFrame(rows))
+            "gamma": tokens.get("gamma")}

@@ -8,7 +8,6 @@ apart (xsd/steps/lossless.py), and what the parts cost is measured by xsd/bench/
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -23,7 +22,7 @@ from xsd.core import DatasetError, Generation, ParameterError, Sample
 from xsd.decode import rules
 from xsd.evaluate import tables
 from xsd.evaluate.held_out import HeldOut
-from xsd.files import provenance
+from xsd.files import provenance, read_json
 from xsd.models import loading
 from xsd.runs import folder, parameters
 from xsd.steps import evaluation, training
@@ -287,7 +286,7 @@ def save(given: parameters.LiveParameters, found: Mapping[str, Mapping[str, Any]
         "hidden_share": hidden_share,
         "predicted": {row["arm"]: row for row in predicted.to_dict("records")},
         "mean_residual": float(predicted["residual"].abs().mean()) if len(predicted) else None,
-        "timeline": json.loads(shown.read_text(encoding="utf-8")) if shown.is_file() else None,
+        "timeline": (read_json(shown, ParameterError, folder.AGAIN) if shown.is_file() else None),
         "provenance": records.read_provenance(place / "records.jsonl"),
         "checked_with": {key: here[key] for key in ("git_revision", "git_dirty", "machine")},
     }

@@ -4,7 +4,6 @@ given or measured (docs/metrics.md, section 10). Notebook 05 measures.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 
@@ -16,6 +15,7 @@ from xsd.core import ParameterError
 from xsd.evaluate import table, two_phase
 from xsd.evaluate.held_out import HeldOut
 from xsd.evaluate.speedup import Timing, break_even_table, expected_table, wall_clock_table
+from xsd.files import read_json
 from xsd.runs import folder
 from xsd.steps import truth
 
@@ -32,7 +32,8 @@ def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], 
     if timing != "measured":
         return dict.fromkeys(reads, Timing.read(timing))
     path = folder.resolve(run_dir) / "results" / "live.json"
-    known = json.loads(path.read_text(encoding="utf-8"))["costs"] if path.is_file() else None
+    with folder.as_written(path):
+        known = read_json(path, ParameterError, folder.AGAIN)["costs"] if path.is_file() else None
     if not known:
         raise ParameterError(f"the run {run_dir} holds no measured costs; run notebook 05 with "
                              f"run_dir={run_dir} first, or give timing=reference")

@@ -62,15 +62,26 @@ def run(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
     ones are skipped, a failing one is recorded and the rest goes on.
 
     What points of ``SHARES`` need is taken from the run that ``fixed`` or the grid names as
-    run_dir, else made once in ``<out_dir>/shared``. Returns, and writes to ``sweep.json``: name,
-    parameters, run_dir, status (finished | failed), error and seconds of each. Raises:
-    ParameterError, before anything runs, if a combination is not valid or the notebook changed
-    since the sweep began.
+    run_dir, else made once in ``<out_dir>/shared``. Returns, and writes to ``sweep.json`` beside
+    those of earlier calls: name, parameters, run_dir, status (finished | failed), error and seconds
+    of each. Raises: ParameterError, before anything runs, if a combination is not valid or the
+    notebook changed since the sweep began; StorageError if another sweep is at work there.
     """
     source, out_dir, fixed = notebooks.find(notebook), Path(out_dir).resolve(), dict(fixed or {})
     model = model or parameters.model_of(source.stem)
     points = points_of(grid)
+    if both := fixed.keys() & grid.keys():
+        raise ParameterError(f"{', '.join(sorted(both))} is varied and fixed; give it once")
     checked = {name: model.checked({**fixed, **point}) for name, point in points.items()}
+    with files.FolderLock(out_dir, "sweep.lock"):
+        return _run(source, out_dir, fixed, model, points, checked, jobs, say)
+
+
+def _run(source: Path, out_dir: Path, fixed: dict[str, Any],
+         model: type[typed.NotebookParameters], points: Mapping[str, dict[str, Any]],
+         checked: Mapping[str, typed.NotebookParameters], jobs: int,
+         say: Callable[[str], Any]) -> list[dict[str, Any]]:
+    files.remove_leftovers(out_dir, "sweep.")
     record = out_dir / "sweep.json"
     identity = {"notebook": source.name, "notebook_sha256": files.sha256_of(source), "fixed": fixed}
     rows = _rows_before(record, json.loads(json.dumps(identity)))
@@ -108,12 +119,14 @@ def _rows_before(record: Path, identity: Mapping[str, Any]) -> dict[str, dict[st
     """The rows of an earlier call by name. Raises: ParameterError when it was another sweep."""
     if not record.is_file():
         return {}
-    stored = json.loads(record.read_text(encoding="utf-8"))
+    stored = listing.sweep_of(record.parent)
     if {name: stored.get(name) for name in identity} != identity:
         raise ParameterError(
             f"{record.parent} holds a sweep of another notebook version or other fixed "
             "parameters; choose another folder or remove it")
-    return {row["name"]: row for row in stored["runs"]}
+    with folder.as_written(record):
+        return {row["name"]: {"parameters": dict(row["parameters"]), **row, "seconds": float(
+            row["seconds"])} for row in stored["runs"]}
 
 
 # --- one point, and what it shares with others
@@ -199,7 +212,10 @@ def metrics(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     for row in rows:
         varied = {name: listing.text(value) for name, value in row["parameters"].items()}
         ended = {"seconds": row["seconds"], "status": row["status"]}
-        own = _measured(folder.resolve(row["run_dir"])) if row["status"] == "finished" else []
+        own, place = [], folder.resolve(row["run_dir"])
+        if row["status"] == "finished":
+            with folder.as_written(place / "results"):
+                own = _measured(place)
         found += [varied | one | ended for one in own or [{}]]
     return pd.DataFrame(found)
 
@@ -210,7 +226,7 @@ def _measured(place: Path) -> list[dict[str, Any]]:
     for path in sorted(place.glob("results/*.json")):
         if path.is_symlink():
             continue
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = files.read_json(path, ParameterError, folder.AGAIN)
         # a point of another notebook may have trained what it lacked
         for level, one in results.get("levels", {}).items() if not found else ():
             own = {name: one.get(name) for name in TRAINED}
