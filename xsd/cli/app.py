@@ -69,6 +69,13 @@ def _names() -> list[str]:
     return sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 
+def _alone(folder: Path, name: str = "writer.lock") -> Any:
+    """A lock that one process holds, for a ``with`` block. Raises: StorageError in the others."""
+    from xsd.files import FolderLock
+
+    return FolderLock(folder, name)
+
+
 NOTEBOOK = Argument(help="number (05), stem (05_live) or path", autocompletion=_names)
 PARAMETER = Option([], "-p", "--parameter", metavar="NAME=VALUE",
                    help="may be repeated; lists are written a,b")
@@ -158,14 +165,13 @@ def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
 @app.command(epilog=examples("xsd report reports/05_live"))
 def report(folder: Path = Argument(help="with executed notebooks")) -> None:
     """Turn the executed notebooks of a folder into offline pages."""
-    from xsd.files import FolderLock
     from xsd.runs import report as pages
 
     executed = sorted(folder.glob("*.ipynb"))
     if not executed:
         raise ParameterError(f"there is no executed notebook in {folder}; run one with xsd run NB "
                              f"-o {folder}")
-    with FolderLock(folder):
+    with _alone(folder):
         for path in executed:
             print(pages.notebook_page(path, folder / "notebooks"))
 
@@ -177,13 +183,11 @@ def keep_notebooks(
     notebook: list[str] = Argument(None, help="default: all", autocompletion=_names),
 ) -> None:
     """Keep the committed notebooks in the form that git and nbval need."""
-    from xsd.files import FolderLock
-
     hygiene = _beside("tools.hygiene")
     paths = [_notebook(one)[0] for one in notebook or []] or hygiene.committed()
     for path in paths if action != "check" else []:
         print(f"{action} {path.name}", flush=True)
-        with FolderLock(path.parent, f".{path.stem}.lock"):
+        with _alone(path.parent, f".{path.stem}.lock"):
             getattr(hygiene, action)(path)
     hygiene.check(paths)
     print(f"{len(paths)} notebooks are in their committed form")
@@ -255,10 +259,8 @@ def plan(
 @app.command(epilog=examples("xsd bench train -o reports/here"))
 def bench(what: Literal["extract", "train", "metrics"], out: Path | None = OUT) -> None:
     """Measure one room against its alternatives, into reports/bench_<what>."""
-    from xsd.files import FolderLock
-
     out = out or ROOT / "reports" / f"bench_{what}"
-    with FolderLock(out, "bench.lock"):
+    with _alone(out, "bench.lock"):
         print(_beside(f"benchmarks.{what}").run(out))
 
 
@@ -272,11 +274,9 @@ def train(profile: Literal["smoke", "quick", "full"] = Option(
           workers: int = Option(2, help="processes that simulate"),
           sequences: int = SEQUENCES) -> None:
     """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
-    from xsd.files import FolderLock
-
     recipe = _beside("studies.embedded_pair.recipe")
     place = Path(out or recipe.default_folder(profile, seed))
-    with FolderLock(place, "pair.lock"):
+    with _alone(place, "pair.lock"):
         written = recipe.train(place, profile, seed=seed, device=device, workers=workers,
                                progress=recipe.bars())
     command = f"`xsd pair train --profile {profile} --seed {seed}`"

@@ -130,8 +130,10 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
 def _execute(source: Path, written: Path, given: Mapping[str, Any]) -> None:
     import papermill
 
-    # It reads no annotation such as ``int | None`` and warns of them; ours are checked.
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    # It reads no annotation such as ``int | None`` and warns of them; ours are checked. What went
+    # wrong, or was interrupted, is an error here and no line of a log.
+    for name in ("papermill", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not end in one")  # written ends in .part
         papermill.execute_notebook(
