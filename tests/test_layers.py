@@ -156,7 +156,7 @@ def test_the_command_line_imports_inside_its_verbs():
         if room_of(found.importer) == "cli" and not found.inner
     ]
     light = ("xsd", "xsd.core", "xsd.cli.app", "xsd.cli.data", "xsd.cli.models",
-             "xsd.cli.door")
+             "xsd.cli.door", "xsd.cli.exits")
     assert all(entry.split()[-1] in light for entry in outer), outer
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import sys
 from importlib import import_module
@@ -14,6 +13,7 @@ from typer import Argument, Exit, Option, Typer
 from xsd import __version__
 from xsd.cli import data, models
 from xsd.cli.data import NUMBERS, OUT, QUANT, QUIET, Quant, Stored, examples, words
+from xsd.cli.exits import alone, say
 from xsd.core import ROOT, ParameterError, XsdError
 
 
@@ -47,9 +47,7 @@ def run(argv: list[str] | None = None) -> int:
             raise stop.__context__ from None
         return int(stop.code or 0)
     except XsdError as error:
-        # one line, and no escape from a name that somebody sent
-        print("xsd:", re.sub(r"[\x00-\x1f\x7f-\x9f]+", " ", str(error)), file=sys.stderr)
-        return 2
+        return say(str(error))
     return 0
 
 
@@ -67,13 +65,6 @@ def _top(version: bool = Option(False, "--version", callback=_version, is_eager=
 
 def _names() -> list[str]:
     return sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
-
-
-def _alone(folder: Path, name: str = "writer.lock") -> Any:
-    """A lock that one process holds, for a ``with`` block. Raises: StorageError in the others."""
-    from xsd.files import FolderLock
-
-    return FolderLock(folder, name)
 
 
 NOTEBOOK = Argument(help="number (05), stem (05_live) or path", autocompletion=_names)
@@ -132,8 +123,8 @@ def sweep(notebook: str = NOTEBOOK,
     target = (out or ROOT / "reports" / f"sweep_{source.stem}").resolve()
     fixed = command_line.read_values(parameter, model)
     rows = points.run(source, axes, target, fixed=fixed, jobs=jobs)
-    place, kept = folder.shown(target), listing.sweep_of(target)["runs"]
-    atomic_write(target / "sweep.csv", points.metrics(kept).to_csv(index=False))
+    kept, place = points.metrics(listing.sweep_of(target)["runs"]), folder.shown(target)
+    atomic_write(target / "sweep.csv", kept.to_csv(index=False))
     print(listing.shown(points.metrics(rows)).to_string(index=False))
     print(f"the table: {place}/sweep.csv; side by side: xsd run 06 -p runs={place} "
           f"-p run_dir={place}/compared")
@@ -150,9 +141,9 @@ def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
     """List runs: date, notebooks, the parameters that differ, and what came of them."""
     from xsd.steps import listing
 
-    found = listing.listing(folder or [ROOT / "runs", ROOT / "reports"])
-    if (missing := [place for place in folder or () if not place.is_dir()]) and found.empty:
+    if missing := [place for place in folder or () if not place.is_dir()]:
         raise ParameterError(f"there is no folder {missing[0]}; give one that holds runs")
+    found = listing.listing(folder or [ROOT / "runs", ROOT / "reports"])
     if as_json:
         print(found.to_json(orient="records", indent=1, force_ascii=False))
     elif as_csv:
@@ -171,7 +162,7 @@ def report(folder: Path = Argument(help="with executed notebooks")) -> None:
     if not executed:
         raise ParameterError(f"there is no executed notebook in {folder}; run one with xsd run NB "
                              f"-o {folder}")
-    with _alone(folder):
+    with alone(folder):
         for path in executed:
             print(pages.notebook_page(path, folder / "notebooks"))
 
@@ -187,7 +178,7 @@ def keep_notebooks(
     paths = [_notebook(one)[0] for one in notebook or []] or hygiene.committed()
     for path in paths if action != "check" else []:
         print(f"{action} {path.name}", flush=True)
-        with _alone(path.parent, f".{path.stem}.lock"):
+        with alone(path.parent, f".{path.stem}.lock"):
             getattr(hygiene, action)(path)
     hygiene.check(paths)
     print(f"{len(paths)} notebooks are in their committed form")
@@ -260,7 +251,7 @@ def plan(
 def bench(what: Literal["extract", "train", "metrics"], out: Path | None = OUT) -> None:
     """Measure one room against its alternatives, into reports/bench_<what>."""
     out = out or ROOT / "reports" / f"bench_{what}"
-    with _alone(out, "bench.lock"):
+    with alone(out, "bench.lock"):
         print(_beside(f"benchmarks.{what}").run(out))
 
 
@@ -275,13 +266,13 @@ def train(profile: Literal["smoke", "quick", "full"] = Option(
           sequences: int = SEQUENCES) -> None:
     """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
     recipe = _beside("studies.embedded_pair.recipe")
-    place = Path(out or recipe.default_folder(profile, seed))
-    with _alone(place, "pair.lock"):
-        written = recipe.train(place, profile, seed=seed, device=device, workers=workers,
+    out = Path(out or recipe.default_folder(profile, seed))
+    with alone(out, "pair.lock"):
+        written = recipe.train(out, profile, seed=seed, device=device, workers=workers,
                                progress=recipe.bars())
-    command = f"`xsd pair train --profile {profile} --seed {seed}`"
-    about = _beside("studies.embedded_pair.card").score(written, n_sequences=sequences,
-                                                        command=command)
+    about = _beside("studies.embedded_pair.card").score(
+        written, n_sequences=sequences,
+        command=f"`xsd pair train --profile {profile} --seed {seed}`")
     print(f"the pair: {written}; its card: {about}")
 
 

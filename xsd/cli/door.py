@@ -12,6 +12,8 @@ import threading
 import time
 from collections.abc import Iterator
 
+from xsd.cli.exits import say
+
 INTERRUPTED = "stopped; run the same command again to go on (what was finished is kept)"
 PIPE_CLOSED = 128 + 13
 
@@ -38,10 +40,10 @@ def main(argv: list[str] | None = None) -> int:
         except OSError as error:
             where = f"{error.filename} cannot be used" if error.filename else (
                 "the output cannot be written")
-            status = _say(f"{where}: {error.strerror or error}; free space, check the permissions, "
+            status = say(f"{where}: {error.strerror or error}; free space, check the permissions, "
                           "or choose another place")
         except MemoryError:
-            status = _say("there is not enough memory; ask for less at a time (batch size, "
+            status = say("there is not enough memory; ask for less at a time (batch size, "
                           "workers, samples)")
         except BaseException as error:
             # a library may turn the interruption of its own import into another error
@@ -49,17 +51,11 @@ def main(argv: list[str] | None = None) -> int:
                 raise
             status = 130
         if told or status == 130:
-            _say(INTERRUPTED)
+            say(INTERRUPTED)
             status = 128 + (told[0] if told else signal.SIGINT)
     if argv is None:
         _close_output()
     return status
-
-
-def _say(sentence: str) -> int:
-    with contextlib.suppress(OSError, AttributeError):  # stderr may be closed as well
-        print(f"xsd: {sentence}", file=sys.stderr, flush=True)
-    return 2
 
 
 @contextlib.contextmanager
