@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from xsd.core import DatasetError, EventError
+from xsd.core import DatasetError, EventError, VideoError
 from xsd.sensors import dsec, folder, frames
 
 OFFSET = 51_648_500_000
@@ -112,3 +112,70 @@ def test_incomplete_sequences_are_named(tmp_path):
     sequence.events_path.unlink()
     with pytest.raises(DatasetError, match=r"events\.h5 is missing"):
         dsec.open_sequence(tmp_path / "a")
+
+
+def change(root, **columns):
+    """Replace columns of a sequence's events.h5; __ stands for a slash."""
+    with h5py.File(root / "events" / "left" / "events.h5", "r+") as file:
+        for name, values in columns.items():
+            name = name.replace("__", "/")
+            values = values(file[name][()]) if callable(values) else values
+            del file[name]
+            file[name] = values
+
+
+@pytest.mark.parametrize(("changes", "message"), [
+    ({"events__t": lambda t: t / 1e6}, "column 't' is float64"),
+    ({"events__p": lambda p: p * np.uint8(255)}, "polarity runs from 0 to 255"),
+    ({"events__x": lambda x: x + np.uint16(300)}, "but the sensor is 640x480"),
+    ({"events__t": lambda t: t[::-1]}, "ms_to_idx does not lead|is not sorted"),
+    ({"ms_to_idx": lambda i: 0 * i}, "ms_to_idx does not lead to the events"),
+    ({"ms_to_idx": lambda i: i + np.uint64(7)}, "ms_to_idx does not lead to the events"),
+    ({"ms_to_idx": np.zeros(0, int)}, "could not be read as DSEC events"),
+    ({"ms_to_idx": 5}, "no column ms_to_idx"), ({"t_offset": [1, 2]}, "not one whole number")])
+def test_events_that_are_not_dsecs_are_named(tmp_path, changes, message):
+    _, times = write_sequence(tmp_path / "a")
+    change(tmp_path / "a", **changes)
+    with pytest.raises(EventError, match=message):
+        dsec.read_window(dsec.open_sequence(tmp_path / "a"), int(times[3]), int(times[33]))
+
+
+def test_an_offset_of_one_element_is_an_offset(tmp_path):
+    columns, times = write_sequence(tmp_path / "a")
+    change(tmp_path / "a", t_offset=[OFFSET])
+    events = dsec.read_window(dsec.open_sequence(tmp_path / "a"), OFFSET, int(times[-1]))
+    assert np.array_equal(events.t_us, columns["t"][:len(events)].astype(np.int64) + OFFSET)
+
+
+def test_times_that_no_recording_has_are_refused_before_clips_are_counted(tmp_path):
+    _, times = write_sequence(tmp_path / "a")
+    stamps = tmp_path / "a" / "images" / "timestamps.txt"
+    for last, message in ((10**17, "more than a day"), (10**30, "one whole number")):
+        stamps.write_text("\n".join(map(str, [*times[:-1], last])))
+        with pytest.raises(DatasetError, match=message):
+            dsec.open_sequence(tmp_path / "a")
+    stamps.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(DatasetError, match="one whole number"):
+        dsec.open_sequence(tmp_path / "a")
+    with pytest.raises(VideoError, match=r"make .* clips; check the times or choose a longer hop"):
+        frames.windows(np.array([0, 50_000, 8 * 10**10]), 1000, 1000)
+
+
+def test_a_rectify_map_is_checked_before_events_are_moved_by_it(tmp_path):
+    write_sequence(tmp_path / "a")
+    sequence = dsec.open_sequence(tmp_path / "a")
+    for table in (np.zeros((4, 4, 2), np.float32), np.zeros((480, 640, 2), int)):
+        with h5py.File(sequence.rectify_path, "w") as file:
+            file["rectify_map"] = table
+        with pytest.raises(EventError, match="rectify_map"):
+            dsec.read_window(sequence, OFFSET, OFFSET + 9_000, rectify=True)
+    with h5py.File(sequence.rectify_path, "w") as file:
+        file["rectify_map"] = np.full((480, 640, 2), np.nan, np.float32)
+    assert len(dsec.read_window(sequence, OFFSET, OFFSET + 9_000, rectify=True)) == 0
+
+
+def test_the_folder_one_stands_in_has_a_name(tmp_path, monkeypatch):
+    write_sequence(tmp_path / "zurich")
+    monkeypatch.chdir(tmp_path / "zurich")
+    dsec.prepare(".", tmp_path / "made", split="train")
+    assert {one.sequence for one in folder.open_folder(tmp_path / "made")} == {"zurich"}

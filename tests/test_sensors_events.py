@@ -230,3 +230,86 @@ def test_a_missing_reader_package_is_named(tmp_path, monkeypatch, suffix, packag
     (tmp_path / f"a.{suffix}").write_bytes(b"anything")
     with pytest.raises(EventError, match=f"needs the packages? .*{package}"):
         read_events(tmp_path / f"a.{suffix}")
+
+
+WHOLE = {"x": np.arange(4), "y": np.arange(4), "t": 100 * np.arange(4), "p": np.arange(4) % 2}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [({"p": np.uint8([0, 255, 0, 255])}, "polarity runs from 0 to 255"),
+     ({"p": np.array([0, 256, 0, 256])}, "polarity runs from 0 to 256"),
+     ({"p": np.uint16([0, 65535, 0, 0])}, "polarity runs from 0 to 65535"),
+     ({"p": [0.5, 0, 1, 1]}, "column 'p' is float64"),
+     ({"p": np.ones(4, complex)}, "column 'p' is complex128"),
+     ({"x": [0, np.nan, 1, 2]}, "column 'x' is float64"),
+     ({"x": np.ones(4, bool)}, "column 'x' is bool"),
+     ({"x": np.array([0, 70_000, 1, 2])}, "x runs from 0 to 70000"),
+     ({"x": np.array([0, 2**63, 1, 2], np.uint64)}, "x runs from 0 to 9223372036854775808"),
+     ({"x": np.full(4, 65535), "y": np.full(4, 65535)}, "a sensor of 65536x65536 pixels"),
+     ({"t": np.array([0, 1, 2, 2**63], np.uint64)}, "t runs from 0 to 9223372036854775808"),
+     ({"t": np.array([0, 1, 2, 10**17])}, "more than a day; expected t in microseconds"),
+     ({"t": np.linspace(0, 1, 4)}, "column 't' is float64"),
+     ({"t": [0, 1, 2, np.inf]}, "column 't' is float64"),
+     ({"t": np.float32([1e9, 2e9, 3e9, 4e9])}, "column 't' is float32"),
+     ({"t": np.arange(4).astype("M8[us]")}, "column 't' is datetime64"),
+     ({"timestamps": np.arange(4)}, "several columns for 't'"),
+     ({"width": np.array([3, 4]), "height": 4}, "its width is not one whole number"),
+     ({"width": 10**9, "height": 10**9}, "its width is not one whole number")])
+def test_numbers_are_checked_before_they_are_narrowed(tmp_path, changes, message):
+    np.savez(tmp_path / "a.npz", **WHOLE | changes)
+    with pytest.raises(EventError, match=message):
+        read_events(tmp_path / "a.npz")
+
+
+def test_whole_numbers_in_floats_and_v2es_minus_one_are_read(tmp_path):
+    kept = {name: values.astype(float) for name, values in WHOLE.items()}
+    np.savez(tmp_path / "a.npz", **kept | {"p": np.uint32([2**32 - 1, 1, 0, 1])})
+    events = read_events(tmp_path / "a.npz")
+    assert events.t_us.tolist() == [0, 100, 200, 300] and events.p.tolist() == [0, 1, 0, 1]
+
+
+def test_an_h5_is_read_where_its_columns_have_their_names(tmp_path):
+    def h5(**content):
+        with h5py.File(tmp_path / "a.h5", "w") as file:
+            for name, values in content.items():
+                file[name.replace("__", "/")] = values
+        return tmp_path / "a.h5"
+
+    records = np.zeros(4, [("x", "<u2"), ("y", "<u2"), ("p", "<i2"), ("t", "<i8")])
+    records["t"] = WHOLE["t"]
+    events = {f"events__{name}": values for name, values in WHOLE.items()}
+    assert read_events(h5(CD__events=records)).t_us.tolist() == [0, 100, 200, 300]
+    assert len(read_events(h5(**WHOLE))) == 4
+    plural = {f"events__{name}s": values for name, values in WHOLE.items()}
+    assert len(read_events(h5(**plural))) == 4
+    assert read_events(h5(**events, t_offset=[700])).t_us[0] == 700
+    wide = events | {"events__x": np.array([0, 1279, 3, 3]), "events__y": np.array([0, 719, 3, 3])}
+    assert read_events(h5(**wide, ms_to_idx=[0])).size == (1280, 720)
+    assert read_events(h5(**events, ms_to_idx=[0])).size == (640, 480)
+    for content, message in (
+            ({"events": np.zeros((4, 4))}, r"holds 0 streams .*\(found: events\)"),
+            ({"events__a": [1]}, r"found: events, events/a\); expected events/x, y, t, p"),
+            (events | {"CD__events": records}, "holds 2 streams"),
+            (events | {"events__t": WHOLE["t"] / 1e6}, "column 't' is float64"),
+            (events | {"t_offset": [1, 2]}, "t_offset is not one whole number"),
+            (events | {"t_offset": np.uint64(2**64 - 1)}, "t_offset is 18446744073709551615")):
+        with pytest.raises(EventError, match=message):
+            read_events(h5(**content))
+
+
+def test_v2es_text_is_read_and_other_texts_are_named(tmp_path):
+    lines = "0.000190 307 8 0\n0.000222 56 32 1\n1.5 1 1 -1\n"
+    for before in ("", "# v2e: timestamp x y polarity\n", "\ufeff"):
+        (tmp_path / "a.txt").write_text(before + lines)
+        events = read_events(tmp_path / "a.txt")
+        assert events.t_us.tolist() == [190, 222, 1_500_000] and events.p.tolist() == [0, 1, 0]
+        assert events.x.tolist() == [307, 56, 1] and events.size == (308, 33)
+    for text, message in (("240 180\n" + lines, "is no text of events"),
+                          ("190 307 8 0\n222 56 32 1\n", "t in seconds"),
+                          ("307 8 0.000190 0\n", "t in seconds"),
+                          ("1.5 307.5 8 0\n", "column 'x' is float64"),
+                          ("0.1,2,3,1\n", "is no text of events"), ("prose\n", "is no text")):
+        (tmp_path / "a.txt").write_text(text)
+        with pytest.raises(EventError, match=message):
+            read_events(tmp_path / "a.txt")

@@ -248,3 +248,29 @@ def test_the_hash_says_when_a_byte_of_the_data_changed(tmp_path):
     (tmp_path / "none").mkdir()
     with pytest.raises(DatasetError, match=f"there is no {folder.INDEX}"):
         folder.data_hash(tmp_path / "none")
+
+
+def test_repeated_ids_are_refused_before_anything_is_written(tmp_path):
+    root = write(tmp_path)
+    entries = json.loads((root / folder.INDEX).read_text())
+    for entry in entries[1:3]:
+        entry["id"] = "clip"
+    (root / folder.INDEX).write_text(json.dumps(entries))
+    before = folder.data_hash(root)
+    assert len(folder.open_folder(root)) == 4  # reading takes no harm
+    with pytest.raises(DatasetError, match=r"id clip stands twice .* \(entries 1 and 2\)"):
+        folder.FolderWriter(root, "test")
+    assert folder.data_hash(root) == before
+
+
+def test_one_writer_at_a_time_who_removes_what_killed_ones_left(tmp_path):
+    root = write(tmp_path)
+    left = [root / f".{folder.INDEX}.0.part", root / "event_npy/a/.000000.npy.0.part"]
+    for path in left:
+        path.write_text("half")
+    with folder.writing(root):
+        assert not any(path.exists() for path in left)
+        with pytest.raises(StorageError, match="is being written by process"), folder.writing(root):
+            pass
+    with folder.writing(root):
+        pass

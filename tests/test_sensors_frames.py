@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from xsd.core import EventError, VideoError
-from xsd.sensors import frames
+from xsd.sensors import frames, timed_video
 from xsd.sensors.events import Events
 
 
@@ -159,3 +159,90 @@ def test_images_of_two_sizes_are_no_video(tmp_path):
     Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(tmp_path / "clip" / "9.png")
     with pytest.raises(VideoError, match="differ in size"):
         frames.read_video(tmp_path / "clip")
+
+
+def clip_of(folder, pictures, names=None, **options):
+    """The pictures as a folder of images, read back."""
+    folder.mkdir()
+    for i, picture in enumerate(pictures):
+        picture.save(folder / (names[i] if names else f"{i}.png"), **options)
+    return frames.read_video(folder)
+
+
+def test_frames_come_in_the_order_of_their_numbers(tmp_path):
+    grey = [Image.new("L", (4, 4), k) for k in range(1, 21)]
+    read = clip_of(tmp_path / "a", grey, [f"{k}.png" for k in range(1, 21)])
+    assert read[:, 0, 0, 0].tolist() == [1 + i for i in frames.uniform_indices(20, 8)]
+    for k, names in enumerate((["0.1.png", "0.25.png", "0.3.png"], ["1.png", "01.png", "2.png"],
+                               ["1.png", "1.jpg", "2.png"])):
+        with pytest.raises(VideoError, match=r"decimal numbers of several lengths|twice the same"):
+            clip_of(tmp_path / f"bad{k}", grey, [*names, *(f"{k}.png" for k in range(3, 20))])
+
+
+def test_sixteen_bits_are_scaled_to_eight(tmp_path):
+    ramp = np.linspace(0, 65535, 9).astype(np.uint16)[None].repeat(8, 0)
+    read = clip_of(tmp_path / "a", [Image.fromarray(ramp)] * 2)
+    assert read[0, :, :, 1].tolist() == (ramp >> 8).tolist()
+
+
+def test_only_kinds_of_pictures_whose_values_stay_are_read(tmp_path):
+    palette = Image.new("P", (4, 4), 0)
+    palette.putpalette([10, 20, 30] * 256)
+    for k, (picture, colour) in enumerate((
+            (Image.new("1", (4, 4), 1), [255] * 3), (palette, [10, 20, 30]),
+            (Image.new("LA", (4, 4), (200, 255)), [200] * 3),
+            (Image.new("RGBA", (4, 4), (1, 2, 3, 255)), [1, 2, 3]))):
+        assert (clip_of(tmp_path / f"good{k}", [picture]) == colour).all()
+    more = {"save_all": True, "append_images": [Image.new("RGB", (4, 4), (9, 0, 0))]}
+    for k, (picture, name, options, message) in enumerate((
+            (Image.new("LA", (4, 4), (200, 0)), "0.png", {}, "transparent pixels"),
+            (Image.new("RGBA", (4, 4), (1, 2, 3, 9)), "0.png", {}, "transparent pixels"),
+            (palette, "0.png", {"transparency": 0}, "transparent pixels"),
+            (Image.new("I;16", (4, 4)), "0.png", {"transparency": 0}, "transparent pixels"),
+            (Image.new("CMYK", (4, 4)), "0.jpg", {}, "pictures of kind CMYK are not read"),
+            (Image.new("F", (4, 4)), "0.png", {"format": "TIFF"}, "does not decode as an image"),
+            (palette, "0.png", {"format": "GIF"}, "does not decode as an image"),
+            (Image.new("RGB", (4, 4)), "0.png", more, "is animated"))):
+        with pytest.raises(VideoError, match=message):
+            clip_of(tmp_path / f"bad{k}", [picture], [name], **options)
+
+
+def test_a_picture_is_turned_as_its_camera_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # a quarter to the right
+    assert clip_of(tmp_path / "a", [Image.new("RGB", (20, 10))], ["0.jpg"],
+                   exif=exif).shape == (8, 20, 10, 3)
+
+
+@pytest.mark.parametrize(("matrix", "corner"), [
+    ((1, 0, 0, 1), (0, 0)), ((0, 1, -1, 0), (0, -1)), ((-1, 0, 0, -1), (-1, -1)),
+    ((0, -1, 1, 0), (-1, 0)), ((-1, 0, 0, 1), (0, -1)), ((1, 0, 0, -1), (-1, 0)),
+    ((0, 1, 1, 0), (0, 0))])
+def test_a_video_is_turned_and_mirrored_as_its_file_says(tmp_path, matrix, corner):
+    path = tmp_path / "a.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=20)
+        stream.width, stream.height, stream.pix_fmt = 64, 32, "yuv420p"
+        picture = np.zeros((32, 64, 3), np.uint8)
+        picture[:16, :32] = 220  # the upper left quarter
+        for _ in range(8):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    turn(path, matrix)
+    video = frames.read_video(path)
+    assert video.shape[1:3] == ((64, 32) if matrix[0] == 0 else (32, 64))
+    bright = {(y, x) for y in (0, -1) for x in (0, -1) if video[0, y, x, 0] > 150}
+    assert bright == {corner}
+    assert (timed_video.read(path)[0][0] == video[0]).all()
+    turn(path, (0.7, 0.7, -0.7, 0.7))
+    with pytest.raises(VideoError, match="only quarters are read"):
+        frames.read_video(path)
+
+
+def turn(path, matrix):
+    """Write the display matrix into the track's header."""
+    content = bytearray(path.read_bytes())
+    start = content.find(b"tkhd") + 44
+    for at, value in zip((0, 4, 12, 16), matrix, strict=True):
+        content[start + at:start + at + 4] = (int(value * 65536) & 0xFFFFFFFF).to_bytes(4, "big")
+    path.write_bytes(content)

@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from studies.embedded_pair import recipe as pair
-from xsd.core import DatasetError, MetricError, ParameterError
+from xsd.core import DatasetError, MetricError, ParameterError, ShardError
 from xsd.embedded import drive
 from xsd.evaluate import statistics
 from xsd.sensors import folder
-from xsd.steps import data
+from xsd.steps import data, extract_request
 
 SIZES = st.lists(st.integers(1, 5), min_size=2, max_size=6)
 
@@ -136,3 +136,11 @@ def test_all_clips_are_asked_all_questions_where_that_is_asked_for(folder_of_dri
 def test_a_folder_without_questions_is_not_asked_somebody_elses(folder_of_drives):
     with pytest.raises(DatasetError, match=r"holds no questions.json.*give questions_file=… "):
         data.samples(folder_of_drives, "test")
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"data": 5}', '{"data": "x", "code": "y"}',
+                                     '{"data": "x", "split": ["test"]}', "[" * 50_000])
+def test_a_request_that_cannot_be_read_is_named(tmp_path, content):
+    (tmp_path / extract_request.FILE).write_text(content)
+    with pytest.raises(ShardError, match=r"extract\.json .*delete it and give --pair"):
+        extract_request.load_request(tmp_path)

@@ -1,11 +1,15 @@
 """Raw DSEC: a sequence the simulator writes in its format, and the command that cuts it."""
 
+import os
+import signal
+
 import numpy as np
 import pytest
+from forks import forked
 
 from xsd import cli
-from xsd.core import DatasetError, ParameterError
-from xsd.embedded import raw_sequence
+from xsd.core import DatasetError, ParameterError, StorageError
+from xsd.embedded import drive, raw_sequence
 from xsd.sensors import dsec, folder, frames
 from xsd.steps import raw_dsec
 
@@ -77,3 +81,55 @@ def test_one_folder_is_cut_in_one_way(raw, tmp_path):
                        match="was begun with clip_ms=300, not 200; choose another folder"):
         raw_dsec.prepare(raw, tmp_path / "made", clip_ms=200)
     assert raw_dsec.prepare(raw, tmp_path / "made", clip_ms=300)["resumed"] == 1
+
+
+def test_two_cannot_write_one_folder(raw, tmp_path):
+    with folder.writing(tmp_path), pytest.raises(StorageError, match="is being written by"):
+        raw_dsec.prepare(raw, tmp_path)
+
+
+def test_settings_that_cannot_be_read_are_named(raw, tmp_path):
+    for content in ("{", "[]"):
+        (tmp_path / raw_dsec.SETTINGS).write_text(content)
+        with pytest.raises(ParameterError, match=r"preparation.json is not JSON|was begun with"):
+            raw_dsec.prepare(raw, tmp_path)
+
+
+@pytest.mark.parametrize("verb", ["prepare", "simulate"])
+def test_killed_at_any_file_the_next_run_ends_in_the_same_bytes(raw, tmp_path, verb, monkeypatch):
+    drives = list(drive.simulate(1, "test", 1)) if verb == "simulate" else []
+    monkeypatch.setattr(drive, "simulate", lambda *_, **__: drives)
+
+    def go(root):
+        if verb == "prepare":
+            raw_dsec.prepare(raw, root, clip_ms=300, video_size=(12, 9))
+        else:
+            drive.write_dataset(root, split="test", n_sequences=1, seed=1)
+
+    go(tmp_path / "whole")
+    whole = files_of(tmp_path / "whole")
+    real = folder._write_png, os.replace
+    for die_at in (1, 2, 9, 40, 53):
+        count = iter(range(1, 10_000))
+
+        def step(real):
+            def done(*given):
+                if next(count) == die_at:  # noqa: B023 (forked at once)
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return real(*given)
+
+            return done
+
+        def dying():
+            monkeypatch.setattr(folder, "_write_png", step(real[0]))
+            monkeypatch.setattr(os, "replace", step(real[1]))
+            go(tmp_path / "made")
+
+        os.waitpid(forked(dying), 0)
+    go(tmp_path / "made")
+    assert files_of(tmp_path / "made") == whole
+
+
+def files_of(root):
+    return {path.relative_to(root).as_posix(): path.read_bytes()
+            for path in root.rglob("*") if path.is_file()}

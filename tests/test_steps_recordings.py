@@ -10,7 +10,7 @@ import torch
 from tiny_pair import QUESTIONS, make_samples, make_tiny_pair
 
 from xsd.adapters import registry
-from xsd.core import EventError, ParameterError, VideoError
+from xsd.core import DatasetError, EventError, ParameterError, VideoError
 from xsd.evaluate import table
 from xsd.extract import pairs
 from xsd.models import loading
@@ -173,3 +173,35 @@ def test_pairs_in_memory_read_like_a_run_folder(tmp_path, pair):
         assert torch.equal(ours.verifier, theirs.verifier) and torch.equal(ours.mask, theirs.mask)
         assert (list(ours.sequence), list(ours.index)) == (list(theirs.sequence),
                                                            list(theirs.index))
+
+
+def test_only_recordings_reach_a_decoder(tmp_path):
+    lines = "".join(f"{k / 1000:.6f} {k % 64} {k % 48} {k % 2}\n" for k in range(1, 400))
+    (tmp_path / "events.txt").write_text(lines)
+    source = recordings.open_source(tmp_path / "events.txt")
+    assert len(source.events) == 399 and source.kind == "pictures from the events"
+    assert source.span_us == (1000, 399_001)
+    for name in ("a.raw", "a.dat", "a.aedat", "a.csv", "a.gif", "a.m3u8", "a.json", "plain"):
+        (tmp_path / name).write_text(lines)
+        with pytest.raises(EventError, match=r"are not read here; expected one of \.npy"):
+            recordings.open_source(tmp_path / name)
+
+
+def test_a_sensor_has_the_size_that_is_given(tmp_path):
+    write_events(tmp_path / "plain.npy")
+    stream = event_streams.read_events(tmp_path / "plain.npy")
+    np.savez(tmp_path / "a.npz", x=stream.x, y=stream.y, t=stream.t_us, p=stream.p)
+    assert recordings.open_source(tmp_path / "a.npz", sensor_size=(1280, 720)).events.size == (
+        1280, 720)
+    with pytest.raises(EventError, match=r"sensor is 64x48 .* sensor_size of notebook 09"):
+        recordings.open_source(tmp_path / "a.npz", sensor_size=(64, 48))
+    with pytest.raises(ParameterError, match="sensor_size is of event files"):
+        recordings.open_source(write_video(tmp_path / "v.mp4"), sensor_size=(64, 48))
+
+
+def test_only_questions_are_asked(tmp_path):
+    clips = recordings.cut(recordings.open_source(write_events(tmp_path / "short.npy")))
+    assert [one.question for one in recordings.asked(clips, ["Is it?"])] == ["Is it?"]
+    for bad in ("", "a" * 200_000, "two\nlines"):
+        with pytest.raises(DatasetError, match="questions: the question"):
+            recordings.asked(clips, ["Is it?", bad])

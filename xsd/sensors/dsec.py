@@ -75,20 +75,20 @@ def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
             last_ms = max(-(-(end_us - offset) // 1000), 0)
             last = int(index[last_ms]) if last_ms < len(index) else len(t)
             first = int(index[first_ms])
+            read = {name: containers.h5_part(file, column, slice(first, last))
+                    for name, column in columns.items()}
+            events = event_streams.from_columns(read | {"t_offset": offset}, width=WIDTH,
+                                                height=HEIGHT, name=str(path))
             if not (0 <= first <= last <= len(t)
                     and (first == 0 or t[first - 1] < 1000 * first_ms)
                     and (last == len(t) or t[last] >= 1000 * last_ms)):
                 raise EventError(f"{path}: ms_to_idx does not lead to the events from {first_ms} "
                                  f"to {last_ms} ms; download it again")
-            columns = {name: containers.h5_part(file, column, slice(first, last))
-                       for name, column in columns.items()}
     except XsdError:
         raise
     except Exception as error:  # a damaged file can fail in any way; the answer is the same
         raise EventError(f"{path} could not be read as DSEC events ({str(error)[:200]}); download "
                          "it again") from error
-    events = event_streams.from_columns(columns | {"t_offset": offset}, width=WIDTH, height=HEIGHT,
-                                        name=str(path))
     if len(events):
         event_streams.check_events(events, str(path))
     events = events.between(start_us, end_us)

@@ -111,9 +111,9 @@ def _whole(values: np.ndarray, column: str, name: str) -> np.ndarray:
         good = bool(np.isfinite(values).all() and (np.rint(values) == values).all()
                     and np.abs(values).max() <= exact)
     if not good:
-        raise EventError(f"{name}: column {column!r} is {values.dtype} of shape {values.shape} and "
-                         "not whole; expected whole numbers [N], t in microseconds (seconds times "
-                         "1e6, rounded)")
+        raise EventError(f"{name}: column {column!r} is {values.dtype} of shape {values.shape}, "
+                         "which is not read; expected whole numbers [N], t in microseconds "
+                         "(seconds times 1e6, rounded)")
     return values
 
 
