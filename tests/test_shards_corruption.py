@@ -18,8 +18,8 @@ FLIPS = 1500
 def run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     with ShardWriter(folder, mode="teacher_forced", dtype="int8", samples_per_shard=4) as out:
-        out.save_head("drafter", randn(9, 6), 9)
-        out.save_head("verifier", randn(10, 8), 9)
+        out.save_head("drafter", randn(99, 6), 99)
+        out.save_head("verifier", randn(100, 8), 99)
         for i in range(10):
             out.write(example(i))
             out.flush(seconds=0.5)

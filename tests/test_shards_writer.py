@@ -214,10 +214,10 @@ def test_an_empty_run_cannot_be_finished(tmp_path):
 
 def test_another_head_is_refused(tmp_path):
     out = writer.ShardWriter(tmp_path, **OPTIONS)
-    out.save_head("verifier", torch.eye(8), 7)
-    out.save_head("verifier", torch.eye(8), 7)
+    out.save_head("verifier", torch.eye(100, 8), 7)
+    out.save_head("verifier", torch.eye(100, 8), 7)
     with pytest.raises(ShardError, match="another LM head of the verifier"):
-        out.save_head("verifier", 2 * torch.eye(8), 7)
+        out.save_head("verifier", 2 * torch.eye(100, 8), 7)
     out.close(finished=False)
 
 

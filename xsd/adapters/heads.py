@@ -3,7 +3,7 @@ some of its rows only (a reduced draft vocabulary: docs/adapters.md, section 4).
 
 from __future__ import annotations
 
-import pickle
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,9 +56,9 @@ def read(path: str | Path, width: int | None = None) -> Tensor:
         if found[0].suffix == ".safetensors":
             data = safetensors.torch.load_file(found[0])
         else:
-            data = torch.load(found[0], map_location="cpu", weights_only=True)
-    except (safetensors.SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError, OSError,
-            ValueError) as error:
+            mapped = zipfile.is_zipfile(found[0])
+            data = torch.load(found[0], map_location="cpu", weights_only=True, mmap=mapped)
+    except Exception as error:  # a damaged pickle can raise anything
         raise CheckpointError(f"{path} is damaged, or would run code ({type(error).__name__}); "
                               "save the head's weight alone") from error
     values = data.values() if isinstance(data, dict) else [data]
@@ -66,6 +66,10 @@ def read(path: str | Path, width: int | None = None) -> Tensor:
     if len(matrices) != 1:
         raise CheckpointError(f"{path} holds {len(matrices)} matrices; expected the one LM head of "
                               "shape [V, D]")
+    bytes_ = matrices[0].numel() * matrices[0].element_size()
+    if not matrices[0].is_floating_point() or matrices[0].untyped_storage().nbytes() < bytes_:
+        raise CheckpointError(f"{path} holds a matrix of {matrices[0].dtype} that is no head, or "
+                              "is not whole in the file; save the head's weight alone")
     if width not in (None, matrices[0].shape[1]):
         raise CheckpointError(f"the head in {path} is for states {matrices[0].shape[1]} wide and "
                               f"these are {width} wide; give the head of their verifier")

@@ -133,7 +133,7 @@ def extract(
         return supervision.supervise(command, out, supervise, part=rank.part_name)
     from xsd.extract import plan, run
     from xsd.runs import progress
-    from xsd.steps import extract_request, extraction
+    from xsd.steps import extract_request, pair_files
 
     if device == "cuda" and "LOCAL_RANK" in os.environ:
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -153,8 +153,8 @@ def extract(
                          save_every=save_every, save_every_s=save_every_s,
                          progress=progress.lines(part and f"{part}: "))
     request.save(out)
-    extraction.save_pair_file(out, models, request.pair, {one.question for one in samples},
-                              loads={"dtype": dtype, "device": device, "quant": quant})
+    pair_files.save(out, models, request.pair, {one.question for one in samples},
+                    loads={"dtype": dtype, "device": device, "quant": quant})
     print(f"{out}: {part and f'{part}, '}{report}")
     return 0 if report.finished else supervision.INTERRUPTED
 
@@ -170,10 +170,10 @@ def status(run: Path = RUN) -> int:
 
 @app.command(epilog=examples("xsd data verify runs/x"))
 def verify(run: Path = RUN) -> int:
-    """Look for damaged, missing or mixed files, and for states that are no numbers."""
-    from xsd.extract import checks
+    """Hold everything in a run against what was written: shards, results, records, notebooks."""
+    from xsd.steps import verify as everything
 
-    found = checks.verify(run)
+    found = everything.verify(run)
     for place, problems in found.items():
         print(f"{place}: " + (f"{len(problems)} problem(s)" if problems else "all well"))
         for problem in problems:

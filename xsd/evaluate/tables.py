@@ -10,9 +10,9 @@ from typing import Any
 
 import pandas as pd
 
+from xsd import digests
 from xsd.core import MetricError
 from xsd.evaluate.statistics import Interval
-from xsd.files import atomic_write
 
 COLUMNS = ("metric", "threshold", "position", "value", "low", "high", "n", "n_clusters")
 _LATEX = str.maketrans({
@@ -87,7 +87,8 @@ def write(table: pd.DataFrame, stem: str | Path, *,
         raise MetricError(f"unknown table kind {unknown[0]!r}; choose among {', '.join(makers)}")
     paths = [Path(f"{stem}.{kind}") for kind in kinds]
     for kind, path in zip(kinds, paths, strict=True):
-        atomic_write(path, makers[kind](table))
+        with digests.sealed_path(path) as temporary:
+            temporary.write_text(makers[kind](table), encoding="utf-8")
     return paths
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -105,15 +106,17 @@ def _status(folder: Path) -> Status:
     size, written, done = 0, 0.0, manifest["n_samples"]
     for path in sorted(folder.iterdir()):
         # a file the writer removed just now; a damaged piece, which will be extracted again
-        with contextlib.suppress(FileNotFoundError, SafetensorError):
+        with contextlib.suppress(OSError, SafetensorError, IndexError):
             about = path.stat()
             if path.is_file():
                 size, written = size + about.st_size, max(written, about.st_mtime)
-            if path.match("pending-*.safetensors"):
+            if piece := re.fullmatch(r"pending-(\d{1,12})-\w+\.safetensors", path.name):
                 with safe_open(path, "pt") as file:
                     n = file.get_slice("offsets_drafter").get_shape()[0] - 1
-                done = max(done, int(path.stem.split("-")[1]) + n)
-    total = (manifest["config"].get("part") or manifest["config"]).get("n_samples")
+                done = max(done, int(piece[1]) + n)
+    part, total = manifest["config"].get("part"), manifest["config"].get("n_samples")
+    total = part.get("n_samples") if isinstance(part, dict) else total
+    total = total if isinstance(total, int) else None
     last = layout.read_times(folder)[-20:]
     seconds = sum(line["seconds"] for line in last)
     rate = sum(line["n"] for line in last) / seconds if seconds else None
@@ -153,7 +156,8 @@ def events(folder: str | Path) -> list[Event]:
     kinds = [place.parent if place.match(ranks.PARTS) else place for place in runs(folder)]
     files = dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
     names = [field.name for field in fields(Event)]
-    lines = [line for file in files for line in layout.read_lines(file, *names)]
+    lines = [line for file in files for line in layout.read_lines(file, *names)
+             if isinstance(line["time_s"], int | float) and abs(line["time_s"]) < 1e10]
     found = [Event(*(line[name] for name in names)) for line in lines]
     return sorted(found, key=lambda event: event.time_s)
 

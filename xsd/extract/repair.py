@@ -26,7 +26,8 @@ def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
     """
     folder = Path(folder)
     found = store.verify(folder) if problems is None else problems
-    found = [problem for problem in found if not problem.file.name.startswith("pending-")]
+    others = (layout.TIMES, *map(layout.head_name, layout.ROLES))
+    found = [one for one in found if one.shard is not None or one.file.name in others]
     if not found:
         return []
     manifest = layout.read_manifest(folder)

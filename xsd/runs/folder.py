@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import TypeAdapter
 
+from xsd import digests
 from xsd.core import ROOT, Generation, ParameterError
-from xsd.files import atomic_path, read_json, write_json
+from xsd.files import read_json
 from xsd.runs import numbers
 
 if TYPE_CHECKING:
@@ -38,7 +39,7 @@ def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str
     """Write ``results/<name>.json``: nested numbers and texts (``value``, ``low``, ``high``,
     ``n``, ``kind``)."""
     target = resolve(run_dir) / "results" / f"{name}.json"
-    write_json(target, numbers.plain(values))
+    digests.write_sealed(target, numbers.plain(values))
     return target
 
 
@@ -49,10 +50,20 @@ def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     if not files:
         raise ParameterError(f"the run {run_dir} holds no results; run notebooks 01 to 05 with "
                              f"run_dir={run_dir} first")
-    found = {path.stem: read_json(path, ParameterError, AGAIN) for path in files}
+    found = {path.stem: read_record(path) for path in files}
     for path in files:
         with as_written(path):
             dict(found[path.stem].get("provenance", {}).get("parameters", {}))
+    return found
+
+
+def read_record(path: Path, way_out: str = AGAIN) -> dict[str, Any]:
+    """A JSON file of a run. Raises: ParameterError when it is missing, damaged, changed since it
+    was written, or holds something else than fields."""
+    digests.check(path, ParameterError, way_out)
+    found = read_json(path, ParameterError, way_out)
+    if not isinstance(found, dict):
+        raise ParameterError(f"{path} holds {type(found).__name__} and no fields; {way_out}")
     return found
 
 
@@ -74,14 +85,14 @@ def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | Non
     if not path.is_file():
         return None
     with as_written(path):
-        found = read_json(path, ParameterError, AGAIN).get("data_hashes", {}).items()
+        found = read_record(path).get("data_hashes", {}).items()
         return "+".join(value[:16] for name, value in found if name.startswith(split)) or None
 
 
 def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
     """Write the token table."""
     target = resolve(run_dir) / "tokens.parquet"
-    with atomic_path(target) as temporary:
+    with digests.sealed_path(target) as temporary:
         tokens.to_parquet(temporary, index=False)
     return target
 
@@ -94,6 +105,7 @@ def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     if not path.is_file():
         raise ParameterError(
             f"the run {run_dir} has no token table; run notebook 04 with run_dir={run_dir} first")
+    digests.check(path, ParameterError, AGAIN)
     with as_written(path):
         about = pyarrow.parquet.read_metadata(path)
         if about.num_rows * about.num_columns > MAX_VALUES:
@@ -108,8 +120,9 @@ def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generat
     """Write one sample's generations by arm. about: question, sequence, clip, data."""
     target = resolve(run_dir) / "live.json"
     runs = {arm: dataclasses.asdict(generation) for arm, generation in generations.items()}
-    write_json(target, {"generations": runs, "order": list(generations), "about": about,
-                        "texts": {str(key): text for key, text in texts.items()}})
+    digests.write_sealed(target, {
+        "generations": runs, "order": list(generations), "about": about,
+        "texts": {str(key): text for key, text in texts.items()}})
     return target
 
 

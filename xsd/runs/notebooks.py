@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from xsd import files
+from xsd import digests, files
 from xsd.core import ROOT, ParameterError, XsdError
 from xsd.runs import folder, parameters, typed
 
@@ -105,7 +105,8 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
     with _alone(source.stem, out_dir, folder.resolve(checked.run_dir)), _kernel_folder() as kernel:
         known = {"XSD_NOTEBOOK": source.name, "XSD_STARTED_IN": os.getcwd(),
                  "JUPYTER_RUNTIME_DIR": str(kernel)}
-        with mock.patch.dict(os.environ, {**QUIET, **known}), files.atomic_path(target) as written:
+        with (mock.patch.dict(os.environ, {**QUIET, **known}),
+              digests.sealed_path(target) as written):
             try:
                 _execute(source, written, given)
             except PapermillExecutionError as error:
@@ -120,7 +121,7 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
             seed=checked.seed, notebook=source.name, notebook_sha256=files.sha256_of(source),
             parameters=checked.model_dump(), seconds=round(time.perf_counter() - began, 2),
             status="failed" if failed else "finished")
-        files.write_json(target.with_suffix(".provenance.json"), record)
+        digests.write_sealed(target.with_suffix(".provenance.json"), record)
     if failed:
         raise NotebookError(f"notebook {source.name} stopped{failed}; the executed copy is "
                             f"{target}") from cause

@@ -1,76 +1,221 @@
 """Hidden states as the first scripts for this task left them, converted to a run folder.
 
 A folder holds index.json ({"config", "chunks": [{"path", "n_samples"}]}) and chunks/*.pt, each a
-dict {"egpt_hidden", "vl_hidden": [n, S, D] float32, "seq_lens": [n], "metadata": n dicts}; a single
-file is one such dict with "config". Both models ran freely, each answer was cut to the shorter of
-the two (free_running, after the final norm), and token ids were not kept: -1, marked as absent.
+dict {"egpt_hidden", "vl_hidden": [n, S, D] float32 (or a list of n [S, D]), "seq_lens": [n],
+"metadata": n dicts}; a single file is one such dict with "config". Both models ran freely, each
+answer was cut to the shorter of the two (free_running, after the final norm), and token ids were
+not kept: -1, marked as absent.
 """
 
 from __future__ import annotations
 
-import json
-import pickle
+import math
+import operator
+import pickletools
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from xsd.core import PairedStates, ShardError
-from xsd.files import sha256_of
+from xsd.files import read_json, sha256_of
 from xsd.shards.writer import ShardWriter
 
 _NEEDED = ("egpt_hidden", "vl_hidden", "seq_lens")
 UNKNOWN = "unknown"
 """The sequence of every sample where no dataset folder names them."""
+_TEXT, _PICKLE = 100_000, 1 << 27
+"""Longest text of a sample, in characters; largest pickle of a file, in bytes."""
+_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_COPY = "restore it from a copy"
 
 
-def _load_chunk(path: Path, n_samples: int | None = None) -> dict[str, Any]:
-    """One file's samples, checked; mapped, so that 1.6 GB are not held at once, and nothing in it
-    is executed. n_samples: what the index announces, None without one."""
+class _Dtype:
+    """Stands in for numpy.dtype where a file is read: a plain number's, nothing larger."""
+
+    def __init__(self, name: str, *_: Any) -> None:
+        self.dtype = np.dtype(name)
+        if self.dtype.kind not in "biufSU":
+            raise ValueError(f"numpy values of type {name}")
+
+    def __setstate__(self, state: Any) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+    def of(self, data: Any) -> np.ndarray:
+        """The values behind some bytes: never more than these bytes hold."""
+        return np.frombuffer(bytes(data), self.dtype)
+
+
+class _Array:
+    """Stands in for numpy's arrays, as :class:`_Dtype` for their types."""
+
+    def __init__(self, *_: Any) -> None:
+        self.values = np.zeros(0)
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, data = state
+        self.values = dtype.of(data).reshape(shape, order="F" if fortran else "C")
+
+
+def _scalar(dtype: _Dtype, data: Any) -> Any:
+    return dtype.of(data)[0].item()
+
+
+_NUMPY = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"),
+          *((stand_in, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
+            for stand_in, name in ((_scalar, "scalar"), (_Array, "_reconstruct")))]
+_KNOWN = {name for _, name in _NUMPY} | {
+    "collections.OrderedDict", "_codecs.encode", "__builtin__.set", "torch.Size", *(
+    f"torch._utils._rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter")), *(
+    f"torch.{kind}Storage" for kind in ("Float", "Double", "Half", "BFloat16", "Long", "Int",
+                                        "Short", "Char", "Byte", "Bool", "Untyped"))}
+"""All that such a file may name: what makes tensors, and numpy's plain numbers."""
+
+
+def _load(path: Path) -> Any:
+    """What a .pt file holds, mapped, so that 1.6 GB are not held at once. Nothing in it is
+    executed, and nothing is made that is larger than the file."""
     try:
-        data = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if path.exists() and not path.is_file():
+            raise ValueError("it is no file")
+        with open(path, "rb") as file:
+            begin = file.read(8)
+        if begin[:1] == b"\x80":
+            raise ShardError(f"{path} is of torch's format before version 1.6, which cannot be "
+                             "mapped; open it with torch.load where it was made, and save it again")
+        if begin == b"version ":
+            raise ShardError(f"{path} is a git-lfs pointer, not the file; run git lfs pull")
+        with zipfile.ZipFile(path) as inside:
+            (pickled,) = (one for one in inside.infolist() if one.filename.endswith("data.pkl"))
+            if any(one.compress_type for one in inside.infolist()) or pickled.file_size > _PICKLE:
+                raise ValueError("its records are compressed or too large")
+            operations = pickletools.genops(inside.read(pickled))
+        named = {str(argument).replace(" ", ".") for operation, argument, _ in operations
+                 if operation.name in ("GLOBAL", "INST", "STACK_GLOBAL")}
+        if foreign := sorted(named - _KNOWN):
+            raise ShardError(f"{path} cannot be read: it holds {', '.join(foreign[:3])}, not only "
+                             "tensors, numpy's numbers and plain values; save it again without")
+        with torch.serialization.safe_globals(_NUMPY):
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError as error:
         raise ShardError(f"{path} is missing; copy it beside the others, or extract those samples "
                          "again") from error
-    except (RuntimeError, EOFError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise ShardError(f"{path} cannot be read ({str(error).strip().splitlines()[0]}); it is "
-                         "truncated or not such a file") from error
+    except ShardError:
+        raise
+    except Exception as error:  # a damaged pickle can raise anything
+        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ShardError(f"{path} cannot be read ({why}); it is truncated or not such a file"
+                         ) from error
+
+
+def _load_chunk(path: Path, n_samples: int | None = None) -> dict[str, Any]:
+    """One file's samples, checked. n_samples: what the index announces, None without one."""
+    data = _load(path)
     absent = [key for key in _NEEDED if not isinstance(data, dict) or key not in data]
     if absent:
         raise ShardError(
             f"{path} holds no {', '.join(absent)}; it is not a file of paired hidden states")
-    drafter, verifier, lengths = (data[key] for key in _NEEDED)
-    n, longest = len(lengths), int(lengths.max()) if len(lengths) else 0
-    fits = all(t.dim() == 3 and len(t) == n and t.shape[1] >= longest for t in (drafter, verifier))
+    lengths = np.asarray(_values(path, "seq_lens", data["seq_lens"]))
+    if lengths.ndim != 1 or (len(lengths) and (lengths.dtype.kind not in "iu" or min(lengths) < 0)):
+        raise ShardError(f"{path}: seq_lens are {lengths.dtype} of shape {list(lengths.shape)}; "
+                         f"expected whole numbers from 0 on, one a sample: {_COPY}")
+    n, longest = len(lengths), max(lengths, default=0)
+    states = {key: _values(path, key, data[key]) for key in _NEEDED[:2]}
+    shapes = {key: _shape(path, key, states[key]) for key in states}
+    fits = all(len(states[key]) == n and len(shapes[key]) == 3 for key in states) and all(
+        len(one) >= length for rows in states.values()
+        for one, length in zip(rows, lengths, strict=True))
     if n_samples not in (None, n) or not fits:
         raise ShardError(
             f"{path} disagrees with itself or the index: {n_samples} samples announced, {n} "
-            f"lengths up to {longest}, states {list(drafter.shape)} and {list(verifier.shape)}; "
-            "restore it from a copy")
-    if len(data.get("metadata") or [None] * n) != n:
-        raise ShardError(f"{path} holds {len(data['metadata'])} lines of metadata for {n} samples; "
-                         "restore it from a copy")
-    return data
+            f"lengths up to {longest}, states {' and '.join(map(str, shapes.values()))}; {_COPY}")
+    lines = data.get("metadata") or [{}] * n
+    if not isinstance(lines, (list, tuple)) or len(lines) != n or not all(
+            isinstance(line, Mapping) for line in lines):
+        held = f"{len(lines)} lines" if isinstance(lines, (list, tuple)) else type(lines).__name__
+        raise ShardError(f"{path} holds {held} of metadata for {n} samples; {_COPY}")
+    return {**states, "seq_lens": lengths.tolist(), "metadata": lines,
+            "config": _config(path, data.get("config"))}
+
+
+def _values(path: Path, key: str, given: Any) -> Any:
+    """A tensor, or a list of them or of numbers; numpy's arrays as tensors. Raises: ShardError for
+    anything else, and for a tensor that is larger than what it stands on."""
+    if isinstance(given, (list, tuple)):
+        return [one if isinstance(one, (int, float)) else _values(path, key, one) for one in given]
+    found = given
+    if isinstance(given, _Array):
+        found = torch.from_numpy(given.values.astype(given.values.dtype.newbyteorder("=")))
+    if not isinstance(found, Tensor):
+        raise ShardError(f"{path}: {key} holds {type(given).__name__}; expected tensors: {_COPY}")
+    plain = found.layout == torch.strided and found.device.type == "cpu" and not found.is_quantized
+    if not plain or found.untyped_storage().nbytes() < found.numel() * found.element_size():
+        raise ShardError(f"{path}: {key} of shape {list(found.shape)} is not whole in the file; "
+                         f"{_COPY}")
+    return found
+
+
+def _shape(path: Path, key: str, rows: Any) -> list[Any]:
+    """[n, S, D] of a tensor, or of n tensors [S, D]; [] of lists that are none. Raises: ShardError
+    for numbers that no shard holds bit for bit."""
+    parts = [rows] if isinstance(rows, Tensor) else rows
+    wrong = {one.dtype for one in parts if isinstance(one, Tensor)} - set(_FLOATS)
+    if wrong:
+        raise ShardError(f"{path}: {key} is of {wrong.pop()}, which no shard holds bit for bit; "
+                         "save it again as torch.float32")
+    if isinstance(rows, Tensor):
+        return list(rows.shape)
+    shapes = [tuple(getattr(one, "shape", ())) for one in rows]
+    alike = all(len(shape) == 2 for shape in shapes) and len({shape[1] for shape in shapes}) < 2
+    return [len(rows), "…", *{shape[1] for shape in shapes}] if alike and shapes else []
+
+
+def _config(path: Path, given: Any) -> dict[str, Any]:
+    """The settings, as JSON gives them back. Raises: ShardError for others than a few plain values,
+    which are counted as they would be written."""
+    left = [10_000]
+
+    def plain(value: Any, depth: int) -> Any:
+        left[0] -= 1
+        if left[0] < 0 or depth > 16:
+            raise ShardError(f"{path}: its config is nested too deep or too large; {_COPY}")
+        if isinstance(value, Mapping):
+            return {str(key)[:200]: plain(one, depth + 1) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [plain(one, depth + 1) for one in value]
+        short = isinstance(value, str) and len(value) <= _TEXT
+        if short or value is None or isinstance(value, int) or (
+                isinstance(value, float) and math.isfinite(value)):
+            return value
+        raise ShardError(f"{path}: its config holds {type(value).__name__}; expected numbers, "
+                         "texts, lists and dicts of these")
+
+    if not isinstance(given, Mapping | None):
+        raise ShardError(f"{path}: its config is {type(given).__name__}, no dict; {_COPY}")
+    return plain(given or {}, 0)
 
 
 def _index(path: Path) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
     """(file, samples) of every chunk, and the config, of a chunked folder or a single file."""
     if not path.is_dir():
         data = _load_chunk(path)
-        return [(path, len(data["seq_lens"]))], dict(data.get("config") or {})
-    if not (path / "index.json").is_file():
+        return [(path, len(data["seq_lens"]))], data["config"]
+    place = path / "index.json"
+    if not place.is_file():
         raise ShardError(f"{path} has no index.json; give the folder that holds it and chunks/, or "
                          "one .pt file")
+    index = read_json(place, ShardError, _COPY)
     try:
-        index = json.loads((path / "index.json").read_text())
-        chunks = [(path / "chunks" / Path(chunk["path"]).name, int(chunk["n_samples"]))
+        chunks = [(path / "chunks" / Path(chunk["path"]).name, operator.index(chunk["n_samples"]))
                   for chunk in index["chunks"]]
-        return chunks, dict(index.get("config") or {})
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path / 'index.json'} is not an index of chunks ({error!r}); restore it "
-                         "from a copy") from error
+        config = index.get("config")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+        raise ShardError(f"{place} is not an index of chunks ({error!r}); {_COPY}") from error
+    return chunks, _config(place, config)
 
 
 def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = None, first: int = 0,
@@ -82,29 +227,35 @@ def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = N
     chunks, config = _index(Path(path))
     done = 0
     for file, n_samples in chunks:
-        if done + n_samples > first:
+        if done + n_samples > first or n_samples < 0:
             data = _load_chunk(file, n_samples)
             for row in range(max(first - done, 0), n_samples):
-                yield _sample(data, row, done + row, config, clips)
+                yield _sample(file, data, row, done + row, config, clips)
                 if progress is not None:
                     progress(1)
         done += n_samples
 
 
-def _sample(data: Mapping[str, Any], row: int, number: int, config: Mapping[str, Any],
+def _sample(file: Path, data: Mapping[str, Any], row: int, number: int, config: Mapping[str, Any],
             clips: Sequence[tuple[str, str]] | None) -> PairedStates:
-    line = dict((data.get("metadata") or {row: {}})[row])
-    scene = int(line.get("sample_idx", number))
+    line = data["metadata"][row]
+    question, *texts = (line.get(key, "") for key in ("question", "egpt_text", "vl_text"))
+    kept = {key: line[key] for key in ("sample_idx", "question_idx", "event_image_key")
+            if key in line}
+    scene = kept.get("sample_idx", number)
+    plain = all(isinstance(one, (str, int)) for one in kept.values())
+    if not (plain and all(isinstance(one, str) and len(one) <= _TEXT for one in (question, *texts))
+            and isinstance(scene, int) and 0 <= scene < 1 << 40):
+        raise ShardError(f"{file}: the metadata of sample {number} holds something else than "
+                         "numbers from 0 on (sample_idx, question_idx) and texts of at most "
+                         f"{_TEXT} characters (question, egpt_text, vl_text); {_COPY}")
     if clips is not None and scene >= len(clips):
         raise ShardError(f"sample {number} is of scene {scene} but the dataset folder has "
                          f"{len(clips)}; give the one it was extracted from")
     sequence, clip = clips[scene] if clips is not None else (UNKNOWN, f"{scene:06d}")
-    n = int(data["seq_lens"][row])
-    states = (data[name][row, :n].clone() for name in _NEEDED[:2])
+    n = data["seq_lens"][row]
+    states = (data[name][row][:n].clone() for name in _NEEDED[:2])
     absent = torch.full((n,), -1, dtype=torch.int64)
-    question, *texts = (str(line.get(key, "")) for key in ("question", "egpt_text", "vl_text"))
-    kept = {key: line[key] for key in ("sample_idx", "question_idx", "event_image_key")
-            if key in line}
     return PairedStates(sequence, clip, question, *states, absent, absent.clone(), "free_running",
                         "post_norm", *texts, str(config.get("split", "")), kept)
 

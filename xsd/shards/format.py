@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
-import re
+import math
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -20,14 +20,14 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from xsd.core import Mode, PairedStates, ShardError, Tap
-from xsd.files import atomic_write
+from xsd.files import atomic_write, parse_json, read_json
+from xsd.shards import manifest as form
+from xsd.shards.manifest import StoredDtype
 
 FORMAT, VERSION = "xsd-shards", 1
 MANIFEST, TIMES = "manifest.json", "times.jsonl"
 ROLES = ("drafter", "verifier")
 
-StoredDtype = Literal["fp32", "bf16", "fp16", "int8"]
-"""How states are stored. int8: each row divided by its own float32 scale, max|row| / 127."""
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
                 "int8": torch.int8}
 _SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
@@ -38,8 +38,6 @@ TEXT_COLUMNS = ("sequence", "clip", "question", "split", "mode", "text_by_drafte
                 "text_by_verifier", "extra")
 SCHEMA = pa.schema([*((name, pa.string()) for name in TEXT_COLUMNS),
                     *((f"n_tokens_{role}", pa.int64()) for role in ROLES)])
-_OWN_NAME = re.compile(
-    r"(shard-\d{6}\.(safetensors|parquet)|head-(drafter|verifier)\.safetensors|times\.jsonl)")
 
 
 @dataclass(frozen=True)
@@ -137,17 +135,17 @@ def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
 
 def unpack(data: bytes) -> list[Row]:
     """The rows of ``pack(rows, with_text=True)``. Raises: ShardError if it is no such file."""
+    again = "it will be extracted again"
     try:
         tensors = load(data)
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-        text = json.loads(header["__metadata__"]["text"])
-    except (SafetensorError, KeyError, ValueError) as error:
-        raise ShardError(
-            f"not a pending piece of a run ({error}); it will be extracted again") from error
-    lengths = {role: tensors.pop(f"offsets_{role}").diff().tolist() for role in ROLES}
-    cut = {name: one.split(lengths[name.rsplit("_", 1)[1]]) for name, one in tensors.items()}
-    return [Row({name: parts[i] for name, parts in cut.items()}, line)
-            for i, line in enumerate(text)]
+        text = parse_json(header["__metadata__"]["text"], "its text", ShardError, again)
+        lengths = {role: tensors.pop(f"offsets_{role}").diff().tolist() for role in ROLES}
+        cut = {name: one.split(lengths[name.rsplit("_", 1)[1]]) for name, one in tensors.items()}
+        return [Row({name: parts[i] for name, parts in cut.items()}, {
+            column: line[column] for column in TEXT_COLUMNS}) for i, line in enumerate(text)]
+    except (SafetensorError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
+        raise ShardError(f"not a pending piece of a run ({error}); {again}") from error
 
 
 def pack_metadata(rows: Sequence[Row]) -> bytes:
@@ -161,18 +159,35 @@ def pack_metadata(rows: Sequence[Row]) -> bytes:
     return out.getvalue()
 
 
+def extra_of(line: str, where: Path) -> dict[str, Any]:
+    """The fields of a sample's ``extra``. Raises: ShardError."""
+    way_out = "run verify and repair, or extract again"
+    found = parse_json(line, f"{where} has a sample whose extra", ShardError, way_out)
+    if not isinstance(found, dict):
+        raise ShardError(f"{where} has a sample whose extra is {type(found).__name__}; {way_out}")
+    return found
+
+
 def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file, if there is one, that hold all the keys."""
+    """The whole lines of a JSON-lines file, if there is one, that hold all the keys; those of a
+    file of more than 64 MB are not read."""
+    if not path.is_file() or path.stat().st_size > 1 << 26:
+        return []
     found = []
-    for text in path.read_text(errors="replace").splitlines() if path.is_file() else ():
-        with contextlib.suppress(ValueError):
+    for text in path.read_text(errors="replace").splitlines():
+        try:
             found.append(json.loads(text))
+        except (ValueError, RecursionError):
+            continue
     return [line for line in found if isinstance(line, dict) and set(keys) <= set(line)]
 
 
 def read_times(folder: Path) -> list[dict[str, Any]]:
-    """What batches took: lines of ``first`` (sample), ``n`` samples and ``seconds``."""
-    return read_lines(folder / TIMES, "first", "n", "seconds")
+    """What batches took: lines of ``first`` (sample), ``n`` samples and ``seconds``; other lines
+    are left out."""
+    return [line for line in read_lines(folder / TIMES, "first", "n", "seconds")
+            if all(type(line[key]) is int and 0 <= line[key] < 1 << 48 for key in ("first", "n"))
+            and line["n"] and type(line["seconds"]) is float and math.isfinite(line["seconds"])]
 
 
 # --- the manifest
@@ -198,34 +213,55 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 def read_manifest(folder: str | Path) -> dict[str, Any]:
     """Raises: ShardError if there is none, or it is of another version, changed, or unknown."""
     path = Path(folder) / MANIFEST
-    try:
-        data = path.read_bytes()
-    except (FileNotFoundError, NotADirectoryError) as error:
+    if not path.exists():
         inside = sorted(found.parent.name for found in Path(folder).glob(f"*/{MANIFEST}"))
         hint = (f"give one of its sub-folders: {', '.join(inside)}"
                 if inside else "run the extraction, or give the folder it wrote")
-        raise ShardError(f"no {MANIFEST} in {folder}; {hint}") from error
-    try:
-        manifest = json.loads(data)
-        kind = manifest["format"], manifest["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ShardError(f"{path} is not a manifest of hidden states; restore it from a copy or "
-                         "extract again into a new folder") from error
+        raise ShardError(f"no {MANIFEST} in {folder}; {hint}")
+    way_out = "restore it from a copy or extract again into a new folder"
+    manifest = read_json(path, ShardError, way_out)
+    kind = tuple(map(manifest.get, ("format", "version"))) if isinstance(manifest, dict) else None
+    if kind in (None, (None, None)):
+        raise ShardError(f"{path} is not a manifest of hidden states; {way_out}")
     if kind != (FORMAT, VERSION):
         raise ShardError(f"{path} is of format {kind[0]!r} version {kind[1]!r} but this code reads "
                          f"{FORMAT!r} version {VERSION}")
-    if _manifest_bytes(manifest) != data:
+    if wrong := form.wrong_field(manifest):
+        raise ShardError(f"{path} says {wrong}, which no writer of this format does; {way_out}")
+    same = _manifest_bytes(manifest) == path.read_bytes()
+    if not same:
         raise ShardError(f"{path} was changed after it was written (its digest differs); restore "
                          "it or extract again into a new folder")
-    for field, known in KINDS.items():
-        if manifest.get(field) not in known:
-            raise ShardError(f"{path} says {field}={manifest.get(field)!r}; expected one of "
-                             f"{', '.join(known)}")
-    for name, _, _ in listed_files(manifest):
-        if not _OWN_NAME.fullmatch(name):
-            raise ShardError(f"{path} names the file {name!r}, which no writer of this format "
-                             "makes; restore the manifest or extract again")
+    if wrong := _contradiction(manifest):
+        raise ShardError(f"{path} contradicts itself: {wrong}; {way_out}")
     return manifest
+
+
+def _contradiction(manifest: Mapping[str, Any]) -> str | None:
+    """What no writer of this format says: another file's name, numbers that do not fit."""
+    first, places = 0, [(manifest["files"].get("times"), TIMES), *(
+        (manifest["heads"].get(role), head_name(role)) for role in ROLES)]
+    for number, shard in enumerate(manifest["shards"]):
+        names = [shard_name(number, kind) for kind in ("safetensors", "parquet")]
+        if names != [shard["file"], shard["metadata_file"]]:
+            return f"it names the file {shard['file']!r} and {shard['metadata_file']!r} in place " \
+                   f"of {names[0]} and {names[1]}"
+        tokens = [shard[f"n_tokens_{role}"] for role in ROLES]
+        if shard["first"] != first or 8 * (2 * shard["n_samples"] + sum(tokens)) > shard["bytes"]:
+            return f"the samples and tokens of {names[0]}"
+        first += shard["n_samples"]
+    for entry, name in places:
+        if entry and entry["file"] != name:
+            return f"it names the file {entry['file']!r} in place of {name}"
+    if first != manifest["n_samples"]:
+        return f"n_samples={manifest['n_samples']} where its shards hold {first}"
+    sizes = [manifest[f"hidden_size_{role}"] for role in ROLES]
+    return "shards of no width" if manifest["shards"] and None in sizes else None
+
+
+def outside(path: Path) -> bool:
+    """Whether a file of a run is a link to somewhere else."""
+    return path.is_symlink() and not path.resolve().is_relative_to(os.path.realpath(path.parent))
 
 
 def listed_files(manifest: Mapping[str, Any]) -> Iterator[tuple[str, int, str]]:

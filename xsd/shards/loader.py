@@ -138,7 +138,8 @@ class Loader(IterableDataset[Batch]):
         return batching.batched(order, **self.bounds)
 
     def _reader(self, memory: Mapping[str, Memory] | None = None) -> ShardReader:
-        own = {"dtype": self.dtype, "n_open": self._n_open, "memory": memory}
+        own = {"dtype": self.dtype, "n_open": self._n_open, "memory": memory,
+               "verify": self.dataset.verify}
         return ShardReader(self.dataset.folder, self.dataset.manifest, **own)
 
     # --- size

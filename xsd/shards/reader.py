@@ -4,6 +4,7 @@ batch itself; only offsets, ids, scales and names are kept. Any number of thread
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 import math
 import os
@@ -16,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 """What states may be delivered in."""
 SCRATCH = 1 << 20
 """Bytes read before they are converted: few enough to be still in the processor's cache then."""
+HEADER, TEXT = 1 << 20, 1 << 20
+"""Largest header of a shard, in bytes (ours have less than 1 kB), and texts of a sample."""
 _SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
                 "I8": torch.int8, "I64": torch.int64}
 _WAY_OUT = "run verify and repair, or extract again"
@@ -37,43 +41,102 @@ def bytes_of(tensor: Tensor) -> np.ndarray:
     return tensor.view(-1).view(torch.uint8).numpy()
 
 
-def read_metadata(path: Path, columns: list[str] | None = None) -> pa.Table:
-    """Of a shard, one line per sample. Raises: ShardError naming a file that cannot be read."""
+def read_checked(folder: Path, entry: Mapping[str, Any], prefix: str = "", *,
+                 verify: bool = True) -> bytes:
+    """A small file that the manifest has an entry of. Raises: ShardError where it is another."""
+    path = folder / entry[f"{prefix}file"]
     try:
-        return pq.read_table(path, columns=columns, use_threads=False)
-    except (pa.ArrowException, OSError) as error:
+        with open(path, "rb") as file:
+            data = file.read(entry[f"{prefix}bytes"] + 1)
+    except OSError as error:
+        raise ShardError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+    if verify and hashlib.sha256(data).hexdigest() != entry[f"{prefix}sha256"]:
+        raise ShardError(f"{path} does not match its checksum; {_WAY_OUT}")
+    return data
+
+
+def read_metadata(folder: Path, entry: Mapping[str, Any], columns: list[str] | None = None, *,
+                  verify: bool = True) -> pa.Table:
+    """Of a shard, one line per sample. Raises: ShardError naming a file that cannot be read, is of
+    another form, or would need more memory than such lines do."""
+    path = folder / entry["metadata_file"]
+    data = read_checked(folder, entry, "metadata_", verify=verify)
+    try:
+        file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(layout.TEXT_COLUMNS))
+        about, names = file.metadata, file.schema_arrow.names
+        packed = {about.row_group(i).column(j).compression for i in range(about.num_row_groups)
+                  for j in range(about.num_columns)}
+        kinds = [getattr(kind, "value_type", kind) for kind in file.schema_arrow.types]
+        if about.num_rows != entry["n_samples"] or not packed <= {"SNAPPY", "UNCOMPRESSED"} or (
+                names != layout.SCHEMA.names) or kinds != layout.SCHEMA.types:
+            raise ValueError(f"{about.num_rows} lines of {', '.join(names)[:200]}")
+        found = file.read(columns, use_threads=False)
+        totals = [entry[name] - pc.sum(found[name]).as_py() for name in found.column_names
+                  if name in entry]
+        if any(column.null_count for column in found.columns) or any(totals):
+            raise ValueError("a line lacks a value, or counts other tokens than the manifest")
+        size = sum(pc.sum(pc.binary_length(part.dictionary).take(part.indices)).as_py() or 0
+                   for column in found.columns for part in column.chunks
+                   if pa.types.is_dictionary(part.type))
+        if size > TEXT * (16 + len(found)):
+            raise ValueError(f"{size >> 20} MB of text")
+        kept = [layout.SCHEMA.field(name) for name in found.column_names]
+        return found.replace_schema_metadata().cast(pa.schema(kept))
+    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
         raise ShardError(f"{path} cannot be read ({error}); {_WAY_OUT}") from error
+
+
+_checked: set[tuple[Any, ...]] = set()
+
+
+def _check_once(file: int, path: Path, digest: str) -> None:
+    """Compare an open file with its checksum, the first time that this process sees it so."""
+    about = os.fstat(file)
+    key = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, digest
+    if key not in _checked:
+        with open(file, "rb", buffering=0, closefd=False) as whole:
+            if hashlib.file_digest(whole, "sha256").hexdigest() != digest:
+                raise ShardError(f"{path} does not match its checksum; {_WAY_OUT}")
+        _checked.add(key)
 
 
 class ShardFile:
     """One open shard. offsets: by role. lengths: per sample, positions that both models have.
-    stored, widths: what the manifest says. Raises: ShardError for a file that is no such shard."""
+    stored, widths: what the manifest says. vocabulary: by role, what ids stay below. verify:
+    compare its checksum, once a process. Raises: ShardError for a file that is no such shard."""
 
-    def __init__(self, path: Path, metadata_path: Path, stored: torch.dtype,
-                 widths: Mapping[str, int]) -> None:
-        self.path, self._metadata_path = path, metadata_path
+    def __init__(self, folder: Path, entry: Mapping[str, Any], stored: torch.dtype,
+                 widths: Mapping[str, int], vocabulary: Mapping[str, int],
+                 verify: bool = True) -> None:
+        self.path = path = folder / entry["file"]
+        self._metadata = functools.partial(read_metadata, folder, entry, verify=verify)
         self._columns: dict[str, np.ndarray] = {}
+        self._vocabulary = vocabulary
         try:
             self._file = os.open(path, os.O_RDONLY)
             # closed once no thread reads from it any more
             weakref.finalize(self, os.close, self._file)
-            size = int.from_bytes(os.pread(self._file, 8, 0), "little")
-            whole = size < os.fstat(self._file).st_size
-            header = json.loads(os.pread(self._file, size, 8)) if whole else {}
+            if verify:
+                _check_once(self._file, path, entry["sha256"])
+            size, end = int.from_bytes(os.pread(self._file, 8, 0), "little"), os.fstat(
+                self._file).st_size
+            header = json.loads(os.pread(self._file, size, 8)) if size < min(end, HEADER) else {}
             header.pop("__metadata__", None)
-            self._tensors = {name: (_SAFETENSORS[entry["dtype"]], list(entry["shape"]),
-                                    8 + size + int(entry["data_offsets"][0]))
-                             for name, entry in header.items()}
+            self._tensors = {name: _tensor(one, 8 + size, end) for name, one in header.items()}
             self.offsets: dict[str, list[int]] = {
                 role: self.column(f"offsets_{role}").tolist() for role in layout.ROLES}
             found = {role: self._tensors[f"hidden_by_{role}"] for role in layout.ROLES}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ShardError(f"{path} cannot be read ({error!r}); {_WAY_OUT}") from error
         steps = {role: np.diff(self.offsets[role]) for role in layout.ROLES}
         for role, (dtype, shape, _) in found.items():
-            begin, end = self.offsets[role][0], self.offsets[role][-1]
-            fits = (dtype, shape, begin) == (stored, [end, widths[role]], 0)
-            if not fits or bool((steps[role] < 0).any()):
+            n, start = entry[f"n_tokens_{role}"], self.offsets[role][:1]
+            # int8 has a scale each; every position has an id
+            columns = [f"{name}_by_{role}" for name in ("ids", "scale")[:1 + (dtype.itemsize == 1)]]
+            long = [self._tensors.get(name, (0, []))[1] == [n] for name in columns]
+            fits = (dtype, shape, start, self.offsets[role][-1:], len(steps[role])) == (
+                stored, [n, widths[role]], [0], [n], entry["n_samples"])
+            if not fits or not all(long) or bool((steps[role] < 0).any()):
                 raise ShardError(f"{path} holds states of the {role} that fit neither its offsets "
                                  f"nor the manifest; {_WAY_OUT}")
         self.lengths: list[int] = np.minimum(*steps.values()).tolist()
@@ -95,13 +158,28 @@ class ShardFile:
                 raise ShardError(f"{self.path} holds no {name} as a list of numbers; {_WAY_OUT}")
             out = torch.empty(shape[0], dtype=dtype)
             self.read(bytes_of(out), name, 0, out.itemsize)
+            ids = self._vocabulary.get(name.removeprefix("ids_by_"))
+            if ids and len(out) and not 0 <= int(out.min()) <= int(out.max()) < ids:
+                raise ShardError(f"{self.path} holds {name} from {out.min()} to {out.max()}, but "
+                                 f"the vocabulary has {ids} tokens; {_WAY_OUT}")
             self._columns[name] = out.numpy()
         return self._columns[name]
 
     @functools.cached_property
     def sequence(self) -> list[str]:
         """The sequence of each sample."""
-        return read_metadata(self._metadata_path, columns=["sequence"])["sequence"].to_pylist()
+        return self._metadata(columns=["sequence"])["sequence"].to_pylist()
+
+
+def _tensor(entry: Mapping[str, Any], start: int, end: int) -> tuple[torch.dtype, list[int], int]:
+    """(dtype, shape, place in the file) of a tensor, from the header. Raises: ValueError for one
+    that does not lie in the file as it says."""
+    dtype, shape = _SAFETENSORS[entry["dtype"]], [int(n) for n in entry["shape"]]
+    first, last = map(int, entry["data_offsets"])
+    whole = math.prod(shape) * dtype.itemsize == last - first and min(shape, default=0) >= 0
+    if not whole or first < 0 or start + last > end:
+        raise ValueError(f"a tensor of shape {shape} in bytes {first} to {last}")
+    return dtype, shape, start + first
 
 
 class Memory:
@@ -134,16 +212,22 @@ class Memory:
 
 class ShardReader:
     """Samples and padded batches of a run folder by (number of the shard, row in it), as ``dtype``.
-    n_open: shards used last that stay open. memory: of batches' states, by role; None for new."""
+    n_open: shards used last that stay open. memory: of batches' states, by role; None for new.
+    verify: compare each shard's checksum when this process first opens it."""
 
     def __init__(self, folder: Path, manifest: Mapping[str, Any], *, dtype: str = "float32",
-                 n_open: int = 16, memory: Mapping[str, Memory] | None = None) -> None:
+                 n_open: int = 16, memory: Mapping[str, Memory] | None = None,
+                 verify: bool = True) -> None:
         if dtype not in DTYPES:
             raise ShardError(f"dtype={dtype!r}; states are delivered as one of {', '.join(DTYPES)}")
         self.dtype, self.memory = DTYPES[dtype], memory
         self._folder, self._manifest, self._n_open = folder, manifest, n_open
+        self._verify = verify
         self._stored = layout.TORCH_DTYPES[manifest["dtype"]]
         self._widths = {role: manifest[f"hidden_size_{role}"] for role in layout.ROLES}
+        sizes = {role: entry["vocab_size"] for role, entry in manifest["heads"].items()}
+        self._vocabulary = {role: sizes.get(role, 1 << 31) for role in layout.ROLES
+                            if manifest["token_ids"]}
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -151,9 +235,9 @@ class ShardReader:
         """An open shard, by its number in the manifest."""
         with self._lock:
             if number not in self._open:
-                entry = self._manifest["shards"][number]
-                paths = (self._folder / entry[name] for name in ("file", "metadata_file"))
-                self._open[number] = ShardFile(*paths, self._stored, self._widths)
+                self._open[number] = ShardFile(self._folder, self._manifest["shards"][number],
+                                               self._stored, self._widths, self._vocabulary,
+                                               self._verify)
                 while len(self._open) > self._n_open:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import copy
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,25 +13,30 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd.core import Batch, Mode, PairedStates, ShardError, Tap
 from xsd.files import sha256_of
 from xsd.shards import format as layout
-from xsd.shards.reader import ShardReader, read_metadata
+from xsd.shards.reader import ShardReader, read_checked, read_metadata
+
+_WAY_OUT = "run verify and repair, or extract again"
 
 
 class ShardDataset:
     """The samples of a finished run folder (or of an ``unfinished`` one's complete shards), in the
     order written, as core.PairedStates with float32 states. drafter_size, verifier_size: widths D_d
-    and D_v. has_token_ids: False where the source kept none (they read as -1). Raises: ShardError
-    if the folder is no such run, is of another mode or tap, or lacks a shard or part of one."""
+    and D_v. has_token_ids: False where the source kept none (they read as -1). verify: compare the
+    checksum of each file when it is first read (of shards, once a process). Raises: ShardError if
+    the folder is no such run, is of another mode or tap, or lacks a shard or part of one."""
 
     def __init__(self, folder: str | Path, *, expected_mode: Mode | None = None,
-                 expected_tap: Tap | None = None, unfinished: bool = False) -> None:
-        self.folder = Path(folder)
+                 expected_tap: Tap | None = None, unfinished: bool = False,
+                 verify: bool = True) -> None:
+        self.folder, self.verify = Path(folder), verify
         self.manifest: dict[str, Any] = layout.read_manifest(self.folder)
         self.mode: Mode = self.manifest["mode"]
         self.tap: Tap = self.manifest["tap"]
@@ -52,11 +56,12 @@ class ShardDataset:
                 f"{self.folder} is not finished ({self.manifest['n_samples']} samples in complete "
                 "shards); run the same extraction again to continue it, or open it with "
                 "unfinished=True")
-        if broken := list(_wrong_sizes(self.folder, self.manifest)):
+        needed = {**self.manifest, "files": {}}  # without the times a run is as readable
+        if broken := list(_wrong_sizes(self.folder, needed)):
             raise ShardError("; ".join(map(str, broken[:3])))
         self._firsts = [shard["first"] for shard in self.manifest["shards"]]
         self._indices: Sequence[int] = range(self.manifest["n_samples"])  # places in the whole run
-        self._reader = ShardReader(self.folder, self.manifest)
+        self._reader = ShardReader(self.folder, self.manifest, verify=verify)
         self._table: pd.DataFrame | None = None
         self._ids: dict[str, list[np.ndarray]] = {}
 
@@ -64,7 +69,8 @@ class ShardDataset:
         return {**self.__dict__, "_reader": None}  # open files do not travel to other processes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__ = {**state, "_reader": ShardReader(state["folder"], state["manifest"])}
+        reader = ShardReader(state["folder"], state["manifest"], verify=state["verify"])
+        self.__dict__ = {**state, "_reader": reader}
 
     @property
     def is_whole(self) -> bool:
@@ -77,7 +83,8 @@ class ShardDataset:
     def __getitem__(self, index: int) -> PairedStates:
         position = range(len(self))[index]  # IndexError out of range, which ends an iteration
         values = self.table().iloc[position][list(layout.TEXT_COLUMNS)].to_dict()
-        values |= {"tap": self.tap, "extra": json.loads(values["extra"])}
+        extra = layout.extra_of(values["extra"], self.folder)
+        values |= {"tap": self.tap, "extra": extra}
         return PairedStates(**values, **self._reader.sample(*self.locate(position)))
 
     def locate(self, index: int) -> tuple[int, int]:
@@ -117,7 +124,7 @@ class ShardDataset:
     def table(self) -> pd.DataFrame:
         """One line per sample: format.SCHEMA and seconds (NaN if unknown)."""
         if self._table is None:
-            parts = (read_metadata(self.folder / shard["metadata_file"])
+            parts = (read_metadata(self.folder, shard, verify=self.verify)
                      for shard in self.manifest["shards"])
             table = pa.concat_tables([layout.SCHEMA.empty_table(), *parts]).to_pandas()
             seconds = np.full(len(table), np.nan)
@@ -134,8 +141,18 @@ class ShardDataset:
                 f"{self.folder} holds states taken before the final norm (tap={self.tap!r}) but "
                 "this head expects 'post_norm'; re-extract with tap='post_norm' or load the head "
                 "together with its norm")
-        with safe_open(path, "pt") as file:
-            return file.get_tensor("weight").float().clone()
+        entry, width = self._head(role), self.manifest[f"hidden_size_{role}"]
+        data = read_checked(self.folder, entry, verify=self.verify)
+        try:
+            weight = load(data)["weight"]
+            fits = weight.is_floating_point() and list(weight.shape) == [
+                entry["vocab_size"], width or weight.shape[-1]] and weight.isfinite().all()
+        except (SafetensorError, KeyError, IndexError) as error:
+            raise ShardError(f"{path} cannot be read ({error}); {_WAY_OUT}") from error
+        if not fits:
+            raise ShardError(f"{path} holds {weight.dtype} of shape {list(weight.shape)}, or NaN; "
+                             f"the states need [{entry['vocab_size']}, {width}]; {_WAY_OUT}")
+        return weight.float()
 
     def draft_vocab_size(self, role: str = "verifier") -> int:
         """Ids below it exist for both models; saved with the head."""
@@ -240,7 +257,9 @@ def _wrong_sizes(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]
     for name, size, _ in layout.listed_files(manifest):
         path = folder / name
         if not path.is_file():
-            yield _damaged(path, "is missing")
+            yield _damaged(path, "is no file" if path.exists() else "is missing")
+        elif layout.outside(path):
+            yield _damaged(path, "is a link that leaves the folder")
         elif path.stat().st_size != size:
             yield _damaged(path, f"has {path.stat().st_size} bytes instead of {size}")
 

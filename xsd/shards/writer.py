@@ -16,7 +16,14 @@ from safetensors.torch import save
 from torch import Tensor
 
 from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap
-from xsd.files import FolderLock, atomic_write, provenance, sha256_of, storage_error
+from xsd.files import (
+    FolderLock,
+    atomic_write,
+    provenance,
+    remove_leftovers,
+    sha256_of,
+    storage_error,
+)
 from xsd.shards import format as layout
 
 
@@ -54,8 +61,7 @@ class ShardWriter:
             raise
 
     def _open(self, settings: dict[str, Any], token_ids: bool, about: dict[str, Any]) -> None:
-        for left in self.folder.glob(".*.part"):  # half-written files of a killed process
-            left.unlink()
+        remove_leftovers(self.folder)
         if (self.folder / layout.MANIFEST).exists():
             self.manifest = layout.read_manifest(self.folder)
             layout.check_same(self.folder, self.manifest, settings)

@@ -53,6 +53,13 @@ def held_out(run_dir: str | os.PathLike[str], data: str, mode: str | None = None
         warnings.warn(f"nobody knows the words and prompts of {found.name} (imported chunks): word "
                       "kinds and the prompt-lookup floor are left out", stacklevel=2)
     texts = about.get("token_texts") or [f"#{token}" for token in range(len(found.head))]
+    asked = set(found.samples["question"])
+    unknown = asked - set(about.get("prompt_ids", asked))
+    if len(texts) < len(found.head) or unknown:
+        raise ParameterError(
+            f"the pair.json beside {dataset.folder} does not fit these pairs ({len(texts)} texts "
+            f"for {len(found.head)} tokens, {len(unknown)} questions without a prompt); run "
+            "notebook 01 (or xsd data extract) again, which writes it anew")
     return dataclasses.replace(found, texts=texts)
 
 

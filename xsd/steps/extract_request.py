@@ -10,9 +10,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from xsd import digests
 from xsd.core import ParameterError, ShardError
 from xsd.extract import pairs, plan, ranks
-from xsd.files import read_json, sha256_of, write_json
+from xsd.files import read_json, sha256_of
 from xsd.runs import folder as run_folder
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.format import TORCH_DTYPES
@@ -94,7 +95,7 @@ class Request:
         """Write extract.json into a run folder. first: only where there is none yet, as before an
         extraction that may be refused. Raises: StorageError."""
         if not (first and (Path(place) / FILE).is_file()):
-            write_json(Path(place) / FILE, self)
+            digests.write_sealed(Path(place) / FILE, self)
 
 
 def here(place: str | Path) -> str:

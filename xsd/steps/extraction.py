@@ -3,29 +3,32 @@ and reading them there."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import TypeAdapter
+
+from xsd import digests
 from xsd.core import ParameterError, ShardError
 from xsd.evaluate import floors, statistics
 from xsd.extract import plan
 from xsd.extract.pairs import MODES
-from xsd.files import is_path, provenance, write_json
+from xsd.files import is_path, provenance
 from xsd.runs import folder, parameters
 from xsd.sensors import folder as dataset_folder
 from xsd.shards import chunks
 from xsd.shards.format import MANIFEST
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
+from xsd.steps import pair_files
 from xsd.steps.extract_request import Request, here, load_request
 
 if TYPE_CHECKING:
     from xsd.models import loading
 
-PAIR_FILE = "shards/pair.json"
+PAIR_FILE = f"shards/{pair_files.NAME}"
 """What later steps need of the pair without loading it: its name, every token's text, the prompts'
 ids."""
 Key = tuple[str, str]
@@ -123,7 +126,7 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
          counts: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
     """Write ``shards/pair.json`` and ``results/extract.json``. counts: of :func:`extract`. Returns
     the results, with how templated the answers are."""
-    save_pair_file(folder.resolve(given.run_dir) / "shards", pair, given.pair,
+    pair_files.save(folder.resolve(given.run_dir) / "shards", pair, given.pair,
                    {one.question for some in samples.values() for one in some},
                    # as given: a dataset folder is found again by its path
                    data=given.data, test_data=list(given.test_data), loads=given.loads)
@@ -153,19 +156,6 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
     return results
 
 
-def save_pair_file(place: Path, pair: loading.Pair, name: str, questions: set[str],
-                   **more: Any) -> None:
-    """Write ``pair.json`` beside extracted pairs: what later steps need of the models."""
-    verifier = pair.verifier
-    prompts = {question: [token for part in verifier.prompt_ids(question) for token in part]
-               for question in questions}
-    write_json(place / "pair.json", {
-        "pair": name, "eos": sorted(verifier.eos_token_ids), "prompt_ids": prompts,
-        "token_texts": [verifier.token_text(token) for token in range(verifier.vocab_size)],
-        "event_canvas": pair.event_canvas, **more
-    })
-
-
 # --- reading
 
 
@@ -173,10 +163,10 @@ def pair_file(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     """pair, eos, prompt_ids by question, token_texts by id. Raises: ParameterError when nothing was
     extracted here."""
     path = folder.resolve(run_dir) / PAIR_FILE
-    if not path.is_file():
+    if not path.exists():
         raise ParameterError(
             f"the run {run_dir} holds no extraction; run notebook 01 with run_dir={run_dir} first")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return pair_files.read(path)
 
 
 def stored(data: str, split: str) -> Path | None:
@@ -243,9 +233,9 @@ def known(pairs: ShardDataset) -> dict[str, Any]:
     """What is known of the models behind stored pairs, from the ``pair.json`` beside them: pair,
     eos, prompt_ids, token_texts; {} of imported chunks."""
     beside = [pairs.folder, *pairs.folder.resolve().parents[:2]]
-    found = (place / "pair.json" for place in beside)
-    path = next((one for one in found if one.is_file()), None)
-    return json.loads(path.read_text(encoding="utf-8")) if path else {}
+    found = (place / pair_files.NAME for place in beside)
+    path = next((one for one in found if one.exists()), None)
+    return pair_files.read(path) if path else {}
 
 
 def clips_of(run_dir: str | os.PathLike[str], split: str, data: str,
@@ -269,13 +259,18 @@ def remember(run_dir: str | os.PathLike[str], split: str, sets: Iterable[ShardDa
     places = [str(one.folder.resolve()) for one in sets if not one.folder.is_relative_to(own)]
     after = {**before, split: list(dict.fromkeys([*before.get(split, ()), *places]))}
     if places and after != before:
-        write_json(own / "named.json", after)
+        digests.write_sealed(own / "named.json", after)
 
 
 def named(run_dir: str | os.PathLike[str]) -> dict[str, list[str]]:
     """Folders of the sets from elsewhere that a run used, by split."""
     path = folder.resolve(run_dir) / "shards" / "named.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.exists():
+        return {}
+    again = "delete it and run notebooks 02 and 04 again"
+    with folder.as_written(path):
+        found = folder.read_record(path, again)
+        return TypeAdapter(dict[str, list[str]]).validate_python(found)
 
 
 def held_out_names(run_dir: str | os.PathLike[str]) -> list[str]:

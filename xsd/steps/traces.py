@@ -1,18 +1,19 @@
 """Token ids of two models as a run, without any model: agreement, duplicates, floors, replayed
 schedules. Of models that ran elsewhere the file is::
 
-    {"question": "…", "rows": [{"clip": 0, "drafter_ids": [512, …], "verifier_ids": [450, …]}, …]}
+    {"question": "…", "eos": [2], "rows": [
+        {"clip": 0, "drafter_ids": [512, …], "verifier_ids": [450, …, 2]}, …]}
 
-A row may name its own ``question`` and ``sequence``; without sequences the rows are cut, in file
-order, into blocks of neighbouring clips, which intervals draw. The drafter's ids come from its
-*own* text (free-running), so "agreement" compares the same place in two texts.
+``eos``: the ids that end an answer (2, of Llama, where the file names none). A row may name its own
+``question`` and ``sequence``; without sequences the rows are cut, in file order, into blocks of
+neighbouring clips, which intervals draw. The drafter's ids come from its *own* text (free-running),
+so "agreement" compares the same place in two texts.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ from xsd.decode import replay
 from xsd.decode.prices import Prices
 from xsd.evaluate import floors, rounds, statistics
 from xsd.evaluate.held_out import HeldOut
-from xsd.files import provenance, sha256_of, write_json
+from xsd.files import FolderLock, provenance, read_json, remove_leftovers, sha256_of, write_json
 from xsd.runs import folder
 from xsd.steps import cached, evaluation, extraction
 
 EOS = frozenset({2})
-"""Of the Llama vocabulary, which both 7B models use."""
+"""Of the Llama vocabulary, which both 7B models use: taken where a file names none."""
 
 
 @dataclass(frozen=True)
@@ -47,38 +48,60 @@ class Trace:
 
 
 def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
-    """The rows of a trace file, each with a sequence (its own, or ``block NN``). Raises:
-    DatasetError naming the row, when the file is missing or none, a row lacks a field, has ids that
-    are not whole numbers from 0 on, or no verifier token; also when there is no row."""
-    path = Path(path)
-    try:
-        loaded = json.loads(path.read_text(encoding="utf-8"))
-        rows, question = loaded["rows"], loaded.get("question", "")
-    except FileNotFoundError as error:
-        raise DatasetError(f"there is no trace file {path}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        form = "{question, rows: [{clip, drafter_ids, verifier_ids}]}"
-        raise DatasetError(f"{path} is no trace file ({error}); expected {form}") from error
+    """A trace file's rows, each with a sequence (its own, or ``block NN``); as read_file raises."""
+    return read_file(path, blocks=blocks)[0]
+
+
+def read_file(path: str | Path, *, blocks: int = 10) -> tuple[list[Trace], frozenset[int]]:
+    """The rows as :func:`read` gives them, and the ids that end an answer. Raises: DatasetError
+    naming the row, when the file is missing or none, a row lacks a field, has ids that are no token
+    ids, no verifier token, or goes on behind its end; also when there is no row."""
+    path, form = Path(path), "{question, eos, rows: [{clip, drafter_ids, verifier_ids}]}"
+    if not path.is_file():
+        held = "is a folder, and holds no stored pairs" if path.is_dir() else "is not there"
+        raise DatasetError(f"there is no trace file {path} (it {held}); give a trace file or what "
+                           "xsd data extract wrote")
+    loaded = read_json(path, DatasetError, f"it is no trace file; expected {form}")
+    if not isinstance(loaded, dict) or "rows" not in loaded:
+        raise DatasetError(f"{path} is no trace file; expected {form}")
+    rows, question, eos = (loaded.get(name) for name in ("rows", "question", "eos"))
     if not isinstance(rows, list):
         raise DatasetError(f"{path}: rows must be a list of objects, not {type(rows).__name__}")
     if not rows:
         raise DatasetError(f"{path} holds no row; export the answers again")
+    ends = [eos] if isinstance(eos, int) else sorted(EOS) if eos is None else eos
+    if not _are_ids(ends):
+        raise DatasetError(f"{path}: eos must be the token id that ends an answer, or a list of "
+                           f"them, not {str(eos)[:60]}")
     found, count = [], min(blocks, len(rows))
     for i, row in enumerate(rows):
         if not isinstance(row, dict) or not {"clip", "drafter_ids", "verifier_ids"} <= row.keys():
             raise DatasetError(f"{path}: row {i} lacks clip, drafter_ids or verifier_ids")
-        sequence = str(row.get("sequence", f"block {i * count // len(rows):02d}"))
+        about = {"sequence": f"block {i * count // len(rows):02d}", "question": question or "",
+                 "unseen": "", **row}
+        names = [about[name] for name in ("clip", "sequence", "question", "unseen")]
+        if not all(isinstance(one, (str, int, float)) and len(str(one)) < 10_000 for one in names):
+            raise DatasetError(f"{path}: clip, sequence, question and unseen of row {i} must be "
+                               "texts or numbers")
         for name in ("drafter_ids", "verifier_ids"):
-            ids = row[name]
-            if not isinstance(ids, list) or not all(isinstance(x, int) and x >= 0 for x in ids):
+            if not _are_ids(row[name]):
                 raise DatasetError(f"{path}: {name} of row {i} must be a list of token ids (whole "
-                                   "numbers from 0 on)")
-        if not row["verifier_ids"]:
+                                   "numbers from 0 on, below 2^31)")
+        own = row["verifier_ids"]
+        if not own:
             raise DatasetError(f"{path}: row {i} has no verifier token; drop it")
-        found.append(Trace(str(row["clip"]), sequence, str(row.get("question", question)),
-                           tuple(row["drafter_ids"]), tuple(row["verifier_ids"]),
-                           str(row.get("unseen", ""))))
-    return found
+        if inside := set(own[:-1]) & set(ends):
+            whose = "Llama's: the file names no eos" if eos is None else "the file's eos"
+            raise DatasetError(f"{path}: the verifier's answer of row {i} goes on behind "
+                               f"{min(inside)}, which ends answers ({whose}); cut the answers "
+                               "there, or name the right id in the file's eos")
+        clip, sequence, asked, unseen = map(str, names)
+        found.append(Trace(clip, sequence, asked, tuple(row["drafter_ids"]), tuple(own), unseen))
+    return found, frozenset(ends)
+
+
+def _are_ids(ids: Any) -> bool:
+    return isinstance(ids, list) and all(type(one) is int and 0 <= one < 1 << 31 for one in ids)
 
 
 def of(pairs: HeldOut) -> list[Trace]:
@@ -90,9 +113,10 @@ def of(pairs: HeldOut) -> list[Trace]:
             for row, drafter, own, scene in rows if own]
 
 
-def write(path: str | Path, traces: Sequence[Trace]) -> None:
+def write(path: str | Path, traces: Sequence[Trace], eos: Iterable[int] = EOS) -> None:
     """The same file format, so that a run of this project can be handed on."""
-    write_json(path, {"question": "", "rows": [dataclasses.asdict(one) for one in traces]})
+    write_json(path, {"question": "", "eos": sorted(eos),
+                      "rows": [dataclasses.asdict(one) for one in traces]})
 
 
 def arms(traces: Sequence[Trace], *, ngram: int = 4) -> dict[str, floors.Floor]:
@@ -172,7 +196,8 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
         raise ParameterError(f"{path} holds no states for adapters to read; give a folder of "
                              "stored pairs, or no adapters")
     else:
-        traces, eos, origin = read(path, blocks=blocks), EOS, (sha256_of(path), "free_running")
+        traces, eos = read_file(path, blocks=blocks)
+        origin = sha256_of(path), "free_running"
     clusters = [trace.sequence for trace in traces]
     answers = [trace.verifier_ids for trace in traces]
     tried = arms(traces, ngram=ngram)
@@ -200,8 +225,12 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
             "schedule": schedule(traces, floor, gamma=gamma, gamma_prefill=gamma_prefill,
                                  eos=eos, prices=priced),
         }
-    folder.save_tokens(run_dir, token_table(traces, tried, data=path.stem))
-    folder.save_results(run_dir, "traces", found)
+    found["eos"] = sorted(eos)
+    found["ended"] = sum(trace.verifier_ids[-1] in eos for trace in traces)
+    with FolderLock(folder.resolve(run_dir), "traces.lock"):
+        remove_leftovers(folder.resolve(run_dir))
+        folder.save_tokens(run_dir, token_table(traces, tried, data=path.stem))
+        folder.save_results(run_dir, "traces", found)
     return found
 
 
@@ -263,6 +292,9 @@ def text(found: Mapping[str, Any]) -> str:
     lines += [f"{role}: {rate['shared']:.1%} of the answers equal another one, "
               f"{rate['repeated']:.1%} repeat an earlier one"
               for role, rate in found["duplicates"].items()]
+    if not found["ended"]:
+        lines.append(f"no answer ends with {', '.join(map(str, found['eos']))}: all are taken as "
+                     "cut short; name the models' end of answer in the file's eos")
     if len(found["arms"]) == 1:
         lines.append("one sequence alone: there is nothing to train the tables on")
     return "\n".join([*lines, table(found).to_string(index=False)])
