@@ -83,6 +83,40 @@ def test_partly_right_drafts_are_lossless_on_a_real_model(pair, samples, overlap
         assert {r.n_accepted for r in got.rounds} >= {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("name", ["ar", "hf_generate", "hf_prompt_lookup", "drafter", "L1", "L5F"])
+def test_every_arm_meets_the_last_position_as_the_plain_loop_does(name, pair, adapters, samples,
+                                                                 monkeypatch):
+    """The same tokens up to it, though a draft would reach beyond, and the same sentence there."""
+    length = pair.verifier.prefill(samples[0]).length
+    whole = autoregressive.generate(pair.verifier, samples[0], 6)
+    monkeypatch.setattr(pair.verifier, "max_positions", length + 5)
+    arm = build(name, pair, adapters)
+    assert arm.run(samples[0], 6).ids == whole.ids and whole.finish == "length"
+    with pytest.raises(ParameterError, match=f"need {length + 6} positions, but the verifier has "
+                                             f"{length + 5}"):
+        arm.run(samples[0], 7)
+
+
+def test_a_drafter_without_positions_left_drafts_no_more(pair, adapters, samples, monkeypatch):
+    monkeypatch.setattr(pair.drafter, "max_positions", pair.drafter.prefill(samples[0]).length + 2)
+    got = build("drafter", pair, adapters).run(samples[0], LENGTH)
+    assert got.ids == autoregressive.generate(pair.verifier, samples[0], LENGTH).ids
+    assert not got.rounds[-1].drafted
+
+
+def test_settings_of_the_models_generation_do_not_reach_an_arm(tmp_path, samples):
+    folder = make_tiny_pair(tmp_path)
+    path = folder / "verifier" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {
+        "repetition_penalty": 3.0, "no_repeat_ngram_size": 2, "min_new_tokens": 9, "num_beams": 2,
+        "return_dict_in_generate": True, "use_cache": False, "suppress_tokens": [5, 6, 7]}))
+    with pytest.warns(UserWarning, match="not used, every answer here is the model's plain greedy"):
+        changed = loading.load_pair(folder)
+    own = autoregressive.generate(changed.verifier, samples[0], LENGTH).ids
+    for name in ("hf_generate", "hf_prompt_lookup"):
+        assert arms.build(name, changed, {}).run(samples[0], LENGTH).ids == own
+
+
 def test_the_drafters_cache_equals_a_fresh_prefill_and_extend(pair, samples):
     track, fresh = tracks.DrafterTrack(pair.drafter), tracks.DrafterTrack(pair.drafter)
     for each in (track, fresh):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from toy_decoder import EOS, WIDTH, OracleProposer, ToyDecoder
 
-from xsd.core import LosslessError, ParameterError
+from xsd.core import CheckpointError, LosslessError, ParameterError
 from xsd.decode import autoregressive, certificate, speculative
 
 BODY = (3, 1, 4, 1, 5, 9, 2, 6)
@@ -158,3 +158,31 @@ def test_logits_of_both_passes_are_read_at_the_same_positions():
     one, many = (f(ToyDecoder(), BODY, BODY)
                  for f in (certificate._one_row, certificate._many_rows))
     assert torch.equal(one, many) and one.argmax(-1).tolist() == list(BODY)
+
+
+class NoNumbers(ToyDecoder):
+    """Every logit is NaN."""
+    def prefill(self, sample):
+        state = super().prefill(sample)
+        state.logits = state.logits * float("nan")
+        return state
+
+    def extend(self, state, ids):
+        hidden, logits = super().extend(state, ids)
+        return hidden, logits * float("nan")
+
+
+def test_logits_that_are_no_numbers_prove_nothing():
+    verdict = certificate.certify(NoNumbers(), BODY, [3, 1, 4], [3, 1, 5])
+    assert verdict.outcome == "divergence" and "not finite" in verdict.reason
+    nan = certificate.NoiseFloor(float("nan"), 3)
+    verdict = certificate.certify(ToyDecoder(), BODY, [3, 1, 4], [3, 1, 5], floor=nan)
+    assert verdict.outcome == "divergence" and "not finite" in verdict.reason
+    with pytest.raises(LosslessError, match="not finite"):
+        certificate.require_lossless([("sample", verdict)], allow_near_ties=True)
+    said = OracleProposer(lambda known, gamma: [3, 1, 4][len(known):])
+    for decode in (lambda: autoregressive.generate(NoNumbers(), BODY, 4),
+                   lambda: speculative.generate(NoNumbers(), said, BODY, gamma=2, max_new_tokens=4),
+                   lambda: certificate.noise_floor(NoNumbers(), [BODY], [[3, 1, 4]])):
+        with pytest.raises(CheckpointError, match="the model gives NaN or infinity"):
+            decode()

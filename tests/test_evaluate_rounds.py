@@ -80,6 +80,19 @@ def test_live_rounds_enter_the_same_schema():
         from_requests(live, gamma=2)
 
 
+def test_rounds_without_drafts_count_in_no_figure():
+    """A first token nobody drafted, a full round, a step without room for a draft."""
+    times = {"draft_start_s": 0.0, "draft_end_s": 0.1, "verify_start_s": 0.1, "verify_end_s": 0.2}
+    rounds = [Round((), 0, 15, phase="prefill_hiding", **times), Round((4, 7, 9), 3, 13, **times),
+              Round((), 0, 21, **times)]
+    figures = Acceptance.of(from_requests([rounds]))
+    assert (figures.n_rounds, figures.mean_accepted, figures.marginal) == (1, 3.0, (1.0, 1.0, 1.0))
+    assert figures.convention("vllm")["mean_acceptance_length"] == 4.0
+    assert figures.mean_accepted_per_request == 3.0 and figures.n_bonus == 1
+    with pytest.raises(MetricError, match="no round was recorded"):
+        from_requests([rounds], phase="prefill_hiding")
+
+
 @pytest.mark.parametrize("change", [{"histogram": (0, 2, 0, 1)}, {"n_bonus": 7},
                                     {"drafted_at": (3, 1, 3)}, {"n_drafted": 70}])
 def test_figures_that_contradict_each_other_are_refused(change):

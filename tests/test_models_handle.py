@@ -10,6 +10,7 @@ from tiny_pair import make_samples
 from transformers import AutoTokenizer, VideoLlavaForConditionalGeneration
 
 from xsd import core
+from xsd.decode import autoregressive
 from xsd.models import handle as handles
 from xsd.models import loading
 
@@ -209,6 +210,59 @@ def test_empty_input_is_refused_with_a_sentence():
             dataclasses.replace(SAMPLES[0], video=np.zeros((0, 4, 4, 3), np.uint8)))
     with pytest.raises(ValueError, match="one answer for each sample"):
         pair.drafter.force(SAMPLES, [])
+
+
+def with_positions(role, most):
+    """A handle whose model has so many positions, and prompts of the tests' questions in it."""
+    handle = handle_of(role).plain()
+    handle.max_positions = most
+    return handle
+
+
+@ROLES
+def test_an_answer_that_reaches_the_last_position_gets_one_sentence_everywhere(role):
+    sample, own = SAMPLES[0], handle_of(role)
+    length = own.prefill(sample).length
+    handle = with_positions(role, length + 4)
+    handle.eos_token_ids = own.eos_token_ids - {2}  # nothing ends it
+    sentence = (f"prompt and answer need {length + 5} positions, but the {role} has {length + 4} ")
+    whole = autoregressive.generate(handle, sample, 5)
+    assert handle.generate([sample], 5)[0].ids.tolist() == list(whole.ids)
+    said = torch.tensor([*whole.ids, 7])
+    assert len(handle.force([sample], [said[:5]])[0].ids) == 5
+    with pytest.raises(core.ParameterError, match=sentence):
+        autoregressive.generate(handle, sample, 6)
+    with pytest.raises(core.ParameterError, match=sentence):
+        handle.generate(SAMPLES[:2], 6)
+    with pytest.raises(core.ParameterError, match=sentence):
+        handle.force([sample], [said])
+
+
+@ROLES
+def test_a_prompt_beyond_the_positions_is_refused_before_the_tower_runs(role, monkeypatch):
+    handle = with_positions(role, 64)
+    monkeypatch.setattr(handle, "_encode_images", lambda images: pytest.fail("the tower ran"))
+    for question, sentence in (("word " * 500, r"need \d+ positions, but the .* has 64 "),
+                               ("x" * 200_000, "200000 characters is longer than the 64 pos")):
+        sample = dataclasses.replace(SAMPLES[0], question=question)
+        for ask in (handle.prefill, lambda one: handle.generate([one], 2),
+                    lambda one: handle.force([one, one], [torch.tensor([5])] * 2)):
+            with pytest.raises(core.ParameterError, match=sentence):
+                ask(sample)
+    with pytest.raises(core.ParameterError, match=r"need \d+ positions"):
+        with_positions(role, len(handle_of(role).prompt_ids("What?")[0]) + 20).prefill(SAMPLES[0])
+
+
+@ROLES
+def test_logits_that_are_no_numbers_are_said(role, monkeypatch):
+    handle = handle_of(role).plain()
+    monkeypatch.setattr(handle, "lm_head", lambda hidden: hidden.new_full((*hidden.shape[:-1], 9),
+                                                                          float("nan")))
+    for answer in (lambda: handle.generate(SAMPLES[:1], 2), lambda: autoregressive.generate(
+            handle, SAMPLES[0], 2), lambda: handle.force(SAMPLES[:1], [torch.tensor([5, 6])])):
+        with pytest.raises(core.CheckpointError, match=f"the {role} gives NaN or infinity .* load "
+                                                       "it with --dtype float32 or bfloat16"):
+            answer()
 
 
 def test_one_frame_or_five_change_the_prompt_length():

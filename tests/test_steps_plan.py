@@ -2,6 +2,8 @@
 what it says to do."""
 
 import dataclasses
+import json
+import shutil
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ from tiny_pair import make_tiny_pair
 from xsd import cli, core
 from xsd.core import CheckpointError, ParameterError
 from xsd.models import full_size, loading, planning, quantization
+from xsd.runs import doctor
 from xsd.shards.writer import ShardWriter
 from xsd.steps import plan
 
@@ -189,3 +192,18 @@ def test_doctor_names_a_pair_that_does_not_load(tmp_path, capsys):
     assert cli.main(["doctor", "--pair", str(tmp_path)]) == 1
     assert "[bad ] the pair does not load or run: " in capsys.readouterr().out
     assert plan.examine("embedded", device="cuda")[0].state == "bad" or torch.cuda.is_available()
+
+
+def test_doctor_names_settings_that_are_not_used_and_a_disk_that_cannot_be_written(
+        pair_folder, tmp_path, monkeypatch):
+    folder = shutil.copytree(pair_folder, tmp_path / "pair")
+    path = folder / "verifier" / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"repetition_penalty": 1.3}))
+    said = [str(finding) for finding in plan.examine(str(folder))]
+    assert any(line.startswith("[note] ") and "sets repetition_penalty=1.3: not used" in line
+               for line in said)
+    assert doctor.disk(tmp_path).state == "ok"
+    refuse = OSError(30, "Read-only file system")
+    monkeypatch.setattr(doctor.tempfile, "TemporaryFile", lambda **_: (_ for _ in ()).throw(refuse))
+    assert "cannot be written (Read-only file system)" in doctor.disk(tmp_path).what
+    assert doctor.disk(tmp_path).state == "bad"

@@ -17,7 +17,7 @@ LAYOUTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.b
 ADAPTERS = ("adapter_config.json", "adapter_model.safetensors", "adapter_model.bin")
 _MOST_BYTES = 1 << 26
 """Of a JSON, vocabulary or template file (the largest vocabularies known take 40 MB)."""
-_MOST = {"num_hidden_layers": 1000, "hidden_size": 10**6, "intermediate_size": 10**7,
+_MOST = {"num_hidden_layers": 256, "hidden_size": 10**6, "intermediate_size": 10**7,
          "vocab_size": 10**8, "num_attention_heads": 10**4, "num_key_value_heads": 10**4,
          "head_dim": 10**5, "max_position_embeddings": 10**8, "projection_dim": 10**6,
          "num_channels": 1000, "image_size": 10**4, "patch_size": 10**4,
