@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
 import struct
 import zipfile
@@ -291,3 +292,15 @@ def test_what_is_proportionate_is_read(tmp_path):
         x=np.zeros(n, int), y=np.zeros(n, int), t=np.arange(n), p=np.ones(n, int)))
     assert len(read_events(tmp_path / "a.npz")) == n
     containers.check_size(tmp_path / "a.npz", 64 << 20)
+
+
+def test_the_sentences_of_the_page_are_those_of_the_code():
+    tables = [line for line in (ROOT / "docs/sensors.md").read_text().splitlines()
+              if line.startswith("|") and "…" in line.rsplit("|", 2)[1]]
+    code = "".join(path.read_text() for room in ("sensors", "steps", "embedded")
+                   for path in (ROOT / "xsd" / room).glob("*.py"))
+    code += (ROOT / "xsd/files.py").read_text()
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # one text over several lines
+    pieces = [piece.strip("; ") for line in tables
+              for piece in line.rsplit("|", 2)[1].split("…") if piece.strip("; ")]
+    assert len(pieces) > 60 and [piece for piece in pieces if piece not in code] == []

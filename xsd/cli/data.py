@@ -41,9 +41,9 @@ app = Typer(help="Dataset folders, paired hidden states, answers made elsewhere.
 
 @app.command(epilog=examples("xsd data simulate data/drives -n 50",
                              "xsd data simulate data/drives --split test -n 20"))
-def simulate(folder: Path, split: Split = SPLIT, seed: int = 0,
-             n: int = Option(4, "-n", "--sequences", help="drives"),
-             workers: int = Option(1, help="processes")) -> None:
+def simulate(folder: Path, split: Split = SPLIT, seed: int = Option(0, min=0),
+             n: int = Option(4, "-n", "--sequences", min=1, help="drives"),
+             workers: int = Option(1, min=1, help="processes")) -> None:
     """Write a dataset folder of simulated drives."""
     from xsd.embedded import drive
 

@@ -20,7 +20,7 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 
 
 MOST_PIXELS, MOST_FRAMES, MOST_BYTES = 1 << 24, 100_000, 2 << 30
-"""Of a picture; of a video that is sampled to its end; of what is kept of one."""
+"""Of a picture; of a video; of what is kept of one."""
 _KINDS = {"mov": rb".{4}(ftyp|moov|mdat|free|skip|wide)", "matroska": rb"\x1aE\xdf\xa3",
           "avi": rb"RIFF.{4}AVI ", "mpeg": rb"\0\0\x01\xba"}
 """What files of each of FFmpeg's containers begin with. It is told which to use: asked to guess, it
@@ -101,9 +101,9 @@ def read(path: str | Path, *, max_seconds: float = 10.0,
                 break
             pictures.append(_small(upright(frame, path), max_side))
             times.append(time_us)
-            if pictures[-1].nbytes * len(pictures) > MOST_BYTES:
-                raise VideoError(f"{path}: {len(pictures)} frames of its first {max_seconds} s "
-                                 f"take {MOST_BYTES >> 30} GB; give less max_seconds or max_side")
+            if (n := len(pictures)) > min(MOST_FRAMES, MOST_BYTES // pictures[-1].nbytes):
+                raise VideoError(f"{path}: {n} frames of its first {max_seconds} s are more than "
+                                 "fits; give less max_seconds or max_side")
     return _stacked(pictures, path), np.array(times, np.int64) - times[0]
 
 
