@@ -115,7 +115,9 @@ def h5_node(file: Any, name: str) -> Any:
 def h5_part(file: Any, node: Any, part: slice = slice(None)) -> np.ndarray:
     """Rows of a dataset that :func:`h5_node` found. Raises: EventError where they are too many."""
     length = len(range(*part.indices(node.shape[0]))) if node.shape else 1
-    check_size(Path(file.filename), length * math.prod(node.shape[1:]) * node.dtype.itemsize)
+    columns = 1 if node.dtype.names or len(node.shape) > 1 else 4  # three more come with it
+    check_size(Path(file.filename),
+               columns * length * math.prod(node.shape[1:]) * node.dtype.itemsize)
     return node[part] if node.shape else np.asarray(node[()])
 
 
