@@ -265,13 +265,13 @@ def import_object(text: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except ImportError as error:
-        raise ParameterError(
-            f"{text!r} cannot be imported ({error}); put {module.partition('.')[0]}.py into the "
-            "working directory or install it") from error
     except AttributeError as error:
         raise ParameterError(
             f"the module {module} holds no {name}; check the name behind the colon") from error
+    except Exception as error:  # it is run: it may raise anything
+        raise ParameterError(
+            f"{text!r} cannot be imported ({error}); put {module.partition('.')[0]}.py into the "
+            "working directory or install it") from error
     finally:
         for folder in added:
             sys.path.remove(folder)

@@ -3,18 +3,18 @@ some of its rows only (a reduced draft vocabulary: docs/adapters.md, section 4).
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from xsd import files
+from xsd.adapters import tensor_files
 from xsd.core import CheckpointError, ParameterError
 
 CHUNK = 1024
@@ -46,34 +46,46 @@ def read(path: str | Path, width: int | None = None) -> Tensor:
     CheckpointError when there is none, more than one, it is damaged or of another width."""
     path = Path(path)
     found = sorted(path.rglob("head-verifier.safetensors")) if path.is_dir() else [path]
-    if len({files.sha256_of(one) for one in found if one.is_file()}) != 1:
+    digests = {files.sha256_of(one): one for one in found if one.is_file()}
+    if len(digests) != 1:
         why = "does not exist"
         if path.is_dir():
             why = f"holds {len(found)} different" if found else "holds no"
             why += " LM heads of a verifier (head-verifier.safetensors)"
         raise CheckpointError(f"{path} {why}; give the head's own file")
+    ((digest, file),) = digests.items()
+    _check_listed(file, digest)
     try:
-        if found[0].suffix == ".safetensors":
-            data = safetensors.torch.load_file(found[0])
-        else:
-            mapped = zipfile.is_zipfile(found[0])
-            data = torch.load(found[0], map_location="cpu", weights_only=True, mmap=mapped)
-    except Exception as error:  # a damaged pickle can raise anything
-        raise CheckpointError(f"{path} is damaged, or would run code ({type(error).__name__}); "
-                              "save the head's weight alone") from error
-    values = data.values() if isinstance(data, dict) else [data]
-    matrices = [value for value in values if isinstance(value, Tensor) and value.dim() == 2]
+        held = tensor_files.read_any(file) if file.suffix == ".safetensors" else (
+            tensor_files.read_pt(file))
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is damaged, or would run code "
+                              f"({tensor_files.short(error.__cause__ or error)}); save the head's "
+                              "weight alone") from error
+    values = held.values() if isinstance(held, Mapping) else [held]
+    matrices = {str(number): value for number, value in enumerate(values)
+                if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()}
     if len(matrices) != 1:
         raise CheckpointError(f"{path} holds {len(matrices)} matrices; expected the one LM head of "
                               "shape [V, D]")
-    bytes_ = matrices[0].numel() * matrices[0].element_size()
-    if not matrices[0].is_floating_point() or matrices[0].untyped_storage().nbytes() < bytes_:
-        raise CheckpointError(f"{path} holds a matrix of {matrices[0].dtype} that is no head, or "
-                              "is not whole in the file; save the head's weight alone")
-    if width not in (None, matrices[0].shape[1]):
-        raise CheckpointError(f"the head in {path} is for states {matrices[0].shape[1]} wide and "
+    (head,) = tensor_files.plain(matrices, file.stat().st_size, path).values()
+    if width not in (None, head.shape[1]):
+        raise CheckpointError(f"the head in {path} is for states {head.shape[1]} wide and "
                               f"these are {width} wide; give the head of their verifier")
-    return matrices[0].float()
+    return head.float()
+
+
+def _check_listed(file: Path, digest: str) -> None:
+    """Raises: CheckpointError when the manifest beside a head knows it otherwise."""
+    manifest = file.parent / "manifest.json"
+    if not manifest.is_file():
+        return
+    held = files.read_json(manifest, CheckpointError, "extract again")
+    with contextlib.suppress(KeyError, TypeError, AttributeError):  # a manifest of something else
+        listed = {one["file"]: one["sha256"] for one in held["heads"].values()}
+        if listed.get(file.name, digest) != digest:
+            raise CheckpointError(f"{file} does not match the checksum in its manifest; repair the "
+                                  "run (xsd data repair) or give another head")
 
 
 def draft_head(weight: Tensor, ids: Tensor) -> DraftHead:

@@ -4,15 +4,15 @@ folder ``B1`` it was written to, or ``level="B1"``, tells the two apart."""
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from xsd.adapters import tensor_files
 from xsd.core import CheckpointError
 
 _LEVELS = {
@@ -52,18 +52,37 @@ class _PlainConfig:
     """Stands in for the configuration class pickled in the reference's L1 files."""
 
 
+class _Dtype:
+    """Stands in for numpy's dtype, so that a number is read and no object made."""
+
+    def __init__(self, text: str, *_: Any) -> None:
+        self.text = text
+
+    def __setstate__(self, state: Any) -> None:
+        """Byte order and the like."""
+
+
+def _number(dtype: _Dtype, data: bytes) -> Any:
+    """A numpy scalar as a plain number."""
+    return np.frombuffer(data, dtype.text)[0].item()
+
+
+_STAND_INS = {"HiddenAdapterConfig": _PlainConfig, "dtype": _Dtype, "scalar": _number}
+
+
 def read(path: Path, *, level: Any = None) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """(level, hidden_size and options as create_adapter takes them, tensors by this project's
     names). level: "B1" or "L5" for a file that says L5. Raises: CheckpointError when it is damaged,
     would run code, is no adapter or another level than asked for, is an L4 of several layers, or
     fuses tokens (in front of the norm there, behind it here)."""
-    stored = _load(path)
+    stored = tensor_files.read_pt(path, stand_ins=_STAND_INS)
     if not isinstance(stored, Mapping) or "model_state_dict" not in stored:
         raise CheckpointError(f"{path} is no adapter checkpoint: it has no model_state_dict; give "
                               "a file that save_checkpoint wrote")
+    tensor_files.unchecked(path)
     kind = stored.get("adapter_type", "L1_Bottleneck")
-    if kind not in _LEVELS:
-        raise CheckpointError(f"{path} holds a {kind!r}; .pt files are read for "
+    if not isinstance(kind, str) or kind not in _LEVELS:
+        raise CheckpointError(f"{path} holds a {str(kind)[:80]!r}; .pt files are read for "
                               f"{', '.join(_LEVELS)}, retrain the others")
     found = _LEVELS[kind]
     if found == "L5" and (level == "B1" or (level is None and "B1" in path.resolve().parts)):
@@ -72,22 +91,17 @@ def read(path: Path, *, level: Any = None) -> tuple[dict[str, Any], dict[str, Te
         raise CheckpointError(f"{path} holds an {found} ({kind}), not the {level} asked for; give "
                               "another file or leave level= out")
     raw = stored.get("config", {})
-    raw = dict(raw) if isinstance(raw, Mapping) else dict(vars(raw))
-    tensors = {_renamed(name, found): tensor for name, tensor in stored["model_state_dict"].items()}
-    return {"level": found, "hidden_size": raw.get("hidden_dim", 4096),
-            "options": _options(path, found, raw, tensors)}, tensors
-
-
-def _load(path: Path) -> Any:
-    try:
-        unsafe = torch.serialization.get_unsafe_globals_in_checkpoint(str(path))
-        foreign = [name for name in unsafe if name.endswith(".HiddenAdapterConfig")]
-        with torch.serialization.safe_globals([(_PlainConfig, name) for name in foreign]):
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{path} cannot be read without running code in it, or is damaged "
-                              f"({reason}); convert it where it was made, or retrain") from error
+    raw = dict(raw) if isinstance(raw, Mapping) else dict(getattr(raw, "__dict__", {}))
+    state = tensor_files.plain(stored["model_state_dict"], path.stat().st_size, path)
+    tensors = {_renamed(name, found): tensor for name, tensor in state.items()}
+    size, options = raw.get("hidden_dim", 4096), _options(path, found, raw, tensors)
+    numbers = {"hidden_dim": size, **{key: options[key] for key in _OPTIONS.values()
+                                      if key in options}, "layers": options.get("layers", 1)}
+    for name, value in numbers.items():
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"{path} says {name}={str(value)[:80]!r}, which is no size; "
+                                  "convert it where it was made, or train again")
+    return {"level": found, "hidden_size": size, "options": options}, tensors
 
 
 def _options(path: Path, level: str, raw: Mapping[str, Any],
@@ -98,15 +112,15 @@ def _options(path: Path, level: str, raw: Mapping[str, Any],
     if level in ("L1", "L2"):
         return options
     options["layers"] = options.pop("n_blocks", 1)
-    if level == "L4" and options["layers"] > 1:
-        raise CheckpointError(f"{path} has {options['layers']} bidirectional layers, and L4 of "
-                              "several is causal here; retrain it with layers in its options")
+    if level == "L4" and options["layers"] != 1:
+        raise CheckpointError(f"{path} has {str(options['layers'])[:80]} bidirectional layers, and "
+                              "L4 of several is causal here; retrain it with layers in its options")
     if level == "L4":
         return options | {"causal": False}  # as it was trained
     if raw.get("use_token_embed") or any(name.startswith("token_") for name in tensors):
         raise CheckpointError(f"{path} fuses tokens in front of its norm, {level} here behind it; "
                               "train it again with token_fusion=True")
-    if "positions" in tensors:
+    if "positions" in tensors and tensors["positions"].dim() == 3:
         options["max_positions"] = tensors["positions"].shape[1]
     # beside verifier[t] stood drafter[t]
     return options | ({"drafter_lead": 0} if level == "L5F" else {})

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from xsd import files
 from xsd.adapters import linear, registry
 from xsd.adapters.base import Adapter
 from xsd.core import Batch, ParameterError
@@ -27,7 +28,7 @@ from xsd.sensors import folder as dataset_folder
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 from xsd.steps import extraction
-from xsd.train import lora, lora_fit, source
+from xsd.train import folders, lora, lora_fit, source
 from xsd.train.epochs import FitResult
 
 CACHED_PROMPTS, BATCH, GAMMA = 256, 32, 5
@@ -55,8 +56,11 @@ def train(pairs: ShardDataset, *, run_dir: str | os.PathLike[str], data: str, fo
                                head=head, config=config, adapter=through, seed=seed, merge=True,
                                validation=validation, **options)
     drafter = pair.drafter
-    loading.save_checkpoint(folder / "drafter", drafter.model, drafter.tokenizer, drafter.pixels)
-    registry.save_adapter(through, folder / "map")
+    with files.FolderLock(folder):
+        loading.save_checkpoint(folder / "drafter", drafter.model, drafter.tokenizer,
+                                drafter.pixels)
+        registry.save_adapter(through, folder / "map")
+        folders.write_checksums(folder)
     judged = {}
     for name in extraction.held_out_names(run_dir):
         stored = extraction.open_pairs(run_dir, "test", name, "teacher_forced")
@@ -93,7 +97,7 @@ def judge(through: Adapter, pairs: held_out.HeldOut, model: torch.nn.Module,
     line: dict[str, Any] = {}
     starts = {}
     for arm, some in batches.items():
-        tokens = table.of_batches({lora_fit.LEVEL: through}, some, pairs.head, gamma=GAMMA)
+        tokens = table.of_batches({lora.LEVEL: through}, some, pairs.head, gamma=GAMMA)
         each, drafted = table.counts(tokens, GAMMA), table.drafted(tokens)
         last = drafted.groupby("sample", observed=True)["position"].transform("max")
         starts[arm] = drafted[last - drafted["position"] + 1 >= GAMMA]

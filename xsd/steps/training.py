@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +17,15 @@ import torch
 from xsd import files
 from xsd.adapters import heads, registry
 from xsd.adapters.base import Adapter
-from xsd.core import ParameterError
+from xsd.core import CheckpointError, ParameterError, XsdError
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
-from xsd.train import epochs, fit, guards, recipes, source
+from xsd.train import epochs, fit, folders, guards, recipes, source
 
 FULL_SIZE, FULL_LAYERS = 4096, 32
 """Hidden size of the 7B pair, and its drafter's layers."""
-EARLIER = "earlier"
-L6 = "L6"
-"""The drafter's own LoRA (:mod:`xsd.steps.drafter_tuning`)."""
+L6 = "L6"  # the drafter's own LoRA (xsd.steps.drafter_tuning)
 
 
 def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.PathLike[str],
@@ -62,8 +60,8 @@ def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.
                  "progress": report}
         try:
             lines[name] = _train(level, pairs, states, run_dir, data, given)
-        except epochs.OtherTraining:
-            _set_aside(place)
+        except epochs.OtherTraining as other:
+            folders.set_aside(place, other.asked)
             lines[name] = _train(level, pairs, states, run_dir, data, given)
     return {"pairs": len(states), "hidden_size": states.hidden_size,
             "data_hash": states.fingerprint(), "levels": lines,
@@ -82,36 +80,21 @@ def _train(level: Any, pairs: ShardDataset, states: source.States, run_dir: Any,
     return _line(result, registry.load_any_adapter(result.best_path, level=level).reads)
 
 
-def _set_aside(place: Path) -> None:
-    """What stands in a level's folder, into its subfolder earlier/<level>_<when it ended>."""
-    ended = datetime.fromtimestamp((place / "checkpoint.pt").stat().st_mtime)
-    stamp = f"{place.name}_{ended:%Y%m%d_%H%M%S}"
-    held = [path for path in place.iterdir() if path.name != EARLIER]
-    target = place / EARLIER / stamp
-    while target.exists():  # two within a second
-        target = target.with_name(f"{target.name}b")
-    target.mkdir(parents=True)
-    for path in held:
-        path.rename(target / path.name)
-
-
 def _line(result: fit.FitResult, reads: str) -> dict[str, Any]:
     """A level's line in results/train.json."""
     best = result.history[result.best_epoch - 1]
-    return {
-        "reads": reads, "parameters": result.parameters, "seconds": result.seconds,
-        "epochs": len(result.history), "best_epoch": result.best_epoch,
-        "validation_loss": best["validation_total"],
-        "validation_token_acceptance": best.get("token_acceptance"),
-        "validation_cosine": best["cosine_similarity"],
-    }
+    return {"reads": reads, "parameters": result.parameters, "seconds": result.seconds,
+            "epochs": len(result.history), "best_epoch": result.best_epoch,
+            "validation_loss": best["validation_total"],
+            "validation_token_acceptance": best.get("token_acceptance"),
+            "validation_cosine": best["cosine_similarity"]}
 
 
 def config_of(given: parameters.TrainParameters, level: Any) -> Any:
     """The recipe of a level: its profile with what the parameters change; None changes nothing."""
     def changed(names: str, prefix: str = "") -> dict[str, Any]:
-        values = {name: getattr(given, prefix + name) for name in names.split()}
-        return {name: value for name, value in values.items() if value not in (None, "")}
+        return {name: value for name in names.split()
+                if (value := getattr(given, prefix + name)) not in (None, "")}
 
     recipe = recipes.settings(given.profile, level) | changed("epochs objective validation_share")
     if level == L6:
@@ -126,9 +109,12 @@ def config_of(given: parameters.TrainParameters, level: Any) -> Any:
         recipe["token_fusion"] = True
     known = (*registry.LEVELS, *map(files.name_of, given.levels))
     own = {name: value for name, value in given.options.items() if name not in known}
-    own |= given.options.get(files.name_of(level), {})
+    of_level = given.options.get(files.name_of(level), {})
+    if not isinstance(of_level, Mapping):
+        raise ParameterError(f"options of {files.name_of(level)} are name: value, not "
+                             f"{of_level!r}; write e.g. L4: {{layers: 2}}")
     return fit.FitConfig(**recipe, draft_vocabulary=given.draft_vocabulary or None,
-                         adapter_options=own)
+                         adapter_options={**own, **of_level})
 
 
 def validation_pairs(given: parameters.TrainParameters) -> ShardDataset | None:
@@ -166,9 +152,9 @@ def adapter_folder(run_dir: str | os.PathLike[str], level: Any) -> Path:
 
 def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
     """Every finished extraction of a held-out set in a run."""
-    found = sorted((folder.resolve(run_dir) / "shards").glob("test_*/*/manifest.json"))
-    sets = [ShardDataset(path.parent, unfinished=True) for path in found]
-    return [one for one in sets if one.manifest["finished"]]
+    shards = folder.resolve(run_dir) / "shards"
+    return [one for path in sorted(shards.glob("test_*/*/manifest.json"))
+            if (one := ShardDataset(path.parent, unfinished=True)).manifest["finished"]]
 
 
 def trained(run_dir: str | os.PathLike[str]) -> list[str]:
@@ -200,6 +186,24 @@ def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Ad
             for name, level in zip(names, levels, strict=True)}
 
 
+def problems(run_dir: str | os.PathLike[str]) -> list[str]:
+    """What is wrong with the trainings and adapters of a run, the earlier ones, too: one sentence
+    each (folders.problems), and trainings that are not those of results/train.json."""
+    run = folder.resolve(run_dir)
+    places = {place for one in ("*", f"*/{folders.EARLIER}/*", "*/map")
+              for place in (run / "adapters").glob(one) if place.is_dir()}
+    found = [sentence for place in sorted(places) for sentence in folders.problems(place)]
+    with contextlib.suppress(XsdError, KeyError, TypeError):  # whoever checks results says so
+        told = files.read_json(run / "results" / "train.json", CheckpointError, "train again")
+        asked = {"data": told["provenance"]["data_hash"], "seed": told["provenance"]["seed"]}
+        for place in (adapter_folder(run, level) for level in told["levels"]):
+            held = folders.read_config(place)
+            found += [f"{place} is of another training than results/train.json: {name} is "
+                      f"{held[name]!r} there and {value!r} here; put its own back, or train again"
+                      for name, value in asked.items() if held.get(name) != value]
+    return found
+
+
 # --- tables
 
 
@@ -209,12 +213,13 @@ def trainings(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     a star in ``best`` for the best of each level (by token acceptance where all have it, else by
     loss)."""
     rows = []
-    for path in sorted((folder.resolve(run_dir) / "adapters").glob("**/history.json")):
-        about = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
-        rows_of = json.loads(path.read_text(encoding="utf-8"))
+    for path in sorted((folder.resolve(run_dir) / "adapters").glob(f"**/{folders.HISTORY}")):
+        if not (path.parent / folders.CONFIG).exists():  # P0's, of notebook 11
+            continue
+        about, rows_of = folders.read_config(path.parent), folders.read_history(path.parent)
         best = max(rows_of, key=lambda row: (row.get("token_acceptance", 0.0),
                                              -row["validation_total"]))
-        current = path.parent.parent.name != EARLIER
+        current = path.parent.parent.name != folders.EARLIER
         rows.append({
             "level": about["level"], "training": "current" if current else path.parent.name,
             "ended": datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "seconds"),
@@ -235,13 +240,13 @@ def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFr
     term as ``<term> loss``, and for validation token_acceptance, cosine and accept_0.90 …"""
     rows = []
     for level in levels:
-        path = adapter_folder(run_dir, level) / "history.json"
+        place = adapter_folder(run_dir, level)
         if files.is_path(level):
             place = folder.resolve(level)
-            path = (place if place.is_dir() else place.parent) / "history.json"
-            if not path.is_file():
+            place = place if place.is_dir() else place.parent
+            if not (place / folders.HISTORY).is_file():
                 continue  # an adapter alone, without its training
-        for row in json.loads(path.read_text(encoding="utf-8")):
+        for row in folders.read_history(place):
             line = {"level": files.name_of(level), "epoch": row["epoch"]}
             judged = {"token_acceptance": row.get("token_acceptance"),
                       "cosine": row["cosine_similarity"]}
@@ -280,8 +285,8 @@ def table(levels: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     of 4096, epochs, best epoch, validation figures, seconds."""
     rows = [{"level": level, **found, "parameters at 4096": _full_size(level)}
             for level, found in levels.items()]
-    frame = pd.DataFrame(rows).drop(columns="held_out", errors="ignore")
-    return frame.astype({"parameters at 4096": "Int64"})
+    return pd.DataFrame(rows).drop(columns="held_out", errors="ignore").astype(
+        {"parameters at 4096": "Int64"})
 
 
 def _full_size(level: str) -> int | None:

@@ -3,11 +3,11 @@ that continues an interrupted run to the same weights, bit for bit."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import pickle
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,14 +17,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from xsd import files
-from xsd.adapters import heads
-from xsd.core import CheckpointError, TrainingError
-from xsd.train import objectives
+from xsd.adapters import heads, tensor_files
+from xsd.core import CheckpointError, StorageError, TrainingError
+from xsd.train import folders, objectives
 from xsd.train.processes import Processes
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
-KEPT = ("history", "best", "best_epoch", "finished")
-"""What a checkpoint keeps besides weights and optimiser."""
 Progress = Callable[[dict[str, Any]], None] | None
 
 
@@ -43,7 +41,12 @@ class FitResult:
 
 
 class OtherTraining(TrainingError):
-    """The folder holds a training of another level, drafter, configuration, seed or data."""
+    """The folder holds another training; the message says what differs. asked: what the one asked
+    for is called in its files."""
+
+    def __init__(self, message: str, asked: str) -> None:
+        super().__init__(message)
+        self.asked = asked
 
 
 class EpochLoop:
@@ -69,6 +72,7 @@ class EpochLoop:
         self.about: dict[str, Any] = {}
         self.history: list[dict[str, Any]] = []
         self.best: list[float] = []
+        self._lock: files.FolderLock | None = None  # of the process that writes, while it does
         self.best_epoch, self.finished = 0, False
 
     def run(self, progress: Progress = None) -> FitResult:
@@ -78,12 +82,12 @@ class EpochLoop:
         try:
             with torch.random.fork_rng(devices=devices):
                 self.prepare()
-                self._resume()
-                while not self.finished:
-                    row = self._epoch(len(self.history))
-                    self._keep(row)
-                    if progress is not None and self.processes.writes:
-                        progress(row)
+                with self._only_writer():
+                    while not self.finished:
+                        row = self._epoch(len(self.history))
+                        self._keep(row)
+                        if progress is not None and self.processes.writes:
+                            progress(row)
         except torch.OutOfMemoryError as error:
             raise TrainingError(f"out of memory while training {self.level}: lower batch_size (now "
                                 f"{self.config.batch_size}) and raise accumulation (now "
@@ -196,7 +200,8 @@ class EpochLoop:
             self.best, self.best_epoch = score, row["epoch"]
         late = row["epoch"] - self.best_epoch >= self.config.patience
         self.finished = row["epoch"] >= self.config.epochs or late
-        if self.processes.writes:
+        if self._lock is not None:
+            folders.still_there(self._lock, self.level)
             if better:
                 self.save("best", row)
             if self.finished:
@@ -206,35 +211,65 @@ class EpochLoop:
 
     def _write(self) -> None:
         if len(self.history) == 1:
-            files.write_json(self.folder / "config.json", {
-                **self.identity, **self.about, "objective": str(self.objective)})
+            tensor_files.write_signed(self.folder / folders.CONFIG, {
+                **self.identity, **self.about, "objective": str(self.objective),
+                "training": self.named})
             files.write_json(self.folder / "provenance.json", files.provenance(
                 seed=self.seed, data_hash=self.identity["data"], device=str(self.device)))
-        files.write_json(self.folder / "history.json", self.history)
-        state = {"identity": self._identity(), **{name: getattr(self, name) for name in KEPT},
+        files.write_json(self.folder / folders.HISTORY, self.history)
+        state = {"identity": self._identity(), **{name: getattr(self, name)
+                                                  for name in folders.KEPT},
                  "adapter": self.weights(), "optimiser": self.optimiser.state_dict()}
-        with files.atomic_path(self.folder / "checkpoint.pt") as temporary:
-            torch.save(state, temporary)
+        tensor_files.write_pt(self.folder / folders.CHECKPOINT, state)
+        if self.finished:
+            folders.write_checksums(self.folder)
 
     def _identity(self) -> str:
         return json.dumps(self.identity, sort_keys=True, default=str)
 
-    def _resume(self) -> None:
-        path, stored = self.folder / "checkpoint.pt", None
+    @property
+    def named(self) -> str:
+        """What this training is called in its own files."""
+        return folders.digest_of(self._identity())
+
+    @contextlib.contextmanager
+    def _only_writer(self) -> Iterator[None]:
+        """One writer to the folder, which takes what killed ones left. A finished training is
+        found also where another process writes, or nobody may."""
+        refused = None
         try:
-            if path.exists():
-                stored = torch.load(path, map_location=self.device, weights_only=True)
-        except (RuntimeError, EOFError, pickle.UnpicklingError, ValueError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged ({type(error).__name__}); delete the folder "
-                                  "and train again") from error
+            self._lock = files.FolderLock(self.folder) if self.processes.writes else None
+        except StorageError as error:
+            refused = error
+        try:
+            for place in (self.folder, self.folder / "best", self.folder / "final"):
+                if self._lock is not None:
+                    files.remove_leftovers(place)
+            self._resume()
+            if refused and not self.finished:
+                raise refused
+            if self._lock and self.finished and not (self.folder / folders.CHECKSUMS).exists():
+                folders.write_checksums(self.folder)
+            yield
+        finally:
+            if self._lock is not None:
+                self._lock.release()
+                self._lock = None
+
+    def _resume(self) -> None:
+        stored = folders.read_checkpoint(self.folder, self.device)
         self.processes.wait()  # nobody writes before all have read
         if stored is None:
             return
-        if stored["identity"] != self._identity():
-            raise OtherTraining(
-                f"{self.folder} holds another training (level, drafter, configuration, seed or "
-                "data differ); choose another folder or delete it")
-        self.restore(stored["adapter"])
-        self.optimiser.load_state_dict(stored["optimiser"])
-        for name in KEPT:
+        if different := folders.differences(stored["identity"], self.identity):
+            raise OtherTraining(f"{self.folder} holds another training: {different}; choose "
+                                "another folder or delete it", self.named)
+        folders.check_best(self.folder / self.best_name, stored["best_epoch"])
+        try:
+            self.restore(stored["adapter"])
+            self.optimiser.load_state_dict(stored["optimiser"])
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise CheckpointError(f"{self.folder / folders.CHECKPOINT} does not fit its training "
+                                  f"({tensor_files.short(error)}); {folders.AGAIN}") from error
+        for name in folders.KEPT:
             setattr(self, name, stored[name])

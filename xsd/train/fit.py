@@ -2,8 +2,9 @@
 optimises tokens (docs/adapters.md, section 5).
 
 A run folder holds best.safetensors and final.safetensors (with their .json), config.json,
-history.json, provenance.json and checkpoint.pt. The same call on the same folder continues an
-interrupted run to the same weights, bit for bit, and returns a finished one at once.
+history.json, provenance.json, checkpoint.pt and, once finished, checksums.json. The same call on
+the same folder continues an interrupted run to the same weights, bit for bit, and returns a
+finished one at once.
 """
 
 from __future__ import annotations
@@ -225,5 +226,6 @@ class Training(EpochLoop):
     def save(self, name: str, row: dict[str, Any]) -> None:
         """Write ``<name>.safetensors`` with where it comes from."""
         registry.save_adapter(self.adapter, self.folder / f"{name}.safetensors",
-                              epoch=row["epoch"], seed=self.seed, data=self.identity["data"],
-                              profile=self.config.profile)
+                              file=name, epoch=row["epoch"], seed=self.seed,
+                              data=self.identity["data"], profile=self.config.profile,
+                              training=self.named)

@@ -4,23 +4,29 @@ not stored states alone; a merged drafter is an ordinary one."""
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import peft
-import safetensors.torch
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd import files
-from xsd.core import CheckpointError, TrainingError
+from xsd.adapters import registry, tensor_files
+from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.train import objectives, recipes
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj")
+LEVEL, TARGETS = "L6", ("q_proj", "k_proj", "v_proj", "o_proj")
+SETTINGS = "adapter_config.json"
+_ABOUT = ("base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision")
+"""Settings that change nothing in a merged weight."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,15 @@ class LoraFitConfig:
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        recipes.check_positive(self, ("rank", "alpha", "epochs", "batch_size", "accumulation",
-                                      "learning_rate", "patience"))
+        recipes.check_fields(self, positive=("rank", "alpha", "epochs", "batch_size",
+                                             "accumulation", "learning_rate", "patience", "clip"),
+                             not_negative=("minimum_learning_rate", "weight_decay", "dropout"))
+        if not 0 < self.validation_share < 1 or self.dropout >= 1:
+            raise ParameterError("validation_share must lie between 0 and 1, and dropout below 1, "
+                                 f"not {self.validation_share} and {self.dropout}")
+        if not isinstance(self.targets, (tuple, list)) or not (
+                set(self.targets) and set(self.targets) <= set(TARGETS)):
+            raise ParameterError(f"targets are some of {', '.join(TARGETS)}, not {self.targets}")
         objectives.parse(self.objective)
 
 
@@ -76,11 +89,7 @@ def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: floa
     # The whole name from the root: the CLIP tower also has q_proj, k_proj and v_proj, under the
     # same last names.
     names = rf"{re.escape(decoder_of(model)[0])}\.layers\.\d+\.self_attn\.({'|'.join(targets)})"
-    return _attach(model, peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout,
-                                          target_modules=names))
-
-
-def _attach(model: nn.Module, settings: peft.LoraConfig) -> peft.PeftModel:
+    settings = peft.LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=names)
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TrainingError(f"{type(model).__name__} already carries LoRA weights; merge or unload "
                             "them first, or load the drafter again")
@@ -113,36 +122,74 @@ def is_quantised(model: nn.Module) -> bool:
 
 def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
     """Add the LoRA weights in ``folder`` to the model's own (in place). Raises: CheckpointError
-    when the folder holds none or they are another model's; TrainingError for a quantised model."""
+    when the folder holds none, they were changed or exchanged, or are another model's;
+    TrainingError for a quantised model."""
     folder = Path(folder)
     if is_quantised(model):
         raise TrainingError("merging into quantised weights rounds nearly all of the training "
                             "away: load the drafter in bfloat16 and merge there")
+    settings, weights = read(folder)
+    foreign = f"the LoRA weights in {folder} are of another model"
+    targets = re.fullmatch(r".*\(([a-z_|]+)\)", str(settings.get("target_modules")))
+    rank, alpha = settings.get("r"), settings.get("lora_alpha")
+    # A rank above every width of the weights would be made before it is compared.
+    if not targets or not any(rank in weight.shape for weight in weights.values()) or not (
+            isinstance(alpha, (int, float)) and math.isfinite(alpha)):
+        raise CheckpointError(f"{foreign}, or asks for more than L6 has; load the drafter they "
+                              "were trained on")
     try:
-        settings = peft.LoraConfig.from_pretrained(folder)
-        weights = safetensors.torch.load_file(folder / "adapter_model.safetensors")
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
-        raise CheckpointError(f"{folder} holds no readable LoRA weights ({type(error).__name__}); "
-                              "give the run's best folder") from error
-    settings.inference_mode = False
-    tuned = _attach(model, settings)
-    expected, found = ({name: weight.shape for name, weight in some.items()}
-                       for some in (_weights(tuned), weights))
-    if found != expected:
-        different = min(name for name, _ in expected.items() ^ found.items())
+        tuned = attach(model, rank=rank, alpha=alpha, dropout=0.0, targets=targets[1].split("|"))
+    except ValueError as error:  # peft found no such layer
+        raise CheckpointError(f"{foreign} ({tensor_files.short(error)}); load the drafter they "
+                              "were trained on") from error
+    try:
+        _check_same(tuned, settings, weights, foreign)
+    except CheckpointError:
         tuned.unload()
-        raise CheckpointError(f"the LoRA weights in {folder} are of another model ({different}); "
-                              "load the drafter they were trained on")
+        raise
     peft.set_peft_model_state_dict(tuned, weights)
     return tuned.merge_and_unload(safe_merge=True).requires_grad_(False).eval()
 
 
-def save(tuned: peft.PeftModel, folder: str | Path) -> None:
-    """Write the LoRA weights as peft does: adapter_model.safetensors and adapter_config.json."""
-    with files.atomic_path(Path(folder) / "adapter_model.safetensors") as temporary:
-        safetensors.torch.save_file({name: w.contiguous() for name, w in _weights(tuned).items()},
-                                    temporary, metadata={"format": "pt"})
-    files.write_json(Path(folder) / "adapter_config.json", tuned.peft_config["default"].to_dict())
+def _check_same(tuned: peft.PeftModel, settings: dict[str, Any], weights: dict[str, Tensor],
+                foreign: str) -> None:
+    """Raises: CheckpointError for weights of other names or shapes, and for settings that L6 has
+    not."""
+    expected, found = ({name: weight.shape for name, weight in some.items()}
+                       for some in (_weights(tuned), weights))
+    if found != expected:
+        different = min(name for name, _ in expected.items() ^ found.items())
+        raise CheckpointError(f"{foreign} ({different}); load the drafter they were trained on")
+    own = json.loads(json.dumps(tuned.peft_config["default"].to_dict(), default=str))
+    other = [f"{name}={value!r}"[:80] for name, value in settings.items()
+             if name not in _ABOUT and value and value != own.get(name)]
+    if other:
+        raise CheckpointError(f"{foreign}: {', '.join(other[:3])} is not L6's; merge them with "
+                              "peft")
+
+
+def save(tuned: peft.PeftModel, folder: str | Path, **info: Any) -> None:
+    """Write the LoRA weights as peft does: adapter_config.json and adapter_model.safetensors, whose
+    header says what both are of, with a digest. info: JSON values kept with it."""
+    settings, path = Path(folder) / SETTINGS, Path(folder) / registry.LORA
+    files.write_json(settings, tuned.peft_config["default"].to_dict())
+    tensor_files.write(path, _weights(tuned), {"format": "xsd-lora-2", "level": LEVEL,
+                                               "settings": files.sha256_of(settings), "info": info})
+
+
+def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """peft's settings and the weights in a folder. Raises: CheckpointError when there are none, or
+    they were changed after they were written, or exchanged."""
+    if not (folder / registry.LORA).is_file():
+        raise CheckpointError(f"{folder} holds no readable LoRA weights ({registry.LORA} is "
+                              "missing); give the run's best folder")
+    registry.check(folder)
+    weights = tensor_files.read(folder / registry.LORA)[1]
+    way_out = "give the run's best folder, or train again"
+    settings = files.read_json(folder / SETTINGS, CheckpointError, way_out)
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{folder / SETTINGS} holds no settings of LoRA; {way_out}")
+    return settings, tensor_files.plain(weights, (folder / registry.LORA).stat().st_size, folder)
 
 
 def _weights(tuned: peft.PeftModel) -> dict[str, Tensor]:

@@ -20,7 +20,6 @@ from xsd.core import PairedStates, TrainingError
 from xsd.train import guards, lora, source
 from xsd.train.epochs import EpochLoop, FitResult, Progress
 
-LEVEL = "L6"
 Prompt = Callable[[PairedStates], Tensor]
 
 
@@ -76,7 +75,7 @@ class LoraTraining(EpochLoop):
                  head: Tensor, config: lora.LoraFitConfig, adapter: Adapter | None, validation: Any,
                  held_out: Sequence[Any] | guards.Marks, seed: int) -> None:
         where = model.get_input_embeddings().weight.device
-        super().__init__(LEVEL, folder, config, seed, where)
+        super().__init__(lora.LEVEL, folder, config, seed, where)
         self.model, self.dataset, self.prompt, self.device = model, dataset, prompt, where
         self.head = head.detach().float().to(where)
         self.adapter = copy.deepcopy(adapter)
@@ -195,8 +194,11 @@ class LoraTraining(EpochLoop):
     def restore(self, weights: list[Tensor]) -> None:
         """Take them back."""
         for parameter, weight in zip(self.parameters, weights, strict=True):
+            if parameter.shape != weight.shape:  # copy_ would spread it
+                raise ValueError(f"weights of shape {tuple(weight.shape)}")
             parameter.copy_(weight)
 
     def save(self, name: str, row: dict[str, Any]) -> None:
         """Write the weights into best/ or final/ as peft does."""
-        lora.save(self.tuned, self.folder / name)
+        lora.save(self.tuned, self.folder / name, file=name, epoch=row["epoch"], seed=self.seed,
+                  data=self.identity["data"], training=self.named)

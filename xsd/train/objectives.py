@@ -9,9 +9,11 @@ over its k ids, renormalised; cross-entropy is 0 where the token is not among th
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +23,7 @@ from xsd import files
 from xsd.adapters.heads import CHUNK, DraftHead, Head, logits_of
 from xsd.core import ParameterError, TrainingError
 
+_NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?"
 Term = Callable[[Tensor, Tensor, Tensor, "Head | None", "Tensor | None"], Tensor]
 
 # --- states against states: one value per row
@@ -169,11 +172,24 @@ class Objective:
         if len(aligned) == 0:
             raise TrainingError("an objective was asked for a batch without a real position; drop "
                                 "empty answers from the dataset")
-        functions = TERMS | self.own
-        terms = {name: functions[name](aligned, target, ids, head, weights)
+        terms = {name: _own(name, self.own[name], aligned, target, ids, head, weights)
+                 if name in self.own else TERMS[name](aligned, target, ids, head, weights)
                  for name in self.weights}
         weighed = [self.weights[name] * term.float() for name, term in terms.items()]
         return {"total": torch.stack(weighed).sum(), **terms}
+
+
+def _own(name: str, term: Term, *states: Any) -> Tensor:
+    """A term of one's own. Raises: TrainingError when it fails or gives no scalar."""
+    try:
+        value = term(*states)
+    except (TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+        raise TrainingError(f"the term {name} cannot be called with (aligned, target, ids, head, "
+                            f"weights): {error}; see docs/extending.md") from error
+    if not isinstance(value, Tensor) or value.dim():
+        raise TrainingError(f"the term {name} gives {type(value).__name__} "
+                            f"{list(getattr(value, 'shape', []))}; it is to give a scalar tensor")
+    return value
 
 
 def parse(text: str) -> Objective:
@@ -185,15 +201,22 @@ def parse(text: str) -> Objective:
     """
     weights: dict[str, float] = {}
     own: dict[str, Term] = {}
-    for part in PRESETS.get(text, text).split("+"):
-        found = re.fullmatch(r"\s*(?:([0-9.]+(?:e-?\d+)?)\s*\*\s*)?(\w+|[\w.]+:[\w.]+)\s*", part)
+    said = repr(text) if len(str(text)) < 200 else repr(str(text)[:200]) + " …"
+    for part in PRESETS.get(str(text), str(text)).split("+"):
+        found = re.fullmatch(rf"\s*(?:({_NUMBER})\s*\*\s*)?(\w+|[\w.]+:[\w.]+)\s*", part)
         if not found or (":" not in found[2] and found[2] not in TERMS):
             raise ParameterError(
-                f"objective {text!r}: {part.strip()!r} is no term; write e.g. 'mse + 0.5*cosine' "
-                f"with {', '.join(TERMS)}, {', '.join(PRESETS)}, or a function of your own as "
+                f"objective {said}: {part.strip()[:80]!r} is no term; write e.g. 'mse + 0.5*cosine'"
+                f" with {', '.join(TERMS)}, {', '.join(PRESETS)}, or a function of your own as "
                 "module:function")
         name = found[2]
         weights[name] = weights.get(name, 0.0) + float(found[1] or 1)
         if ":" in name:
             own[name] = files.import_object(name)
+            if not callable(own[name]):
+                raise ParameterError(f"objective {said}: {name} is no function; write "
+                                     "module:function")
+    if not 0 < sum(weights.values()) < math.inf:
+        raise ParameterError(f"objective {said} weighs its terms with {sum(weights.values()):g}; "
+                             "give weights above 0")
     return Objective(weights, own)

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from types import NoneType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from xsd.core import ParameterError
 from xsd.train import objectives
@@ -48,11 +50,32 @@ def settings(profile: str, level: Any) -> dict[str, Any]:
     return {"profile": "tokens", **BEST_BY_LEVEL.get(level, {}), **short}
 
 
-def check_positive(config: Any, names: Sequence[str]) -> None:
-    """Raises: ParameterError naming the first field that is not above zero."""
-    for name in names:
-        if getattr(config, name) <= 0:
-            raise ParameterError(f"{name} must be positive, not {getattr(config, name)}")
+def check_fields(config: Any, *, positive: Sequence[str], not_negative: Sequence[str] = ()) -> None:
+    """Raises: ParameterError naming the first field that is not of its type (whole numbers, finite
+    ones, one of a Literal's words), or not above zero (below it, for ``not_negative``)."""
+    for name, kind in get_type_hints(type(config)).items():
+        value, allowed = getattr(config, name), get_args(kind) or (kind,)
+        words = [word for one in allowed for word in get_args(one) if isinstance(word, str)]
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if float in allowed:
+            fits = (number and math.isfinite(value)) or (value is None and NoneType in allowed)
+            expected = "a finite number"
+        elif int in allowed:
+            fits = (isinstance(value, int) and number) or (value is None and NoneType in allowed)
+            expected = "a whole number"
+        elif kind is bool:
+            fits, expected = isinstance(value, bool), "true or false"
+        elif words or get_origin(kind) is Literal:
+            words = words or list(allowed)
+            fits, expected = value in words, " or ".join(words)
+        else:
+            continue
+        if not fits:
+            raise ParameterError(f"{name} must be {expected}, not {str(value)[:80]!r}")
+        if value is not None and name in positive and value <= 0:
+            raise ParameterError(f"{name} must be positive, not {value}")
+        if value is not None and name in not_negative and value < 0:
+            raise ParameterError(f"{name} must be 0 or more, not {value}")
 
 
 @dataclass(frozen=True)
@@ -85,14 +108,16 @@ class FitConfig:
     adapter_options: dict[str, Any] = field(default_factory=dict)  # passed to create_adapter
 
     def __post_init__(self) -> None:
-        if self.profile not in PROFILES:
+        if not isinstance(self.profile, str) or self.profile not in PROFILES:
             raise ParameterError(
                 f"unknown training profile {self.profile!r}; choose one of {', '.join(PROFILES)}")
         for name, value in {**_DEFAULTS, **PROFILES[self.profile]}.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)
-        check_positive(self, ("epochs", "batch_size", "accumulation", "rollout_steps",
-                              "learning_rate", "patience"))
+        check_fields(self, positive=("epochs", "batch_size", "accumulation", "rollout_steps",
+                                     "learning_rate", "patience", "clip"),
+                     not_negative=("minimum_learning_rate", "weight_decay", "noise",
+                                   "prediction_weight", "rollout_decay"))
         if not 0 < self.position_decay <= 1:
             raise ParameterError(f"position_decay must lie in (0, 1], not {self.position_decay}; 1 "
                                  "weighs all positions the same")
@@ -102,4 +127,8 @@ class FitConfig:
         if not 0 < self.validation_share < 1:
             raise ParameterError(
                 f"validation_share must lie between 0 and 1, not {self.validation_share}")
+        sizes = {"level", "hidden_size", "drafter_size"}
+        if not isinstance(self.adapter_options, dict) or sizes & self.adapter_options.keys():
+            raise ParameterError("options of an adapter are name: value, not its level and widths: "
+                                 f"{str(self.adapter_options)[:80]}; see docs/adapters.md")
         objectives.parse(self.objective)
