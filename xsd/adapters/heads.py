@@ -64,7 +64,8 @@ def read(path: str | Path, width: int | None = None) -> Tensor:
                               "weight alone") from error
     values = held.values() if isinstance(held, Mapping) else [held]
     matrices = {str(number): value for number, value in enumerate(values)
-                if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()}
+                if isinstance(value, Tensor) and value.dim() == 2 and value.is_floating_point()
+                and len(value)}
     if len(matrices) != 1:
         raise CheckpointError(f"{path} holds {len(matrices)} matrices; expected the one LM head of "
                               "shape [V, D]")

@@ -5,6 +5,7 @@ folder ``B1`` it was written to, or ``level="B1"``, tells the two apart."""
 from __future__ import annotations
 
 import re
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def read(path: Path, *, level: Any = None) -> tuple[dict[str, Any], dict[str, Te
     tensor_files.unchecked(path)
     kind = stored.get("adapter_type", "L1_Bottleneck")
     if not isinstance(kind, str) or kind not in _LEVELS:
-        raise CheckpointError(f"{path} holds a {str(kind)[:80]!r}; .pt files are read for "
+        raise CheckpointError(f"{path} holds a {reprlib.repr(kind)}; .pt files are read for "
                               f"{', '.join(_LEVELS)}, retrain the others")
     found = _LEVELS[kind]
     if found == "L5" and (level == "B1" or (level is None and "B1" in path.resolve().parts)):
@@ -99,7 +100,7 @@ def read(path: Path, *, level: Any = None) -> tuple[dict[str, Any], dict[str, Te
                                       if key in options}, "layers": options.get("layers", 1)}
     for name, value in numbers.items():
         if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"{path} says {name}={str(value)[:80]!r}, which is no size; "
+            raise CheckpointError(f"{path} says {name}={reprlib.repr(value)}, which is no size; "
                                   "convert it where it was made, or train again")
     return {"level": found, "hidden_size": size, "options": options}, tensors
 
@@ -113,8 +114,9 @@ def _options(path: Path, level: str, raw: Mapping[str, Any],
         return options
     options["layers"] = options.pop("n_blocks", 1)
     if level == "L4" and options["layers"] != 1:
-        raise CheckpointError(f"{path} has {str(options['layers'])[:80]} bidirectional layers, and "
-                              "L4 of several is causal here; retrain it with layers in its options")
+        raise CheckpointError(f"{path} has {reprlib.repr(options['layers'])} bidirectional layers, "
+                              "and L4 of several is causal here; retrain it with layers in its "
+                              "options")
     if level == "L4":
         return options | {"causal": False}  # as it was trained
     if raw.get("use_token_embed") or any(name.startswith("token_") for name in tensors):

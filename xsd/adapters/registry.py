@@ -8,6 +8,7 @@ too. No code in a file is ever run.
 from __future__ import annotations
 
 import copy
+import reprlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -159,10 +160,10 @@ def _check_room(path: Path, config: Mapping[str, Any], tensors: Mapping[str, Ten
     named = {**{key: config.get(key) for key in ("hidden_size", "drafter_size")},
              **({} if own else config["options"])}
     for name, value in named.items():
-        if isinstance(value, (int, float)) and value > (len(tensors) if name in COUNTS else
-                                                        max(room, 1)):
-            raise CheckpointError(f"{path} says {name}={value} and holds {room} values in "
-                                  f"{len(tensors)} tensors; save it again")
+        most = len(tensors) if name in COUNTS else max(room, 1)
+        if isinstance(value, (int, float)) and value > most:
+            raise CheckpointError(f"{path} says {name}={reprlib.repr(value)} and holds {room} "
+                                  f"values in {len(tensors)} tensors; save it again")
     reduced = {"draft_vocabulary": None}
     try:
         with torch.device("meta"):
@@ -250,11 +251,18 @@ def check_place(path: Path, config: Mapping[str, Any]) -> None:
 
 def _resolve(path: Path) -> Path:
     names = ("best.safetensors", "adapter.safetensors", "final.safetensors")
-    found = [path / name for name in names if (path / name).exists()] if path.is_dir() else [path]
+    try:
+        found = [path]
+        if path.is_dir():
+            found = [path / name for name in names if (path / name).exists()]
+        there = bool(found) and found[0].is_file()
+    except (OSError, ValueError) as error:  # too long, or a character that no name has
+        raise CheckpointError(f"{str(path)[:80]!r} is no path ({tensor_files.short(error)[:80]}); "
+                              "give an adapter's .safetensors file or its run folder") from error
     if not found:
         raise CheckpointError(f"{path} holds no adapter (best.safetensors, adapter.safetensors or "
                               "final.safetensors); train one or give the file itself")
-    if not found[0].is_file():
+    if not there:
         raise CheckpointError(
             f"{path} does not exist; give an adapter's .safetensors file or its run folder")
     return found[0]

@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickletools
+import reprlib
 import warnings
 import zipfile
 from collections.abc import Iterable, Mapping
@@ -64,7 +65,7 @@ def read(path: Path, *, weights: bool = True) -> tuple[dict[str, Any], dict[str,
     if not isinstance(config, dict):
         raise CheckpointError(f"{path} has no configuration in its header; {AGAIN}")
     digest = config.pop("digest", None)
-    if weights and digest is None and not str(config.get("format", "")).endswith("-2"):
+    if weights and digest is None and config.get("format") in (None, "xsd-adapter-1"):
         unchecked(path)
     elif weights and digest != digest_of(json.dumps(config, sort_keys=True), tensors):
         raise CheckpointError(f"{path} was changed after it was written (its digest differs); "
@@ -254,6 +255,6 @@ def plain(tensors: Any, room: int, path: Path) -> dict[str, Tensor]:
         if not (isinstance(name, str) and isinstance(tensor, Tensor)
                 and tensor.layout == torch.strided and tensor.device.type != "meta"
                 and not tensor.is_quantized and tensor.numel() * tensor.element_size() <= room):
-            raise CheckpointError(f"{path}: {str(name)[:80]!r} is no tensor of as many values as "
+            raise CheckpointError(f"{path}: {reprlib.repr(name)} is no tensor of as many values as "
                                   f"the file has; {AGAIN}")
     return dict(tensors)

@@ -54,7 +54,9 @@ def read_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None
     kinds = {**KEPT, "identity": str, "adapter": (Mapping, list), "optimiser": dict}
     if not (isinstance(state, dict) and all(isinstance(state.get(name), kind)
                                             for name, kind in kinds.items())
-            and all(map(_is_row, state["history"]))):
+            and all(map(_is_row, state["history"]))
+            and bool(state["history"]) <= state["best_epoch"] <= len(state["history"])
+            and len(state["history"]) >= state["finished"]):
         raise CheckpointError(f"{path} is no checkpoint of a training; {AGAIN}")
     return state
 

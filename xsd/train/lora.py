@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,7 +162,7 @@ def _check_same(tuned: peft.PeftModel, settings: dict[str, Any], weights: dict[s
         different = min(name for name, _ in expected.items() ^ found.items())
         raise CheckpointError(f"{foreign} ({different}); load the drafter they were trained on")
     own = json.loads(json.dumps(tuned.peft_config["default"].to_dict(), default=str))
-    other = [f"{name}={value!r}"[:80] for name, value in settings.items()
+    other = [f"{name}={reprlib.repr(value)}" for name, value in settings.items()
              if name not in _ABOUT and value and value != own.get(name)]
     if other:
         raise CheckpointError(f"{foreign}: {', '.join(other[:3])} is not L6's; merge them with "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import math
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import NoneType
@@ -71,7 +72,7 @@ def check_fields(config: Any, *, positive: Sequence[str], not_negative: Sequence
         else:
             continue
         if not fits:
-            raise ParameterError(f"{name} must be {expected}, not {str(value)[:80]!r}")
+            raise ParameterError(f"{name} must be {expected}, not {reprlib.repr(value)}")
         if value is not None and name in positive and value <= 0:
             raise ParameterError(f"{name} must be positive, not {value}")
         if value is not None and name in not_negative and value < 0:
@@ -130,5 +131,5 @@ class FitConfig:
         sizes = {"level", "hidden_size", "drafter_size"}
         if not isinstance(self.adapter_options, dict) or sizes & self.adapter_options.keys():
             raise ParameterError("options of an adapter are name: value, not its level and widths: "
-                                 f"{str(self.adapter_options)[:80]}; see docs/adapters.md")
+                                 f"{reprlib.repr(self.adapter_options)}; see docs/adapters.md")
         objectives.parse(self.objective)
