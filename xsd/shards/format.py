@@ -288,15 +288,11 @@ def of_data(config: Mapping[str, Any], *more: str) -> dict[str, Any]:
     return {key: value for key, value in config.items() if key not in ("batch_size", *more)}
 
 
-def differences(stored: Any, wanted: Any, name: str = "") -> Iterator[str]:
-    """``"config.quant is '4bit' in the folder but None now"`` for each difference."""
-    if isinstance(stored, Mapping) and isinstance(wanted, Mapping):
-        for key in sorted({*stored, *wanted}):
-            yield from differences(stored.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
-    elif stored != wanted:
-        yield f"{name} is {stored!r} in the folder but {wanted!r} now"
-
-
-def first_difference(stored: Any, wanted: Any) -> str | None:
-    """The first of the :func:`differences`, or None."""
-    return next(differences(stored, wanted), None)
+def first_difference(stored: Any, wanted: Any, name: str = "") -> str | None:
+    """``"config.quant is '4bit' in the folder but None now"`` for the first difference, or None."""
+    if not (isinstance(stored, Mapping) and isinstance(wanted, Mapping)):
+        same = stored == wanted
+        return None if same else f"{name} is {stored!r} in the folder but {wanted!r} now"
+    found = (first_difference(stored.get(key), wanted.get(key), f"{name}.{key}".lstrip("."))
+             for key in sorted({*stored, *wanted}))
+    return next(filter(None, found), None)

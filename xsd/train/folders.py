@@ -30,9 +30,14 @@ _NOT_OURS = (EARLIER, files.LOCK, CHECKSUMS)
 def differences(stored: str, asked: Mapping[str, Any]) -> str:
     """What makes a stored identity (JSON) another training than the one asked for, "" where they
     are the same."""
-    held = files.parse_json(stored, "the checkpoint's identity", CheckpointError, AGAIN)
-    now = json.loads(json.dumps(asked, default=str))
-    return ", ".join(one[:200] for one in layout.differences(held, now))
+    held, now = (files.parse_json(text, "the checkpoint's identity", CheckpointError, AGAIN)
+                 for text in (stored, json.dumps(asked, default=str)))
+    if not isinstance(held, dict) or not isinstance(held.get("config"), dict):
+        raise CheckpointError(f"the checkpoint does not say which training it is of; {AGAIN}")
+    held, now = ({**one, **one.pop("config")} for one in (held, now))
+    found = (layout.first_difference({name: held.get(name)}, {name: now.get(name)})
+             for name in sorted({*held, *now}))
+    return ", ".join(one[:200] for one in found if one)
 
 
 def digest_of(identity: str) -> str:
