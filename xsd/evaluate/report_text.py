@@ -7,6 +7,7 @@ from typing import Any
 
 import pandas as pd
 
+from xsd.core import printable
 from xsd.evaluate.speedup import (
     Timing,
     break_even_table,
@@ -90,10 +91,10 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
         "[7] By position in the answer": _positions(of, positions),
         "[8] Tokens: the verifier's verdict": _tokens(of, gamma, headline, floors),
     }
-    parts = [f"{'=' * _WIDTH}\n{title}\n{heading}\n{'=' * _WIDTH}"]
+    parts = [f"{'=' * _WIDTH}\n{' '.join(title.split())}\n{heading}\n{'=' * _WIDTH}"]
     parts += ["\n".join([name, "-" * _WIDTH, *(f"  {line}" for line in lines)])
               for name, lines in sections.items()]
-    return "\n\n".join(parts) + "\n"
+    return printable("\n\n".join(parts) + "\n")
 
 
 def _interval(row: Any, name: str = "") -> Interval:

@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 
 from xsd import digests
-from xsd.core import MetricError
+from xsd.core import MetricError, printable
 from xsd.evaluate.statistics import Interval
 
 COLUMNS = ("metric", "threshold", "position", "value", "low", "high", "n", "n_clusters")
@@ -61,17 +61,18 @@ def frame(rows: Iterable[Mapping[str, Any]]) -> pd.DataFrame:
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """GitHub-flavoured Markdown, four digits, numbers right-aligned."""
+    """GitHub-flavoured Markdown, four digits, numbers right-aligned; no text of a cell is read as
+    HTML, as a link or as a column."""
     rule = ["---:" if pd.api.types.is_numeric_dtype(table[name]) else "---" for name in table]
-    cells = table.map(_cell).map(lambda cell: cell.replace("|", "\\|"))
-    lines = [map(str, table), rule, *cells.itertuples(index=False, name=None)]
+    cells = table.map(_cell).map(_plain_markdown)
+    lines = [map(_plain_markdown, table), rule, *cells.itertuples(index=False, name=None)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
 
 
 def latex(table: pd.DataFrame) -> str:
     """A booktabs ``tabular``, four digits, with every special sign escaped."""
     kinds = ["r" if pd.api.types.is_numeric_dtype(table[name]) else "l" for name in table]
-    lines = [map(str, table), *table.map(_cell).itertuples(index=False, name=None)]
+    lines = [map(_cell, table), *table.map(_cell).itertuples(index=False, name=None)]
     head, *body = [" & ".join(cell.translate(_LATEX) for cell in line) + r" \\" for line in lines]
     return "\n".join([rf"\begin{{tabular}}{{{''.join(kinds)}}}", r"\toprule", head, r"\midrule",
                       *body, r"\bottomrule", r"\end{tabular}", ""])
@@ -97,4 +98,14 @@ def _cell(value: Any) -> str:
         return "–"
     if isinstance(value, float):
         return str(int(value)) if value.is_integer() and abs(value) >= 10 else f"{value:.4f}"
-    return str(value)
+    return " ".join(printable(str(value)).splitlines())
+
+
+_MARKDOWN = {"\\": "\\\\", "&": "&amp;", "<": "&lt;", "|": "\\|", "`": "\\`", "](": "]\\(", "$": "\\$"}
+
+
+def _plain_markdown(name: Any) -> str:
+    cell = _cell(name)
+    for sign, escaped in _MARKDOWN.items():
+        cell = cell.replace(sign, escaped)
+    return cell

@@ -12,6 +12,7 @@ import pandas as pd
 
 from xsd.runs import folder, report
 from xsd.views import figures, timeline, tokens
+from xsd.views.safe import Html
 
 TITLE = "Cross-modal speculative decoding on the embedded pair"
 NAMES = {"simulated": "held-out simulated drives",
@@ -26,13 +27,18 @@ def template() -> str:
 
 def parts(run_dir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """What the template is given besides the results of a finished run."""
-    return {"name": name, "sets": sets, "pictures": pictures(results), "strips": strips(run_dir),
+    return {"name": _marked, "sets": sets, "pictures": pictures(results), "strips": strips(run_dir),
             "rounds": rounds(results.get("live", {}).get("timeline"))}
 
 
 def name(data: str) -> str:
     """What a held-out set is called."""
     return NAMES.get(data, data)
+
+
+def _marked(data: str) -> Html:
+    """A name in the words of the page: its digits are no numbers of the results."""
+    return Html('<span data-plain="1">{}</span>').format(name(data))
 
 
 def sets(found: Mapping[str, Any] | None) -> list[tuple[str, Any]]:
@@ -73,7 +79,7 @@ def _rows(rows: Mapping[str, Any], metric: str) -> pd.DataFrame:
     return found.astype(dict.fromkeys(("value", "low", "high"), float))
 
 
-def strips(run_dir: str | Path) -> list[str]:
+def strips(run_dir: str | Path) -> list[Html]:
     """The legend and three samples of each held-out set; nothing where no texts are known."""
     if not (folder.resolve(run_dir) / "tokens.parquet").is_file():
         return []
@@ -91,7 +97,7 @@ def strips(run_dir: str | Path) -> list[str]:
     return made
 
 
-def rounds(stored: Mapping[str, Any] | None) -> list[str]:
+def rounds(stored: Mapping[str, Any] | None) -> list[Html]:
     """The rounds of the timeline's speculative answer, and the question."""
     if not stored:
         return []

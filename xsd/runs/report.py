@@ -221,7 +221,10 @@ def _output(output: Mapping[str, Any], name: str, figures: list[Markup]) -> Note
 
 
 def _text(value: Any) -> str:
-    return "".join(map(str, value)) if isinstance(value, list) else str(value)
+    """What a notebook stores as one text or a list of them, of its control signs the colours."""
+    text = "".join(map(str, value)) if isinstance(value, list) else str(value)
+    parts = re.split(r"(\x1b\[[0-9;]*m|\r)", text)
+    return "".join(part if place % 2 else printable(part) for place, part in enumerate(parts))
 
 
 def _count(numbered: Mapping[str, Any]) -> int | None:

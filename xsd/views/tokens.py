@@ -49,7 +49,7 @@ def box(text: str, state: str, hover: Sequence[str] = ()) -> Html:
 def caption(text: str, tag: str = "div") -> Html:
     """A line of small grey text; nothing for an empty one."""
     style = f"font:13px {theme.FONT};color:{theme.SOFT_INK};margin-right:6px"
-    line = Html('<{0} style="{1}">{2}</{0}>').format(tag, style, text)
+    line = Html('<{0} data-plain="1" style="{1}">{2}</{0}>').format(tag, style, text)
     return line if text else Html()
 
 
