@@ -180,3 +180,15 @@ def test_printed_report_has_its_eight_sections():
     said = report_text.report("bare", alone, gamma=5, headline=changed)
     assert "108 tokens, no interval: one sequence" in said and "one sequence, which says" in said
     assert not re.search(r"\[[\d.]+, [\d.]+\]", said.split("The adapter's")[0])
+
+
+def test_text_of_a_table_is_no_markup_in_markdown_or_latex():
+    bad = pd.DataFrame({"a|b": ["<img src=x>", "[x](javascript:y)", "\\|", "x\ny", "`$z$"],
+                        "^~\\": ["{%}", "#", "_", "\x1b[31m", "&"]})
+    lines = tables.markdown(bad).splitlines()
+    assert lines[0] == r"| a\|b | ^~\\ |" and len(lines) == 7
+    assert [line.split(" | ")[0] for line in lines[2:]] == [
+        "| &lt;img src=x>", r"| [x]\(javascript:y)", r"| \\\|", "| x y", r"| \`\$z\$"]
+    text = tables.latex(bad)
+    assert r"\textasciicircum{}\textasciitilde{}\textbackslash{}" in text
+    assert r"\{\%\}" in text and r"\textbackslash{}u001b[31m" in text and "\x1b" not in text

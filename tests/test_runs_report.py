@@ -2,12 +2,13 @@
 
 import copy
 import json
+import os
 import re
 
 import nbformat
 import plotly.graph_objects as go
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_markdown_cell, new_notebook, new_output
 from views_examples import live_runs, sample, token_table
 
 from xsd.runs import numbers, report
@@ -147,3 +148,72 @@ def test_executed_notebooks_become_offline_pages_with_live_figures(tmp_path):
     assert first.count('class="figure"') == 1 and "VBox()" in first
     report.notebook_page(tmp_path / "05_live.ipynb", page.parent)
     assert page.read_text() == first
+
+
+SENT = {"nbformat": 4, "nbformat_minor": 5, "metadata": {}, "cells": []}
+
+
+def sent(tmp_path, *cells, name="sent.ipynb"):
+    path = tmp_path / name
+    path.write_text(json.dumps({**SENT, "cells": list(cells)}))
+    return path
+
+
+@pytest.mark.parametrize(("text", "kept"), [
+    ("<p onclick=x()>a</p>", "<p>a</p>"), ("<script>x()</script>b", "b"),
+    ("<style>c{}</style>", ""),
+    ("<a href='java\tscript:x()'>d</a>", "<a>d</a>"), ("<a href='#e'>e</a>", '<a href="#e">e</a>'),
+    ("<a href=data:text/html,x>f</a>", "<a>f</a>"), ("<img src=g.png>", "<img>"),
+    ("<img src='data:image/png;base64,AA=='>", '<img src="data:image/png;base64,AA==">'),
+    ("<img src='data:image/svg+xml;base64,AA=='>", "<img>"), ("<svg onload=x()>h</svg>", "h"),
+    ("<b style='color:red;position:fixed;background:url(x)'>i</b>", '<b style="color:red;">i</b>'),
+    ("<iframe src=x></iframe>j", "j"), ("<form action=x>k</form>", "k"),
+    ("<a href='https://x.org'>l</a>", '<a href="https://x.org">l</a>'),
+])
+def test_html_of_unknown_origin_keeps_its_words_and_nothing_that_runs_or_loads(text, kept):
+    assert report.clean(text) == kept
+
+
+def test_a_page_of_a_notebook_holds_two_scripts_of_ours_at_most(tmp_path):
+    figure = {"data": [{"name": "</script><!--<script>"}], "layout": {}}
+    cell = new_code_cell("1", outputs=[
+        new_output("display_data", {"application/javascript": "x()", "text/plain": "<b>"}),
+        new_output("display_data", {"image/svg+xml": "<svg onload=x()>"}),
+        new_output("display_data", {report.PLOTLY_MIME: figure})])
+    raw = {"cell_type": "raw", "source": "<i>raw", "metadata": {"raw_mimetype": "text/html"}}
+    text = report.notebook_page(sent(tmp_path, cell, raw), tmp_path / "out").read_text()
+    assert len(re.findall("<script", text)) == 2 == len(re.findall("</script", text))
+    assert "not shown: image/svg+xml" in text and "&lt;i&gt;raw" in text and "x()" not in text
+    policy = re.search(r'Content-Security-Policy" content="([^"]+)"', text).group(1)
+    assert "default-src &#39;none&#39;" in policy and "unsafe-eval" not in policy
+    assert text.index("Content-Security-Policy") < text.index("<script")
+
+
+def test_a_notebook_that_cannot_be_read_is_answered_in_one_sentence(tmp_path):
+    elsewhere = sent(tmp_path)
+    place = tmp_path / "place"
+    place.mkdir()
+    (place / "link.ipynb").symlink_to(elsewhere)
+    os.mkfifo(place / "pipe.ipynb")
+    for name in ("link", "pipe", "missing"):
+        with pytest.raises(numbers.ReportError, match="is no file of its folder"):
+            report.notebook_page(place / f"{name}.ipynb", place / "notebooks")
+    for text in ("", "{", "[]", "1", "{}", '{"nbformat": 4}', '{"nbformat": 99, "cells": []}',
+                 '{"nbformat": 3}', '{"nbformat": 4, "cells": [1]}', "[" * 10**5,
+                 '{"nbformat": 4, "cells": [{"cell_type": "code", "outputs": 5}]}',
+                 '{"nbformat": "x", "cells": null}', '{"nbformat": 4, "cells": {"a": 1}}',
+                 '{"nbformat": 4, "cells": [{"cell_type": "code", "outputs": [{"data": 3}]}]}'):
+        (place / "bad.ipynb").write_text(text)
+        with pytest.raises(numbers.ReportError, match="run the notebook again"):
+            report.notebook_page(place / "bad.ipynb", place / "notebooks")
+    (place / "notebooks").symlink_to(tmp_path)
+    with pytest.raises(numbers.ReportError, match="is a link to another place"):
+        report.notebook_page(sent(place), place / "notebooks")
+
+
+def test_deep_and_long_html_of_a_notebook_is_bounded(tmp_path):
+    long = new_output("display_data", {"text/html": "<b>a</b>" * 600_000})
+    deep = new_output("display_data", {"text/html": "<div>" * 50_000})
+    cells = [new_code_cell("1", outputs=[long, deep]), new_markdown_cell("<div>" * 5_000)]
+    page = report.notebook_page(sent(tmp_path, *cells), tmp_path / "out").read_text()
+    assert "not shown: 4.8 MB of HTML" in page and page.count("nested too deep") == 3

@@ -1,17 +1,22 @@
 """Token strips and pictures: plain HTML, escaped, nothing loaded from elsewhere."""
 
+import ast
 import base64
 import io
+import json
 import re
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 from views_examples import WORDS, live_runs, sample, token_table
 
-from xsd.core import VideoError
+from xsd.core import ROOT, VideoError
+from xsd.evaluate import curves
 from xsd.runs import numbers
-from xsd.views import images, tokens
+from xsd.views import figures, images, safe, timeline, tokens
+from xsd.views.safe import Html
 
 
 def _rows(states):
@@ -75,3 +80,48 @@ def test_nothing_is_requested_from_elsewhere():
     page = images.sensors(sample()) + tokens.legend() + tokens.pairs(_rows([True, False]))
     assert numbers.external_requests(page) == [] and page.count("<img") == 5 + 8
     assert "<script" not in page
+
+
+def test_a_table_escapes_cells_labels_and_names_and_keeps_its_text_for_a_terminal():
+    bad = "<img src=x onerror=y>"
+    frame = pd.DataFrame({bad: [bad, "$x$"], "share": [0.5, np.nan], "n": [12345, 3]},
+                         index=pd.Index([bad, "b"], name="<u>"))
+    page = safe.table(frame, precision=2, percent=["share"], thousands=" ")
+    assert "<img" not in page and page.count("&lt;img src=x onerror=y&gt;") == 3
+    assert "<th>&lt;u&gt;</th>" in page and "<td>12 345</td>" in page
+    assert "<td>50%</td>" in page and "<td>–</td>" in page
+    shown = page._repr_mimebundle_()
+    assert shown["text/plain"] == repr(frame) and "mathjax_ignore" in shown["text/html"]
+    assert "<th>0</th>" not in safe.table(frame.reset_index(), index=False)
+
+
+def test_html_escapes_what_is_formatted_added_or_joined_into_it():
+    made = Html("<b>{}</b>").format("<i>\u202e") + "<u>" + Html(", ").join(["<s>", Html("<p>")])
+    assert made == "<b>&lt;i&gt;\\u202e</b>&lt;u&gt;&lt;s&gt;, <p>"
+
+
+def test_a_label_of_a_figure_is_read_literally():
+    assert safe.label("<b>%{x}</b> & $y$") == "&lt;b&gt;&#37;{x}&lt;/b&gt; &amp; &#36;y&#36;"
+    assert safe.label("L4, γ = 5: 50 % of all") == "L4, γ = 5: 50 % of all"
+    frame = token_table(levels=("L1",)).assign(level="<a>", position=1)
+    drawn = figures.acceptance_by_position(curves.by_position(frame), title="<b>")
+    assert {trace.name for trace in drawn.data} == {"&lt;a&gt;", "&lt;a&gt; interval"}
+    assert drawn.layout.title.text == "&lt;b&gt;" and "<b><a></b>" not in drawn.to_json()
+    assert "&lt;a&gt;" in timeline.timeline({"<a>": live_runs()["baseline"]}).to_json()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "notebooks").glob("[0-9]*.ipynb")),
+                         ids=lambda path: path.stem)
+def test_notebooks_show_data_through_the_one_door(path):
+    """No cell makes HTML, Markdown or a styled table of its own; Html is given constant text."""
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] != "code":
+            continue
+        tree = ast.parse("".join(cell["source"]))
+        for node in ast.walk(tree):
+            name = getattr(node, "attr", getattr(node, "id", getattr(node, "name", "")))
+            assert name not in ("HTML", "HTMLMath", "IFrame", "Javascript", "Latex", "Markdown",
+                                "Math", "SVG", "publish_display_data", "style", "to_html"), (
+                                    path.name, cell["id"])
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Html":
+                assert [type(one) for one in node.args] == [ast.Constant]

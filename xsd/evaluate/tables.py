@@ -101,11 +101,9 @@ def _cell(value: Any) -> str:
     return " ".join(printable(str(value)).splitlines())
 
 
-_MARKDOWN = {"\\": "\\\\", "&": "&amp;", "<": "&lt;", "|": "\\|", "`": "\\`", "](": "]\\(", "$": "\\$"}
-
-
-def _plain_markdown(name: Any) -> str:
-    cell = _cell(name)
-    for sign, escaped in _MARKDOWN.items():
+def _plain_markdown(value: Any) -> str:
+    cell = _cell(value)
+    for sign, escaped in (("\\", r"\\"), ("&", "&amp;"), ("<", "&lt;"), ("|", r"\|"), ("`", r"\`"),
+                          ("](", r"]\("), ("$", r"\$")):
         cell = cell.replace(sign, escaped)
     return cell

@@ -10,9 +10,10 @@ import hashlib
 import html
 import json
 import re
+import warnings
 from collections.abc import Mapping, Sequence
 from functools import partial
-from itertools import count
+from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,8 @@ TEMPLATES = Path(__file__).parent / "templates"
 PLOTLY_MIME = "application/vnd.plotly.v1+json"
 SHOWN_MIMES = ("text/html", "text/markdown", "image/png", "image/jpeg", "text/plain")
 """Of a notebook's outputs, besides figures, what a page shows: what cannot run, once cleaned."""
-LARGEST_HTML = 4_000_000
+LARGEST_HTML, DEEPEST_HTML, LARGEST_MARKDOWN = 4_000_000, 200, 50_000
+"""Signs of one output or cell, and tags inside each other: more take minutes to read."""
 PLOT_CONFIG = {"responsive": True, "displaylogo": False,
                "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]}
 DRAW = """(function(){function draw(){
@@ -169,7 +171,10 @@ def read_notebook(path: Path) -> NotebookNode:
         raise numbers.ReportError(f"{path} is no file of its folder; put the notebook itself there")
     found = read_json(path, numbers.ReportError, way_out)
     try:
-        return nbformat.from_dict(nbformat.convert(nbformat.from_dict(found), 4))
+        with warnings.catch_warnings(action="ignore"):  # cells without an id
+            notebook = nbformat.convert(nbformat.from_dict(found), 4)
+            nbformat.validate(notebook, relax_add_props=True)
+        return notebook
     except Exception as error:  # nbformat meets what it does not know with any of a dozen
         raise numbers.ReportError(
             f"{path} is no notebook ({type(error).__name__}: {str(error)[:100]}); {way_out}"
@@ -190,8 +195,8 @@ def _shown(notebook: NotebookNode) -> tuple[NotebookNode, list[Markup]]:
             for number, output in enumerate(cell.get("outputs", [])):
                 made.outputs.append(_output(output, f"cell-{place}-{number}", figures))
         else:
-            made = v4.new_markdown_cell(text if kind == "markdown" else str(
-                Html("<pre>{}</pre>").format(text)))
+            read = kind == "markdown" and len(text) <= LARGEST_MARKDOWN
+            made = v4.new_markdown_cell(text if read else str(Html("<pre>{}</pre>").format(text)))
         made["id"] = f"cell-{place}"
         cells.append(made)
     return v4.new_notebook(cells=cells, metadata={"language_info": {"name": "python"}}), figures
@@ -212,8 +217,8 @@ def _output(output: Mapping[str, Any], name: str, figures: list[Markup]) -> Note
     if (drawn := data.get(PLOTLY_MIME)) is not None:
         figures.append(_figure(drawn, name))
         shown = {"text/html": f'<div id="{name}"></div>'}
-    elif len(shown.get("text/html", "")) > LARGEST_HTML:
-        shown = {"text/plain": f"not shown: {len(shown['text/html']) / 1e6:.0f} MB of HTML"}
+    if len(shown.get("text/markdown", "")) > LARGEST_MARKDOWN:
+        shown = {"text/plain": shown["text/markdown"]}
     made = {"text/plain": f"not shown: {', '.join(data)}"} | shown
     if kind == "execute_result":
         return v4.new_output(kind, made, execution_count=_count(output))
@@ -248,6 +253,13 @@ _PICTURE = re.compile(r"data:image/(png|jpeg|gif|webp);base64,[A-Za-z0-9+/=\s]+"
 _LINK = re.compile(r"(?is)(https?://|mailto:).*|[^:&\\]*")
 
 
+def _depth(text: str) -> int:
+    """At most so many tags stand inside each other."""
+    # what HTML closes by itself does not count
+    tags = re.finditer(r"<(/?)(?!(?:p|br|hr|img|li|td|th|tr|dt|dd|col)\b)[a-zA-Z]", text)
+    return max(accumulate(-1 if tag[1] else 1 for tag in tags), default=0)
+
+
 def clean(text: str) -> str:
     """HTML of unknown origin without whatever could run, load or cover the page: the tags, the
     attributes and the styles that a page of words, tables and inline pictures needs stay."""
@@ -259,6 +271,8 @@ def clean(text: str) -> str:
             return bool((_PICTURE if tag == "img" else _LINK).fullmatch(value))
         return name in _ATTRIBUTES
 
+    if len(text) > LARGEST_HTML or _depth(text) > DEEPEST_HTML:
+        return f"<p>not shown: {len(text) / 1e6:.1f} MB of HTML, or nested too deep</p>"
     # Their text is no text to be read.
     text = re.sub(r"(?is)<(script|style|template|title)\b.*?(</\1\s*>|$)", "", str(text))
     return bleach.clean(text, tags=_TAGS, attributes=allowed, strip=True,
