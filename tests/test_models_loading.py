@@ -14,6 +14,9 @@ from transformers import (
     LlamaConfig,
     LlavaNextVideoConfig,
     LlavaNextVideoForConditionalGeneration,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
 )
 
 from xsd.core import CheckpointError, PairError
@@ -150,16 +153,18 @@ def test_an_absent_image_tower_is_filled_from_the_video_tower(tmp_path):
     assert same_weights(model.image_tower, model.video_tower.state_dict())
 
 
-def test_llava_next_video_works_as_a_verifier(tmp_path):
+@pytest.mark.parametrize("text_config", [LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config])
+def test_llava_next_video_works_as_a_verifier(tmp_path, text_config):
     folder = shutil.copytree(pair_folder(), tmp_path / "pair")
     shutil.rmtree(folder / "verifier")
     torch.manual_seed(0)
     vision = {**VISION, "image_size": 56}
     config = LlavaNextVideoConfig(
         vision_config=CLIPVisionConfig(**vision),
-        text_config=LlamaConfig(vocab_size=464, hidden_size=32, intermediate_size=64,
-                                num_hidden_layers=2, num_attention_heads=4), image_token_index=401,
-        video_token_index=400, image_grid_pinpoints=[[56, 56]],
+        text_config=text_config(vocab_size=464, hidden_size=32, intermediate_size=64,
+                                num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                                head_dim=8, sliding_window=None, max_position_embeddings=512),
+        image_token_index=401, video_token_index=400, image_grid_pinpoints=[[56, 56]],
     )
     model = LlavaNextVideoForConditionalGeneration(config)
     loading.save_checkpoint(folder / "verifier", model,
@@ -172,9 +177,13 @@ def test_llava_next_video_works_as_a_verifier(tmp_path):
     pixels = pair.verifier.pixels(sample.video)[None]
     expected = pair.verifier.model.generate(ids, pixel_values_videos=pixels, max_new_tokens=6,
                                             do_sample=False, pad_token_id=0)
-    assert pair.verifier.prefill(sample).length == ids.shape[1]
-    assert pair.verifier.generate([sample], 6)[0].ids.tolist() == expected[0,
-                                                                           ids.shape[1]:].tolist()
+    state = pair.verifier.prefill(sample)
+    assert state.length == ids.shape[1]
+    said = expected[0, ids.shape[1]:]
+    assert pair.verifier.generate([sample], 6)[0].ids.tolist() == said.tolist()
+    pair.verifier.extend(state, torch.tensor([5, 6, 7]))
+    pair.verifier.rollback(state, ids.shape[1])  # rolled back and grown as if nothing had been
+    assert pair.verifier.extend(state, said[:3])[1].argmax(-1).tolist() == said[1:4].tolist()
 
 
 # --- what is refused, and with which words
