@@ -203,6 +203,10 @@ def test_empty_input_is_refused_with_a_sentence():
     pair = tiny_pair()
     with pytest.raises(core.DatasetError, match="a question has zero length"):
         pair.drafter.prefill(dataclasses.replace(SAMPLES[0], question="  "))
+    for question in ("What is <image>?", "Is this <video> new?", "<ev_start> What?", "\ud83d?"):
+        for handle in (pair.drafter, pair.verifier):
+            with pytest.raises(core.DatasetError, match="holds a placeholder of pictures"):
+                handle.prefill(dataclasses.replace(SAMPLES[0], question=question))
     with pytest.raises(core.DatasetError, match="has no event frame"):
         pair.drafter.prefill(dataclasses.replace(SAMPLES[0], event_frames=[]))
     with pytest.raises(core.VideoError, match="has no video frame"):

@@ -114,6 +114,11 @@ def pipe_as_config(folder):
     os.mkfifo(folder / "config.json")
 
 
+def link_to_itself(folder):
+    (folder / "config.json").unlink()
+    os.symlink("config.json", folder / "config.json")
+
+
 def header_that_lies(folder):
     path = folder / "model.safetensors"
     path.write_bytes((10**12).to_bytes(8, "little") + path.read_bytes()[8:])
@@ -129,6 +134,7 @@ def header_that_lies(folder):
     (lambda folder: split(folder, rename=lambda part: 5), "is not a shard index"),
     (link_to_outside, "is a link to .*elsewhere.safetensors, outside its folder"),
     (pipe_as_config, "is no regular file"),
+    (link_to_itself, "is no regular file"),
     # what was saved there
     (adapter_left_over, "holds adapter_config.json beside its weights"),
     (adapter_alone, r"holds a LoRA adapter \(adapter_config.json\), not a whole model"),
@@ -173,8 +179,9 @@ def header_that_lies(folder):
     (config(sliding_window=16), "sets sliding_window=16: layers that see a window of the text"),
     (config(attention_chunk_size=16), "sets attention_chunk_size=16"),
     (config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
-     "sets rope_type='dynamic', rope_theta=10000.0; positions of default, linear, llama3, yarn"),
+     "sets rope_type='dynamic', rope_theta=10000.0, .* whole rotations of default, linear, llama3"),
     (config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta=0"),
+    (config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5; whole rotations"),
     *((lambda folder, end=end: change(folder / "generation_config.json", eos_token_id=end),
        f"the end of an answer is {end!r}, but an id from 0 to 399")
       for end in ("</s>", -1, 10**9, True)),
@@ -284,6 +291,11 @@ def test_a_verifier_that_the_engine_cannot_run_is_refused(pair, fields, sentence
     change(pair / "verifier" / "config.json", **fields)
     with pytest.raises(core.CheckpointError, match=sentence):
         loading.load_verifier(pair / "verifier")
+    with pytest.raises(core.CheckpointError):
+        loading.load_pair(pair)
+    if "text_config" in fields:
+        with pytest.raises(core.CheckpointError, match=sentence):
+            full_size.sizes(pair)
 
 
 def test_no_end_of_answer_anywhere_is_refused(folder):

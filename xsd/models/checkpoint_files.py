@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,9 +47,10 @@ def check_files(folder: Path) -> None:
         weights = path.suffix in (".safetensors", ".bin")
         if path.is_dir() or not (weights or path.suffix in (".json", ".model", ".txt", ".jinja")):
             continue
-        if path.resolve().parent not in own:
-            raise CheckpointError(f"{path} is a link to {path.resolve()}, outside its folder; put "
-                                  "the file itself there")
+        place = Path(os.path.realpath(path))
+        if place.parent not in own:
+            raise CheckpointError(f"{path} is a link to {place}, outside its folder; put the file "
+                                  "itself there")
         if not path.is_file():
             raise CheckpointError(f"{path} is no regular file; copy it again from the original "
                                   "checkpoint")

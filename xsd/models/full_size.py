@@ -12,7 +12,7 @@ from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig
 from transformers.models.video_llava import VideoLlavaConfig, VideoLlavaForConditionalGeneration
 
-from xsd.models import checkpoint_files, loading
+from xsd.models import checkpoint_files, loading, settings
 from xsd.models.eventgpt import CLIP_VIT_L_14_336, EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import Role
 from xsd.models.quantization import PROJECTORS, TOWERS
@@ -80,6 +80,7 @@ def sizes(pair: str | Path = FULL) -> tuple[ModelSize, ModelSize]:
     config = loading.drafter_config(drafter, raw)
     verifier, raw = loading.open_checkpoint(info["verifier"], "4bit")
     theirs, model_class = loading.verifier_class(verifier, raw)
+    settings.check_decoder(theirs, verifier)
     return (_size_of(EventGPTForCausalLM, config, "drafter", drafter.name,
                      info.get("n_event_frames", N_EVENT_FRAMES)),
             _size_of(model_class, theirs, "verifier", verifier.name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -23,6 +24,7 @@ DRAFTER_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.")
 VIDEO_TOKEN = "<video>"
+_NO_QUESTION = re.compile("<video>|<image>|<ev_[a-z]+>|[\ud800-\udfff]")
 
 
 @dataclass
@@ -224,10 +226,14 @@ def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
 def prompt_ids(role: str, tokenizer: Any, question: str) -> tuple[list[int], list[int]]:
     """Ids before the visual tokens (BOS first) and after them: the drafter's sides tokenised each
     by itself, as the official code does; the verifier's prompt whole, and split at ``<video>``.
-    Raises: DatasetError for an empty question; CheckpointError for a tokenizer without it."""
+    Raises: DatasetError for an empty question, one that is no text or holds what stands for
+    pictures; CheckpointError for a tokenizer without ``<video>``."""
     if not question.strip():
         raise DatasetError(
             "a question has zero length; give each sample a question with at least one word")
+    if _NO_QUESTION.search(question):
+        raise DatasetError(f"the question {question[:60]!a} holds a placeholder of pictures "
+                           f"({VIDEO_TOKEN}, <image> …) or half a character; ask in words")
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids

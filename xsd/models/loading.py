@@ -5,6 +5,7 @@ is filled, names, shapes and NaN after it. No code of a checkpoint is run, nothi
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,13 +71,18 @@ def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, d
 def check_device(device: str) -> None:
     """Raises: ParameterError for a device that torch does not know or does not see."""
     try:
-        kind = torch.device(device).type
-    except RuntimeError as error:
+        place = torch.device(device)
+    except RuntimeError:
+        place = torch.device("meta")
+    if place.type not in ("cpu", "cuda", "mps"):
         raise ParameterError(f"device={device!r} is none that torch knows; give cpu, cuda or "
-                             "cuda:1") from error
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ParameterError(f"device={device!r}: no GPU is visible to torch; use cpu, or install "
-                             "a CUDA build of torch and its driver (xsd doctor)")
+                             "cuda:1")
+    there = {"cpu": sys.maxsize, "cuda": torch.cuda.device_count(),
+             "mps": int(torch.backends.mps.is_available())}
+    if (place.index or 0) >= there[place.type]:
+        seen = there[place.type] or "no"
+        raise ParameterError(f"device={device!r}: {seen} GPU is visible to torch; use cpu, or "
+                             "install a CUDA build of torch and its driver (xsd doctor)")
 
 
 def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",

@@ -46,13 +46,17 @@ def check_decoder(config: Any, folder: Path) -> None:
         raise CheckpointError(f"{file} sets {', '.join(said)[:200]}: layers that see a window of "
                               "the text forget what a rollback must bring back; give a model with "
                               "full attention, or set them to null")
-    rope = getattr(text, "rope_parameters", None) or {}
+    rope = dict(getattr(text, "rope_parameters", None) or {})
+    rope.setdefault("partial_rotary_factor", getattr(text, "partial_rotary_factor", None) or 1.0)
     for each in (one for one in (rope, *rope.values()) if isinstance(one, dict)):
         kind, theta = each.get("rope_type", "default"), each.get("rope_theta", 1.0)
-        if kind not in POSITIONS or not (isinstance(theta, (int, float)) and theta > 0):
-            raise CheckpointError(f"{file} sets rope_type={kind!r}, rope_theta={theta!r}; positions"
-                                  f" of {', '.join(POSITIONS)} with a base above 0 stay as they "
-                                  "are when the text grows, and only those can be rolled back")
+        part = each.get("partial_rotary_factor", 1.0)
+        if kind not in POSITIONS or part != 1 or not (isinstance(theta, (int, float)) and
+                                                      theta > 0):
+            raise CheckpointError(f"{file} sets rope_type={kind!r}, rope_theta={theta!r}, "
+                                  f"partial_rotary_factor={part!r}; whole rotations of "
+                                  f"{', '.join(POSITIONS)} with a base above 0 stay as they are "
+                                  "when the text grows, and only those can be rolled back")
 
 
 def neutral(folder: Path, model: Any, tokenizer: Any) -> str:
