@@ -1,8 +1,10 @@
 """The command line: one clear sentence for the user's mistakes, and a light start."""
 
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import nbformat
 import pytest
@@ -10,6 +12,7 @@ from nbformat.v4 import new_notebook
 
 from xsd import cli
 from xsd.cli import app
+from xsd.files import FolderLock
 from xsd.runs import doctor
 
 VERBS = {
@@ -161,3 +164,98 @@ def test_what_cannot_be_read_is_said_in_one_sentence(words, sentence, capsys):
     assert cli.main(words) == 2
     said = capsys.readouterr().err
     assert sentence in said and "Traceback" not in said
+
+
+def started(words, **options):
+    return subprocess.Popen([sys.executable, "-m", "xsd.cli", *map(str, words)], text=True,
+                            stderr=subprocess.PIPE, start_new_session=True,
+                            **{"stdout": subprocess.PIPE, **options})
+
+
+def group_is_empty(group, seconds=10):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        try:
+            os.killpg(group, 0)
+        except ProcessLookupError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@pytest.mark.parametrize(("number", "status", "workers", "group"), [
+    (signal.SIGINT, 130, 2, True), (signal.SIGTERM, 143, 2, False), (signal.SIGHUP, 129, 1, False)])
+def test_a_signal_ends_a_verb_and_its_helpers_with_one_line(number, status, workers, group,
+                                                            tmp_path):
+    child = started(["data", "simulate", tmp_path / "drives", "-n", 200, "--workers", workers])
+    while not (tmp_path / "drives").exists():
+        time.sleep(0.05)
+    (os.killpg if group else os.kill)(child.pid, number)
+    said = child.communicate(timeout=60)[1]
+    assert child.returncode == status
+    assert said == "xsd: stopped; run the same command again to go on (what was finished is kept)\n"
+    assert group_is_empty(child.pid), "a helper process outlived the verb"
+
+
+def test_ctrl_c_while_the_verb_is_still_importing_is_no_traceback():
+    code = ("import os, signal, sys, xsd.cli.door as door\n"
+            "sys.argv = ['xsd', 'doctor']\n"
+            "class Late:\n"
+            "    def find_spec(self, name, *_):\n"
+            "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
+            "sys.meta_path.insert(0, Late())\n"
+            "sys.exit(door.main())")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 130 and done.stderr.startswith("xsd: stopped; run the same command")
+    assert done.stderr.count("\n") == 1
+
+
+def test_nobody_reading_the_output_is_a_quiet_end():
+    child = started(["data", "extract", "--help"])
+    child.stdout.close()
+    assert child.wait(timeout=60) == 141 and child.stderr.read() == ""
+
+
+@pytest.mark.parametrize(("redirection", "status", "said"), [
+    (">/dev/full", 2, "xsd: the output cannot be written: No space left on device; "),
+    (">&-", 0, ""), (">&- 2>&-", 0, ""), ("<&-", 0, "")])
+def test_an_output_that_is_full_or_closed_is_no_traceback(redirection, status, said):
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} -m xsd.cli run 03 --help-parameters {redirection}"],
+        capture_output=True, text=True, check=False)
+    assert done.returncode == status and done.stderr.startswith(said) and (
+        done.stderr.count("\n") == bool(said))
+
+
+@pytest.mark.parametrize("surroundings", [
+    {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+    {"COLUMNS": "0"}, {"COLUMNS": "-5"}, {"COLUMNS": "wide"}, {"TERM": "nothing"}])
+def test_a_terminal_that_shows_little_is_no_traceback(surroundings):
+    for words in (["run", "03", "--help-parameters"], ["data", "extract", "--help"]):
+        child = started(words, env={**os.environ, **surroundings})
+        shown, said = child.communicate(timeout=60)
+        assert child.returncode == 0 and said == "" and len(shown) > 500
+
+
+def test_one_process_writes_a_folder_of_pages(tmp_path, capsys):
+    nbformat.write(new_notebook(), tmp_path / "a.ipynb")
+    with FolderLock(tmp_path):
+        assert cli.main(["report", str(tmp_path)]) == 2
+    assert f"is being written by process {os.getpid()}; wait" in capsys.readouterr().err
+
+
+def test_what_a_name_holds_is_no_command_to_the_terminal(tmp_path, capsys):
+    place = tmp_path / "run\x1b[2J\nxsd: all well" / "results"
+    place.mkdir(parents=True)
+    (place / "live.json").write_text("{}")
+    assert cli.main(["runs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert "\x1b" not in shown and "run?[2J?xsd: all well" in shown
+    assert cli.main(["report", str(place.parent)]) == 2
+    said = capsys.readouterr().err
+    assert "\x1b" not in said and said.count("\n") == 1
+
+
+def test_a_parameter_that_has_an_option_of_its_own_is_given_once(capsys):
+    assert cli.main(["train", "pairs", "-o", "runs/x", "-p", "seed=3"]) == 2
+    assert "-p seed=… has an argument or option of its own" in capsys.readouterr().err

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from xsd import cli
+from xsd.core import ParameterError
 from xsd.runs import folder
 from xsd.steps import listing
 
@@ -61,3 +62,27 @@ def test_a_name_that_notebooks_of_one_run_were_given_differently_stands_for_each
     assert listing.differing(made) == [{"02 batch_size": "1", "04 batch_size": "2"},
                                        {"02 batch_size": "8", "04 batch_size": "9"},
                                        {"04 batch_size": "9"}]
+
+
+@pytest.mark.parametrize(("text", "why"), [
+    ("", "is not JSON"), ("[" * 100_000, "nested too deep"), ("[]", "is not what our notebooks"),
+    ('{"provenance": 5}', "is not what our notebooks"),
+    ('{"test": {"simulated": 5}}', "is not what our notebooks")])
+def test_a_run_that_cannot_be_read_is_listed_with_the_reason_beside_the_others(runs, text, why):
+    (runs / "a" / "results" / "tokens.json").write_text(text)
+    found = listing.listing([runs])
+    assert why in found["problem"][0] and folder.AGAIN in found["problem"][0]
+    assert found["problem"].isna().tolist() == [False, True] and found["best arm"][1] == "L4"
+    with pytest.raises(ParameterError, match=why):
+        listing.overview([str(runs / "a"), str(runs / "report" / "run")])
+
+
+def test_a_sweep_stands_for_the_runs_in_its_own_folder(runs, tmp_path):
+    row = {"name": "p", "status": "finished", "run_dir": str(runs / "a")}
+    place = tmp_path / "sweep"
+    place.mkdir()
+    (place / "sweep.json").write_text(json.dumps({"runs": [row]}))
+    with pytest.raises(ParameterError, match=r"are not in its folder but in .*give that run"):
+        listing.runs_of([str(place)])
+    (place / "p" / "run").mkdir(parents=True)  # a folder that was moved here
+    assert listing.runs_of([str(place)]) == [str(place / "p" / "run")]

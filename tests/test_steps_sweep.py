@@ -7,7 +7,9 @@ import pytest
 from tiny_pair import make_tiny_pair
 from toy_notebook import Toy, write
 
-from xsd.core import ParameterError
+from xsd import cli
+from xsd.core import ParameterError, StorageError
+from xsd.files import FolderLock
 from xsd.runs import folder, notebooks, parameters
 from xsd.steps import extraction, sweep, training
 
@@ -130,3 +132,26 @@ def test_metrics_of_points_become_one_table_and_a_busy_machine_claims_nothing(tm
     assert found["accepted_per_round low"].tolist()[:2] == [1.9, 1.9]
     assert found["speedup"].tolist()[0] == 1.1 and found["speedup"][1:].isna().all()
     assert found["baseline"].tolist()[:2] == ["our loop"] * 2
+
+
+def test_sweeps_in_one_folder_keep_each_other_s_rows(tmp_path, capsys):
+    path, place = write(tmp_path / "06_compare.ipynb"), tmp_path / "sweep"
+    for axis in ("seed=0,1", "seed=2", "seed=0,1"):
+        assert cli.main(["sweep", str(path), axis, "-o", str(place)]) == 0
+    assert capsys.readouterr().out.count("already finished") == 2
+    table = (place / "sweep.csv").read_text().splitlines()
+    assert [row.split(",")[0] for row in table] == ["seed", "0", "1", "2"]
+    assert len(json.loads((place / "sweep.json").read_text())["runs"]) == 3
+
+
+def test_one_sweep_at_a_time_and_none_over_what_is_fixed_or_unreadable(toy, tmp_path):
+    place = tmp_path / "sweep"
+    with FolderLock(place, "sweep.lock"), pytest.raises(StorageError, match="being written by"):
+        sweep.run(toy, {"size": [2]}, place, model=Toy)
+    with pytest.raises(ParameterError, match="size is varied and fixed"):
+        sweep.run(toy, {"size": [2]}, place, fixed={"size": 3}, model=Toy)
+    for text, said in (("[", "is not JSON"), ("[]", "is not what a sweep writes"),
+                       ('{"runs": [{"run_dir": 5}]}', "is not what a sweep writes")):
+        (place / "sweep.json").write_text(text)
+        with pytest.raises(ParameterError, match=said):
+            sweep.run(toy, {"size": [2]}, place, model=Toy)

@@ -258,7 +258,7 @@ def import_object(text: str) -> Any:
     if not (module and colon and name):
         raise ParameterError(f"{text!r} names no object; write module:Name, such as my_levels:Mine")
     # a notebook runs in the checkout, but names what stands where its run was started
-    places = (os.environ.get("XSD_STARTED_IN"), os.getcwd(), str(ROOT))
+    places = (str(ROOT), os.environ.get("XSD_STARTED_IN"), os.getcwd())
     added = [folder for folder in dict.fromkeys(places) if folder and folder not in sys.path]
     sys.path.extend(added)
     try:

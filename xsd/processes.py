@@ -11,6 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+STOPPING = {signal.SIGTERM, signal.SIGHUP}
+
 
 @contextlib.contextmanager
 def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterator[
@@ -27,15 +29,20 @@ def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterat
         try:
             yield made
         except BaseException:
+            # its thread stumbles over what map has cancelled when the processes are gone
+            hook, threading.excepthook = threading.excepthook, lambda _: None
             for one in list((made._processes or {}).values()):
                 one.terminate()
+            made.shutdown()
+            threading.excepthook = hook
             raise
 
 
 @contextlib.contextmanager
 def deaf() -> Iterator[None]:
-    """Processes started in this block never hear Ctrl-C; this one hears it afterwards."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Processes started in this block never hear Ctrl-C, and what else asks to stop not before
+    :func:`end_with_parent`; this one, not stopped while it starts them, hears it afterwards."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *STOPPING})
     try:
         yield
     finally:
@@ -44,6 +51,7 @@ def deaf() -> Iterator[None]:
 
 def end_with_parent() -> None:
     """What a helper process calls first: it ends where the process that started it is gone."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPPING)
     parent = multiprocessing.parent_process()
 
     def wait() -> None:

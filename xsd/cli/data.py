@@ -129,7 +129,7 @@ def extract(
     request.root()
     out = out or ROOT / "runs" / request.name()
     if supervise:  # the same command; the last word on --supervise counts
-        command = [sys.executable, "-m", "xsd.cli", *context.obj, "--supervise", "0"]
+        command = [sys.executable, "-P", "-m", "xsd.cli", *context.obj, "--supervise", "0"]
         return supervision.supervise(command, out, supervise, part=rank.part_name)
     from xsd.extract import plan, run
     from xsd.runs import progress
