@@ -42,11 +42,11 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
         raise VideoError(f"{path}: videos of type {path.suffix or '(none)'} are not read; expected "
                          f"one of {', '.join(SUFFIXES)} or a folder of .png or .jpg images")
     names.check_plain(path, VideoError, "video file or folder of images")
-    with open(path, "rb") as file:
-        if not re.match(_KINDS[kind], file.read(16), re.DOTALL):
-            raise VideoError(f"{path} does not decode as a video: it does not begin as "
-                             f"{path.suffix} files do; rename it, or make it again")
     try:
+        with open(path, "rb") as file:
+            if not re.match(_KINDS[kind], file.read(16), re.DOTALL):
+                raise VideoError(f"{path} does not decode as a video: it does not begin as "
+                                 f"{path.suffix} files do; rename it, or make it again")
         # "file:", since FFmpeg takes what stands before a colon for a protocol
         with av.open(f"file:{path.resolve()}", format=kind,
                      options={"protocol_whitelist": "file"}) as container:
