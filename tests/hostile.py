@@ -25,14 +25,15 @@ PAYLOADS = {
     "attribute": "' autofocus onfocus=pwned8=1 x='", "address": "javascript:pwned9=1",
 }
 UNSEEN = "\x1b[31mred\x1b]8;;javascript:pwned10=1\x07link\u202edcba"
-"""Colours and links of terminals, a mark that turns the writing around."""
+"""Colours and links of terminals, which a dataset may not hold but a token may; a mark that turns
+the writing around."""
 EVERYTHING = " ".join([*PAYLOADS.values(), UNSEEN])
 
 
 def write_dataset(root, split, n_sequences, seed):
     """A dataset folder whose sequences, clips and questions are payloads."""
     names, draw = [text for text in PAYLOADS.values() if "/" not in text], default_rng(seed)
-    with folder.FolderWriter(root, split, source=EVERYTHING) as writer:
+    with folder.FolderWriter(root, split, source=" ".join(PAYLOADS.values())) as writer:
         for place in range(n_sequences):
             sequence = f"{split}{place}{names[(seed + place) % len(names)]}{PAYLOADS['script']}"
             for clip in range(2):
@@ -44,7 +45,7 @@ def write_dataset(root, split, n_sequences, seed):
                 writer.add(sequence, f"{clip}{names[(seed - clip) % len(names)]}", events=events,
                            video=video)
     folder.write_questions(root / folder.QUESTIONS,
-                           [(f"What is {text}{UNSEEN}?", 1) for text in PAYLOADS.values()])
+                           [(f"What is {text}\u202edcba?", 1) for text in PAYLOADS.values()])
     return root
 
 

@@ -158,7 +158,7 @@ def report(folder: Path = Argument(help="with executed notebooks")) -> None:
     """Turn the executed notebooks of a folder into offline pages."""
     from xsd.runs import report as pages
 
-    executed = sorted(folder.glob("*.ipynb"))
+    executed = sorted(path for path in folder.glob("*.ipynb") if path.is_file())
     if not executed:
         raise ParameterError(f"there is no executed notebook in {folder}; run one with xsd run NB "
                              f"-o {folder}")

@@ -181,7 +181,7 @@ def save_html(figure: go.Figure, path: Path) -> None:
 
         atomic_write(script, get_plotlyjs())
     atomic_write(path, pio.to_html(figure, include_plotlyjs=script.name, full_html=True,
-                                   div_id=path.stem, auto_play=False))
+                                   div_id="figure", auto_play=False))
 
 
 def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1000) -> str:
