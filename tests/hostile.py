@@ -13,6 +13,7 @@ from nbformat.v4 import new_code_cell, new_notebook, new_output
 from numpy.random import default_rng
 
 from xsd.core import ROOT
+from xsd.runs.report import PLOTLY_MIME
 from xsd.sensors import folder
 from xsd.sensors.events import Events
 
@@ -47,6 +48,38 @@ def write_dataset(root, split, n_sequences, seed):
     folder.write_questions(root / folder.QUESTIONS,
                            [(f"What is {text}\u202edcba?", 1) for text in PAYLOADS.values()])
     return root
+
+
+def notebook():
+    """A notebook that tries everything: outputs of every kind, cells, metadata, attachments."""
+    text = EVERYTHING
+    mimes = {"text/html", "text/markdown", "application/javascript", "image/svg+xml", "text/latex",
+             "image/png", "image/jpeg", "text/plain", "text/vnd.mermaid", "application/json",
+             "application/vnd.jupyter.widget-view+json", "application/pdf", "unheard/of"}
+    figure = {"data": [{"x": [1], "y": [text], "name": text, "hovertemplate": text}],
+              "layout": {"title": {"text": text}, "images": [{"source": "https://x.test/a.png"}],
+                         "annotations": [{"text": f"<a href='javascript:pwned12=1'>{text}</a>"}]}}
+    loud = text + (
+        "<script src=//x.test/a.js></script><iframe srcdoc='<script>parent.pwned13=1</script>'>"
+        "</iframe><form action=javascript:pwned14=1><button autofocus onfocus=pwned15=1>x</button>"
+        "</form><base href=//x.test/><object data=x></object><div style='background:url(//x.test/b)"
+        ";position:fixed'>x</div><meta http-equiv=refresh content='0;url=javascript:pwned16=1'>"
+        "<link rel=stylesheet href=//x.test><math><mtext><table><mglyph><style><img src "
+        "onerror=pwned17=1></style><a href='&#106;avascript:pwned18=1'>y</a><img src=/etc/hostname>"
+        "<a href='data:text/html,<script>pwned19=1</script>'>z</a>")
+    about = {"width": "1 onload=pwned20=1"}
+    outputs = [new_output("display_data", {mime: loud}, metadata={mime: about}) for mime in mimes]
+    outputs += [new_output("display_data", {PLOTLY_MIME: figure}),
+                new_output("stream", name=text, text=loud),
+                new_output("error", ename=text, evalue=text, traceback=[loud])]
+    cells = [new_code_cell(loud, outputs=outputs), {"cell_type": "markdown", "source": loud +
+             "\n\n![p](/etc/passwd)\n\n[l](javascript:pwned21=1)\n\n```mermaid\n" + loud,
+             "metadata": {}, "attachments": {"a.png": {"text/html": loud}}},
+             {"cell_type": "raw", "source": loud, "metadata": {"raw_mimetype": "text/html"}}]
+    return {"nbformat": 4, "nbformat_minor": 5, "cells": cells, "metadata": {
+        "title": loud, "kernelspec": {"name": loud, "display_name": loud},
+        "language_info": {"name": loud, "pygments_lexer": loud},
+        "widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"x": loud}}}}}
 
 
 def executed(stem, **params):

@@ -11,7 +11,7 @@ import lab_driver as lab
 import nbformat
 import plotly.io as pio
 import pytest
-from nbformat.v4 import new_code_cell, new_notebook, new_output
+from nbformat.v4 import new_code_cell, new_notebook
 from playwright.sync_api import sync_playwright
 from tiny_pair import make_tiny_pair
 
@@ -175,37 +175,9 @@ def test_jupyterlab_runs_nothing_of_hostile_data(made, place):
 
 
 def test_a_notebook_somebody_sent_runs_nothing_in_its_page(place):
-    text = hostile.EVERYTHING
-    mimes = {"text/html", "text/markdown", "application/javascript", "image/svg+xml", "text/latex",
-             "image/png", "image/jpeg", "text/plain", "text/vnd.mermaid", "application/json",
-             "application/vnd.jupyter.widget-view+json", "application/pdf", "unheard/of"}
-    figure = {"data": [{"x": [1], "y": [text], "name": text, "hovertemplate": text}],
-              "layout": {"title": {"text": text}, "images": [{"source": "https://x.test/a.png"}],
-                         "annotations": [{"text": f"<a href='javascript:pwned12=1'>{text}</a>"}]}}
-    loud = text + (
-        "<script src=//x.test/a.js></script><iframe srcdoc='<script>parent.pwned13=1</script>'>"
-        "</iframe><form action=javascript:pwned14=1><button autofocus onfocus=pwned15=1>x</button>"
-        "</form><base href=//x.test/><object data=x></object><div style='background:url(//x.test/b)"
-        ";position:fixed'>x</div><meta http-equiv=refresh content='0;url=javascript:pwned16=1'>"
-        "<link rel=stylesheet href=//x.test><math><mtext><table><mglyph><style><img src "
-        "onerror=pwned17=1></style><a href='&#106;avascript:pwned18=1'>y</a><img src=/etc/hostname>"
-        "<a href='data:text/html,<script>pwned19=1</script>'>z</a>")
-    about = {"width": "1 onload=pwned20=1"}
-    outputs = [new_output("display_data", {mime: loud}, metadata={mime: about}) for mime in mimes]
-    outputs += [new_output("display_data", {report.PLOTLY_MIME: figure}),
-                new_output("stream", name=text, text=loud),
-                new_output("error", ename=text, evalue=text, traceback=[loud])]
-    cells = [new_code_cell(loud, outputs=outputs), {"cell_type": "markdown", "source": loud +
-             "\n\n![p](/etc/passwd)\n\n[l](javascript:pwned21=1)\n\n```mermaid\n" + loud,
-             "metadata": {}, "attachments": {"a.png": {"text/html": loud}}},
-             {"cell_type": "raw", "source": loud, "metadata": {"raw_mimetype": "text/html"}}]
-    sent = {"nbformat": 4, "nbformat_minor": 5, "cells": cells, "metadata": {
-        "title": loud, "kernelspec": {"name": loud, "display_name": loud},
-        "language_info": {"name": loud, "pygments_lexer": loud},
-        "widgets": {"application/vnd.jupyter.widget-state+json": {"state": {"x": loud}}}}}
     path = place / "sent" / f"{hostile.PAYLOADS['img']}<title>.ipynb"
     path.parent.mkdir()
-    path.write_text(json.dumps(sent))
+    path.write_text(json.dumps(hostile.notebook()))
     page = report.notebook_page(path, path.parent / "notebooks")
     assert "root:" not in page.read_text()
     with sync_playwright() as driver:
