@@ -81,9 +81,10 @@ def read_any(path: Path) -> dict[str, Tensor]:
 def _open(path: Path, weights: bool) -> tuple[str, dict[str, Tensor]]:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            names = file.keys() if weights else ()
-            return (file.metadata() or {}).get("config", ""), {
-                name: file.get_tensor(name) for name in names}
+            names, metadata = file.keys() if weights else (), file.metadata() or {}
+            if not {"config", "format"} >= metadata.keys():  # a flip in the name of either
+                raise ValueError(f"its header names {', '.join(metadata)[:80]}")
+            return metadata.get("config", ""), {name: file.get_tensor(name) for name in names}
     except Exception as error:  # the library raises many kinds
         raise CheckpointError(f"{path} is damaged or no safetensors file ({short(error)}); {AGAIN}"
                               ) from error

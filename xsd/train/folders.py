@@ -163,9 +163,10 @@ def problems(folder: Path) -> list[str]:
              for path in sorted(folder.rglob(".*")) if path.suffix == ".part"]
     if not any((folder / name).exists() for name in (CONFIG, CHECKPOINT, CHECKSUMS)):
         return found + [str(error) for _, error in _adapters(folder)]
-    named: dict[str, str] = {}
-    for name, error in [*_adapters(folder), *_records(folder)]:
-        named.setdefault(name, str(error))
+    named = {name: str(error) for name, error in _records(folder)}
+    for name, error in _adapters(folder):
+        if not str(error).startswith(str(folder / CONFIG)):  # said already
+            named.setdefault(name, str(error))
     try:
         listed = _listed(folder)
     except XsdError as error:
@@ -179,7 +180,7 @@ def problems(folder: Path) -> list[str]:
     if not (folder / CHECKSUMS).exists() and any(folder.glob("final*")):
         named[CHECKSUMS] = (f"{folder / CHECKSUMS} is missing, so nothing here can be compared; "
                             "the same training again writes it")
-    return found + list(named.values())
+    return found + list(dict.fromkeys(named.values()))
 
 
 def _adapters(folder: Path) -> Iterator[tuple[str, XsdError]]:
