@@ -13,7 +13,7 @@ import train_examples as examples
 
 from xsd import files
 from xsd.core import CheckpointError, ParameterError, StorageError, TrainingError, XsdError
-from xsd.steps import training
+from xsd.steps import training, verify
 from xsd.train import fit, folders, lora, objectives, recipes
 
 LEVEL = "L1"
@@ -270,3 +270,10 @@ def test_a_term_of_ones_own_gives_a_number():
     states, mask = torch.randn(1, 3, 4), torch.ones(1, 3, dtype=torch.bool)
     with pytest.raises(TrainingError, match=r"mine:rows gives Tensor \[3\]; it is to give"):
         objective(states, states, torch.zeros(1, 3, dtype=torch.int64), mask)
+
+
+def test_verify_names_what_is_wrong_with_a_runs_trainings(run):
+    assert not any(verify.verify(run).values())
+    (run / "adapters" / "L4" / "history.json").write_text("[]")
+    (problem,) = verify.verify(run)[run / "adapters"]
+    assert str(problem).startswith(f"{run / 'adapters' / 'L4' / 'history.json'} is no history")

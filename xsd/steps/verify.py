@@ -14,6 +14,7 @@ from xsd.extract import checks
 from xsd.runs import folder
 from xsd.shards.format import MANIFEST
 from xsd.shards.store import Problem
+from xsd.steps import training
 
 NOT_OURS = {"data", "dsec", "raw_dsec", ".ipynb_checkpoints"}
 """Folders of a run that hold what was given, not what came of it."""
@@ -35,6 +36,8 @@ def verify(run: str | Path) -> dict[Path, list[Problem]]:
         problems = list(_of_files(place))
         if problems or digests.on_record(place) or (place / "records.jsonl").is_file():
             found.setdefault(place, []).extend(problems)
+        if place.name == "adapters":
+            found.setdefault(place, []).extend(_of_trainings(place.parent))
         if (place / "results").is_dir():
             found.setdefault(place, []).extend(_absent(place))
     if not found:
@@ -75,6 +78,13 @@ def _of_files(place: Path) -> Iterator[Problem]:
         except XsdError as error:
             what, _, way_out = str(error).partition("records.jsonl")[2].rpartition("; ")
             yield Problem(place / "records.jsonl", what.strip(": ") or "cannot be read", way_out)
+
+
+def _of_trainings(run: Path) -> Iterator[Problem]:
+    for sentence in training.problems(run):
+        said, _, way_out = sentence.rpartition("; ")
+        file, _, what = said.partition(" ")
+        yield Problem(Path(file), what, way_out)
 
 
 def _absent(run: Path) -> Iterator[Problem]:

@@ -161,7 +161,8 @@ def problems(folder: Path) -> list[str]:
         return [f"{folder} is being written by process {holder}; look again when it has finished"]
     found = [f"{path} was left by a killed process; the same training again removes it"
              for path in sorted(folder.rglob(".*")) if path.suffix == ".part"]
-    if not any((folder / name).exists() for name in (CONFIG, CHECKPOINT, CHECKSUMS)):
+    begun = any((folder / name).exists() for name in (HISTORY, CHECKPOINT, CHECKSUMS))
+    if not begun and not any(folder.glob("final*")):  # or killed in its first epoch
         return found + [str(error) for _, error in _adapters(folder)]
     named = {name: str(error) for name, error in _records(folder)}
     for name, error in _adapters(folder):
