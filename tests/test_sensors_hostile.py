@@ -149,6 +149,14 @@ def test_a_colon_in_a_name_is_no_protocol(tmp_path, monkeypatch):
             frames.read_video(name)
 
 
+def test_a_video_of_an_unknown_codec_is_one_sentence(tmp_path):
+    write_mp4(tmp_path / "a.mp4")
+    content = (tmp_path / "a.mp4").read_bytes().replace(b"mp4v", b"\0xyz").replace(b"esds", b"free")
+    (tmp_path / "a.mp4").write_bytes(content)
+    with pytest.raises(VideoError, match=r"does not decode as a video|holds no video frame"):
+        frames.read_video(tmp_path / "a.mp4")
+
+
 def test_large_pictures_and_videos_are_bounded_before_they_are_decoded(tmp_path, monkeypatch):
     folder_of_images = tmp_path / "clip"
     folder_of_images.mkdir()

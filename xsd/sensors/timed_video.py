@@ -58,7 +58,9 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
                                  f"read (at most {MOST_PIXELS}); scale the video down")
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield stream, container.decode(stream)
-    except (av.error.FFmpegError, OSError, ValueError, MemoryError) as error:
+    except VideoError:
+        raise
+    except Exception as error:  # a damaged file can fail in any way; the answer is the same
         raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it "
                          "again") from error
 
