@@ -113,6 +113,7 @@ def book(*cells, **changes):
     (book(metadata={"kernelspec": 5}), "damaged notebook"),
     (book(metadata={"papermill": 5}), "damaged notebook"),
     (book(cell(metadata={"papermill": []})), "damaged notebook"),
+    (book(cell(source="\ud800")), "damaged notebook"),
     (book(metadata={"language_info": {"name": "R"}}), "is a notebook of 'R'"),
     (book(metadata={"kernelspec": {"name": "ir", "display_name": "", "language": "R"}}),
      "is a notebook of 'R'"),
@@ -129,6 +130,8 @@ def test_a_notebook_names_no_kernel_and_needs_a_cell_for_its_parameters(tmp_path
     named = {"name": "../../bin/evil", "display_name": "x", "argv": ["sh", "-c", "exit 3"]}
     nbformat.write(new_notebook(cells=[new_code_cell("print('ran')")],
                                 metadata={"kernelspec": named}), tmp_path / "toy.ipynb")
+    data = (tmp_path / "toy.ipynb").read_bytes()
+    (tmp_path / "toy.ipynb").write_bytes(b"\xef\xbb\xbf" + data)  # a byte-order mark is read over
     target = notebooks.run_notebook(tmp_path / "toy.ipynb", tmp_path / "{out}", model=Toy)
     assert "ran" in target.read_text()
     with pytest.raises(ParameterError, match="no cell tagged 'parameters'"):

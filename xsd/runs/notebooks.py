@@ -67,7 +67,9 @@ def read(path: str | os.PathLike[str]) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # cells of 4.4 have no ids; they are given some
             notebook = nbformat.reads(Path(path).read_text(encoding="utf-8-sig"), 4)
-    except (nbformat.ValidationError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        nbformat.writes(notebook).encode()
+    except (nbformat.ValidationError, RecursionError, LookupError, TypeError, AttributeError,
+            ValueError) as error:
         raise refused(f"is a damaged notebook ({_first_line(str(error))[:120]})") from error
     about = notebook.metadata
     language = about.get("language_info", {}).get("name") or about.get("kernelspec", {}).get(
@@ -93,7 +95,8 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
     """
     source, out_dir, given = find(notebook), Path(out_dir).resolve(), dict(params or {})
     checked = (model or parameters.model_of(source.stem)).checked(given)
-    tags = [cell.metadata.get("tags", ()) for cell in read(source).cells]
+    book = read(source)
+    tags = [cell.metadata.get("tags", ()) for cell in book.cells]
     if given and not any("parameters" in some for some in tags):
         raise ParameterError(f"{source} has no cell tagged 'parameters', so that none can be given "
                              "to it; tag the cell that sets them")
@@ -108,7 +111,7 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
         with (mock.patch.dict(os.environ, {**QUIET, **known}),
               digests.sealed_path(target) as written):
             try:
-                _execute(source, written, given)
+                _execute(book, kernel / source.name, written, given)
             except PapermillExecutionError as error:
                 failed, cause = (f" in code cell [{error.exec_count}]: {error.ename}: "
                                  f"{_first_line(error.evalue)}"), error
@@ -128,8 +131,12 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
     return target
 
 
-def _execute(source: Path, written: Path, given: Mapping[str, Any]) -> None:
+def _execute(book: Any, copy: Path, written: Path, given: Mapping[str, Any]) -> None:
+    """Run what was checked, from a copy of it, and no other content of the file."""
+    import nbformat
     import papermill
+
+    nbformat.write(book, copy)
 
     # It reads no annotation such as ``int | None`` and warns of them; ours are checked. What went
     # wrong, or was interrupted, is an error here and no line of a log.
@@ -139,7 +146,7 @@ def _execute(source: Path, written: Path, given: Mapping[str, Any]) -> None:
         warnings.filterwarnings("ignore", message=".*does not end in one")  # written ends in .part
         papermill.execute_notebook(
             # it takes braces in a path for parameters
-            *(str(path).replace("{", "{{").replace("}", "}}") for path in (source, written)),
+            *(str(path).replace("{", "{{").replace("}", "}}") for path in (copy, written)),
             parameters=dict(given), kernel_name="python3", language="python", cwd=str(ROOT),
             progress_bar=False, log_output=False,
             # what it logs when it is told to end is no error of the notebook's
