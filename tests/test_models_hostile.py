@@ -114,6 +114,11 @@ def pipe_as_config(folder):
     os.mkfifo(folder / "config.json")
 
 
+def template_elsewhere(folder):
+    (folder / "additional_chat_templates").mkdir()
+    os.symlink("/etc/hostname", folder / "additional_chat_templates" / "tool.jinja")
+
+
 def link_to_itself(folder):
     (folder / "config.json").unlink()
     os.symlink("config.json", folder / "config.json")
@@ -133,6 +138,7 @@ def header_that_lies(folder):
     (lambda folder: split(folder, rename=lambda part: str(folder / part)), "its own folder alone"),
     (lambda folder: split(folder, rename=lambda part: 5), "is not a shard index"),
     (link_to_outside, "is a link to .*elsewhere.safetensors, outside its folder"),
+    (template_elsewhere, "is a link to /etc/hostname, outside its folder"),
     (pipe_as_config, "is no regular file"),
     (link_to_itself, "is no regular file"),
     # what was saved there
@@ -172,6 +178,8 @@ def header_that_lies(folder):
     (write("tokenizer.json", "{}"), "tokenizer.json could not be loaded"),
     (write("tokenizer_config.json", json.dumps({"added_tokens_decoder": dict.fromkeys(
         map(str, range(30_000)))})), "adds tokens without a bound; up to 20000"),
+    *((write("tokenizer_config.json", json.dumps({key: ["../tokenizer.4.0.0.json"]})),
+       "names files of its own choice") for key in ("init_inputs", "fast_tokenizer_files")),
     (write("preprocessor_config.json", '{"size": 28, "image_std": [1, 1, 0]}'), "sets image_mean"),
     (write("preprocessor_config.json", '{"size": 28, "rescale_factor": 1}'), "rescale_factor=1;"),
     (write("preprocessor_config.json", '{"size": 1000000, "crop_size": 28}'), "size=1000000"),
@@ -296,6 +304,13 @@ def test_a_verifier_that_the_engine_cannot_run_is_refused(pair, fields, sentence
     if "text_config" in fields:
         with pytest.raises(core.CheckpointError, match=sentence):
             full_size.sizes(pair)
+
+
+def test_a_tensor_under_an_old_and_a_new_name_is_refused(pair):
+    rewrite(lambda found: found | {"lm_head.weight": found["language_model.lm_head.weight"] + 1})(
+        pair / "verifier")
+    with pytest.raises(core.CheckpointError, match="one stands there under two names"):
+        loading.load_verifier(pair / "verifier")
 
 
 def test_no_end_of_answer_anywhere_is_refused(folder):

@@ -32,6 +32,7 @@ _OURS = ("attn_implementation", "_attn_implementation", "_attn_implementation_in
          "num_labels", "id2label", "label2id", "name_or_path", "_name_or_path")
 """Settings of config.json that say how, by which code or from which file to compute: that is the
 engine's own choice, so they are not read."""
+_TEMPLATES = "additional_chat_templates"
 _QUANTISED = ("quantization_config", "compression_config")
 _POINTERS = (b"version https://git-lfs", b"version https://hawser", b"# xet version")
 _PAGES = (b"<!doctype", b"<html", b"<?xml")
@@ -42,8 +43,10 @@ def check_files(folder: Path) -> None:
     pointer to one, no web page, nothing over ``_MOST_BYTES`` but weights. Raises: CheckpointError
     for another, and for a LoRA adapter."""
     home = folder.resolve()
-    own = {home, home.parent.parent / "blobs"} if home.parent.name == "snapshots" else {home}
-    for path in sorted(folder.iterdir()):
+    own = {home, home / _TEMPLATES}
+    if home.parent.name == "snapshots":
+        own.add(home.parent.parent / "blobs")
+    for path in sorted((*folder.iterdir(), *folder.glob(f"{_TEMPLATES}/*"))):
         weights = path.suffix in (".safetensors", ".bin")
         if path.is_dir() or not (weights or path.suffix in (".json", ".model", ".txt", ".jinja")):
             continue

@@ -104,27 +104,27 @@ class ModelHandle(batched.BatchedAnswers):
             raise ParameterError(f"a question of {len(question)} characters is longer than the "
                                  f"{most} positions of the {self.role}; ask a shorter one")
         before, after = prompt_ids(self.role, self.tokenizer, question)
-        self.check_length(len(before) + len(after), most)
+        self.check_length(len(before) + len(after), most, question)
         if (largest := max(*before, *after)) >= (rows := self._embed.weight.shape[0]):
             raise CheckpointError(f"the {self.role}'s tokenizer says id {largest}, but the model "
                                   f"has {rows} words; use the tokenizer saved with these weights")
         return before, after
 
-    def check_length(self, positions: int, most: int | None = None) -> None:
+    def check_length(self, positions: int, most: int | None = None, question: str = "") -> None:
         """Raises: ParameterError where prompt and answer take more positions than there are. most:
-        of the prompt alone, where the drafter would cut it."""
+        of the prompt alone, where the drafter would cut it. question: to name it."""
         if positions > (most or self.max_positions):
             raise ParameterError(
                 f"prompt and answer need {positions} positions, but the {self.role} has "
                 f"{most or self.max_positions} (config.json); ask a shorter question or for fewer "
-                "new tokens (max_new_tokens)")
+                "new tokens (max_new_tokens)" + (question and f": {question[:60]!a} …"))
 
     @torch.no_grad()
     def prompt_embeddings(self, sample: Sample, *, reuse_vision: bool = True) -> Tensor:
         """[L, D] input embeddings of the whole prompt. Raises: ParameterError for one too long."""
         before, after = self.prompt_ids(sample.question)
         visual = self.visual_tokens(sample, reuse=reuse_vision)
-        self.check_length(len(before) + len(visual) + len(after))
+        self.check_length(len(before) + len(visual) + len(after), question=sample.question)
         return torch.cat([self._join(before, visual), self._lookup(after)])
 
     def _join(self, before: Sequence[int], visual: Tensor) -> Tensor:

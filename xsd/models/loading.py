@@ -280,4 +280,8 @@ def _build(model_class: Any, config: Any, folder: Path, tensors: dict[str, Any],
         raise CheckpointError(f"{folder} does not fit {model_class.__name__}: {wrong}; check "
                               "config.json (of the drafter: or give the matching CLIP folder as "
                               "vision_tower), or download it again")
+    names = [name for name in tensors if not name.endswith(checkpoints.IGNORED)]
+    if len(names) > (most := len(empty.state_dict()) - len(info["missing_keys"])):
+        raise CheckpointError(f"{folder} holds {len(names)} tensors for the {most} of its model: "
+                              "one stands there under two names; download it again")
     return model if quant is not None else model.to(device)

@@ -94,6 +94,9 @@ def read_tokenizer(folder: Path, config: Any) -> Any:
         if not isinstance(added, (dict, list, tuple)) or len(added) > MOST_ADDED:
             raise CheckpointError(f"{path} adds tokens without a bound; up to {MOST_ADDED} are "
                                   "expected, copy it again from the original checkpoint")
+        if found.get("init_inputs") or found.get("fast_tokenizer_files"):
+            raise CheckpointError(f"{path} names files of its own choice (init_inputs or "
+                                  "fast_tokenizer_files); delete these, tokenizer.json is read")
     with quiet(), checkpoint_files.answered(folder / there[0]):
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False,
                                              local_files_only=True)
