@@ -175,7 +175,7 @@ def verify(run: Path = RUN) -> int:
 
     found = everything.verify(run)
     for place, problems in found.items():
-        print(f"{place}: " + (f"{len(problems)} problem(s)" if problems else "all well"))
+        print(f"{place}: {everything.in_words(place, problems)}")
         for problem in problems:
             print(f"  {problem}")
     return 1 if any(found.values()) else 0

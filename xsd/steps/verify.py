@@ -46,6 +46,14 @@ def verify(run: str | Path) -> dict[Path, list[Problem]]:
     return found
 
 
+def in_words(place: Path, problems: list[Problem]) -> str:
+    """What is said of one folder that :func:`verify` found."""
+    if problems:
+        return f"{len(problems)} problem(s)"
+    pairs = (place / MANIFEST).is_file()
+    return "nothing extracted yet" if pairs and not any(place.glob("shard-*")) else "all well"
+
+
 def _folders(run: Path) -> Iterator[Path]:
     """The run and all below it, links left out."""
     for place, inside, _ in os.walk(run):
