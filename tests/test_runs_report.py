@@ -167,6 +167,11 @@ def sent(tmp_path, *cells, name="sent.ipynb"):
     ("<img src='data:image/png;base64,AA=='>", '<img src="data:image/png;base64,AA==">'),
     ("<img src='data:image/svg+xml;base64,AA=='>", "<img>"), ("<svg onload=x()>h</svg>", "h"),
     ("<b style='color:red;position:fixed;background:url(x)'>i</b>", '<b style="color:red;">i</b>'),
+    ("<b style=\"font:'&#39;;background:url(x);y:'\">m</b>", "<b style='font:\"\";'>m</b>"),
+    ("<b style=\"font:'&amp;#39;;background:url(x);y:'\">m</b>", '<b style="">m</b>'),
+    (images.filmstrip([], label="n", colour="red"), "<div class=\"filmstrip\"><div style='font:13px "
+     'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;color:red;'
+     "font-weight:600;'>n</div></div>"),
     ("<iframe src=x></iframe>j", "j"), ("<form action=x>k</form>", "k"),
     ("<a href='https://x.org'>l</a>", '<a href="https://x.org">l</a>'),
 ])

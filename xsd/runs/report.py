@@ -17,6 +17,8 @@ from itertools import accumulate, count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import bleach
+from bleach.css_sanitizer import CSSSanitizer
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
@@ -263,9 +265,6 @@ def _depth(text: str) -> int:
 def clean(text: str) -> str:
     """HTML of unknown origin without whatever could run, load or cover the page: the tags, the
     attributes and the styles that a page of words, tables and inline pictures needs stay."""
-    import bleach
-    from bleach.css_sanitizer import CSSSanitizer
-
     def allowed(tag: str, name: str, value: str) -> bool:
         if (tag, name) in (("img", "src"), ("a", "href")):
             return bool((_PICTURE if tag == "img" else _LINK).fullmatch(value))
@@ -277,4 +276,12 @@ def clean(text: str) -> str:
     text = re.sub(r"(?is)<(script|style|template|title)\b.*?(</\1\s*>|$)", "", str(text))
     return bleach.clean(text, tags=_TAGS, attributes=allowed, strip=True,
                         protocols={"http", "https", "mailto", "data"},
-                        css_sanitizer=CSSSanitizer(allowed_css_properties=_STYLES))
+                        css_sanitizer=_Styles(allowed_css_properties=_STYLES))
+
+
+class _Styles(CSSSanitizer):
+    """bleach reads a style without decoding its entities, which a browser does."""
+
+    def sanitize_css(self, style: str) -> str:
+        style = html.unescape(style)
+        return "" if "&" in style else super().sanitize_css(style)
