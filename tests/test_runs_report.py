@@ -169,7 +169,8 @@ def sent(tmp_path, *cells, name="sent.ipynb"):
     ("<b style='color:red;position:fixed;background:url(x)'>i</b>", '<b style="color:red;">i</b>'),
     ("<b style=\"font:'&#39;;background:url(x);y:'\">m</b>", "<b style='font:\"\";'>m</b>"),
     ("<b style=\"font:'&amp;#39;;background:url(x);y:'\">m</b>", '<b style="">m</b>'),
-    (images.filmstrip([], label="n", colour="red"), "<div class=\"filmstrip\"><div style='font:13px "
+    (images.filmstrip([], label="n", colour="red"),
+     "<div class=\"filmstrip\"><div style='font:13px "
      'system-ui, -apple-system, "Segoe UI", Roboto, "Helvetica Neue", Arial, sans-serif;color:red;'
      "font-weight:600;'>n</div></div>"),
     ("<iframe src=x></iframe>j", "j"), ("<form action=x>k</form>", "k"),
