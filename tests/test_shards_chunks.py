@@ -2,8 +2,11 @@
 
 import json
 import os
+import pickle
 import re
+import zipfile
 
+import numpy as np
 import pytest
 import torch
 
@@ -163,3 +166,90 @@ def test_damaged_and_foreign_files_are_named(chunked, tmp_path):
             ShardError,
             match=re.escape("has no index.json; give the folder that holds it and chunks/")):
         list(chunks.read_chunks(tmp_path))
+
+
+def exploding():
+    """Three kilobytes that are 2^40 texts once written out."""
+    shared = ["x"] * 10
+    for _ in range(40):
+        shared = [shared, shared]
+    return shared
+
+
+def saved(path, **changes):
+    torch.save({**chunk(0, 4), "config": CONFIG, **changes}, path)
+    return path
+
+
+def with_line(**fields):
+    return [{**line, **fields} for line in chunk(0, 4)["metadata"]]
+
+
+@pytest.mark.parametrize("changes", [
+    {"metadata": with_line(seconds=np.float64(0.5), n=np.int64(3), said=np.str_("x"))},
+    {"metadata": with_line(sample_idx=np.int64(0), ids=np.arange(3))},
+    {"seq_lens": LENGTHS[:4]}, {"seq_lens": np.array(LENGTHS[:4])},
+    {"seq_lens": [torch.tensor(n) for n in LENGTHS[:4]]},
+    {"egpt_hidden": list(chunk(0, 4)["egpt_hidden"])},
+    {"egpt_hidden": [scene(i)[0] for i in range(4)]},
+    {"egpt_hidden": chunk(0, 4)["egpt_hidden"].numpy().astype(">f4")},
+])
+def test_numpys_numbers_and_lists_of_tensors_are_data(tmp_path, changes):
+    plain = chunks.read_chunks(saved(tmp_path / "plain.pt"))
+    for one, other in zip(chunks.read_chunks(saved(tmp_path / "own.pt", **changes)), plain,
+                          strict=True):
+        assert torch.equal(one.hidden_by_drafter, other.hidden_by_drafter)
+        assert torch.equal(one.hidden_by_verifier, other.hidden_by_verifier)
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"seq_lens": torch.tensor([5.0, 7.0, 6.0, float("nan")])}, "seq_lens are float32"),
+    ({"seq_lens": torch.tensor([5, 7, 6, -1])}, "whole numbers from 0 on"),
+    ({"seq_lens": torch.tensor([5, 7, 6, 10])}, "4 lengths up to 10"),
+    ({"seq_lens": "5769"}, "seq_lens holds str"),
+    ({"egpt_hidden": torch.zeros(4, 9, 4, dtype=torch.float64)}, "no shard holds bit for bit"),
+    ({"egpt_hidden": torch.zeros(1, 1, 4).expand(4, 10**9, 4)}, "is not whole in the file"),
+    ({"egpt_hidden": [scene(0)[0][:, :3], *(scene(i)[0] for i in (1, 2, 3))]}, "disagrees with it"),
+    ({"egpt_hidden": torch.full((4, 9, 4), float("inf"))}, "hold NaN or infinity"),
+    ({"metadata": with_line(question=exploding())}, "the metadata of sample 0 holds something"),
+    ({"metadata": with_line(question="x" * 200_000)}, "texts of at most 100000 characters"),
+    ({"metadata": with_line(sample_idx=-1)}, "numbers from 0 on"),
+    ({"metadata": ["a"] * 4}, "of metadata for 4 samples"),
+    ({"config": {"a": exploding()}}, "nested too deep or too large"),
+    ({"config": [1]}, "its config is list"),
+    ({"when": np.datetime64("2026-01-01")}, "numpy values of type M8"),
+])
+def test_what_no_script_wrote_is_refused_before_anything_is_made_of_it(tmp_path, changes, words):
+    path = saved(tmp_path / "x.pt", **changes)
+    with pytest.raises(ShardError) as said:
+        chunks.import_chunks(path, tmp_path / "run")
+    assert words in str(said.value) and "\n" not in str(said.value)
+
+
+def test_files_that_are_no_chunk_are_named_for_what_they_are(tmp_path):
+    path = tmp_path / "x.pt"
+    torch.save(chunk(0, 4), path, _use_new_zipfile_serialization=False)
+    with pytest.raises(ShardError, match=r"torch's format before version 1\.6"):
+        list(chunks.read_chunks(path))
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+    with pytest.raises(ShardError, match="is a git-lfs pointer"):
+        list(chunks.read_chunks(path))
+    path.write_bytes(pickle.dumps({"a": 1})[1:])
+    with pytest.raises(ShardError, match="truncated or not such a file"):
+        list(chunks.read_chunks(path))
+    saved(path)
+    packed = tmp_path / "packed.pt"
+    with zipfile.ZipFile(path) as inside, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as out:
+        for one in inside.infolist():
+            out.writestr(one.filename, inside.read(one) + b"\0" * (1 << 20))
+    with pytest.raises(ShardError, match="its records are compressed or too large"):
+        list(chunks.read_chunks(packed))
+
+
+@pytest.mark.parametrize("text", ["", "[]", '"x"', "{}", "[" * 100_000, '{"chunks": [3]}',
+                                  '{"chunks": [{"path": "a.pt", "n_samples": 2.5}]}',
+                                  '{"chunks": [{"path": "../../etc/passwd", "n_samples": 1}]}'])
+def test_an_index_that_is_none_is_named(chunked, text):
+    (chunked / "index.json").write_text(text)
+    with pytest.raises(ShardError, match=r"index\.json|chunks/passwd is missing"):
+        list(chunks.read_chunks(chunked))

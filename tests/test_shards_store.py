@@ -3,7 +3,9 @@
 import pickle
 import re
 from dataclasses import fields
+from hashlib import sha256
 
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -268,3 +270,63 @@ def test_every_flip_of_a_single_bit_is_detected(folder, data):
     finally:
         path.write_bytes(before)
     assert store.verify(folder) == []
+
+
+# --- manifests that lie, with the right digest
+
+
+@pytest.mark.parametrize("change, words", [
+    ({"n_samples": 10**12}, "n_samples=1000000000000 where its shards hold"),
+    ({"n_samples": -1}, "says n_samples=-1"), ({"n_samples": "4"}, "says n_samples='4'"),
+    ({"hidden_size_verifier": 10**9}, "says hidden_size_verifier=1000000000"),
+    ({"shards": {}}, "says shards={}"), ({"heads": {"other": {}}}, "says heads.other"),
+    ({"config": None}, "says config=None"), ({"finished": "yes"}, "says finished='yes'"),
+])
+def test_a_manifest_whose_fields_lie_is_refused(own, change, words):
+    layout.write_manifest(own, {**layout.read_manifest(own), **change})
+    with pytest.raises(ShardError) as said:
+        store.ShardDataset(own)
+    assert words in str(said.value) and "\n" not in str(said.value)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("file", "../../etc/passwd"), ("file", "shard-000001.safetensors"), ("metadata_file", "/x"),
+    ("n_samples", 10**12), ("first", 3), ("n_tokens_verifier", 10**12), ("bytes", 8)])
+def test_a_shard_that_is_listed_wrongly_is_refused(own, field, value):
+    manifest = layout.read_manifest(own)
+    manifest["shards"][0][field] = value
+    layout.write_manifest(own, manifest)
+    with pytest.raises(ShardError, match=r"contradicts itself|instead of"):
+        store.ShardDataset(own)
+
+
+def test_a_shard_that_leads_out_of_the_folder_is_refused(own, tmp_path_factory):
+    path = own / "shard-000000.safetensors"
+    path.rename(away := tmp_path_factory.mktemp("away") / "x")
+    path.symlink_to(away)
+    with pytest.raises(ShardError, match="is a link that leaves the folder"):
+        store.ShardDataset(own)
+
+
+@pytest.mark.parametrize("line", ["", "junk", "[" * 100_000, '{"first": 0, "n": 0, "seconds": 1.0}',
+                                  '{"first": "a", "n": [], "seconds": {}}', None])
+def test_no_times_make_a_run_unreadable(own, line):
+    path = own / layout.TIMES
+    path.unlink(missing_ok=True)
+    if line is not None:
+        path.write_text(line)
+    assert store.ShardDataset(own).table()["seconds"].isna().all()
+
+
+def test_metadata_that_would_fill_the_memory_is_refused(own):
+    manifest = layout.read_manifest(own)
+    entry = manifest["shards"][0]
+    path = own / entry["metadata_file"]
+    table = pd.read_parquet(path)
+    for texts, compression in (("x" * (64 << 20), "snappy"), ("x", "zstd")):
+        table.assign(question=texts).to_parquet(path, index=False, compression=compression)
+        data = path.read_bytes()
+        entry |= {"metadata_bytes": len(data), "metadata_sha256": sha256(data).hexdigest()}
+        layout.write_manifest(own, manifest)
+        with pytest.raises(ShardError, match=r"parquet cannot be read \(.*(MB of text|lines of)"):
+            store.ShardDataset(own).table()

@@ -109,7 +109,10 @@ def test_one_sequence_alone_has_no_tables_and_says_so(tmp_path):
 
 @pytest.mark.parametrize(
     ("content", "words"),
-    [("{", "is no trace file"), ("[]", "is no trace file"), ('{"rows": 3}', "rows must be a list"),
+    [("{", "is no trace file"), ("[]", "is no trace file"), ("[" * 100_000, "nested too deep"),
+     ("", "is no trace file"), ('"rows"', "is no trace file"),
+     ('{"rows": [{"clip": [], "drafter_ids": [], "verifier_ids": [1]}]}', "of row 0 must be texts"),
+     ('{"rows": 3}', "rows must be a list"),
      ('{"rows": [{"clip": 1}]}', "row 0 lacks clip, drafter_ids or verifier_ids"),
      ('{"rows": [{"clip": 1, "drafter_ids": ["a"], "verifier_ids": [1]}]}',
       "drafter_ids of row 0 must be a list of token ids"),
@@ -121,6 +124,46 @@ def test_a_bad_file_is_named(tmp_path, content, words):
     path.write_text(content)
     with pytest.raises(DatasetError, match=words):
         traces.read(path)
+
+
+def write_rows(path, ids, **fields):
+    rows = [{"clip": i, "sequence": f"s{i}", "drafter_ids": ids, "verifier_ids": ids}
+            for i in range(2)]
+    path.write_text(json.dumps({"rows": rows, **fields}))
+    return path
+
+
+def test_the_file_names_what_ends_its_answers(tmp_path):
+    ids = [10, 2, 11, 2, 12, 2, 13, 2, 14, 2, 15, 2, 16, 128009]  # 2 is a word of this vocabulary
+    path = write_rows(tmp_path / "t.json", ids, eos=128009)
+    found = traces.run(path, tmp_path / "run", gamma=5, resamples=50)
+    # after the prefill's token five drafts and one more a pass: 7, 13 and the last, which ends it
+    assert found["arms"]["drafter tokens"]["schedule"]["passes"] == 2 * 3
+    assert found["eos"] == [128009] and found["ended"] == 2
+    with pytest.raises(DatasetError, match=r"row 0 goes on behind 2, which ends answers \(Llama's"):
+        traces.read(write_rows(path, ids))
+    cut = traces.run(write_rows(path, ids[:-1], eos=[128009]), tmp_path / "cut", resamples=50)
+    assert "no answer ends with 128009" in traces.text(cut)
+    again = tmp_path / "again.json"
+    traces.write(again, traces.read(path), [128009])
+    assert traces.read_file(again) == traces.read_file(path)
+
+
+@pytest.mark.parametrize("ids", [[-1], [1.0], [True], [2**31], ["1"], [None], 3, {"0": 1}, "12"])
+def test_what_is_no_token_id_is_refused(tmp_path, ids):
+    with pytest.raises(DatasetError, match="must be a list of token ids"):
+        traces.read(write_rows(tmp_path / "t.json", ids))
+
+
+@pytest.mark.parametrize("eos", ["2", -1, [2.5], [None], {}, True])
+def test_an_end_that_is_no_token_id_is_refused(tmp_path, eos):
+    with pytest.raises(DatasetError, match="eos must be the token id"):
+        traces.read(write_rows(tmp_path / "t.json", [1], eos=eos))
+
+
+def test_a_folder_without_pairs_is_no_trace_file(tmp_path, capsys):
+    assert cli.main(["data", "import-traces", str(tmp_path)]) == 2
+    assert "is a folder, and holds no stored pairs" in capsys.readouterr().err
 
 
 def test_the_command_prints_the_table(trace_file, tmp_path, capsys):

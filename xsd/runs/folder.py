@@ -82,7 +82,7 @@ def as_written(what: str | os.PathLike[str]) -> Iterator[None]:
 def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | None:
     """Hashes of the data that a run extracted from, 16 digits each, joined by "+", or None."""
     path = resolve(run_dir) / "results" / "extract.json"
-    if not path.is_file():
+    if not path.exists():
         return None
     with as_written(path):
         found = read_record(path).get("data_hashes", {}).items()
@@ -104,7 +104,8 @@ def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     path = resolve(run_dir) / "tokens.parquet"
     if not path.is_file():
         raise ParameterError(
-            f"the run {run_dir} has no token table; run notebook 04 with run_dir={run_dir} first")
+            f"the run {run_dir} has no token table (tokens.parquet); run notebook 04 with "
+            f"run_dir={run_dir} first")
     digests.check(path, ParameterError, AGAIN)
     with as_written(path):
         about = pyarrow.parquet.read_metadata(path)

@@ -69,7 +69,7 @@ def read_file(path: str | Path, *, blocks: int = 10) -> tuple[list[Trace], froze
         raise DatasetError(f"{path}: rows must be a list of objects, not {type(rows).__name__}")
     if not rows:
         raise DatasetError(f"{path} holds no row; export the answers again")
-    ends = [eos] if isinstance(eos, int) else sorted(EOS) if eos is None else eos
+    ends = [eos] if type(eos) is int else sorted(EOS) if eos is None else eos
     if not _are_ids(ends):
         raise DatasetError(f"{path}: eos must be the token id that ends an answer, or a list of "
                            f"them, not {str(eos)[:60]}")
