@@ -15,6 +15,7 @@ from xsd.runs import folder
 from xsd.shards.format import MANIFEST
 from xsd.shards.store import Problem
 from xsd.steps import training
+from xsd.train import folders
 
 NOT_OURS = {"data", "dsec", "raw_dsec", ".ipynb_checkpoints"}
 """Folders of a run that hold what was given, not what came of it."""
@@ -37,7 +38,11 @@ def verify(run: str | Path) -> dict[Path, list[Problem]]:
         if problems or digests.on_record(place) or (place / "records.jsonl").is_file():
             found.setdefault(place, []).extend(problems)
         if place.name == "adapters":
-            found.setdefault(place, []).extend(_of_trainings(place.parent))
+            said = training.problems(place.absolute().parent)
+            found.setdefault(place, []).extend(map(_problem, said))
+        elif (place / folders.CONFIG).exists() and "adapters" not in place.relative_to(run).parts:
+            # one that stands by itself, as those of a study do
+            found.setdefault(place, []).extend(map(_problem, folders.problems(place)))
         if (place / "results").is_dir():
             found.setdefault(place, []).extend(_absent(place))
     if not found:
@@ -88,11 +93,10 @@ def _of_files(place: Path) -> Iterator[Problem]:
             yield Problem(place / "records.jsonl", what.strip(": ") or "cannot be read", way_out)
 
 
-def _of_trainings(run: Path) -> Iterator[Problem]:
-    for sentence in training.problems(run):
-        said, _, way_out = sentence.rpartition("; ")
-        file, _, what = said.partition(" ")
-        yield Problem(Path(file), what, way_out)
+def _problem(sentence: str) -> Problem:
+    said, _, way_out = sentence.rpartition("; ")
+    file, _, what = said.partition(" ")
+    return Problem(Path(file), what, way_out)
 
 
 def _absent(run: Path) -> Iterator[Problem]:
