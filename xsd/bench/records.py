@@ -52,7 +52,9 @@ def _lines(path: Path) -> tuple[list[dict[str, Any]], int, str]:
                 number > 1 and not {"arm", "sample", "sequence", "repeat"} <= row.keys()):
             raise StorageError(f"{path}: line {number} is no record of this benchmark; {away}")
         check = row.pop("check", "")
-        if check != (_check(last, row) if last or (check and number == 1) else ""):
+        same = not check or text.decode() == json.dumps({**row, "check": check}, sort_keys=True)
+        if not same or check != (
+                _check(last, row) if last or (check and number == 1) else ""):
             raise StorageError(f"{path}: line {number} was changed after it was written (its check "
                                f"differs), or one before it is missing; {away}")
         last = check

@@ -88,6 +88,9 @@ def _of_files(place: Path) -> Iterator[Problem]:
 
         try:
             records.read_records(place / "records.jsonl")
+            if not (place / "records.jsonl").read_bytes().endswith(b"\n"):
+                yield Problem(place / "records.jsonl", "ends inside a line", "run notebook 05 "
+                              "again, it goes on there")
         except XsdError as error:
             what, _, way_out = str(error).partition("records.jsonl")[2].rpartition("; ")
             yield Problem(place / "records.jsonl", what.strip(": ") or "cannot be read", way_out)
