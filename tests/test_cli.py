@@ -157,6 +157,7 @@ def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(("words", "sentence"), [
+    (["self-test", "--options", "levels: 3"], "--options cannot hold levels, which is an option"),
     (["self-test", "--options", "layers:["], "--options cannot be 'layers:[': expected names"),
     (["train", "no/such/pairs", "-o", "runs/none", "-l", "L1"], "there is nothing at "),
 ])

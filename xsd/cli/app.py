@@ -108,7 +108,7 @@ def sweep(notebook: str = NOTEBOOK,
                                      help="what is varied; lists stand between |"),
           grid: list[str] = Option([], "-g", "--grid", metavar="NAME=V1,V2", help="the same"),
           parameter: list[str] = PARAMETER, out: Path | None = OUT,
-          jobs: int = Option(1, "-j", "--jobs", min=1, help="points at a time")) -> int:
+          jobs: int = Option(1, "-j", "--jobs", min=1, max=256, help="points at a time")) -> int:
     """Execute a notebook over a grid, into reports/sweep_<notebook>; resumes.
 
     Points share one extraction and one training per level, or those of run_dir.
@@ -212,18 +212,23 @@ def doctor(pair: str = Option("", help="also load this pair: embedded, or a fold
     return 1 if any(finding.state == "bad" for finding in findings) else 0
 
 
+SOME: dict[str, Any] = {"min": 1, "max": 10**9}
+
+
 @app.command(epilog=examples("xsd plan --machine rtx4090 --quant 4bit --batch 2 --clips 2000",
                              "xsd plan --pair embedded --measure"))
 def plan(
     pair: str = Option("full", help="full (EventGPT-7B, Video-LLaVA-7B), embedded, or a folder"),
     dtype: str = Option("bfloat16", help=NUMBERS),
     quant: Quant = QUANT,
-    clips: int = 5000, questions: int = Option(10, help="asked of every clip"),
-    max_new_tokens: int = 50, batch: int = Option(10, help="answers at a time"),
+    clips: int = Option(5000, **SOME),
+    questions: int = Option(10, help="asked of every clip", **SOME),
+    max_new_tokens: int = Option(50, **SOME),
+    batch: int = Option(10, help="answers at a time", **SOME),
     stored: Stored = Option("fp16", help="how states are stored"),
     modes: str = Option("teacher_forced,free_running", help="kinds of pairs"),
     levels: str = Option("L1,L4,L5F,B1", help="adapters to train"),
-    epochs: int = 50,
+    epochs: int = Option(50, **SOME),
     machine: str = Option("a100-80", help="with its data-sheet speeds: t4, l4, rtx3090, rtx4090, "
                           "a100-40, a100-80, h100, h200"),
     measure: bool = Option(False, "--measure", help="time this machine instead"),
@@ -255,14 +260,14 @@ def bench(what: Literal["extract", "train", "metrics"], out: Path | None = OUT) 
         print(_beside(f"benchmarks.{what}").run(out))
 
 
-SEQUENCES = Option(40, help="held-out drives for the card")
+SEQUENCES = Option(40, min=1, max=100_000, help="held-out drives for the card")
 
 
 @pair_app.command(epilog=examples("xsd pair train --profile quick --seed 1"))
 def train(profile: Literal["smoke", "quick", "full"] = Option(
               "full", help="full takes about two hours on two cores"),
           seed: int = 0, device: str = "cpu", out: Path | None = OUT,
-          workers: int = Option(2, help="processes that simulate"),
+          workers: int = Option(2, min=1, max=256, help="processes that simulate"),
           sequences: int = SEQUENCES) -> None:
     """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
     recipe = _beside("studies.embedded_pair.recipe")

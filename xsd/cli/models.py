@@ -65,7 +65,7 @@ def evaluate(
     head: str = Option("", help="the verifier's LM head; default: the one stored with the pairs"),
     train: str = Option("", help="training pairs, for the floors and the check of leakage"),
     out: Path = Option(..., "-o", "--out", metavar="DIR", help="write here"),
-    gamma: int = Option(5, min=1, help="draft tokens a round"),
+    gamma: int = Option(5, min=1, max=64, help="draft tokens a round"),
     timing: str = Option("reference", help="times of the predicted speed-ups: reference, measured "
                                            "(in DIR), or a JSON file of own ones in ms"),
 ) -> None:
@@ -83,8 +83,8 @@ def evaluate(
 def self_test(
     file: list[Path] = Argument(None, help="adapter files or folders"),
     level: list[str] = LEVEL,
-    width: int = Option(192, min=1, help="hidden size of the levels"),
-    positions: int = Option(50, min=1, help="of the answer that is timed"),
+    width: int = Option(192, min=1, max=65_536, help="hidden size of the levels"),
+    positions: int = Option(50, min=1, max=65_536, help="of the answer that is timed"),
     options: str = OPTIONS,
 ) -> None:
     """Every level, or adapters by path: parameters, MB, and milliseconds on this machine."""
@@ -93,5 +93,8 @@ def self_test(
     from xsd.adapters import checks, registry
 
     chosen = [*map(str, file or ()), *level] or list(registry.LEVELS)
-    rows = checks.self_test(width, levels=chosen, positions=positions, **_read(options))
+    given = _read(options)
+    if own := given.keys() & {"hidden_size", "levels", "positions"}:
+        raise ParameterError(f"--options cannot hold {min(own)}, which is an option of its own")
+    rows = checks.self_test(width, levels=chosen, positions=positions, **given)
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
