@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd import files
 from xsd.adapters import linear, registry
 from xsd.adapters.base import Adapter
-from xsd.core import Batch, ParameterError
+from xsd.core import Batch, ParameterError, StorageError
 from xsd.evaluate import held_out, statistics, table
 from xsd.extract import plan
 from xsd.models import loading
@@ -57,8 +58,12 @@ def train(pairs: ShardDataset, *, run_dir: str | os.PathLike[str], data: str, fo
                                validation=validation, **options)
     drafter = pair.drafter
     with files.FolderLock(folder):
-        loading.save_checkpoint(folder / "drafter", drafter.model, drafter.tokenizer,
-                                drafter.pixels)
+        try:
+            loading.save_checkpoint(folder / "drafter", drafter.model, drafter.tokenizer,
+                                    drafter.pixels)
+        except (OSError, SafetensorError) as error:
+            raise StorageError(f"cannot write {folder / 'drafter'} ({error}); free space or choose "
+                               "another output folder and run again (nothing was lost)") from error
         registry.save_adapter(through, folder / "map")
         folders.write_checksums(folder)
     judged = {}

@@ -169,14 +169,14 @@ def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Ad
     """The best checkpoint of each level of the run, and adapters by path, in eval mode, by their
     short names (files.name_of). levels: as create_adapter takes them, or an adapter's file or
     folder. Raises: ParameterError naming the trained levels when one is missing."""
-    have = trained(run_dir)
     names = [files.name_of(level) for level in levels]
-    missing = [name for name, level in zip(names, levels, strict=True)
-               if name not in have and not files.is_path(level)]
+    missing = [name for name, level in zip(names, levels, strict=True) if not files.is_path(level)
+               and not (adapter_folder(run_dir, level) / "best.safetensors").exists()]
     if missing:
         raise ParameterError(
             f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: "
-            f"{', '.join(have) or 'none'}); train with notebook 02 and levels={','.join(missing)}")
+            f"{', '.join(trained(run_dir)) or 'none'}); train with notebook 02 and "
+            f"levels={','.join(missing)}")
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise ParameterError(f"two of the levels are called {twice[0]!r}; name each once, and copy "

@@ -34,7 +34,7 @@ def differences(stored: str, asked: Mapping[str, Any]) -> str:
                  for text in (stored, json.dumps(asked, default=str)))
     if not isinstance(held, dict) or not isinstance(held.get("config"), dict):
         raise CheckpointError(f"the checkpoint does not say which training it is of; {AGAIN}")
-    held, now = ({**one, **one.pop("config")} for one in (held, now))
+    held, now = ({**one.pop("config"), **one} for one in (held, now))
     found = (layout.first_difference({name: held.get(name)}, {name: now.get(name)})
              for name in sorted({*held, *now}))
     return ", ".join(one[:200] for one in found if one)
