@@ -63,9 +63,9 @@ def read(path: str | os.PathLike[str]) -> Any:
         raise refused("is no notebook of format 4 (its nbformat is "
                       f"{typed.shortened(known.get('nbformat'))})")
     try:
-        nbformat.validate(stored, relax_add_props=True)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # cells of 4.4 have no ids; they are given some
+            warnings.simplefilter("ignore")  # cells without ids, or with the same, are given some
+            nbformat.validate(stored, relax_add_props=True)
             notebook = nbformat.reads(Path(path).read_text(encoding="utf-8-sig"), 4)
         nbformat.writes(notebook).encode()
     except (nbformat.ValidationError, RecursionError, LookupError, TypeError, AttributeError,

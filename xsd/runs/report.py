@@ -118,6 +118,7 @@ def _picture(figure: Any, name: str) -> Markup:
 
 def _figure(drawn: Mapping[str, Any], name: str) -> Markup:
     """plotly's JSON as the page's data, for ``DRAW`` to draw into the element of that name."""
+    drawn = drawn if isinstance(drawn, Mapping) else {}  # a notebook may say anything
     parts = json.dumps({key: drawn.get(key) for key in ("data", "layout", "frames")},
                        sort_keys=True).replace("<", "\\u003c")
     return Markup('<script type="application/json" class="figure" data-at="{}">{}</script>').format(
@@ -132,6 +133,7 @@ def notebook_page(source: str | Path, folder: str | Path) -> Path:
     written beside it. Its HTML is cleaned and its scripts are left out. Raises: ReportError if it
     cannot be read, or a link leads out of the folder."""
     from nbconvert import HTMLExporter
+    from nbconvert.filters.markdown_mistune import InvalidNotebook
 
     source, folder = Path(source), Path(folder)
     if folder.is_symlink():
@@ -151,9 +153,10 @@ def notebook_page(source: str | Path, folder: str | Path) -> Path:
         before, end, after = page.rpartition("</body>")
         page = f"{before}{''.join(figures)}<script>{DRAW}</script>{end}{after}"
         loads = numbers.external_requests(page)
-    except RecursionError as error:
-        raise numbers.ReportError(f"{source} holds text nested too deep to be shown; run the "
-                                  "notebook again") from error
+    except (RecursionError, InvalidNotebook) as error:
+        why = error if isinstance(error, InvalidNotebook) else "text nested too deep"
+        raise numbers.ReportError(f"{source} cannot be shown ({why}); run the notebook "
+                                  "again") from error
     if loads:
         raise numbers.ReportError(
             f"the page of notebook {source.name} would load {loads[0]} when opened; "
