@@ -81,6 +81,7 @@ def refresh(path: str | os.PathLike[str], *, timeout_s: int = 900, say: Any = pr
     notebook = nbformat.read(path, 4)
     before = _pictures_of(notebook)
     client = NotebookClient(notebook, timeout=timeout_s, kernel_name="python3", record_timing=False,
+                            extra_arguments=["--log-level=CRITICAL"],  # as runs/notebooks.py
                             resources={"metadata": {"path": str(path.parent.resolve())}})
     try:
         client.execute(env={**os.environ, **notebooks.QUIET})
