@@ -167,10 +167,16 @@ def test_what_cannot_be_read_is_said_in_one_sentence(words, sentence, capsys):
     assert sentence in said and "Traceback" not in said
 
 
+def hears_signals():
+    """As in a terminal, also where the tests themselves run in the background or under nohup."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def started(words, **options):
     return subprocess.Popen([sys.executable, "-m", "xsd.cli", *map(str, words)], text=True,
                             stderr=subprocess.PIPE, start_new_session=True,
-                            **{"stdout": subprocess.PIPE, **options})
+                            preexec_fn=hears_signals, **{"stdout": subprocess.PIPE, **options})
 
 
 def group_is_empty(group, seconds=10):
@@ -206,7 +212,8 @@ def test_ctrl_c_while_the_verb_is_still_importing_is_no_traceback():
             "        if name == 'typer': os.kill(os.getpid(), signal.SIGINT)\n"
             "sys.meta_path.insert(0, Late())\n"
             "sys.exit(door.main())")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False,
+                          preexec_fn=hears_signals)
     assert done.returncode == 130 and done.stderr.startswith("xsd: stopped; run the same command")
     assert done.stderr.count("\n") == 1
 

@@ -16,6 +16,7 @@ from xsd.cli.exits import say
 
 INTERRUPTED = "stopped; run the same command again to go on (what was finished is kept)"
 PIPE_CLOSED = 128 + 13
+AGAIN_S = 10.0
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -68,16 +69,20 @@ def _stoppable(*, for_good: bool) -> Iterator[list[int]]:
 
     def stop(number: int, _: object) -> None:
         nonlocal since
+        if number == signal.SIGALRM:
+            raise KeyboardInterrupt
         if not told:
             told.append(number)
             since = time.monotonic()
+            # C code, numpy's among it, may lose the exception: it comes again
+            signal.setitimer(signal.ITIMER_REAL, AGAIN_S, AGAIN_S)
             raise KeyboardInterrupt
         if time.monotonic() - since > 1:
             os._exit(128 + number)
 
     main_thread = threading.current_thread() is threading.main_thread()
     before = {number: signal.getsignal(number) for number in (
-        signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if main_thread}
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGALRM) if main_thread}
     # what nohup, or a shell in the background, had ignored stays ignored
     before = {number: old for number, old in before.items() if old is not signal.SIG_IGN}
     for number in before:
@@ -85,6 +90,8 @@ def _stoppable(*, for_good: bool) -> Iterator[list[int]]:
     try:
         yield told
     finally:
+        if told:
+            signal.setitimer(signal.ITIMER_REAL, 0)
         for number, old in before.items():
             signal.signal(number, signal.SIG_DFL if for_good else old)
 
