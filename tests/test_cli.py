@@ -146,10 +146,11 @@ def test_doctor_says_what_is_in_order_and_what_to_do(monkeypatch, capsys):
 
 
 def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
-    from xsd.steps import sweep
+    from xsd.steps import listing, sweep
 
     asked = []
     monkeypatch.setattr(sweep, "run", lambda source, grid, *_, **__: asked.append(grid) or [])
+    monkeypatch.setattr(listing, "sweep_of", lambda _: {"runs": []})
     assert cli.main(["sweep", "03", "level=L1,L2", "-g", "seed=0,1", "-o", str(tmp_path)]) == 0
     assert cli.main(["sweep", "03", "levels=L1|L4,B1", "-o", str(tmp_path)]) == 0
     assert asked == [{"levels": [["L1"], ["L2"]], "seed": [0, 1]},
