@@ -84,6 +84,9 @@ class Recorded:
     def begin(self, sample, timeline=None):
         self._n = 1
 
+    def has_room(self, n):
+        return n < len(self._stored)
+
     def follow(self, known):
         self._n = len(known) + 1
 
