@@ -227,7 +227,7 @@ def test_supervised_the_same_command_runs_without_that_option(data, tmp_path, mo
     assert extract(data, tmp_path, "--supervise", "3", "--seed", "4") == 0
     assert extract(data, tmp_path, "--supervise=3") == 0
     (first, rest, named), (second, *_) = asked
-    assert first[1:5] == ["-m", "xsd.cli", "data", "extract"]
+    assert first[1:6] == ["-P", "-m", "xsd.cli", "data", "extract"]
     assert first[-2:] == second[-2:] == ["--supervise", "0"]
     assert rest == (tmp_path, 3) and named == {"part": "1 of 2"}
 

@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import InvalidStateError, ProcessPoolExecutor
 from typing import Any
 
 STOPPING = {signal.SIGTERM, signal.SIGHUP}
@@ -23,19 +23,28 @@ def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterat
     # a fork of a process with threads may hang
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(n, context, _begin, (begin, given)) as made:
-        with deaf():  # they start now
-            for _ in range(n):
-                made.submit(os.getpid)
         try:
+            with deaf():  # they start now
+                for _ in range(n):
+                    made.submit(os.getpid)
             yield made
         except BaseException:
-            # its thread stumbles over what map has cancelled when the processes are gone
-            hook, threading.excepthook = threading.excepthook, lambda _: None
-            for one in list((made._processes or {}).values()):
+            helpers, manager = list((made._processes or {}).values()), made._executor_manager_thread
+            before, threading.excepthook = threading.excepthook, _unsaid
+            made.shutdown(wait=False, cancel_futures=True)
+            for one in helpers:
                 one.terminate()
-            made.shutdown()
-            threading.excepthook = hook
+            # one that is just starting would miss what this process takes down with it
+            for one in (*helpers, *filter(None, [manager])):
+                one.join(5)
+            threading.excepthook = before
             raise
+
+
+def _unsaid(failed: threading.ExceptHookArgs) -> None:
+    """The thread that looks after helpers stumbles over cancelled work when they are ended."""
+    if not issubclass(failed.exc_type, InvalidStateError):
+        threading.__excepthook__(failed)
 
 
 @contextlib.contextmanager
