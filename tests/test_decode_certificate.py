@@ -22,9 +22,9 @@ class RoundingDecoder(ToyDecoder):
     def plain(self):
         return self  # its rounding is honest
 
-    def extend(self, state, ids):
+    def extend(self, state, ids, parents=None):
         start = len(state.ids)
-        hidden, _ = super().extend(state, ids)
+        hidden, _ = super().extend(state, ids, parents)
         logits = 5 * hidden
         for i in range(len(ids)):
             token = int(hidden[i].argmax())
@@ -95,8 +95,8 @@ def test_an_engine_cannot_raise_the_tolerance_it_is_judged_by():
     class Swapping(RoundingDecoder):
         """Wide passes swap the two best logits, here 0.1 apart: well within a quarter of the
         spread."""
-        def extend(self, state, ids):
-            hidden, logits = super().extend(state, ids)
+        def extend(self, state, ids, parents=None):
+            hidden, logits = super().extend(state, ids, parents)
             if len(ids) > 1:
                 values, best = logits.topk(2)
                 logits.scatter_(1, best, values.flip(1))
@@ -117,7 +117,7 @@ def test_an_engine_cannot_raise_the_tolerance_it_is_judged_by():
 def test_negative_control_a_broken_rollback_is_found():
     class Forgetful(ToyDecoder):
         """Leaves one refused draft in the cache at every rollback."""
-        def rollback(self, state, length):
+        def rollback(self, state, length, path=()):
             if state.length > length + 1:
                 super().rollback(state, length + 1)
 
@@ -167,8 +167,8 @@ class NoNumbers(ToyDecoder):
         state.logits = state.logits * float("nan")
         return state
 
-    def extend(self, state, ids):
-        hidden, logits = super().extend(state, ids)
+    def extend(self, state, ids, parents=None):
+        hidden, logits = super().extend(state, ids, parents)
         return hidden, logits * float("nan")
 
 

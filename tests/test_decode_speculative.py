@@ -308,9 +308,9 @@ def test_a_verified_id_that_the_drafter_cannot_read_does_not_stop_it():
     class Narrow(ToyDecoder):
         vocab_size = 8
 
-        def extend(self, state, ids):
+        def extend(self, state, ids, parents=None):
             assert int(ids.max()) < 8
-            return super().extend(state, ids)
+            return super().extend(state, ids, parents)
 
     got = run(proposers.DrafterTokens(tracks.DrafterTrack(Narrow()), 8), BODY, gamma=3,
               max_new_tokens=12)

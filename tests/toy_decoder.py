@@ -52,19 +52,22 @@ class ToyDecoder:
         state.hidden = state.logits = _ROWS[self.next(())]
         return state
 
-    def extend(self, state, ids):
-        said = []
-        for token in ids.tolist():
+    def extend(self, state, ids, parents=None):
+        base, texts = list(state.ids), []
+        for row, token in enumerate(ids.tolist()):
+            before = row - 1 if parents is None else parents[row]
+            texts.append([*(texts[before] if before >= 0 else base), token])
             state.ids.append(token)
-            said.append(self.next(state.ids))
+        said = [self.next(text) for text in texts]
         self.rows_fed.append(len(said))
         rows = _ROWS[said]
         state.hidden = state.logits = rows[-1]
         return rows, rows
 
-    def rollback(self, state, length):
+    def rollback(self, state, length, path=()):
         assert PROMPT <= length < state.length
-        del state.ids[length - PROMPT:]
+        assert list(path) == sorted(set(path)) and all(length <= at < state.length for at in path)
+        state.ids[length - PROMPT:] = [state.ids[at - PROMPT] for at in path]
         state.hidden = state.logits = torch.full((WIDTH,),
                                                  float("nan"))  # stale until the next extend
 

@@ -164,11 +164,21 @@ class Batch:
     mode: Mode
 
 
+def depths(parents: Sequence[int]) -> list[int]:
+    """How many rows of a tree lie on the way to each, itself counted. parents: the row before each,
+    an earlier one, or -1."""
+    found: list[int] = []
+    for parent in parents:
+        found.append(1 if parent < 0 else found[parent] + 1)
+    return found
+
+
 @dataclass(frozen=True)
 class Round:
     """One draft-verify round. n_accepted: how many drafted tokens the verifier agreed with; bonus:
     its own next token, None when the request ended before it. Times: seconds since the request
-    began."""
+    began. parents: of a draft tree (decode/trees.py), None of a chain; the accepted tokens come
+    first in both."""
 
     drafted: tuple[int, ...]
     n_accepted: int
@@ -178,6 +188,12 @@ class Round:
     verify_start_s: float
     verify_end_s: float
     phase: Literal["prefill_hiding", "decode"] = "decode"
+    parents: tuple[int, ...] | None = None
+
+    @property
+    def depth(self) -> int:
+        """The most tokens that this round could have accepted."""
+        return max(depths(self.parents or ()), default=len(self.drafted))
 
 
 @dataclass(frozen=True)
@@ -229,13 +245,15 @@ class DecoderHandle(Protocol):
     def prefill(self, sample: Any) -> State:
         """Run the prompt; ``state.hidden``/``state.logits`` predict the first answer token."""
 
-    def extend(self, state: State, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, state: State, ids: Tensor,
+               parents: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Append ids int64 [n] to the cache (in place). Returns hidden [n, D] and logits [n, V];
-        row i predicts the token after ids[i]."""
+        row i predicts the token after ids[i]. parents: of a tree, the row before each (-1: what is
+        cached); a row sees what is cached and the rows on its way, at their depth's position."""
 
-    def rollback(self, state: State, length: int) -> None:
-        """Forget every cached position >= length (in place); state.hidden/logits are stale until
-        the next extend."""
+    def rollback(self, state: State, length: int, path: Sequence[int] = ()) -> None:
+        """Forget every cached position >= length (in place), but for those of ``path`` (ascending),
+        which move together from there on; state.hidden/logits are stale until the next extend."""
 
     def lm_head(self, hidden: Tensor) -> Tensor:
         """[..., D] post-norm states to [..., V] logits."""

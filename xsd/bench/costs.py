@@ -14,7 +14,7 @@ import torch
 from xsd import files
 from xsd.bench.arms import PLAIN, draft_head, label_of, parts_of
 from xsd.core import DecoderHandle, ParameterError
-from xsd.decode import overlap, proposers, replay, speculative
+from xsd.decode import overlap, proposers, replay, speculative, trees
 from xsd.decode.prices import Prices
 
 LANES = ("the verifier's lane alone", "the drafter's lane alone")
@@ -174,7 +174,10 @@ def predict(records: Sequence[Mapping[str, Any]], price: Prices,
     for record in records:
         for row in record["rounds"]:
             drafted, hiding = row["drafted"], row["phase"] == "prefill_hiding"
-            rows = len(speculative.rows_to_feed(drafted, record["ids"][0], eos_token_ids, hiding))
+            if "parents" in row:
+                drafted = trees.Tree(tuple(drafted), tuple(row["parents"]))
+            fed, _ = speculative.rows_to_feed(drafted, record["ids"][0], eos_token_ids, hiding)
+            rows = len(fed)
             rounds.append(replay.ReplayedRound(len(drafted), row["accepted"],
                                                row["bonus"] is not None, rows, hiding))
     predicted = replay.predicted_seconds(rounds, price)

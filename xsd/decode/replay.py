@@ -44,7 +44,7 @@ def replay(answer: Sequence[int], draft: Draft, *, gamma: int, gamma_prefill: in
         drafts = speculative.cut(offered, room, eos_token_ids)
         fed = speculative.worth_feeding(drafts, eos_token_ids)
         n, bonus = speculative.judge(drafts, answer[at:at + len(fed) + 1])
-        rows = speculative.rows_to_feed(drafts, answer[max(at - 1, 0)], eos_token_ids, hiding)
+        rows, _ = speculative.rows_to_feed(drafts, answer[max(at - 1, 0)], eos_token_ids, hiding)
         rounds.append(ReplayedRound(len(drafts), n, bonus is not None, len(rows), hiding))
         at += n + (bonus is not None)
     return rounds

@@ -16,6 +16,7 @@ from xsd.core import DecoderHandle, Generation, ParameterError, Round
 from xsd.decode import overlap as lanes
 from xsd.decode.autoregressive import check_length, greedy
 from xsd.decode.proposers import Proposer
+from xsd.decode.trees import Drafts, Tree
 
 
 @torch.inference_mode()
@@ -49,21 +50,27 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
         hiding = not rounds
         kept = state.length + (not hiding)
         # as far as the plain loop may go, and no row further
-        drafts = cut(drafts, min(max_new_tokens - len(ids) - 1, positions - kept), eos)
+        drafts = cut(drafts, max_new_tokens - len(ids) - 1, eos, positions - kept)
+        if hiding and isinstance(drafts, Tree):
+            drafts = drafts.first(drafts.under(last))  # no row is fed of what begins otherwise
         verify_start = timeline.now()
         predicted, hidden = _verify(verifier, state, drafts, last, hiding, timeline)
-        n_accepted, bonus = judge(drafts, predicted)
-        tokens = drafts[:n_accepted] + ([] if bonus is None else [bonus])
+        path, tokens, bonus = accepted(drafts, predicted)
         ids += tokens
         last = ids[-1]
         finished = last in eos or len(ids) >= max_new_tokens
-        if not finished and state.length > kept + n_accepted:
-            verifier.rollback(state, kept + n_accepted)
+        if not finished:
+            _keep(verifier, state, kept, path)
+        said, parents = tuple(drafts), None
+        if isinstance(drafts, Tree):
+            said, parents = drafts.first(path).tokens, drafts.first(path).parents
         rounds.append(
-            Round(tuple(drafts), n_accepted, bonus, started, drafted, verify_start, timeline.now(),
-                  "prefill_hiding" if hiding else "decode"))
+            Round(said, len(path), bonus, started, drafted, verify_start, timeline.now(),
+                  "prefill_hiding" if hiding else "decode", parents))
         if finished:
             break
+        if parents is not None:
+            hidden = hidden[[0, *(1 + node for node in path)]]
         proposer.observe(tokens, hidden[:len(tokens)])  # row i predicted tokens[i]
         started = timeline.now()
         wanted = min(gamma, max_new_tokens - len(ids) - 1)
@@ -92,16 +99,40 @@ def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts:
     return lanes.run_lanes(prefill, draft, overlap)
 
 
-def _verify(verifier: DecoderHandle, state: Any, drafts: Sequence[int], last: int, hiding: bool,
+def _verify(verifier: DecoderHandle, state: Any, drafts: Drafts, last: int, hiding: bool,
             timeline: lanes.Timeline) -> tuple[list[int], Tensor]:
     """The verifier's tokens from the first draft's place on, and their states [n, D_v]."""
     predicted, hidden = ([last], [state.hidden[None]]) if hiding else ([], [])
-    if rows := rows_to_feed(drafts, last, verifier.eos_token_ids, hiding):
+    rows, parents = rows_to_feed(drafts, last, verifier.eos_token_ids, hiding)
+    if rows:
         with timeline.span("verifier", "verify" if drafts else "step"):
-            more, logits = verifier.extend(state, torch.tensor(rows, device=state.logits.device))
+            fed = torch.tensor(rows, device=state.logits.device)
+            more, logits = (verifier.extend(state, fed) if parents is None else
+                            verifier.extend(state, fed, parents))
             predicted += greedy(logits, verifier)
         hidden.append(more)
     return predicted, torch.cat(hidden)
+
+
+def _keep(verifier: DecoderHandle, state: Any, kept: int, path: Sequence[int]) -> None:
+    """Forget the rows of this round but the accepted ones: node i stands at kept + i."""
+    if list(path) != list(range(len(path))):
+        verifier.rollback(state, kept, [kept + node for node in path])
+    elif state.length > kept + len(path):
+        verifier.rollback(state, kept + len(path))
+
+
+def accepted(drafts: Drafts, predicted: Sequence[int]) -> tuple[Sequence[int], list[int],
+                                                                int | None]:
+    """Which drafts the verifier agrees with, the tokens that leave, and the last of them where it
+    is the verifier's own (:func:`judge`, and Tree.walk)."""
+    if isinstance(drafts, Tree):
+        path, bonus = drafts.walk(predicted)
+        tokens = [drafts.tokens[node] for node in path]
+    else:
+        n, bonus = judge(drafts, predicted)
+        path, tokens = range(n), list(drafts[:n])
+    return path, tokens + ([] if bonus is None else [bonus]), bonus
 
 
 def judge(drafts: Sequence[int], predicted: Sequence[int]) -> tuple[int, int | None]:
@@ -117,22 +148,31 @@ def judge(drafts: Sequence[int], predicted: Sequence[int]) -> tuple[int, int | N
     return n, predicted[n] if n < len(predicted) else None
 
 
-def cut(drafts: Sequence[int], room: int, eos: frozenset[int]) -> list[int]:
-    """At most ``room`` drafts, none after the first EOS."""
-    kept = list(drafts[:max(room, 0)])
+def cut(drafts: Drafts, room: int, eos: frozenset[int], rows: int = sys.maxsize) -> Drafts:
+    """Drafts for at most ``room`` tokens and ``rows`` rows, none after the first EOS."""
+    if isinstance(drafts, Tree):
+        return drafts.cut(room, rows, eos)
+    kept = list(drafts[:max(min(room, rows), 0)])
     end = next((i + 1 for i, token in enumerate(kept) if token in eos), len(kept))
     return kept[:end]
 
 
-def rows_to_feed(drafts: Sequence[int], last: int, eos: frozenset[int],
-                 hiding: bool) -> list[int]:
+def rows_to_feed(drafts: Drafts, last: int, eos: frozenset[int],
+                 hiding: bool) -> tuple[list[int], list[int] | None]:
     """What the verifier's pass reads: its own ``last`` token, which waits outside the cache, and
-    the drafts. Behind the prefill (hiding) ``last`` is token 0, of which the state is known: the
-    drafts alone, and none where the first is another (a wrong first draft costs no pass at all)."""
+    the drafts; and of a tree, the row before each. Behind the prefill (hiding) ``last`` is token 0,
+    of which the state is known: the drafts alone, and none where the first is another (a wrong
+    first draft costs no pass at all)."""
+    if isinstance(drafts, Tree):
+        n = len(drafts.under(last)) if hiding else len(drafts)
+        fed = drafts.only(range(n)) if hiding else drafts
+        n = fed.n_fed(eos)
+        rows, parents = list(fed.tokens[:n]), list(fed.parents[:n])
+        return (rows, parents) if hiding else ([last, *rows], [-1, *(1 + p for p in parents)])
     kept = list(worth_feeding(drafts, eos))
     if hiding:
-        return kept if drafts and drafts[0] == last else []
-    return [last, *kept]
+        return (kept if drafts and drafts[0] == last else []), None
+    return [last, *kept], None
 
 
 def worth_feeding(drafts: Sequence[int], eos: frozenset[int]) -> Sequence[int]:

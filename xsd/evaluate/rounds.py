@@ -124,7 +124,7 @@ def from_requests(requests: Iterable[Sequence[Round]], gamma: int | None = None,
     Raises: MetricError when a round drafted over gamma, or none is left."""
     requests = [[r for r in rounds if r.drafted and phase in (None, r.phase)]
                 for rounds in requests]
-    flat = [(r.n_accepted, len(r.drafted), int(r.bonus is not None), i)
+    flat = [(r.n_accepted, r.depth, int(r.bonus is not None), i)
             for i, rounds in enumerate(requests) for r in rounds]
     if not flat:
         raise MetricError(

@@ -149,25 +149,47 @@ class ModelHandle(batched.BatchedAnswers):
         return DecoderState(len(embeds), hidden, self.lm_head(hidden), cache)
 
     @torch.no_grad()
-    def extend(self, state: DecoderState, ids: Tensor) -> tuple[Tensor, Tensor]:
+    def extend(self, state: DecoderState, ids: Tensor,
+               parents: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
         """Append ids int64 [n] (n ≥ 1) in place: hidden [n, D] and logits [n, V] after each.
-        Raises: ParameterError beyond ``max_positions``."""
+        parents: of a draft tree (core.DecoderHandle). Raises: ParameterError beyond
+        ``max_positions``."""
         self.check_length(state.length + len(ids))
+        embeds = self._lookup(ids)
         if isinstance(state.cache, small_steps.GrowingCache):
-            hidden = self._small_steps(self._lookup(ids), state.cache)
+            hidden = self._small_steps(embeds, state.cache, parents)
         else:
-            hidden = self.decoder(inputs_embeds=self._lookup(ids)[None],
-                                  past_key_values=state.cache, use_cache=True).last_hidden_state[0]
+            tree = {} if parents is None else self._tree_inputs(parents, state.length)
+            hidden = self.decoder(inputs_embeds=embeds[None], past_key_values=state.cache,
+                                  use_cache=True, **tree).last_hidden_state[0]
         logits = self.lm_head(hidden)
         state.length += len(hidden)
         state.hidden, state.logits = hidden[-1], logits[-1]
         return hidden, logits
 
-    def rollback(self, state: DecoderState, length: int) -> None:
-        """Forget every position >= length, in place. Raises: ValueError outside 0…state.length."""
+    def _tree_inputs(self, parents: Sequence[int], start: int) -> dict[str, Tensor]:
+        """transformers' arguments for the rows of a tree: added to scores, 0 where a row sees."""
+        places, seen = small_steps.tree_rows(parents, start, device=self.device)
+        dtype = self._embed.weight.dtype
+        hide = torch.zeros(seen.shape, dtype=dtype, device=self.device)
+        hide = hide.masked_fill(~seen, torch.finfo(dtype).min)
+        return {"position_ids": places[None], "attention_mask": hide[None, None]}
+
+    def rollback(self, state: DecoderState, length: int, path: Sequence[int] = ()) -> None:
+        """Forget every position >= length, in place; those of ``path`` (ascending) stay, moved
+        together. Raises: ValueError outside 0…state.length."""
         if not 0 <= length <= state.length:
             raise ValueError(
                 f"cannot roll back to length {length}: the cache holds {state.length} positions")
+        if path:
+            rows = torch.tensor(path, device=self.device)
+            if isinstance(state.cache, small_steps.GrowingCache):
+                state.cache.move(rows, length)
+            else:
+                for layer in state.cache.layers:
+                    for cached in (layer.keys, layer.values):
+                        cached[:, :, length:length + len(rows)] = cached[:, :, rows]
+            length += len(rows)
         if length < state.length:  # crop takes the number to remove, as a negative count
             state.cache.crop(length - state.length)
             state.length = length

@@ -4,10 +4,14 @@ are one matrix; keys and values stand in a buffer that grows in place."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import DynamicCache, LlamaModel
+
+from xsd.core import depths
 
 _ROOM = 64
 _TURNED = 4096
@@ -29,6 +33,22 @@ def fits(decoder: nn.Module) -> bool:
             and all(type(one) is nn.Linear and one.bias is None for one in linears)
             and all(weight.dtype == torch.float32 and weight.device.type == "cpu"
                     for weight in (*decoder.layers.parameters(), decoder.norm.weight)))
+
+
+def tree_rows(parents: Sequence[int], start: int, room: int = 0, *,
+              device: torch.device | None = None) -> tuple[Tensor, Tensor]:
+    """Where the n rows of a draft tree stand, int64 [n], and what each sees, bool [n, max(start +
+    n, room)]: the ``start`` cached positions and the rows on its way. parents: the row before each,
+    -1 for what is cached. room: of a cache of fixed size."""
+    n = len(parents)
+    mask = torch.zeros(n, max(start + n, room), dtype=torch.bool)
+    mask[:, :start] = True
+    for row, parent in enumerate(parents):
+        if parent >= 0:
+            mask[row] |= mask[parent]
+        mask[row, start + row] = True
+    places = torch.tensor(depths(parents), dtype=torch.long) + (start - 1)
+    return places.to(device), mask.to(device)
 
 
 class GrowingCache:
@@ -54,6 +74,11 @@ class GrowingCache:
     def get_seq_length(self) -> int:
         """Cached positions (transformers' name)."""
         return self.length
+
+    def move(self, rows: Tensor, start: int) -> None:
+        """Positions ``rows`` [k] come to stand at start … start + k - 1."""
+        for buffer in (*self.keys, *self.values):
+            buffer[:, start:start + len(rows)] = buffer[:, rows]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last positions; a negative count, as transformers' caches take it."""
@@ -93,16 +118,23 @@ class Steps:
         """False once a weight of the model has changed (training, loading)."""
         return self._version == self._versions()
 
-    def __call__(self, embeds: Tensor, cache: GrowingCache) -> Tensor:
-        """Append embeds [n, D] to the cache; returns post-norm states [n, D]."""
+    def __call__(self, embeds: Tensor, cache: GrowingCache,
+                 parents: Sequence[int] | None = None) -> Tensor:
+        """Append embeds [n, D] to the cache; returns post-norm states [n, D]. parents: as
+        :func:`tree_rows` takes them."""
         n, start = embeds.shape[0], cache.length
         end, heads, width = start + n, self.heads, self.width
         cache.reserve(end)
         if end > len(self._cos):
             self._turn(2 * end)
-        cos, sin = self._cos[start:end], self._sin[start:end]
+        if parents is None:
+            places, mask = slice(start, end), None
+            if n > 1:
+                mask = torch.ones(n, end, dtype=torch.bool).tril_(start)
+        else:
+            places, mask = tree_rows(parents, start)
+        cos, sin = self._cos[places], self._sin[places]
         half = cos.shape[-1] // 2
-        mask = torch.ones(n, end, dtype=torch.bool).tril_(start) if n > 1 else None
         x = embeds
         for weights, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
             before, to_qkv, out, after, to_gate_up, down = weights
