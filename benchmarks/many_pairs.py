@@ -113,7 +113,7 @@ def measure(out: Path, n: int = 52_000, notebooks: tuple[str, ...] = ("02", "03"
     found = {"writing": {"minutes": (time.perf_counter() - began) / 60, "gb_on_disk": size}}
     run_dir, train, test = (str(out / name) for name in ("run", "train", "held_out"))
     own: dict[str, dict[str, object]] = {
-        "02": {"data": train, "levels": LEVELS, "profile": "reference", "epochs": 1},
+        "02": {"data": train, "levels": LEVELS, "recipe": "reference", "epochs": 1},
         "03": {"levels": LEVELS, "test_data": [test]},
         "04": {"levels": LEVELS, "data": train, "test_data": [test]},
         "06": {"runs": [run_dir]},

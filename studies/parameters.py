@@ -23,8 +23,6 @@ class PairParameters(ModelParameters):
     n_sequences: int = whole(4, 1, 10_000, "held-out drives whose answers are scored")
     train_profile: Literal["none", "smoke", "quick", "full"] = Field(
         "none", description="train the embedded pair anew: none keeps the shipped weights")
-    device: str = Field("cpu", min_length=1,
-                        description="where the models run, and train: cpu, cuda, …")
 
 
 class StorageParameters(NotebookParameters):
@@ -43,8 +41,8 @@ class StorageParameters(NotebookParameters):
     n_test_sequences: int = whole(4, 1, 100_000, TEST_DRIVES)
     questions_per_sequence: typed.Asked = 4
     max_new_tokens: typed.NewTokens = 48
-    profile: Literal["reference", "converged", "tokens", "rollout"] = Field(
-        "tokens", description="recipe (docs/adapters.md, section 5)")
+    recipe: Literal["reference", "converged", "tokens", "rollout"] = Field(
+        "tokens", description="how to train (docs/adapters.md, section 5)")
     epochs: typed.Epochs = 6
     batch_size: typed.AStep = 16
     learning_rate: typed.Rate = 2e-3

@@ -188,7 +188,7 @@ def train(P: StorageParameters, level: str, dtype: str, dataset: ShardDataset) -
     """The best checkpoint of a level trained on one dtype; every dtype begins at the same weights
     and sees the same order."""
     place = folder.resolve(P.run_dir) / "storage" / dtype / "adapters" / level
-    config = FitConfig(profile=P.profile, epochs=P.epochs, batch_size=P.batch_size,
+    config = FitConfig(profile=P.recipe, epochs=P.epochs, batch_size=P.batch_size,
                        learning_rate=P.learning_rate)
     fit.fit_adapter(level, source.open_states(dataset), folder=place, config=config,
                     head=dataset.head("verifier"), seed=P.seed)

@@ -16,7 +16,7 @@ def test_made_up_pairs_are_trained_on_by_path_and_their_tokens_are_found(tmp_pat
     assert len(pairs) == 300 and pairs.table()["sequence"].nunique() == 12
     assert pairs.drafter_size == many_pairs.WIDTH
     training.run(parameters.TrainParameters.checked(
-        {"run_dir": run, "data": str(train), "levels": ["L1"], "profile": "reference",
+        {"run_dir": run, "data": str(train), "levels": ["L1"], "recipe": "reference",
          "epochs": 1}))
     found = ready.token_table(parameters.TokenParameters.checked(
         {"run_dir": run, "data": str(train), "test_data": [str(test)], "levels": ["L1"],

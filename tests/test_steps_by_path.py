@@ -126,7 +126,7 @@ def chunked(place):
 def test_imported_chunks_are_trained_on_and_judged_with_what_is_known_of_them(chunked, place):
     run, (train, test) = str(place / "imported_run"), map(str, chunked)
     training.run(parameters.TrainParameters.checked(
-        {"run_dir": run, "data": train, "levels": LEVELS, "epochs": 1, "profile": "reference"}))
+        {"run_dir": run, "data": train, "levels": LEVELS, "epochs": 1, "recipe": "reference"}))
     given = {"run_dir": run, "levels": LEVELS, "data": train, "test_data": [test], "resamples": 50}
     with pytest.warns(UserWarning, match="was not checked: imported chunks do not name theirs"):
         tokens = ready.token_table(parameters.TokenParameters.checked(given))
@@ -185,7 +185,7 @@ def test_what_nobody_knows_of_imported_pairs_is_left_out_with_a_sentence(found, 
 def test_notebook_13_measures_imported_pairs_by_what_is_known_of_them(chunked, place):
     run, (train, test) = str(place / "measured"), map(str, chunked)
     training.run(parameters.TrainParameters.checked(
-        {"run_dir": run, "data": train, "levels": LEVELS, "epochs": 1, "profile": "reference"}))
+        {"run_dir": run, "data": train, "levels": LEVELS, "epochs": 1, "recipe": "reference"}))
     with pytest.warns(UserWarning, match="drafter_sees is left out"):
         by_path = [f"{run}/adapters/{level}" for level in LEVELS]
         found = run_notebook(run, levels=by_path, data=train, test_data=[test],

@@ -21,7 +21,7 @@ def place(tmp_path_factory):
     own = {"run_dir": str(place / "run")}
     pair = str(make_tiny_pair(place / "pair", seed=4))
     extraction.run(parameters.ExtractParameters.checked(
-        {**own, **SIZES, "pair": pair, "model_dtype": "bfloat16"}))
+        {**own, **SIZES, "pair": pair, "dtype": "bfloat16"}))
     training.run(parameters.TrainParameters.checked({**own, "levels": ["L1"], "epochs": 1}))
     return place
 
@@ -35,16 +35,16 @@ def live_of(place, **values):
 @pytest.mark.parametrize("notebook", ["00", "01", "05", "09"])
 def test_notebooks_that_load_a_pair_say_how(notebook):
     model = parameters.model_of(notebook)
-    assert model.checked({"quant": "int4", "model_dtype": "bfloat16", "device": "cuda"}).loads == {
+    assert model.checked({"quant": "int4", "dtype": "bfloat16", "device": "cuda"}).loads == {
         "quant": "4bit", "dtype": "bfloat16", "device": "cuda"}
     assert model.checked({}).loads == {"quant": None, "dtype": "float32", "device": "cpu"}
-    for wrong in ({"quant": "2bit"}, {"model_dtype": "int8"}):
+    for wrong in ({"quant": "2bit"}, {"dtype": "int8"}):
         with pytest.raises(ParameterError, match=f"parameter '{next(iter(wrong))}'"):
             model.checked(wrong)
 
 
 def test_a_run_in_bfloat16_goes_on_in_bfloat16(place):
-    opened = live.open_bench(live_of(place, model_dtype="bfloat16"))
+    opened = live.open_bench(live_of(place, dtype="bfloat16"))
     assert opened.pair.verifier.head.weight.dtype == torch.bfloat16
     records = live.measure(opened, opened.arms(["ar", "L1"]))
     assert len(records) == 2 * len(opened.timed["simulated"])

@@ -262,12 +262,12 @@ def test_an_unknown_recipe_is_named():
 
 @pytest.mark.parametrize("level", ["L1", "L4", "L5F", "B1"])
 def test_notebook_02_trains_a_level_as_the_best_recipe_of_the_study_does(level):
-    given = parameters.TrainParameters.checked({"profile": "best", "epochs": 10})
+    given = parameters.TrainParameters.checked({"recipe": "best", "epochs": 10})
     assert training.config_of(given, level) == study_recipes.config_of("best", level)
 
 
 def test_an_objective_given_by_hand_goes_before_the_best_recipe():
-    given = parameters.TrainParameters.checked({"profile": "best", "objective": "kl"})
+    given = parameters.TrainParameters.checked({"recipe": "best", "objective": "kl"})
     assert training.config_of(given, "L1").objective == "kl"
 
 

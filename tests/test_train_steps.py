@@ -119,16 +119,16 @@ def test_an_adapter_of_another_run_is_loaded_by_its_path(run_dir, tmp_path):
         training.load(run_dir, [str(place), str(place / "best.safetensors")])
 
 
-@pytest.mark.parametrize(("profile", "level", "epochs", "batch", "rate", "patience"), [
+@pytest.mark.parametrize(("recipe", "level", "epochs", "batch", "rate", "patience"), [
     ("reference", "L4", 50, 64, 1e-3, 10), ("converged", "L1", 300, 64, 1e-3, 50),
     ("tokens", "B1", 50, 16, 2e-3, 10), ("smoke", "L5F", 8, 16, 2e-3, 10),
     ("reference", "L6", 20, 1, 1e-4, 5), ("smoke", "L6", 8, 4, 1e-3, 5)])
-def test_unset_parameters_leave_the_profiles_value(profile, level, epochs, batch, rate, patience):
-    plain = parameters.TrainParameters.checked({"profile": profile})
+def test_unset_parameters_leave_the_recipes_value(recipe, level, epochs, batch, rate, patience):
+    plain = parameters.TrainParameters.checked({"recipe": recipe})
     made = training.config_of(plain, level)
     assert (made.epochs, made.batch_size, made.learning_rate, made.patience) == (epochs, batch,
                                                                                rate, patience)
-    set_ = {"profile": profile, "epochs": 3, "validation_share": 0.3}
+    set_ = {"recipe": recipe, "epochs": 3, "validation_share": 0.3}
     made = training.config_of(parameters.TrainParameters.checked(set_), level)
     assert (made.epochs, made.learning_rate, made.validation_share) == (3, rate, 0.3)
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
@@ -21,6 +21,18 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: notebooks, data and reports are resolved from here."""
+
+
+
+def as_used(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
+    """What "auto" stands for on this machine: CUDA where torch sees a GPU, else the CPU; bfloat16
+    on a GPU, float32 on a CPU. Anything else stays as it is."""
+    if device == "auto":
+        import torch  # seconds that only who computes should wait for
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    return device, ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
+
 
 Mode = Literal["free_running", "teacher_forced"]
 """Whose tokens stood before each state: each model's own, or the verifier's for both."""
@@ -162,6 +174,14 @@ class Batch:
     sequence: Sequence[str]
     index: Sequence[int]
     mode: Mode
+
+    def to(self, device: Any) -> Batch:
+        """The same batch, its tensors on ``device``."""
+        if self.mask.device == device:
+            return self
+        names = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True)
+                                for name in names})
 
 
 def depths(parents: Sequence[int]) -> list[int]:

@@ -12,9 +12,9 @@ from typer import Argument, Exit, Option, Typer
 
 from xsd import __version__
 from xsd.cli import data, models
-from xsd.cli.data import NUMBERS, OUT, QUANT, QUIET, Quant, Stored, examples, words
+from xsd.cli.data import DEVICE, NUMBERS, OUT, QUANT, QUIET, Quant, Stored, examples, words
 from xsd.cli.exits import alone, say
-from xsd.core import ROOT, ParameterError, XsdError
+from xsd.core import ROOT, ParameterError, XsdError, as_used
 
 
 def _end(status: int | None, **_: Any) -> None:
@@ -196,8 +196,8 @@ def demo(out: Path | None = OUT,
 @app.command(epilog=examples("xsd doctor --pair embedded",
                              "xsd doctor --pair checkpoints/7b --dtype bfloat16 --device cuda"))
 def doctor(pair: str = Option("", help="also load this pair: embedded, or a folder"),
-           dtype: str = Option("float32", help=NUMBERS), quant: Quant = QUANT,
-           device: str = Option("cpu", help="where to load it: cpu, cuda, cuda:1, …")) -> int:
+           dtype: str = Option("auto", help=NUMBERS), quant: Quant = QUANT,
+           device: str = Option("auto", help=f"where to load it: {DEVICE}")) -> int:
     """Look at Python, packages, disk, GPU, browser, and optionally a pair."""
     from xsd.runs import doctor as examiner
 
@@ -232,7 +232,7 @@ def plan(
     machine: str = Option("a100-80", help="with its data-sheet speeds: t4, l4, rtx3090, rtx4090, "
                           "a100-40, a100-80, h100, h200"),
     measure: bool = Option(False, "--measure", help="time this machine instead"),
-    device: str = Option("cpu", help="what --measure times: cpu or cuda"),
+    device: str = Option("auto", help=f"what --measure times: {DEVICE}"),
     tflops: float | None = Option(None, help="what the device reaches in half precision"),
     gb_s: float | None = Option(None, help="memory bandwidth it reaches"),
     memory_gb: float | None = Option(None, help="memory it has"),
@@ -244,7 +244,7 @@ def plan(
     if not measure and machine not in planning.MACHINES:
         raise ParameterError(f"there is no machine {machine!r}; choose one of "
                              f"{', '.join(planning.MACHINES)}, or --measure")
-    found = planning.measure_machine(device) if measure else planning.MACHINES[machine]
+    found = planning.measure_machine(as_used(device)[0]) if measure else planning.MACHINES[machine]
     found = found.reaching(tflops=tflops, gb_s=gb_s, memory_gb=memory_gb)
     print(planned.text(planned.make(found, pair=pair, dtype=dtype, quant=quant, clips=clips,
                                     questions=questions, new_tokens=max_new_tokens, batch=batch,
@@ -266,14 +266,14 @@ SEQUENCES = Option(40, min=1, max=100_000, help="held-out drives for the card")
 @pair_app.command(epilog=examples("xsd pair train --profile quick --seed 1"))
 def train(profile: Literal["smoke", "quick", "full"] = Option(
               "full", help="full takes about two hours on two cores"),
-          seed: int = 0, device: str = "cpu", out: Path | None = OUT,
+          seed: int = 0, device: str = Option("auto", help=DEVICE), out: Path | None = OUT,
           workers: int = Option(2, min=1, max=256, help="processes that simulate"),
           sequences: int = SEQUENCES) -> None:
     """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
     recipe = _beside("studies.embedded_pair.recipe")
     out = Path(out or recipe.default_folder(profile, seed))
     with alone(out, "pair.lock"):
-        written = recipe.train(out, profile, seed=seed, device=device, workers=workers,
+        written = recipe.train(out, profile, seed=seed, device=as_used(device)[0], workers=workers,
                                progress=recipe.bars())
     about = _beside("studies.embedded_pair.card").score(
         written, n_sequences=sequences,

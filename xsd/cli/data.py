@@ -10,12 +10,13 @@ from typing import Any, Literal
 
 from typer import Argument, Context, Option, Typer
 
-from xsd.core import ROOT, ParameterError, XsdError
+from xsd.core import ROOT, ParameterError, XsdError, as_used
 
 QUIET: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False,
                          "no_args_is_help": True}
 """Plain help, plain tracebacks."""
-NUMBERS = "float32, bfloat16 or float16"
+NUMBERS = "float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU"
+DEVICE = "cpu, cuda, cuda:1, …; auto: a GPU if there is one"
 OUT = Option(None, "-o", "--out", metavar="DIR", help="write here instead")
 QUANT = Option(None, help="quantise the decoders' linear layers with bitsandbytes")
 SPLIT = Option("train")
@@ -99,9 +100,9 @@ def extract(
     reuse_verifier: Path | None = Option(None, metavar="RUN", help="finished run that brings the "
                                          "verifier's answers"),
     stored: Stored = Option("fp16", help="how states are stored"),
-    dtype: str = Option("float32", help=f"of the models: {NUMBERS}"),
+    dtype: str = Option("auto", help=f"of the models: {NUMBERS}"),
     quant: Quant = QUANT,
-    device: str = Option("cpu", help="cpu or cuda; under torchrun every process has its own GPU"),
+    device: str = Option("auto", help=f"{DEVICE}; under torchrun every process has its own GPU"),
     batch: int = Option(16, help="answers at a time"),
     samples_per_shard: int = Option(256, help="also what several processes share out"),
     save_every: int = Option(0, help="samples between two writes to disk; 0: after each batch"),
@@ -135,8 +136,8 @@ def extract(
     from xsd.runs import progress
     from xsd.steps import extract_request, pair_files
 
-    if device == "cuda" and "LOCAL_RANK" in os.environ:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    own = request.device == "cuda" and os.environ.get("LOCAL_RANK")
+    device = f"cuda:{own}" if own else request.device
     models = replace(request, device=device).load_pair()
     samples = request.samples(models)
     sizes = {"modes": words(modes), "max_new_tokens": max_new_tokens, "dtype": stored,
@@ -154,7 +155,7 @@ def extract(
                          progress=progress.lines(part and f"{part}: "))
     request.save(out)
     pair_files.save(out, models, request.pair, {one.question for one in samples},
-                    loads={"dtype": dtype, "device": device, "quant": quant})
+                    loads={"dtype": request.dtype, "device": device, "quant": quant})
     print(f"{out}: {part and f'{part}, '}{report}")
     return 0 if report.finished else supervision.INTERRUPTED
 
@@ -277,7 +278,10 @@ def _request(run: Path | None = None, **given: Any) -> Any:
     for name in ("data", "pair", "reuse_verifier", "questions_file"):
         if given.get(name):
             given[name] = extract_request.here(given[name])
-    return extract_request.load_request(run, **given) if run else extract_request.Request(**given)
+    if run:
+        return extract_request.load_request(run, **given)
+    given["device"], given["dtype"] = as_used(given["device"], given["dtype"])
+    return extract_request.Request(**given)
 
 
 def _integers(text: str) -> tuple[int, ...]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from typer import Argument, Option, Typer
 
-from xsd.cli.data import QUIET, examples
+from xsd.cli.data import DEVICE, QUIET, examples
 from xsd.core import ParameterError
 
 app = Typer(**QUIET)
@@ -23,7 +23,7 @@ def _read(text: str) -> dict[str, Any]:
 
 
 @app.command(epilog=examples(
-    "xsd train runs/dsec/shards/train_dsec -o runs/dsec -l L4 --profile reference",
+    "xsd train runs/dsec/shards/train_dsec -o runs/dsec -l L4 --recipe reference",
     "xsd train old/chunked_train_1s_4bit -o runs/old -l L5 --options 'layers: 2' "
     "--validation old/chunked_val_1s_4bit --head old/vl_lm_head.pt"))
 def train(
@@ -31,9 +31,9 @@ def train(
     out: str = Option(..., "-o", "--out", metavar="RUN", help="run folder to train into"),
     level: list[str] = LEVEL,
     validation: str = Option("", help="pairs that choose the best epoch; default: held back"),
-    profile: str = Option("best", help="recipe, as in notebook 02"),
+    recipe: str = Option("best", help="how to train, as in notebook 02"),
     options: str = OPTIONS, head: str = Option("", help="LM head, a file or a folder of shards"),
-    seed: int = 0, device: str = "cpu",
+    seed: int = 0, device: str = Option("auto", help=DEVICE),
     parameter: list[str] = Option([], "-p", "--parameter", metavar="NAME=VALUE",
                                   help="anything else that notebook 02 takes"),
 ) -> None:
@@ -42,11 +42,11 @@ def train(
     from xsd.steps import training
 
     more = command_line.read_values(parameter, parameters.TrainParameters)
-    if twice := more.keys() & {"run_dir", "data", "validation_data", "profile", "head", "seed",
+    if twice := more.keys() & {"run_dir", "data", "validation_data", "recipe", "head", "seed",
                                "device", "options", "levels"}:
         raise ParameterError(f"-p {min(twice)}=… has an argument or option of its own; give that")
     given = parameters.TrainParameters.checked({
-        "run_dir": out, "data": pairs, "validation_data": validation, "profile": profile,
+        "run_dir": out, "data": pairs, "validation_data": validation, "recipe": recipe,
         "head": head, "seed": seed, "device": device, "options": _read(options),
         **({"levels": level} if level else {}), **more})
     results = training.run(given, progress=lambda name, row: print(
@@ -68,6 +68,7 @@ def evaluate(
     gamma: int = Option(5, min=1, max=64, help="draft tokens a round"),
     timing: str = Option("reference", help="times of the predicted speed-ups: reference, measured "
                                            "(in DIR), or a JSON file of own ones in ms"),
+    device: str = Option("auto", help=DEVICE),
 ) -> None:
     """Judge adapters by path on stored pairs: the printed report, tables, the token table."""
     from xsd.files import FolderLock
@@ -75,7 +76,7 @@ def evaluate(
 
     with FolderLock(out.resolve(), "evaluate.lock"):
         print(judge.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
-                          timing=timing))
+                          timing=timing, device=device))
 
 
 @app.command(epilog=examples("xsd self-test --width 4096", "xsd self-test runs/smoke/adapters/L4",

@@ -28,7 +28,8 @@ def measure(adapters: Mapping[str, Any], pairs: HeldOut, *, gamma: int | None, t
             batch_size: int = 64, drafter: bool = True,
             kinds: Callable[[Sequence[str]], Sequence[str]] | None = None,
             columns: Sequence[str | Column] = ()) -> pd.DataFrame:
-    """The token table of a held-out set; every batch is read once and every adapter runs once.
+    """The token table of a held-out set; every batch is read once and every adapter runs once,
+    where the adapters are (a GPU, where they were moved to one).
 
     Args: adapters: level → adapter, left in the mode it was found in. gamma: drafts per round;
         None: the one-step cosines alone, no head is applied. drafter: the drafter's own tokens as a
@@ -67,7 +68,8 @@ def of_batches(adapters: Mapping[str, Any], batches: Iterable[Batch], head: torc
     pieces: dict[str, list[drafting.Columns]] = {name: [] for name in adapters}
     if drafter and gamma is not None:
         pieces[DRAFTER] = []
-    clusters, mode = {}, None
+    clusters, mode, place = {}, None, _device_of(adapters)
+    head = head.to(place)
     for model in training:
         model.eval()
     try:
@@ -77,6 +79,7 @@ def of_batches(adapters: Mapping[str, Any], batches: Iterable[Batch], head: torc
                 raise MetricError("free_running and teacher_forced batches came in one "
                                   "evaluation; measure each mode by itself")
             clusters.update(zip(batch.index, batch.sequence, strict=True))
+            batch = batch.to(place)
             for level, adapter in adapters.items():
                 pieces[level].append(rows(adapter, batch, head, gamma, top_k))
             if DRAFTER in pieces:
@@ -85,6 +88,13 @@ def of_batches(adapters: Mapping[str, Any], batches: Iterable[Batch], head: torc
         for model in training:
             model.train()
     return _joined(pieces, clusters)
+
+
+def _device_of(adapters: Mapping[str, Any]) -> torch.device:
+    """Where the adapters stand, which the states go to."""
+    numbers = (one for adapter in adapters.values() if isinstance(adapter, torch.nn.Module)
+               for one in (*adapter.parameters(), *adapter.buffers()))
+    return next(numbers, torch.zeros(0)).device
 
 
 @torch.no_grad()

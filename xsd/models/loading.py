@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig
 
-from xsd.core import ROOT, CheckpointError, PairError, ParameterError
+from xsd.core import ROOT, CheckpointError, PairError, ParameterError, as_used
 from xsd.models import checkpoint_files, checkpoints, settings
 from xsd.models.checkpoint_files import answered
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
@@ -45,11 +45,11 @@ class Pair:
     folder: Path | None = None
 
 
-def pair_folder(profile: str | Path, names: str = "'embedded'") -> tuple[Path, dict[str, Any]]:
+def pair_folder(pair: str | Path, names: str = "'embedded'") -> tuple[Path, dict[str, Any]]:
     """A pair's folder and what its pair.json says, always with the folders of "drafter" and
     "verifier". Raises: CheckpointError (naming ``names``) where there is none, or it says what no
     pair is."""
-    folder = EMBEDDED if str(profile) == "embedded" else Path(profile)
+    folder = EMBEDDED if str(pair) == "embedded" else Path(pair)
     if not folder.is_dir():
         hint = f"give {names} or a folder with drafter/ and verifier/"
         if folder == EMBEDDED:
@@ -85,12 +85,14 @@ def check_device(device: str) -> None:
                              "install a CUDA build of torch and its driver (xsd doctor)")
 
 
-def load_pair(profile: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
+def load_pair(pair: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
               device: str = "cpu", quant: str | None = None) -> Pair:
     """``"embedded"`` or a folder with drafter/ and verifier/ (its pair.json may name others).
-    Raises: as :func:`pair_folder`, :func:`shared_vocabulary` and :func:`check_device`."""
+    device, dtype: may be "auto" (core.as_used). Raises: as :func:`pair_folder`,
+    :func:`shared_vocabulary` and :func:`check_device`."""
+    device, dtype = as_used(device, dtype)
     check_device(device)
-    folder, info = pair_folder(profile)
+    folder, info = pair_folder(pair)
     options = {"dtype": dtype, "device": device, "quant": quant}
     drafter = load_drafter(info["drafter"], vision_tower=info.get("vision_tower"), **options)
     verifier = load_verifier(info["verifier"], **options)

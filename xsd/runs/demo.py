@@ -19,7 +19,7 @@ DEMO: dict[str, dict[str, Any]] = {
         "n_train_sequences": 50, "n_test_sequences": 30, "questions_per_sequence": 10,
         "max_new_tokens": 48, "test_data": TEST_DATA, "batch_size": 64,
     },
-    "02_train": {"levels": LEVELS, "profile": "best", "epochs": 9},
+    "02_train": {"levels": LEVELS, "recipe": "best", "epochs": 9},
     "03_hidden": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "04_tokens": {"levels": LEVELS, "test_data": TEST_DATA, "resamples": 1000},
     "05_live": {

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationInfo, field_validator
 
 from xsd import files
-from xsd.core import ParameterError
+from xsd.core import ParameterError, as_used
 from xsd.runs import typed
 from xsd.runs.typed import NotebookParameters, whole
 
@@ -21,15 +21,15 @@ class ModelParameters(NotebookParameters):
     """What every notebook that loads a pair takes."""
 
     pair: typed.PairName = "embedded"
-    device: str = Field("cpu", min_length=1, description="where the models run: cpu, cuda, …")
+    device: typed.Device = "auto"
+    dtype: typed.ModelDtype = "auto"
     quant: typed.Quant = ""
-    model_dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        "float32", description="numbers the models compute in")
 
     @property
     def loads(self) -> dict[str, Any]:
-        """The keywords of models.loading.load_pair."""
-        return {"dtype": self.model_dtype, "device": self.device, "quant": self.quant or None}
+        """The keywords of models.loading.load_pair, as used."""
+        device, dtype = as_used(self.device, self.dtype)
+        return {"dtype": dtype, "device": device, "quant": self.quant or None}
 
 
 class ExtractParameters(ModelParameters):
@@ -55,7 +55,7 @@ class ExtractParameters(ModelParameters):
                                           description="kinds of pairs for training")
     test_modes: list[typed.Mode] = Field(["teacher_forced", "free_running"], min_length=1,
                                          description="kinds of pairs of the held-out sets")
-    dtype: typed.Dtype = Field("fp16", description="how the states are stored")
+    stored: typed.Dtype = Field("fp16", description="how the states are stored")
     batch_size: int = whole(32, 1, 1024, "samples answered at a time")
     workers: typed.Simulators = 2
 
@@ -74,9 +74,13 @@ class TrainParameters(NotebookParameters):
                                     "back by whole sequences")
     head: str = Field("", description="the verifier's LM head, a file or a folder of shards; "
                       "empty: that of data")
-    device: str = Field("cpu", min_length=1, description="cpu or cuda")
-    profile: Literal["smoke", "best", "reference", "converged", "tokens", "rollout"] = Field(
-        "smoke", description="recipe (docs/adapters.md, section 5); smoke is best in 8 epochs")
+    device: typed.Device = "auto"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="numbers of the forward pass (the weights stay float32); auto: "
+        "bfloat16 on a GPU, float32 on a CPU")
+    recipe: Literal["smoke", "best", "reference", "converged", "tokens", "rollout"] = Field(
+        "smoke", description="how to train (docs/adapters.md, section 5); smoke is best in 8 "
+        "epochs")
     epochs: typed.Epochs | None = Field(
         None, description="longest training, in epochs; None, here and below: the recipe's")
     batch_size: typed.AStep | None = Field(None, description="answers a step")
@@ -115,6 +119,7 @@ class AcceptanceParameters(NotebookParameters):
     test_data: typed.TestData = SETS
     mode: typed.HeldOutMode = "teacher_forced"
     head: typed.Head = ""
+    device: typed.Device = "auto"
     gamma: typed.Gamma = 5
     max_positions: typed.Positions = 20
     resamples: typed.Resamples = 400
@@ -134,11 +139,9 @@ class TokenParameters(AcceptanceParameters):
     """04: acceptance of tokens, floors, reliability."""
 
     notebook = "04_tokens"
-    data: typed.TrainData = Field("simulated",
-                                  description="training set, whose answers make the floors")
+    data: typed.FloorsData = "simulated"
     top_k: typed.TopK = 5
-    threshold: typed.Threshold = Field(
-        0.9, description="cosine threshold τ compared with the token truth")
+    threshold: typed.TruthThreshold = 0.9
     columns: list[typed.Column] = Field(
         [], description="own columns of the token table, each as module:function")
 
@@ -243,18 +246,17 @@ class TruthParameters(NotebookParameters):
         TRAINED, description="trained levels to evaluate; B1 is the verifier-self arm")
     waterfall: typed.Level = Field("L4", validate_default=True,
                                    description="the level whose losses are drawn")
-    data: typed.TrainData = Field("simulated",
-                                  description="training set, whose answers make the floors")
+    data: typed.FloorsData = "simulated"
     test_data: typed.TestData = Field(["simulated"])
     head: typed.Head = ""
+    device: typed.Device = "auto"
     drafter_sees: list[Literal["blank events", "other scene", "text only"]] = Field(
         ["blank events", "other scene", "text only"],
         description="what the drafter is shown in place of the clip's own events")
     gamma: typed.Gamma = 5
     gamma_prefill: typed.GammaPrefill = 10
     top_k: typed.TopK = 5
-    threshold: typed.Threshold = Field(
-        0.9, description="cosine threshold τ compared with the token truth")
+    threshold: typed.TruthThreshold = 0.9
     thresholds: typed.Thresholds = Field([0.8, 0.85, 0.9, 0.95])
     resamples: typed.Resamples = 400
     batch_size: typed.AtATime = 32

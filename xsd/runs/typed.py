@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from xsd import files
-from xsd.core import ParameterError
+from xsd.core import ParameterError, as_used
 
 
 class NotebookParameters(BaseModel):
@@ -34,9 +34,15 @@ class NotebookParameters(BaseModel):
 
     @classmethod
     def from_namespace(cls, namespace: Mapping[str, Any]) -> Self:
-        """The parameters among a notebook's globals. Raises: ParameterError."""
+        """The parameters among a notebook's globals, as used. Raises: ParameterError."""
         return cls.checked({name: namespace[name]
-                            for name in cls.model_fields if name in namespace})
+                            for name in cls.model_fields if name in namespace}).as_used()
+
+    def as_used(self) -> Self:
+        """The same with what "auto" of device and dtype stands for on this machine."""
+        own = [name for name in ("device", "dtype") if hasattr(self, name)]
+        found = as_used(*(getattr(self, name) for name in own)) if own else ()
+        return self.model_copy(update=dict(zip(own, found, strict=False)))
 
     @classmethod
     def checked(cls, values: Mapping[str, Any]) -> Self:
@@ -182,6 +188,10 @@ Column = Annotated[Any, PlainValidator(_column), PlainSerializer(files.name_of)]
 Timing = Annotated[str | dict[str, float], Field(
     description="times that speed-ups are predicted from: reference (its quoted RTX 4090), "
     "measured (by notebook 05 of this run), or own ones in ms as a mapping or a JSON file")]
+Device = Annotated[str, Field(min_length=1, description="where it is computed: cpu, cuda, cuda:1, "
+                              "…; auto: on a GPU if there is one")]
+ModelDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Field(
+    description="numbers the models compute in; auto: bfloat16 on a GPU, float32 on a CPU")]
 Mode = Literal["free_running", "teacher_forced"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 Quant = Annotated[Literal["", "8bit", "4bit"],
@@ -207,11 +217,15 @@ Levels = Annotated[list[Level], Field(min_length=1, description="trained levels 
 PairName = Annotated[str, Field(min_length=1, description="embedded (the shipped pair), or a "
                                 "folder with drafter/ and verifier/")]
 TrainData = Annotated[str, Field(min_length=1, description="training set, from notebook 01")]
+FloorsData = Annotated[str, Field(
+    min_length=1, description="training set, whose answers make the floors")]
 TestData = Annotated[list[str], Field(min_length=1, description="held-out sets, from notebook 01")]
 Head = Annotated[str, Field(description="LM head of the verifier by path (a file, or a folder "
                             "whose shards hold one); empty: the one stored with the pairs")]
 HeldOutMode = Annotated[Mode, Field(description="which held-out pairs to evaluate on")]
 Threshold = Annotated[float, Field(gt=-1, lt=1, description="cosine threshold τ")]
+TruthThreshold = Annotated[float, Field(
+    gt=-1, lt=1, description="cosine threshold τ compared with the token truth")]
 Thresholds = Annotated[list[Threshold], Field(
     min_length=1, description="all cosine thresholds that are counted")]
 Rate = Annotated[float, Field(gt=0, lt=1,

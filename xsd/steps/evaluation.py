@@ -108,8 +108,9 @@ def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
     of long tables by held-out set. given: the notebook's parameters."""
     data_hash = "+".join(str(one.dataset.manifest["config"].get("data_hash", ""))[:16]
                          for one in pairs.values())
-    found = {**results, "provenance": provenance(seed=given["seed"], data_hash=data_hash,
-                                                 parameters=dict(given))}
+    about = provenance(seed=given["seed"], data_hash=data_hash, device=given["device"],
+                       parameters=dict(given))
+    found = {**results, "provenance": about}
     folder.save_results(run_dir, name, found)
     extraction.remember(run_dir, "test", [one.dataset for one in pairs.values()])
     for data, rows in (figures or {}).items():

@@ -52,6 +52,7 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     """
     from xsd.models import loading  # three seconds that only who extracts should wait for
 
+    given = given.as_used()
     pair = loading.load_pair(given.pair, **given.loads)
     asked = requests(given)
     samples = {key: request.samples(pair) for key, request in asked.items()}
@@ -59,7 +60,7 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     modes = {"train": given.train_modes, "test": given.test_modes}
     counts = {(split, name): extract(
         given.run_dir, name, request, pair, samples[split, name], modes=modes[split],
-        max_new_tokens=given.max_new_tokens, dtype=given.dtype, batch_size=given.batch_size,
+        max_new_tokens=given.max_new_tokens, dtype=given.stored, batch_size=given.batch_size,
         seed=given.seed, progress=progress) for (split, name), request in asked.items()}
     return save(given, pair, samples, counts)
 
@@ -149,7 +150,7 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
         "duplicate_rate": next(iter(tests.values()))["duplicate_rate"], "data_hash": data_hash,
         "data_hashes": hashes,
         "weights": {handle.role: handle.weights_hash() for handle in (pair.drafter, pair.verifier)},
-        "provenance": provenance(seed=given.seed, data_hash=data_hash,
+        "provenance": provenance(seed=given.seed, data_hash=data_hash, device=given.device,
                                  parameters=given.model_dump())
     }
     folder.save_results(given.run_dir, "extract", results)

@@ -19,6 +19,7 @@ from xsd.steps import evaluation, extraction, full_report, predictions, training
 def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "", train: str = "",
           mode: str | None = None, gamma: int = 5, gamma_prefill: int = 10, top_k: int = 5,
           thresholds: Sequence[float] = (0.8, 0.85, 0.9, 0.95), batch_size: int = 64,
+          device: str = "auto",
           timing: str | Mapping[str, float] = "reference", n_resamples: int = 400,
           seed: int = 0) -> str:
     """Write ``report.txt``, ``tokens.parquet``, ``tables/*.{csv,md,tex}`` and
@@ -28,7 +29,7 @@ def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "
     answers and nothing is compared with its sequences. Raises: as the steps of 04 and 13.
     """
     draws = {"n_resamples": n_resamples, "seed": seed}
-    levels, answers = training.load(out, adapters), []
+    levels, answers = training.load(out, adapters, device), []
     held_out = evaluation.held_out(out, pairs, mode, head)
     if train:
         trained_on = extraction.open_pairs(out, "train", train)

@@ -69,7 +69,7 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
     if not set(given.arms) & set(arms.BASELINES):
         raise ParameterError(f"none of the arms {', '.join(given.arms)} is a baseline; add ar, "
                              "something to be faster than")
-    named = [*given.arms, *given.check_arms]
+    given, named = given.as_used(), [*given.arms, *given.check_arms]
     torch.set_num_threads(given.threads)
     pair = loading.load_pair(given.pair, **given.loads)
     samples, timed, left_out = {}, {}, {}

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 
 from xsd.adapters import registry
-from xsd.core import ParameterError, Sample, XsdError
+from xsd.core import ParameterError, Sample, XsdError, as_used
 from xsd.models import full_size, loading, planning, quantization
 from xsd.models.full_size import ModelSize
 from xsd.models.planning import PEAK, Machine, Sizes
@@ -172,11 +172,12 @@ def _assumptions(machine: Machine, new_tokens: int, batch: int, epochs: int) -> 
 # --- doctor
 
 
-def examine(pair: str, *, dtype: str = "float32", quant: str | None = None,
-            device: str = "cpu") -> list[Finding]:
+def examine(pair: str, *, dtype: str = "auto", quant: str | None = None,
+            device: str = "auto") -> list[Finding]:
     """Findings about a pair, the cheap ones first; it is not loaded where its predicted memory is
     more than what is free. Raises: ParameterError for an unknown dtype or quant."""
     found: list[Finding] = []
+    device, dtype = as_used(device, dtype)
     try:
         loading.check_device(device)
         sizes = full_size.sizes(pair)

@@ -71,7 +71,7 @@ def token_table(P: parameters.TokenParameters) -> dict[str, Any]:
     """What notebook 04 measures and writes, without its pictures: the token table and
     ``results/tokens.json``, which are returned."""
     ensure(P, adapters=True)
-    adapters = training.load(P.run_dir, P.levels)
+    adapters = training.load(P.run_dir, P.levels, P.device)
     pairs = evaluation.held_out_sets(P.run_dir, P.test_data, P.mode, P.head)
     answers = evaluation.training_answers(P.run_dir, P.data)
     options = {"n_resamples": P.resamples, "seed": P.seed}

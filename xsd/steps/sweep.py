@@ -25,7 +25,7 @@ from xsd.steps import listing, ready, training
 
 SHARES = ("02_train", "03_hidden", "04_tokens", "05_live", "13_truth")
 """Notebooks that begin with an extraction, and all but the first with trained adapters."""
-UPSTREAM = ("seed", "data", "test_data", "pair", "device", "quant", "model_dtype")
+UPSTREAM = ("seed", "data", "test_data", "pair", "device", "dtype", "quant")
 """What the extraction and the trainings depend on that such a notebook makes for itself."""
 LINKED = ("data/*", "imported/*", "shards/*", "results/extract.json", "results/train.json")
 METRICS = ("token_acceptance", "accepted_per_round", "cosine", "accept", "speedup")

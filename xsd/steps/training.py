@@ -17,7 +17,7 @@ import torch
 from xsd import files
 from xsd.adapters import heads, registry
 from xsd.adapters.base import Adapter
-from xsd.core import CheckpointError, ParameterError, XsdError
+from xsd.core import CheckpointError, ParameterError, XsdError, as_used
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
@@ -30,8 +30,8 @@ L6 = "L6"  # the drafter's own LoRA (xsd.steps.drafter_tuning)
 
 def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.PathLike[str],
           data: str = "simulated", seed: int = 0, validation: Any = None, head: str = "",
-          device: str = "cpu",
-          progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
+          device: str = "auto", progress: Callable[[str, dict[str, Any]], None] | None = None,
+          ) -> dict[str, Any]:
     """Train the levels that the run lacks into ``<run_dir>/adapters``; finished ones are found
     again. Another training of a level that stands there is set aside (:func:`trainings`).
 
@@ -50,14 +50,12 @@ def train(pairs: ShardDataset, configs: Mapping[Any, Any], *, run_dir: str | os.
         weight = heads.read(folder.resolve(head), states.hidden_size)
     elif pairs.manifest["heads"]:
         weight = pairs.head("verifier")
-    judged = guards.marks_of(held_out_sets(run_dir))
-    lines: dict[str, Any] = {}
+    judged, on, lines = guards.marks_of(held_out_sets(run_dir)), as_used(device)[0], {}
     for level, config in configs.items():
         name, place = files.name_of(level), adapter_folder(run_dir, level)
         report = None if progress is None else lambda row, name=name: progress(name, row)
         given = {"folder": place, "config": config, "head": weight, "seed": seed,
-                 "validation": validation, "held_out": judged, "device": device,
-                 "progress": report}
+                 "validation": validation, "held_out": judged, "device": on, "progress": report}
         try:
             lines[name] = _train(level, pairs, states, run_dir, data, given)
         except epochs.OtherTraining as other:
@@ -91,12 +89,12 @@ def _line(result: fit.FitResult, reads: str) -> dict[str, Any]:
 
 
 def config_of(given: parameters.TrainParameters, level: Any) -> Any:
-    """The recipe of a level: its profile with what the parameters change; None changes nothing."""
+    """The recipe of a level with what the parameters change; None changes nothing."""
     def changed(names: str, prefix: str = "") -> dict[str, Any]:
         return {name: value for name in names.split()
                 if (value := getattr(given, prefix + name)) not in (None, "")}
 
-    recipe = recipes.settings(given.profile, level) | changed("epochs objective validation_share")
+    recipe = recipes.settings(given.recipe, level) | changed("epochs objective validation_share")
     if level == L6:
         from xsd.train import lora
 
@@ -105,10 +103,11 @@ def config_of(given: parameters.TrainParameters, level: Any) -> Any:
         recipe |= changed("learning_rate rank alpha dropout accumulation patience", "lora_")
         return lora.LoraFitConfig(**recipe, gradient_checkpointing=given.lora_checkpointing)
     recipe |= changed("batch_size learning_rate patience position_decay noise")
+    recipe["dtype"] = as_used(given.device, given.dtype)[1]
     if given.token_fusion and level in fit.FUSING:
         recipe["token_fusion"] = True
-    known = (*registry.LEVELS, *map(files.name_of, given.levels))
-    own = {name: value for name, value in given.options.items() if name not in known}
+    own = {name: value for name, value in given.options.items()
+           if name not in (*registry.LEVELS, *map(files.name_of, given.levels))}
     of_level = given.options.get(files.name_of(level), {})
     if not isinstance(of_level, Mapping):
         raise ParameterError(f"options of {files.name_of(level)} are name: value, not "
@@ -125,9 +124,10 @@ def validation_pairs(given: parameters.TrainParameters) -> ShardDataset | None:
 
 def save(given: parameters.TrainParameters, trained: Mapping[str, Any]) -> dict[str, Any]:
     """Write ``results/train.json`` from what :func:`train` returned."""
-    results = {"profile": given.profile, "mode": given.mode, **trained}
-    results["provenance"] = files.provenance(seed=given.seed, data_hash=results.pop("data_hash"),
-                                             parameters=given.model_dump())
+    results = {"profile": given.recipe, "mode": given.mode, **trained}
+    results["provenance"] = files.provenance(
+        seed=given.seed, data_hash=results.pop("data_hash"), device=given.device,
+        parameters=given.model_dump())
     folder.save_results(given.run_dir, "train", results)
     return results
 
@@ -135,6 +135,7 @@ def save(given: parameters.TrainParameters, trained: Mapping[str, Any]) -> dict[
 def run(given: parameters.TrainParameters, *,
         progress: Callable[[str, dict[str, Any]], None] | None = None) -> dict[str, Any]:
     """Notebook 02 in one call: open the pairs, train, write the results."""
+    given = given.as_used()
     pairs = extraction.open_pairs(given.run_dir, "train", given.data, given.mode)
     configs = {level: config_of(given, level) for level in given.levels}
     return save(given, train(pairs, configs, run_dir=given.run_dir, data=given.data,
@@ -159,35 +160,36 @@ def held_out_sets(run_dir: str | os.PathLike[str]) -> list[ShardDataset]:
 
 def trained(run_dir: str | os.PathLike[str]) -> list[str]:
     """The levels that a run holds: ours in the registry's order, then researchers' own."""
-    found = (folder.resolve(run_dir) / "adapters").glob("*/best.safetensors")
-    names = sorted(registry.read_config(path)["level"] for path in found)
+    names = sorted(registry.read_config(path)["level"] for path in (
+        folder.resolve(run_dir) / "adapters").glob("*/best.safetensors"))
     ours = [level for level in registry.LEVELS if level in names]
     return ours + [name for name in names if name not in registry.LEVELS]
 
 
-def load(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> dict[str, Adapter]:
-    """The best checkpoint of each level of the run, and adapters by path, in eval mode, by their
-    short names (files.name_of). levels: as create_adapter takes them, or an adapter's file or
-    folder. Raises: ParameterError naming the trained levels when one is missing."""
+def load(run_dir: str | os.PathLike[str], levels: Sequence[Any],
+         device: str = "cpu") -> dict[str, Adapter]:
+    """The best checkpoint of each level of the run, and adapters by path, in eval mode on a device,
+    by their short names. levels: as create_adapter takes them, or an adapter's file or folder.
+    Raises: ParameterError naming the trained levels when one is missing."""
     names = [files.name_of(level) for level in levels]
-    missing = [name for name, level in zip(names, levels, strict=True) if not files.is_path(level)
-               and not (adapter_folder(run_dir, level) / "best.safetensors").exists()]
-    if missing:
+    if missing := [
+            name for name, level in zip(names, levels, strict=True) if not files.is_path(level)
+            and not (adapter_folder(run_dir, level) / "best.safetensors").exists()]:
         raise ParameterError(
             f"the run {run_dir} holds no adapter {', '.join(missing)} (trained: "
             f"{', '.join(trained(run_dir)) or 'none'}); train with notebook 02 and "
             f"levels={','.join(missing)}")
-    twice = [name for name in names if names.count(name) > 1]
-    if twice:
+    if twice := [name for name in names if names.count(name) > 1]:
         raise ParameterError(f"two of the levels are called {twice[0]!r}; name each once, and copy "
                              "or rename the folder of one")
-    return {name: registry.load_any_adapter(folder.resolve(level)) if files.is_path(level)
-            else registry.load_any_adapter(adapter_folder(run_dir, level), level=level)
+    place = as_used(device)[0]
+    return {name: (registry.load_any_adapter(folder.resolve(level)) if files.is_path(level) else
+                   registry.load_any_adapter(adapter_folder(run_dir, level), level=level)).to(place)
             for name, level in zip(names, levels, strict=True)}
 
 
 def problems(run_dir: str | os.PathLike[str]) -> list[str]:
-    """What is wrong with the trainings and adapters of a run, the earlier ones, too: one sentence
+    """What is wrong with the trainings and adapters of a run, the earlier ones, too, a sentence
     each (folders.problems), and trainings that are not those of results/train.json."""
     run = folder.resolve(run_dir)
     places = {place for one in ("*", f"*/{folders.EARLIER}/*", "*/map")
@@ -265,8 +267,7 @@ def _losses(row: Mapping[str, Any], split: str) -> dict[str, float]:
 def most_terms(history: pd.DataFrame) -> str:
     """The level whose loss is the sum of the most terms; the first of several."""
     losses = [name for name in history if name.endswith(" loss")]
-    counts = history.set_index("level")[losses].notna().sum(axis=1)
-    return counts.idxmax()
+    return history.set_index("level")[losses].notna().sum(axis=1).idxmax()
 
 
 def terms(history: pd.DataFrame, level: str) -> pd.DataFrame:
@@ -283,10 +284,9 @@ def terms(history: pd.DataFrame, level: str) -> pd.DataFrame:
 def table(levels: Mapping[str, Mapping[str, Any]]) -> pd.DataFrame:
     """The trained levels (results["levels"]): what they read, parameters here and at the full size
     of 4096, epochs, best epoch, validation figures, seconds."""
-    rows = [{"level": level, **found, "parameters at 4096": _full_size(level)}
-            for level, found in levels.items()]
-    return pd.DataFrame(rows).drop(columns="held_out", errors="ignore").astype(
-        {"parameters at 4096": "Int64"})
+    frame = pd.DataFrame([{"level": level, **found, "parameters at 4096": _full_size(level)}
+                          for level, found in levels.items()])
+    return frame.drop(columns="held_out", errors="ignore").astype({"parameters at 4096": "Int64"})
 
 
 def _full_size(level: str) -> int | None:

@@ -173,7 +173,7 @@ class Training(EpochLoop):
         found = states.batches(indices, self.config.batch_size, shuffle_seed=shuffle_seed)
         if self.device.type != "cpu" and isinstance(states, source.PackedStates):
             found = source.ahead(found)  # streamed ones are read ahead already
-        return (source.to_device(self.processes.rows(batch), self.device) for batch in found)
+        return (self.processes.rows(batch).to(self.device) for batch in found)
 
     def train_pass(self, epoch: int) -> dict[str, float]:
         """As EpochLoop.train_pass; each step is the mean over all its positions, however

@@ -8,7 +8,6 @@ import json
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -187,14 +186,6 @@ def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
         while (batch := waiting.result()) is not None:
             waiting = pool.submit(next, iterator, None)
             yield batch
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The same batch, its tensors on ``device``."""
-    if batch.mask.device == device:
-        return batch
-    return replace(batch, **{name: getattr(batch, name).to(device, non_blocking=True)
-                             for name in (*COLUMNS, "mask")})
 
 
 def refuse_test_split(split: Sequence[str]) -> None:
