@@ -97,10 +97,10 @@ def test_whatever_a_tree_holds_the_answer_is_the_verifiers_own():
     assert branched > 300
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["small steps", "transformers' cache"])
+@pytest.mark.parametrize("steps", ["small", "plain", "static"])
 @torch.no_grad()
-def test_each_row_of_a_tree_is_what_its_path_alone_would_give(plain):
-    handle = tiny_pair().verifier.plain() if plain else tiny_pair().verifier
+def test_each_row_of_a_tree_is_what_its_path_alone_would_give(steps):
+    handle = tiny_pair().verifier.plain(steps)
     sample = make_samples(1, seed=3)[0]
     state = handle.prefill(sample)
     start = state.length

@@ -1,6 +1,7 @@
 """A handle equals transformers' own forward and generate, one at a time and in batches."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -18,8 +19,16 @@ SAMPLES = make_samples(6, seed=1)
 ROLES = pytest.mark.parametrize("role", ["drafter", "verifier"])
 
 
-def handle_of(role):
-    return getattr(tiny_pair(), role)
+@functools.lru_cache
+def handle_of(role, steps="auto"):
+    own = getattr(tiny_pair(), role)
+    return own if steps == "auto" else own.plain(steps)
+
+
+@pytest.fixture(params=["auto", "plain", "static"])
+def steps(request):
+    """How a handle's extend runs: what holds of one kind of steps holds of all."""
+    return request.param
 
 
 def transformers_ids(handle, sample, n, eos):
@@ -39,8 +48,8 @@ def transformers_ids(handle, sample, n, eos):
 
 
 @ROLES
-def test_it_is_a_decoder_handle(role):
-    handle = handle_of(role)
+def test_it_is_a_decoder_handle(role, steps):
+    handle = handle_of(role, steps)
     assert isinstance(handle, core.DecoderHandle)
     assert handle.hidden_size == 32 and handle.eos_token_ids == frozenset({2})
     assert handle.draft_vocab_size == 400 and handle.vocab_size == (400
@@ -97,8 +106,8 @@ def test_rows_stop_at_their_own_eos(role):
 
 
 @ROLES
-def test_extend_follows_the_greedy_answer(role):
-    handle = handle_of(role)
+def test_extend_follows_the_greedy_answer(role, steps):
+    handle = handle_of(role, steps)
     answer = handle.generate([SAMPLES[1]], 8)[0]
     state = handle.prefill(SAMPLES[1])
     start = state.length
@@ -111,8 +120,8 @@ def test_extend_follows_the_greedy_answer(role):
 
 
 @ROLES
-def test_rollback_forgets_rejected_tokens(role):
-    handle = handle_of(role)
+def test_rollback_forgets_rejected_tokens(role, steps):
+    handle = handle_of(role, steps)
     answer = handle.generate([SAMPLES[2]], 8)[0]
     state = handle.prefill(SAMPLES[2])
     start = state.length
@@ -139,8 +148,8 @@ def test_forced_states_are_the_greedy_states_on_its_own_answer(role):
 
 
 @ROLES
-def test_forced_states_follow_the_other_models_prefix(role):
-    handle = handle_of(role)
+def test_forced_states_follow_the_other_models_prefix(role, steps):
+    handle = handle_of(role, steps)
     foreign = torch.tensor([5, 300, 17, 290])
     forced = handle.force([SAMPLES[0]], [foreign])[0]
     state = handle.prefill(SAMPLES[0])
@@ -216,18 +225,18 @@ def test_empty_input_is_refused_with_a_sentence():
         pair.drafter.force(SAMPLES, [])
 
 
-def with_positions(role, most):
+def with_positions(role, most, steps="plain"):
     """A handle whose model has so many positions, and prompts of the tests' questions in it."""
-    handle = handle_of(role).plain()
+    handle = handle_of(role).plain(steps)
     handle.max_positions = most
     return handle
 
 
 @ROLES
-def test_an_answer_that_reaches_the_last_position_gets_one_sentence_everywhere(role):
+def test_an_answer_that_reaches_the_last_position_gets_one_sentence_everywhere(role, steps):
     sample, own = SAMPLES[0], handle_of(role)
     length = own.prefill(sample).length
-    handle = with_positions(role, length + 4)
+    handle = with_positions(role, length + 4, steps)
     handle.eos_token_ids = own.eos_token_ids - {2}  # nothing ends it
     sentence = (f"prompt and answer need {length + 5} positions, but the {role} has {length + 4} ")
     whole = autoregressive.generate(handle, sample, 5)
@@ -258,8 +267,8 @@ def test_a_prompt_beyond_the_positions_is_refused_before_the_tower_runs(role, mo
 
 
 @ROLES
-def test_logits_that_are_no_numbers_are_said(role, monkeypatch):
-    handle = handle_of(role).plain()
+def test_logits_that_are_no_numbers_are_said(role, steps, monkeypatch):
+    handle = handle_of(role).plain(steps)
     monkeypatch.setattr(handle, "lm_head", lambda hidden: hidden.new_full((*hidden.shape[:-1], 9),
                                                                           float("nan")))
     for answer in (lambda: handle.generate(SAMPLES[:1], 2), lambda: autoregressive.generate(

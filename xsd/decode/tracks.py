@@ -53,6 +53,7 @@ class DrafterTrack:
         if timeline is not None and timeline is self._timeline:
             return  # the request's other proposer has done it
         self._timeline = timeline or Timeline()
+        self.state = None  # its keys and values make room for the new ones
         self.cached: list[int] = []
         self.history = History()
         with self._timeline.span("drafter", "prefill"):

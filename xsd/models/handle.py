@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from xsd.core import CheckpointError, DatasetError, ParameterError, Sample, VideoError
-from xsd.models import batched, small_steps
+from xsd.models import batched, small_steps, static_steps
 from xsd.models.pixels import PixelSpec
 
 Role = Literal["drafter", "verifier"]
@@ -34,16 +34,17 @@ class DecoderState:
     length: int
     hidden: Tensor
     logits: Tensor
-    cache: DynamicCache | small_steps.GrowingCache
+    cache: DynamicCache | small_steps.GrowingCache | static_steps.Held
 
 
 class ModelHandle(batched.BatchedAnswers):
     """One loaded model (core.DecoderHandle). draft_vocab_size: ids from it on are padding or added
     tokens, never drafted. max_positions: of prompt and answer together. unused_settings: what of
-    generation_config.json is not used, in a sentence."""
+    generation_config.json is not used, in a sentence. steps: as static_steps.kind_for."""
 
     def __init__(self, model: Any, tokenizer: Any, role: Role, pixels: PixelSpec, *,
-                 draft_vocab_size: int, name: str = "", unused_settings: str = "") -> None:
+                 draft_vocab_size: int, name: str = "", unused_settings: str = "",
+                 steps: str = "auto") -> None:
         self.model = model.eval().requires_grad_(False)
         self.tokenizer, self.role, self.pixels, self.name = tokenizer, role, pixels, name
         self.decoder = getattr(model.model, "language_model", model.model)
@@ -57,8 +58,8 @@ class ModelHandle(batched.BatchedAnswers):
         self._embed = model.get_input_embeddings()
         self._vision: dict[str, Tensor] = {}
         self._hash: str | None = None
-        self._small_steps: small_steps.Steps | None = None
-        self._steps_fit = small_steps.fits(self.decoder)
+        self.steps = static_steps.kind_for(self.decoder, steps)
+        self._arranged: small_steps.Steps | static_steps.Steps | None = None
 
     # --- the prompt
 
@@ -142,10 +143,11 @@ class ModelHandle(batched.BatchedAnswers):
         cache = DynamicCache(config=self.decoder.config)
         output = self.decoder(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
         hidden = output.last_hidden_state[0, -1]
-        if self._steps_fit:
-            if self._small_steps is None or not self._small_steps.current():
-                self._small_steps = small_steps.Steps(self.decoder)
-            cache = small_steps.GrowingCache(cache)
+        if self.steps != "plain":
+            if self._arranged is None or not self._arranged.current():
+                kind = small_steps if self.steps == "small" else static_steps
+                self._arranged = kind.Steps(self.decoder)
+            cache = self._arranged.take(cache)
         return DecoderState(len(embeds), hidden, self.lm_head(hidden), cache)
 
     @torch.no_grad()
@@ -156,12 +158,12 @@ class ModelHandle(batched.BatchedAnswers):
         ``max_positions``."""
         self.check_length(state.length + len(ids))
         embeds = self._lookup(ids)
-        if isinstance(state.cache, small_steps.GrowingCache):
-            hidden = self._small_steps(embeds, state.cache, parents)
-        else:
+        if isinstance(state.cache, DynamicCache):
             tree = {} if parents is None else self._tree_inputs(parents, state.length)
             hidden = self.decoder(inputs_embeds=embeds[None], past_key_values=state.cache,
                                   use_cache=True, **tree).last_hidden_state[0]
+        else:
+            hidden = self._arranged(embeds, state.cache, parents)
         logits = self.lm_head(hidden)
         state.length += len(hidden)
         state.hidden, state.logits = hidden[-1], logits[-1]
@@ -183,13 +185,15 @@ class ModelHandle(batched.BatchedAnswers):
                 f"cannot roll back to length {length}: the cache holds {state.length} positions")
         if path:
             rows = torch.tensor(path, device=self.device)
-            if isinstance(state.cache, small_steps.GrowingCache):
-                state.cache.move(rows, length)
-            else:
+            if list(path) == list(range(length, length + len(path))):
+                pass  # they stand there already
+            elif isinstance(state.cache, DynamicCache):
                 for layer in state.cache.layers:
                     for cached in (layer.keys, layer.values):
                         cached[:, :, length:length + len(rows)] = cached[:, :, rows]
-            length += len(rows)
+            else:
+                state.cache.move(rows, length)
+            length += len(path)
         if length < state.length:  # crop takes the number to remove, as a negative count
             state.cache.crop(length - state.length)
             state.length = length
@@ -198,12 +202,19 @@ class ModelHandle(batched.BatchedAnswers):
         """[..., D] post-norm states to [..., V] logits, in the head's dtype."""
         return self.head(hidden.to(self.head.weight.device, self.head.weight.dtype))
 
-    def plain(self) -> ModelHandle:
-        """A handle on the same weights whose every pass is transformers' own."""
-        other = ModelHandle(self.model, self.tokenizer, self.role, self.pixels,
-                            draft_vocab_size=self.draft_vocab_size, name=self.name)
-        other._steps_fit = False
-        return other
+    def plain(self, steps: str = "plain") -> ModelHandle:
+        """A handle on the same weights whose every pass is transformers' own, or with other
+        ``steps``. Raises: ParameterError where the decoder cannot take them."""
+        return ModelHandle(self.model, self.tokenizer, self.role, self.pixels, name=self.name,
+                           draft_vocab_size=self.draft_vocab_size, steps=steps)
+
+    def steps_in_words(self) -> str:
+        """What an extend runs on, and why not on a captured graph where that was the aim."""
+        if self.steps != "static":
+            return self.steps
+        why = self._arranged.uncaptured if self._arranged else static_steps.why_not_captured(
+            self.decoder)
+        return f"static, uncaptured: {why}" if why else "static, captured"
 
     # --- text and identity
 

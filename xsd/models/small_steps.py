@@ -118,6 +118,10 @@ class Steps:
         """False once a weight of the model has changed (training, loading)."""
         return self._version == self._versions()
 
+    def take(self, prompt: DynamicCache) -> GrowingCache:
+        """What a prefill of one sequence left, as these steps keep it."""
+        return GrowingCache(prompt)
+
     def __call__(self, embeds: Tensor, cache: GrowingCache,
                  parents: Sequence[int] | None = None) -> Tensor:
         """Append embeds [n, D] to the cache; returns post-norm states [n, D]. parents: as
