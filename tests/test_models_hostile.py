@@ -7,6 +7,7 @@ import resource
 import shutil
 import warnings
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from tiny_pair import make_samples
 
 from xsd import core
-from xsd.models import checkpoint_files, full_size, loading
+from xsd.models import checkpoint_files, full_size, loading, settings
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 499723\n"
 PAGE = "<!DOCTYPE html>\n<html>Access denied</html>\n"
@@ -93,6 +94,15 @@ def compressed_bin(folder):
     with zipfile.ZipFile(folder / "pytorch_model.bin", "w", zipfile.ZIP_DEFLATED) as small:
         for name, data in entries.items():
             small.writestr(name, data)
+
+
+def splitting(pattern):
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+
+
+def replacing(pattern, content):
+    kind = "String" if pattern.isalnum() else "Regex"
+    return {"type": "Replace", "pattern": {kind: pattern}, "content": content}
 
 
 def adapter_left_over(folder):
@@ -176,6 +186,8 @@ def header_that_lies(folder):
     (config(x=[[[[[[[[[[[[[[[[[[[[[[1]]]]]]]]]]]]]]]]]]]]]]), "is nested too deep"),
     (write("config.json", "[1]"), "is no JSON object but a list"),
     (write("tokenizer.json", "{}"), "tokenizer.json could not be loaded"),
+    (lambda folder: change(folder / "tokenizer.json", pre_tokenizer=splitting("(a+)+$")),
+     r"splits by the pattern '\(a\+\)\+\$', which some texts could keep busy for ever"),
     (write("tokenizer_config.json", json.dumps({"added_tokens_decoder": dict.fromkeys(
         map(str, range(30_000)))})), "adds tokens without a bound; up to 20000"),
     *((write("tokenizer_config.json", json.dumps({key: ["../tokenizer.4.0.0.json"]})),
@@ -333,6 +345,36 @@ def test_generation_settings_are_said_and_not_used(pair):
     assert settings.repetition_penalty is settings.num_beams is settings.do_sample is None
     with warnings.catch_warnings(action="error"):
         loading.load_verifier(pair_folder() / "verifier")
+
+
+@pytest.mark.parametrize(("name", "value", "sentence"), [
+    ("pre_tokenizer", splitting("a?a?a?a?aaaa"), "splits by the pattern"),
+    ("pre_tokenizer", splitting("[a]+[ab]+c"), "splits by the pattern"),
+    ("normalizer", {"type": "Sequence", "normalizers": [replacing("(?=x)", "")]}, "by the pattern"),
+    ("decoder", replacing("x{1,9}", ""), "splits by the pattern"),
+    ("normalizer", {"type": "Sequence", "normalizers": [replacing("a", "aaa")] * 40},
+     "may make a text .* times as long"),
+    ("normalizer", {"type": "Precompiled", "precompiled_charsmap": ""}, "kind 'Precompiled'"),
+    ("normalizer", {"type": "Prepend", "prepend": "a" * 20_000}, "has rules of 20... characters"),
+    ("model", {"type": "BPE", "vocab": {"a" * 1001: 0}}, "has a token of 1001 characters"),
+    ("model", {"type": "BPE", "vocab": {}, "dropout": 0.5}, "draws its tokens at random"),
+])
+def test_rules_of_a_tokenizer_are_bounded_before_they_are_compiled(name, value, sentence):
+    with pytest.raises(core.CheckpointError, match=f"t.json .*{sentence}"):
+        settings.check_rules({name: value}, Path("t.json"))
+
+
+@pytest.mark.parametrize("pattern", [
+    "\n", r"\s?\p{L}+", "[\r\n]", "[一-龥ࠀ-一]+",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"])
+def test_the_rules_of_known_tokenizers_are_read(pattern):
+    llama = {"type": "Sequence", "normalizers": [{"type": "Prepend", "prepend": "▁"},
+                                                 replacing(" ", "▁")]}
+    decoder = {"type": "Sequence", "decoders": [replacing("▁", " "), {"type": "Fuse"}, {
+        "type": "Strip", "content": " ", "start": 1, "stop": 0}]}
+    settings.check_rules({"normalizer": llama, "decoder": decoder,
+                          "pre_tokenizer": splitting(pattern)}, Path("t.json"))
 
 
 def test_an_added_token_beyond_the_embedding_is_answered_when_it_is_said(folder):

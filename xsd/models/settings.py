@@ -4,6 +4,8 @@ loaded (docs/models.md, "What the engine cannot do"); what it does not use is sa
 from __future__ import annotations
 
 import contextlib
+import json
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,6 +31,24 @@ _NO_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id", "transformers_vers
 
 MOST_ADDED = 20_000
 """Tokens added to a vocabulary."""
+_LONGEST_TOKEN, _LONGEST_RULES, _MOST_GROWTH = 1000, 20_000, 64
+"""Characters of a token and of a tokenizer's rules; how much longer these may make a text."""
+_RULES = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
+_KINDS = {"Sequence", "NFC", "NFD", "NFKC", "NFKD", "Nmt", "Lowercase", "Strip", "StripAccents",
+          "Prepend", "Replace", "ByteLevel", "BertNormalizer", "Split", "Metaspace", "Whitespace",
+          "WhitespaceSplit", "Punctuation", "Digits", "BertPreTokenizer", "CharDelimiterSplit",
+          "UnicodeScripts", "FixedLength", "TemplateProcessing", "BertProcessing",
+          "RobertaProcessing", "ByteFallback", "Fuse", "WordPiece", "BPEDecoder", "CTC"}
+_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s"
+          r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_PATTERNS = {_WORDS % "{1,3}", _WORDS % "",  # Llama 3; Qwen 2 and 3; Mistral
+             "|".join((rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+",
+                       rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*", r"\p{N}",
+                       r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"))}
+"""Patterns of the decoders read here; others must be plain."""
+_PLAIN = re.compile(r"\\[sSdDwWnrt]|\\[pP]\{\^?\w+\}|\\\W|\[\^?(?:\\.|[^\]\[\\])+\]"
+                    r"|[^\\()\[\]{}*+?]")
 
 
 def check_decoder(config: Any, folder: Path) -> None:
@@ -94,12 +114,58 @@ def read_tokenizer(folder: Path, config: Any) -> Any:
         if not isinstance(added, (dict, list, tuple)) or len(added) > MOST_ADDED:
             raise CheckpointError(f"{path} adds tokens without a bound; up to {MOST_ADDED} are "
                                   "expected, copy it again from the original checkpoint")
+        check_rules(found, path)
         if found.get("init_inputs") or found.get("fast_tokenizer_files"):
             raise CheckpointError(f"{path} names files of its own choice (init_inputs or "
                                   "fast_tokenizer_files); delete these, tokenizer.json is read")
     with quiet(), checkpoint_files.answered(folder / there[0]):
         return AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False,
                                              local_files_only=True)
+
+
+def check_rules(found: dict[str, Any], path: Path) -> None:
+    """What a tokenizer.json does to a text, bounded before it is compiled. Raises: CheckpointError
+    for rules that could take for ever, make a text grow without end, or draw at random."""
+    def refused(why: str) -> CheckpointError:
+        return CheckpointError(f"{path} {why}; copy it again from the original checkpoint, or give "
+                               "a tokenizer as those of Llama, Mistral and Qwen are written")
+
+    model = found.get("model") if isinstance(found.get("model"), dict) else {}
+    vocab = model.get("vocab") or ()
+    texts = vocab if isinstance(vocab, dict) else [one[0] for one in vocab if one and isinstance(
+        one, list)]
+    added = [one.get("content") for one in found.get("added_tokens") or () if isinstance(one, dict)]
+    longest = max((len(text) for text in (*texts, *added) if isinstance(text, str)), default=0)
+    if longest > _LONGEST_TOKEN:
+        raise refused(f"has a token of {longest} characters, and one may have {_LONGEST_TOKEN}")
+    if model.get("dropout"):
+        raise refused(f"draws its tokens at random (dropout {model['dropout']!r})")
+    rules, growth = [found.get(name) for name in _RULES], 1.0
+    if (size := len(json.dumps(rules))) > _LONGEST_RULES:
+        raise refused(f"has rules of {size} characters, and {_LONGEST_RULES} are read")
+    while rules:
+        rule = rules.pop()
+        rules += rule.values() if isinstance(rule, dict) else rule if isinstance(rule, list) else ()
+        if not isinstance(rule, dict):
+            continue
+        kind, pattern, content = rule.get("type"), rule.get("Regex"), rule.get("content")
+        if isinstance(kind, str) and kind not in _KINDS:
+            raise refused(f"has a rule of the kind {kind[:40]!r}, which is not read")
+        if isinstance(pattern, str) and pattern not in _PATTERNS and not _is_plain(pattern):
+            raise refused(f"splits by the pattern {pattern[:80]!r}, which some texts could keep "
+                          "busy for ever")
+        if isinstance(content, str):
+            before = rule.get("pattern")
+            plain = before.get("String") if isinstance(before, dict) else None
+            growth *= max(1.0, (len(content) + 1) / (len(plain or "") + 1))
+    if growth > _MOST_GROWTH:
+        raise refused(f"may make a text {growth:.3g} times as long")
+
+
+def _is_plain(pattern: str) -> bool:
+    """No group, nothing to look back at, and one repetition at most: quadratic at the worst."""
+    left = _PLAIN.sub("", pattern)
+    return len(left) <= 2 and set(left) <= set("*+?") and len(left.replace("?", "")) <= 1
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ from xsd.core import ParameterError
 from xsd.evaluate import curves, reliability, report_text, speedup, table, tables
 from xsd.evaluate.speedup import Timing
 from xsd.files import atomic_write, is_path, write_json
-from xsd.runs import doctor, folder, numbers, parameters
+from xsd.runs import doctor, folder, numbers, parameters, report
 from xsd.steps import evaluation, training
 from xsd.steps.counterfactual import REAL
 from xsd.views import figures, truth_figures
@@ -180,8 +180,7 @@ def save_html(figure: go.Figure, path: Path) -> None:
         from plotly.offline import get_plotlyjs
 
         atomic_write(script, get_plotlyjs())
-    atomic_write(path, pio.to_html(figure, include_plotlyjs=script.name, full_html=True,
-                                   div_id="figure", auto_play=False))
+    atomic_write(path, report.figure_page(figure))
 
 
 def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1000) -> str:
