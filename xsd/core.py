@@ -161,10 +161,20 @@ class PairedStates:
 
 
 @dataclass(frozen=True)
+class Context:
+    """What a block drafter reads of one model (docs/adapters.md, section 7): its states in some
+    layers at every position of prompt and answer. states: [B, C, L · D], padded on the right.
+    start: int64 [B], the positions of the prompt; token t of the answer is read at start + t."""
+
+    states: Tensor
+    start: Tensor
+
+
+@dataclass(frozen=True)
 class Batch:
     """Padded on the right. drafter [B, S, D_d], verifier [B, S, D_v], ids_by_* int64 [B, S], mask
     [B, S] True on real positions. sequence: B names, the cluster of every statistic. index: B
-    positions in the dataset."""
+    positions in the dataset. context: by role, for adapters that read it, else empty."""
 
     drafter: Tensor
     verifier: Tensor
@@ -174,14 +184,17 @@ class Batch:
     sequence: Sequence[str]
     index: Sequence[int]
     mode: Mode
+    context: Mapping[str, Context] = field(default_factory=dict)
 
     def to(self, device: Any) -> Batch:
         """The same batch, its tensors on ``device``."""
         if self.mask.device == device:
             return self
         names = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True)
-                                for name in names})
+        context = {role: Context(one.states.to(device, non_blocking=True), one.start.to(device))
+                   for role, one in self.context.items()}
+        return replace(self, context=context, **{
+            name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def depths(parents: Sequence[int]) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -22,7 +23,9 @@ def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterat
     sends to all of them, is this process's business alone."""
     # a fork of a process with threads may hang
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(n, context, _begin, (begin, given)) as made:
+    # packed, so that a helper watches its parent before it imports what it begins with
+    packed = (pickle.dumps((begin, given)),)
+    with ProcessPoolExecutor(n, context, _begin, packed) as made:
         try:
             with deaf():  # they start now
                 for _ in range(n):
@@ -71,7 +74,8 @@ def end_with_parent() -> None:
         threading.Thread(target=wait, daemon=True).start()
 
 
-def _begin(begin: Callable[..., Any] | None, given: tuple[Any, ...]) -> None:
+def _begin(packed: bytes) -> None:
     end_with_parent()
+    begin, given = pickle.loads(packed)
     if begin:
         begin(*given)

@@ -4,6 +4,7 @@ adapter sees the state that it is to predict (docs/adapters.md, section 2)."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -81,6 +82,7 @@ class Adapter(nn.Module):
     drafter_lead: int = 0
     verified_only: bool = False  # reads no drafter state that follows a draft token
     fuses_tokens: bool = False
+    context_layers: Mapping[str, Sequence[int]] = {}  # by role: what it reads of a Batch's context
     made_from: Any = None  # the researcher's own class it was made from, else None
     draft_ids: Tensor | None  # int64 [k], ascending: the only tokens it drafts; None: all
 
@@ -247,6 +249,11 @@ class Adapter(nn.Module):
                 lines = lines.index_put((rows, rows + k + 1), states[-1])
             found.append(torch.stack(states))
         return list(torch.stack(found, dim=1))
+
+    def rolled(self, batch: Batch, steps: int) -> list[Tensor]:
+        """:meth:`unroll` over a batch; a block drafter gives no more than its block."""
+        tokens = batch.ids_by_verifier if self.fuses_tokens else None
+        return self.unroll(batch.drafter, batch.verifier, steps, tokens)
 
     def _refuse_unroll(self, drafter: Tensor | None) -> None:
         if self.shift != 1:

@@ -20,6 +20,7 @@ from xsd import files
 from xsd.adapters import linear, reference_files, tensor_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
+from xsd.adapters.block import BlockAdapter
 from xsd.adapters.bottleneck import BottleneckAdapter, PixelAlignment, WideBottleneckAdapter
 from xsd.adapters.eagle import CrossAdapter, EagleAdapter, FusedEagleAdapter
 from xsd.adapters.own import OwnAdapter
@@ -30,9 +31,13 @@ LEVELS: dict[str, type[Adapter]] = {
     "L4": AttentionAdapter, "L5": EagleAdapter, "B1": EagleAdapter, "L5F": FusedEagleAdapter,
     "X1": CrossAdapter,
 }
+"""Adapters of the pairs' states."""
+BLOCKS: dict[str, type[Adapter]] = dict.fromkeys(("D1", "D2", "D5F"), BlockAdapter)
+"""Block drafters, which read contexts besides (adapters/block.py)."""
+TRAINED = (*LEVELS, *BLOCKS)
 """The levels that fit_adapter trains."""
 CLOSED_FORMS: dict[str, type[Adapter]] = dict.fromkeys(linear.KINDS, linear.LinearAdapter)
-NAMES = (*LEVELS, "P0", *CLOSED_FORMS)
+NAMES = (*TRAINED, "P0", *CLOSED_FORMS)
 LORA = "adapter_model.safetensors"
 """What peft calls the weights of L6."""
 FORMAT = "xsd-adapter-2"  # the first had no digest
@@ -81,7 +86,7 @@ def _build(level: Any, hidden_size: int, drafter_size: int | None,
         if level == "P0":
             return PixelAlignment(**options)
         if level in NAMES:
-            return {**LEVELS, **CLOSED_FORMS}[level](level=level, **sizes, **options)
+            return {**LEVELS, **BLOCKS, **CLOSED_FORMS}[level](level=level, **sizes, **options)
         if isinstance(level, str) and ":" not in level:
             raise ParameterError(f"unknown adapter level {level!r}; choose one of "
                                  f"{', '.join(NAMES)}, or name a class of your own as module:Class")

@@ -19,7 +19,7 @@ from xsd import files
 from xsd.adapters import heads
 from xsd.bench import baselines
 from xsd.core import Generation, ParameterError, Sample
-from xsd.decode import autoregressive, proposers, rules, speculative, tracks
+from xsd.decode import autoregressive, blocks, proposers, rules, speculative, tracks
 from xsd.decode.overlap import Overlap
 from xsd.models.handle import ModelHandle, tensors_hash
 from xsd.models.loading import Pair
@@ -165,6 +165,8 @@ def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
         if part in adapters:
             adapter = adapters[part]
             adapter = adapter.eval() if hasattr(adapter, "eval") else adapter
+            if getattr(adapter, "context_layers", None):
+                return blocks.BlockProposer(track, adapter, draft_head(verifier, adapter), ids, eos)
             return proposers.AdapterProposer(track, adapter, draft_head(verifier, adapter), ids,
                                              eos)
         if part == "drafter":

@@ -198,6 +198,7 @@ class TwoPhase:
     def __init__(self, first: Proposer, second: Proposer) -> None:
         self.first, self.second = first, second
         self.needs_verifier = first.needs_verifier
+        self.context_layers = getattr(second, "context_layers", ())
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         self._active, timeline = self.first, timeline or Timeline()
@@ -206,6 +207,10 @@ class TwoPhase:
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
         return self._active.propose(gamma, stop)
+
+    def read_context(self, context: Any, length: int) -> None:
+        """For a block drafter in the rounds."""
+        self.second.read_context(context, length)
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         """The first observation ends the first phase: only the second proposer is told."""

@@ -71,6 +71,8 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
             break
         if parents is not None:
             hidden = hidden[[0, *(1 + node for node in path)]]
+        if getattr(state, "context", None) is not None:
+            proposer.read_context(state.context, state.length)
         proposer.observe(tokens, hidden[:len(tokens)])  # row i predicted tokens[i]
         started = timeline.now()
         wanted = min(gamma, max_new_tokens - len(ids) - 1)
@@ -86,7 +88,8 @@ def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts:
     """(state, token 0, when known) of the verifier and (drafts, start, end) of the drafter."""
     def prefill() -> tuple[Any, int, float]:
         with timeline.span("verifier", "prefill"):
-            state = verifier.prefill(sample)
+            layers = getattr(proposer, "context_layers", ())
+            state = verifier.prefill(sample, **({"layers": layers} if layers else {}))
             first = greedy(state.logits[None], verifier)[0]
         return state, first, timeline.now()
 

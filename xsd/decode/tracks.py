@@ -43,7 +43,11 @@ class History:
 
 
 class DrafterTrack:
-    """The drafter's cache along the answer; two proposers of one request may share it."""
+    """The drafter's cache along the answer; two proposers of one request may share it. layers: of
+    the drafter, recorded for who reads them."""
+
+    layers: Sequence[int] = ()
+
     def __init__(self, drafter: DecoderHandle) -> None:
         self.drafter = drafter
         self._timeline: Timeline | None = None
@@ -57,7 +61,8 @@ class DrafterTrack:
         self.cached: list[int] = []
         self.history = History()
         with self._timeline.span("drafter", "prefill"):
-            self.state = self.drafter.prefill(sample)
+            recorded = {"layers": self.layers} if self.layers else {}
+            self.state = self.drafter.prefill(sample, **recorded)
             self.prompt_length = self.state.length
             self.logits = self.state.logits
             self.history.replace(0, self.state.hidden[None])

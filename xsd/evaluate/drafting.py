@@ -95,7 +95,7 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
     where a round accepts all gamma drafts, the one it would have made next. accepted: by a round
     that begins there. Raises: ParameterError when the adapter cannot be unrolled.
     """
-    if not hasattr(adapter, "unroll"):
+    if not hasattr(adapter, "rolled"):
         raise ParameterError(f"{adapter.level} predicts the next state but cannot be unrolled; "
                              "give it an unroll() as in adapters/eagle.py")
     lengths = (batch.mask.sum(dim=-1) - 1).cpu().numpy()
@@ -106,6 +106,7 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
     # The rounds, bonus included, cover the drafted positions of all answers one after the other.
     cover = found.accepted + found.bonus
     step = np.concatenate([np.arange(n) for n in cover])
+    step[step >= len(steps)] = 0  # beyond a block: what stands first in the next one
     row = np.repeat(np.arange(len(lengths)), lengths)
     at = np.concatenate([np.arange(n) for n in lengths])
     start = at - step
@@ -130,8 +131,7 @@ def from_every_start(adapter: Any, batch: Batch, head: Tensor,
     """n drafts on own predictions from every position: their ids [B, S, n], and the states behind
     them, n × [B, S, D]. Entry [b, s, k - 1] is draft k when s is the last verified position; -1
     beyond the answer."""
-    known = batch.ids_by_verifier if adapter.fuses_tokens else None
-    steps = adapter.unroll(batch.drafter, batch.verifier, n, known)
+    steps = adapter.rolled(batch, n)
     rows = heads.head_of(adapter, head.to(batch.verifier.device))
     ids = np.full((*batch.mask.shape, n), -1)
     for k, states in enumerate(steps):

@@ -71,9 +71,13 @@ class HeldOut:
             return None
         return [self.prompt_ids[question] for question in self.samples["question"]]
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The pairs in their order, with the ids of :attr:`answers`."""
+    def batches(self, batch_size: int,
+                contexts: Mapping[str, Sequence[int]] | None = None) -> Iterator[Batch]:
+        """The pairs in their order, with the ids of :attr:`answers`. contexts: layers by role that
+        block drafters read besides (Adapter.context_layers)."""
         for batch in self.dataset.batches(batch_size):
+            if contexts:
+                batch = self.dataset.with_context(batch, contexts)
             if not self.has_ids:
                 ids = heads.top_tokens(self.head, batch.verifier)
                 batch = dataclasses.replace(batch, ids_by_verifier=ids.where(batch.mask, 0))

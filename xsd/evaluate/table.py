@@ -38,8 +38,10 @@ def measure(adapters: Mapping[str, Any], pairs: HeldOut, *, gamma: int | None, t
         the column is called like the function.
     Raises: MetricError when there is no token to predict, or a state is not finite.
     """
-    table = of_batches(adapters, pairs.batches(batch_size), pairs.head, gamma=gamma, top_k=top_k,
-                       drafter=drafter and pairs.has_ids)
+    read = [getattr(one, "context_layers", {}) for one in adapters.values()]
+    contexts = {role: layers for one in read for role, layers in one.items()}
+    table = of_batches(adapters, pairs.batches(batch_size, contexts), pairs.head, gamma=gamma,
+                       top_k=top_k, drafter=drafter and pairs.has_ids)
     index, known = table["sample"].to_numpy(), pairs.samples
     table["sample"] = _categorical(pairs.keys, index)
     for place, name in enumerate(("clip", "question"), start=3):

@@ -34,6 +34,27 @@ class Continuation:
     layers: Mapping[int, Tensor] = field(default_factory=dict)
 
 
+class Context:
+    """States that enter some layers, side by side, at every cached position, in a buffer that grows
+    by doubling: what block drafters read. rows: [n, L · D] of the prompt."""
+
+    def __init__(self, layers: Sequence[int], rows: Tensor) -> None:
+        self.layers, self._buffer = [int(one) for one in layers], rows
+
+    def put(self, start: int, rows: Tensor) -> None:
+        """Positions from ``start`` on are these."""
+        end = start + len(rows)
+        if end > len(self._buffer):
+            grown = rows.new_empty(2 * end, rows.shape[1])
+            grown[:start] = self._buffer[:start]
+            self._buffer = grown
+        self._buffer[start:end] = rows
+
+    def rows(self, start: int, end: int) -> Tensor:
+        """[end - start, L · D] of these positions, a view."""
+        return self._buffer[start:end]
+
+
 class BatchedAnswers:
     """What a ModelHandle does with many samples; results on the CPU, in the order given."""
 
@@ -76,6 +97,31 @@ class BatchedAnswers:
                 results.append(Continuation(top_ids, hidden, "forced",
                                             dict(zip(layers, kept, strict=True))))
         return results
+
+    @torch.no_grad()
+    def contexts(self, samples: Sequence[Sample], ids: Sequence[Tensor],
+                 layers: Sequence[int]) -> tuple[Tensor, list[Tensor], list[int]]:
+        """What a block drafter reads of answers about *one* clip: states of ``layers`` side by
+        side, [P, L · D] of what the prompts begin with (pictures included), of each sample [n_i, L
+        · D] of the rest of its prompt and of its forced ids but the last; and each sample's number
+        of prompt positions. Raises: ValueError for samples of several clips."""
+        if len({content(self.images(sample)) for sample in samples}) != 1:
+            raise ValueError("contexts are of one clip at a time")
+        after = [self.prompt_ids(sample.question)[1] for sample in samples]
+        prefix = self._join(self.prompt_ids(samples[0].question)[0], self.visual_tokens(samples[0]))
+        lines = [self._lookup([*rest, *answer[:-1].tolist()])
+                 for rest, answer in zip(after, ids, strict=True)]
+        self.check_length(len(prefix) + max(map(len, lines)))
+        cache = DynamicCache(config=self.decoder.config)
+        with recorded(self.decoder, layers) as states:
+            self.decoder(inputs_embeds=prefix[None], past_key_values=cache, use_cache=True)
+            shared = torch.cat(list(states), dim=-1)[0].cpu()
+            cache.batch_repeat_interleave(len(lines))
+            self.decoder(inputs_embeds=pad_sequence(lines, batch_first=True),
+                         past_key_values=cache, use_cache=True)
+            own = torch.cat(list(states), dim=-1).cpu()
+        return (shared, [row[:len(line)].clone() for row, line in zip(own, lines, strict=True)],
+                [len(prefix) + len(rest) for rest in after])
 
     def _shared_prefill(self, samples: Sequence[Sample]) -> tuple[DynamicCache, list[Tensor]]:
         """A cache with each row's prompt up to its visual tokens and the rest of it [L_i, D]; or an

@@ -29,12 +29,13 @@ _NO_QUESTION = re.compile("<video>|<image>|<ev_[a-z]+>|[\ud800-\udfff]")
 
 @dataclass
 class DecoderState:
-    """core.State over a cache of keys and values."""
+    """core.State over a cache of keys and values. context: where layers are recorded."""
 
     length: int
     hidden: Tensor
     logits: Tensor
     cache: DynamicCache | small_steps.GrowingCache | static_steps.Held
+    context: batched.Context | None = None
 
 
 class ModelHandle(batched.BatchedAnswers):
@@ -137,18 +138,22 @@ class ModelHandle(batched.BatchedAnswers):
     # --- core.DecoderHandle: a batch of one
 
     @torch.no_grad()
-    def prefill(self, sample: Sample, *, reuse_vision: bool = False) -> DecoderState:
-        """Run the prompt; by default nothing is reused: its time is a request's real prefill."""
+    def prefill(self, sample: Sample, *, reuse_vision: bool = False,
+                layers: Sequence[int] = ()) -> DecoderState:
+        """Run the prompt; by default nothing is reused: its time is a request's real prefill.
+        layers: recorded from here on (batched.LAST says how they are counted)."""
         embeds = self.prompt_embeddings(sample, reuse_vision=reuse_vision)
         cache = DynamicCache(config=self.decoder.config)
-        output = self.decoder(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
+        with batched.recorded(self.decoder, layers) as states:
+            output = self.decoder(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
+        context = batched.Context(layers, torch.cat(states, dim=-1)[0]) if layers else None
         hidden = output.last_hidden_state[0, -1]
         if self.steps != "plain":
             if self._arranged is None or not self._arranged.current():
                 kind = small_steps if self.steps == "small" else static_steps
                 self._arranged = kind.Steps(self.decoder)
             cache = self._arranged.take(cache)
-        return DecoderState(len(embeds), hidden, self.lm_head(hidden), cache)
+        return DecoderState(len(embeds), hidden, self.lm_head(hidden), cache, context)
 
     @torch.no_grad()
     def extend(self, state: DecoderState, ids: Tensor,
@@ -158,12 +163,19 @@ class ModelHandle(batched.BatchedAnswers):
         ``max_positions``."""
         self.check_length(state.length + len(ids))
         embeds = self._lookup(ids)
+        layers = state.context.layers if state.context else ()
         if isinstance(state.cache, DynamicCache):
             tree = {} if parents is None else self._tree_inputs(parents, state.length)
-            hidden = self.decoder(inputs_embeds=embeds[None], past_key_values=state.cache,
-                                  use_cache=True, **tree).last_hidden_state[0]
+            with batched.recorded(self.decoder, layers) as states:
+                hidden = self.decoder(inputs_embeds=embeds[None], past_key_values=state.cache,
+                                      use_cache=True, **tree).last_hidden_state[0]
+            states = [one[0] for one in states]
         else:
-            hidden = self._arranged(embeds, state.cache, parents)
+            entered = {batched.place(self.decoder, layer): embeds for layer in layers}
+            hidden = self._arranged(embeds, state.cache, parents, entered)
+            states = [entered[batched.place(self.decoder, layer)] for layer in layers]
+        if state.context:
+            state.context.put(state.length, torch.cat(states, dim=-1))
         logits = self.lm_head(hidden)
         state.length += len(hidden)
         state.hidden, state.logits = hidden[-1], logits[-1]
@@ -185,6 +197,8 @@ class ModelHandle(batched.BatchedAnswers):
                 f"cannot roll back to length {length}: the cache holds {state.length} positions")
         if path:
             rows = torch.tensor(path, device=self.device)
+            if state.context:
+                state.context.put(length, state.context.rows(0, state.length)[rows])
             if list(path) == list(range(length, length + len(path))):
                 pass  # they stand there already
             elif isinstance(state.cache, DynamicCache):

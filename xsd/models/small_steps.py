@@ -122,10 +122,10 @@ class Steps:
         """What a prefill of one sequence left, as these steps keep it."""
         return GrowingCache(prompt)
 
-    def __call__(self, embeds: Tensor, cache: GrowingCache,
-                 parents: Sequence[int] | None = None) -> Tensor:
+    def __call__(self, embeds: Tensor, cache: GrowingCache, parents: Sequence[int] | None = None,
+                 record: dict[int, Tensor] | None = None) -> Tensor:
         """Append embeds [n, D] to the cache; returns post-norm states [n, D]. parents: as
-        :func:`tree_rows` takes them."""
+        :func:`tree_rows` takes them. record: filled with what enters the layers that it names."""
         n, start = embeds.shape[0], cache.length
         end, heads, width = start + n, self.heads, self.width
         cache.reserve(end)
@@ -140,7 +140,10 @@ class Steps:
         cos, sin = self._cos[places], self._sin[places]
         half = cos.shape[-1] // 2
         x = embeds
-        for weights, keys, values in zip(self.layers, cache.keys, cache.values, strict=True):
+        for number, (weights, keys, values) in enumerate(zip(
+                self.layers, cache.keys, cache.values, strict=True)):
+            if record is not None and number in record:
+                record[number] = x
             before, to_qkv, out, after, to_gate_up, down = weights
             qkv = (F.rms_norm(x, (width,), before, self.eps) @ to_qkv).view(n, 3 * heads, -1)
             query_key = qkv[:, :2 * heads]

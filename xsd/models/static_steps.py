@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, StaticCache
 
 from xsd.core import ParameterError
-from xsd.models import small_steps
+from xsd.models import batched, small_steps
 
 ROWS = (1, 2, 4, 6, 8, 16, 32, 64)
 """Widths of a pass: fewer rows are filled up to the next, as a row more costs next to nothing."""
@@ -105,16 +105,21 @@ class Steps:
         self._enter(held, held.length + _ROOM)
         return held
 
-    def __call__(self, embeds: Tensor, held: Held, parents: Sequence[int] | None = None) -> Tensor:
+    def __call__(self, embeds: Tensor, held: Held, parents: Sequence[int] | None = None,
+                 record: dict[int, Tensor] | None = None) -> Tensor:
         """Append embeds [n, D] to the cache; returns post-norm states [n, D]. parents: as
-        small_steps.tree_rows takes them."""
-        n = len(embeds)
+        small_steps.tree_rows takes them. record: filled with what enters the layers it names."""
+        n, layers = len(embeds), tuple(record or ())
         width = next((rows for rows in ROWS if rows >= n), n)
         self._enter(held, held.length + width)
         if not self.uncaptured and width in ROWS:
             for rows in ROWS[:ROWS.index(width) + 1]:  # shorter rounds end every answer
-                self._capture(held.room.pass_of(rows), held.length)
-        hidden = held.room.pass_of(width)(embeds, held.length, parents)[:n]
+                self._capture(held.room.pass_of(rows, layers), held.length)
+        one = held.room.pass_of(width, layers)
+        hidden = one(embeds, held.length, parents)[:n]
+        if record is not None:
+            record |= {layer: states[0, :n].clone()
+                       for layer, states in zip(layers, one.entered, strict=True)}
         held.length += n
         return hidden
 
@@ -163,7 +168,7 @@ class _Room:
             layer.keys, layer.values = keys, values  # views: what is done to all is done at once
         self.columns = torch.arange(size, device=like.device)
         self.owner: Any = lambda: None
-        self._passes: dict[int, _Pass] = {}
+        self._passes: dict[tuple[int, tuple[int, ...]], _Pass] = {}
 
     def fill(self, held: Held) -> None:
         """Move a sequence in. What lies behind it is cleared: what a mask hides counts nothing,
@@ -185,11 +190,12 @@ class _Room:
             held.aside, held.room = self.both[..., :held.length, :].clone(), None
         self.owner = lambda: None
 
-    def pass_of(self, rows: int) -> _Pass:
-        """The pass of so many rows; one for each of ``ROWS`` is kept."""
-        found = self._passes.get(rows) or _Pass(self, rows)
+    def pass_of(self, rows: int, layers: tuple[int, ...] = ()) -> _Pass:
+        """The pass of so many rows that records what enters ``layers``; one for each of ``ROWS`` is
+        kept."""
+        found = self._passes.get((rows, layers)) or _Pass(self, rows, layers)
         if rows in ROWS:
-            self._passes[rows] = found
+            self._passes[rows, layers] = found
         return found
 
 
@@ -197,7 +203,8 @@ class _Pass:
     """``rows`` rows through the decoder. What it reads stands in tensors of its own, the number of
     cached positions among them: a captured pass sees every change of them, and nothing else."""
     @torch.inference_mode(False)
-    def __init__(self, room: _Room, rows: int) -> None:
+    def __init__(self, room: _Room, rows: int, layers: tuple[int, ...] = ()) -> None:
+        self.layers, self.entered = layers, ()
         weight = room.decoder.norm.weight
         self._room, self.rows = weakref.ref(room), rows
         self._embeds = weight.new_zeros(1, rows, weight.shape[0])
@@ -233,9 +240,12 @@ class _Pass:
             layer.cumulative_length.copy_(self._length)
         behind = room.columns - self._length
         seen = self._seen[:, behind.clamp(0, self.rows - 1)] & (behind < self.rows) | (behind < 0)
-        return room.decoder(inputs_embeds=self._embeds, past_key_values=room.cache, use_cache=True,
-                            position_ids=(self._length + self._places)[None],
-                            attention_mask=seen[None, None]).last_hidden_state[0]
+        with batched.recorded(room.decoder, self.layers) as states:
+            output = room.decoder(inputs_embeds=self._embeds, past_key_values=room.cache,
+                                  use_cache=True, position_ids=(self._length + self._places)[None],
+                                  attention_mask=seen[None, None])
+        self.entered = tuple(states)
+        return output.last_hidden_state[0]
 
     @torch.no_grad()
     def capture(self, length: int, stream: Any, pool: Any) -> None:

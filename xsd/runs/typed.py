@@ -119,7 +119,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 
 # --- one's own parts, by name: known here by their form alone, imported where they are used
 
-LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "X1", "B1")
+LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "X1", "B1", "D1", "D2", "D5F")
 BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup")
 ARMS = (*BASELINES, "drafter", "ngram", "prompt_lookup")
 SETTINGS = r"(@1f)?(@([1-9]|[1-5]\d|6[0-4]))?(~0?\.\d+)?"

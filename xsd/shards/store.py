@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import bisect
 import copy
+import functools
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xsd.core import Batch, Mode, PairedStates, ShardError, Tap
 from xsd.files import sha256_of
 from xsd.shards import format as layout
+from xsd.shards.contexts import Contexts
 from xsd.shards.reader import ShardReader, read_checked, read_metadata
 
 _WAY_OUT = "run verify and repair, or extract again"
@@ -66,7 +68,8 @@ class ShardDataset:
         self._ids: dict[str, list[np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_reader": None}  # open files do not travel to other processes
+        kept = {name: value for name, value in self.__dict__.items() if name != "contexts"}
+        return {**kept, "_reader": None}  # open files do not travel to other processes
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         reader = ShardReader(state["folder"], state["manifest"], verify=state["verify"])
@@ -120,6 +123,20 @@ class ShardDataset:
         for start in range(0, len(self), batch_size):
             index = range(len(self))[start:start + batch_size]
             yield self._reader.batch([self.locate(i) for i in index], index)
+
+    @functools.cached_property
+    def contexts(self) -> Contexts:
+        """What block drafters read besides. Raises: ShardError when it was not extracted."""
+        return Contexts(self.folder, self.manifest, verify=self.verify)
+
+    def with_context(self, batch: Batch, wanted: Mapping[str, Sequence[int]]) -> Batch:
+        """A batch of these samples with the contexts of the layers ``wanted`` by role; as it is
+        where none are. Raises: ShardError when others, or none, are stored."""
+        if not wanted:
+            return batch
+        self.contexts.check(wanted)
+        places = [self._indices[index] for index in batch.index]
+        return replace(batch, context=self.contexts.of(places, list(wanted)))
 
     def table(self) -> pd.DataFrame:
         """One line per sample: format.SCHEMA and seconds (NaN if unknown)."""

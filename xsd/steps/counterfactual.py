@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -33,9 +33,15 @@ class Shown(HeldOut):
 
     forced: Sequence[Continuation] = ()
 
-    def batches(self, batch_size: int) -> Iterator[Batch]:
-        """The stored pairs with the drafter's side replaced."""
-        for batch in super().batches(batch_size):
+    def batches(self, batch_size: int,
+                contexts: Mapping[str, Sequence[int]] | None = None) -> Iterator[Batch]:
+        """The stored pairs with the drafter's side replaced. Raises: ParameterError where a block
+        drafter reads the drafter's contexts, which are stored for the real events alone."""
+        if "drafter" in (contexts or {}):
+            raise ParameterError("D2 and D5F read the drafter's contexts, which are stored for the "
+                                 "real events alone; leave them out of levels, or drafter_sees "
+                                 "empty")
+        for batch in super().batches(batch_size, contexts):
             states, ids = torch.zeros_like(batch.drafter), torch.zeros_like(batch.ids_by_drafter)
             lengths = batch.mask.sum(dim=1).tolist()
             for row, (place, length) in enumerate(zip(batch.index, lengths, strict=True)):

@@ -61,7 +61,8 @@ def run(given: parameters.ExtractParameters, *, progress: Any = None) -> dict[st
     counts = {(split, name): extract(
         given.run_dir, name, request, pair, samples[split, name], modes=modes[split],
         max_new_tokens=given.max_new_tokens, dtype=given.stored, batch_size=given.batch_size,
-        seed=given.seed, progress=progress) for (split, name), request in asked.items()}
+        contexts=given.contexts, seed=given.seed, progress=progress)
+        for (split, name), request in asked.items()}
     return save(given, pair, samples, counts)
 
 
@@ -95,13 +96,15 @@ def check_apart(samples: Mapping[Key, Sequence[plan.LazySample]]) -> None:
 
 def extract(run_dir: str | os.PathLike[str], data: str, request: Request,
             pair: loading.Pair, samples: Sequence[plan.LazySample], *, modes: Sequence[str],
-            **options: Any) -> dict[str, Any]:
-    """The pairs of one data set, named as given, into the run folder. options: of
+            contexts: Sequence[str] = (), **options: Any) -> dict[str, Any]:
+    """The pairs of one data set, named as given, into the run folder. contexts: models whose
+    contexts are stored beside the teacher-forced ones (extract/contexts.py). options: of
     extract.run.extract.
 
     Returns what was extracted: sequences, clips, event_frames (stored and painted), pairs, tokens,
     gb, modes. Raises: ParameterError when it was interrupted, and as extract.run.extract.
     """
+    from xsd.extract import contexts as contexts_of
     from xsd.extract import run as extraction
 
     root, split = request.root(), request.split
@@ -115,6 +118,8 @@ def extract(run_dir: str | os.PathLike[str], data: str, request: Request,
         raise ParameterError(f"the extraction of {split} {data} was interrupted after {report.n} "
                              "samples; run it again to continue")
     request.save(place)
+    if contexts and "teacher_forced" in modes:
+        contexts_of.extract(pair, samples, ShardDataset(place / "teacher_forced"), roles=contexts)
     clips = {(sample.sequence, sample.clip) for sample in samples}
     frames = datasets.event_frames_of(root, split, clips, pair.n_event_frames, pair.event_canvas)
     return {"sequences": len({sequence for sequence, _ in clips}), "clips": len(clips),

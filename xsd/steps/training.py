@@ -107,7 +107,7 @@ def config_of(given: parameters.TrainParameters, level: Any) -> Any:
     if given.token_fusion and level in fit.FUSING:
         recipe["token_fusion"] = True
     own = {name: value for name, value in given.options.items()
-           if name not in (*registry.LEVELS, *map(files.name_of, given.levels))}
+           if name not in (*registry.TRAINED, *map(files.name_of, given.levels))}
     of_level = given.options.get(files.name_of(level), {})
     if not isinstance(of_level, Mapping):
         raise ParameterError(f"options of {files.name_of(level)} are name: value, not "
@@ -162,8 +162,8 @@ def trained(run_dir: str | os.PathLike[str]) -> list[str]:
     """The levels that a run holds: ours in the registry's order, then researchers' own."""
     names = sorted(registry.read_config(path)["level"] for path in (
         folder.resolve(run_dir) / "adapters").glob("*/best.safetensors"))
-    ours = [level for level in registry.LEVELS if level in names]
-    return ours + [name for name in names if name not in registry.LEVELS]
+    ours = [level for level in registry.TRAINED if level in names]
+    return ours + [name for name in names if name not in registry.TRAINED]
 
 
 def load(run_dir: str | os.PathLike[str], levels: Sequence[Any],
@@ -294,7 +294,7 @@ def _full_size(level: str) -> int | None:
         from xsd.train import lora
 
         return lora.size_of(FULL_SIZE, FULL_LAYERS)
-    if level not in registry.LEVELS and ":" not in level:
+    if level not in registry.TRAINED and ":" not in level:
         return None  # an object has the one size it was made with
     with torch.device("meta"):  # counted, not filled
         return registry.count_parameters(registry.create_adapter(level, FULL_SIZE))

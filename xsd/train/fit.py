@@ -26,8 +26,8 @@ from xsd.train import guards, parts, source
 from xsd.train.epochs import EpochLoop, FitResult, Progress
 from xsd.train.recipes import FitConfig
 
-FUSING = ("L5", "B1", "L5F")
-"""Levels that can read the token before."""
+FUSING = ("L5", "B1", "L5F", *registry.BLOCKS)
+"""Levels that can read the token before; block drafters always do."""
 
 
 def fit_adapter(
@@ -55,9 +55,9 @@ def fit_adapter(
     ParameterError for an unknown level or option.
     """
     config = config or FitConfig(profile=profile)
-    if isinstance(level, str) and level not in registry.LEVELS and ":" not in level:
+    if isinstance(level, str) and level not in registry.TRAINED and ":" not in level:
         raise ParameterError(
-            f"level {level!r} is not trained here; choose one of {', '.join(registry.LEVELS)}, or "
+            f"level {level!r} is not trained here; choose one of {', '.join(registry.TRAINED)}, or "
             "name a class of your own as module:Class")
     if config.select_by == "token_acceptance" and head is None:
         raise TrainingError(f"profile {config.profile!r} selects by token acceptance and needs the "
@@ -99,7 +99,8 @@ class Training(EpochLoop):
         config, self.head, self.full_head = self.config, None, None
         by_tokens = self.objective.needs_head or config.select_by == "token_acceptance"
         by_rows = "a draft vocabulary" if config.draft_vocabulary else None
-        if config.token_fusion or "vocab_size" in config.adapter_options:
+        if (config.token_fusion or "vocab_size" in config.adapter_options
+                or self.level in registry.BLOCKS):
             by_rows = "fused tokens"
         if not self.states.has_token_ids:
             if by_tokens or by_rows:
@@ -134,16 +135,19 @@ class Training(EpochLoop):
         is called input_map (D_d → D_v) starts as the closed form, too."""
         level, config, states = self.level, self.config, self.states
         options = dict(config.adapter_options)
-        if config.alpha is not None and level in ("L4", "X1", *FUSING):
+        block = level in registry.BLOCKS
+        if config.alpha is not None and level in ("L4", "X1", *FUSING) and not block:
             options.setdefault("alpha", config.alpha)
-        if config.prediction_weight is not None and level in FUSING:
+        if config.prediction_weight is not None and level in FUSING and not block:
             options.setdefault("prediction_weight", config.prediction_weight)
-        if config.token_fusion:
+        if block:
+            options.setdefault("context_layers", states.context_layers)
+        if config.token_fusion or block:
             if level not in FUSING:
                 raise ParameterError(
                     f"{level} fuses no tokens; token_fusion is for {', '.join(FUSING)}")
             options.setdefault("vocab_size", len(self.full_head))
-        ridge, ours = config.warm_start == "ridge", level in registry.LEVELS
+        ridge, ours = config.warm_start == "ridge" and not block, level in registry.TRAINED
         if ridge and ours and level != "B1":
             options.setdefault("input_map", True)
         if ridge and level in ("B1", "L5F"):
@@ -173,7 +177,9 @@ class Training(EpochLoop):
         found = states.batches(indices, self.config.batch_size, shuffle_seed=shuffle_seed)
         if self.device.type != "cpu" and isinstance(states, source.PackedStates):
             found = source.ahead(found)  # streamed ones are read ahead already
-        return (self.processes.rows(batch).to(self.device) for batch in found)
+        wanted = self.adapter.context_layers
+        return (states.with_context(self.processes.rows(batch), wanted).to(self.device)
+                for batch in found)
 
     def train_pass(self, epoch: int) -> dict[str, float]:
         """As EpochLoop.train_pass; each step is the mean over all its positions, however

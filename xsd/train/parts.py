@@ -1,6 +1,6 @@
 """What one batch is asked for: the parts of its loss, each against the verifier's states some
 positions on: 0 for L1–L5, also 1 for L5 with a prediction weight; 1 for B1 and L5F, with rollout
-steps 1, 2, … K from own predictions (EAGLE-3's training-time test).
+steps 1, 2, … K from own predictions (EAGLE-3's training-time test), or the K drafts of a block.
 
 Every part is a mean over its positions. A step may be spread over several batches (accumulation)
 and processes: :func:`norms` says how much of the mean each holds.
@@ -24,7 +24,8 @@ from xsd.train.recipes import FitConfig
 def plan(adapter: Adapter, config: FitConfig) -> list[tuple[int, float]]:
     """(offset of the target, factor) of each part."""
     if adapter.shift:
-        return [(k, config.rollout_decay**(k - 1)) for k in range(1, config.rollout_steps + 1)]
+        steps = getattr(adapter, "block", config.rollout_steps)
+        return [(k, config.rollout_decay**(k - 1)) for k in range(1, steps + 1)]
     weight = getattr(adapter, "prediction_weight", 0.0)
     return [(0, 1.0), (1, weight)] if weight else [(0, 1.0)]
 
@@ -89,9 +90,7 @@ def _predictions(adapter: Adapter, batch: Batch, n_parts: int) -> list[Tensor]:
     if n_parts == 1 or not adapter.shift:
         aligned = adapter.align(batch).aligned
         return [aligned, aligned[:, :-1]][:n_parts]
-    tokens = batch.ids_by_verifier if adapter.fuses_tokens else None
-    steps = min(n_parts, batch.mask.shape[1] - 1)
-    rolled = adapter.unroll(batch.drafter, batch.verifier, steps, tokens)
+    rolled = adapter.rolled(batch, min(n_parts, batch.mask.shape[1] - 1))
     return [result[:, :result.shape[1] - k] for k, result in enumerate(rolled, start=1)]
 
 

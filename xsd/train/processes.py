@@ -53,7 +53,7 @@ class Processes:
         if self.size == 1:
             return batch
         own = {name: value[self.rank::self.size] for name, value in vars(batch).items()
-               if name != "mode"}
+               if name not in ("mode", "context")}
         return dataclasses.replace(batch, **own)
 
     def add_gradients(self, parameters: Sequence[nn.Parameter]) -> None:

@@ -24,11 +24,13 @@ PROFILES: dict[str, dict[str, Any]] = {
     "tokens": _TOKENS,
     "rollout": {**_TOKENS, "rollout_steps": 3},
 }
+_BLOCK = {"objective": "cross_entropy", "learning_rate": 1e-3, "warm_start": "none"}
 _DEFAULTS = {"epochs": 50, "patience": 10, "rollout_steps": 1, "warm_start": "none",
              "learning_rate": 1e-3}
 BEST_BY_LEVEL: dict[str, dict[str, Any]] = {
     "L1": {"objective": "cross_entropy"}, "L2": {"objective": "cross_entropy"},
     "L3": {"objective": "cross_entropy"}, "B1": {"token_fusion": True},
+    "D1": _BLOCK, "D2": _BLOCK, "D5F": _BLOCK,
 }
 """Where a level's best known recipe differs from "tokens" (docs/recipes.md). What never reads its
 own predictions need not stay near the verifier's states; B1, which reads nothing else, is told

@@ -6,7 +6,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -21,7 +21,27 @@ MEMORY_LIMIT_GB = 4.0
 COLUMNS = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier")
 
 
-class PackedStates:
+class _States:
+    """What both kinds of sources share. dataset: the shards they are of, None for others."""
+
+    dataset: Any = None
+
+    @property
+    def context_layers(self) -> dict[str, list[int]]:
+        """The layers whose contexts are stored beside the pairs, by role. Raises: ShardError for
+        none, TrainingError for pairs that are on no disk."""
+        if self.dataset is None:
+            raise TrainingError("block drafters (D1, D2, D5F) read contexts, which are stored "
+                                "beside shards; give a shard dataset")
+        return self.dataset.contexts.layers
+
+    def with_context(self, batch: Batch, wanted: Mapping[str, Sequence[int]]) -> Batch:
+        """A batch of these answers with what a block drafter reads besides (base.Adapter.
+        context_layers)."""
+        return self.dataset.with_context(batch, wanted) if wanted else batch
+
+
+class PackedStates(_States):
     """All answers of a dataset in four flat tensors (COLUMNS: [T, D_d], [T, D_v], int64 [T] twice,
     with one zero row behind the end for padding); a batch is one gather, right-padded with zeros.
     manifest: of the shards they were read from, else None."""
@@ -63,6 +83,7 @@ class PackedStates:
         """The same of a shard dataset, its tensors filled batch by batch: half the memory, and no
         look at single samples."""
         self, table = cls.__new__(cls), dataset.table()
+        self.dataset = dataset
         self.manifest, self.mode = dataset.manifest, dataset.mode
         self.sequence, self.split = list(table["sequence"]), list(table["split"])
         counts = table[["n_tokens_drafter", "n_tokens_verifier"]].min(axis=1)
@@ -114,7 +135,7 @@ class PackedStates:
                         [self.sequence[i] for i in chosen.tolist()], chosen.tolist(), self.mode)
 
 
-class StreamedStates:
+class StreamedStates(_States):
     """A shard dataset too large for memory, through shards.loader, which reads ahead; the same face
     as PackedStates."""
 

@@ -56,6 +56,9 @@ LEVELS = {
     "L5F": Mark("#9C5FB5", "solid", "star"),
     "X1": Mark("#6A3D9A", "dash", "star-diamond"),
     "B1": Mark(VERIFIER, "longdash", "hexagon"),
+    "D1": Mark(VERIFIER, "solid", "diamond-tall"),
+    "D2": Mark("#004D1A", "longdash", "pentagon"),
+    "D5F": Mark("#4A148C", "longdashdot", "star-square"),
     "drafter_tokens": Mark(DRAFTER, "dot", "triangle-down"),
 }
 """Greens read the drafter, purple reads both, blue reads the verifier (an upper bound)."""

@@ -1,0 +1,170 @@
+"""Contexts: what block drafters read, stored once and equal to what live decoding records; and
+decoding a block a round, token for token the verifier's own."""
+
+import shutil
+
+import pytest
+import torch
+from models_fixtures import tiny_pair
+from tiny_pair import make_samples
+
+from xsd.adapters import registry
+from xsd.bench import arms
+from xsd.core import ParameterError, ShardError
+from xsd.decode import autoregressive
+from xsd.evaluate import drafting, table
+from xsd.extract import contexts, run
+from xsd.shards import contexts as stored
+from xsd.shards.store import ShardDataset
+
+TOKENS = 9
+LAYERS = {"verifier": [0, 2], "drafter": [1]}
+
+
+@pytest.fixture(scope="module")
+def samples():
+    return make_samples(8)
+
+
+@pytest.fixture(scope="module")
+def extracted(samples, tmp_path_factory):
+    """A run of eight pairs with the contexts of both models, as float32."""
+    folder = tmp_path_factory.mktemp("contexts")
+    run.extract(tiny_pair(), samples, folder, modes=("teacher_forced",), max_new_tokens=TOKENS,
+                dtype="fp32")
+    pairs = ShardDataset(folder / "teacher_forced")
+    contexts.extract(tiny_pair(), samples, pairs, roles=("verifier", "drafter"), layers=LAYERS,
+                     dtype="fp32")
+    return pairs
+
+
+@pytest.fixture
+def pairs(extracted, tmp_path):
+    """The same in a folder of one's own."""
+    return ShardDataset(shutil.copytree(extracted.folder, tmp_path / "teacher_forced"))
+
+
+def make(level, head, block=4):
+    torch.manual_seed(1)
+    adapter = registry.create_adapter(
+        level, head.shape[1], vocab_size=len(head), block=block, n_heads=2,
+        context_layers={role: LAYERS[role] for role in LAYERS})
+    adapter.set_token_embedding(head)
+    return adapter.eval()
+
+
+def with_context(pairs, adapter):
+    return [pairs.with_context(batch, adapter.context_layers) for batch in pairs.batches(3)]
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["own steps", "transformers"])
+@pytest.mark.parametrize("role", LAYERS)
+def test_stored_contexts_are_what_a_live_request_records(extracted, samples, role, plain):
+    handle = getattr(tiny_pair(), role)
+    handle = handle.plain() if plain else handle
+    for place in (0, 5):
+        found = extracted.contexts.of([place], [role])[role]
+        ids = torch.from_numpy(extracted.ids("verifier")[place][:-1])
+        state = handle.prefill(samples[place], layers=LAYERS[role])
+        assert int(found.start[0]) == state.length
+        for token in ids.split(2):
+            handle.extend(state, token)
+        live = state.context.rows(0, state.length)
+        torch.testing.assert_close(live, found.states[0], rtol=1e-3, atol=1e-3)
+
+
+def test_rejected_rows_leave_the_recorded_context(samples):
+    verifier = tiny_pair().verifier
+    state = verifier.prefill(samples[0], layers=[1])
+    prompt = state.length
+    verifier.extend(state, torch.tensor([5, 6, 7]), [-1, 0, 0])
+    kept = state.context.rows(prompt + 2, prompt + 3).clone()
+    verifier.rollback(state, prompt + 1, [prompt + 2])
+    assert torch.equal(state.context.rows(prompt + 1, state.length), kept)
+    again = verifier.prefill(samples[0], layers=[1])
+    verifier.extend(again, torch.tensor([5, 7]))
+    torch.testing.assert_close(again.context.rows(0, again.length),
+                               state.context.rows(0, state.length), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["D1@3", "D5F@4", "D2@1", "L1+D5F@3", "drafter+D1@4"])
+def test_blocks_are_lossless_and_the_drafts_of_the_stored_pairs(extracted, samples, name):
+    pair, head = tiny_pair(), extracted.head("verifier")
+    levels = [level for level in arms.levels_of([name]) if level in registry.BLOCKS]
+    adapters = {level: make(level, head) for level in levels}
+    if "L1" in name:
+        torch.manual_seed(0)
+        adapters["L1"] = registry.create_adapter("L1", head.shape[1]).eval()
+    arm = arms.build(name, pair, adapters, overlap="serial")
+    for place, sample in enumerate(samples[:4]):
+        found = arm.run(sample, TOKENS)
+        assert found.ids == autoregressive.generate(pair.verifier, sample, TOKENS).ids
+        (batch,) = with_context(extracted.subset(indices=[place]), adapters[levels[0]])
+        drafted = head[:pair.draft_vocab_size]  # the others may not be drafted
+        offline, _ = drafting.from_every_start(adapters[levels[0]], batch, drafted, 4)
+        at = 0
+        for round_ in found.rounds:
+            if round_.phase == "decode" and at <= offline.shape[1]:  # stored ones may end before
+                there = [int(token) for token in offline[0, at - 1] if token >= 0]
+                assert list(round_.drafted[:len(there)]) == there[:len(round_.drafted)]
+            at += round_.n_accepted + (round_.bonus is not None)
+
+
+def test_a_token_table_holds_a_block_drafter(extracted):
+    head = extracted.head("verifier")
+    adapter = make("D1", head)
+    for gamma in (3, 4, 6):  # 6: more than a block
+        rows = table.of_batches({"D1": adapter}, with_context(extracted, adapter), head,
+                                gamma=gamma)
+        assert rows["accepted"].between(0, min(gamma, adapter.block)).all()
+        assert len(rows) == sum(len(ids) - 1 for ids in extracted.ids("verifier"))
+
+
+def test_contexts_are_made_once_and_go_on_after_a_stop(pairs, samples, monkeypatch):
+    monkeypatch.setattr(contexts, "CLIPS", 1)
+    folder = pairs.folder / stored.FOLDER
+    shutil.rmtree(folder)
+    asked = []
+    handle = tiny_pair().verifier
+    own = handle.contexts
+    monkeypatch.setattr(type(handle), "contexts",
+                        lambda self, *given: asked.append(1) or own.__func__(self, *given))
+    options = {"roles": ("verifier",), "layers": LAYERS, "dtype": "fp32"}
+    with pytest.raises(InterruptedError):
+        contexts.extract(tiny_pair(), samples, pairs, progress=_stop, **options)
+    assert len(asked) == 1 and not (folder / stored.RECORD).exists()
+    contexts.extract(tiny_pair(), samples, pairs, **options)
+    assert len(asked) == 2, "the first group is not made again"
+    contexts.extract(tiny_pair(), samples, pairs, **options)
+    assert len(asked) == 2, "found again"
+    contexts.extract(tiny_pair(), samples, pairs, **{**options, "layers": {"verifier": [1]}})
+    assert len(asked) == 4, "other layers are other contexts"
+
+
+def _stop(n):
+    raise InterruptedError
+
+
+def test_damage_and_other_pairs_are_named(pairs, samples):
+    file = pairs.folder / stored.FOLDER / stored.name_of(0)
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 1
+    file.write_bytes(bytes(data))
+    with pytest.raises(ShardError, match=r"contexts-000000.safetensors .* checksum"):
+        pairs.contexts.of([0], ["verifier"])
+    with pytest.raises(ShardError, match=r"layers \[1\] of the verifier are wanted"):
+        pairs.contexts.check({"verifier": [1]})
+    other = {**pairs.manifest, "shards": []}
+    with pytest.raises(ShardError, match="belongs to other pairs"):
+        stored.Contexts(pairs.folder, other)
+    shutil.rmtree(pairs.folder / stored.FOLDER)
+    with pytest.raises(ShardError, match="holds no contexts, which block drafters"):
+        _ = ShardDataset(pairs.folder).contexts
+    with pytest.raises(ShardError, match="answers about other clips or questions"):
+        contexts.extract(tiny_pair(), samples[:2], pairs)
+
+
+def test_a_layer_that_is_not_there_is_refused(pairs, samples):
+    shutil.rmtree(pairs.folder / stored.FOLDER)
+    with pytest.raises(ParameterError, match="there is no hidden layer 9"):
+        contexts.extract(tiny_pair(), samples, pairs, layers={"verifier": [9]})

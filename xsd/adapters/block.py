@@ -1,0 +1,224 @@
+"""D1, D2 and D5F: a whole block of drafts in one pass (DFlash, arXiv:2602.06036; docs/adapters.md,
+section 7).
+
+Queries are the token verified last and K - 1 masks, which look at each other in both directions and
+at a *context*: states of some layers at every position of prompt and verified answer, fused by one
+matrix and injected as keys and values into every layer. D1 reads the verifier's, D2 the drafter's,
+D5F both. Row k predicts the verifier's state k + 1 positions after the token; its LM head says the
+draft. Rejections cost nothing: the context holds verified positions alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from xsd.adapters.attention import Kept
+from xsd.adapters.base import Adapter, Aligned, Reads, eye_linear
+from xsd.core import Batch, Context, ParameterError
+
+LAYERS = (4, 7, 10)
+"""What is read of a decoder of 12 layers (extract.contexts.default_layers)."""
+_NONE = -1
+"""In place of the token verified last where there is none: drafting behind the prefill."""
+
+
+def rotate(x: Tensor, places: Tensor) -> Tensor:
+    """Rotary embedding (Su et al. 2021). x: [B, heads, n, d]; places: [B or 1, n], from the
+    answer's token 0 on; the prompt's are negative."""
+    half = x.shape[-1] // 2
+    speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+    angle = (places[..., None].float() * speed)[:, None]
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+
+
+class BlockLayer(nn.Module):
+    """Pre-norm layer as in Llama (RMSNorm, rotary, SwiGLU, no biases); context and block share the
+    matrix of keys and values."""
+
+    def __init__(self, hidden_size: int, n_heads: int, ffn: int, dropout: float) -> None:
+        super().__init__()
+        self.n_heads, self.dropout = n_heads, dropout
+        self.attention_norm, self.ffn_norm = nn.RMSNorm(hidden_size), nn.RMSNorm(hidden_size)
+        self.query = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.key_value = nn.Linear(hidden_size, 2 * hidden_size, bias=False)
+        self.out = nn.Linear(hidden_size, hidden_size, bias=False)
+        self.gate_up = nn.Linear(hidden_size, 2 * ffn, bias=False)
+        self.down = nn.Linear(ffn, hidden_size, bias=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, n, D] → [B, heads, n, d]."""
+        return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
+
+    def keys_values(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Of context or normed block rows [B, n, D] at places [B or 1, n]: each [B, heads, n,
+        d]."""
+        keys, values = self.key_value(x).chunk(2, dim=-1)
+        return rotate(self.heads(keys), places), self.heads(values)
+
+    def forward(self, x: Tensor, places: Tensor, block: int,
+                context: tuple[Tensor, Tensor], allowed: Tensor | None) -> Tensor:
+        """x: [B, A · block, D] rows of A blocks at places [B or 1, A · block]. context: keys and
+        values [B, heads, C, d]. allowed: bool [B, A, C], what each block may see of it; None:
+        all."""
+        normed = self.attention_norm(x)
+        queries = rotate(self.heads(self.query(normed)), places)
+        keys, values = self.keys_values(normed, places)
+        shape = (*queries.shape[:2], -1, block, queries.shape[-1])  # [B, heads, A, block, d]
+        scale = queries.shape[-1] ** -0.5
+        far = (queries @ context[0].transpose(-1, -2)).unflatten(2, (-1, block)) * scale
+        if allowed is not None:
+            far = far.masked_fill(~allowed[:, None, :, None], float("-inf"))
+        near = queries.view(shape) @ keys.view(shape).transpose(-1, -2) * scale
+        weights = torch.cat([far, near], dim=-1).softmax(-1)
+        n_far = far.shape[-1]
+        mixed = (weights[..., :n_far].flatten(2, 3) @ context[1] +
+                 (weights[..., n_far:] @ values.view(shape)).flatten(2, 3))
+        x = x + self._drop(self.out(mixed.transpose(1, 2).flatten(2)))
+        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
+        return x + self._drop(self.down(F.silu(gate) * up))
+
+    def _drop(self, x: Tensor) -> Tensor:
+        return F.dropout(x, self.dropout, self.training)
+
+
+class BlockAdapter(Adapter):
+    """block: drafts of one pass, K. layers: of the block drafter. context_layers: the layers of
+    each model that it reads, as models/batched.py counts them; by role where they differ.
+    vocab_size: rows of the frozen table that tells it the token verified last
+    (:meth:`set_token_embedding`)."""
+
+    shift = 1
+    fuses_tokens = True
+
+    def __init__(self, hidden_size: int = 4096, *, level: str = "D1",
+                 drafter_size: int | None = None, vocab_size: int = 32000, block: int = 9,
+                 layers: int = 3, n_heads: int | None = None, ffn: int | None = None,
+                 dropout: float = 0.0,
+                 context_layers: Mapping[str, list[int]] | list[int] | None = None) -> None:
+        reads: Reads = {"D1": "verifier", "D2": "drafter"}.get(level, "both")
+        self.reads = reads
+        super().__init__(hidden_size, drafter_size=drafter_size)
+        self.input_map = nn.Identity()
+        self.level, self.block = level, block
+        self.context_roles = tuple(role for role in ("verifier", "drafter")
+                                   if reads in (role, "both"))
+        given = LAYERS if context_layers is None else context_layers
+        chosen = given if isinstance(given, Mapping) else dict.fromkeys(self.context_roles, given)
+        self.context_layers = {role: list(chosen[role]) for role in self.context_roles
+                               if role in chosen}
+        n_heads = n_heads or max(1, hidden_size // 64)
+        ffn = ffn or -(-hidden_size * 8 // 3 // 64) * 64
+        if (min(block, layers, vocab_size, ffn) < 1 or hidden_size % n_heads
+                or hidden_size // n_heads % 2 or not all(self.context_layers.values())
+                or len(self.context_layers) < len(self.context_roles)):
+            raise ParameterError(
+                f"{level} needs block, layers, vocab_size and ffn of at least 1, n_heads that "
+                f"divide {hidden_size} into even widths, and at least one context layer of each "
+                f"model it reads; not {block}, {layers}, {vocab_size}, {ffn}, {n_heads}, {given}")
+        widths = {"verifier": hidden_size, "drafter": self.drafter_size}
+        self.fuse = nn.ModuleDict({role: nn.Linear(len(some) * widths[role], hidden_size)
+                                   for role, some in self.context_layers.items()})
+        self.context_norm = nn.ModuleDict({role: nn.RMSNorm(hidden_size)
+                                           for role in self.context_roles})
+        self.register_buffer("token_embedding", torch.zeros(vocab_size, hidden_size))
+        self.token_map = eye_linear(hidden_size, hidden_size)
+        self.no_token = nn.Parameter(torch.randn(hidden_size) * 0.5)
+        self.mask = nn.Parameter(torch.randn(hidden_size) * 0.5)
+        self.offsets = nn.Parameter(torch.zeros(block, hidden_size))
+        self.layers = nn.ModuleList(BlockLayer(hidden_size, n_heads, ffn, dropout)
+                                    for _ in range(layers))
+        self.final_norm = nn.RMSNorm(hidden_size)
+        self.options = {"vocab_size": vocab_size, "block": block, "layers": layers,
+                        "n_heads": n_heads, "ffn": ffn, "dropout": dropout,
+                        "context_layers": self.context_layers}
+
+    def set_token_embedding(self, table: Tensor) -> None:
+        """Fill the frozen table from [V, D_v] (the LM head's rows), scaled to unit mean square."""
+        if table.shape != self.token_embedding.shape:
+            raise ParameterError(f"a token table of shape {tuple(table.shape)} does not fit this "
+                                 f"{self.level} (expects {tuple(self.token_embedding.shape)}); "
+                                 "create it with vocab_size")
+        table = table.detach().float()
+        self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
+
+    # --- the context
+
+    def keys_values(self, role: str, states: Tensor,
+                    places: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Of each layer, [B, heads, C, d], from states of ``context_layers[role]`` [B, C, L · D] at
+        places [B or 1, C] from the answer's token 0 on. Raises: ParameterError for another
+        width."""
+        if states.shape[-1] != self.fuse[role].in_features:
+            raise ParameterError(
+                f"{self.level} reads layers {self.context_layers[role]} of the {role}, "
+                f"{self.fuse[role].in_features} numbers a position, and these contexts have "
+                f"{states.shape[-1]}; extract the layers that it was made for")
+        fused = self.context_norm[role](self.fuse[role](states))
+        return [layer.keys_values(fused, places) for layer in self.layers]
+
+    def _rows(self, tokens: Tensor) -> Tensor:
+        """What enters the first layer, [B, A, block, D], of tokens int64 [B, A]."""
+        known = self.token_map(self.token_embedding[tokens.clamp_min(0)])
+        first = torch.where((tokens >= 0)[..., None], known, self.no_token)
+        masks = self.mask.expand(*tokens.shape, self.block - 1, -1)
+        return torch.cat([first[:, :, None], masks], dim=2) + self.offsets
+
+    def draft(self, context: list[tuple[Tensor, Tensor]], tokens: Tensor, places: Tensor,
+              allowed: Tensor | None = None) -> Tensor:
+        """States [B, A, block, D_v] after tokens int64 [B, A] at places [B, A]; row k predicts the
+        verifier's state k + 1 positions on. context: keys and values of each layer. allowed: bool
+        [B, A, C]."""
+        x = self._rows(tokens).flatten(1, 2)
+        steps = torch.arange(self.block, device=tokens.device)
+        places = (places[..., None] + steps).flatten(1)
+        for layer, known in zip(self.layers, context, strict=True):
+            x = layer(x, places, self.block, known, allowed)
+        return self.final_norm(x).unflatten(1, (-1, self.block))
+
+    # --- whole answers
+
+    def rolled(self, batch: Batch, steps: int) -> list[Tensor]:
+        """As Adapter.rolled: of every verified position s, in one pass; at most ``block``."""
+        size, device = batch.mask.shape[1], batch.mask.device
+        places = torch.arange(size, device=device)[None]
+        context, allowed = self._known(batch.context, places)
+        states = self.draft(context, batch.ids_by_verifier, places.expand(len(batch.mask), -1),
+                            allowed)
+        return list(states[:, :, :steps].unbind(2))
+
+    def _known(self, given: Mapping[str, Context],
+               places: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:
+        """Keys and values of all contexts, and what each place may see: the verifier's states
+        before it reads the token there (it reads that in its next pass), the drafter's after it
+        has."""
+        pieces, allowed = [], []
+        for role in self.context_roles:
+            if role not in given:
+                raise ParameterError(
+                    f"{self.level} reads the {role}'s context and these pairs came without; open "
+                    "them with contexts (notebook 01 with contexts="
+                    f"{','.join(self.context_roles)})")
+            states, start = given[role].states, given[role].start
+            at = torch.arange(states.shape[1], device=states.device)[None] - start[:, None]
+            pieces.append(self.keys_values(role, states, at))
+            last = places[..., None] + (role == "drafter")
+            allowed.append(at[:, None] < last)
+        joined = [tuple(torch.cat(side, dim=2) for side in zip(*layer, strict=True))
+                  for layer in zip(*pieces, strict=True)]
+        return joined, torch.cat(allowed, dim=-1)
+
+    def align(self, batch: Batch) -> Aligned:
+        """The first draft after every verified position."""
+        known, predicted = batch.mask[:, :-1], batch.mask[:, 1:]
+        return Aligned(self.rolled(batch, 1)[0][:, :-1], batch.verifier[:, 1:],
+                       batch.ids_by_verifier[:, 1:], known & predicted)
+
+    def keep(self) -> Kept:
+        """An empty cache of the context's keys and values, one for each answer and model."""
+        return Kept(len(self.layers))

@@ -1,0 +1,98 @@
+"""Contexts of stored teacher-forced pairs (shards/contexts.py): one pass of each model over prompt
+and answer, a clip at a time; an interrupted extraction goes on with the group it was in."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from hashlib import sha256
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from xsd.core import ShardError
+from xsd.extract import plan
+from xsd.files import FolderLock, remove_leftovers
+from xsd.models.handle import ModelHandle
+from xsd.models.loading import Pair
+from xsd.shards import contexts
+from xsd.shards.format import TORCH_DTYPES
+from xsd.shards.store import ShardDataset
+
+CLIPS = 16
+"""A file: what is done again after a kill."""
+
+
+def default_layers(depth: int) -> list[int]:
+    """Three layers of a decoder, a third of the way up and at its later sixths: 4, 7 and 10 of
+    12."""
+    return sorted({round(depth * share) for share in (1 / 3, 7 / 12, 5 / 6)})
+
+
+def extract(pair: Pair, items: Sequence[plan.LazySample], pairs: ShardDataset, *,
+            roles: Sequence[str] = ("verifier",),
+            layers: Mapping[str, Sequence[int]] | None = None, dtype: str = "fp16",
+            progress: Callable[[int], None] | None = None) -> Mapping[str, object]:
+    """Store the contexts of finished pairs beside them; found again where they stand already.
+
+    items: the clips and questions that the pairs were extracted from. layers: by role; None:
+    :func:`default_layers`. Returns the record. Raises: ShardError for pairs that are free-running,
+    or of other samples or weights; ParameterError for a layer that is not there.
+    """
+    if pairs.mode != "teacher_forced":
+        raise ShardError(f"{pairs.folder} holds {pairs.mode} pairs; contexts are of teacher_forced "
+                         "ones, where both models have read the verifier's tokens")
+    handles = {role: getattr(pair, role) for role in roles}
+    wanted = {role: list((layers or {}).get(role) or default_layers(len(one.decoder.layers)))
+              for role, one in handles.items()}
+    by_name = {(one.sequence, one.clip, one.question): one for one in items}
+    table = pairs.table()
+    names = list(table[["sequence", "clip", "question"]].itertuples(index=False, name=None))
+    if unknown := [name for name in names if name not in by_name]:
+        raise ShardError(f"{pairs.folder} holds {len(unknown)} answers about other clips or "
+                         f"questions than these, such as {unknown[0]}; give the clips it was "
+                         "extracted from")
+    about = {"weights": {role: one.weights_hash() for role, one in handles.items()}, "dtype": dtype}
+    folder = pairs.folder / contexts.FOLDER
+    folder.mkdir(exist_ok=True)
+    with FolderLock(folder):
+        remove_leftovers(folder)
+        asked = {"pairs": contexts.identity(pairs.manifest), "layers": wanted, **about}
+        held = {}
+        if (folder / contexts.RECORD).is_file():
+            held = contexts.Contexts(pairs.folder, pairs.manifest).about
+        if any(held.get(name) != value for name, value in asked.items()):
+            made = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
+            firsts = _write(folder, handles, by_name, names, pairs, wanted, dtype, made, progress)
+            contexts.finish(folder, pairs.manifest, wanted, firsts, **about)
+    return contexts.Contexts(pairs.folder, pairs.manifest, verify=False).about
+
+
+def _write(folder: Path, handles: Mapping[str, ModelHandle], by_name: Mapping[Any, plan.LazySample],
+           names: Sequence[Any], pairs: ShardDataset, wanted: Mapping[str, Sequence[int]],
+           dtype: str, made: str, progress: Callable[[int], None] | None) -> list[int]:
+    """Write the groups that are missing; returns the place of each one's first sample."""
+    ids, stored = [torch.from_numpy(one) for one in pairs.ids("verifier")], TORCH_DTYPES[dtype]
+    clips = [[index for index, _ in some]
+             for _, some in groupby(enumerate(names), key=lambda one: one[1][:2])]
+    numbered = list(enumerate(clips))
+    groups = [numbered[first:first + CLIPS] for first in range(0, len(clips), CLIPS)]
+    for number, group in enumerate(groups):
+        path = folder / contexts.name_of(number)
+        if contexts.made_from(path) != made:
+            tensors, clip, start = {}, {}, {}
+            for place, indices in group:
+                samples = plan.load([by_name[names[index]] for index in indices])
+                for role, handle in handles.items():
+                    shared, own, prompts = handle.contexts(
+                        samples, [ids[index] for index in indices], wanted[role])
+                    tensors[f"{role}.clip.{place}"] = shared.to(stored)
+                    for index, states, prompt in zip(indices, own, prompts, strict=True):
+                        tensors[f"{role}.{index}"] = states.to(stored)
+                        start[f"{role}.{index}"], clip[str(index)] = prompt, place
+            contexts.write(path, tensors, clip=clip, start=start, made=made)
+        if progress is not None:
+            progress(sum(len(indices) for _, indices in group))
+    return [group[0][1][0] for group in groups]
