@@ -56,8 +56,7 @@ class ExtractParameters(ModelParameters):
     test_modes: list[typed.Mode] = Field(["teacher_forced", "free_running"], min_length=1,
                                          description="kinds of pairs of the held-out sets")
     contexts: list[Literal["verifier", "drafter"]] = Field(
-        [], description="models whose states of every position are kept, too, which block drafters "
-        "read (D1: verifier, D2: drafter, D5F: both); a few MB a clip")
+        [], description="all positions of these, for block drafters (D1: verifier, D5F: both)")
     stored: typed.Dtype = Field("fp16", description="how the states are stored")
     batch_size: int = whole(32, 1, 1024, "samples answered at a time")
     workers: typed.Simulators = 2
