@@ -80,7 +80,7 @@ def test_levels_are_open_to_ones_own():
     read = command_line.read_values(["levels=L1,my_levels:Mine"], parameters.TrainParameters)
     assert read == {"levels": ["L1", "my_levels:Mine"]}
     parameters.TrainParameters.checked({"levels": ["L6"]})
-    with pytest.raises(ParameterError, match=r"one of L1, .*, B1, an adapter.s file .* your own"):
+    with pytest.raises(ParameterError, match=r"one of L1, .*, D5F, an adapter.s file .* your own"):
         parameters.HiddenParameters.checked({"levels": ["L6"]})
 
 

@@ -82,7 +82,7 @@ class Adapter(nn.Module):
     drafter_lead: int = 0
     verified_only: bool = False  # reads no drafter state that follows a draft token
     fuses_tokens: bool = False
-    context_layers: Mapping[str, Sequence[int]] = {}  # by role: what it reads of a Batch's context
+    context_layers: Mapping[str, Sequence[int]]  # by role: what it reads of a Batch's context
     made_from: Any = None  # the researcher's own class it was made from, else None
     draft_ids: Tensor | None  # int64 [k], ascending: the only tokens it drafts; None: all
 
@@ -94,6 +94,7 @@ class Adapter(nn.Module):
             raise ParameterError(f"hidden sizes must be positive, not verifier {hidden_size} and "
                                  f"drafter {drafter_size}")
         self.options: dict[str, Any] = {"input_map": input_map}
+        self.context_layers = {}
         self.register_buffer("draft_ids", None)
         self.input_map: nn.Module = nn.Identity()
         if self.reads != "verifier" and (input_map or self.drafter_size != hidden_size):

@@ -183,14 +183,21 @@ class BlockAdapter(Adapter):
 
     # --- whole answers
 
-    def rolled(self, batch: Batch, steps: int) -> list[Tensor]:
-        """As Adapter.rolled: of every verified position s, in one pass; at most ``block``."""
-        size, device = batch.mask.shape[1], batch.mask.device
-        places = torch.arange(size, device=device)[None]
+    def rolled(self, batch: Batch, steps: int, starts: Tensor | None = None) -> list[Tensor]:
+        """As Adapter.rolled: of every verified position s, in one pass; at most ``block``.
+        starts: bool [B, S], the positions to draft from; the others' rows are 0."""
+        count, size = batch.mask.shape
+        places = torch.arange(size, device=batch.mask.device).expand(count, -1)
+        if starts is not None:  # those first, and as many columns as the answer with most has
+            order = starts.int().argsort(dim=1, descending=True, stable=True)
+            places = order[:, :max(1, int(starts.sum(1).max()))]
         context, allowed = self._known(batch.context, places)
-        states = self.draft(context, batch.ids_by_verifier, places.expand(len(batch.mask), -1),
-                            allowed)
-        return list(states[:, :, :steps].unbind(2))
+        states = self.draft(context, batch.ids_by_verifier.gather(1, places), places,
+                            allowed)[:, :, :steps]
+        if starts is not None:
+            index = places[..., None, None].expand_as(states)
+            states = states.new_zeros(count, size, *states.shape[2:]).scatter(1, index, states)
+        return list(states.unbind(2))
 
     def _known(self, given: Mapping[str, Context],
                places: Tensor) -> tuple[list[tuple[Tensor, Tensor]], Tensor]:

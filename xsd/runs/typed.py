@@ -194,6 +194,8 @@ ModelDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Field(
     description="numbers the models compute in; auto: bfloat16 on a GPU, float32 on a CPU")]
 Mode = Literal["free_running", "teacher_forced"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
+Contexts = Annotated[list[Literal["verifier", "drafter"]], Field(
+    description="all positions of these, for block drafters (D1: verifier, D5F: both)")]
 Quant = Annotated[Literal["", "8bit", "4bit"],
                   BeforeValidator(lambda given: {"int8": "8bit", "int4": "4bit"}.get(
                       given, given) if isinstance(given, str) else given),

@@ -191,17 +191,19 @@ class Training(EpochLoop):
         batches = self._batches(self.states, self.train_indices, self.seed * 7919 + epoch)
         groups = iter(lambda: list(itertools.islice(batches, self.config.accumulation)), [])
         for number, group in enumerate(groups, start=1):
-            own = [parts.norms(self.adapter, batch.mask, self.config) for batch in group]
+            starts = [parts.draw_starts(self.adapter, one.mask, self.config) for one in group]
+            own = [parts.norms(self.adapter, one.mask, self.config, drawn)
+                   for one, drawn in zip(group, starts, strict=True)]
             whole = self.processes.sum(torch.stack(own).sum(0))
             if whole[0] == 0:
                 continue  # no answer of this step is long enough
             scale = whole.clamp_min(1e-12) * parts.factor_sum(pieces, whole, self.adapter)
             total = torch.zeros((), device=self.device)
-            for batch, norms in zip(group, own, strict=True):
+            for batch, norms, drawn in zip(group, own, starts, strict=True):
                 if norms[0] == 0:
                     continue
                 losses = parts.losses(self.adapter, batch, self.objective, self.head, self.config,
-                                      (norms / scale).tolist(), norms.tolist())
+                                      (norms / scale).tolist(), norms.tolist(), drawn)
                 losses["total"].backward()
                 total += losses.pop("total").detach()
                 for name, value in losses.items():

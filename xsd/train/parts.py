@@ -12,6 +12,7 @@ import dataclasses
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from xsd.adapters.base import Adapter
@@ -39,17 +40,36 @@ def weights_of(mask: Tensor, offset: int, config: FitConfig) -> Tensor | None:
     return (config.position_decay**places).expand(mask.shape[0], -1)
 
 
-def norms(adapter: Adapter, mask: Tensor, config: FitConfig) -> Tensor:
-    """Sum of the weights of each part's positions, float64 [parts]. mask: bool [B, S]."""
+def draw_starts(adapter: Adapter, mask: Tensor, config: FitConfig) -> Tensor | None:
+    """From which positions a block is drafted in this step, bool [B, S]: ``anchors`` of each
+    answer's that have a token behind them, drawn by torch's global generator; None: all."""
+    if config.anchors is None or not hasattr(adapter, "block"):
+        return None
+    there = F.pad(mask[:, 1:], (0, 1))
+    order = torch.rand(mask.shape, device=mask.device).masked_fill(~there, 2.0).argsort(dim=1)
+    chosen = torch.zeros_like(mask).scatter(1, order[:, :config.anchors], True)
+    return chosen & there
+
+
+def real_of(mask: Tensor, offset: int, starts: Tensor | None) -> Tensor:
+    """The positions of a part, bool [B, S - offset]: real ones, ``offset`` behind a start."""
+    real = mask[:, offset:]
+    return real if starts is None else real & starts[:, :starts.shape[1] - offset]
+
+
+def norms(adapter: Adapter, mask: Tensor, config: FitConfig,
+          starts: Tensor | None = None) -> Tensor:
+    """Sum of the weights of each part's positions, float64 [parts]. mask, starts: bool [B, S]."""
     found = []
     for offset, _ in plan(adapter, config):
-        real, weights = mask[:, offset:], weights_of(mask, offset, config)
+        real, weights = real_of(mask, offset, starts), weights_of(mask, offset, config)
         found.append(real.sum() if weights is None else (weights * real).sum())
     return torch.stack(found).double()
 
 
 def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective, head: Head | None,
-           config: FitConfig, share: Sequence[float], own: Sequence[float]) -> dict[str, Tensor]:
+           config: FitConfig, share: Sequence[float], own: Sequence[float],
+           starts: Tensor | None = None) -> dict[str, Tensor]:
     """The terms of the first part (means over this batch), and ``total``: this batch's share of the
     whole step's loss; its gradients, added up over the batches of a step, are the step's.
 
@@ -69,14 +89,15 @@ def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective, head
                                head, None if weights is None else weights[real])
         return {**found, "total": found["total"] * share[0]}
     with cast:
-        states = _predictions(adapter, noisy, len(pieces))
+        states = _predictions(adapter, noisy, len(pieces), starts)
     total, first = None, {}
     for number, (state, (offset, factor)) in enumerate(zip(states, pieces, strict=False)):
         if own[number] == 0:
             continue
         # Targets are the clean states: noise is on what is read.
         found = objective(state.float(), batch.verifier[:, offset:],
-                          batch.ids_by_verifier[:, offset:], batch.mask[:, offset:], head,
+                          batch.ids_by_verifier[:, offset:],
+                          real_of(batch.mask, offset, starts), head,
                           weights_of(batch.mask, offset, config))
         piece = found["total"] * (factor * share[number])
         total = piece if total is None else total + piece
@@ -84,13 +105,15 @@ def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective, head
     return {**first, "total": total}
 
 
-def _predictions(adapter: Adapter, batch: Batch, n_parts: int) -> list[Tensor]:
+def _predictions(adapter: Adapter, batch: Batch, n_parts: int,
+                 starts: Tensor | None) -> list[Tensor]:
     """What each part compares with its target, [B, S - offset, D_v]; rollout steps that no answer
     is long enough for are left out."""
     if n_parts == 1 or not adapter.shift:
         aligned = adapter.align(batch).aligned
         return [aligned, aligned[:, :-1]][:n_parts]
-    rolled = adapter.rolled(batch, min(n_parts, batch.mask.shape[1] - 1))
+    drawn = {} if starts is None else {"starts": starts}
+    rolled = adapter.rolled(batch, min(n_parts, batch.mask.shape[1] - 1), **drawn)
     return [result[:, :result.shape[1] - k] for k, result in enumerate(rolled, start=1)]
 
 

@@ -100,7 +100,8 @@ class FitConfig:
     select_by: Literal["loss", "token_acceptance"] | None = None  # the latter needs a head
     prediction_weight: float | None = None  # of L5's loss against the next state
     rollout_steps: int | None = None  # shift 1: on own predictions in the loss
-    rollout_decay: float = 0.8  # weight of each further step
+    rollout_decay: float = 0.8  # weight of each further step, or draft of a block
+    anchors: int | None = None  # blocks: positions of an answer drawn each step; None: all
     warm_start: Literal["none", "ridge"] | None = None  # ridge: linear maps from the closed form
     alpha: float | None = None  # initial residual weight of L4, L5, B1, L5F
     noise: float = 0.0  # uniform, ± this × the standard deviation of the states that are read
@@ -124,6 +125,8 @@ class FitConfig:
         if not 0 < self.position_decay <= 1:
             raise ParameterError(f"position_decay must lie in (0, 1], not {self.position_decay}; 1 "
                                  "weighs all positions the same")
+        if self.anchors is not None and self.anchors < 1:
+            raise ParameterError(f"anchors must be at least 1 position or None, not {self.anchors}")
         if self.draft_vocabulary is not None and self.draft_vocabulary < 1:
             raise ParameterError(
                 f"draft_vocabulary must be at least 1 token or None, not {self.draft_vocabulary}")
