@@ -162,7 +162,7 @@ class PairedStates:
 
 @dataclass(frozen=True)
 class Context:
-    """What a block drafter reads of one model (docs/adapters.md, section 7): its states in some
+    """What a block drafter reads of one model (docs/adapters.md, section 10): its states in some
     layers at every position of prompt and answer. states: [B, C, L · D], padded on the right.
     start: int64 [B], the positions of the prompt; token t of the answer is read at start + t."""
 

@@ -1,5 +1,5 @@
 """D1, D2 and D5F: a whole block of drafts in one pass (DFlash, arXiv:2602.06036; docs/adapters.md,
-section 7).
+section 10).
 
 Queries are the token verified last and K - 1 masks, which look at each other in both directions and
 at a *context*: states of some layers at every position of prompt and verified answer, fused by one

@@ -55,7 +55,7 @@ class ExtractParameters(ModelParameters):
                                           description="kinds of pairs for training")
     test_modes: list[typed.Mode] = Field(["teacher_forced", "free_running"], min_length=1,
                                          description="kinds of pairs of the held-out sets")
-    contexts: typed.Contexts = []
+    contexts: typed.Contexts
     stored: typed.Dtype = Field("fp16", description="how the states are stored")
     batch_size: int = whole(32, 1, 1024, "samples answered at a time")
     workers: typed.Simulators = 2

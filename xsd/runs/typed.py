@@ -195,6 +195,7 @@ ModelDtype = Annotated[Literal["auto", "float32", "bfloat16", "float16"], Field(
 Mode = Literal["free_running", "teacher_forced"]
 Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 Contexts = Annotated[list[Literal["verifier", "drafter"]], Field(
+    default_factory=list,
     description="all positions of these, for block drafters (D1: verifier, D5F: both)")]
 Quant = Annotated[Literal["", "8bit", "4bit"],
                   BeforeValidator(lambda given: {"int8": "8bit", "int4": "4bit"}.get(
