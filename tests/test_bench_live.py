@@ -45,8 +45,8 @@ def adapters(pair):
     }
 
 
-ALL = ("ar", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "prompt_lookup", "L1", "L4",
-       "L5", "B1", "L5F", "L4+L5F")
+ALL = ("ar", "hf_generate", "hf_static", "hf_prompt_lookup", "drafter", "ngram", "prompt_lookup",
+       "L1", "L4", "L5", "B1", "L5F", "L4+L5F")
 
 
 def build(name, pair, adapters, **options):
@@ -282,7 +282,8 @@ def test_summary_is_against_the_best_baseline_from_paired_ratios():
     assert row["decode_ms_per_token"] == pytest.approx(1e3 * 0.8 * 3 / 8)
     assert row["accepted_per_round"]["value"] == 2 and row["accepted_per_round_drafted"] == 3
     assert row["hidden_accepted"]["value"] == 0 and row["hidden_accepted_drafted"] == 1
-    assert len(summary["alarms"]) == 1 and "1.50× the time of HF generate" in summary["alarms"][0]
+    assert summary["alarms"] == ["the own greedy loop takes 1.50× the time of transformers "
+                                 "generate; speed-ups against it would flatter"]
     json.dumps(summary, allow_nan=False)
 
 

@@ -21,6 +21,15 @@ def test_pixels_equal_transformers_clip_processor(shape):
     torch.testing.assert_close(pixels.PixelSpec(size, size)([image]), expected, atol=1e-6, rtol=0)
 
 
+def test_many_large_pictures_at_once_give_what_each_gives_alone():
+    draw, spec = np.random.default_rng(0), pixels.PixelSpec(224, 224)
+    video = draw.integers(0, 256, (8, 240, 320, 3), dtype=np.uint8)
+    assert video[0].size > pixels._LARGE
+    whole = spec(video)
+    assert whole.dtype == torch.float32 and whole.is_contiguous()
+    assert torch.equal(whole, torch.cat([spec([one]) for one in video]))
+
+
 def test_a_written_spec_reads_back(tmp_path):
     spec = pixels.PixelSpec(32, 28, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
     spec.write(tmp_path)

@@ -35,8 +35,8 @@ def live_of(place, **values):
 @pytest.mark.parametrize("notebook", ["00", "01", "05", "09"])
 def test_notebooks_that_load_a_pair_say_how(notebook):
     model = parameters.model_of(notebook)
-    assert model.checked({"quant": "int4", "dtype": "bfloat16", "device": "cuda"}).loads == {
-        "quant": "4bit", "dtype": "bfloat16", "device": "cuda"}
+    assert model.checked({"quant": "int8", "dtype": "bfloat16", "device": "cuda"}).loads == {
+        "quant": "8bit", "dtype": "bfloat16", "device": "cuda"}
     assert model.checked({}).loads == {"quant": None, "dtype": "float32", "device": "cpu"}
     for wrong in ({"quant": "2bit"}, {"dtype": "int8"}):
         with pytest.raises(ParameterError, match=f"parameter '{next(iter(wrong))}'"):

@@ -24,11 +24,12 @@ from xsd.decode.overlap import Overlap
 from xsd.models.handle import ModelHandle, tensors_hash
 from xsd.models.loading import Pair
 
-BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup")
+BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_static", "hf_prompt_lookup")
 PLAIN = (*BASELINES, "drafter", "ngram", "prompt_lookup")
 LABELS = {
     "ar": "own greedy loop", "ar_all_cores": "own greedy loop, all cores",
-    "hf_generate": "transformers generate", "hf_prompt_lookup": "transformers prompt lookup",
+    "hf_generate": "transformers generate", "hf_static": "transformers generate, static cache",
+    "hf_prompt_lookup": "transformers prompt lookup",
     "drafter": "drafter tokens", "ngram": "4-gram table", "prompt_lookup": "prompt lookup",
 }
 
@@ -135,7 +136,7 @@ def _baseline(kind: str, verifier: ModelHandle,
             torch.set_num_threads(before)
 
     answer = {"ar": autoregressive.generate, "ar_all_cores": on_all_cores,
-              "hf_generate": baselines.hf_generate,
+              "hf_generate": baselines.hf_generate, "hf_static": baselines.hf_static,
               "hf_prompt_lookup": functools.partial(baselines.hf_prompt_lookup, n_drafts=gamma)}
     return functools.partial(answer[kind], verifier)
 

@@ -38,6 +38,7 @@ def hf_inputs(handle: ModelHandle, sample: Sample) -> dict[str, torch.Tensor]:
             "pixel_values_videos": pixels[None]}
 
 
+_ROUND = 256
 _VISUAL_TOKENS: weakref.WeakKeyDictionary[Any, dict[int, int]] = weakref.WeakKeyDictionary()
 """Model → frames → visual tokens, counted in the warm-up, outside the measured time."""
 
@@ -73,6 +74,16 @@ def hf_generate(handle: ModelHandle, sample: Sample, max_new_tokens: int,
         handle.check_length(length + end)
     return Generation(tuple(ids[:end]), "eos" if ids[end - 1] in eos else "length", (), (),
                       (first.at or start) - start, total_s)
+
+
+def hf_static(handle: ModelHandle, sample: Sample, max_new_tokens: int) -> Generation:
+    """transformers' ``generate`` over a static cache, which on CUDA compiles the decoder at its
+    first calls (so warm up before you measure) and not on a CPU. The cache is a round number of
+    positions: one of another size would be compiled for again."""
+    before, after = handle.prompt_ids(sample.question)
+    needed = len(before) + _n_visual(handle, sample) + len(after) + max_new_tokens
+    return hf_generate(handle, sample, max_new_tokens, cache_implementation="static",
+                       max_cache_len=-(-needed // _ROUND) * _ROUND)
 
 
 def hf_prompt_lookup(handle: ModelHandle, sample: Sample, max_new_tokens: int,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shutil
 import sys
-from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from typer import Argument, Exit, Option, Typer
 from xsd import __version__
 from xsd.cli import data, models
 from xsd.cli.data import DEVICE, NUMBERS, OUT, QUANT, QUIET, Quant, Stored, examples, words
-from xsd.cli.exits import alone, say
+from xsd.cli.exits import alone, beside, say
 from xsd.core import ROOT, ParameterError, XsdError, as_used
 
 
@@ -174,7 +173,7 @@ def keep_notebooks(
     notebook: list[str] = Argument(None, help="default: all", autocompletion=_names),
 ) -> None:
     """Keep the committed notebooks in the form that git and nbval need."""
-    hygiene = _beside("tools.hygiene")
+    hygiene = beside("tools.hygiene")
     paths = [_notebook(one)[0] for one in notebook or []] or hygiene.committed()
     for path in paths if action != "check" else []:
         print(f"{action} {path.name}", flush=True)
@@ -252,14 +251,6 @@ def plan(
                                     epochs=epochs, disk_free=shutil.disk_usage(ROOT).free)))
 
 
-@app.command(epilog=examples("xsd bench train -o reports/here"))
-def bench(what: Literal["extract", "train", "metrics"], out: Path | None = OUT) -> None:
-    """Measure one room against its alternatives, into reports/bench_<what>."""
-    out = out or ROOT / "reports" / f"bench_{what}"
-    with alone(out, "bench.lock"):
-        print(_beside(f"benchmarks.{what}").run(out))
-
-
 SEQUENCES = Option(40, min=1, max=100_000, help="held-out drives for the card")
 
 
@@ -270,12 +261,12 @@ def train(profile: Literal["smoke", "quick", "full"] = Option(
           workers: int = Option(2, min=1, max=256, help="processes that simulate"),
           sequences: int = SEQUENCES) -> None:
     """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
-    recipe = _beside("studies.embedded_pair.recipe")
+    recipe = beside("studies.embedded_pair.recipe")
     out = Path(out or recipe.default_folder(profile, seed))
     with alone(out, "pair.lock"):
         written = recipe.train(out, profile, seed=seed, device=as_used(device)[0], workers=workers,
                                progress=recipe.bars())
-    about = _beside("studies.embedded_pair.card").score(
+    about = beside("studies.embedded_pair.card").score(
         written, n_sequences=sequences,
         command=f"`xsd pair train --profile {profile} --seed {seed}`")
     print(f"the pair: {written}; its card: {about}")
@@ -285,16 +276,5 @@ def train(profile: Literal["smoke", "quick", "full"] = Option(
 def card(folder: Path = Argument(help="a trained embedded pair"),
          sequences: int = SEQUENCES) -> None:
     """Judge a trained pair on held-out drives and write its card."""
-    judge = _beside("studies.embedded_pair.card")
+    judge = beside("studies.embedded_pair.card")
     print(judge.score(folder, n_sequences=sequences, command=f"`xsd pair card {folder}`"))
-
-
-def _beside(module: str) -> Any:
-    """A module beside the package. Raises: ParameterError where it was not shipped."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        if not module.startswith(error.name or "?"):
-            raise
-        raise ParameterError(f"this verb needs {module}, which stands beside the package: run xsd "
-                             "from a checkout") from error

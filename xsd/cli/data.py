@@ -18,11 +18,11 @@ QUIET: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": F
 NUMBERS = "float32, bfloat16 or float16; auto: bfloat16 on a GPU, float32 on a CPU"
 DEVICE = "cpu, cuda, cuda:1, …; auto: a GPU if there is one"
 OUT = Option(None, "-o", "--out", metavar="DIR", help="write here instead")
-QUANT = Option(None, help="quantise the decoders' linear layers with bitsandbytes")
+QUANT = Option(None, help="quantise the decoders' linear layers; int4 wants torchao")
 SPLIT = Option("train")
 SAME = Option(None, help="default as extracted")
 RUN = Argument(metavar="RUN", help="run folder")
-Quant = Literal["4bit", "8bit"] | None
+Quant = Literal["4bit", "8bit", "int4"] | None
 Split = Literal["train", "test"]
 Stored = Literal["fp32", "bf16", "fp16", "int8"]
 

@@ -1,12 +1,15 @@
-"""What every verb says on stderr, and the lock on what it writes."""
+"""What every verb says on stderr, the lock on what it writes, what stands beside the package."""
 
 from __future__ import annotations
 
 import contextlib
 import re
 import sys
+from importlib import import_module
 from pathlib import Path
 from typing import Any
+
+from xsd.core import ParameterError
 
 
 def say(sentence: str) -> int:
@@ -21,3 +24,14 @@ def alone(folder: Path, name: str = "writer.lock") -> Any:
     from xsd.files import FolderLock
 
     return FolderLock(folder, name)
+
+
+def beside(module: str) -> Any:
+    """A module beside the package. Raises: ParameterError where it was not shipped."""
+    try:
+        return import_module(module)
+    except ModuleNotFoundError as error:
+        if not module.startswith(error.name or "?"):
+            raise
+        raise ParameterError(f"this verb needs {module}, which stands beside the package: run xsd "
+                             "from a checkout") from error

@@ -1,14 +1,16 @@
-"""``xsd train``, ``xsd evaluate`` and ``xsd self-test``: adapters from the command line."""
+"""``xsd train``, ``evaluate``, ``self-test`` and ``bench``: adapters and rooms, from the command
+line."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from typer import Argument, Option, Typer
 
-from xsd.cli.data import DEVICE, QUIET, examples
-from xsd.core import ParameterError
+from xsd.cli.data import DEVICE, OUT, QUIET, examples
+from xsd.cli.exits import alone, beside
+from xsd.core import ROOT, ParameterError
 
 app = Typer(**QUIET)
 LEVEL = Option([], "-l", "--level", help="may be repeated; L1 to L6, X1, B1 or module:Class")
@@ -99,3 +101,18 @@ def self_test(
         raise ParameterError(f"--options cannot hold {min(own)}, which is an option of its own")
     rows = checks.self_test(width, levels=chosen, positions=positions, **given)
     print(pd.DataFrame(rows).to_string(index=False, float_format="{:.3f}".format))
+
+
+@app.command(epilog=examples("xsd bench train -o reports/here", "xsd bench full-size",
+                             "xsd bench full-size --size tiny --device cpu"))
+def bench(what: Literal["extract", "train", "metrics", "full-size"], out: Path | None = OUT,
+          size: Literal["full", "tiny"] = Option(None, help="of full-size: two 7B models made in "
+                                                 "memory (the default), or tiny ones"),
+          device: str = Option(None, help=f"of full-size: {DEVICE}")) -> None:
+    """Measure one room, or everything at full size, into reports/bench_<what>."""
+    out = out or ROOT / "reports" / f"bench_{what.replace('-', '_')}"
+    given = {name: one for name, one in (("size", size), ("device", device)) if one is not None}
+    if given and what != "full-size":
+        raise ParameterError(f"--{min(given)} is of full-size; xsd bench {what} takes none")
+    with alone(out, "bench.lock"):
+        print(beside(f"benchmarks.{what.replace('-', '_')}").run(out, **given))

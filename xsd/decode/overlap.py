@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -23,12 +23,14 @@ Overlap = Literal["threads", "serial"]
 
 
 class Timeline:
-    """Spans of one request on one clock, from two threads. On a GPU a span ends when its Python
-    call returns: an adapter's alone, which reads no token back, may only cover the launch."""
+    """Spans of one request on one clock, from two threads. On a GPU a span lies where the GPU did
+    its work, by events in the stream of its lane: a Python call returns when work is queued."""
     def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
         self._clock = clock
         self._origin = clock()
-        self._spans: list[Span] = []
+        self._on_gpu = torch.cuda.is_initialized()
+        self._begun = self._mark() if self._on_gpu else None
+        self._marks: list[tuple[Any, str, Any, Any]] = []
 
     def now(self) -> float:
         """Seconds since the request began."""
@@ -37,15 +39,31 @@ class Timeline:
     @contextlib.contextmanager
     def span(self, lane: Literal["drafter", "adapter", "verifier"], what: str) -> Iterator[None]:
         """Record the block as one bar, also when it raises."""
-        start = self.now()
+        start = self._mark()
         try:
             yield
         finally:
-            self._spans.append(Span(lane, what, start, self.now()))
+            self._marks.append((lane, what, start, self._mark()))
 
     def spans(self) -> tuple[Span, ...]:
         """All bars so far, by start time."""
-        return tuple(sorted(self._spans, key=lambda span: (span.start_s, span.end_s)))
+        found = (Span(lane, what, self._seconds(start), self._seconds(end))
+                 for lane, what, start, end in self._marks)
+        return tuple(sorted(found, key=lambda span: (span.start_s, span.end_s)))
+
+    def _mark(self) -> Any:
+        """This moment, of the clock or of the lane's stream."""
+        if not self._on_gpu:
+            return self.now()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def _seconds(self, mark: Any) -> float:
+        if not self._on_gpu:
+            return mark
+        mark.synchronize()
+        return self._begun.elapsed_time(mark) / 1e3
 
 
 def run_lanes(prefill: Callable[[], Prefilled], draft: Callable[[Stop], Drafted],

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from xsd.core import CheckpointError, DatasetError, ParameterError, Sample, VideoError
-from xsd.models import batched, small_steps, static_steps
+from xsd.models import batched, quantization, small_steps, static_steps
 from xsd.models.pixels import PixelSpec
 
 Role = Literal["drafter", "verifier"]
@@ -253,8 +253,8 @@ class ModelHandle(batched.BatchedAnswers):
 def tensors_hash(state: Mapping[str, Any]) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of a state dict's tensors."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(state.items()):
-        if isinstance(tensor, Tensor):
+    for name, value in sorted(state.items()):
+        for tensor in quantization.stored(value) if isinstance(value, Tensor) else ():
             digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
             raw = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
             digest.update(raw.numpy().data)

@@ -21,7 +21,7 @@ from xsd.models.checkpoint_files import answered
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import VIDEO_TOKEN, ModelHandle, Role
 from xsd.models.pixels import PixelSpec, read_pixel_spec
-from xsd.models.quantization import dtype_of, quantization_config
+from xsd.models.quantization import dtype_of, quantization_config, stored
 from xsd.models.settings import quiet
 
 EMBEDDED = ROOT / "data" / "pair"
@@ -127,7 +127,7 @@ def shared_vocabulary(drafter: ModelHandle, verifier: ModelHandle) -> int:
 
 def load_drafter(path: str | Path, quant: str | None = None, dtype: str | torch.dtype = "float32",
                  device: str = "cpu", vision_tower: str | Path | None = None) -> ModelHandle:
-    """An EventGPT checkpoint folder, official or ours. quant: None, "4bit" or "8bit". vision_tower:
+    """An EventGPT checkpoint folder, official or ours. quant: as quantization_config. vision_tower:
     a CLIP folder, for a checkpoint without tower tensors or their description. Raises:
     CheckpointError for anything missing, truncated, of the wrong type or shape, not finite."""
     folder, raw = open_checkpoint(path, quant)
@@ -238,7 +238,8 @@ def open_checkpoint(path: str | Path, quant: str | None = None) -> tuple[Path, d
 
 def _handle(model: Any, role: Role, pixels: PixelSpec, folder: Path,
             quant: str | None) -> ModelHandle:
-    for name, parameter in model.named_parameters():
+    for name, parameter in ((name, one) for name, whole in model.named_parameters()
+                            for one in stored(whole)):
         if parameter.is_floating_point() and not bool(torch.isfinite(parameter).all()):
             raise CheckpointError(f"{folder}: {name} holds NaN or infinity after loading; download "
                                   "it again, or load with dtype='float32' or 'bfloat16'")
@@ -264,7 +265,8 @@ def _build(model_class: Any, config: Any, folder: Path, tensors: dict[str, Any],
     """A model filled with exactly these tensors. lacks: how names of tensors begin that are filled
     afterwards."""
     dtype = dtype_of(dtype)
-    options = {} if quant is None else {"quantization_config": quantization_config(quant, dtype),
+    options = {} if quant is None else {"quantization_config": quantization_config(quant, dtype,
+                                                                                   device),
                                         "device_map": {"": device}}
     settings.check_decoder(config, folder)
     with quiet(), answered(folder / "config.json"), torch.device("meta"):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,8 @@ _FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "process
 _STEPS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "resample": 3,
           "rescale_factor": 1 / 255}
 _LONGEST_EDGE = 4096
+_LARGE = 100_000
+"""Bytes of a picture from which several are resized at a time, each in a thread."""
 
 
 @dataclass(frozen=True)
@@ -38,23 +43,26 @@ class PixelSpec:
         if len(images) == 0:
             raise DatasetError("there is no image to preprocess: a sample needs at least one event "
                                "frame and one video frame")
-        rows = []
         for image in images:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8:
                 raise DatasetError(
                     f"an image is {image.dtype} {list(image.shape)}; uint8 [H, W, 3] is expected")
-            # transformers truncates the longer edge (int), it does not round.
-            sides, short = image.shape[:2], min(image.shape[:2])
-            height, width = (int(self.resize * side / short) for side in sides)
-            if (height, width) != sides:
-                picture = Image.fromarray(image)
-                image = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
-            top, left = (height - self.crop) // 2, (width - self.crop) // 2
-            rows.append(image[top:top + self.crop, left:left + self.crop])
-        whole = torch.from_numpy(np.stack(rows)).permute(0, 3, 1, 2).to(torch.float64)
-        pixels = whole.mul(1 / 255).to(torch.float32)
-        mean, std = (torch.tensor(values).view(3, 1, 1) for values in (self.mean, self.std))
-        return ((pixels - mean) / std).contiguous()
+        at_once = len(images) > 1 and max(image.size for image in images) > _LARGE
+        found = _workers(os.getpid()).map if at_once else map  # a prefill waits for these
+        return torch.from_numpy(np.stack(list(found(self._one, images))))
+
+    def _one(self, image: np.ndarray) -> np.ndarray:
+        # transformers truncates the longer edge (int), it does not round.
+        sides, short = image.shape[:2], min(image.shape[:2])
+        height, width = (int(self.resize * side / short) for side in sides)
+        if (height, width) != sides:
+            picture = Image.fromarray(image)
+            image = np.asarray(picture.resize((width, height), Image.Resampling.BICUBIC))
+        top, left = (height - self.crop) // 2, (width - self.crop) // 2
+        rows = image[top:top + self.crop, left:left + self.crop].transpose(2, 0, 1)
+        pixels = (rows.astype(np.float64) * (1 / 255)).astype(np.float32)
+        mean, std = (np.float32(values)[:, None, None] for values in (self.mean, self.std))
+        return np.ascontiguousarray((pixels - mean) / std)
 
     def write(self, folder: str | Path) -> None:
         """Write preprocessor_config.json in transformers' layout."""
@@ -64,6 +72,13 @@ class PixelSpec:
             "do_resize": True, "size": {"shortest_edge": self.resize}, "do_center_crop": True,
             "crop_size": crop, "do_rescale": True, "rescale_factor": 1 / 255, "do_normalize": True,
             "image_mean": self.mean, "image_std": self.std})
+
+
+@functools.lru_cache(maxsize=1)
+def _workers(process: int) -> ThreadPoolExecutor:
+    """Lasting threads of a process, as many as a clip has pictures; none forks."""
+    return ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1),
+                              thread_name_prefix="xsd-pixels")
 
 
 def read_pixel_spec(*folders: Path | None, image_size: int) -> PixelSpec:

@@ -20,6 +20,8 @@ TEXT_BYTES_PER_SAMPLE = 700
 """Question, answers and names in the parquet file beside a shard, roughly."""
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)
 """A 4-bit weight with its share of the quantised constants (blocks of 64, second level of 256)."""
+INT4_BYTES = 0.5 + 4 / 128
+"""The same of torchao's int4: a scale and a zero in bfloat16 for 128 weights."""
 PEAK = "peak: both weights, larger cache + activations"
 
 # --- the machine
@@ -114,9 +116,10 @@ def weight_bytes(size: ModelSize, dtype: str, quant: str | None = None) -> float
     1, and 4 bytes a row)."""
     linear, number = size.parameters["linear"], dtype_of(dtype).itemsize
     in_linear = {None: linear * number, "4bit": linear * NF4_BYTES,
-                 "8bit": linear + 4 * size.linear_rows}
+                 "int4": linear * INT4_BYTES, "8bit": linear + 4 * size.linear_rows}
     if quant not in in_linear:
-        raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit' or none")
+        raise ParameterError(f"quantisation {quant!r} is unknown; choose '4bit', '8bit', "
+                             "'int4' or none")
     return (size.total - linear) * number + in_linear[quant]
 
 

@@ -31,7 +31,8 @@ def fits(decoder: nn.Module) -> bool:
             and config.rope_parameters.get("rope_type") == "default"
             and config.hidden_act == "silu"
             and all(type(one) is nn.Linear and one.bias is None for one in linears)
-            and all(weight.dtype == torch.float32 and weight.device.type == "cpu"
+            and all(type(weight.data) is Tensor  # torchao's are not
+                    and weight.dtype == torch.float32 and weight.device.type == "cpu"
                     for weight in (*decoder.layers.parameters(), decoder.norm.weight)))
 
 

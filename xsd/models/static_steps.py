@@ -23,7 +23,6 @@ _ROOM = 256
 """Positions for an answer at first; also what the size of a room is a multiple of."""
 _ROOMS = 2
 """Sequences whose keys and values stay in place; of more, the longest unused one is set aside."""
-_ONE_CAPTURE = threading.Lock()
 
 
 def kind_for(decoder: nn.Module, steps: str) -> str:
@@ -112,7 +111,8 @@ class Steps:
         n, layers = len(embeds), tuple(record or ())
         width = next((rows for rows in ROWS if rows >= n), n)
         self._enter(held, held.length + width)
-        if not self.uncaptured and width in ROWS:
+        # not in the drafter's lane: nothing may wait for the whole device during a capture
+        if width in ROWS and threading.current_thread() is threading.main_thread():
             for rows in ROWS[:ROWS.index(width) + 1]:  # shorter rounds end every answer
                 self._capture(held.room.pass_of(rows, layers), held.length)
         one = held.room.pass_of(width, layers)
@@ -146,7 +146,7 @@ class Steps:
         if self.uncaptured or one.graph is not None:
             return
         try:
-            with _ONE_CAPTURE, torch.cuda.stream(torch.cuda.current_stream()):
+            with torch.cuda.stream(torch.cuda.current_stream()):  # which a failure would lose
                 one.capture(length, self._stream, self._pool)
         except RuntimeError as error:  # out of memory is one, too
             self.uncaptured = str(error).partition("\n")[0][:200]
@@ -257,7 +257,7 @@ class _Pass:
                 self._forward()
         torch.cuda.current_stream().wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        # the drafter's lane may allocate meanwhile
+        # other threads may allocate meanwhile
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             self._hidden = self._forward()
         self.graph = graph

@@ -120,7 +120,7 @@ def hint(name: str, known: Iterable[str]) -> str:
 # --- one's own parts, by name: known here by their form alone, imported where they are used
 
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "X1", "B1", "D1", "D2", "D5F")
-BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup")
+BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_static", "hf_prompt_lookup")
 ARMS = (*BASELINES, "drafter", "ngram", "prompt_lookup")
 SETTINGS = r"(@1f)?(@([1-9]|[1-5]\d|6[0-4]))?(~0?\.\d+)?"
 SPELLINGS = {"vl_baseline": "ar", "VL": "ar"}
@@ -197,11 +197,10 @@ Dtype = Literal["fp32", "fp16", "bf16", "int8"]
 Contexts = Annotated[list[Literal["verifier", "drafter"]], Field(
     default_factory=list,
     description="all positions of these, for block drafters (D1: verifier, D5F: both)")]
-Quant = Annotated[Literal["", "8bit", "4bit"],
-                  BeforeValidator(lambda given: {"int8": "8bit", "int4": "4bit"}.get(
-                      given, given) if isinstance(given, str) else given),
-                  Field(description="quantise the decoders' linear layers: 8bit, 4bit; empty: "
-                        "not at all")]
+Quant = Annotated[Literal["", "8bit", "4bit", "int4"],
+                  BeforeValidator(lambda given: "8bit" if given == "int8" else given),
+                  Field(description="quantise the decoders' linear layers: 8bit, 4bit "
+                        "(bitsandbytes), int4 (torchao, several rows a pass); empty: not at all")]
 
 # --- what several notebooks take
 
