@@ -8,7 +8,6 @@ or runs over leaves its one sentence, and the rest goes on.
 
 from __future__ import annotations
 
-import gc
 import signal
 import threading
 import time
@@ -66,7 +65,6 @@ def run(out: Path, *, size: str = "full", device: str = "auto", seconds: float =
 
 def _one(bench: parts.Bench, part: Callable[[parts.Bench], dict[str, Any]],
          seconds: float) -> dict[str, Any]:
-    gc.collect()
     bench.clear()
     start = time.perf_counter()
     bench.until = start + seconds

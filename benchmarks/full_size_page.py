@@ -44,7 +44,7 @@ def aims(found: Mapping[str, Any]) -> list[tuple[str, str, float | None, bool | 
     for what, sign, aim, value in rows:
         try:
             got = float(value())
-        except (TypeError, ValueError):  # a part of it was not measured
+        except (AttributeError, TypeError, ValueError):  # a part of it was not measured
             made.append((what, f"{sign} {aim:g}", None, None))
         else:
             made.append((what, f"{sign} {aim:g}", got, got <= aim if sign == "≤" else got >= aim))

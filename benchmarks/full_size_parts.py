@@ -3,6 +3,8 @@ holds."""
 
 from __future__ import annotations
 
+import functools
+import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -36,7 +38,7 @@ class Bench:
         """In 16 or 32 bits, while it is loaded."""
         return self.handles["verifier"]
 
-    @property
+    @functools.cached_property
     def sample(self) -> Sample:
         """The request that everything is measured on."""
         return full_size_pair.sample(self.size)
@@ -52,6 +54,7 @@ class Bench:
 
     def clear(self) -> None:
         """Give unused memory back, and count its peak anew."""
+        gc.collect()
         if self.device != "cpu":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(self.device)
