@@ -29,9 +29,10 @@ PARTS: Mapping[str, tuple[int, Callable[[parts.Bench], dict[str, Any]]]] = {
     "load": (60, parts.load), "prefills": (25, parts.prefills), "ladder": (60, parts.ladder),
     "verification": (30, parts.verification), "dial": (60, rates.dial),
     "int4": (40, parts.in_fewer_bits("int4")), "4bit": (40, parts.in_fewer_bits("4bit")), "8bit":
-        (40, parts.in_fewer_bits("8bit")), "adapters": (30, rates.adapter_steps), "overlap":
-            (20, parts.overlap), "extraction": (45, rates.extraction), "static": (90, parts.static),
-    "two in 4bit": (30, parts.small), "training": (40, rates.training),
+        (40, parts.in_fewer_bits("8bit")), "adapters": (30, rates.adapter_steps), "blocks":
+            (20, rates.blocks_of), "overlap": (20, parts.overlap), "extraction":
+                (45, rates.extraction), "static": (90, parts.static), "two in 4bit":
+                    (30, parts.small), "training": (40, rates.training),
 }
 """Seconds at most, the dearest to lose first; what needs the 16-bit models before what drops
 them."""

@@ -33,6 +33,8 @@ def aims(found: Mapping[str, Any]) -> list[tuple[str, str, float | None, bool | 
         ("v(6), best of 4 bits", "≤", 1.4, lambda: least("int4/v/steps/6", "4bit/v/steps/6")),
         ("speed-up, 5 drafts of which 0.8 are right, ids identical", "≥", 2.0,
          lambda: fastest() / _identical(found, "dial/0.8 right, 5 drafts")),
+        ("speed-up, one block of 8 of which 0.8 are right, ids identical", "≥", 2.5,
+         lambda: fastest() / _identical(found, "dial/0.8 right, a block of 8")),
         ("teacher-forced pairs a second / free answers one at a time", "≥", 40,
          lambda: max(_at(found, rates[0]).values()) / _at(found, rates[1])),
         ("GB, both models in NF4 with a request", "≤", 24,

@@ -158,7 +158,7 @@ def verification(bench: Bench) -> dict[str, Any]:
 def curve(bench: Bench, handle: ModelHandle) -> dict[str, Any]:
     """v(K) of any verifier, in ms and in steps."""
     found = costs.verification_curve(handle, bench.sample, rows=bench.size.rows, context=8,
-                                    repeats=bench.size.repeats)
+                                     repeats=bench.size.repeats)
     ms = dict(zip(map(str, found["rows"]), found["ms"].astype(float), strict=True))
     return {
         "ms": ms, "steps": {rows: one / ms["1"] for rows, one in ms.items()},

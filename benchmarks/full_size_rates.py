@@ -15,12 +15,12 @@ from benchmarks.full_size_parts import Bench, answers, rows, sentence
 from xsd.adapters import registry
 from xsd.bench import costs
 from xsd.core import Sample
-from xsd.decode import proposers, speculative
+from xsd.decode import blocks, proposers, speculative, tracks
 from xsd.models import quantization
 from xsd.train import fit, source
 from xsd.train.recipes import FitConfig
 
-DIALS, GAMMAS = (0.8, 0.6, 1.0), (5, 15)
+DIALS, BLOCK = (0.8, 0.6, 1.0), 8
 CONTEXT = 64
 FREE, FORCED = 32, 50
 """Tokens of an answer in the extraction."""
@@ -28,8 +28,14 @@ FREE, FORCED = 32, 50
 
 def _adapter(bench: Bench, level: str) -> Any:
     torch.manual_seed(0)
+    options, depth = {}, len(bench.verifier.decoder.layers)
+    if level in registry.BLOCKS:
+        options = {
+            "context_layers": sorted({depth // 3, 2 * depth // 3, depth - 1}),
+            "vocab_size": bench.size.shared
+        }
     made = registry.create_adapter(level, bench.verifier.hidden_size,
-                                   drafter_size=bench.handles["drafter"].hidden_size)
+                                   drafter_size=bench.handles["drafter"].hidden_size, **options)
     return made.to(bench.device, bench.dtype).eval()
 
 
@@ -50,35 +56,84 @@ def adapter_steps(bench: Bench) -> dict[str, Any]:
     return found
 
 
-class Dial(proposers.AdapterProposer):
-    """Pays for every draft with a step of an adapter, and then offers the right token with a given
-    probability, else a wrong one."""
-    def script(self, ids: tuple[int, ...], share: float) -> Dial:
+class Script:
+    """Offers the right token with a given probability, else a wrong one."""
+    def script(self, ids: tuple[int, ...], share: float) -> Any:
         """ids: the verifier's own answer."""
         self._ids, self._share, self._draw = ids, share, random.Random(0)
         return self
 
-    def next_token(self, drafts: Any) -> int | None:
-        super().next_token(drafts)
-        at = len(self.known) + len(drafts)
+    def offered(self, at: int) -> int:
+        """The draft at a place of the answer."""
         right = self._ids[min(at, len(self._ids) - 1)]
         wrong = right + 1 if right + 2 < self.draft_vocab_size else right - 1
         return right if self._draw.random() < self._share else wrong
 
 
+class Dial(Script, proposers.AdapterProposer):
+    """Pays for every draft with a step of an adapter."""
+    def next_token(self, drafts: Any) -> int | None:
+        super().next_token(drafts)
+        return self.offered(len(self.known) + len(drafts))
+
+
+class BlockDial(Script, blocks.BlockProposer):
+    """Pays for all drafts of a round with one pass of a block drafter."""
+    def propose(self, gamma: int, stop: Any = proposers.never) -> list[int]:
+        super().propose(gamma, stop)
+        return [self.offered(len(self.known) + k) for k in range(gamma)]
+
+
 def dial(bench: Bench) -> dict[str, Any]:
-    """Whole answers with drafts of a B1 that are right as often as dialled, the same ids as
-    alone."""
+    """Whole answers with drafts of a B1, and with blocks of a D1, that are right as often as
+    dialled; the same ids as alone."""
     handle, sample, ids = bench.verifier, bench.sample, tuple(bench.found["ids"])
-    proposer = Dial(None, _adapter(bench, "B1"), handle.lm_head, bench.size.shared,
-                    handle.eos_token_ids)
-    ways = {
-        f"{share:g} right, {gamma} drafts": lambda n, share=share, gamma=gamma:
-                                            speculative.generate(handle, proposer.script(
-                                                ids, share), sample, gamma=gamma, max_new_tokens=n)
-        for share in DIALS for gamma in GAMMAS
-    }
-    return answers(bench, ways)
+    made = handle.lm_head, bench.size.shared, handle.eos_token_ids
+    steps, block = Dial(None, _adapter(bench, "B1"),
+                        *made), BlockDial(None, _adapter(bench, "D1"), *made)
+
+    def way(proposer: Any, share: float, gamma: int) -> Any:
+        return lambda n: speculative.generate(handle, proposer.script(ids, share), sample, gamma=
+                                              gamma, max_new_tokens=n)
+
+    return answers(
+        bench, {
+            f"{share:g} right, {name}": way(proposer, share, gamma) for share in DIALS
+            for name, proposer, gamma in (("5 drafts", steps, 5), ("15 drafts", steps, 15),
+                                          (f"a block of {BLOCK}", block, BLOCK))
+        })
+
+
+def blocks_of(bench: Bench) -> dict[str, Any]:
+    """A pass of each block drafter with the head: with the prompt's context read before, and with
+    all of it to read."""
+    found: dict[str, Any] = {}
+    for level in registry.BLOCKS:
+        if bench.left() < 3:
+            return found | {"error": f"out of time before {level}"}
+        adapter, handle = _adapter(bench, level), bench.verifier
+        track = tracks.DrafterTrack(bench.handles["drafter"])
+        proposer = blocks.BlockProposer(track, adapter, handle.lm_head, bench.size.shared)
+        state = handle.prefill(bench.sample, layers=proposer.context_layers)
+
+        def begin(proposer: Any = proposer, state: Any = state) -> None:
+            proposer.begin(bench.sample)
+            proposer.observe([full_size_pair.FIRST_ID], state.hidden[None])
+            if state.context:
+                proposer.read_context(state.context, state.length)
+
+        def first(proposer: Any = proposer) -> None:
+            proposer.kept = {role: proposer.adapter.keep() for role in proposer.roles}
+            proposer.propose(BLOCK)
+
+        begin()
+        found |= rows(
+            costs.measure(
+                {
+                    f"{level}, a block of {BLOCK}": lambda p=proposer: p.propose(BLOCK),
+                    f"{level}, the first block": first
+                }, repeats=bench.size.repeats))
+    return found
 
 
 def extraction(bench: Bench) -> dict[str, Any]:

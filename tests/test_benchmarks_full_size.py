@@ -43,14 +43,15 @@ def test_the_dial_turns_what_is_accepted(results):
         if isinstance(one, dict)
     }
     assert set(ms) == {
-        f"{share:g} right, {gamma} drafts" for share in (0.6, 0.8, 1.0) for gamma in (5, 15)
+        f"{share:g} right, {what}" for share in (0.6, 0.8, 1.0)
+        for what in ("5 drafts", "15 drafts", "a block of 8")
     }
 
 
 def test_the_page_says_each_aim_with_what_was_measured(results):
     page = full_size_page.page(results)
     rows = full_size_page.aims(results["parts"])
-    assert len(rows) == 8 and all(f"| {what} | {aim} |" in page for what, aim, _, _ in rows)
+    assert len(rows) == 9 and all(f"| {what} | {aim} |" in page for what, aim, _, _ in rows)
     assert all(value is not None for what, _, value, _ in rows if "GB, training" not in what)
     results["parts"]["dial"]["0.8 right, 5 drafts"]["identical"] = False
     speed_up = [row for row in full_size_page.aims(results["parts"]) if "ids identical" in row[0]]
