@@ -104,6 +104,7 @@ def dial(bench: Bench) -> dict[str, Any]:
         })
 
 
+@torch.inference_mode()
 def blocks_of(bench: Bench) -> dict[str, Any]:
     """A pass of each block drafter with the head: with the prompt's context read before, and with
     all of it to read."""
