@@ -15,13 +15,12 @@ from xsd.core import LosslessError, ParameterError
 from xsd.evaluate import table
 from xsd.runs import demo_page, folder, parameters, report
 from xsd.steps import (
-    cached,
     compare,
-    explore,
     extraction,
     listing,
     live,
     lossless,
+    predictions,
     ready,
     traces,
     training,
@@ -327,10 +326,10 @@ def test_stored_pairs_are_replayed_with_adapters_and_measured_prices(place, benc
         told = found["arms"][level]["mean_accepted"]["value"]
         assert told == sums.loc[level, "accepted"] / sums.loc[level, "rounds"]
         assert found["arms"][level]["schedule"]["predicted_speedup"] > 0
-    prices = [cached.read_prices(measured_at, level=level).draft_s for level in ("", "L4")]
+    prices = [predictions.read_prices(measured_at, level=level).draft_s for level in ("", "L4")]
     assert prices[1] > prices[0] and found["mode"] == "teacher_forced"
     with pytest.raises(ParameterError, match=r"holds no prices .* notebook 05 measured L2"):
-        cached.read_prices(measured_at, level="L2")
+        predictions.read_prices(measured_at, level="L2")
     with pytest.raises(ParameterError, match="holds no states for adapters to read"):
         traces.run(measured_at / "results" / "live.json", tmp_path / "out", adapters=adapters)
     path = str(place / "run" / "adapters" / "L4")
@@ -454,7 +453,7 @@ def test_a_value_lies_inside_its_interval(place, records):
 
 
 def test_the_explorer_shows_tokens_and_pictures_of_a_run(place):
-    explorer = explore.explorer([str(place / "run")], levels=["L1", "L4"], threshold=0.9)
+    explorer = compare.explorer([str(place / "run")], levels=["L1", "L4"], threshold=0.9)
     assert explorer.data.runs == ["run · simulated", "run · davis_road"]
     assert explorer.selection.levels == ("L1", "L4") and explorer.pictures.value.count("<img") == 13
     explorer.run.value = "run · davis_road"

@@ -11,7 +11,7 @@ from xsd import cli
 from xsd.core import DatasetError, ParameterError, StorageError
 from xsd.embedded import drive, raw_sequence
 from xsd.sensors import dsec, folder, frames
-from xsd.steps import raw_dsec
+from xsd.steps import data
 
 SMALL = {"duration_s": 0.6, "image_size": (24, 18), "rendered": (40, 30)}
 
@@ -60,7 +60,7 @@ def test_the_command_cuts_resumes_and_sums_up(raw, tmp_path, capsys):
     said = capsys.readouterr().out
     assert "3 clips of 1 sequences written, 1 sequences were there already" in said
     assert "note: drive_1/000000" in said
-    table = raw_dsec.table(made)
+    table = data.clips_table(made)
     assert list(table["start_s"]) == [0, 0.15, 0.3] * 2 and set(table["width"]) == {640}
     sample = folder.load_sample(folder.open_folder(made)[0], "What moves?")
     assert sample.video.shape == (8, 9, 12, 3) and sample.event_frames[0].shape == (480, 640, 3)
@@ -70,29 +70,29 @@ def test_mistakes_are_named(raw, tmp_path):
     with pytest.raises(ParameterError, match="written WxH, such as 480x360, not '480'"):
         frames.size_of("480")
     with pytest.raises(ParameterError, match="both must be at least 1 ms"):
-        raw_dsec.prepare(raw, tmp_path / "made", clip_ms=0)
+        data.prepare_dsec(raw, tmp_path / "made", clip_ms=0)
     assert cli.main(["prepare-dsec", str(tmp_path), str(tmp_path / "made")]) == 2
     assert not (tmp_path / "made").exists()
 
 
 def test_one_folder_is_cut_in_one_way(raw, tmp_path):
-    raw_dsec.prepare(raw / "drive_0", tmp_path / "made", clip_ms=300)
+    data.prepare_dsec(raw / "drive_0", tmp_path / "made", clip_ms=300)
     with pytest.raises(ParameterError,
                        match="was begun with clip_ms=300, not 200; choose another folder"):
-        raw_dsec.prepare(raw, tmp_path / "made", clip_ms=200)
-    assert raw_dsec.prepare(raw, tmp_path / "made", clip_ms=300)["resumed"] == 1
+        data.prepare_dsec(raw, tmp_path / "made", clip_ms=200)
+    assert data.prepare_dsec(raw, tmp_path / "made", clip_ms=300)["resumed"] == 1
 
 
 def test_two_cannot_write_one_folder(raw, tmp_path):
     with folder.writing(tmp_path), pytest.raises(StorageError, match="is being written by"):
-        raw_dsec.prepare(raw, tmp_path)
+        data.prepare_dsec(raw, tmp_path)
 
 
 def test_settings_that_cannot_be_read_are_named(raw, tmp_path):
     for content in ("{", "[]"):
-        (tmp_path / raw_dsec.SETTINGS).write_text(content)
+        (tmp_path / data.SETTINGS).write_text(content)
         with pytest.raises(ParameterError, match=r"preparation.json is not JSON|was begun with"):
-            raw_dsec.prepare(raw, tmp_path)
+            data.prepare_dsec(raw, tmp_path)
 
 
 @pytest.mark.parametrize("verb", ["prepare", "simulate"])
@@ -102,7 +102,7 @@ def test_killed_at_any_file_the_next_run_ends_in_the_same_bytes(raw, tmp_path, v
 
     def go(root):
         if verb == "prepare":
-            raw_dsec.prepare(raw, root, clip_ms=300, video_size=(12, 9))
+            data.prepare_dsec(raw, root, clip_ms=300, video_size=(12, 9))
         else:
             drive.write_dataset(root, split="test", n_sequences=1, seed=1)
 

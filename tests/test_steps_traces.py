@@ -12,7 +12,7 @@ from xsd.decode import replay
 from xsd.evaluate import curves
 from xsd.evaluate import table as token_table
 from xsd.runs import folder
-from xsd.steps import cached, traces
+from xsd.steps import predictions, traces
 
 A, B = [5, 6, 7, 8, 2], [5, 6, 9, 8, 2]
 ROWS = [{"clip": 0, "sequence": "s0", "drafter_ids": [5, 6, 7], "verifier_ids": A},
@@ -83,7 +83,7 @@ def test_replayed_schedules_count_passes_and_price_them(trace_file, tmp_path):
                            eos_token_ids=frozenset({2}))
     assert [(r.n_drafted, r.n_accepted, r.bonus) for r in walked] == [(0, 0, True), (3, 3, True)]
     with pytest.raises(ParameterError, match="holds no prices"):
-        cached.read_prices(trace_file)
+        predictions.read_prices(trace_file)
 
 
 def test_rows_without_sequences_are_cut_into_blocks_of_neighbours(tmp_path):

@@ -21,7 +21,7 @@ from xsd.evaluate import tables
 from xsd.extract import run as extraction
 from xsd.runs import folder
 from xsd.shards import format as layout
-from xsd.steps import pair_files, verify
+from xsd.steps import extract_request, verify
 
 TOKENS = {"data": "d", "level": "L1", "sample": "a", "sequence": "s", "position": [0, 1],
           "match": True}
@@ -34,7 +34,7 @@ def whole(tmp_path_factory):
     extraction.extract(pair, make_samples(6, sequences=3), place / "shards" / "test_d",
                        modes=("teacher_forced", "free_running"), max_new_tokens=5, batch_size=2,
                        samples_per_shard=3)
-    pair_files.save(place / "shards", pair, "tiny", {"q"})
+    extract_request.save_pair(place / "shards", pair, "tiny", {"q"})
     folder.save_results(place, "extract", {"data_hashes": {"test_d": "0"}, "test": {
         "d": {"modes": ["teacher_forced", "free_running"]}}})
     folder.save_results(place, "tokens", {"gamma": 5})
@@ -195,7 +195,7 @@ def test_files_of_a_run_that_cannot_be_read_are_answered_in_a_sentence(own, data
     readers = {"results/tokens.json": lambda: folder.load_results(own),
                "results/extract.json": lambda: folder.data_hash(own),
                "tokens.parquet": lambda: folder.load_tokens(own),
-               "shards/pair.json": lambda: pair_files.read(own / "shards" / "pair.json")}
+               "shards/pair.json": lambda: extract_request.read_pair(own / "shards" / "pair.json")}
     for name, read in readers.items():
         read()
         path = own / name

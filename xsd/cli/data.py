@@ -67,12 +67,12 @@ def prepare_dsec(
 ) -> None:
     """Cut raw DSEC sequences into a dataset folder; resumes after the last finished sequence."""
     from xsd.sensors import frames
-    from xsd.steps import raw_dsec
+    from xsd.steps import data
 
-    summary = raw_dsec.prepare(source, root, split=split, clip_ms=clip_ms, hop_ms=hop_ms,
+    summary = data.prepare_dsec(source, root, split=split, clip_ms=clip_ms, hop_ms=hop_ms,
                                video_size=frames.size_of(video_size), canvas=canvas,
                                rectify=rectify)
-    print(raw_dsec.sentence(summary, root))
+    print(data.dsec_sentence(summary, root))
 
 
 @app.command(epilog=examples(
@@ -134,7 +134,7 @@ def extract(
         return supervision.supervise(command, out, supervise, part=rank.part_name)
     from xsd.extract import plan, run
     from xsd.runs import progress
-    from xsd.steps import extract_request, pair_files
+    from xsd.steps import extract_request
 
     own = request.device == "cuda" and os.environ.get("LOCAL_RANK")
     device = f"cuda:{own}" if own else request.device
@@ -154,8 +154,8 @@ def extract(
                          save_every=save_every, save_every_s=save_every_s,
                          progress=progress.lines(part and f"{part}: "))
     request.save(out)
-    pair_files.save(out, models, request.pair, {one.question for one in samples},
-                    loads={"dtype": request.dtype, "device": device, "quant": quant})
+    extract_request.save_pair(out, models, request.pair, {one.question for one in samples},
+                              loads={"dtype": request.dtype, "device": device, "quant": quant})
     print(f"{out}: {part and f'{part}, '}{report}")
     return 0 if report.finished else supervision.INTERRUPTED
 

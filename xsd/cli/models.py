@@ -74,11 +74,11 @@ def evaluate(
 ) -> None:
     """Judge adapters by path on stored pairs: the printed report, tables, the token table."""
     from xsd.files import FolderLock
-    from xsd.steps import judge
+    from xsd.steps import full_report
 
     with FolderLock(out.resolve(), "evaluate.lock"):
-        print(judge.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
-                          timing=timing, device=device))
+        print(full_report.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
+                                timing=timing, device=device))
 
 
 @app.command(epilog=examples("xsd self-test --width 4096", "xsd self-test runs/smoke/adapters/L4",

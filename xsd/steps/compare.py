@@ -1,23 +1,25 @@
 """Step 06: runs side by side, each difference paired sample by sample (one run alone: its levels,
-each against the drafter's own tokens)."""
+each against the drafter's own tokens). Step 07: what the explorer shows of them."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from xsd.core import MetricError, ParameterError
-from xsd.evaluate import statistics, table
+from xsd import files
+from xsd.core import MetricError, ParameterError, Sample
+from xsd.evaluate import comparison, statistics, table
+from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.runs import folder
 from xsd.steps import data as datasets
-from xsd.steps import listing, training
-from xsd.views import figures
+from xsd.steps import evaluation, extraction, listing, training
+from xsd.views import explorers, figures
 
 METRICS = {
     "accepted_per_round": "accepted drafts per round",
@@ -27,8 +29,6 @@ METRICS = {
 }
 SAME = {"speedup": ("gamma", "gamma_prefill", "max_new_tokens", "threads")}
 """Parameters that runs must share for a paired difference of a metric; others: gamma and mode."""
-_COUNTS = {"token_acceptance": ("matched", "positions"),
-           "accepted_per_round": ("accepted", "rounds")}
 KINDS = {table.DRAFTER: "drafter", "B1": "ceiling"}
 """What levels are that are no adapter; a ceiling reads the verifier's own states alone."""
 
@@ -37,24 +37,20 @@ def per_sample(run: str, metric: str) -> pd.DataFrame:
     """Numerator and denominator of a metric per data set, level (or live arm) and sample: data,
     level, sample, cluster, above, below. Raises: ParameterError for what the run lacks."""
     if metric == "speedup":
-        return _speedups(run)
-    tokens = folder.load_tokens(run)
+        with folder.as_written(folder.resolve(run) / "records.jsonl"):
+            return _speedups(run)
     with folder.as_written(folder.resolve(run) / "tokens.parquet"):
-        return _of_tokens(run, tokens, metric)
-
-
-def _of_tokens(run: str, tokens: pd.DataFrame, metric: str) -> pd.DataFrame:
-    if metric == "cosine":
-        keys = ["data", "level", "sample", "sequence"]
-        known = tokens[tokens["cosine"].notna()].groupby(keys, sort=False, observed=True)["cosine"]
-        rows = known.agg(above="sum", below="count").reset_index()
-    else:
-        gamma = folder.load_results(run).get("tokens", {}).get("gamma", 5)
-        above, below = _COUNTS[metric]
-        rows = table.counts(tokens, gamma).rename(columns={above: "above", below: "below"})
-    rows = rows.rename(columns={"sequence": "cluster"}).astype(
-        {"level": str, "data": str, "above": float, "below": float})
-    return rows.sort_values(["data", "level", "sample"], kind="stable", ignore_index=True)
+        tokens, keys = folder.load_tokens(run), ["data", "level", "sample", "sequence"]
+        if metric == "cosine":
+            known = tokens[tokens["cosine"].notna()].groupby(keys, sort=False, observed=True)
+            rows = known["cosine"].agg(above="sum", below="count").reset_index()
+        else:
+            gamma = folder.load_results(run).get("tokens", {}).get("gamma", 5)
+            above, below = comparison.UNITS[metric]
+            rows = table.counts(tokens, gamma).rename(columns={above: "above", below: "below"})
+        rows = rows.rename(columns={"sequence": "cluster"}).astype(
+            {"level": str, "data": str, "above": float, "below": float})
+        return rows.sort_values(keys[:3], kind="stable", ignore_index=True)
 
 
 def _live(run: str) -> dict[str, list[dict[str, Any]]]:
@@ -81,12 +77,10 @@ def _speedups(run: str) -> pd.DataFrame:
 
     pieces = []
     for name, part in _live(run).items():
-        with folder.as_written(folder.resolve(run) / "records.jsonl"):
-            times, baseline, clusters = speedups.seconds(part)
-            ratios = times.rdiv(times[baseline], axis=0)
-            own = ratios.melt(var_name="level", value_name="above", ignore_index=False)
-            own = own.reset_index()
-            pieces.append(own.assign(data=name, below=1.0, cluster=own["sample"].map(clusters)))
+        times, baseline, clusters = speedups.seconds(part)
+        ratios = times.rdiv(times[baseline], axis=0)
+        own = ratios.melt(var_name="level", value_name="above", ignore_index=False).reset_index()
+        pieces.append(own.assign(data=name, below=1.0, cluster=own["sample"].map(clusters)))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -105,18 +99,16 @@ def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd
     """A metric of every run, data set and level: run, data, level, value, low, high, n, n_clusters,
     kind, best (floors and ceilings apart; a busy machine has no best); of speed-ups also total,
     baseline, spread, busy."""
-    rows: list[dict[str, Any]] = []
-    options = {"n_resamples": resamples, "seed": seed}
+    rows, options = [], {"n_resamples": resamples, "seed": seed}
     for name, run in zip(listing.names(runs), runs, strict=True):
         if metric == "speedup":
             rows += [{"run": name, **row} for row in _speedup_rows(run, **options)]
             continue
         for (which, level), part in per_sample(run, metric).groupby(["data", "level"], sort=False):
-            found = statistics.bootstrap_ratio(part["above"], part["below"], part["cluster"],
-                                               **options)
-            kind = KINDS.get(level, "adapter")
-            about = {"run": name, "data": which, "level": level, "kind": kind}
-            rows.append(about | dataclasses.asdict(found))
+            sides = part["above"], part["below"], part["cluster"]
+            rows.append({"run": name, "data": which, "level": level,
+                         "kind": KINDS.get(level, "adapter"),
+                         **vars(statistics.bootstrap_ratio(*sides, **options))})
         # floors hold no row per sample, so they are shown and not paired
         results = folder.load_results(run)
         with folder.as_written(folder.resolve(run) / "results" / "tokens.json"):
@@ -137,25 +129,22 @@ def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resampl
 
     Several runs: each level minus the same level of the baseline run, or minus its only one where
     both hold one, if they may be compared (:func:`apart`). One run: each level minus the drafter's
-    own tokens (live: minus our greedy loop), else minus the first level. Returns: run,
-    data, level, against, value, low, high, n_samples, clear (the interval excludes 0).
-    Raises: ParameterError for a baseline that is not among the runs.
-    """
+    own tokens (live: minus our greedy loop), else minus the first level. Returns: run, data, level,
+    against, value, low, high, n_samples, clear (the interval excludes 0). Raises: ParameterError
+    for a baseline that is not among the runs."""
     called = dict(zip(listing.names(runs), runs, strict=True))
     base = _baseline(called, baseline)
-    refused = apart(runs, metric, baseline=baseline)
-    refused = set(zip(refused["run"], refused["data"], strict=True))
+    refused = set(apart(runs, metric, baseline=baseline)[["run", "data"]].itertuples(index=False))
     sides = {(name, which, level): part.set_index("sample").sort_index()
              for name, run in called.items()
              for (which, level), part in per_sample(run, metric).groupby(["data", "level"])}
-    held: dict[tuple[str, str], list[str]] = {}
-    for name, which, level in sides:
-        held.setdefault((name, which), []).append(level)
     rows = []
     for (name, which, level), own in sides.items():
-        if (name, which) in refused or (base, which) not in held:
+        mine, theirs = ([one for *place, one in sides if place == [run, which]]
+                        for run in (name, base))
+        if (name, which) in refused or not theirs:
             continue
-        partner = _partner(level, held[name, which], held[base, which], alone=len(called) == 1)
+        partner = _partner(level, mine, theirs, alone=len(called) == 1)
         other = (base, which, partner)
         if other in sides and other != (name, which, level):
             against = partner if len(called) == 1 else f"{base} {partner}"
@@ -179,8 +168,8 @@ def _partner(level: str, own: Sequence[str], theirs: Sequence[str], *, alone: bo
 def _baseline(called: Mapping[str, str], baseline: str) -> str:
     """The name of the run that differences are taken against."""
     by_place = {folder.resolve(run): name for name, run in called.items()}
-    first = next(iter(called.values()))
-    base = baseline if baseline in called else by_place.get(folder.resolve(baseline or first))
+    base = baseline if baseline in called else by_place.get(
+        folder.resolve(baseline or next(iter(called.values()))))
     if base is None:
         raise ParameterError(f"the baseline {baseline!r} is not among the runs {', '.join(called)}")
     return base
@@ -190,8 +179,7 @@ def apart(runs: Sequence[str], metric: str, *, baseline: str = "") -> pd.DataFra
     """Runs that are not subtracted from the baseline run, by held-out set, and why: run, data, why.
 
     A paired difference needs the same held-out data, pair of models and parameters (``SAME``) on
-    both sides. Raises: ParameterError for a baseline that is not among the runs.
-    """
+    both sides. Raises: ParameterError for a baseline that is not among the runs."""
     called = dict(zip(listing.names(runs), runs, strict=True))
     made = {}
     for name, run in called.items():
@@ -199,14 +187,12 @@ def apart(runs: Sequence[str], metric: str, *, baseline: str = "") -> pd.DataFra
             made[name] = _made_with(run, metric)
     base = _baseline(called, baseline)
     rows = []
-    for name, sets in made.items():
-        for data, mine in sets.items():
-            theirs = made[base].get(data, {})
-            why = [f"its {what} is {mine[what]}, that of {base} {theirs[what]}"
-                   for what in mine if what in theirs and mine[what] != theirs[what]]
-            if not theirs:
-                why = [f"{base} was not evaluated on it"]
-            rows += [{"run": name, "data": data, "why": one} for one in why]
+    for name, data, mine in ((name, *one) for name, sets in made.items() for one in sets.items()):
+        theirs = made[base].get(data, {})
+        why = [f"its {what} is {mine[what]}, that of {base} {theirs[what]}" for what in mine
+               if what in theirs and mine[what] != theirs[what]] if theirs else [
+            f"{base} was not evaluated on it"]
+        rows += [{"run": name, "data": data, "why": one} for one in why]
     return pd.DataFrame(rows, columns=["run", "data", "why"])
 
 
@@ -219,8 +205,8 @@ def _made_with(run: str, metric: str) -> dict[str, dict[str, str]]:
     given = origin.get("parameters", {})
     known: dict[str, Any] = {name: given.get(name) for name in SAME.get(metric, ("gamma", "mode"))}
     known |= {f"{role}'s weights": value[:12] for role, value in extract.get("weights", {}).items()}
-    known["longest answer"] = extract.get("provenance", {}).get("parameters", {}).get(
-        "max_new_tokens")
+    asked = extract.get("provenance", {}).get("parameters", {})
+    known["longest answer"] = asked.get("max_new_tokens")
     if metric == "speedup":
         known |= {"baseline": found.get("baseline"), "machine": origin.get("machine")}
     hashes = {name.removeprefix("test_"): value
@@ -244,9 +230,8 @@ def _difference(pair: pd.DataFrame, of_medians: bool, **options: int) -> dict[st
             found = statistics.bootstrap_ratio_difference(
                 (pair["above"], pair["below"]), (pair["above_other"], pair["below_other"]),
                 pair["cluster"], **options)
-    # no sample in common, or nothing drafted on one side: there is no difference to state
-    except MetricError:
-        return {"value": math.nan, "low": math.nan, "high": math.nan, "clear": False}
+    except MetricError:  # no sample in common, or nothing drafted on one side
+        found = statistics.Interval(math.nan, math.nan, math.nan, 0, 0)
     return {"value": found.value, "low": found.low, "high": found.high,
             "clear": found.excludes(0.0)}
 
@@ -256,12 +241,11 @@ def picture(found: pd.DataFrame, which: str, metric: str) -> go.Figure:
     part = found[found["data"] == which]
     run = " · " + part["run"] if part["run"].nunique() > 1 else ""
     stars = part["best"].map({True: "★ ", False: ""})
-    frame = part.assign(name=stars + part["level"].str.replace("_", " ") + run)
-    frame = frame.astype({"low": float, "high": float})
+    frame = part.assign(name=stars + part["level"].str.replace("_", " ") + run).astype(
+        {"low": float, "high": float})
     title = f"{METRICS[metric].capitalize()} · {which}"
-    if metric == "speedup":
-        return figures.speedup_bars(frame, title=title)
-    return figures.accepted_per_round_dots(frame, title=title, x=METRICS[metric])
+    return figures.speedup_bars(frame, title=title) if metric == "speedup" else (
+        figures.accepted_per_round_dots(frame, title=title, x=METRICS[metric]))
 
 
 def curves(runs: Sequence[str]) -> pd.DataFrame:
@@ -283,3 +267,34 @@ def save(run_dir: str, metric: str, runs: Sequence[str], found: pd.DataFrame,
                "provenance": provenance(data_hash=hashes, **made_with)}
     folder.save_results(run_dir, "compare", results)
     return results
+
+
+def pictures(runs: Sequence[str]) -> Callable[[str], Sample | None]:
+    """Sample key → Sample of any of the runs, read when asked for; None for an unknown key."""
+    @cache
+    def places() -> dict[str, tuple[HeldOut, int]]:
+        sets = [evaluation.held_out(run, data) for run in runs
+                for data in extraction.held_out_names(run)]
+        return {name: (one, i) for one in sets for i, name in enumerate(one.keys)}
+
+    @cache
+    def read(key: str) -> Sample | None:
+        pairs, index = places().get(key, (None, 0))
+        try:
+            return pairs and pairs.load(index)
+        except ParameterError:  # of imported chunks nobody knows the clips
+            return None
+
+    return read
+
+
+def explorer(runs: Sequence[str], *, levels: Sequence[str],
+             threshold: float) -> explorers.AcceptanceExplorer:
+    """The explorer, opened on ``levels`` as far as the first run holds them. In it, a run is a run
+    folder and one of its held-out sets."""
+    tables = [own.assign(run=f"{name} · " + own["data"].astype(str)) for name, own in zip(
+        listing.names(runs), map(folder.load_tokens, runs), strict=True)]
+    found = explorers.ExplorerData(pd.concat(tables, ignore_index=True), pictures(runs))
+    held = found.levels(found.runs[0])
+    chosen = [name for name in map(files.name_of, levels) if name in held] or held[:2]
+    return explorers.AcceptanceExplorer(found, levels=chosen, tau=threshold)

@@ -1,5 +1,6 @@
-"""What an extraction was asked for, kept beside its shards (``extract.json``) so that they can be
-repaired without asking again; and what it will come to, said before it starts."""
+"""What stands beside extracted pairs: what was asked for (``extract.json``), so that they can be
+repaired without asking again, and what later steps need of the models, unloaded (``pair.json``);
+and what an extraction will come to, said before it starts."""
 
 from __future__ import annotations
 
@@ -10,11 +11,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import BaseModel, StrictInt
+
 from xsd import digests
 from xsd.core import ParameterError, ShardError
 from xsd.extract import pairs, plan, ranks
 from xsd.files import read_json, sha256_of
-from xsd.runs import folder as run_folder
+from xsd.runs import folder
 from xsd.sensors import folder as dataset_folder
 from xsd.shards.format import TORCH_DTYPES
 from xsd.steps import data as datasets
@@ -22,7 +25,7 @@ from xsd.steps import data as datasets
 if TYPE_CHECKING:
     from xsd.models import loading
 
-FILE = "extract.json"
+FILE, PAIR = "extract.json", "pair.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +63,7 @@ class Request:
         """Both models, with the number of event frames asked for. Raises: as load_pair."""
         from xsd.models import loading  # three seconds that only who extracts should wait for
 
-        name = self.pair if self.pair == "embedded" else run_folder.resolve(self.pair)
+        name = self.pair if self.pair == "embedded" else folder.resolve(self.pair)
         pair = loading.load_pair(name, dtype=self.dtype, device=self.device, quant=self.quant)
         return dataclasses.replace(pair, n_event_frames=self.event_frames or pair.n_event_frames)
 
@@ -81,7 +84,7 @@ class Request:
 
     def about(self) -> dict[str, Any]:
         """For the manifest's provenance: the questions' file and its hash, where one was given."""
-        path = run_folder.resolve(self.questions_file)
+        path = folder.resolve(self.questions_file)
         return {"questions_file": {"name": path.name, "sha256": sha256_of(path)}} if (
             self.questions_file) else {}
 
@@ -102,7 +105,7 @@ def here(place: str | Path) -> str:
     """A path as a request keeps it: relative to the checkout where it lies inside, else absolute.
     Names of pairs and data sets stay as they are."""
     names = ("embedded", datasets.SIMULATED, datasets.RECORDED)
-    return str(place) if place in names else run_folder.shown(Path(place).resolve())
+    return str(place) if place in names else folder.shown(Path(place).resolve())
 
 
 def load_request(place: str | Path, **changes: Any) -> Request:
@@ -149,3 +152,35 @@ def announced(pair: loading.Pair, samples: Sequence[plan.Item], *, modes: Sequen
         time_left = f", about {hours:.1f} h as one batch took"
     return (f"{len({one.sequence for one in samples})} sequences, {clips} clips, {asked} "
             f"questions: {n} pairs in {len(modes)} kind(s), at most {gb:.3f} GB{time_left}")
+
+
+def save_pair(place: Path, pair: loading.Pair, name: str, questions: set[str], **more: Any) -> None:
+    """Write ``pair.json`` beside extracted pairs: what later steps need of the models."""
+    verifier = pair.verifier
+    prompts = {question: [token for part in verifier.prompt_ids(question) for token in part]
+               for question in questions}
+    digests.write_sealed(place / PAIR, {
+        "pair": name, "eos": sorted(verifier.eos_token_ids), "prompt_ids": prompts,
+        "token_texts": [verifier.token_text(token) for token in range(verifier.vocab_size)],
+        "event_canvas": pair.event_canvas, **more
+    })
+
+
+class _Pair(BaseModel):
+    """The fields of ``pair.json`` that all of them have."""
+
+    pair: str
+    eos: list[StrictInt]
+    prompt_ids: dict[str, list[StrictInt]]
+    token_texts: list[str]
+    test_data: list[str] = []
+    data: str = ""
+
+
+def read_pair(path: Path) -> dict[str, Any]:
+    """Raises: ParameterError where it is damaged, or of another form."""
+    again = "run notebook 01 (or xsd data extract) again, which writes it anew"
+    found = folder.read_record(path, again)
+    with folder.as_written(path):  # pydantic's error is a ValueError
+        _Pair.model_validate(found)
+    return found

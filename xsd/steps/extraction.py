@@ -22,13 +22,13 @@ from xsd.shards import chunks
 from xsd.shards.format import MANIFEST
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
-from xsd.steps import pair_files
+from xsd.steps import extract_request
 from xsd.steps.extract_request import Request, here, load_request
 
 if TYPE_CHECKING:
     from xsd.models import loading
 
-PAIR_FILE = f"shards/{pair_files.NAME}"
+PAIR_FILE = f"shards/{extract_request.PAIR}"
 """What later steps need of the pair without loading it: its name, every token's text, the prompts'
 ids."""
 Key = tuple[str, str]
@@ -132,7 +132,7 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
          counts: Mapping[Key, Mapping[str, Any]]) -> dict[str, Any]:
     """Write ``shards/pair.json`` and ``results/extract.json``. counts: of :func:`extract`. Returns
     the results, with how templated the answers are."""
-    pair_files.save(folder.resolve(given.run_dir) / "shards", pair, given.pair,
+    extract_request.save_pair(folder.resolve(given.run_dir) / "shards", pair, given.pair,
                    {one.question for some in samples.values() for one in some},
                    # as given: a dataset folder is found again by its path
                    data=given.data, test_data=list(given.test_data), loads=given.loads)
@@ -172,7 +172,7 @@ def pair_file(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
     if not path.exists():
         raise ParameterError(
             f"the run {run_dir} holds no extraction; run notebook 01 with run_dir={run_dir} first")
-    return pair_files.read(path)
+    return extract_request.read_pair(path)
 
 
 def stored(data: str, split: str) -> Path | None:
@@ -239,9 +239,9 @@ def known(pairs: ShardDataset) -> dict[str, Any]:
     """What is known of the models behind stored pairs, from the ``pair.json`` beside them: pair,
     eos, prompt_ids, token_texts; {} of imported chunks."""
     beside = [pairs.folder, *pairs.folder.resolve().parents[:2]]
-    found = (place / pair_files.NAME for place in beside)
+    found = (place / extract_request.PAIR for place in beside)
     path = next((one for one in found if one.exists()), None)
-    return pair_files.read(path) if path else {}
+    return extract_request.read_pair(path) if path else {}
 
 
 def clips_of(run_dir: str | os.PathLike[str], split: str, data: str,

@@ -29,7 +29,7 @@ from xsd.evaluate import floors, rounds, statistics
 from xsd.evaluate.held_out import HeldOut
 from xsd.files import FolderLock, provenance, read_json, remove_leftovers, sha256_of, write_json
 from xsd.runs import folder
-from xsd.steps import cached, evaluation, extraction
+from xsd.steps import evaluation, extraction, predictions
 
 EOS = frozenset({2})
 """Of the Llama vocabulary, which both 7B models use: taken where a file names none."""
@@ -177,7 +177,7 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
         prices: str | Path | None = None, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Import a trace file, or a folder of stored pairs, on whose states ``adapters`` draft, too:
     writes ``tokens.parquet`` and ``results/traces.json`` into the run folder and returns the
-    results. prices: as :func:`cached.read_prices`.
+    results. prices: as :func:`predictions.read_prices`.
 
     Raises: DatasetError for a bad file, ShardError for a bad folder, ParameterError for gamma below
     1, adapters without states or unreadable prices.
@@ -204,20 +204,19 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
     if stored and not pairs.has_ids:
         del tried["drafter tokens"]
     if adapters:
-        tried = {**cached.arms(pairs, adapters, gamma), **tried}
+        tried = {**predictions.stored_arms(pairs, adapters, gamma), **tried}
     found: dict[str, Any] = {
         "n": len(traces), "n_sequences": len(set(clusters)), "mode": origin[1], "gamma": gamma,
         "gamma_prefill": gamma_prefill,
         "duplicates": {"drafter": duplicates([trace.drafter_ids for trace in traces]),
                        "verifier": duplicates(answers)},
-        "provenance": provenance(seed=seed, data_hash=origin[0], source=path.name),
+        "provenance": provenance(seed=seed, data_hash=origin[0], source=path.name), "arms": {},
     }
-    found["arms"] = {}
     for name, floor in tried.items():
-        priced, one = None, adapters.get(name)
-        if prices is not None:
-            drafter = one.reads != "verifier" if one else name == "drafter tokens"
-            priced = cached.read_prices(prices, drafter=drafter, level=getattr(one, "level", ""))
+        one = adapters.get(name)
+        priced = None if prices is None else predictions.read_prices(
+            prices, drafter=one.reads != "verifier" if one else name == "drafter tokens",
+            level=getattr(one, "level", ""))
         # of our own pairs the first token is the verifier's, from its prefill: nobody drafts it
         matches = [match[int(stored):] for match in floor.match(answers)]
         found["arms"][name] = {
@@ -241,12 +240,10 @@ def acceptance(matches: Sequence[np.ndarray], clusters: Sequence[str], gamma: in
     each = walked.per_request()
     ratios = {"token_acceptance": ([match.sum() for match in matches], list(map(len, matches))),
               "mean_accepted": (each["accepted"], each["rounds"])}
-    return {
-        **{name: dataclasses.asdict(statistics.bootstrap_ratio(*both, clusters, **options))
-           for name, both in ratios.items()},
-        "marginal": list(rounds.Acceptance.of(walked).marginal),
+    return {name: dataclasses.asdict(statistics.bootstrap_ratio(*both, clusters, **options))
+            for name, both in ratios.items()} | {
         "by_position": by_position(matches),
-    }
+        "marginal": list(rounds.Acceptance.of(walked).marginal)}
 
 
 def duplicates(answers: Sequence[Sequence[int]]) -> dict[str, float]:
