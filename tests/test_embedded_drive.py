@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from xsd.core import DatasetError
-from xsd.embedded import drive, dvs, facts, render, scenes
+from xsd.embedded import drive, dvs, language, render, scenes
 from xsd.sensors import folder
 
 
@@ -81,7 +81,7 @@ def _facts(scene, counts=None, grey=False):
     renderer = render.Renderer(scene)
     times = np.arange(20) / 20
     ids = np.stack([renderer.frame(t, with_ids=True)[1] for t in times])
-    return facts.clip_facts(scene, np.where(ids >= render.SCENERY_ID, 0, ids), times, counts or {},
+    return render.clip_facts(scene, np.where(ids >= render.SCENERY_ID, 0, ids), times, counts or {},
                             grey=grey)
 
 
@@ -94,9 +94,9 @@ def test_a_visible_van_is_a_fact_and_an_occluded_one_is_not():
 
 
 def test_events_know_no_colour_and_nothing_that_stands_still():
-    still = facts.seen_by_events(_facts(_scene(), counts={1: 0}))
+    still = language.seen_by_events(_facts(_scene(), counts={1: 0}))
     assert still["vehicles"] == [] and still["time"] is None and still["left"] is None
-    moving = facts.seen_by_events(_facts(_scene(ego="slow"), counts={1: 500}))
+    moving = language.seen_by_events(_facts(_scene(ego="slow"), counts={1: 500}))
     assert moving["vehicles"][0]["colour"] is None and moving["left"] == "fields"
 
 

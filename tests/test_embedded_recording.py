@@ -6,7 +6,6 @@ import pytest
 
 from studies.embedded_pair import real_road
 from xsd.core import ROOT, DatasetError, EventError, VideoError
-from xsd.embedded import recording
 from xsd.embedded.dvs import DvsConfig, simulate_events
 from xsd.files import sha256_of
 from xsd.sensors import event_files, folder, frames
@@ -18,7 +17,7 @@ FILE = PLACE / "davis346_road.aedat4"
 
 @pytest.fixture(scope="module")
 def real():
-    return recording.read_aedat4(FILE)
+    return event_streams.read_aedat4(FILE)
 
 
 def test_the_recording_is_the_one_its_notice_names():
@@ -42,7 +41,7 @@ def test_simulated_events_match_the_real_sensors_in_number_and_place(real):
 
 def test_the_comparison_notices_a_sensor_of_another_kind(real):
     noisy = real_road.compare_with_simulation(real, DvsConfig.noisy(), np.random.default_rng(0))
-    shuffled = recording.Recording(real.events, real.frames[:, :, ::-1], real.times_us)
+    shuffled = event_streams.Recording(real.events, real.frames[:, :, ::-1], real.times_us)
     assert noisy["ratio"] > 5
     assert real_road.compare_with_simulation(shuffled, DvsConfig(),
                                              np.random.default_rng(0))["spatial_correlation"] < 0.7
@@ -72,7 +71,7 @@ def synthetic(seconds=2.0, fps=20):
     x = np.arange(24)
     video = np.stack([np.tile(127 + 100 * np.sin((x + k) / 3), (10, 1))
                       for k in range(len(times))]).astype(np.uint8)
-    return recording.Recording(
+    return event_streams.Recording(
         simulate_events(video, times, DvsConfig.clean(), np.random.default_rng(0)), video, times)
 
 
@@ -91,17 +90,17 @@ def test_clips_overlap_by_half_and_the_last_frame_counts_its_interval():
 def test_what_cannot_be_cut_or_compared_is_named(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=r"span 0\.4\d s, less than one clip of 1\.00 s"):
         real_road.windows(synthetic(0.5))
-    still = recording.Recording(event_streams.empty(24, 10),
+    still = event_streams.Recording(event_streams.empty(24, 10),
                                 synthetic().frames,
                                 synthetic().times_us)
     with pytest.raises(EventError, match="0 real and"):
         real_road.compare_with_simulation(still, DvsConfig.clean(), np.random.default_rng(0))
     (tmp_path / "cut.aedat4").write_bytes(FILE.read_bytes()[:100_000])
     with pytest.raises(EventError, match=r"cut\.aedat4 could not be read as events"):
-        recording.read_aedat4(tmp_path / "cut.aedat4")
+        event_streams.read_aedat4(tmp_path / "cut.aedat4")
     shots = {"x": [0], "frames": np.zeros((2, 4, 4, 4), np.uint8), "times": np.array([5, 5])}
     for kinds, message in ((["RGBA"] * 2, "its frames are RGBA"), (["RGB"] * 2, "do not rise")):
         monkeypatch.setattr(event_files, "read_columns",
                             lambda _, kinds=kinds: shots | {"formats": np.array(kinds)})
         with pytest.raises(VideoError, match=message):
-            recording.read_aedat4(tmp_path / "a.aedat4")
+            event_streams.read_aedat4(tmp_path / "a.aedat4")

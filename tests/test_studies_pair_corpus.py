@@ -8,7 +8,7 @@ import pytest
 from studies.embedded_pair import card, corpus
 from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive
-from xsd.embedded.facts import seen_by_events
+from xsd.embedded.language import seen_by_events
 
 FACTS = [
     clip.facts for index in range(6)

@@ -22,8 +22,8 @@ from PIL import Image
 from xsd import processes
 from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive, language, render, scenes
-from xsd.embedded.answers import answers
-from xsd.embedded.facts import centre_square, seen_by_events
+from xsd.embedded.language import answers, seen_by_events
+from xsd.embedded.render import centre_square
 from xsd.embedded.scenes import COLOURS, SURROUNDINGS, VEHICLES
 from xsd.files import atomic_write
 from xsd.sensors import frames

@@ -19,8 +19,8 @@ import torch
 
 from xsd.core import DatasetError, EventError
 from xsd.embedded import dvs, language
-from xsd.embedded.recording import Recording
 from xsd.sensors import folder, frames, timed_video
+from xsd.sensors.events import Recording
 from xsd.steps import data
 
 CLIP_US, HOP_US = 1_000_000, 500_000

@@ -13,7 +13,7 @@ import numpy as np
 
 from xsd import processes
 from xsd.core import DatasetError
-from xsd.embedded import dvs, facts, language, render, scenes
+from xsd.embedded import dvs, language, render, scenes
 from xsd.sensors import folder, frames
 from xsd.sensors.events import Events
 from xsd.sensors.timed_video import LUMA
@@ -104,7 +104,7 @@ def _clip(k: int, scene: scenes.Scene, stream: Events, video: np.ndarray, ids: n
     end_us = start_us + int(CLIP_S * 1_000_000)
     events = stream.between(start_us, end_us)
     first, length = int(k * HOP_S * VIDEO_HZ), int(CLIP_S * VIDEO_HZ)
-    truth = facts.clip_facts(scene, ids[first:first + length],
+    truth = render.clip_facts(scene, ids[first:first + length],
                              (first + np.arange(length)) / VIDEO_HZ,
                              _events_by_identity(events, ids), grey=grey)
     chosen = [first + i for i in frames.uniform_indices(length, 8)]
@@ -140,7 +140,7 @@ def simulate(seed: int, split: str, n_sequences: int, *, workers: int = 1,
 
 def write_dataset(root: str | Path, *, split: str, n_sequences: int, seed: int, workers: int = 1,
                   progress: Callable[[int], None] | None = None) -> dict[str, Any]:
-    """Simulate a split and write it as a dataset folder with facts.json and questions.json;
+    """Simulate a split and write it as a dataset folder with render.json and questions.json;
     progress(number of finished sequences). Returns: {sequences, clips, events, questions}."""
     n_clips = n_events = 0
     texts = [question.text for question in language.questions()]

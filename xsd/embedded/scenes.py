@@ -43,7 +43,7 @@ class Actor:
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything a renderer needs; facts are read off what is really visible (facts.py)."""
+    """Everything a renderer needs; facts are read off what is really visible (render.py)."""
 
     time: str
     sky: str

@@ -12,7 +12,7 @@ import numpy as np
 import pandas as pd
 
 from xsd.core import ROOT, EventError, PairedStates, ParameterError, Sample, VideoError
-from xsd.embedded import drive, dvs, recording
+from xsd.embedded import drive, dvs
 from xsd.evaluate import held_out, statistics, table
 from xsd.models.loading import Pair
 from xsd.runs import folder
@@ -72,7 +72,7 @@ def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 
                          f"{', '.join(timed_video.SUFFIXES)} (videos)")
     size = dict(zip(("width", "height"), sensor_size, strict=True)) if sensor_size else {}
     if suffix == ".aedat4":
-        found = recording.read_aedat4(path, **size)
+        found = event_streams.read_aedat4(path, **size)
         if len(found.frames):  # else events alone, from a sensor that takes no pictures
             grey = found.frames.ndim == 3
             pictures = np.repeat(found.frames[..., None], 3, axis=3) if grey else found.frames
