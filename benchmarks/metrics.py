@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import ratios, states
 from xsd.core import ROOT
-from xsd.evaluate import hidden, reliability, tokens
+from xsd.evaluate import metrics, reliability
 from xsd.evaluate.kernels import cosines, head_tokens
 from xsd.evaluate.statistics import bootstrap_ratio
 from xsd.models import planning
@@ -129,7 +129,7 @@ def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any
     before, start = ratios.peak_bytes() / 1e6, time.perf_counter()
     whole = hidden_pass(file, -(-sizes.full // sizes.batch))
     passed = time.perf_counter() - start
-    hidden.figures(token_table(one_step_cosine=whole))
+    metrics.state_figures(token_table(one_step_cosine=whole))
     facts = {
         "file_gb": file.n_bytes / 1e9, "file_samples": file.n_samples,
         "full_pass_samples": len(whole),
@@ -174,7 +174,7 @@ def _statistics(sizes: Sizes) -> dict[str, Any]:
         "bootstrap_samples": n,
         "bootstrap_resamples": sizes.resamples,
         "bootstrap_s": _median_s(lambda: bootstrap_ratio(matched, length, names, **resamples)),
-        "token_result_s": _median_s(lambda: tokens.figures(table)),
+        "token_result_s": _median_s(lambda: metrics.token_figures(table)),
         "reliability_result_s": _median_s(lambda: reliability.figures(table)),
     }
 

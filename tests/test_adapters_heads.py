@@ -13,7 +13,7 @@ from test_adapters_levels import VOCABULARY, WIDTH, make, make_batch
 from xsd.adapters import heads, registry
 from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.decode import proposers
-from xsd.evaluate import drafting, table, vocabulary
+from xsd.evaluate import drafting, metrics, table
 from xsd.train import fit, objectives, source
 
 
@@ -62,15 +62,15 @@ def test_training_with_one_drafts_only_its_tokens_and_says_what_that_costs(tmp_p
                             config=fit.FitConfig(profile="tokens", epochs=3,
                                                  validation_share=0.2), head=examples.head())
     plain = registry.load_any_adapter(whole.best_path)
-    cost = vocabulary.cost(plain, batches, examples.head(), adapter.draft_ids, gamma=3)
+    cost = metrics.vocabulary_cost(plain, batches, examples.head(), adapter.draft_ids, gamma=3)
     assert cost["size"] == 8 and cost["head_share"] == 8 / examples.VOCABULARY
     assert 0 < cost["coverage"] < 1
     assert cost["reduced"] < cost["full"] and cost["kept"] == cost["reduced"] / cost["full"]
-    everything = vocabulary.cost(plain, batches, examples.head(),
+    everything = metrics.vocabulary_cost(plain, batches, examples.head(),
                                          torch.arange(examples.VOCABULARY), gamma=3)
     assert everything["coverage"] == 1 and everything["kept"] == 1
     with pytest.raises(ParameterError, match="this L1 drafts 8 tokens only"):
-        vocabulary.cost(adapter, batches, examples.head(), adapter.draft_ids)
+        metrics.vocabulary_cost(adapter, batches, examples.head(), adapter.draft_ids)
     with pytest.raises(TrainingError, match="needs the rows of the LM head"):
         fit.fit_adapter("L1", states, folder=tmp_path / "x", config=config,
                         head=lambda hidden: hidden @ examples.head().T)

@@ -9,15 +9,7 @@ import pytest
 import torch
 
 from xsd.core import MetricError
-from xsd.evaluate import (
-    comparison,
-    drafting,
-    hidden,
-    reliability,
-    report_text,
-    tables,
-    tokens,
-)
+from xsd.evaluate import comparison, drafting, metrics, reliability, report_text, tables
 from xsd.evaluate.comparison import compare_arms, compare_with_floors
 from xsd.evaluate.speedup import Timing
 from xsd.evaluate.statistics import Interval
@@ -143,7 +135,7 @@ def test_printed_report_has_its_eight_sections():
         level="L4", sequence=lambda rows: "s" + (rows["index"] % 3).astype(str))
     found = found.rename(columns={"index": "sample"})
     options = {"n_resamples": 50}
-    parts = [hidden.figures(found, **options), tokens.figures(found, **options),
+    parts = [metrics.state_figures(found, **options), metrics.token_figures(found, **options),
              reliability.figures(found, **options)]
     headline = pd.Series({"best floor": "4-gram", "clusters": 3}
                          | tables.sides("acceptance", Interval(0.9, 0.8, 1.0, 108, 3))
@@ -173,8 +165,8 @@ def test_printed_report_has_its_eight_sections():
                                                                       kind="own"))
     assert "break-even, γ = 5: 1× above 100 %   1.5× never   2× never" in slow
     assert "the times given" in slow and "slower than plain decoding, if it held" in slow
-    alone = pd.concat([hidden.figures(found.assign(sequence="road"), **options),
-                       tokens.figures(found.assign(sequence="road"), **options)])
+    alone = pd.concat([metrics.state_figures(found.assign(sequence="road"), **options),
+                       metrics.token_figures(found.assign(sequence="road"), **options)])
     changed = pd.Series({**headline, "clusters": 1} | tables.sides(
         "above floor", Interval(0.5, np.nan, np.nan, 108, 1)))
     said = report_text.report("bare", alone, gamma=5, headline=changed)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError
-from xsd.evaluate import hidden
+from xsd.evaluate import metrics
 from xsd.evaluate.kernels import cosines
 
 TAUS = (0.0, 0.5, 0.9)
@@ -49,7 +49,7 @@ def plain(aligned, target, mask, gamma):
 @given(seed=st.integers(0, 10_000), gamma=st.integers(1, 5))
 def test_equals_the_plain_loop(seed, gamma):
     table, (aligned, target, mask) = measured(seed)
-    found = hidden.figures(table, thresholds=TAUS, gamma=gamma, n_resamples=20)
+    found = metrics.state_figures(table, thresholds=TAUS, gamma=gamma, n_resamples=20)
     value = lambda *about: pick(found, *about)["value"]  # noqa: E731
     tokens, accepted, runs, prefill, decode = plain(aligned, target, mask, gamma)
     assert pick(found, "cosine_mean")["n"] == len(tokens) == int(mask.sum())
@@ -84,24 +84,24 @@ def test_partial_tables_in_any_order_give_the_same_figures_to_the_last_bit(seed,
     parts = [table[table["sample"].isin(order[:cut])], table[table["sample"].isin(order[cut:])]]
     again = pd.concat(parts).sample(frac=1, random_state=seed)
     options = {"n_resamples": 50}
-    pd.testing.assert_frame_equal(hidden.figures(again, **options),
-                                  hidden.figures(table, **options), check_exact=True)
+    pd.testing.assert_frame_equal(metrics.state_figures(again, **options),
+                                  metrics.state_figures(table, **options), check_exact=True)
 
 
 def test_settings_without_a_meaning_are_refused():
     table, _ = measured(0)
     with pytest.raises(MetricError, match="thresholds must be cosines"):
-        hidden.figures(table, thresholds=(1.2,))
+        metrics.state_figures(table, thresholds=(1.2,))
     with pytest.raises(MetricError, match="at least 1 but are 0 and 64"):
-        hidden.figures(table, gamma=0)
+        metrics.state_figures(table, gamma=0)
     with pytest.raises(MetricError, match="no row"):
-        hidden.figures(table.head(0))
+        metrics.state_figures(table.head(0))
 
 
 def test_figures_carry_interval_and_count_and_the_level():
     table, (_, _, mask) = measured(2)
     both = pd.concat([table, table.assign(level="L4")])
-    found = hidden.figures(both, thresholds=TAUS, n_resamples=50)
+    found = metrics.state_figures(both, thresholds=TAUS, n_resamples=50)
     assert list(dict.fromkeys(found["level"])) == ["L1", "L4"]
     overall = pick(found[found["level"] == "L4"], "accept_at", 0.5)
     assert overall["low"] <= overall["value"] <= overall["high"]

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError
-from xsd.evaluate import tokens
+from xsd.evaluate import metrics
 
 
 def made(seed, n=6, s=7):
@@ -26,7 +26,7 @@ def made(seed, n=6, s=7):
 @given(seed=st.integers(0, 10_000), gamma=st.integers(1, 6))
 def test_equals_the_plain_loop(seed, gamma):
     table, ranks, losses = made(seed)
-    found = tokens.figures(table, top_k=(1, 2, 5), gamma=gamma, n_resamples=20)
+    found = metrics.token_figures(table, top_k=(1, 2, 5), gamma=gamma, n_resamples=20)
     value = lambda *about: pick(found, *about)["value"]  # noqa: E731
     accepted = rounds = bonus = 0
     runs = []
@@ -57,10 +57,10 @@ def test_equals_the_plain_loop(seed, gamma):
 def test_conditional_is_given_that_all_before_were_right():
     table = as_table(np.ones((3, 2), bool), ["a", "b", "b"], cross_entropy=np.zeros((3, 2)),
                      one_step_rank=np.array([[0, 0], [0, 255], [255, 0]]))
-    found = tokens.figures(table, n_resamples=20)
+    found = metrics.token_figures(table, n_resamples=20)
     assert pick(found, "token_conditional", position=1)["value"] == 1 / 2
     assert pick(found, "token_acceptance", position=1)["value"] == pytest.approx(2 / 3)
-    never = tokens.figures(table.assign(one_step_rank=255), n_resamples=20)
+    never = metrics.token_figures(table.assign(one_step_rank=255), n_resamples=20)
     positions = never.loc[never["metric"] == "token_conditional", "position"]
     assert positions.tolist() == [0]  # nobody came to the second position
 
@@ -69,9 +69,9 @@ def test_partial_tables_in_any_order_give_the_same_figures_and_no_loss_is_no_fig
     table, _, _ = made(3)
     again = table.sample(frac=1, random_state=0)
     options = {"n_resamples": 50}
-    pd.testing.assert_frame_equal(tokens.figures(again, **options),
-                                  tokens.figures(table, **options))
-    unknown = tokens.figures(table.assign(cross_entropy=np.nan), **options)
+    pd.testing.assert_frame_equal(metrics.token_figures(again, **options),
+                                  metrics.token_figures(table, **options))
+    unknown = metrics.token_figures(table.assign(cross_entropy=np.nan), **options)
     assert "token_cross_entropy" not in set(unknown["metric"])
 
 
@@ -79,4 +79,4 @@ def test_partial_tables_in_any_order_give_the_same_figures_and_no_loss_is_no_fig
                                      {"max_positions": 0}])
 def test_settings_without_a_meaning_are_refused(options):
     with pytest.raises(MetricError, match="top_k must lie in 1 … 254"):
-        tokens.figures(made(0)[0], **options)
+        metrics.token_figures(made(0)[0], **options)

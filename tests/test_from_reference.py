@@ -90,7 +90,7 @@ def test_what_the_page_names_is_there(name):
 
 
 @pytest.mark.parametrize("wrong", ["xsd data nothing", "xsd plan --nothing", "02: nothing",
-                                   "evaluate.hidden.nothing", "evaluate.nothing",
+                                   "evaluate.metrics.nothing", "evaluate.nothing",
                                    "results/no_file.json", "results/live.json: no_key", "0.90"])
 def test_what_is_not_there_is_noticed(wrong):
     with pytest.raises((AssertionError, pytest.fail.Exception)):

@@ -14,7 +14,7 @@ from studies import pixels, storage
 from xsd import cli
 from xsd.core import ParameterError
 from xsd.embedded import drive
-from xsd.evaluate import hidden, table
+from xsd.evaluate import metrics, table
 from xsd.runs import folder, parameters
 from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
@@ -50,7 +50,7 @@ def found(place):
     adapters = training.load(run, LEVELS)
     pairs = evaluation.held_out_sets(run, hidden_given.test_data, hidden_given.mode)
     states = {name: table.measure(adapters, one, gamma=None) for name, one in pairs.items()}
-    figures = {name: hidden.figures(one, n_resamples=50) for name, one in states.items()}
+    figures = {name: metrics.state_figures(one, n_resamples=50) for name, one in states.items()}
     results = evaluation.hidden(figures, adapters, pairs, threshold=0.9)
     evaluation.save(run, "hidden", results, pairs, hidden_given.model_dump(), figures)
     tokens = ready.token_table(parameters.TokenParameters.checked({**given, "data": train}))

@@ -13,7 +13,7 @@ from xsd import cli
 from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.evaluate import table
-from xsd.runs import demo_page, folder, parameters, report
+from xsd.runs import demo, folder, parameters, report
 from xsd.steps import (
     compare,
     extraction,
@@ -25,7 +25,7 @@ from xsd.steps import (
     traces,
     training,
 )
-from xsd.views import cost_figures, figures, timeline, tokens
+from xsd.views import figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
 # Random weights may say <video> in an answer, which transformers' prompt lookup cannot: it is
@@ -216,9 +216,9 @@ def test_costs_predictions_and_pictures(bench, records):
     }
     shares = predicted[["prefill", "draft", "verify"]].sum(axis=1)
     assert ((shares - 1).abs() < 1e-9).all()
-    curve = cost_figures.verification_curve(curve)
+    curve = timeline.verification_curve(curve)
     assert [trace.name for trace in curve.data[1:]] == ["one pass over K rows", "K single steps"]
-    assert len(cost_figures.predicted_and_measured(predicted).data) == 4
+    assert len(timeline.predicted_and_measured(predicted).data) == 4
 
 
 def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, place):
@@ -240,7 +240,7 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
     results = folder.load_results(place / "run")
     assert "own greedy loop" in results["live"]["sentence"]
     assert results["live"]["check"]["labels"] == "L4, B1 and L1 + L5F"
-    page = report.render(demo_page.template(), results, **demo_page.parts(place / "run", results))
+    page = report.render(demo.template(), results, **demo.parts(place / "run", results))
     assert 'data-key="live/check/labels"' in page[:page.index("<nav>")]
     assert page.count('class="figure"') >= 2 and page.count("data-key=\"live/test/") > 10
     hashes = [

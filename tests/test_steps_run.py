@@ -10,9 +10,9 @@ import pytest
 from tiny_pair import make_tiny_pair
 
 from xsd.core import ParameterError
-from xsd.evaluate import curves, hidden, table, tables
+from xsd.evaluate import curves, metrics, table, tables
 from xsd.models import loading
-from xsd.runs import demo_page, folder, parameters, report
+from xsd.runs import demo, folder, parameters, report
 from xsd.steps import evaluation, extraction, ready, training
 from xsd.views import figures
 
@@ -52,7 +52,7 @@ def found(run_dir):
     adapters = training.load(run_dir, LEVELS)
     pairs = evaluation.held_out_sets(run_dir, given.test_data, given.mode)
     states = {name: table.measure(adapters, one, gamma=None) for name, one in pairs.items()}
-    figures_of = {name: hidden.figures(one, thresholds=given.thresholds, n_resamples=50)
+    figures_of = {name: metrics.state_figures(one, thresholds=given.thresholds, n_resamples=50)
                   for name, one in states.items()}
     results = evaluation.hidden(figures_of, adapters, pairs, threshold=0.9)
     evaluation.save(run_dir, "hidden", results, pairs, given.model_dump(), figures_of)
@@ -202,7 +202,7 @@ def test_hidden_results_hold_every_level_with_its_interval(found, run_dir):
 
 def test_the_demo_page_reads_these_results(found, run_dir):
     results = folder.load_results(run_dir)
-    page = report.render(demo_page.template(), results, **demo_page.parts(run_dir, results))
+    page = report.render(demo.template(), results, **demo.parts(run_dir, results))
     assert "best floor" in page[:page.index("<nav>")]
     titles = re.findall("<h2>(.*?)</h2>", page)
     assert titles[:2] == ["What was done", "How many draft tokens are accepted"]

@@ -53,7 +53,7 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
     """Eight sections for one level: 1 to 7 are the reference's hidden-state figures, 8 is what the
     verifier's head says, beside the floors.
 
-    Args: metrics: the level's rows of hidden.figures and, where they were measured, tokens.figures
+    Args: metrics: the level's rows of metrics.state_figures and, where they were measured, metrics.token_figures
         and reliability.figures. gamma: as they were made with. headline: the level's row of step
         13's table (acceptance, best floor, above floor …). floors: floor, value, low, high.
         timing: of section 6. measured: the level's speed-up in the live run.

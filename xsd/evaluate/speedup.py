@@ -137,7 +137,7 @@ def reference_estimates(unbroken_prefix: float, draft_acceptance: float, gamma: 
                         timing: Timing | None = None) -> dict[str, float]:
     """Group 6 of the reference's evaluation: prefill, decode, end_to_end. unbroken_prefix,
     draft_acceptance: at one cosine threshold, the mean unbroken prefix and the mean of
-    min(unbroken, gamma) / gamma (hidden.figures)."""
+    min(unbroken, gamma) / gamma (metrics.state_figures)."""
     timing = timing or Timing()
     hidden = unbroken_prefix / timing.n_drafted if timing.n_drafted else 0.0
     return {

@@ -20,9 +20,10 @@ import pandas as pd
 
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
-from xsd.evaluate import comparison, floors, hidden, statistics, table, tables, tokens
+from xsd.evaluate import comparison, floors, statistics, table, tables
 from xsd.evaluate.comparison import Counts
 from xsd.evaluate.held_out import HeldOut
+from xsd.evaluate.metrics import state_figures, token_figures
 from xsd.runs import parameters
 from xsd.steps import evaluation
 from xsd.steps.counterfactual import AGAIN, REAL
@@ -204,8 +205,8 @@ def metrics(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[f
     """Every figure of every level one step after the verified prefix, as one long table:
     hidden-state, token and reliability figures. own: the token table of the adapters' levels.
     reliable: reliability.figures of it."""
-    of_states = hidden.figures(own, thresholds=thresholds, gamma=gamma, **draws)
-    of_tokens = tokens.figures(own, top_k=(1, top_k), gamma=gamma, **draws)
+    of_states = state_figures(own, thresholds=thresholds, gamma=gamma, **draws)
+    of_tokens = token_figures(own, top_k=(1, top_k), gamma=gamma, **draws)
     return tables.frame([row for part in (of_states, of_tokens, reliable)
                          for row in part.to_dict("records")])
 
