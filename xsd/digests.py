@@ -2,8 +2,6 @@
 each folder's ``digests.jsonl`` has a line for whatever was written under a name, so that a changed
 file is named."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import os

@@ -1,8 +1,6 @@
 """Safe writing and reading, one writer to a folder, hashes, where a number came from, and objects
 named by a text. Only the standard library and xsd.core are imported here."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import errno
@@ -19,7 +17,7 @@ import uuid
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from xsd.core import ROOT, ParameterError, StorageError, XsdError
 
@@ -173,7 +171,7 @@ class FolderLock:
             self.path.unlink(missing_ok=True)
             self._file.close()
 
-    def __enter__(self) -> FolderLock:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -1,7 +1,5 @@
 """Helper processes that live no longer than the process that started them."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

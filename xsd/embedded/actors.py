@@ -1,8 +1,6 @@
 """The brush at one moment of a scene, and how vehicles, pedestrians, cyclists and traffic lights
 are drawn with it. Lengths in metres."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image, ImageDraw
 

@@ -1,8 +1,6 @@
 """Simulated drives: a scene becomes overlapping one-second clips that two sensors saw at once, the
 event camera at 60 Hz and the video camera at 20 Hz, as in DSEC."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product, repeat

@@ -6,11 +6,10 @@ event (float32 resolves it better than two large levels):
     d:  +0.05 --(frame: +0.47)--> 0.52 = 2 ON events of 0.2, and 0.12 are left for the next frame
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Self
 
 import numpy as np
 
@@ -50,12 +49,12 @@ class DvsConfig:
                              f"negative; got {self}")
 
     @classmethod
-    def clean(cls) -> DvsConfig:
+    def clean(cls) -> Self:
         """An ideal sensor: equal thresholds, no low-pass, no noise, no refractory time."""
         return cls(threshold_sigma=0.0, cutoff_hz=0.0, leak_hz=0.0, shot_hz=0.0, refractory_us=0)
 
     @classmethod
-    def noisy(cls) -> DvsConfig:
+    def noisy(cls) -> Self:
         """A sensor in poor light: v2e's noisy preset."""
         return cls(threshold_sigma=0.05, cutoff_hz=30.0, leak_hz=0.1, shot_hz=5.0)
 
@@ -107,9 +106,8 @@ class DvsSimulator:
     def _level(self, luminance: np.ndarray) -> np.ndarray:
         frame = np.asarray(luminance)
         if frame.shape != (self.height, self.width):
-            raise EventError(
-                f"the event camera sees {self.height}x{self.width} pixels (height x width) but was "
-                f"shown an array of shape {frame.shape}")
+            raise EventError(f"the event camera sees {self.height}x{self.width} pixels (height x "
+                             f"width) but was shown an array of shape {frame.shape}")
         level = frame.reshape(-1).astype(np.float32)
         if not (level.min() >= 0 and level.max() <= _WHITE):  # written so that NaN fails too
             raise EventError(f"luminance must lie in 0…255; got {level.min()}…{level.max()} (scale "
@@ -190,9 +188,8 @@ def simulate_events(frames: np.ndarray | Iterable[np.ndarray], times_us: Sequenc
     another number of times; as DvsSimulator.step."""
     frames = frames if isinstance(frames, np.ndarray) else list(frames)
     if len(frames) == 0 or len(frames) != len(times_us):
-        raise EventError(
-            f"simulating events needs at least one frame and one time for each; got {len(frames)} "
-            f"frames and {len(times_us)} times")
+        raise EventError("simulating events needs at least one frame and one time for each; got "
+                         f"{len(frames)} frames and {len(times_us)} times")
     simulator = DvsSimulator(*np.shape(frames[0]), config, generator)
     return event_streams.join([simulator.step(frame, int(time))
                                for frame, time in zip(frames, times_us, strict=True)])

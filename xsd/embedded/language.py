@@ -3,8 +3,6 @@ verifier's tells what a viewer of the video can know, the drafter's what an even
 other words and another order. Of a question's sentences the first counts whose words are all there.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any, Literal, NamedTuple
 

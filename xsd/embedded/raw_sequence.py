@@ -1,8 +1,6 @@
 """A simulated drive in DSEC's own raw format (docs/sensors.md, section 6). Luminance is rendered
 small and enlarged, which makes edges softer than a real sensor's."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

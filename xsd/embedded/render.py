@@ -1,8 +1,6 @@
 """Draw a scene at time t for both cameras, from far to near, and read off the id images what a
 viewer of a clip can know: what is visible in the square both models see."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

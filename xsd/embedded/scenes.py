@@ -1,7 +1,5 @@
 """What is on the simulated road, and where at time t: metres right (X), up (Y) and ahead (Z)."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import numpy as np

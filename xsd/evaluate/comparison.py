@@ -1,9 +1,6 @@
 """Arms side by side on the same samples: an adapter against its floors, what the drafter saw, and
 where acceptance is lost (docs/metrics.md, section 7; docs/teacher_forcing.md). ``options`` of every
-function: n_resamples, level, seed, as statistics.bootstrap takes them.
-"""
-
-from __future__ import annotations
+function: n_resamples, level, seed, as statistics.bootstrap takes them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,9 +49,8 @@ def compare_with_floors(arm: Counts, floors: Mapping[str, Counts], clusters: Seq
     in every resample, so that no floor's luck on this data counts for it. Raises: MetricError
     without floors, for other lengths, or a zero denominator."""
     if not floors:
-        raise MetricError(
-            "an acceptance figure without floors means nothing; pass at least the position mode "
-            "and the n-gram table")
+        raise MetricError("an acceptance figure without floors means nothing; pass at least the "
+                          "position mode and the n-gram table")
 
     def each_and_above(sums: np.ndarray) -> np.ndarray:
         ratios = sums[:, 0::2] / sums[:, 1::2]
@@ -89,8 +85,7 @@ def compare_arms(arms: Mapping[str, Counts], reference: str, clusters: Sequence[
     """Arms (real, blank and other-scene events, text only, verifier-self …) against one of them:
     for each a row with its value, its paired difference and what difference this set could have
     detected (None for the reference itself). Raises: MetricError when the reference is not among
-    the arms or the arms cover other samples.
-    """
+    the arms or the arms cover other samples."""
     if reference not in arms:
         raise MetricError(
             f"the reference arm {reference!r} was not measured; choose among {', '.join(arms)}")
@@ -128,9 +123,8 @@ def _stacked(arms: Mapping[str, Counts]) -> np.ndarray:
     columns = [np.asarray(values, dtype=np.float64) for pair in arms.values() for values in pair]
     for name, pair in arms.items():
         if {len(values) for values in pair} != {len(columns[0])}:
-            raise MetricError(
-                f"arm {name!r} covers {len(pair[0])} samples but the comparison is over "
-                f"{len(columns[0])}; evaluate every arm on the same samples")
+            raise MetricError(f"arm {name!r} covers {len(pair[0])} samples but the comparison is "
+                              f"over {len(columns[0])}; evaluate every arm on the same samples")
         if np.sum(pair[1]) <= 0:
             raise MetricError(
                 f"arm {name!r} has nothing below the line; evaluate it on samples that have tokens")
@@ -164,8 +158,7 @@ def gap(arms: Mapping[str, Counts], clusters: Sequence[str],
     and end. The branch begins again at the level it leaves.
 
     arms: of CHAIN, name → (matched, length) or (accepted, rounds) of every sample, in the same
-    order for every arm. Raises: MetricError as losses_between and the bootstrap do.
-    """
+    order for every arm. Raises: MetricError as losses_between and the bootstrap do."""
     heights = {name: bootstrap_ratio(*counts, clusters, **options)
                for name, counts in arms.items()}
     levels = {name: row("level", height, name=name) | {"start": 0.0, "end": height.value}
@@ -186,9 +179,8 @@ def counts_by_group(matches: Any, groups: Sequence[str],
     (matched, tokens) of every cluster in sorted order, 0 where a cluster has none. Raises:
     MetricError for other lengths."""
     if not len(matches) == len(groups) == len(clusters):
-        raise MetricError(
-            f"{len(matches)} matches but {len(groups)} group and {len(clusters)} cluster names; "
-            "name the kind and the cluster of every token")
+        raise MetricError(f"{len(matches)} matches but {len(groups)} group and {len(clusters)} "
+                          "cluster names; name the kind and the cluster of every token")
     tokens = pd.DataFrame({"match": matches, "group": groups, "cluster": clusters})
     sums = tokens.groupby(["cluster", "group"])["match"].agg(["sum", "size"]).unstack(fill_value=0)
     return {name: (sums["sum", name].to_numpy(), sums["size", name].to_numpy())

@@ -1,9 +1,6 @@
 """Curves of the token table: acceptance by position and by draft, the unbroken prefix, histograms.
 ``tau=None`` means the token truth (``match``); a number means the reference's ``cosine > tau``.
-Intervals draw whole sequences (docs/metrics.md, section 6); with fewer than two there is none.
-"""
-
-from __future__ import annotations
+Intervals draw whole sequences (docs/metrics.md, section 6); with fewer than two there is none."""
 
 from collections.abc import Iterator
 from typing import Any

@@ -1,9 +1,6 @@
 """Floors: what drafts achieve that never look at the sensor; an adapter's merit is what it adds
 (docs/metrics.md, section 7). What a floor drafts is a rule of :mod:`xsd.decode.rules`, the one
-that would draft live.
-"""
-
-from __future__ import annotations
+that would draft live."""
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -36,8 +33,7 @@ class Floor:
         """Per answer, bool [n]: is the floor's next token after the verifier's own prefix the
         verifier's? Its draft–verify rounds follow from that exactly (rounds.from_matches).
 
-        Raises: MetricError for empty answers, or as many others as it has no rule for.
-        """
+        Raises: MetricError for empty answers, or as many others as it has no rule for."""
         lists = as_lists(answers)
         if not callable(self._rules) and len(self._rules) != len(lists):
             raise MetricError(
@@ -102,9 +98,8 @@ def as_lists(answers: Iterable[Any]) -> list[list[int]]:
     """Answers as plain lists of ints. Raises: MetricError without answers or with an empty one."""
     lists = [_plain(ids) for ids in answers]
     if not lists:
-        raise MetricError(
-            "a floor needs answers but the list is empty; pass the verifier's token ids of the "
-            "split")
+        raise MetricError("a floor needs answers but the list is empty; pass the verifier's token "
+                          "ids of the split")
     empty = [i for i, ids in enumerate(lists) if not ids]
     if empty:
         raise MetricError(

@@ -1,8 +1,5 @@
 """One held-out set: its stored pairs, the head they are judged with, and what intervals draw. Token
-ids are read without the states, and states a batch at a time.
-"""
-
-from __future__ import annotations
+ids are read without the states, and states a batch at a time."""
 
 import dataclasses
 import random
@@ -25,8 +22,7 @@ class HeldOut:
     """name: short name of the data set. head: the verifier's LM head, float32 [V, D]. keys:
     core.Sample.key of each sample.
     What is known of the pair, where it is: texts, of every token id; prompt_ids, by question in the
-    verifier's tokenizer; eos. load: gives the sample at an index with its pictures.
-    """
+    verifier's tokenizer; eos. load: gives the sample at an index with its pictures."""
 
     name: str
     dataset: ShardDataset

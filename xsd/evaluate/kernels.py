@@ -1,10 +1,7 @@
 """What is computed from states themselves: cosines, and what the LM head says of a state, without a
 second copy of the states or a matrix [N, V] of logits.
 
-Letters in shapes: B batch, S positions of the answer, D hidden width, V vocabulary, N positions.
-"""
-
-from __future__ import annotations
+Letters in shapes: B batch, S positions of the answer, D hidden width, V vocabulary, N positions."""
 
 import math
 from collections.abc import Sequence
@@ -30,8 +27,7 @@ def cosines(aligned: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
     Raises: MetricError for other shapes, a mask that is not right-padded or leaves a row empty, a
     NaN or infinite state, a zero vector (its cosine has no meaning, and it usually means padding
-    under a True).
-    """
+    under a True)."""
     if aligned.dim() != 3:
         raise MetricError(f"aligned states must be [B, S, D] but are {list(aligned.shape)}; add "
                           "the batch dimension")
@@ -96,9 +92,8 @@ def _refuse(flat: int, n_positions: int, states: dict[str, Tensor]) -> None:
             raise MetricError(f"the {name} state at {place} is NaN or infinite; the adapter or "
                               "the extraction produced it, so mend that first")
         if not bool(values.any()):
-            raise MetricError(
-                f"the {name} state at {place} is a zero vector, whose cosine has no meaning; it "
-                "looks like padding under a True of the mask")
+            raise MetricError(f"the {name} state at {place} is a zero vector, whose cosine has no "
+                              "meaning; it looks like padding under a True of the mask")
     raise MetricError(f"the states at {place} are too large or too small for a float32 cosine; "
                       "scale them or store them in float32")
 
@@ -128,10 +123,9 @@ def head_tokens(hidden: Tensor, weight: Tensor, *, top_k: int = 1, targets: Tens
         a state is not finite.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise MetricError(
-            f"the LM head is {list(weight.shape)} ([V, D]) but the states are "
-            f"{list(hidden.shape)} ([N, D]); the widths must agree, so load the head of the model "
-            "whose space the states are in")
+        raise MetricError(f"the LM head is {list(weight.shape)} ([V, D]) but the states are "
+                          f"{list(hidden.shape)} ([N, D]); the widths must agree, so load the head "
+                          "of the model whose space the states are in")
     size = min(vocabulary or len(weight), len(weight))
     if not 1 <= top_k <= size:
         raise MetricError(f"top_k must be between 1 and the vocabulary's {size} but is {top_k}")

@@ -5,8 +5,6 @@ reduced draft vocabulary costs. What a greedy loop drafts is counted by
 :func:`xsd.evaluate.table.counts`. Tables of parts of a set, joined in any order, give the same
 figures to the last bit."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -196,8 +194,7 @@ def vocabulary_cost(adapter: Adapter, batches: Sequence[Batch], head: Tensor, id
     reduced: accepted drafts per round with all tokens and with these; kept: their ratio (NaN where
     all tokens accept none); head_share: k / V, of the head's rows that a draft step reads.
     Raises: ParameterError when the adapter has a draft vocabulary already (there is no whole one to
-    compare with), or ids are not the head's.
-    """
+    compare with), or ids are not the head's."""
     if adapter.draft_ids is not None:
         raise ParameterError(f"this {adapter.level} drafts {len(adapter.draft_ids)} tokens only; "
                              "give one of the whole vocabulary")

@@ -3,8 +3,6 @@ acceptance (docs/metrics.md, section 8); counted from a token table, rows withou
 The reference assumed ≈99.9 % above 0.95, ≈98 % in 0.90–0.95, ≈90 % in 0.85–0.90, else below 80 %.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 

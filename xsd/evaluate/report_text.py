@@ -1,8 +1,6 @@
 """The printed evaluation report: eight sections of plain text, for terminals and notebooks
 (docs/metrics.md, section 9)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pandas as pd
@@ -53,10 +51,10 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
     """Eight sections for one level: 1 to 7 are the reference's hidden-state figures, 8 is what the
     verifier's head says, beside the floors.
 
-    Args: metrics: the level's rows of metrics.state_figures and, where they were measured, metrics.token_figures
-        and reliability.figures. gamma: as they were made with. headline: the level's row of step
-        13's table (acceptance, best floor, above floor …). floors: floor, value, low, high.
-        timing: of section 6. measured: the level's speed-up in the live run.
+    Args: metrics: the level's rows of metrics.state_figures and, where they were measured,
+        token_figures and reliability.figures. gamma: as they were made with. headline: the level's
+        row of step 13's table (acceptance, best floor, above floor …). floors: floor, value, low,
+        high. timing: of section 6. measured: the level's speed-up in the live run.
     """
     of = _Figures(metrics)
     n_samples, n_tokens = of("length_mean", key="n"), of("cosine_mean", key="n")
@@ -75,8 +73,7 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
         "verdict: see 8)": [
             f"{at[tau]}{_bar(of('accept_at', tau))} {of.text('accept_at', tau)}   relaxed, tokens "
             f"of an answer: {of.text('accepted_relaxed', tau, percent=False)}" for tau in at]
-        + [f"weighted, sum of an answer's cosines: "
-           f"{of.text('accepted_weighted', percent=False)}"],
+        + [f"weighted, sum of an answer's cosines: {of.text('accepted_weighted', percent=False)}"],
         "[3] Unbroken prefix: tokens above the threshold before the first one that is not": [
             f"{at[tau]}{of.text('unbroken_prefix_mean', tau, percent=False)}   "
             + of.each("unbroken_prefix", "std .2f, median .1f, min .0f, max .0f", tau)

@@ -1,8 +1,7 @@
 """Speed-up models: the reference's formulas, and ours from token survival and measured costs
 (docs/metrics.md, section 10). Everything here is a *prediction*, to stand beside a measurement: the
 reference's own projection (5.77×) was five times what its clock then showed (1.03×), because
-verification was taken to be free and a cosine to be a token.
-"""
+verification was taken to be free and a cosine to be a token."""
 
 from __future__ import annotations
 
@@ -175,8 +174,7 @@ def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: 
     survival: P(first i + 1 drafts all accepted) for i = 0 … (Acceptance.marginal), going on at its
     last ratio. prefill_survival: of the hidden drafts, from the answer's first position on. Raises:
     MetricError for a curve that rises or leaves [0, 1], n_tokens or gamma below 1; ParameterError
-    for a v(K) that was not measured.
-    """
+    for a v(K) that was not measured."""
     if n_tokens < 1 or gamma < 1:
         raise MetricError(f"n_tokens and gamma must be at least 1 but are {n_tokens} and {gamma}")
     n_free, gained, checked = _hidden_drafts(prices, n_tokens, gamma), 1.0, 0.0
@@ -213,13 +211,11 @@ def accepted_within(survival: Sequence[float], k: int) -> float:
     """Σ_{i<k} survival[i]: expected accepted tokens among k drafts; beyond the curve's end at its
     last ratio.
 
-    Raises: MetricError for an empty curve, or one that rises or leaves [0, 1].
-    """
+    Raises: MetricError for an empty curve, or one that rises or leaves [0, 1]."""
     values = [1.0, *map(float, survival)]
     if len(values) == 1 or not all(0 <= b <= a <= 1 for a, b in pairwise(values)):
-        raise MetricError(
-            f"a survival curve must start at or below 1 and never rise but is {values[1:7]}; pass "
-            "Acceptance.marginal")
+        raise MetricError("a survival curve must start at or below 1 and never rise but is "
+                          f"{values[1:7]}; pass Acceptance.marginal")
     ratio = values[-1] / values[-2] if values[-2] > 0 else 0.0
     while len(values) <= k:
         values.append(values[-1] * ratio)

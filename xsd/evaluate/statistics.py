@@ -3,8 +3,6 @@ whole *sequences* are drawn with replacement (the cluster bootstrap, Davison & H
 3.8), percentile intervals. The same values in another order give the same interval to the last bit.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -101,8 +99,7 @@ def bootstrap(figure: Callable[[np.ndarray], np.ndarray], columns: Any, clusters
     """Intervals of any figures of sums: figure makes [R, C] sums of the columns [n, C] into [R, F].
 
     counted: n of each figure. Resamples without a figure (NaN) are left out; one cluster gives no
-    interval. Raises: MetricError as cluster_sums.
-    """
+    interval. Raises: MetricError as cluster_sums."""
     sums = cluster_sums(columns, clusters)
     low, high = np.full((2, len(counted)), np.nan)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -139,8 +136,7 @@ def bootstrap_columns(numerators: Any, denominators: Any, clusters: Sequence[Any
 
     denominators: [n, C], or fewer columns that stand for all of them in turn ([n, 1]; [n, S] under
     several curves of S positions). Raises: MetricError when C is no multiple of the denominators'
-    columns, a denominator sums to zero, and as cluster_sums.
-    """
+    columns, a denominator sums to zero, and as cluster_sums."""
     above, below = _columns(numerators), _columns(denominators)
     if len(above) != len(below):
         raise MetricError(f"{len(above)} numerators but {len(below)} denominators; a ratio needs "
@@ -234,10 +230,9 @@ def check_disjoint(train_sequences: Iterable[str], test_sequences: Iterable[str]
                           "is empty; read them from the manifests")
     shared = sorted(train & test)
     if shared:
-        raise MetricError(
-            f"{len(shared)} sequences are in training and in test "
-            f"({', '.join(shared[:3])}{' …' if len(shared) > 3 else ''}); "
-            "overlapping clips leak answers, so split by sequence and train again")
+        raise MetricError(f"{len(shared)} sequences are in training and in test "
+                          f"({', '.join(shared[:3])}{' …' if len(shared) > 3 else ''}); "
+                          "overlapping clips leak answers, so split by sequence and train again")
 
 
 def _columns(values: Any) -> np.ndarray:

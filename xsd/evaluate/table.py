@@ -1,9 +1,6 @@
 """The token table: one pass of the adapters over a held-out set, one row per level and position of
 an answer, from which everything else is computed. Its columns: docs/metrics.md, section 1. Text
-columns are categorical, so that a row takes about 100 bytes.
-"""
-
-from __future__ import annotations
+columns are categorical, so that a row takes about 100 bytes."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any

@@ -1,8 +1,6 @@
 """Figures as rows, and rows as text: DataFrame, CSV, Markdown, LaTeX (docs/metrics.md, section 9).
 Every row carries n and, where known, its interval."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path

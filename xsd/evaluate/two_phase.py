@@ -1,10 +1,7 @@
 """Two-phase evaluation offline: one adapter hidden behind the prefill drafts n_first tokens once,
 from the answer's start; another drafts gamma tokens per round from there on (docs/metrics.md,
 section 4). What a round accepts depends on where it starts, so phase 2 is given as *runs*, one for
-each start (xsd/evaluate/rounds.py).
-"""
-
-from __future__ import annotations
+each start (xsd/evaluate/rounds.py)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -25,8 +22,7 @@ def phases(tokens: pd.DataFrame,
     predict the answer's first token (the others need verifier states that are not there yet);
     name → runs int [N, S] from every position of the answer; lengths int [N]; clusters.
 
-    Answers of a single token are left out: nothing is drafted there.
-    """
+    Answers of a single token are left out: nothing is drafted there."""
     drafted = table.drafted(tokens)["sample"].unique()
     tokens = tokens[tokens["sample"].isin(drafted)]
     opening = set(tokens.loc[tokens["position"] < 0, "level"])
@@ -52,8 +48,7 @@ def every_pair(phase1: Mapping[str, Any], phase2: Mapping[str, Any], lengths: An
     (with bonus, over all verifier passes, phase 1's included), ``first_accepted`` (mean of phase
     1's run) and, where phase 2's level has a timing, ``speedup``, predicted: the time of plain
     decoding over that of these rounds, phase 1's drafts being free. Raises: MetricError when a
-    phase has no adapter, and as rounds.walk.
-    """
+    phase has no adapter, and as rounds.walk."""
     if not phase1 or not phase2:
         raise MetricError("a two-phase evaluation needs at least one adapter for each phase")
     rows, draws = [], {"n_resamples": n_resamples, "seed": seed}

@@ -1,8 +1,6 @@
 """The files of a checkpoint folder and its config.json, checked before anything is built from them.
 Whatever is missing, damaged, too large or may not be read is a CheckpointError."""
 
-from __future__ import annotations
-
 import contextlib
 import math
 import os

@@ -2,8 +2,6 @@
 differ from what a model expects, and the drafter's tower. Whatever is missing, damaged, ambiguous
 or does not fit is a CheckpointError."""
 
-from __future__ import annotations
-
 import math
 import pickle
 import zipfile

@@ -2,8 +2,6 @@
 F + P event tokens in the place of id -200 (docs/models.md, "The drafter"), with the official tensor
 names. Importing this module registers it with transformers' Auto classes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any, ClassVar

@@ -1,8 +1,6 @@
 """What a checkpoint's settings ask of the engine: what it cannot do is refused when the model is
 loaded (docs/models.md, "What the engine cannot do"); what it does not use is said."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re

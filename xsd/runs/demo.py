@@ -1,7 +1,5 @@
 """The main job, ``xsd demo``: notebooks 01 to 06 with one set of parameters, then the report."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Mapping
 from itertools import islice

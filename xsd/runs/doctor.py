@@ -1,8 +1,6 @@
 """``xsd doctor``: what of this machine and installation is in order, what is not, and what to do
 about it. A pair of models is looked at by :mod:`xsd.steps.plan`."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

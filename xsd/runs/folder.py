@@ -103,9 +103,8 @@ def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
 
     path = resolve(run_dir) / "tokens.parquet"
     if not path.is_file():
-        raise ParameterError(
-            f"the run {run_dir} has no token table (tokens.parquet); run notebook 04 with "
-            f"run_dir={run_dir} first")
+        raise ParameterError(f"the run {run_dir} has no token table (tokens.parquet); run notebook "
+                             f"04 with run_dir={run_dir} first")
     digests.check(path, ParameterError, AGAIN)
     with as_written(path):
         about = pyarrow.parquet.read_metadata(path)

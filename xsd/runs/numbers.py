@@ -2,8 +2,6 @@
 ``levels/L4/accept@0.90/value`` (list items by number); a number is drawn as ``<span data-key="path"
 data-format=".2f">1.23</span>``, so that each can be held against the file."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """tqdm that obeys TQDM_DISABLE in notebooks too (there tqdm 4.70 never looks at the variable)."""
 
-from __future__ import annotations
-
 import os
 import sys
 import time

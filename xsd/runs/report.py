@@ -57,8 +57,7 @@ def build_report(template: str, results: Mapping[str, Any], out_dir: str | Path,
     template: a Jinja template that sees ``results`` and ``parts`` and writes ``num(path, format)``,
     ``cell(path, format)`` (with its interval, or a dash) and ``plot(figure)``; an empty
     ``<nav></nav>`` becomes links to the sections. results: nested numbers, and their provenance.
-    Raises: ReportError if the page asks for a number that is not there or shows another one.
-    """
+    Raises: ReportError if the page asks for a number that is not there or shows another one."""
     out_dir, results = Path(out_dir), numbers.plain(results)
     body = render(template, results, **parts)
     library = get_plotlyjs() if 'class="figure"' in body else ""
@@ -253,10 +252,9 @@ def _count(numbered: Mapping[str, Any]) -> int | None:
 
 
 _words = re.compile(r"\S+").findall
-_TAGS = frozenset(_words(
-    "a abbr b blockquote br caption code col colgroup dd del details div dl dt em figcaption "
-    "figure h1 h2 h3 h4 h5 h6 hr i img kbd li ol p pre s small span strong sub summary sup table "
-    "tbody td tfoot th thead tr u ul"))
+_TAGS = frozenset(_words("a abbr b blockquote br caption code col colgroup dd del details div dl "
+                         "dt em figcaption figure h1 h2 h3 h4 h5 h6 hr i img kbd li ol p pre s "
+                         "small span strong sub summary sup table tbody td tfoot th thead tr u ul"))
 _ATTRIBUTES = frozenset(_words("align alt border class colspan id rowspan style title"))
 _STYLES = frozenset(_words(
     "background-color border border-bottom border-collapse border-color border-radius color "

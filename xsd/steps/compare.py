@@ -1,8 +1,6 @@
 """Step 06: runs side by side, each difference paired sample by sample (one run alone: its levels,
 each against the drafter's own tokens). Step 07: what the explorer shows of them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache

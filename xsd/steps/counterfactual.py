@@ -1,8 +1,5 @@
 """What the drafter is shown in place of the clip's own events, along the same answers: is it the
-sensor? (docs/metrics.md, section 7) Only the drafter runs again, once for each arm.
-"""
-
-from __future__ import annotations
+sensor? (docs/metrics.md, section 7) Only the drafter runs again, once for each arm."""
 
 import copy
 import dataclasses
@@ -133,9 +130,8 @@ def donors(clusters: Sequence[str]) -> list[int]:
         turns.append(len(members.setdefault(name, [])))
         members[name].append(place)
     if len(members) < 2:
-        raise ParameterError(
-            f"another scene's events need two scenes, but the held-out set is of {clusters[0]!r} "
-            "alone; leave that arm out")
+        raise ParameterError("another scene's events need two scenes, but the held-out set is of "
+                             f"{clusters[0]!r} alone; leave that arm out")
     following = dict(zip(members, [*members][1:] + [*members][:1], strict=True))
     others = [members[following[name]] for name in clusters]
     return [other[turn % len(other)] for turn, other in zip(turns, others, strict=True)]

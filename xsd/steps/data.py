@@ -3,10 +3,7 @@ question each clip is asked.
 
 Clips of a sequence overlap by half: asking each of them everything would count near duplicates many
 times. By default a sequence is asked each question once, on one of its clips in turn. A data set of
-a single sequence (the recording) asks every clip everything.
-"""
-
-from __future__ import annotations
+a single sequence (the recording) asks every clip everything."""
 
 import contextlib
 import functools
@@ -109,8 +106,7 @@ def asked(clips: Sequence[tuple[str, str]], n_questions: int,
 
     clips: (sequence, clip) in the order of the data set. A sequence gets ``questions_per_sequence``
     questions (at most all), the first one and the clip that gets it shifting from sequence to
-    sequence, so that neither a question nor a place in the drive is preferred.
-    """
+    sequence, so that neither a question nor a place in the drive is preferred."""
     by_sequence: dict[str, list[int]] = {}
     for index, (sequence, _) in enumerate(clips):
         by_sequence.setdefault(sequence, []).append(index)
@@ -131,8 +127,7 @@ def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence:
     the folder or of ``questions_file``. n_sequences: the first so many (default: all). duration:
     only clips of this length. canvas: the pair's, on which event frames are painted where a clip
     has no stored images. Raises: DatasetError when the folder holds no such split or no question,
-    ParameterError when no clip has the duration.
-    """
+    ParameterError when no clip has the duration."""
     records = folder.open_folder(root, split)
     kept = set(list(dict.fromkeys(record.sequence for record in records))[:n_sequences])
     records = _of_duration([one for one in records if one.sequence in kept], duration, root)
@@ -161,10 +156,9 @@ def _of_duration(records: list[folder.ClipRecord], duration: str,
             if length is None or abs(length - wanted) <= 0.05 * wanted]
     if records and not kept:
         there = sorted({round(length / 1000) for length in lengths})
-        raise ParameterError(
-            f"{root} holds no clip of {duration}: its clips last "
-            f"{', '.join(f'{length}ms' for length in there[:6])}; prepare the folder with that "
-            "length, or drop it")
+        raise ParameterError(f"{root} holds no clip of {duration}: its clips last "
+                             f"{', '.join(f'{length}ms' for length in there[:6])}; prepare the "
+                             "folder with that length, or drop it")
     return kept
 
 
@@ -204,8 +198,7 @@ def prepare_dsec(source: str | Path, root: str | Path, *, split: str = "train", 
     ``preparation.json``, so that one folder never mixes two ways.
 
     Returns: its summary and gb (of the whole folder). Raises: ParameterError for a clip or hop that
-    is not positive, or a folder begun with other settings; as sensors.dsec.prepare.
-    """
+    is not positive, or a folder begun with other settings; as sensors.dsec.prepare."""
     if clip_ms < 1 or hop_ms < 1:
         raise ParameterError(
             f"a clip of {clip_ms} ms every {hop_ms} ms cannot be cut; both must be at least 1 ms")

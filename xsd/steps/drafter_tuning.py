@@ -3,8 +3,6 @@ run's held-out sets. The drafter itself changes, so the pair is loaded and the p
 again from the run's clips. A frozen ridge map stands between the models; the same map behind the
 drafter as it came is the comparison."""
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterable, Iterator

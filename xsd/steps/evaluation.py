@@ -123,7 +123,7 @@ def save(run_dir: str | os.PathLike[str], name: str, results: Mapping[str, Any],
 
 def hidden(figures: Mapping[str, pd.DataFrame], adapters: Mapping[str, Adapter],
            pairs: Mapping[str, HeldOut], *, threshold: float) -> dict[str, Any]:
-    """What ``results/hidden.json`` keeps of ``evaluate.metrics.state_figures`` of each held-out set."""
+    """What ``results/hidden.json`` keeps of metrics.state_figures of each held-out set."""
     found: dict[str, Any] = {}
     for name, rows in figures.items():
         levels = {}

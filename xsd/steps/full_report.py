@@ -2,8 +2,6 @@
 every figure, into ``<run_dir>/report/``; and what ``xsd evaluate`` prints of one held-out
 set, without its arms (docs/metrics.md, section 9)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -166,9 +164,8 @@ def update_page(page: Path, block: str) -> None:
     text = page.read_text(encoding="utf-8") if page.is_file() else ""
     (before, *more), (*less, after) = (text.split(mark) for mark in MARKS)
     if len(more) != 1 or len(less) != 1:
-        raise ParameterError(
-            f"{page.name} has no place for measured figures; give a page that holds {MARKS[0]} and "
-            f"{MARKS[1]} once each")
+        raise ParameterError(f"{page.name} has no place for measured figures; give a page that "
+                             f"holds {MARKS[0]} and {MARKS[1]} once each")
     atomic_write(page, f"{before}{MARKS[0]}\n{block}\n{MARKS[1]}{after}")
 
 
@@ -211,8 +208,7 @@ def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "
     ``results/evaluate.json`` into ``out`` and return the report.
 
     pairs, train: as notebooks take data by path. Without ``train`` there are no floors of training
-    answers and nothing is compared with its sequences. Raises: as the steps of 04 and 13.
-    """
+    answers and nothing is compared with its sequences. Raises: as the steps of 04 and 13."""
     draws = {"n_resamples": n_resamples, "seed": seed}
     levels, answers = training.load(out, adapters, device), []
     held_out = evaluation.held_out(out, pairs, mode, head)

@@ -1,8 +1,6 @@
 """Which runs there are, what they were made with, and what came of them: ``xsd runs``, and the
 first table of notebook 06."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterable, Mapping, Sequence

@@ -2,8 +2,6 @@
 given or measured (docs/metrics.md, section 10); and what a replay of stored states stands on (the
 reference's cached mode). Notebook 05 measures."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,8 +27,7 @@ def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], 
     """Level or floor → what its speed-up is predicted from: the reference's times, one's own, or
     what notebook 05 measured in the run ("measured"); then levels it did not time are left out.
 
-    Raises: ParameterError where the run holds no measured costs, or not of rounds this wide.
-    """
+    Raises: ParameterError where the run holds no measured costs, or not of rounds this wide."""
     reads = dict.fromkeys(evaluation.FLOORS.values(), "") | {"drafter tokens": "drafter"} | {
         level: one.reads for level, one in adapters.items()}
     if timing != "measured":

@@ -1,8 +1,6 @@
 """Making what a run folder lacks, with the smoke parameters, so that each notebook runs alone: one
 call in a notebook's set-up cell. The steps below only read, and say what is missing."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,8 +19,7 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
     test_data and levels.
 
     adapters: True for P.levels, or the names of the levels. tokens: the token table of notebook 04,
-    when P.run_dir is among P.runs and holds none; a run made before keeps its own data sets.
-    """
+    when P.run_dir is among P.runs and holds none; a run made before keeps its own data sets."""
     if tokens:
         _ensure_tokens(P)
         return

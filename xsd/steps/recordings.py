@@ -1,8 +1,6 @@
 """Any event recording or any video before the pair, and plain warnings where it is out of their
 depth. What is missing is made, and said so."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path

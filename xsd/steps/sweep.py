@@ -1,8 +1,6 @@
 """``xsd sweep``: one notebook over a grid, resumable, several points at a time. Points share the
 extraction and the trainings that they have in common; what they measured becomes one table."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json
@@ -65,8 +63,7 @@ def run(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
     run_dir, else made once in ``<out_dir>/shared``. Returns, and writes to ``sweep.json`` beside
     those of earlier calls: name, parameters, run_dir, status (finished | failed), error and seconds
     of each. Raises: ParameterError, before anything runs, if a combination is not valid or the
-    notebook changed since the sweep began; StorageError if another sweep is at work there.
-    """
+    notebook changed since the sweep began; StorageError if another sweep is at work there."""
     source, out_dir, fixed = notebooks.find(notebook), Path(out_dir).resolve(), dict(fixed or {})
     model = model or parameters.model_of(source.stem)
     points = points_of(grid)
@@ -121,9 +118,8 @@ def _rows_before(record: Path, identity: Mapping[str, Any]) -> dict[str, dict[st
         return {}
     stored = listing.sweep_of(record.parent)
     if {name: stored.get(name) for name in identity} != identity:
-        raise ParameterError(
-            f"{record.parent} holds a sweep of another notebook version or other fixed "
-            "parameters; choose another folder or remove it")
+        raise ParameterError(f"{record.parent} holds a sweep of another notebook version or other "
+                             "fixed parameters; choose another folder or remove it")
     with folder.as_written(record):
         return {row["name"]: {"parameters": dict(row["parameters"]), **row, "seconds": float(
             row["seconds"])} for row in stored["runs"]}

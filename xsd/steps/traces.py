@@ -7,10 +7,7 @@ schedules. Of models that ran elsewhere the file is::
 ``eos``: the ids that end an answer (2, of Llama, where the file names none). A row may name its own
 ``question`` and ``sequence``; without sequences the rows are cut, in file order, into blocks of
 neighbouring clips, which intervals draw. The drafter's ids come from its *own* text (free-running),
-so "agreement" compares the same place in two texts.
-"""
-
-from __future__ import annotations
+so "agreement" compares the same place in two texts."""
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
@@ -180,14 +177,12 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
     results. prices: as :func:`predictions.read_prices`.
 
     Raises: DatasetError for a bad file, ShardError for a bad folder, ParameterError for gamma below
-    1, adapters without states or unreadable prices.
-    """
+    1, adapters without states or unreadable prices."""
     path, adapters = Path(path).absolute(), adapters or {}
     stored = extraction.stored(str(path), "test") is not None
     if gamma < 1 or gamma_prefill < 0 or blocks < 2:
-        raise ParameterError(
-            f"gamma {gamma}, gamma_prefill {gamma_prefill} and blocks {blocks} must be at least 1, "
-            "0 and 2")
+        raise ParameterError(f"gamma {gamma}, gamma_prefill {gamma_prefill} and blocks {blocks} "
+                             "must be at least 1, 0 and 2")
     if stored:
         pairs = evaluation.held_out(run_dir, str(path))
         traces, eos = of(pairs), frozenset(pairs.eos) or EOS

@@ -9,8 +9,6 @@ Every arm is asked about the same tokens, positions 1 … n-1 of each held-out a
                        ─▶ gap, kinds, arms, headline …     what is shown, with intervals
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -44,8 +42,7 @@ def token_tables(adapters: Mapping[str, Adapter], shown: Mapping[str, HeldOut],
     read the verifier alone over the real events only, and only those that read the drafter alone
     over the free-running pairs.
 
-    shown: counterfactual.arms; free: the free-running pairs of the same samples.
-    """
+    shown: counterfactual.arms; free: the free-running pairs of the same samples."""
     options, out = {"gamma": gamma, "batch_size": batch_size}, {}
     readers = {name: one for name, one in adapters.items() if one.reads == "drafter"}
     of_events = {name: one for name, one in adapters.items() if one.reads != "verifier"}

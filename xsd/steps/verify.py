@@ -1,8 +1,6 @@
 """``xsd verify``: everything in a run folder, a report or an extraction held against what was
 written: shards, heads, adapters, results, tables, records, notebooks."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 from collections.abc import Iterator

@@ -1,8 +1,6 @@
 """The acceptance explorer of notebook 07: plain functions of what a selection shows, and the
 widgets that choose it (``AcceptanceExplorer``)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 

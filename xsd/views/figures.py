@@ -1,7 +1,5 @@
 """Acceptance as pictures: pure functions from a tidy table of xsd/evaluate to a plotly figure."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

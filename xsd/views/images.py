@@ -1,7 +1,5 @@
 """Event frames and video frames as inline pictures, so that a page needs no file beside it."""
 
-from __future__ import annotations
-
 import base64
 import io
 from collections.abc import Sequence
@@ -20,9 +18,8 @@ def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape or (
             array.ndim == 3 and array.shape[2] != 3):
-        raise VideoError(
-            "a picture is uint8 [H, W, 3] or [H, W] with at least one pixel; this array is "
-            f"{array.dtype} {list(array.shape)}")
+        raise VideoError("a picture is uint8 [H, W, 3] or [H, W] with at least one pixel; this "
+                         f"array is {array.dtype} {list(array.shape)}")
     picture = Image.fromarray(array)
     if max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)

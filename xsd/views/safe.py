@@ -2,8 +2,6 @@
 question, a name or a token is read and never runs. Notebooks show tables through ``table``, and
 HTML is an ``Html``, which escapes whatever is formatted into it."""
 
-from __future__ import annotations
-
 import math
 import numbers
 from collections.abc import Collection, Mapping
@@ -41,8 +39,7 @@ def table(frame: pd.DataFrame, *, precision: int | None = None, percent: Collect
     """A DataFrame as an HTML table, every cell and label escaped.
 
     precision: digits of floats, those in ``percent`` as whole per cents and what is not known as a
-    dash; None: as pandas prints them. thousands: what stands between the thousands.
-    """
+    dash; None: as pandas prints them. thousands: what stands between the thousands."""
     shown = frame.copy()
     if precision is not None:
         for place, name in enumerate(frame):

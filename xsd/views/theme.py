@@ -2,8 +2,6 @@
 green, rejected grey. The hues are those of Okabe and Ito ("Color universal design", 2008), apart
 under the common kinds of colour blindness; levels also differ in dash and marker."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any

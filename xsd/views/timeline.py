@@ -2,8 +2,6 @@
 walks through the rounds without a kernel; what the parts of decoding cost, and predicted beside
 measured time."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -24,15 +22,13 @@ def spans(generations: Mapping[str, Generation]) -> pd.DataFrame:
     """One row per span: arm, lane, what, start_ms, end_ms, milliseconds since the request began;
     row: where it is drawn. Arms and lanes in drawing order.
 
-    Raises: MetricError when no generation holds a span.
-    """
+    Raises: MetricError when no generation holds a span."""
     rows = [(arm, lane, span.what, 1e3 * span.start_s, 1e3 * span.end_s, f"{arm} · {lane}")
             for arm, generation in generations.items() for lane in LANE_ORDER
             for span in generation.spans if span.lane == lane]
     if not rows:
-        raise MetricError(
-            "no time was recorded in these runs, so there is no timeline to draw; generate with "
-            "spans (the live decoders record them)")
+        raise MetricError("no time was recorded in these runs, so there is no timeline to draw; "
+                          "generate with spans (the live decoders record them)")
     return pd.DataFrame(rows, columns=["arm", "lane", "what", "start_ms", "end_ms", "row"])
 
 
@@ -120,8 +116,7 @@ def scrubber(generations: Mapping[str, Generation], token_text: Callable[[tuple[
     """The timeline with a slider (plotly frames, no kernel): a cursor at each finished round and,
     below the bars, the text each arm has by then.
 
-    token_text: text of a tuple of token ids. At most 40 stops, spread over the run.
-    """
+    token_text: text of a tuple of token ids. At most 40 stops, spread over the run."""
     figure, steps = timeline(generations, title=title), progress(generations)
     if steps.empty:
         raise MetricError(
@@ -174,8 +169,7 @@ def verification_curve(frame: pd.DataFrame, *,
                        title: str = "Verifying K tokens in one pass") -> go.Figure:
     """v(K) with its quartiles beside K single steps: the gap is what speculation can win.
 
-    frame: rows (K), ms, low, high (milliseconds), in order of rows.
-    """
+    frame: rows (K), ms, low, high (milliseconds), in order of rows."""
     figure = theme.figure(title, x="rows of one pass, K (drafts + 1)", y="milliseconds")
     rows, line = frame["rows"].tolist(), theme.VERIFIER
     band = [*frame["high"], *frame["low"].tolist()[::-1]]
@@ -201,8 +195,7 @@ def predicted_and_measured(frame: pd.DataFrame, *,
     for each arm.
 
     frame: arm, predicted_ms, measured_ms, residual, and the shares prefill, draft, verify of the
-    prediction.
-    """
+    prediction."""
     frame = safe.labels(frame)
     figure = theme.figure(title, x="milliseconds per answer", height=170 + 60 * len(frame))
     hatched = {"shape": "/", "fgcolor": "white", "fillmode": "overlay", "solidity": 0.2}

@@ -1,7 +1,5 @@
 """Token strips: the words of draft and verifier as coloured boxes, facts on hover."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterable, Sequence
 
@@ -58,8 +56,7 @@ def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "",
     """Draft above verifier, one column per position, wrapping as text does.
 
     tokens: rows of one sample and level of the token table, with its texts. tau: None for the
-    token truth, else the cosine threshold that colours the draft. here: a position to underline.
-    """
+    token truth, else the cosine threshold that colours the draft. here: a position to underline."""
     columns, unbroken = [], True
     for row in tokens.sort_values("position", kind="stable").to_dict("records"):
         right = bool(row["match"] if tau is None else row["cosine"] > tau)

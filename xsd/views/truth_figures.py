@@ -1,7 +1,5 @@
 """Pictures of the tables of xsd/steps/truth.py: where acceptance is lost, what the drafter saw."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 from typing import Any
@@ -31,8 +29,7 @@ def gap_waterfall(frame: pd.DataFrame, *, title: str = "Where acceptance is lost
     intervals.
 
     frame: the rows of ``comparison.gap`` of one level and unit. The branch of the drift, which
-    begins again at a level already drawn, stands apart on the right.
-    """
+    begins again at a level already drawn, stands apart on the right."""
     label, form = _unit(frame, "there is no step to draw; measure the gap first")
     figure = theme.figure(title, y=label, height=460)
     frame = safe.labels(frame)
