@@ -146,7 +146,8 @@ def test_doctor_says_what_is_in_order_and_what_to_do(monkeypatch, capsys):
 
 
 def test_a_sweep_over_level_gives_each_run_one_level(monkeypatch, tmp_path):
-    from xsd.steps import listing, sweep
+    from xsd.runs import listing
+    from xsd.steps import sweep
 
     asked = []
     monkeypatch.setattr(sweep, "run", lambda source, grid, *_, **__: asked.append(grid) or [])

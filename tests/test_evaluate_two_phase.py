@@ -6,8 +6,8 @@ import pytest
 
 from xsd.core import MetricError
 from xsd.evaluate import rounds
+from xsd.evaluate.comparison import every_pair, phases
 from xsd.evaluate.speedup import Timing
-from xsd.evaluate.two_phase import every_pair, phases
 
 
 def test_every_combination_has_its_rows():

@@ -6,8 +6,8 @@ import pytest
 from views_examples import token_table
 
 from xsd.core import ParameterError
-from xsd.runs import folder
-from xsd.steps import compare, listing
+from xsd.runs import folder, listing
+from xsd.steps import compare
 
 
 def made(place, *, seed=0, levels=("L1", "L4", "drafter_tokens"), data="aaaa", gamma=5,

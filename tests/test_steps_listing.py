@@ -6,8 +6,7 @@ import pytest
 
 from xsd import cli
 from xsd.core import ParameterError
-from xsd.runs import folder
-from xsd.steps import listing
+from xsd.runs import folder, listing
 
 
 def interval(value):

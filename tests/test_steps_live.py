@@ -13,18 +13,8 @@ from xsd import cli
 from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.evaluate import table
-from xsd.runs import demo, folder, parameters, report
-from xsd.steps import (
-    compare,
-    extraction,
-    listing,
-    live,
-    lossless,
-    predictions,
-    ready,
-    traces,
-    training,
-)
+from xsd.runs import demo, folder, listing, parameters, report
+from xsd.steps import compare, extraction, live, lossless, predictions, ready, traces, training
 from xsd.views import figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]

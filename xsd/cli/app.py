@@ -113,8 +113,7 @@ def sweep(notebook: str = NOTEBOOK,
     Points share one extraction and one training per level, or those of run_dir.
     """
     from xsd.files import atomic_write
-    from xsd.runs import command_line, folder
-    from xsd.steps import listing
+    from xsd.runs import command_line, folder, listing
     from xsd.steps import sweep as points
 
     source, model = _notebook(notebook)
@@ -138,7 +137,7 @@ def sweep(notebook: str = NOTEBOOK,
 def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
          as_csv: bool = Option(False, "--csv"), as_json: bool = Option(False, "--json")) -> None:
     """List runs: date, notebooks, the parameters that differ, and what came of them."""
-    from xsd.steps import listing
+    from xsd.runs import listing
 
     if missing := [place for place in folder or () if not place.is_dir()]:
         raise ParameterError(f"there is no folder {missing[0]}; give one that holds runs")

@@ -14,9 +14,9 @@ from xsd.core import MetricError, ParameterError, Sample
 from xsd.evaluate import comparison, statistics, table
 from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
-from xsd.runs import folder
+from xsd.runs import folder, listing
 from xsd.steps import data as datasets
-from xsd.steps import evaluation, extraction, listing, training
+from xsd.steps import evaluation, extraction, training
 from xsd.views import explorers, figures
 
 METRICS = {

@@ -14,7 +14,7 @@ from xsd.bench import costs
 from xsd.core import ParameterError
 from xsd.decode import rules
 from xsd.decode.prices import Prices
-from xsd.evaluate import comparison, floors, table, two_phase
+from xsd.evaluate import comparison, floors, table
 from xsd.evaluate.held_out import HeldOut
 from xsd.evaluate.speedup import Timing, break_even_table, expected_table, wall_clock_table
 from xsd.files import read_json
@@ -71,9 +71,9 @@ def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_p
     floors those that follow the text."""
     following = floor_table[floor_table["level"] != "position mode"]
     levels = pd.concat([real, following], ignore_index=True).astype({"level": str})
-    first, second, lengths, clusters = two_phase.phases(
+    first, second, lengths, clusters = comparison.phases(
         levels.replace({"level": {table.DRAFTER: "drafter tokens"}}), gamma_prefill)
-    return two_phase.every_pair(first, second, lengths, clusters, n_first=gamma_prefill,
+    return comparison.every_pair(first, second, lengths, clusters, n_first=gamma_prefill,
                                 gamma=gamma, timings=timed, **draws)
 
 

@@ -18,8 +18,8 @@ import pandas as pd
 from xsd import files, processes
 from xsd.core import ParameterError, StorageError, XsdError
 from xsd.evaluate import tables
-from xsd.runs import folder, notebooks, parameters, typed
-from xsd.steps import listing, ready, training
+from xsd.runs import folder, listing, notebooks, parameters, typed
+from xsd.steps import ready, training
 
 SHARES = ("02_train", "03_hidden", "04_tokens", "05_live", "13_truth")
 """Notebooks that begin with an extraction, and all but the first with trained adapters."""
