@@ -3,8 +3,7 @@ standard library is imported here.
 
 Letters in shapes: B batch, S positions of the answer, D hidden width (D_d drafter, D_v verifier), V
 vocabulary, F event frames, H and W pixels. ``gamma``: draft tokens per round; ``tau``: a cosine
-threshold.
-"""
+threshold."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ class Sample:
 
     event_frames: F images uint8 [H, W, 3]; sizes differ where the official slice canvas is used.
     video: uint8 [8, H, W, 3], the frames the verifier sees. t_us: start and end of the clip on the
-    sensor clock, in µs. source: ``simulated`` | ``recorded`` | a folder's name.
-    """
+    sensor clock, in µs. source: ``simulated`` | ``recorded`` | a folder's name."""
 
     sequence: str
     clip: str
@@ -142,8 +140,7 @@ class PairedStates:
     ``hidden[t]`` *predicts* token t (read one position before it): argmax(lm_head(hidden[t])) ==
     ids[t] for a model's own greedy tokens. In teacher_forced mode S_d == S_v, position t of both
     follows the verifier's tokens 0…t-1, and ids_by_drafter[t] is what the drafter's own head would
-    have said there.
-    """
+    have said there."""
 
     sequence: str
     clip: str

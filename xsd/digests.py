@@ -4,7 +4,6 @@ file is named."""
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,14 +15,14 @@ RECORD = "digests.jsonl"
 
 
 @contextlib.contextmanager
-def sealed_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+def sealed_path(target: str | Path) -> Iterator[Path]:
     """As files.atomic_path, and the digest is on record before the name is."""
     with atomic_path(target) as temporary:
         yield temporary
         record(Path(target), temporary)
 
 
-def write_sealed(target: str | os.PathLike[str], value: Any) -> None:
+def write_sealed(target: str | Path, value: Any) -> None:
     """As files.write_json, with the digest on record."""
     with sealed_path(target) as temporary:
         write_json(temporary, value)
@@ -45,7 +44,7 @@ def _line(digest: str, name: str) -> str:
     return f"{text} {hashlib.sha256(text.encode()).hexdigest()[:8]}\n"
 
 
-def on_record(folder: str | os.PathLike[str]) -> dict[str, set[str]]:
+def on_record(folder: str | Path) -> dict[str, set[str]]:
     """Name → the digests of all that was written under it; a damaged line is one of RECORD, which
     nothing fits. {} where there is no record."""
     path, found = Path(folder) / RECORD, {}

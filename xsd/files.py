@@ -23,7 +23,7 @@ from xsd.core import ROOT, ParameterError, StorageError, XsdError
 
 
 @contextlib.contextmanager
-def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_path(target: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``target``; on success sync and rename it (the name is synced,
     too), on failure leave the target as it was. Raises: StorageError when it cannot be written or
     the disk is full."""
@@ -44,7 +44,7 @@ def atomic_path(target: str | os.PathLike[str]) -> Iterator[Path]:
             temporary.unlink()
 
 
-def sync_names(folder: str | os.PathLike[str]) -> None:
+def sync_names(folder: str | Path) -> None:
     """Make the names in a folder survive a loss of power, not only the files' content."""
     names = os.open(folder, os.O_RDONLY)
     try:
@@ -53,13 +53,13 @@ def sync_names(folder: str | os.PathLike[str]) -> None:
         os.close(names)
 
 
-def remove_leftovers(folder: str | os.PathLike[str], name: str = "") -> None:
+def remove_leftovers(folder: str | Path, name: str = "") -> None:
     """Delete what killed processes left of :func:`atomic_path`; only where ``folder`` is locked."""
     for path in Path(folder).glob(f".{name}*.part"):
         path.unlink(missing_ok=True)
 
 
-def storage_error(target: str | os.PathLike[str], error: OSError) -> StorageError:
+def storage_error(target: str | Path, error: OSError) -> StorageError:
     """What to raise where ``target`` could not be written."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return StorageError(f"cannot write {target}: the disk is full; free space or choose "
@@ -68,13 +68,13 @@ def storage_error(target: str | os.PathLike[str], error: OSError) -> StorageErro
                         "permissions or choose another one")
 
 
-def atomic_write(target: str | os.PathLike[str], data: bytes | str) -> None:
+def atomic_write(target: str | Path, data: bytes | str) -> None:
     """Write bytes or UTF-8 text through :func:`atomic_path`."""
     with atomic_path(target) as temporary:
         temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
-def write_json(target: str | os.PathLike[str], value: Any) -> None:
+def write_json(target: str | Path, value: Any) -> None:
     """Atomic, sorted, indented JSON: the same value gives the same bytes."""
     atomic_write(target, json.dumps(value, indent=1, sort_keys=True, default=_plain) + "\n")
 
@@ -91,7 +91,7 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def read_json(path: str | os.PathLike[str], error: type[XsdError], way_out: str, *,
+def read_json(path: str | Path, error: type[XsdError], way_out: str, *,
               max_bytes: int = 1 << 28) -> Any:
     """A JSON file, with or without a byte-order mark. Raises: ``error``, with the way out, when it
     is missing, damaged, nested too deep or larger than ``max_bytes``."""
@@ -116,7 +116,7 @@ def parse_json(text: str | bytes, what: str, error: type[XsdError], way_out: str
         raise error(f"{what} is not JSON ({why}); {way_out}") from problem
 
 
-def sha256_of(*paths: str | os.PathLike[str]) -> str:
+def sha256_of(*paths: str | Path) -> str:
     """Hex digest over the bytes of the files, in the order given."""
     digest = hashlib.sha256()
     for path in paths:
@@ -135,7 +135,7 @@ class FolderLock:
     a ``with`` block, that dies with its process. name: the lock's file, for several kinds of
     writers. Raises: StorageError naming the process that has it."""
 
-    def __init__(self, folder: str | os.PathLike[str], name: str = LOCK) -> None:
+    def __init__(self, folder: str | Path, name: str = LOCK) -> None:
         folder = Path(folder)
         self.path = folder / name
         try:

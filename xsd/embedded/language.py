@@ -150,12 +150,11 @@ def answers(facts: Facts, dialect: Dialect) -> dict[str, str]:
 def seen_by_events(facts: Facts) -> Facts:
     """The facts without what an event camera cannot know: colours, time, sky, what stands still."""
     moving = facts["moving"]
-    return {
-        **facts, "time": None, "sky": None, "left": facts["left"] if moving else None,
-        "right": facts["right"] if moving else None,
-        "light": "unknown" if facts["light"] and facts["light_events"] else None,
-        "vehicles": [{**v, "colour": None} for v in facts["vehicles"] if v["events"]],
-        "people": [{**v, "colour": None} for v in facts["people"] if v["events"]]}
+    return {**facts, "time": None, "sky": None, "left": facts["left"] if moving else None,
+            "right": facts["right"] if moving else None,
+            "light": "unknown" if facts["light"] and facts["light_events"] else None,
+            "vehicles": [{**v, "colour": None} for v in facts["vehicles"] if v["events"]],
+            "people": [{**v, "colour": None} for v in facts["people"] if v["events"]]}
 
 
 def _words(facts: Facts, dialect: Dialect) -> dict[str, str | None]:

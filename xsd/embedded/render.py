@@ -191,9 +191,8 @@ def clip_facts(scene: Scene, ids: np.ndarray, times_s: np.ndarray, event_counts:
     for things in found.values():
         things.sort(key=lambda thing: ("left", "ahead", "right").index(thing["place"]))
     light_seen = scene.light is not None and visible(LIGHT_ID, "light")
-    return {
-        "time": scene.time, "sky": scene.sky, "ego": scene.ego, "left": scene.left,
-        "right": scene.right, "light": ("unknown" if grey else scene.light) if light_seen else None,
-        "light_events": light_seen and fires(LIGHT_ID, "light"),
-        "vehicles": found["vehicle"], "people": found["person"], "grey": grey,
-        "moving": scene.ego != "stopped"}
+    return {"time": scene.time, "sky": scene.sky, "ego": scene.ego, "left": scene.left,
+            "right": scene.right,
+            "light": ("unknown" if grey else scene.light) if light_seen else None,
+            "light_events": light_seen and fires(LIGHT_ID, "light"), "vehicles": found["vehicle"],
+            "people": found["person"], "grey": grey, "moving": scene.ego != "stopped"}

@@ -81,12 +81,11 @@ def sample_scene(rng: np.random.Generator) -> Scene:
     for kind, share in (("pedestrian", 0.45), ("cyclist", 0.3)):
         if rng.random() < share:
             actors.append(_person(rng, kind))
-    return Scene(
-        time=time, sky=sky, ego=ego, left=str(rng.choice(SURROUNDINGS)),
-        right=str(rng.choice(SURROUNDINGS)), light=light, light_z_m=float(rng.uniform(15.0, 21.0)),
-        actors=tuple(actors), texture_seed=int(rng.integers(2**31)),
-        lanes_dash_m=float(rng.uniform(3.5, 5.0)), brightness=float(rng.uniform(0.9, 1.08)),
-        road_grey=float(rng.uniform(70, 105)))
+    return Scene(time=time, sky=sky, ego=ego, left=str(rng.choice(SURROUNDINGS)),
+                 right=str(rng.choice(SURROUNDINGS)), light=light,
+                 light_z_m=float(rng.uniform(15.0, 21.0)), actors=tuple(actors),
+                 texture_seed=int(rng.integers(2**31)), lanes_dash_m=float(rng.uniform(3.5, 5.0)),
+                 brightness=float(rng.uniform(0.9, 1.08)), road_grey=float(rng.uniform(70, 105)))
 
 
 def _vehicle(rng: np.random.Generator, place: str, ego: str, light: str | None) -> Actor:

@@ -161,8 +161,7 @@ def gap(arms: Mapping[str, Counts], clusters: Sequence[str],
 
     arms: of CHAIN, name → (matched, length) or (accepted, rounds) of every sample, in the same
     order for every arm. Raises: MetricError as losses_between and the bootstrap do."""
-    heights = {name: bootstrap_ratio(*counts, clusters, **options)
-               for name, counts in arms.items()}
+    heights = {name: bootstrap_ratio(*counts, clusters, **options) for name, counts in arms.items()}
     levels = {name: row("level", height, name=name) | {"start": 0.0, "end": height.value}
               for name, height in heights.items()}
     rows = [levels[VERIFIER]]
@@ -198,13 +197,12 @@ def loss_by_group(arms: Mapping[str, Any], losses: Iterable[tuple[str, str, str]
     counts = {arm: counts_by_group(matches, groups, clusters) for arm, matches in arms.items()}
     return [row("token_loss", bootstrap_ratio_difference(counts[before][group], found, names,
                                                          **options), loss=loss, group=group)
-            for loss, before, after in losses
-            for group, found in counts[after].items()]
+            for loss, before, after in losses for group, found in counts[after].items()]
 
 
-# --- two phases: one adapter, hidden behind the prefill, drafts n_first tokens once from the start of
-# the answer; another gamma tokens a round from there on (docs/metrics.md, section 4). What a round
-# accepts depends on where it starts, so phase 2 is given as runs, one for each start.
+# --- two phases: one adapter, hidden behind the prefill, drafts n_first tokens once from the start
+# of the answer; another gamma tokens a round from there on (docs/metrics.md, section 4). What a
+# round accepts depends on where it starts, so phase 2 is given as runs, one for each start.
 
 
 def phases(tokens: pd.DataFrame,

@@ -9,12 +9,7 @@ import numpy as np
 import pandas as pd
 
 from xsd.evaluate import table
-from xsd.evaluate.statistics import (
-    LEVEL,
-    bootstrap_columns,
-    bootstrap_mean,
-    bootstrap_positions,
-)
+from xsd.evaluate.statistics import LEVEL, bootstrap_columns, bootstrap_mean, bootstrap_positions
 
 RESAMPLES = 400
 
@@ -88,8 +83,7 @@ def cosine_histogram(tokens: pd.DataFrame, column: str = "cosine", *, bins: int 
     for level, values in tokens.groupby("level", sort=False, observed=True)[column]:
         n, _ = np.histogram(np.clip(values.to_numpy(float), edges[0], edges[-1]), edges)
         pieces.append(pd.DataFrame({"level": level, "cosine_low": edges[:-1],
-                                    "cosine_high": edges[1:], "n": n,
-                                    "share": n / len(values)}))
+                                    "cosine_high": edges[1:], "n": n, "share": n / len(values)}))
     return pd.concat(pieces, ignore_index=True)
 
 
@@ -102,8 +96,7 @@ def by_draft(tokens: pd.DataFrame, gamma: int) -> pd.DataFrame:
         room = inside[:, ::-1].cumsum(axis=1)[:, ::-1]
         for k in range(1, gamma + 1):
             here = accepted[room >= k]
-            rows.append({"level": level, "draft": k, "n": len(here),
-                         "marginal": _share(here >= k),
+            rows.append({"level": level, "draft": k, "n": len(here), "marginal": _share(here >= k),
                          "conditional": _share(here[here >= k - 1] >= k)})
     return pd.DataFrame(rows)
 
@@ -112,8 +105,7 @@ def _share(found: np.ndarray) -> float:
     return float(found.mean()) if found.size else float("nan")
 
 
-def by_kind(tokens: pd.DataFrame, *, n_resamples: int = RESAMPLES,
-            seed: int = 0) -> pd.DataFrame:
+def by_kind(tokens: pd.DataFrame, *, n_resamples: int = RESAMPLES, seed: int = 0) -> pd.DataFrame:
     """Acceptance within each kind of word, of what a loop drafts: level, kind, value, low, high, n
     (tokens), n_clusters; the most frequent kinds first."""
     rows = []

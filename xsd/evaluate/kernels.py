@@ -144,9 +144,8 @@ def head_tokens(hidden: Tensor, weight: Tensor, *, top_k: int = 1, targets: Tens
                    None if targets is None else targets[at:at + rows], chunk)
         for at in range(0, max(len(hidden), 1), rows)
     ]
-    ids, logits, total, right = (
-        None if first is None else torch.cat([part[i] for part in parts])
-        for i, first in enumerate(parts[0]))
+    ids, logits, total, right = (None if first is None else torch.cat([part[i] for part in parts])
+                                 for i, first in enumerate(parts[0]))
     return HeadTokens(ids, logits, total, right, None if right is None else total - right)
 
 

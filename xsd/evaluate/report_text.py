@@ -6,13 +6,7 @@ from typing import Any
 import pandas as pd
 
 from xsd.core import printable
-from xsd.evaluate.speedup import (
-    Timing,
-    break_even_table,
-    expected_table,
-    reference_estimates,
-    wall_clock_table,
-)
+from xsd.evaluate import speedup
 from xsd.evaluate.statistics import Interval
 
 _WIDTH = 100
@@ -47,7 +41,7 @@ class _Figures:
 
 def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series | None = None,
            floors: pd.DataFrame | None = None, positions: int = 20,
-           timing: Timing | None = None, measured: float | None = None) -> str:
+           timing: speedup.Timing | None = None, measured: float | None = None) -> str:
     """Eight sections for one level: 1 to 7 are the reference's hidden-state figures, 8 is what the
     verifier's head says, beside the floors.
 
@@ -84,7 +78,7 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
             f"{at[tau]}prefill {of.text('draft_acceptance_prefill', tau)}   decode, γ = {gamma}: "
             f"{of.text('draft_acceptance_decode', tau)}" for tau in at],
         "[6] Speed-up (estimates; the live benchmark measures it)": _speedup(
-            of, gamma, timing or Timing(), measured),
+            of, gamma, timing or speedup.Timing(), measured),
         "[7] By position in the answer": _positions(of, positions),
         "[8] Tokens: the verifier's verdict": _tokens(of, gamma, headline, floors),
     }
@@ -103,10 +97,10 @@ def _interval(row: Any, name: str = "") -> Interval:
 _TIMES = {"quoted": "its quoted times", "own": "the times given", "measured": "this run's costs"}
 
 
-def _speedup(of: _Figures, gamma: int, timing: Timing, measured: float | None) -> list[str]:
+def _speedup(of: _Figures, gamma: int, timing: speedup.Timing, measured: float | None) -> list[str]:
     lines = []
     if of.has("unbroken_prefix_mean", 0.9):
-        estimate = reference_estimates(of("unbroken_prefix_mean", 0.9),
+        estimate = speedup.reference_estimates(of("unbroken_prefix_mean", 0.9),
                                        of("draft_acceptance_decode", 0.9), gamma, timing)
         figures = "   ".join(f"{name.replace('_', ' ')} {value:.2f}×"
                              for name, value in estimate.items())
@@ -118,11 +112,12 @@ def _speedup(of: _Figures, gamma: int, timing: Timing, measured: float | None) -
         alpha = of("token_acceptance")
         lines += [f"{alpha:.1%} of the tokens, γ = {one['gamma']}: {one['tokens']:.2f} tokens a "
                   f"round, {one['speedup']:.2f}× unbroken, {one['relaxed']:.2f}× relaxed"
-                  for one in expected_table(alpha, timing)]
-    shares = (f"{one['accepted']:.0%} {one['speedup']:.2f}×" for one in wall_clock_table(timing))
+                  for one in speedup.expected_table(alpha, timing)]
+    shares = (f"{one['accepted']:.0%} {one['speedup']:.2f}×"
+              for one in speedup.wall_clock_table(timing))
     lines.append(f"end to end when so many of the hidden drafts are accepted: {'   '.join(shares)}")
     for gamma in timing.gammas:
-        needed = break_even_table([gamma], overhead=timing.overhead)
+        needed = speedup.break_even_table([gamma], overhead=timing.overhead)
         lines.append(f"break-even, γ = {gamma}: " + "   ".join(
             f"{row['target']:g}× above {row['alpha_percent']} %" if row["alpha_percent"] <= 100 else
             f"{row['target']:g}× never" for row in needed))

@@ -63,8 +63,7 @@ def expected_table(alpha: float, timing: Timing) -> list[dict[str, Any]]:
     """Rows gamma, alpha, tokens (a round, with bonus), speedup (unbroken drafts), relaxed."""
     return [{"gamma": gamma, "alpha": alpha, "tokens": expected_tokens(alpha, gamma),
              "speedup": round_speedup(alpha, gamma, timing.overhead),
-             "relaxed": relaxed_speedup(alpha, gamma, timing.overhead)}
-            for gamma in timing.gammas]
+             "relaxed": relaxed_speedup(alpha, gamma, timing.overhead)} for gamma in timing.gammas]
 
 
 @dataclass(frozen=True)

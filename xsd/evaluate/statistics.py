@@ -37,9 +37,8 @@ class Interval:
         """``61.2 % [58.0, 64.1]``, or ``0.61 [0.58, 0.64]``; a dash for what is not known."""
         scale, usual, unit = (100, 1, " %") if percent else (1, 2, "")
         form = f".{usual if digits is None else digits}f"
-        value, low, high = (
-            "–" if math.isnan(number) else f"{scale * number:{form}}"
-            for number in (self.value, self.low, self.high))
+        value, low, high = ("–" if math.isnan(number) else f"{scale * number:{form}}"
+                            for number in (self.value, self.low, self.high))
         bounds = "[–]" if low == "–" else f"[{low}, {high}]"
         return "–" if value == "–" else f"{value}{unit} {bounds}"
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ MAX_VALUES = 500_000_000
 """Of a token table: 4 GB."""
 
 
-def resolve(run_dir: str | os.PathLike[str]) -> Path:
+def resolve(run_dir: str | Path) -> Path:
     """An absolute folder; relative names start at the checkout, wherever we are."""
     return ROOT / run_dir
 
@@ -35,7 +34,7 @@ def shown(path: Path) -> str:
     return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else str(path)
 
 
-def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str, Any]) -> Path:
+def save_results(run_dir: str | Path, name: str, values: Mapping[str, Any]) -> Path:
     """Write ``results/<name>.json``: nested numbers and texts (``value``, ``low``, ``high``,
     ``n``, ``kind``)."""
     target = resolve(run_dir) / "results" / f"{name}.json"
@@ -43,7 +42,7 @@ def save_results(run_dir: str | os.PathLike[str], name: str, values: Mapping[str
     return target
 
 
-def load_results(run_dir: str | os.PathLike[str]) -> dict[str, Any]:
+def load_results(run_dir: str | Path) -> dict[str, Any]:
     """All results of a run by name. Raises: ParameterError when the run has none, or one that is
     not what our notebooks write."""
     files = sorted((resolve(run_dir) / "results").glob("*.json"))
@@ -68,18 +67,17 @@ def read_record(path: Path, way_out: str = AGAIN) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def as_written(what: str | os.PathLike[str]) -> Iterator[None]:
+def as_written(what: str | Path) -> Iterator[None]:
     """For reading results, tables and records as our notebooks write them: where ``what`` is not so
     (a damaged or edited file), a ParameterError says it in place of the error it led to."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
         why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-        raise ParameterError(
-            f"{what} is not what our notebooks write ({why}); {AGAIN}") from error
+        raise ParameterError(f"{what} is not what our notebooks write ({why}); {AGAIN}") from error
 
 
-def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | None:
+def data_hash(run_dir: str | Path, split: str = "test") -> str | None:
     """Hashes of the data that a run extracted from, 16 digits each, joined by "+", or None."""
     path = resolve(run_dir) / "results" / "extract.json"
     if not path.exists():
@@ -89,7 +87,7 @@ def data_hash(run_dir: str | os.PathLike[str], split: str = "test") -> str | Non
         return "+".join(value[:16] for name, value in found if name.startswith(split)) or None
 
 
-def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
+def save_tokens(run_dir: str | Path, tokens: pd.DataFrame) -> Path:
     """Write the token table."""
     target = resolve(run_dir) / "tokens.parquet"
     with digests.sealed_path(target) as temporary:
@@ -97,7 +95,7 @@ def save_tokens(run_dir: str | os.PathLike[str], tokens: pd.DataFrame) -> Path:
     return target
 
 
-def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
+def load_tokens(run_dir: str | Path) -> pd.DataFrame:
     """The token table of a run, ``run`` its folder where absent. Raises: ParameterError."""
     import pyarrow.parquet
 
@@ -115,14 +113,13 @@ def load_tokens(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
     return tokens if "run" in tokens.columns else tokens.assign(run=path.parent.name)
 
 
-def save_live(run_dir: str | os.PathLike[str], generations: Mapping[str, Generation],
+def save_live(run_dir: str | Path, generations: Mapping[str, Generation],
               texts: Mapping[int, str], **about: Any) -> Path:
     """Write one sample's generations by arm. about: question, sequence, clip, data."""
     target = resolve(run_dir) / "live.json"
     runs = {arm: dataclasses.asdict(generation) for arm, generation in generations.items()}
-    digests.write_sealed(target, {
-        "generations": runs, "order": list(generations), "about": about,
-        "texts": {str(key): text for key, text in texts.items()}})
+    digests.write_sealed(target, {"generations": runs, "order": list(generations), "about": about,
+                                  "texts": {str(key): text for key, text in texts.items()}})
     return target
 
 

@@ -16,10 +16,9 @@ from xsd.files import read_json
 from xsd.runs import folder
 from xsd.runs.parameters import NOTEBOOKS
 
-HOLDS = {
-    "results/*.json": "results", "tokens.parquet": "tokens", "live.json": "live",
-    "shards/*/*/manifest.json": "shards", "*/manifest.json": "pairs", "adapters/*": "adapters",
-    "sweep.json": "sweep", "index.html": "page", "*.provenance.json": "notebooks"}
+HOLDS = {"results/*.json": "results", "tokens.parquet": "tokens", "live.json": "live",
+         "shards/*/*/manifest.json": "shards", "*/manifest.json": "pairs", "adapters/*": "adapters",
+         "sweep.json": "sweep", "index.html": "page", "*.provenance.json": "notebooks"}
 """Files that make a folder a run or a report, and what ``xsd runs`` says of them."""
 PLACES = ("*", "*/run", "*/*/run")
 """Where runs stand: in a folder, in a report (which is one with its run), in a point of a sweep."""
@@ -124,8 +123,7 @@ def sweep_of(place: Path) -> dict[str, Any]:
     stored = read_json(place / "sweep.json", ParameterError, way_out)
     rows = stored.get("runs") if isinstance(stored, dict) else None
     if not isinstance(rows, list) or not all(isinstance(row, dict) and isinstance(
-            row.get("run_dir"), str) and row.get("status") in ("finished", "failed")
-            for row in rows):
+        row.get("run_dir"), str) and row.get("status") in ("finished", "failed") for row in rows):
         raise ParameterError(f"{place / 'sweep.json'} is not what a sweep writes; {way_out}")
     return stored
 
@@ -182,6 +180,5 @@ def _overview(name: str, found: Mapping[str, Any]) -> dict[str, Any]:
     origin = next((one["provenance"] for one in (tokens, made) if "provenance" in one), {})
     return {"run": name, "pair": made.get("pair"),
             "revision": str(origin.get("git_revision", ""))[:10], "seed": origin.get("seed"),
-            "training pairs": made.get("train", {}).get("pairs"),
-            "recipe": trained.get("profile"), "levels": ", ".join(trained.get("levels", {})),
-            "gamma": tokens.get("gamma")}
+            "training pairs": made.get("train", {}).get("pairs"), "recipe": trained.get("profile"),
+            "levels": ", ".join(trained.get("levels", {})), "gamma": tokens.get("gamma")}

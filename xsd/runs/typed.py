@@ -6,15 +6,8 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    PlainSerializer,
-    PlainValidator,
-    ValidationError,
-)
+import pydantic
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
 
 from xsd import files
 from xsd.core import ParameterError, as_used
@@ -52,7 +45,7 @@ class NotebookParameters(BaseModel):
                 raise cls.refusal(name, value, why)
         try:
             return cls.model_validate(dict(values))
-        except ValidationError as error:
+        except pydantic.ValidationError as error:
             first = error.errors()[0]
         why = first["msg"].removeprefix("Value error, ")
         raise cls.refusal(".".join(map(str, first["loc"])), first["input"], why)

@@ -3,7 +3,6 @@ sensor? (docs/metrics.md, section 7) Only the drafter runs again, once for each 
 
 import copy
 import dataclasses
-import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -47,7 +46,7 @@ class Shown(HeldOut):
             yield dataclasses.replace(batch, drafter=states, ids_by_drafter=ids)
 
 
-def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence[str], *,
+def arms(run_dir: str | Path, pairs: HeldOut, drafter_sees: Sequence[str], *,
          batch_size: int = 32) -> dict[str, HeldOut]:
     """The arms by name: the stored pairs, the same again, and those of ``drafter_sees``; the stored
     pairs alone where that is empty, or nobody knows the drafter (imported chunks), which is said.
@@ -65,7 +64,7 @@ def arms(run_dir: str | os.PathLike[str], pairs: HeldOut, drafter_sees: Sequence
     return out
 
 
-def drafter_of(run_dir: str | os.PathLike[str], pairs: HeldOut | None = None) -> ModelHandle:
+def drafter_of(run_dir: str | Path, pairs: HeldOut | None = None) -> ModelHandle:
     """The drafter that a run, or these pairs of elsewhere, were extracted with. Raises:
     ParameterError when its weights are others now, or nobody knows it (imported chunks)."""
     about = (extraction.known(pairs.dataset) if pairs else {}) or extraction.pair_file(run_dir)

@@ -7,7 +7,6 @@ a single sequence (the recording) asks every clip everything."""
 
 import contextlib
 import functools
-import os
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -48,7 +47,7 @@ def simulated_sequences(split: str, n_sequences: int, seed: int) -> list[str]:
     return [f"{split}_{SEED_OFFSET + seed}_{index:05d}" for index in range(n_sequences)]
 
 
-def root_of(run_dir: str | os.PathLike[str], data: str, split: str) -> Path:
+def root_of(run_dir: str | Path, data: str, split: str) -> Path:
     """The dataset folder behind a name. Raises: ParameterError for a folder that is not there, or
     training on the recording."""
     if data == SIMULATED:
@@ -63,7 +62,7 @@ def root_of(run_dir: str | os.PathLike[str], data: str, split: str) -> Path:
     return root
 
 
-def prepare(run_dir: str | os.PathLike[str], data: str, split: str, *, n_sequences: int,
+def prepare(run_dir: str | Path, data: str, split: str, *, n_sequences: int,
             seed: int = 0, workers: int = 2) -> Path:
     """Make sure that the data set is there and return its folder; simulated drives are made once,
     by so many ``workers``, and found again. Raises: ParameterError when the run folder holds other
@@ -87,7 +86,7 @@ def prepare(run_dir: str | os.PathLike[str], data: str, split: str, *, n_sequenc
 # --- which clip is asked what
 
 
-def questions_of(root: str | os.PathLike[str], sequences: Collection[str], n: int = 10,
+def questions_of(root: str | Path, sequences: Collection[str], n: int = 10,
                  file: str = "") -> list[str]:
     """The questions of a file, else the folder's own, most frequent first; the shipped recording is
     asked those of the simulated world. Raises: DatasetError for a folder without any."""
@@ -117,7 +116,7 @@ def asked(clips: Sequence[tuple[str, str]], n_questions: int,
                   for number, members in enumerate(by_sequence.values()) for i in range(count))
 
 
-def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence: int = 10,
+def samples(root: str | Path, split: str, *, questions_per_sequence: int = 10,
             max_questions: int = 10, questions_file: str = "", n_sequences: int | None = None,
             duration: str = "", n_event_frames: int = 5,
             canvas: str = "slice") -> list[plan.LazySample]:
@@ -143,7 +142,7 @@ def samples(root: str | os.PathLike[str], split: str, *, questions_per_sequence:
 
 
 def _of_duration(records: list[folder.ClipRecord], duration: str,
-                 root: str | os.PathLike[str]) -> list[folder.ClipRecord]:
+                 root: str | Path) -> list[folder.ClipRecord]:
     if not duration:
         return records
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(ms|s)", duration)
@@ -162,7 +161,7 @@ def _of_duration(records: list[folder.ClipRecord], duration: str,
     return kept
 
 
-def event_frames_of(root: str | os.PathLike[str], split: str, clips: Collection[tuple[str, str]],
+def event_frames_of(root: str | Path, split: str, clips: Collection[tuple[str, str]],
                     n_event_frames: int, canvas: str) -> dict[str, Any]:
     """How many of these clips have stored event images, how many are painted, on which canvas."""
     stored = [bool(folder.stored_frames(record, n_event_frames))

@@ -4,7 +4,6 @@ again from the run's clips. A frozen ridge map stands between the models; the sa
 drafter as it came is the comparison."""
 
 import dataclasses
-import os
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -33,7 +32,7 @@ from xsd.train.epochs import FitResult
 CACHED_PROMPTS, BATCH, GAMMA = 256, 32, 5
 
 
-def train(pairs: ShardDataset, *, run_dir: str | os.PathLike[str], data: str, folder: Path,
+def train(pairs: ShardDataset, *, run_dir: str | Path, data: str, folder: Path,
           config: lora.LoraFitConfig, head: Tensor, seed: int, device: str = "cpu",
           validation: ShardDataset | None = None,
           **options: Any) -> tuple[FitResult, dict[str, Any]]:

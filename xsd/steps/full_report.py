@@ -201,9 +201,8 @@ def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1
 def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "", train: str = "",
           mode: str | None = None, gamma: int = 5, gamma_prefill: int = 10, top_k: int = 5,
           thresholds: Sequence[float] = (0.8, 0.85, 0.9, 0.95), batch_size: int = 64,
-          device: str = "auto",
-          timing: str | Mapping[str, float] = "reference", n_resamples: int = 400,
-          seed: int = 0) -> str:
+          device: str = "auto", timing: str | Mapping[str, float] = "reference",
+          n_resamples: int = 400, seed: int = 0) -> str:
     """Write ``report.txt``, ``tokens.parquet``, ``tables/*.{csv,md,tex}`` and
     ``results/evaluate.json`` into ``out`` and return the report.
 

@@ -2,7 +2,6 @@
 given or measured (docs/metrics.md, section 10); and what a replay of stored states stands on (the
 reference's cached mode). Notebook 05 measures."""
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from xsd.steps import evaluation
 
 
 def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], pairs: HeldOut, *,
-            run_dir: str | os.PathLike[str], gamma: int, gamma_prefill: int) -> dict[str, Timing]:
+            run_dir: str | Path, gamma: int, gamma_prefill: int) -> dict[str, Timing]:
     """Level or floor → what its speed-up is predicted from: the reference's times, one's own, or
     what notebook 05 measured in the run ("measured"); then levels it did not time are left out.
 

@@ -31,8 +31,7 @@ def ensure(P: typed.NotebookParameters, *, pairs: bool = True,
     if levels and not training.trained(P.run_dir):
         data = P.data if hasattr(P, "data") else extraction.pair_file(P.run_dir).get(
             "data", datasets.SIMULATED)
-        training.run(parameters.TrainParameters.checked(
-            {**own, "levels": levels, "data": data}))
+        training.run(parameters.TrainParameters.checked({**own, "levels": levels, "data": data}))
 
 
 def _extract(P: typed.NotebookParameters, own: dict[str, Any]) -> None:

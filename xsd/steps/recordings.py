@@ -156,8 +156,7 @@ def warnings(source: Source, clips: Sequence[Sample], world: dict[str, Any]) -> 
                     "misjudge speed")
     if limit := event_streams.official_limit_note(source.events.between(start, end)):
         said.append(limit)
-    rates = [_rate(source.events.between(*clip.t_us), clip.t_us, (width, height))
-             for clip in clips]
+    rates = [_rate(source.events.between(*clip.t_us), clip.t_us, (width, height)) for clip in clips]
     low, high = world["rate"]
     if max(rates) > 1.5 * high or min(rates) < low / 1.5:
         said.append(f"{min(rates):.2f} to {max(rates):.2f} events per pixel and second; the pair "

@@ -52,10 +52,9 @@ def _digest(values: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:8]
 
 
-def run(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
-        out_dir: str | os.PathLike[str], *, fixed: Mapping[str, Any] | None = None,
-        model: type[typed.NotebookParameters] | None = None, jobs: int = 1,
-        say: Callable[[str], Any] = print) -> list[dict[str, Any]]:
+def run(notebook: str | Path, grid: Mapping[str, Sequence[Any]], out_dir: str | Path, *,
+        fixed: Mapping[str, Any] | None = None, model: type[typed.NotebookParameters] | None = None,
+        jobs: int = 1, say: Callable[[str], Any] = print) -> list[dict[str, Any]]:
     """Run every combination of ``grid``, each in a folder of its own, ``jobs`` at a time; finished
     ones are skipped, a failing one is recorded and the rest goes on.
 
@@ -71,11 +70,10 @@ def run(notebook: str | os.PathLike[str], grid: Mapping[str, Sequence[Any]],
         raise ParameterError(f"{', '.join(sorted(both))} is varied and fixed; give it once")
     checked = {name: model.checked({**fixed, **point}) for name, point in points.items()}
     with files.FolderLock(out_dir, "sweep.lock"):
-        return _run(source, out_dir, fixed, model, points, checked, jobs, say)
+        return _run(source, out_dir, fixed, points, checked, jobs, say)
 
 
-def _run(source: Path, out_dir: Path, fixed: dict[str, Any],
-         model: type[typed.NotebookParameters], points: Mapping[str, dict[str, Any]],
+def _run(source: Path, out_dir: Path, fixed: dict[str, Any], points: Mapping[str, dict[str, Any]],
          checked: Mapping[str, typed.NotebookParameters], jobs: int,
          say: Callable[[str], Any]) -> list[dict[str, Any]]:
     files.remove_leftovers(out_dir, "sweep.")

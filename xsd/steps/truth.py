@@ -10,8 +10,8 @@ Every arm is asked about the same tokens, positions 1 … n-1 of each held-out a
 """
 
 import dataclasses
-import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -233,7 +233,7 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
     return pd.DataFrame(rows, columns=["check", "value", "low", "high", "passed", "n"])
 
 
-def free_running(run_dir: str | os.PathLike[str], data: str, pairs: HeldOut) -> HeldOut | None:
+def free_running(run_dir: str | Path, data: str, pairs: HeldOut) -> HeldOut | None:
     """The free-running pairs of the same samples; None where the run has none. Raises:
     ParameterError when they are pairs of other samples."""
     try:

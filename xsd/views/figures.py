@@ -37,13 +37,12 @@ def curve_traces(frame: pd.DataFrame, curve: str = "marginal") -> list[go.Scatte
             x=[*x, *x[::-1]] if known else [], y=[*high, *low[::-1]] if known else [],
             fill="toself", fillcolor=theme.rgba(mark.colour, 0.13), line={"width": 0}, mode="lines",
             hoverinfo="skip", showlegend=False, legendgroup=level, name=f"{level} interval")
-        line = go.Scatter(
-            x=x, y=part[curve].tolist(), mode="lines+markers", name=level, legendgroup=level,
-            line=mark.line, marker=mark.marker(8),
-            customdata=pd.concat([part["n"], low, high], axis=1).to_numpy().tolist(),
-            hovertemplate=f"<b>{level}</b> · position %{{x}}<br>%{{y:.1%}} "
-            "[%{customdata[1]:.1%}, %{customdata[2]:.1%}]<br>n = %{customdata[0]:.0f}"
-            "<extra></extra>")
+        line = go.Scatter(x=x, y=part[curve].tolist(), mode="lines+markers", name=level,
+                          legendgroup=level, line=mark.line, marker=mark.marker(8),
+                          customdata=pd.concat([part["n"], low, high], axis=1).to_numpy().tolist(),
+                          hovertemplate=f"<b>{level}</b> · position %{{x}}<br>%{{y:.1%}} "
+                          "[%{customdata[1]:.1%}, %{customdata[2]:.1%}]<br>n = %{customdata[0]:.0f}"
+                          "<extra></extra>")
         traces += [band, line]
     return traces
 
@@ -87,10 +86,7 @@ def accepted_per_round_dots(
             "<extra></extra>")
     floors = ordered.loc[ordered["kind"].isin(["floor", "drafter"]), "value"]
     if len(floors):
-        best = float(floors.max())
-        figure.add_vline(x=best, line=theme.DASHED)
-        figure.add_annotation(x=best, y=1, yref="paper", yanchor="bottom", text="best floor",
-                              showarrow=False, font={"size": 12, "color": theme.SOFT_INK})
+        theme.upright(figure, float(floors.max()), "best floor")
     figure.update_yaxes(categoryorder="array", categoryarray=ordered["name"].tolist()[::-1],
                         showgrid=False)
     figure.update_xaxes(rangemode="tozero")
@@ -212,11 +208,10 @@ def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = 
             hovertemplate=f"<b>{level}</b> {split} · epoch %{{x}}<br>%{{y:.4g}}<extra></extra>")
         if split == "validation" and known:
             best = part.loc[part[value].idxmin() if "loss" in value else part[value].idxmax()]
-            figure.add_scatter(
-                x=[best["epoch"]], y=[best[value]], mode="markers", legendgroup=str(level),
-                showlegend=False, name=f"{level} best",
-                marker={"symbol": "star", "size": 13, "color": mark.colour},
-                hovertemplate=f"<b>{level}</b> best · epoch %{{x}}<extra></extra>")
+            figure.add_scatter(x=[best["epoch"]], y=[best[value]], mode="markers",
+                               legendgroup=str(level), showlegend=False, name=f"{level} best",
+                               marker={"symbol": "star", "size": 13, "color": mark.colour},
+                               hovertemplate=f"<b>{level}</b> best · epoch %{{x}}<extra></extra>")
     return figure
 
 

@@ -41,8 +41,7 @@ def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = th
              for index, image in enumerate(images)]
     style = f"font:13px {theme.FONT};color:{colour};font-weight:600"
     head = Html('<div style="{}">{}</div>').format(style, label) if label else ""
-    return Html('<div class="filmstrip" data-plain="1">{}{}</div>').format(head,
-                                                                           Html().join(cells))
+    return Html('<div class="filmstrip" data-plain="1">{}{}</div>').format(head, Html().join(cells))
 
 
 def sensors(sample: Sample, *, side: int = 128, n_video: int = 8) -> Html:

@@ -83,6 +83,13 @@ def interval(part: pd.DataFrame, value: str = "value", **look: Any) -> dict[str,
             "arrayminus": (part[value] - part["low"]).tolist(), **look}
 
 
+def upright(drawn: go.Figure, x: float, text: str) -> None:
+    """A dashed line at x, with what it is on top."""
+    drawn.add_vline(x=x, line=DASHED)
+    drawn.add_annotation(x=x, y=1, yref="paper", yanchor="bottom", showarrow=False, text=text,
+                         font={"size": 12, "color": SOFT_INK})
+
+
 def rgba(colour: str, alpha: float) -> str:
     """``#RRGGBB`` with an opacity between 0 and 1, as plotly and CSS write it."""
     red, green, blue = (int(colour[i:i + 2], 16) for i in (1, 3, 5))

@@ -200,12 +200,11 @@ def predicted_and_measured(frame: pd.DataFrame, *,
     figure = theme.figure(title, x="milliseconds per answer", height=170 + 60 * len(frame))
     hatched = {"shape": "/", "fgcolor": "white", "fillmode": "overlay", "solidity": 0.2}
     for part, colour in PARTS.items():
-        figure.add_trace(go.Bar(
-            y=(frame["arm"] + " · predicted").tolist(),
-            x=(frame[part] * frame["predicted_ms"]).tolist(), orientation="h",
-            name=f"predicted: {part}",
-            marker={"color": theme.rgba(colour, 0.55), "pattern": hatched},
-            hovertemplate=f"{part}<br>%{{x:.0f}} ms<extra>predicted</extra>"))
+        figure.add_trace(go.Bar(y=(frame["arm"] + " · predicted").tolist(),
+                                x=(frame[part] * frame["predicted_ms"]).tolist(), orientation="h",
+                                name=f"predicted: {part}",
+                                marker={"color": theme.rgba(colour, 0.55), "pattern": hatched},
+                                hovertemplate=f"{part}<br>%{{x:.0f}} ms<extra>predicted</extra>"))
     figure.add_trace(go.Bar(
         y=(frame["arm"] + " · measured").tolist(), x=frame["measured_ms"].tolist(),
         orientation="h", name="measured", marker={"color": theme.ADAPTER},

@@ -109,10 +109,7 @@ def arms(frame: pd.DataFrame, *, floor: float | None = None,
             f"[%{{customdata[1]:{form}}}, %{{customdata[2]:{form}}}]<br>n = %{{customdata[3]:.0f}}"
             "<extra></extra>")
     if floor is not None:
-        figure.add_vline(x=floor, line={"dash": "dash", "color": theme.SOFT_INK, "width": 1.5})
-        figure.add_annotation(x=floor, y=1, yref="paper", yanchor="bottom", showarrow=False,
-                              text="best floor that looks at nothing",
-                              font={"size": 12, "color": theme.SOFT_INK})
+        theme.upright(figure, floor, "best floor that looks at nothing")
     figure.update_yaxes(tickvals=list(range(len(levels))), range=[-0.6, len(levels) - 0.4],
                         ticktext=[level.replace("_", " ") for level in levels])
     figure.update_xaxes(tickformat=form, rangemode="tozero")
@@ -141,17 +138,15 @@ def losses_by_kind(frame: pd.DataFrame, *, least: int = 5,
     values = [[100 * cell["value"] for cell in line] for line in grid]
     largest = max(10.0, max(abs(value) for line in values for value in line))
     figure = theme.figure(title, height=190 + 34 * len(kinds))
-    _grid(
-        figure, values, losses,
-        [f"{kind}  (n = {line[0]['n']:.0f})" for kind, line in zip(kinds, grid, strict=True)],
-        text=[[_points(cell) for cell in line] for line in grid], texttemplate="%{text}",
-        customdata=[[[cell[key] for key in ("low", "high", "n")] for cell in line]
-                    for line in grid],
-        textfont={"size": 12}, zmin=-largest, zmax=largest,
-        colorscale=[[0, theme.rgba(theme.ADAPTER, 0.75)], [0.5, "white"], [1, LOSS]],
-        colorbar={"title": {"text": "points lost"}, "thickness": 12},
-        hovertemplate="<b>%{y}</b>, %{x}<br>%{z:.1f} points [%{customdata[0]:.1%}, "
-        "%{customdata[1]:.1%}]<extra></extra>")
+    _grid(figure, values, losses,
+          [f"{kind}  (n = {line[0]['n']:.0f})" for kind, line in zip(kinds, grid, strict=True)],
+          text=[[_points(cell) for cell in line] for line in grid], texttemplate="%{text}",
+          customdata=[[[cell[key] for key in ("low", "high", "n")] for cell in line]
+                      for line in grid], textfont={"size": 12}, zmin=-largest, zmax=largest,
+          colorscale=[[0, theme.rgba(theme.ADAPTER, 0.75)], [0.5, "white"], [1, LOSS]],
+          colorbar={"title": {"text": "points lost"}, "thickness": 12},
+          hovertemplate="<b>%{y}</b>, %{x}<br>%{z:.1f} points [%{customdata[0]:.1%}, "
+          "%{customdata[1]:.1%}]<extra></extra>")
     figure.update_xaxes(side="top")
     figure.update_layout(margin={"t": 130})
     return figure
