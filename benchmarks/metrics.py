@@ -101,7 +101,7 @@ def n_samples_for(free_bytes: float | None, sizes: Sizes) -> int:
 
 def _hidden(path: Path, sizes: Sizes) -> tuple[list[ratios.Ratio], dict[str, Any]]:
     file = states.StateFile(path, (sizes.batch, sizes.positions, sizes.width),
-                     n_samples_for(planning.free_bytes("cpu"), sizes))
+                            n_samples_for(planning.free_bytes("cpu"), sizes))
     first = torch.from_numpy(next(file.batches()).copy()).view(torch.bfloat16).reshape(
         2, -1, sizes.width)[:, :sizes.loop_positions]
     one_pass = file.n_samples * sizes.positions

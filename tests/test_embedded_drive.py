@@ -82,7 +82,7 @@ def _facts(scene, counts=None, grey=False):
     times = np.arange(20) / 20
     ids = np.stack([renderer.frame(t, with_ids=True)[1] for t in times])
     return render.clip_facts(scene, np.where(ids >= render.SCENERY_ID, 0, ids), times, counts or {},
-                            grey=grey)
+                             grey=grey)
 
 
 def test_a_visible_van_is_a_fact_and_an_occluded_one_is_not():

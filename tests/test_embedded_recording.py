@@ -91,8 +91,8 @@ def test_what_cannot_be_cut_or_compared_is_named(tmp_path, monkeypatch):
     with pytest.raises(DatasetError, match=r"span 0\.4\d s, less than one clip of 1\.00 s"):
         real_road.windows(synthetic(0.5))
     still = event_streams.Recording(event_streams.empty(24, 10),
-                                synthetic().frames,
-                                synthetic().times_us)
+                                    synthetic().frames,
+                                    synthetic().times_us)
     with pytest.raises(EventError, match="0 real and"):
         real_road.compare_with_simulation(still, DvsConfig.clean(), np.random.default_rng(0))
     (tmp_path / "cut.aedat4").write_bytes(FILE.read_bytes()[:100_000])

@@ -70,8 +70,8 @@ def prepare_dsec(
     from xsd.steps import data
 
     summary = data.prepare_dsec(source, root, split=split, clip_ms=clip_ms, hop_ms=hop_ms,
-                               video_size=frames.size_of(video_size), canvas=canvas,
-                               rectify=rectify)
+                                video_size=frames.size_of(video_size), canvas=canvas,
+                                rectify=rectify)
     print(data.dsec_sentence(summary, root))
 
 

@@ -103,8 +103,8 @@ def _clip(k: int, scene: scenes.Scene, stream: Events, video: np.ndarray, ids: n
     events = stream.between(start_us, end_us)
     first, length = int(k * HOP_S * VIDEO_HZ), int(CLIP_S * VIDEO_HZ)
     truth = render.clip_facts(scene, ids[first:first + length],
-                             (first + np.arange(length)) / VIDEO_HZ,
-                             _events_by_identity(events, ids), grey=grey)
+                              (first + np.arange(length)) / VIDEO_HZ,
+                              _events_by_identity(events, ids), grey=grey)
     chosen = [first + i for i in frames.uniform_indices(length, 8)]
     if len(events) >= 5:
         pictures = frames.event_frames(events, 5, canvas="sensor")

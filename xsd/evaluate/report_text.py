@@ -101,7 +101,7 @@ def _speedup(of: _Figures, gamma: int, timing: speedup.Timing, measured: float |
     lines = []
     if of.has("unbroken_prefix_mean", 0.9):
         estimate = speedup.reference_estimates(of("unbroken_prefix_mean", 0.9),
-                                       of("draft_acceptance_decode", 0.9), gamma, timing)
+                                               of("draft_acceptance_decode", 0.9), gamma, timing)
         figures = "   ".join(f"{name.replace('_', ' ')} {value:.2f}×"
                              for name, value in estimate.items())
         lines += [f"the reference's formulas at cos > 0.90, {_TIMES[timing.kind]}: {figures}",

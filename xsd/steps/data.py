@@ -191,8 +191,8 @@ SETTINGS = "preparation.json"
 
 
 def prepare_dsec(source: str | Path, root: str | Path, *, split: str = "train", clip_ms: int = 1000,
-            hop_ms: int = 500, video_size: tuple[int, int] | None = None,
-            canvas: frames.Canvas = "slice", rectify: bool = False) -> dict[str, Any]:
+                 hop_ms: int = 500, video_size: tuple[int, int] | None = None,
+                 canvas: frames.Canvas = "slice", rectify: bool = False) -> dict[str, Any]:
     """sensors.dsec.prepare under one bar per sequence. How the clips were cut is kept in
     ``preparation.json``, so that one folder never mixes two ways.
 

@@ -69,11 +69,11 @@ class Request:
 
     def samples(self, pair: loading.Pair) -> list[plan.LazySample]:
         """The samples, for this pair. Raises: as data.samples."""
-        return datasets.samples(self.root(), self.split, n_sequences=self.n_sequences,
-                       questions_per_sequence=self.questions_per_sequence,
-                       max_questions=self.max_questions, questions_file=self.questions_file,
-                       duration=self.duration, n_event_frames=pair.n_event_frames,
-                       canvas=pair.event_canvas)
+        return datasets.samples(
+            self.root(), self.split, n_sequences=self.n_sequences,
+            questions_per_sequence=self.questions_per_sequence, max_questions=self.max_questions,
+            questions_file=self.questions_file, duration=self.duration,
+            n_event_frames=pair.n_event_frames, canvas=pair.event_canvas)
 
     def name(self) -> str:
         """The run's name where none is given, spelt as the first scripts did:

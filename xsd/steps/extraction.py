@@ -133,7 +133,7 @@ def save(given: parameters.ExtractParameters, pair: loading.Pair,
     """Write ``shards/pair.json`` and ``results/extract.json``. counts: of :func:`extract`. Returns
     the results, with how templated the answers are."""
     extract_request.save_pair(folder.resolve(given.run_dir) / "shards", pair, given.pair,
-                   {one.question for some in samples.values() for one in some},
+                              {one.question for some in samples.values() for one in some},
                    # as given: a dataset folder is found again by its path
                    data=given.data, test_data=list(given.test_data), loads=given.loads)
     training: list[list[int]] | None = None

@@ -73,7 +73,7 @@ def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_p
     first, second, lengths, clusters = comparison.phases(
         levels.replace({"level": {table.DRAFTER: "drafter tokens"}}), gamma_prefill)
     return comparison.every_pair(first, second, lengths, clusters, n_first=gamma_prefill,
-                                gamma=gamma, timings=timed, **draws)
+                                 gamma=gamma, timings=timed, **draws)
 
 
 def stored_arms(pairs: HeldOut, adapters: Mapping[str, Adapter],

@@ -12,6 +12,7 @@ import pandas as pd
 from xsd.core import ROOT, EventError, PairedStates, ParameterError, Sample, VideoError
 from xsd.embedded import drive, dvs
 from xsd.evaluate import held_out, statistics, table
+from xsd.evaluate.comparison import UNITS
 from xsd.models.loading import Pair
 from xsd.runs import folder
 from xsd.sensors import event_files, frames, names, timed_video
@@ -194,8 +195,7 @@ def summary(tokens: pd.DataFrame, *, gamma: int = 5, resamples: int = 400,
     rows = []
     for level, part in table.counts(tokens, gamma).groupby("level", sort=False, observed=True):
         row: dict[str, Any] = {"level": level}
-        for name, above, below in (("token_acceptance", "matched", "positions"),
-                                   ("accepted_per_round", "accepted", "rounds")):
+        for name, (above, below) in UNITS.items():
             found = statistics.bootstrap_ratio(part[above], part[below], part["sequence"],
                                                n_resamples=resamples, seed=seed)
             row |= {name: found.value, f"{name}_low": found.low, f"{name}_high": found.high}

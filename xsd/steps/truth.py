@@ -163,7 +163,7 @@ def kinds(drafted: pd.DataFrame, level: str, **draws: int) -> pd.DataFrame:
     losses = comparison.losses_between([arm for arm in arms if arm in comparison.CHAIN])
     losses += [(arm, LOOP, arm) for arm in arms if arm not in comparison.CHAIN]
     rows = comparison.loss_by_group(arms, losses, own["kind"].astype(str),
-                                       own["sequence"].astype(str), **draws)
+                                    own["sequence"].astype(str), **draws)
     return pd.DataFrame(rows).sort_values("n", ascending=False, kind="stable")
 
 
