@@ -9,7 +9,7 @@ import pytest
 from views_examples import lengths_table, live_runs, speedups, token_table
 
 from xsd.core import ParameterError
-from xsd.runs import demo, folder, numbers, report
+from xsd.runs import demo, demo_page, folder, numbers, report
 from xsd.steps import evaluation
 
 
@@ -66,7 +66,7 @@ def results():
 
 
 def body(found, run_dir="nowhere"):
-    return report.render(demo.template(), found, **demo.parts(run_dir, found))
+    return report.render(demo_page.template(), found, **demo_page.parts(run_dir, found))
 
 
 @pytest.fixture

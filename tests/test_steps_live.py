@@ -13,7 +13,7 @@ from xsd import cli
 from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.evaluate import table
-from xsd.runs import demo, folder, listing, parameters, report
+from xsd.runs import demo_page, folder, listing, parameters, report
 from xsd.steps import compare, extraction, live, lossless, predictions, ready, traces, training
 from xsd.views import figures, timeline, tokens
 
@@ -230,7 +230,7 @@ def test_results_fill_the_reports_page_and_one_answer_is_kept(bench, records, pl
     results = folder.load_results(place / "run")
     assert "own greedy loop" in results["live"]["sentence"]
     assert results["live"]["check"]["labels"] == "L4, B1 and L1 + L5F"
-    page = report.render(demo.template(), results, **demo.parts(place / "run", results))
+    page = report.render(demo_page.template(), results, **demo_page.parts(place / "run", results))
     assert 'data-key="live/check/labels"' in page[:page.index("<nav>")]
     assert page.count('class="figure"') >= 2 and page.count("data-key=\"live/test/") > 10
     hashes = [

@@ -12,7 +12,7 @@ from tiny_pair import make_tiny_pair
 from xsd.core import ParameterError
 from xsd.evaluate import curves, metrics, table, tables
 from xsd.models import loading
-from xsd.runs import demo, folder, parameters, report
+from xsd.runs import demo_page, folder, parameters, report
 from xsd.steps import evaluation, extraction, ready, training
 from xsd.views import figures
 
@@ -202,7 +202,7 @@ def test_hidden_results_hold_every_level_with_its_interval(found, run_dir):
 
 def test_the_demo_page_reads_these_results(found, run_dir):
     results = folder.load_results(run_dir)
-    page = report.render(demo.template(), results, **demo.parts(run_dir, results))
+    page = report.render(demo_page.template(), results, **demo_page.parts(run_dir, results))
     assert "best floor" in page[:page.index("<nav>")]
     titles = re.findall("<h2>(.*?)</h2>", page)
     assert titles[:2] == ["What was done", "How many draft tokens are accepted"]

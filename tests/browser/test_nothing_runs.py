@@ -17,7 +17,7 @@ from tiny_pair import make_tiny_pair
 
 from xsd.core import ROOT
 from xsd.models.handle import ModelHandle
-from xsd.runs import demo, doctor, folder, report
+from xsd.runs import demo_page, doctor, folder, report
 
 CHROMIUM = doctor.browser_path()
 pytestmark = pytest.mark.skipif(CHROMIUM is None,
@@ -103,9 +103,9 @@ def test_pages_of_hostile_data_run_nothing_and_show_it(made, place):
         nbformat.write(notebook, place / f"{stem}.ipynb")
     results = folder.load_results(run) | {"provenance": {"run": str(run)}}
     index = report.build_report(
-        demo.template(), results, place / "out", title=hostile.PAYLOADS["bold"],
+        demo_page.template(), results, place / "out", title=hostile.PAYLOADS["bold"],
         notebooks=[place / f"{stem}.ipynb" for stem in notebooks],
-        **demo.parts(run, results))
+        **demo_page.parts(run, results))
     pages = [index, *sorted((place / "out" / "notebooks").glob("*.html"))]
     assert len(pages) == 1 + len(notebooks)
     drawn = sorted((run / "report" / "figures").glob("*.html"))

@@ -1,13 +1,22 @@
 """What a notebook's parameters may be: the base of their models, and kinds of values that several
 notebooks take."""
 
+from __future__ import annotations
+
 import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-import pydantic
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, PlainValidator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    PlainValidator,
+    ValidationError,
+)
 
 from xsd import files
 from xsd.core import ParameterError, as_used
@@ -45,7 +54,7 @@ class NotebookParameters(BaseModel):
                 raise cls.refusal(name, value, why)
         try:
             return cls.model_validate(dict(values))
-        except pydantic.ValidationError as error:
+        except ValidationError as error:
             first = error.errors()[0]
         why = first["msg"].removeprefix("Value error, ")
         raise cls.refusal(".".join(map(str, first["loc"])), first["input"], why)

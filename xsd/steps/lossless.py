@@ -1,6 +1,8 @@
 """Step 05, the check: the ids of every held-out sample against the verifier's own, not timed and on
 several processes if asked."""
 
+from __future__ import annotations
+
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -50,7 +52,8 @@ def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) 
     Returns: one row per sample, arm and limit: data, sample, sequence, arm, limit, n_tokens,
     finish, identical, outcome (of certificate.certify), position, margin, n_hidden (drafts made
     behind the prefill), reference_identical (the extracted ids are the one-row loop's, None where
-    it was not run)."""
+    it was not run).
+    """
     jobs = [(data, place) for data, some in opened.samples.items() for place in range(len(some))]
     n = min(opened.given.workers, len(jobs))
     parts = [jobs[len(jobs) * i // n:len(jobs) * (i + 1) // n] for i in range(n)]
