@@ -111,8 +111,8 @@ def values(runs: Sequence[str], metric: str, *, resamples: int, seed: int) -> pd
         results = folder.load_results(run)
         with folder.as_written(folder.resolve(run) / "results" / "tokens.json"):
             rows += [{"run": name, "data": which, "level": row["label"], "kind": "floor",
-                      **row[metric]} for which,
-                     tokens in results.get("tokens", {}).get("test", {}).items()
+                      **row[metric]}
+                     for which, tokens in results.get("tokens", {}).get("test", {}).items()
                      for row in tokens["rows"].values() if row["kind"] == "floor" and metric in row]
     found = pd.DataFrame(rows)
     starred = ~found["kind"].isin(["ceiling", "floor"]) & ~found.get("busy", False)
