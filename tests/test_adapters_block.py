@@ -7,6 +7,7 @@ import torch
 
 from xsd.adapters import registry
 from xsd.core import Batch, Context, ParameterError
+from xsd.train import objectives, parts, recipes
 
 WIDTH, DRAFTER, VOCABULARY, BLOCK = 16, 8, 11, 4
 LAYERS = {"verifier": [1, 2], "drafter": [0]}
@@ -115,3 +116,26 @@ def test_parameters_at_full_size(level, parameters):
     with torch.device("meta"):
         adapter = registry.create_adapter(level, 4096, vocab_size=32_000)
     assert registry.count_parameters(adapter) == parameters
+
+
+def test_drafting_from_some_positions_gives_those_rows():
+    adapter, batch = make("D5F"), make_batch()
+    starts = torch.tensor([[True, False, True, True, False, False],
+                           [False, True, False, False, False, False]])
+    whole, some = adapter.rolled(batch, BLOCK), adapter.rolled(batch, BLOCK, starts=starts)
+    for every, drawn in zip(whole, some, strict=True):
+        torch.testing.assert_close(drawn[starts], every[starts])
+
+
+def test_a_step_trains_from_as_many_anchors_as_asked():
+    adapter, batch = make("D1").train(), make_batch()
+    config = recipes.FitConfig(profile="tokens", objective="cross_entropy", anchors=2)
+    starts = parts.draw_starts(adapter, batch.mask, config)
+    assert starts.sum(1).tolist() == [2, 2] and not starts[0, 5:].any() and not starts[1, 2:].any()
+    norms = parts.norms(adapter, batch.mask, config, starts)
+    assert len(norms) == BLOCK and norms[0] == 4 and (norms.diff() <= 0).all()
+    found = parts.losses(adapter, batch, objectives.parse("cross_entropy"),
+                         adapter.token_embedding, config, [1.0] * BLOCK, norms.tolist(), starts)
+    found["total"].backward()
+    assert all(p.grad is not None for p in adapter.layers.parameters())
+    assert parts.draw_starts(adapter, batch.mask, recipes.FitConfig(profile="tokens")) is None

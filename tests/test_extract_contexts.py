@@ -1,6 +1,7 @@
 """Contexts: what block drafters read, stored once and equal to what live decoding records; and
 decoding a block a round, token for token the verifier's own."""
 
+import dataclasses
 import shutil
 
 import pytest
@@ -10,12 +11,13 @@ from tiny_pair import make_samples
 
 from xsd.adapters import registry
 from xsd.bench import arms
-from xsd.core import ParameterError, ShardError
+from xsd.core import ParameterError, ShardError, TrainingError
 from xsd.decode import autoregressive
 from xsd.evaluate import drafting, table
 from xsd.extract import contexts, run
 from xsd.shards import contexts as stored
 from xsd.shards.store import ShardDataset
+from xsd.train import fit, recipes
 
 TOKENS = 9
 LAYERS = {"verifier": [0, 2], "drafter": [1]}
@@ -23,7 +25,7 @@ LAYERS = {"verifier": [0, 2], "drafter": [1]}
 
 @pytest.fixture(scope="module")
 def samples():
-    return make_samples(8)
+    return [dataclasses.replace(one, split="train") for one in make_samples(8)]
 
 
 @pytest.fixture(scope="module")
@@ -168,3 +170,25 @@ def test_a_layer_that_is_not_there_is_refused(pairs, samples):
     shutil.rmtree(pairs.folder / stored.FOLDER)
     with pytest.raises(ParameterError, match="there is no hidden layer 9"):
         contexts.extract(tiny_pair(), samples, pairs, layers={"verifier": [9]})
+
+
+def test_a_block_drafter_is_trained_resumed_and_loaded(extracted, tmp_path):
+    config = fit.FitConfig(**recipes.settings("best", "D5F") | {
+        "epochs": 3, "batch_size": 4, "validation_share": 0.5,
+        "adapter_options": {"block": 3, "n_heads": 2}})
+    head = extracted.head("verifier")
+    given = {"config": config, "head": head}
+    whole = fit.fit_adapter("D5F", extracted, folder=tmp_path / "whole", **given)
+
+    def stop(row):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fit.fit_adapter("D5F", extracted, folder=tmp_path / "cut", progress=stop, **given)
+    again = fit.fit_adapter("D5F", extracted, folder=tmp_path / "cut", **given)
+    left, right = (registry.load_any_adapter(one.best_path) for one in (whole, again))
+    assert left.context_layers == LAYERS
+    assert all(torch.equal(value, right.state_dict()[name])
+               for name, value in left.state_dict().items())
+    with pytest.raises(TrainingError, match="read contexts, which are stored beside shards"):
+        fit.fit_adapter("D1", list(extracted), folder=tmp_path / "none", **given)

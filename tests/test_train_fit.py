@@ -284,3 +284,16 @@ def test_what_cannot_be_trained_is_explained(tmp_path):
     ]
     with pytest.raises(TrainingError, match="needs token ids and this dataset has none"):
         fit.fit_adapter("L1", without, folder=tmp_path, profile="tokens", head=examples.head())
+
+
+def test_the_rate_falls_with_every_step_where_asked(tmp_path, monkeypatch):
+    seen = []
+    step = fit.Training.step
+    monkeypatch.setattr(fit.Training, "step", lambda self, *given: (
+        seen.append(self.optimiser.param_groups[0]["lr"]), step(self, *given))[1])
+    for schedule in (None, "step"):
+        config = fit.FitConfig(schedule=schedule, **SHORT)
+        fit.fit_adapter("L1", examples.answers(), folder=tmp_path / str(schedule), config=config)
+    by_epoch, by_step = seen[:len(seen) // 2], seen[len(seen) // 2:]
+    assert len(set(by_epoch)) == config.epochs
+    assert by_step == sorted(set(by_step), reverse=True) and by_step[0] == by_epoch[0]

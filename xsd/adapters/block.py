@@ -185,7 +185,7 @@ class BlockAdapter(Adapter):
 
     def rolled(self, batch: Batch, steps: int, starts: Tensor | None = None) -> list[Tensor]:
         """As Adapter.rolled: of every verified position s, in one pass; at most ``block``.
-        starts: bool [B, S], the positions to draft from; the others' rows are 0."""
+        starts: bool [B, S], the positions to draft from; other rows mean nothing."""
         count, size = batch.mask.shape
         places = torch.arange(size, device=batch.mask.device).expand(count, -1)
         if starts is not None:  # those first, and as many columns as the answer with most has

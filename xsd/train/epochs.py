@@ -98,10 +98,7 @@ class EpochLoop:
 
     def _epoch(self, epoch: int) -> dict[str, Any]:
         start = time.perf_counter()
-        low, high = self.config.minimum_learning_rate, self.config.learning_rate
-        rate = low + (high - low) * (1 + math.cos(math.pi * epoch / self.config.epochs)) / 2
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        rate = self.set_rate(epoch)
         # dropout and noise of an epoch depend on nothing before it: resuming is exact
         torch.manual_seed(self.seed * 1_000_003 + epoch + 1 + 7_368_787 * self.processes.rank)
         row = {"epoch": epoch + 1, "learning_rate": rate, **self.train_pass(epoch)}
@@ -110,6 +107,14 @@ class EpochLoop:
         if not math.isfinite(row["validation_total"]):
             raise self._not_a_number(f"epoch {epoch + 1}, validation")
         return row | {"seconds": time.perf_counter() - start}
+
+    def set_rate(self, epochs: float) -> float:
+        """The learning rate after so many epochs: a cosine from the highest to the lowest."""
+        low, high = self.config.minimum_learning_rate, self.config.learning_rate
+        rate = low + (high - low) * (1 + math.cos(math.pi * epochs / self.config.epochs)) / 2
+        for group in self.optimiser.param_groups:
+            group["lr"] = rate
+        return rate
 
     def step(self, loss: Tensor, epoch: int, number: int) -> Tensor:
         """One optimiser step from the gradients that stand in the parameters; returns the step's

@@ -190,7 +190,11 @@ class Training(EpochLoop):
         count = 0.0
         batches = self._batches(self.states, self.train_indices, self.seed * 7919 + epoch)
         groups = iter(lambda: list(itertools.islice(batches, self.config.accumulation)), [])
+        each = self.config.batch_size * self.config.accumulation
+        steps = -(-len(self.train_indices) // each)
         for number, group in enumerate(groups, start=1):
+            if self.config.schedule == "step":
+                self.set_rate(epoch + (number - 1) / steps)
             starts = [parts.draw_starts(self.adapter, one.mask, self.config) for one in group]
             own = [parts.norms(self.adapter, one.mask, self.config, drawn)
                    for one, drawn in zip(group, starts, strict=True)]

@@ -24,7 +24,8 @@ PROFILES: dict[str, dict[str, Any]] = {
     "tokens": _TOKENS,
     "rollout": {**_TOKENS, "rollout_steps": 3},
 }
-_BLOCK = {"objective": "cross_entropy", "learning_rate": 1e-3, "warm_start": "none"}
+_BLOCK = {"objective": "cross_entropy", "learning_rate": 1e-3, "warm_start": "none",
+          "batch_size": 12, "schedule": "step", "anchors": 12}
 _DEFAULTS = {"epochs": 50, "patience": 10, "rollout_steps": 1, "warm_start": "none",
              "learning_rate": 1e-3}
 BEST_BY_LEVEL: dict[str, dict[str, Any]] = {
@@ -70,7 +71,8 @@ def check_fields(config: Any, *, positive: Sequence[str], not_negative: Sequence
             fits, expected = isinstance(value, bool), "true or false"
         elif words or get_origin(kind) is Literal:
             words = words or list(allowed)
-            fits, expected = value in words, " or ".join(words)
+            fits = value in words or (value is None and NoneType in allowed)
+            expected = " or ".join(words)
         else:
             continue
         if not fits:
@@ -101,6 +103,7 @@ class FitConfig:
     prediction_weight: float | None = None  # of L5's loss against the next state
     rollout_steps: int | None = None  # shift 1: on own predictions in the loss
     rollout_decay: float = 0.8  # weight of each further step, or draft of a block
+    schedule: Literal["step"] | None = None  # the cosine falls with every step; None: epochs
     anchors: int | None = None  # blocks: positions of an answer drawn each step; None: all
     warm_start: Literal["none", "ridge"] | None = None  # ridge: linear maps from the closed form
     alpha: float | None = None  # initial residual weight of L4, L5, B1, L5F
