@@ -98,4 +98,5 @@ def _flat(part: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, str]]
         elif name.endswith("_bytes"):
             yield above + name.removesuffix("_bytes"), f"{value / GB:.2f} GB"
         else:
-            yield above + name, f"{value:.3g}" if isinstance(value, float) else str(value)
+            form = ".0f" if isinstance(value, float) and value >= 100 else ".3g"
+            yield above + name, format(value, form) if isinstance(value, float) else str(value)
