@@ -3,13 +3,15 @@
 import json
 import re
 
+import nbformat
 import pages
 import pandas as pd
 import pytest
 from views_examples import lengths_table, live_runs, speedups, token_table
 
+from xsd import files
 from xsd.core import ParameterError
-from xsd.runs import demo, demo_page, folder, numbers, report
+from xsd.runs import demo, demo_page, folder, notebooks, numbers, profiles, report
 from xsd.steps import evaluation
 
 
@@ -87,10 +89,48 @@ def finished(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("profile", demo.PROFILES)
+@pytest.mark.parametrize("profile", profiles.names())
 def test_the_parameters_of_every_step_are_valid(profile, tmp_path):
-    for step in demo.STEPS:
-        assert demo.given(step, profile, tmp_path, 3)["seed"] == 3
+    plan = demo.given(demo.STEPS, profile, tmp_path, ["seed=3"])
+    assert all(values["seed"] == 3 for values in plan.values())
+    assert plan["06_compare"]["runs"] == [str(tmp_path)]
+
+
+def test_a_chain_is_a_span_of_notebooks_on_one_run_folder(tmp_path):
+    assert demo.steps_of("02-04") == ["02_train", "03_hidden", "04_tokens"]
+    assert demo.steps_of("05") == demo.steps_of("x-y") == []
+    with pytest.raises(ParameterError, match="00-07 is no part of the chain; it goes from 01 to"):
+        demo.steps_of("00-07")
+    with pytest.raises(ParameterError, match="share the run folder"):
+        demo.given(demo.STEPS, "", tmp_path, ["run_dir=runs/mine"])
+    with pytest.raises(ParameterError, match="'sed': did you mean 'seed'"):
+        demo.given(demo.STEPS, "", tmp_path, ["sed=1"])
+
+
+def test_a_chain_goes_on_with_the_first_notebook_that_is_not_finished(tmp_path, monkeypatch):
+    """And runs again what follows one that was given something else."""
+    ran, results = [], tmp_path / "run" / "results"
+    monkeypatch.setattr(files, "_git", lambda *about: "abc" if about[0] == "rev-parse" else "")
+    monkeypatch.setattr(demo, "build", lambda out_dir, **about: out_dir)
+
+    def execute(book, copy, written, values):
+        ran.append(copy.stem)
+        if len(ran) == 2:
+            raise KeyboardInterrupt
+        nbformat.write(book, written)
+        files.write_json(results / f"{copy.stem.partition('_')[2]}.json", {})
+
+    monkeypatch.setattr(notebooks, "_execute", execute)
+    options = {"profile": "", "steps": ["02_train", "03_hidden", "04_tokens"],
+               "say": lambda text, **how: None}
+    with pytest.raises(KeyboardInterrupt):
+        demo.run(tmp_path, **options)
+    demo.run(tmp_path, **options)
+    assert ran == ["02_train", "03_hidden", "03_hidden", "04_tokens"]
+    demo.run(tmp_path, **options)
+    assert len(ran) == 4
+    demo.run(tmp_path, **options, changes=["max_positions=7"])
+    assert ran[4:] == ["03_hidden", "04_tokens"]
 
 
 def test_the_page_is_true_offline_and_complete(finished):

@@ -22,7 +22,6 @@ ROOT = Path(__file__).resolve().parents[1]
 """The checkout: notebooks, data and reports are resolved from here."""
 
 
-
 def as_used(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
     """What "auto" stands for on this machine: CUDA where torch sees a GPU, else the CPU; bfloat16
     on a GPU, float32 on a CPU. Anything else stays as it is."""
@@ -187,11 +186,20 @@ class Batch:
         """The same batch, its tensors on ``device``."""
         if self.mask.device == device:
             return self
-        names = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
         context = {role: Context(one.states.to(device, non_blocking=True), one.start.to(device))
                    for role, one in self.context.items()}
         return replace(self, context=context, **{
-            name: getattr(self, name).to(device, non_blocking=True) for name in names})
+            name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
+
+    def rows(self, cut: slice) -> Batch:
+        """Some of its answers."""
+        context = {role: Context(one.states[cut], one.start[cut])
+                   for role, one in self.context.items()}
+        names = (*_TENSORS, "sequence", "index")
+        return replace(self, context=context, **{name: getattr(self, name)[cut] for name in names})
+
+
+_TENSORS = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
 
 
 def depths(parents: Sequence[int]) -> list[int]:

@@ -202,10 +202,16 @@ def _own(name: str, pair: Pair) -> Any:
 
 def draft_head(verifier: Any, adapter: Any) -> Callable[[torch.Tensor], torch.Tensor]:
     """The verifier's head as an adapter drafts through it: only the rows of its draft vocabulary,
-    where it has one, copied once."""
-    if getattr(adapter, "draft_ids", None) is None or not hasattr(verifier, "head"):
+    where it has one, and where the adapter stands, copied once."""
+    if not hasattr(verifier, "head"):
         return verifier.lm_head
-    head = heads.head_of(adapter, verifier.head.weight.detach())
+    weight = verifier.head.weight.detach()
+    place = next((one.device for one in getattr(adapter, "parameters", tuple)()), weight.device)
+    if getattr(adapter, "draft_ids", None) is None and place == weight.device:
+        return verifier.lm_head
+    head = heads.head_of(adapter, weight.to(place))
+    if isinstance(head, torch.Tensor):
+        return lambda hidden: torch.nn.functional.linear(hidden.to(head), head)
     return lambda hidden: head(hidden.to(head.weight))
 
 

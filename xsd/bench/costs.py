@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -94,8 +95,10 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
         more: dict[str, Any] = {"tokens": ids} if getattr(adapter, "fuses_tokens", False) else {}
         if hasattr(adapter, "keep"):  # the first, warming step fills it; the others read one row
             more["kept"] = adapter.keep()
-        return lambda: int(head(adapter.step(drafter_states, verifier_states, **more)[None]
-                                )[0].argmax())
+        states = drafter_states, verifier_states
+        if place := next((one.device for one in getattr(adapter, "parameters", tuple)()), None):
+            states = drafter_states.to(place), verifier_states.to(place)
+        return lambda: int(head(adapter.step(*states, **more)[None])[0].argmax())
 
     return measure({
         "drafter_prefill": lambda: int(drafter.prefill(sample).logits.argmax()),
@@ -126,6 +129,33 @@ def prefill_overlap(verifier: DecoderHandle, proposer: proposers.Proposer, sampl
     }, repeats=repeats)
     longer = found.loc[found["ms"].head(2).idxmax()]
     return pd.concat([found, longer.to_frame().T.assign(what=IDEAL)], ignore_index=True)
+
+
+def hiding(asked: str, verifier: DecoderHandle, proposer: proposers.Proposer, sample: Any,
+           path: Path, n_drafts: int, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Whether to draft behind the verifier's prefill: hide_prefill and overlap of arms.build, and
+    why. asked: "yes", "no", or "auto": where both lanes at once are done before one after the other
+    (:func:`prefill_overlap`), which is measured once and kept in ``path``. about: what the
+    measurement holds for (devices, numbers, pair)."""
+    if asked != "auto":
+        why = f"hide_prefill={asked} was asked for"
+        return {"asked": asked, "hide_prefill": asked == "yes", "overlap": "threads", "why": why}
+    held = {**about, "n_drafts": n_drafts}
+    if path.is_file():
+        kept = files.read_json(path, ParameterError, "delete it to measure again")
+        if isinstance(kept, dict) and kept.get("about") == held:
+            return kept["found"]
+    ms = _ms(prefill_overlap(verifier, proposer, sample, n_drafts=n_drafts))
+    at_once, in_turn = float(ms[AT_ONCE]), float(ms[SERIAL])
+    pays = at_once < in_turn
+    found = {
+        "asked": asked, "hide_prefill": pays, "overlap": "threads" if pays else "serial",
+        "at_once_ms": at_once, "in_turn_ms": in_turn,
+        "why": f"the verifier's prefill and the drafter's with {n_drafts} drafts take "
+               f"{at_once:.1f} ms at once and {in_turn:.1f} ms one after the other on this machine"
+               f", so drafting behind the prefill {'pays' if pays else 'does not pay'}"}
+    files.write_json(path, {"about": held, "found": found})
+    return found
 
 
 def hidden_share(lanes: pd.DataFrame) -> float:

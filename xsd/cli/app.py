@@ -23,10 +23,9 @@ def _end(status: int | None, **_: Any) -> None:
 HELP = ("-h", "--help")
 PAIR_WORDS = ("train", "card", *HELP)
 app = Typer(result_callback=_end, context_settings={"help_option_names": HELP}, **QUIET)
-pair_app = Typer(help="Train the embedded pair, judge it.", **QUIET)
 app.add_typer(models.app)
 app.add_typer(data.app, name="data")
-app.add_typer(pair_app, name="pair")
+app.add_typer(models.pair_app, name="pair")
 DATA_VERBS = [(one.name or one.callback.__name__).replace("_", "-")
               for one in data.app.registered_commands]
 
@@ -71,6 +70,10 @@ PARAMETER = Option([], "-p", "--parameter", metavar="NAME=VALUE",
                    help="may be repeated; lists are written a,b")
 
 
+PROFILE = Option("", help="parameters in YAML, by the name of a shipped file (such as 7b-bf16) or "
+                 "a path; -p comes over them")
+
+
 def _notebook(notebook: str) -> tuple[Path, Any]:
     """Its file and the model of its parameters."""
     from xsd.runs import notebooks, parameters
@@ -79,20 +82,28 @@ def _notebook(notebook: str) -> tuple[Path, Any]:
     return source, parameters.model_of(source.stem)
 
 
-@app.command("run", epilog=examples("xsd run 05 -p n_samples=4 -p arms=ar,L1 -o reports/live",
-                                    "xsd run 04 --help-parameters"))
-def run_one(notebook: str = NOTEBOOK, parameter: list[str] = PARAMETER, out: Path | None = OUT,
+@app.command("run", epilog=examples(
+    "xsd run 05 -p n_samples=4 -p arms=ar,L1 -o reports/live", "xsd run 04 --help-parameters",
+    "xsd run 01-06 --profile 7b-4bit-24gb -p pair=checkpoints/7b -p data=dsec -p test_data=dsec"))
+def run_one(notebook: str = Argument(help="number (05), stem (05_live) or path; 01-06: one after "
+                                     "the other, and the report", autocompletion=_names),
+            parameter: list[str] = PARAMETER, out: Path | None = OUT,
+            profile: str = PROFILE,
             help_parameters: bool = Option(False, "--help-parameters",
                                            help="print what the notebook takes, and stop")) -> None:
     """Execute a notebook headless, with checked parameters, into reports/<notebook>."""
-    from xsd.runs import command_line, notebooks
+    from xsd.runs import demo, notebooks, profiles
 
+    if steps := demo.steps_of(notebook):
+        out = out or ROOT / "reports" / (Path(profile).stem or notebook)
+        print(f"the report: {demo.run(out, profile=profile, changes=parameter, steps=steps)}")
+        return
     source, model = _notebook(notebook)
     if help_parameters:
         for name, field in model.model_fields.items():
             print(f"{name} = {field.get_default()!r}\n    {field.description}")
         return
-    values = command_line.read_values(parameter, model)
+    values = profiles.values(profile, parameter, source.stem)[source.stem]
     out = (out or ROOT / "reports" / source.stem).resolve()
     before = (out / source.name).is_file()
     target = notebooks.run_notebook(source, out, values)
@@ -106,20 +117,22 @@ def sweep(notebook: str = NOTEBOOK,
           axis: list[str] = Argument(None, metavar="NAME=V1,V2 …",
                                      help="what is varied; lists stand between |"),
           grid: list[str] = Option([], "-g", "--grid", metavar="NAME=V1,V2", help="the same"),
-          parameter: list[str] = PARAMETER, out: Path | None = OUT,
+          parameter: list[str] = PARAMETER, profile: str = PROFILE, out: Path | None = OUT,
           jobs: int = Option(1, "-j", "--jobs", min=1, max=256, help="points at a time")) -> int:
     """Execute a notebook over a grid, into reports/sweep_<notebook>; resumes.
 
     Points share one extraction and one training per level, or those of run_dir.
     """
     from xsd.files import atomic_write
-    from xsd.runs import command_line, folder, listing
+    from xsd.runs import command_line, folder, listing, profiles
     from xsd.steps import sweep as points
 
     source, model = _notebook(notebook)
     axes = command_line.read_grid([*(axis or []), *grid], model)
+    fixed = profiles.values(profile, [], source.stem)[source.stem]
+    fixed = {name: value for name, value in fixed.items() if name not in axes}
     target = (out or ROOT / "reports" / f"sweep_{source.stem}").resolve()
-    fixed = command_line.read_values(parameter, model)
+    fixed |= command_line.read_values(parameter, model)
     rows = points.run(source, axes, target, fixed=fixed, jobs=jobs)
     kept, place = points.metrics(listing.sweep_of(target)["runs"]), folder.shown(target)
     atomic_write(target / "sweep.csv", kept.to_csv(index=False))
@@ -184,7 +197,7 @@ def keep_notebooks(
 
 @app.command(epilog=examples("xsd demo", "xsd demo --profile smoke -o reports/small"))
 def demo(out: Path | None = OUT,
-         profile: Literal["smoke", "demo"] = Option("demo", help="smoke is the small one")) -> None:
+         profile: str = Option("demo", help="smoke is the small one")) -> None:
     """Extraction, training, acceptance, live decoding, one report, into reports/demo."""
     from xsd.runs import demo as main_job
 
@@ -248,32 +261,3 @@ def plan(
                                     questions=questions, new_tokens=max_new_tokens, batch=batch,
                                     stored=stored, modes=words(modes), levels=words(levels),
                                     epochs=epochs, disk_free=shutil.disk_usage(ROOT).free)))
-
-
-SEQUENCES = Option(40, min=1, max=100_000, help="held-out drives for the card")
-
-
-@pair_app.command(epilog=examples("xsd pair train --profile quick --seed 1"))
-def train(profile: Literal["smoke", "quick", "full"] = Option(
-              "full", help="full takes about two hours on two cores"),
-          seed: int = 0, device: str = Option("auto", help=DEVICE), out: Path | None = OUT,
-          workers: int = Option(2, min=1, max=256, help="processes that simulate"),
-          sequences: int = SEQUENCES) -> None:
-    """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
-    recipe = beside("studies.embedded_pair.recipe")
-    out = Path(out or recipe.default_folder(profile, seed))
-    with alone(out, "pair.lock"):
-        written = recipe.train(out, profile, seed=seed, device=as_used(device)[0], workers=workers,
-                               progress=recipe.bars())
-    about = beside("studies.embedded_pair.card").score(
-        written, n_sequences=sequences,
-        command=f"`xsd pair train --profile {profile} --seed {seed}`")
-    print(f"the pair: {written}; its card: {about}")
-
-
-@pair_app.command(epilog=examples("xsd pair card runs/pair_full_0/pair"))
-def card(folder: Path = Argument(help="a trained embedded pair"),
-         sequences: int = SEQUENCES) -> None:
-    """Judge a trained pair on held-out drives and write its card."""
-    judge = beside("studies.embedded_pair.card")
-    print(judge.score(folder, n_sequences=sequences, command=f"`xsd pair card {folder}`"))

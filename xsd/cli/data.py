@@ -103,7 +103,7 @@ def extract(
     dtype: str = Option("auto", help=f"of the models: {NUMBERS}"),
     quant: Quant = QUANT,
     device: str = Option("auto", help=f"{DEVICE}; under torchrun every process has its own GPU"),
-    batch: int = Option(16, help="answers at a time"),
+    batch: str = Option("16", help="answers at a time; auto: as many as memory and speed allow"),
     samples_per_shard: int = Option(256, help="also what several processes share out"),
     save_every: int = Option(0, help="samples between two writes to disk; 0: after each batch"),
     save_every_s: float = Option(0.0, "--save-seconds", help="the same in seconds"),
@@ -141,7 +141,7 @@ def extract(
     models = replace(request, device=device).load_pair()
     samples = request.samples(models)
     sizes = {"modes": words(modes), "max_new_tokens": max_new_tokens, "dtype": stored,
-             "batch_size": batch}
+             "batch_size": batch if batch == "auto" else _integers(batch, "--batch")[0]}
     drawn = {"max_samples": max_samples, "seed": seed,
              "max_scenes": None if max_scenes == -1 else max_scenes}
     if not rank.rank:
@@ -284,9 +284,9 @@ def _request(run: Path | None = None, **given: Any) -> Any:
     return extract_request.Request(**given)
 
 
-def _integers(text: str) -> tuple[int, ...]:
+def _integers(text: str, option: str = "--layers") -> tuple[int, ...]:
     try:
         return tuple(map(int, words(text)))
     except ValueError:
         raise ParameterError(
-            f"--layers {text}: expected whole numbers with commas, such as -1,-8") from None
+            f"{option} {text}: expected whole numbers with commas, such as -1,-8") from None

@@ -1,5 +1,5 @@
-"""``xsd train``, ``evaluate``, ``self-test`` and ``bench``: adapters and rooms, from the command
-line."""
+"""``xsd train``, ``evaluate``, ``self-test``, ``bench`` and ``pair …``: adapters, rooms and the
+embedded pair, from the command line."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typer import Argument, Option, Typer
 
 from xsd.cli.data import DEVICE, OUT, QUIET, examples
 from xsd.cli.exits import alone, beside
-from xsd.core import ROOT, ParameterError
+from xsd.core import ROOT, ParameterError, as_used
 
 app = Typer(**QUIET)
+pair_app = Typer(help="Train the embedded pair, judge it.", **QUIET)
 LEVEL = Option([], "-l", "--level", help="may be repeated; L1 to L6, X1, B1 or module:Class")
 OPTIONS = Option("", help="of the adapters, for all or by level: 'L5: {layers: 2}'")
 
@@ -116,3 +117,32 @@ def bench(what: Literal["extract", "train", "metrics", "full-size"], out: Path |
         raise ParameterError(f"--{min(given)} is of full-size; xsd bench {what} takes none")
     with alone(out, "bench.lock"):
         print(beside(f"benchmarks.{what.replace('-', '_')}").run(out, **given))
+
+
+SEQUENCES = Option(40, min=1, max=100_000, help="held-out drives for the card")
+
+
+@pair_app.command("train", epilog=examples("xsd pair train --profile quick --seed 1"))
+def train_pair(profile: Literal["smoke", "quick", "full"] = Option(
+              "full", help="full takes about two hours on two cores"),
+          seed: int = 0, device: str = Option("auto", help=DEVICE), out: Path | None = OUT,
+          workers: int = Option(2, min=1, max=256, help="processes that simulate"),
+          sequences: int = SEQUENCES) -> None:
+    """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
+    recipe = beside("studies.embedded_pair.recipe")
+    out = Path(out or recipe.default_folder(profile, seed))
+    with alone(out, "pair.lock"):
+        written = recipe.train(out, profile, seed=seed, device=as_used(device)[0], workers=workers,
+                               progress=recipe.bars())
+    about = beside("studies.embedded_pair.card").score(
+        written, n_sequences=sequences,
+        command=f"`xsd pair train --profile {profile} --seed {seed}`")
+    print(f"the pair: {written}; its card: {about}")
+
+
+@pair_app.command(epilog=examples("xsd pair card runs/pair_full_0/pair"))
+def card(folder: Path = Argument(help="a trained embedded pair"),
+         sequences: int = SEQUENCES) -> None:
+    """Judge a trained pair on held-out drives and write its card."""
+    judge = beside("studies.embedded_pair.card")
+    print(judge.score(folder, n_sequences=sequences, command=f"`xsd pair card {folder}`"))

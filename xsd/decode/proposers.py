@@ -122,7 +122,9 @@ class AdapterProposer(TokenByToken):
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         super().begin(sample, timeline)
-        self.verifier_states, self.said = History(), []
+        numbers = getattr(self.adapter, "parameters", tuple)()  # it may stand on another GPU
+        self.verifier_states = History(next((one.device for one in numbers), None))
+        self.said: list[int | None] = []
         keep = getattr(self.adapter, "keep", None)
         self.kept = keep() if keep is not None else None
 

@@ -21,8 +21,10 @@ def n_common(one: Sequence[int | None], other: Sequence[int]) -> int:
 
 
 class History:
-    """States of positions 0…n-1 in one growing buffer: a step reads a view and copies nothing."""
-    def __init__(self) -> None:
+    """States of positions 0…n-1 in one growing buffer: a step reads a view and copies nothing.
+    place: the device of the buffer, where it is another than that of the first rows."""
+    def __init__(self, place: torch.device | None = None) -> None:
+        self._place = place
         self._buffer: Tensor | None = None
         self.length = 0
 
@@ -30,7 +32,7 @@ class History:
         """Positions from ``length`` (at most the present one) on are now these rows [k, D]."""
         end = length + rows.shape[0]
         if self._buffer is None or end > self._buffer.shape[0]:
-            grown = rows.new_empty(max(64, 2 * end), rows.shape[1])
+            grown = rows.new_empty(max(64, 2 * end), rows.shape[1], device=self._place)
             if self._buffer is not None:
                 grown[:length] = self._buffer[:length]
             self._buffer = grown

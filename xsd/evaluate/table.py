@@ -2,6 +2,7 @@
 an answer, from which everything else is computed. Its columns: docs/metrics.md, section 1. Text
 columns are categorical, so that a row takes about 100 bytes."""
 
+import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -80,7 +81,7 @@ def of_batches(adapters: Mapping[str, Any], batches: Iterable[Batch], head: torc
             clusters.update(zip(batch.index, batch.sequence, strict=True))
             batch = batch.to(place)
             for level, adapter in adapters.items():
-                pieces[level].append(rows(adapter, batch, head, gamma, top_k))
+                pieces[level] += _within_memory(adapter, batch, head, gamma, top_k)
             if DRAFTER in pieces:
                 pieces[DRAFTER].append(drafter_rows(batch, gamma))
     finally:
@@ -94,6 +95,16 @@ def _device_of(adapters: Mapping[str, Any]) -> torch.device:
     numbers = (one for adapter in adapters.values() if isinstance(adapter, torch.nn.Module)
                for one in (*adapter.parameters(), *adapter.buffers()))
     return next(numbers, torch.zeros(0)).device
+
+
+def _within_memory(adapter: Any, batch: Batch, *options: Any) -> list[drafting.Columns]:
+    """The rows of a batch, of its halves where the memory does not do for it."""
+    half = len(batch.index) // 2
+    with contextlib.suppress(*[torch.OutOfMemoryError] * (half > 0)):
+        return [rows(adapter, batch, *options)]
+    torch.cuda.empty_cache()
+    return [part for cut in (slice(half), slice(half, None))
+            for part in _within_memory(adapter, batch.rows(cut), *options)]
 
 
 @torch.no_grad()

@@ -4,16 +4,23 @@ generated once for both; its states there equal a forced pass's up to rounding."
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+import torch
 
 from xsd.core import Mode, PairedStates, Sample, ShardError, Tap
 from xsd.models.batched import LAST, Continuation
+from xsd.models.handle import ModelHandle, Role
 from xsd.models.loading import Pair
 from xsd.shards.format import first_difference
 from xsd.shards.store import ShardDataset
 
+Done = TypeVar("Done")
+GAIN = 1.1
 MODES: tuple[Mode, ...] = ("teacher_forced", "free_running")
 
 
@@ -48,6 +55,44 @@ def teacher_forced_pairs(pair: Pair, samples: Sequence[Sample], max_new_tokens: 
                     verifier=verifier)[LAST]
 
 
+def awake(pair: Pair, role: Role) -> ModelHandle:
+    """The model of a role, on its device; where both do not fit, the other one leaves it."""
+    one, other = (pair.drafter, pair.verifier)[::1 if role == "drafter" else -1]
+    if pair.turns and one.device.type == "cpu":
+        other.model.to("cpu")
+        one.model.to(pair.turns)
+    return one
+
+
+def fitting(work: Callable[[int], Done], size: list[int]) -> Done:
+    """``work(size[0])``, a number of answers at a time; where the memory does not do for them, half
+    as many, from then on. Raises: torch.OutOfMemoryError where it does not do for one."""
+    while True:
+        try:
+            return work(size[0])
+        except torch.OutOfMemoryError:
+            if size[0] == 1:
+                raise
+        size[0] //= 2  # here, where the failed pass is no longer kept by its traceback
+        torch.cuda.empty_cache()
+
+
+def fastest(work: Callable[[int], Any], most: int) -> int:
+    """How many answers at a time: twice as many as long as memory does and the rate grows by a
+    tenth."""
+    best, rate, size = 1, 0.0, 1
+    while size <= most:
+        began = time.perf_counter()
+        with contextlib.suppress(torch.OutOfMemoryError):
+            work(size)
+            if (now := size / (time.perf_counter() - began)) > GAIN * rate:
+                best, rate, size = size, now, 2 * size
+                continue
+        break
+    torch.cuda.empty_cache()
+    return best
+
+
 def by_layer(mode: Mode, pair: Pair, samples: Sequence[Sample], max_new_tokens: int,
              batch_size: int = 16, *, verifier: Sequence[Continuation] | None = None,
              layers: Sequence[int] = (LAST,)) -> dict[int, list[PairedStates]]:
@@ -55,12 +100,13 @@ def by_layer(mode: Mode, pair: Pair, samples: Sequence[Sample], max_new_tokens: 
     of them. Raises: ParameterError for a layer that one of the models does not have."""
     options = {"batch_size": batch_size, "layers": [layer for layer in layers if layer != LAST]}
     if verifier is None:
-        verifier = pair.verifier.generate(samples, max_new_tokens, **options)
+        verifier = awake(pair, "verifier").generate(samples, max_new_tokens, **options)
     if mode == "teacher_forced":
         verifier = [_within(answer, pair.draft_vocab_size) for answer in verifier]
-        drafter = pair.drafter.force(samples, [answer.ids for answer in verifier], **options)
+        forced = [answer.ids for answer in verifier]
+        drafter = awake(pair, "drafter").force(samples, forced, **options)
     else:
-        drafter = pair.drafter.generate(samples, max_new_tokens, **options)
+        drafter = awake(pair, "drafter").generate(samples, max_new_tokens, **options)
     found: dict[int, list[PairedStates]] = {layer: [] for layer in layers}
     for sample, ours, theirs in zip(samples, drafter, verifier, strict=True):
         about = {"finish_by_verifier": theirs.finish, "source": sample.source, "t_us": sample.t_us}

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -19,7 +19,7 @@ from xsd.models import batched
 from xsd.models.batched import LAST, Continuation
 from xsd.models.handle import ModelHandle
 from xsd.models.loading import Pair
-from xsd.shards.format import read_manifest, short_dtype
+from xsd.shards.format import MANIFEST, read_manifest, short_dtype
 from xsd.shards.writer import ShardWriter
 
 
@@ -43,7 +43,8 @@ class Progress:
 class ExtractReport:
     """What extract() did. n, tokens, gb: of this process's samples (tokens: the verifier's, in the
     mode with most). resumed: samples found done. seconds: of this call. finished: False after
-    SIGINT or SIGTERM. joined: the folders hold the whole run, of all processes."""
+    SIGINT or SIGTERM. joined: the folders hold the whole run, of all processes. batch_size: what
+    was computed at a time, in the end."""
 
     n: int
     tokens: int
@@ -53,6 +54,7 @@ class ExtractReport:
     finished: bool
     folders: Mapping[str, Path]
     joined: bool = True
+    batch_size: int = 0
 
     def __str__(self) -> str:
         counted = (f"{self.n} samples, {self.tokens} tokens, {self.gb:.3f} GB in "
@@ -67,12 +69,14 @@ Kind = tuple[Mode, int]
 """Mode and layer: what one folder of a run holds."""
 Answers = Callable[[list[Sample]], list[Continuation]]
 """The verifier's: generated, or taken from another run."""
+MOST_AT_A_TIME = 64
+"""As far as batch_size="auto" goes."""
 
 
 def extract(
     pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
     modes: Sequence[Mode] = ("teacher_forced",), layers: Sequence[int] = (LAST,),
-    max_new_tokens: int = 50, dtype: str = "fp16", batch_size: int = 16,
+    max_new_tokens: int = 50, dtype: str = "fp16", batch_size: int | Literal["auto"] = 16,
     samples_per_shard: int = 256, max_samples: int | None = None, max_scenes: int | None = None,
     seed: int = 0, config: Mapping[str, Any] | None = None,
     about: Mapping[str, Any] | None = None, verifier_from: str | Path | None = None,
@@ -84,6 +88,8 @@ def extract(
 
     samples: core.Sample, or plan.LazySample (read a batch at a time). layers: which hidden states
     (batched.LAST); others than the last have folders of their own. dtype: how states are stored.
+    batch_size: "auto" doubles it on the first samples until memory or the rate stops; in any case
+    one that memory does not do for is computed in halves.
     max_samples, max_scenes: so many samples or clips, whole clips drawn by ``seed``. config: what
     else belongs to the run (split, data_hash, quant …), compared on resuming; about: what only the
     manifest's provenance says. verifier_from: a finished run of the same verifier, whose answers
@@ -97,8 +103,12 @@ def extract(
     """
     started, rank, folder = time.perf_counter(), rank or ranks.Rank(), Path(folder)
     layers = list(dict.fromkeys(layers))
-    _check(pair, modes, layers, batch_size, max_new_tokens)
+    _check(pair, modes, layers, 1 if batch_size == "auto" else batch_size, max_new_tokens)
     items = plan.order(samples, max_samples=max_samples, max_scenes=max_scenes, seed=seed)
+    folders = {(mode, layer): folder / pairs.folder_name(mode, layer)
+               for mode in modes for layer in layers}
+    if batch_size == "auto":
+        batch_size = _batch_size(pair, items, folders.values(), max_new_tokens, rank)
     settings = {**dict(config or {}), "max_new_tokens": max_new_tokens, "batch_size": batch_size,
                 "seed": seed, "max_samples": max_samples, "pair": pair.name,
                 "n_samples": len(items), "samples_hash": plan.plan_hash(items),
@@ -107,10 +117,8 @@ def extract(
                 "verifier": identity(pair.verifier)}
     if max_scenes is not None:
         settings["max_scenes"] = max_scenes
-    answers = _answers(pair, layers, settings, verifier_from)
-    folders = {(mode, layer): folder / pairs.folder_name(mode, layer)
-               for mode in modes for layer in layers}
-    share = rank.share(len(items), samples_per_shard)
+    share, at_a_time = rank.share(len(items), samples_per_shard), [batch_size]
+    answers = _answers(pair, layers, settings, verifier_from, at_a_time)
     options = {"dtype": short_dtype(dtype), "samples_per_shard": samples_per_shard}
     with contextlib.ExitStack() as stack, supervise.interruptible() as stop:
         writers = _open_writers(stack, folders, settings, options, about, rank, share)
@@ -123,7 +131,7 @@ def extract(
                 if stop.is_set():
                     break
                 _extract(pair, items, first, share, writers, answers, settings,
-                         (save_every, save_every_s))
+                         (save_every, save_every_s), at_a_time)
                 before, done = done, min(first + batch_size, share.stop) - share.start
                 rate = (done - resumed) / (time.perf_counter() - started)
                 if hasattr(progress, "update"):
@@ -143,7 +151,8 @@ def extract(
         for place in folders.values() if joined]
     names = {pairs.folder_name(*kind): place for kind, place in folders.items()}
     return ExtractReport(n, max(tokens, default=0), time.perf_counter() - started,
-                         _gigabytes(folders.values()), resumed, finished, names, joined)
+                         _gigabytes(folders.values()), resumed, finished, names, joined,
+                         at_a_time[0])
 
 
 def _check(pair: Pair, modes: Sequence[Mode], layers: Sequence[int], batch_size: int,
@@ -159,14 +168,27 @@ def _check(pair: Pair, modes: Sequence[Mode], layers: Sequence[int], batch_size:
             batched.place(handle.decoder, layer)
 
 
+def _batch_size(pair: Pair, items: Sequence[plan.Item], folders: Iterable[Path], longest: int,
+                rank: ranks.Rank) -> int:
+    """What "auto" is: the batch that this run was begun with, else the fastest one here. Raises:
+    ParameterError for several processes, which must all cut the samples alike."""
+    if rank.world_size > 1:
+        raise ParameterError("batch_size=auto is for one process; give several of them a number")
+    for place in folders:
+        if (place / MANIFEST).is_file():
+            return int(read_manifest(place)["config"]["batch_size"])
+    some = plan.load(items[:MOST_AT_A_TIME])
+    return pairs.fastest(lambda n: pairs.awake(pair, "verifier").generate(
+        some[:n], longest, batch_size=n), len(some))
+
+
 def _answers(pair: Pair, layers: Sequence[int], settings: dict[str, Any],
-             verifier_from: str | Path | None) -> Answers:
+             verifier_from: str | Path | None, at_a_time: list[int]) -> Answers:
     """Where the verifier's answers come from; another run is noted in the settings."""
     others = [layer for layer in layers if layer != LAST]
     if verifier_from is None:
-        return lambda samples: pair.verifier.generate(samples, settings["max_new_tokens"],
-                                                      batch_size=settings["batch_size"],
-                                                      layers=others)
+        return lambda samples: pairs.fitting(lambda size: pairs.awake(pair, "verifier").generate(
+            samples, settings["max_new_tokens"], batch_size=size, layers=others), at_a_time)
     stored = pairs.StoredAnswers(verifier_from, verifier=settings["verifier"],
                                  max_new_tokens=settings["max_new_tokens"], layers=others)
     settings["verifier_from"] = stored.dataset.manifest["digest"]
@@ -195,7 +217,7 @@ def _open_writers(stack: contextlib.ExitStack, folders: Mapping[Kind, Path],
 
 def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
              writers: Mapping[Kind, ShardWriter], answers: Answers, settings: Mapping[str, Any],
-             save: tuple[int, float]) -> None:
+             save: tuple[int, float], at_a_time: list[int]) -> None:
     """The batch that begins at sample ``first`` of the common plan: always computed whole, so that
     a resumed run, or one of several processes, gives the same bytes; ``share`` of it is written."""
     began, longest = time.perf_counter(), settings["max_new_tokens"]
@@ -203,7 +225,7 @@ def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
     verifier = answers(loaded)
     if first <= share.start:
         check_head(pair.verifier, verifier)
-        check_head(pair.drafter, pair.drafter.generate(loaded[:1], longest))
+        check_head(pair.drafter, pairs.awake(pair, "drafter").generate(loaded[:1], longest))
     shared = time.perf_counter() - began
     end = min(len(loaded), share.stop - first)
     for mode in dict.fromkeys(mode for mode, _ in writers):
@@ -213,8 +235,8 @@ def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
         begins = {layer: begin for layer, begin in begins.items() if begin < end}
         if not begins:
             continue
-        found = pairs.by_layer(mode, pair, loaded, longest, len(loaded), verifier=verifier,
-                               layers=list(begins))
+        found = pairs.fitting(lambda size, mode=mode, begins=begins: pairs.by_layer(
+            mode, pair, loaded, longest, size, verifier=verifier, layers=list(begins)), at_a_time)
         for layer, begin in begins.items():
             writer = writers[mode, layer]
             for states in found[layer][begin:end]:

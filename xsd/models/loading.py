@@ -34,7 +34,8 @@ _NAMES = ("drafter", "verifier", "vision_tower", "name")
 @dataclass(frozen=True)
 class Pair:
     """Two models that work together. n_event_frames, event_canvas: how the drafter's frames are
-    made. draft_vocab_size: ids below it mean the same to both."""
+    made. draft_vocab_size: ids below it mean the same to both. turns: the device that one of them
+    at a time is on, where both do not fit."""
 
     name: str
     drafter: ModelHandle
@@ -43,6 +44,7 @@ class Pair:
     event_canvas: Literal["slice", "sensor"] = "slice"
     draft_vocab_size: int = 0
     folder: Path | None = None
+    turns: str = ""
 
 
 def pair_folder(pair: str | Path, names: str = "'embedded'") -> tuple[Path, dict[str, Any]]:
@@ -86,21 +88,28 @@ def check_device(device: str) -> None:
 
 
 def load_pair(pair: str | Path = "embedded", *, dtype: str | torch.dtype = "float32",
-              device: str = "cpu", quant: str | None = None) -> Pair:
+              device: str = "cpu", quant: str | None = None, drafter_device: str = "") -> Pair:
     """``"embedded"`` or a folder with drafter/ and verifier/ (its pair.json may name others).
-    device, dtype: may be "auto" (core.as_used). Raises: as :func:`pair_folder`,
-    :func:`shared_vocabulary` and :func:`check_device`."""
+    device, dtype: may be "auto" (core.as_used). drafter_device: another one for the drafter.
+    Raises: as :func:`pair_folder`, :func:`shared_vocabulary` and :func:`check_device`."""
     device, dtype = as_used(device, dtype)
-    check_device(device)
+    for place in (device, drafter_device or device):
+        check_device(place)
     folder, info = pair_folder(pair)
-    options = {"dtype": dtype, "device": device, "quant": quant}
-    drafter = load_drafter(info["drafter"], vision_tower=info.get("vision_tower"), **options)
-    verifier = load_verifier(info["verifier"], **options)
+    options = {"dtype": dtype, "quant": quant}
+    drafter, turns = load_drafter(info["drafter"], vision_tower=info.get("vision_tower"),
+                                  device=drafter_device or device, **options), ""
+    try:
+        verifier = load_verifier(info["verifier"], device=device, **options)
+    except torch.OutOfMemoryError:
+        warnings.warn(f"both models do not fit on {device}: one at a time is there", stacklevel=2)
+        drafter.model.to("cpu")
+        verifier, turns = load_verifier(info["verifier"], device=device, **options), device
     shared = shared_vocabulary(drafter, verifier)
     drafter.draft_vocab_size = verifier.draft_vocab_size = shared
     name = info.get("name") or ("embedded" if folder == EMBEDDED else folder.name)
     return Pair(name, drafter, verifier, int(info.get("n_event_frames", 5)),
-                info.get("event_canvas", "slice"), shared, folder)
+                info.get("event_canvas", "slice"), shared, folder, turns)
 
 
 def shared_vocabulary(drafter: ModelHandle, verifier: ModelHandle) -> int:

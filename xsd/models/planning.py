@@ -225,11 +225,34 @@ def extraction_seconds(pair: Sizes, machine: Machine, *, dtype: str, quant: str 
     return found
 
 
+TRAINED_BYTES = 16
+"""Of a trained parameter: weight, gradient and AdamW's two moments, float32."""
+
+
 def training(parameters: int, verifier: ModelSize, machine: Machine, *, samples: int, tokens: int,
-             epochs: int, batch: int) -> tuple[float, float]:
-    """Seconds and peak bytes of an adapter under float32 AdamW: 6 · parameters operations, 4 · V ·
-    D for the frozen head, 3 rows of logits and 24 states a position; 16 bytes a parameter."""
-    head = verifier.vocab * verifier.hidden
-    seconds = samples * tokens * epochs * (6.0 * parameters + 4.0 * head) / machine.flops("float32")
+             epochs: int, batch: int, dtype: str = "float32") -> tuple[float, float]:
+    """Seconds and peak bytes of an adapter under AdamW: 6 · parameters operations, 4 · V · D for
+    the frozen head, 3 rows of logits and 24 states a position; TRAINED_BYTES a parameter. dtype: of
+    the forward pass; bfloat16 keeps copies of weights and head beside the float32 ones. The states
+    are streamed: no more than a few batches of them are anywhere."""
+    head, half = verifier.vocab * verifier.hidden, dtype_of(dtype) != torch.float32
+    seconds = samples * tokens * epochs * (6.0 * parameters + 4.0 * head) / machine.flops(dtype)
     rows = 3 * verifier.vocab + 24 * verifier.hidden
-    return seconds, 16 * parameters + 4 * head + 4 * batch * tokens * rows
+    copies = 2 * (parameters + head) * half
+    return seconds, TRAINED_BYTES * parameters + 4 * head + copies + 4 * batch * tokens * rows
+
+
+def evaluation_bytes(parameters: int, verifier: ModelSize, *, tokens: int, batch: int) -> int:
+    """Peak of the token table on one batch, in float32: an adapter, the head, 2 rows of logits and
+    12 states a position."""
+    rows = 2 * verifier.vocab + 12 * verifier.hidden
+    return 4 * (parameters + verifier.vocab * verifier.hidden + batch * tokens * rows)
+
+
+def live_bytes(pair: Sizes, parameters: int, *, dtype: str, quant: str | None,
+               new_tokens: int) -> float:
+    """Peak of live decoding: both weights, both caches of one answer, the adapters of
+    ``parameters`` in all, and the activations of both prefills, which may run at once."""
+    need = memory(pair, dtype=dtype, quant=quant, batch=1, new_tokens=new_tokens)
+    del need[PEAK]
+    return sum(need.values()) + parameters * dtype_of(dtype).itemsize

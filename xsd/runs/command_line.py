@@ -6,7 +6,7 @@ import re
 import types
 from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, ClassVar, Union, get_args, get_origin
+from typing import Annotated, Any, ClassVar, Literal, Union, get_args, get_origin
 
 import yaml
 
@@ -14,6 +14,7 @@ from xsd.core import ParameterError
 from xsd.runs import typed
 
 WORDS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+MOST_YAML = 100_000
 NOTHING = ("", "none", "null", "~")
 WHOLE = r"[+-]?\d+(_\d+)*"
 NUMBER = r"[+-]?(\d+(_\d+)*(\.\d*)?|\.\d+)([eE][+-]?\d+)?"
@@ -70,6 +71,8 @@ def _read(text: str, kind: Any, refusal: Callable[[str], ParameterError]) -> Any
             parts = _parts(inside[1], ",", refusal)
         return [_read(_unquoted(one), get_args(kind)[0], refusal) for one in parts]
     kinds = list(get_args(kind)) if get_origin(kind) in (Union, types.UnionType) else [kind]
+    if len(kinds) > 1 and get_origin(kinds[-1]) is Literal:  # a number, or a word
+        return text if text in get_args(kinds[-1]) else _read(text, kinds[0], refusal)
     if type(None) in kinds:
         kinds.remove(type(None))
         return None if text.strip().lower() in NOTHING else _read(text, kinds[0], refusal)
@@ -138,11 +141,19 @@ for _kind, _form in (("null", "null|~|"), ("bool", "true|false"),
 def read_mapping(text: str, refusal: Callable[[str], ParameterError]) -> dict[str, Any]:
     """``{dropout: 0.2, L5: {layers: 2}}``, with or without the outer braces, JSON too. Raises: what
     ``refusal`` makes of a reason."""
-    wanted = "expected names and values, such as {dropout: 0.2, L5: {layers: 2}}"
     if why := typed.unusual(text):
         raise refusal(why)
+    return read_yaml(text if text.lstrip().startswith("{") else f"{{{text}}}", refusal)
+
+
+def read_yaml(text: str, refusal: Callable[[str], ParameterError]) -> dict[str, Any]:
+    """Names and values of a YAML text, {} where there are none. Raises: as read_mapping."""
+    wanted = "expected names and values, such as {dropout: 0.2, L5: {layers: 2}}"
+    if len(text) > MOST_YAML:
+        raise refusal(f"it has {len(text)} characters, and {MOST_YAML} are read")
     try:
-        found = yaml.load(text if text.lstrip().startswith("{") else f"{{{text}}}", _Plain)
+        found = yaml.load(text, _Plain)
+        found = {} if found is None else found
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         raise refusal(wanted) from error
     if not isinstance(found, dict) or (why := typed.unusual(found)):

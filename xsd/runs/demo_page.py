@@ -14,7 +14,6 @@ from xsd.runs import folder, report
 from xsd.views import figures, timeline, tokens
 from xsd.views.safe import Html
 
-TITLE = "Cross-modal speculative decoding on the embedded pair"
 NAMES = {"simulated": "held-out simulated drives",
          "davis_road": "a real road, recorded by an event camera"}
 BOUNDS = ("marginal_low", "marginal_high", "survival_low", "survival_high")
@@ -25,10 +24,21 @@ def template() -> str:
     return (report.TEMPLATES / "demo.html.j2").read_text(encoding="utf-8")
 
 
+def title(results: Mapping[str, Any]) -> str:
+    """The page's title, which says which pair it is about."""
+    pair = results.get("extract", {}).get("pair", "embedded")
+    own = "the embedded pair" if pair == "embedded" else f"the pair {pair}"
+    return f"Cross-modal speculative decoding on {own}"
+
+
 def parts(run_dir: str | Path, results: Mapping[str, Any]) -> dict[str, Any]:
     """What the template is given besides the results of a finished run."""
+    extract = results.get("extract", {})
+    given = extract.get("provenance", {}).get("parameters", {})
     return {"name": _marked, "sets": sets, "pictures": pictures(results), "strips": strips(run_dir),
-            "rounds": rounds(results.get("live", {}).get("timeline"))}
+            "rounds": rounds(results.get("live", {}).get("timeline")),
+            "embedded": extract.get("pair", "embedded") == "embedded",
+            "drives": given.get("data", "simulated") == "simulated"}
 
 
 def name(data: str) -> str:

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
 import shutil
@@ -121,14 +122,38 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
                 failed, cause = (": its kernel died (often: not enough memory): "
                                  f"{_first_line(str(error))}"), error
         record = files.provenance(
-            seed=checked.seed, notebook=source.name, notebook_sha256=files.sha256_of(source),
-            parameters=checked.model_dump(), seconds=round(time.perf_counter() - began, 2),
+            seed=checked.seed, **_identity(source, checked),
+            parameters=checked.as_used().model_dump(),
+            seconds=round(time.perf_counter() - began, 2),
             status="failed" if failed else "finished")
         digests.write_sealed(target.with_suffix(".provenance.json"), record)
     if failed:
         raise NotebookError(f"notebook {source.name} stopped{failed}; the executed copy is "
                             f"{target}") from cause
     return target
+
+
+def _identity(source: Path, checked: typed.NotebookParameters) -> dict[str, str]:
+    """What a run is known by, besides the revision."""
+    given = checked.as_used().model_dump_json().encode()
+    return {"notebook": source.name, "notebook_sha256": files.sha256_of(source),
+            "parameters_sha256": hashlib.sha256(given).hexdigest()}
+
+
+def finished(notebook: str, out_dir: Path, params: Mapping[str, Any]) -> float | None:
+    """The seconds of a run with these parameters that this very revision has finished there, its
+    results in place; None where there is none, or the checkout holds changes."""
+    source, checked = find(notebook), parameters.model_of(notebook).checked(params)
+    record = out_dir / f"{source.stem}.provenance.json"
+    results = folder.resolve(checked.run_dir) / "results" / f"{source.stem.partition('_')[2]}.json"
+    if not (record.is_file() and results.is_file() and (out_dir / source.name).is_file()):
+        return None
+    found, now = files.read_json(record, ParameterError, "delete it"), files.provenance()
+    same = {**_identity(source, checked), "status": "finished", "git_dirty": False,
+            "git_revision": now["git_revision"]}
+    if now["git_dirty"] or any(found.get(name) != value for name, value in same.items()):
+        return None
+    return found["seconds"]
 
 
 def _execute(book: Any, copy: Path, written: Path, given: Mapping[str, Any]) -> None:

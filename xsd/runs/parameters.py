@@ -57,7 +57,7 @@ class ExtractParameters(ModelParameters):
                                          description="kinds of pairs of the held-out sets")
     contexts: typed.Contexts
     stored: typed.Dtype = Field("fp16", description="how the states are stored")
-    batch_size: int = whole(32, 1, 1024, "samples answered at a time")
+    batch_size: typed.Batch = 32
     workers: typed.Simulators = 2
 
 
@@ -154,15 +154,15 @@ class LiveParameters(ModelParameters):
     data: typed.TrainData = Field("simulated",
                                   description="training set, whose answers fill the 4-gram table")
     test_data: typed.TestData = SETS
-    arms: list[typed.Arm] = Field(
-        ["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter", "ngram", "L1", "L4",
-         "L1+L5F", "L1+ngram", "B1"],
-        min_length=1, description="arms of one interleaved run, named as in docs/decoding.md; ar "
-        "is our own loop, L1+L5F has L1 behind the prefill")
-    check_arms: list[typed.Arm] = Field(
-        ["L4"], min_length=1, description="arms whose ids are compared on every held-out sample")
+    drafter_device: str = Field("", description="another one for the drafter and the adapters: a "
+                                "second GPU, cuda:1; empty: device")
+    hide_prefill: typed.Hiding = "yes"
+    arms: typed.Arms = Field(["ar", "ar_all_cores", "hf_generate", "hf_prompt_lookup", "drafter",
+                              "ngram", "L1", "L4", "L1+L5F", "L1+ngram", "B1"])
+    check_arms: typed.CheckArms = Field(["L4"])
     check_in_turns: bool = Field(
         False, description="one of check_arms a sample, in turn, in place of all of them")
+    n_checked: int = whole(0, 0, 10**6, "samples of each held-out set for check_arms; 0: all")
     n_samples: int = whole(2, 1, 100_000, "timed samples of each held-out set")
     n_samples_others: int = whole(0, 0, 100_000,
                                   "the same for the sets after the first; 0 means as many")

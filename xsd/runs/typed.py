@@ -185,6 +185,14 @@ Level = Annotated[Any, PlainValidator(_level), PlainSerializer(_plain)]
 TrainedLevel = Annotated[Any, PlainValidator(_trained_level), PlainSerializer(_plain)]
 Arm = Annotated[str, PlainValidator(_arm)]
 Column = Annotated[Any, PlainValidator(_column), PlainSerializer(files.name_of)]
+Arms = Annotated[list[Arm], Field(
+    min_length=1, description="arms of one interleaved run, named as in docs/decoding.md; ar is "
+    "our own loop, L1+L5F has L1 behind the prefill")]
+CheckArms = Annotated[list[Arm], Field(
+    min_length=1, description="arms whose ids are compared on every held-out sample")]
+Hiding = Annotated[Literal["yes", "no", "auto"], Field(
+    description="draft behind the verifier's prefill; auto: where a measurement here says that it "
+    "pays")]
 Timing = Annotated[str | dict[str, float], Field(
     description="times that speed-ups are predicted from: reference (its quoted RTX 4090), "
     "measured (by notebook 05 of this run), or own ones in ms as a mapping or a JSON file")]
@@ -238,6 +246,8 @@ TopK = _count(1, 254, "how many of the head's best tokens count as top-k")
 Positions = _count(1, 4096, "positions shown by the per-position curve")
 Resamples = _count(50, 100_000, "bootstrap resamples, drawn by sequence")
 AtATime = _count(1, 65_536, "answers at a time")
+Batch = Annotated[Annotated[int, Field(ge=1, le=1024)] | Literal["auto"], Field(
+    description="samples answered at a time; auto: as many as memory and speed allow here")]
 AStep = _count(1, 65_536, "answers a step")
 Epochs = _count(1, 10_000, "longest training, in epochs")
 NewTokens = _count(1, 4096, "longest answer, in tokens")

@@ -133,7 +133,7 @@ def load_request(place: str | Path, **changes: Any) -> Request:
 
 
 def announced(pair: loading.Pair, samples: Sequence[plan.Item], *, modes: Sequence[str],
-              max_new_tokens: int, dtype: str, batch_size: int) -> str:
+              max_new_tokens: int, dtype: str, batch_size: int | str) -> str:
     """What is about to be extracted, in a line: sequences, clips, questions, pairs, at most how
     many GB and, of more than 20 batches, how many hours, from one batch that is timed here."""
     n, clips = len(samples), len({(one.sequence, one.clip) for one in samples})
@@ -141,11 +141,12 @@ def announced(pair: loading.Pair, samples: Sequence[plan.Item], *, modes: Sequen
     both = pair.drafter, pair.verifier
     position = sum(one.hidden_size * TORCH_DTYPES[dtype].itemsize + 8 for one in both)
     gb = n * max_new_tokens * position * len(modes) / 1e9
-    time_left = ""
+    time_left, batch_size = "", 16 if batch_size == "auto" else batch_size
     if n > 20 * batch_size:
         some, began = plan.load(samples[:batch_size]), time.perf_counter()
         options = max_new_tokens, batch_size
-        answers = pair.verifier.generate(some, max_new_tokens, batch_size=batch_size)
+        verifier = pairs.awake(pair, "verifier")
+        answers = verifier.generate(some, max_new_tokens, batch_size=batch_size)
         for mode in modes:
             pairs.by_layer(mode, pair, some, *options, verifier=answers)
         hours = (time.perf_counter() - began) / batch_size * n / 3600

@@ -124,7 +124,7 @@ def extract(run_dir: str | os.PathLike[str], data: str, request: Request,
     frames = datasets.event_frames_of(root, split, clips, pair.n_event_frames, pair.event_canvas)
     return {"sequences": len({sequence for sequence, _ in clips}), "clips": len(clips),
             "event_frames": frames, "pairs": report.n, "tokens": report.tokens, "gb": report.gb,
-            "modes": list(modes), "data_hash": config["data_hash"]}
+            "batch_size": report.batch_size, "modes": list(modes), "data_hash": config["data_hash"]}
 
 
 def save(given: parameters.ExtractParameters, pair: loading.Pair,

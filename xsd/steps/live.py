@@ -1,13 +1,11 @@
-"""Step 05: live decoding. Every arm answers the same held-out samples in one interleaved run, timed
-against the best baseline.
-
-Speed is measured here on a few samples; that every held-out answer is the verifier's own is checked
-apart (xsd/steps/lossless.py), and what the parts cost is measured by xsd/bench/costs.py.
-"""
+"""Step 05: live decoding. Every arm answers the same few held-out samples in one interleaved run,
+timed against the best baseline; that every answer is the verifier's own is checked apart
+(xsd/steps/lossless.py), and what the parts cost is measured by xsd/bench/costs.py."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
@@ -16,7 +14,7 @@ import pandas as pd
 import torch
 
 from xsd.adapters.base import Adapter
-from xsd.bench import arms, records, speedups
+from xsd.bench import arms, costs, records, speedups
 from xsd.bench import run as bench
 from xsd.core import DatasetError, Generation, ParameterError, Sample
 from xsd.decode import rules
@@ -50,8 +48,19 @@ class Bench:
         """Arms on these models, with these adapters and the gammas given. options: of arms.build;
         pair: the models in another handle. Raises: as arms.build."""
         options = {"gamma": self.given.gamma, "gamma_prefill": self.given.gamma_prefill,
+                   "hide_prefill": self.hiding["hide_prefill"], "overlap": self.hiding["overlap"],
                    "ngram": self.table, "one_frame": self.one_frame, **options}
         return [arms.build(name, pair or self.pair, self.adapters, **options) for name in names]
+
+    @functools.cached_property
+    def hiding(self) -> dict[str, Any]:
+        """Whether drafts are made behind the verifier's prefill, and why (costs.hiding)."""
+        given, sample = self.given, next(iter(self.timed.values()))[0]
+        able = [name for name, one in self.adapters.items() if one.reads == "drafter"]
+        proposer = arms.proposer_of([*able, "drafter"][0], self.pair, self.adapters)
+        return costs.hiding(given.hide_prefill, self.pair.verifier, proposer, sample,
+                            folder.resolve(given.run_dir) / "hiding.json", given.gamma,
+                            {**given.loads, "drafter_device": given.drafter_device})
 
     def one_frame(self, sample: Sample) -> Sample:
         """The held-out sample with all its events in one frame (``event_image_1f``)."""
@@ -71,11 +80,14 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
                              "something to be faster than")
     given, named = given.as_used(), [*given.arms, *given.check_arms]
     torch.set_num_threads(given.threads)
-    pair = loading.load_pair(given.pair, **given.loads)
+    pair = loading.load_pair(given.pair, **given.loads, drafter_device=given.drafter_device)
+    if pair.turns:
+        raise ParameterError(f"live decoding needs both models on {pair.turns} at once, and they "
+                             "do not fit; give quant=4bit, or drafter_device")
     samples, timed, left_out = {}, {}, {}
     for one in (evaluation.held_out(given.run_dir, name) for name in given.test_data):
         _check_pair(given, pair, one)
-        n = given.n_samples_others if timed and given.n_samples_others else given.n_samples
+        n = (timed and given.n_samples_others) or given.n_samples
         try:
             timed[one.name] = [one.load(index) for index in one.choose(n, given.seed)]
             samples[one.name] = one
@@ -83,21 +95,19 @@ def open_bench(given: parameters.LiveParameters) -> Bench:
             left_out[one.name] = str(error)
     if not samples:
         raise ParameterError("live decoding needs pictures: " + "; ".join(left_out.values()))
-    table = None
-    if any("ngram" in name for name in named):
-        table = rules.NGramTable(evaluation.training_answers(given.run_dir, given.data))
-    numbers = pair.verifier.head.weight  # adapters compute on the models' device, in their numbers
-    adapters = {level: adapter.to(numbers.device, numbers.dtype) for level, adapter
-                in training.load(given.run_dir, arms.levels_of(named)).items()}
+    table = rules.NGramTable(evaluation.training_answers(given.run_dir, given.data)) if any(
+        "ngram" in name for name in named) else None
+    # adapters compute in the models' numbers, where the drafter does if they read it
+    adapters = {level: adapter.to(getattr(pair, "verifier" if adapter.reads == "verifier" else
+                                          "drafter").device, pair.verifier.head.weight.dtype)
+                for level, adapter in training.load(given.run_dir, arms.levels_of(named)).items()}
     return Bench(given, pair, adapters, table, samples, timed, left_out)
 
 
 def _check_pair(given: parameters.LiveParameters, pair: loading.Pair, pairs: HeldOut) -> None:
     config = pairs.dataset.manifest["config"]
-    other = [role for role in ("verifier", "drafter")
-             if config.get(role, {}).get("weights", "") not in ("", getattr(
-                 pair, role).weights_hash())]
-    if other:
+    if other := [role for role in ("verifier", "drafter") if config.get(role, {}).get(
+            "weights", "") not in ("", getattr(pair, role).weights_hash())]:
         raise ParameterError(
             f"{pairs.name} was extracted with other weights ({' and '.join(other)}) than the pair "
             f"{given.pair!r} has; give that pair, or another held-out set")
@@ -110,23 +120,21 @@ def measure(opened: Bench, made: Sequence[arms.Arm], *,
     the records of the timed samples, with their data set. Raises: as bench.run.measure."""
     given = opened.given
     path = folder.resolve(given.run_dir) / "records.jsonl"
+    data_of = {sample.key: name for name, some in opened.timed.items() for sample in some}
     samples = [sample for some in opened.timed.values() for sample in some]
-    data_of = {key: pairs.name for pairs in opened.samples.values() for key in pairs.keys}
-    about = {"threads": given.threads, "parameters": given.model_dump(),
-             "data_hash": folder.data_hash(given.run_dir)}
+    about = {"threads": given.threads, "data_hash": folder.data_hash(given.run_dir),
+             "parameters": given.model_dump()}
 
     def run() -> list[records.Record]:
         return bench.measure(made, samples, path=path, max_new_tokens=given.max_new_tokens,
-                             repeats=given.repeats, seed=given.seed, about=about,
-                             progress=progress)
+                             repeats=given.repeats, seed=given.seed, about=about, progress=progress)
 
     try:
         found = run()
     except records.OtherConfiguration:
         os.replace(path, path.with_name("records.before.jsonl"))
         found = run()
-    timed = {sample.key for sample in samples}
-    return [{**one, "data": data_of[one["sample"]]} for one in found if one["sample"] in timed]
+    return [{**one, "data": data_of[one["sample"]]} for one in found if one["sample"] in data_of]
 
 
 def summary(found: Sequence[records.Record], levels: Collection[str], *, resamples: int, seed: int,
@@ -152,7 +160,7 @@ def summary(found: Sequence[records.Record], levels: Collection[str], *, resampl
         drafting = [name for name in rows if not rows[name]["baseline"]]
         used = {name: set(arms.kinds_of(name)) & set(levels) for name in drafting}
         adapted = [name for name in drafting if used[name]]
-        # B1 reads the verifier alone and would be shown idle behind the prefill.
+        # B1 reads the verifier alone and would be shown idle behind the prefill
         crossing = [name for name in adapted if used[name] != {"B1"}]
         best = max(drafting or rows, key=speed.get)
         out[data] = {
@@ -170,8 +178,7 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
     empty where the machine was busy."""
     rows, against = [], f"speed-up over {found['arms'][found['baseline']]['label']}"
     for row in found["arms"].values():
-        speed = row["speedup"]
-        said = dict.fromkeys(speed) if speed["busy"] else speed
+        said = dict.fromkeys(speed) if (speed := row["speedup"])["busy"] else speed
         rows.append({
             "arm": row["label"], against: said["value"], "low": said["low"], "high": said["high"],
             "in total time": said["total"], "slower samples": said["slower"],
@@ -189,9 +196,9 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
 def one_frame_table(found: Mapping[str, Any]) -> pd.DataFrame:
     """The rows of :func:`table` of each arm that was run with the pair's event frames and with one
     (``L4@1f``), side by side; empty where none was."""
-    both = [(name.replace("@1f", ""), name) for name in found["arms"] if "@1f" in name]
-    labels = [found["arms"][name]["label"] for pair in both if pair[0] in found["arms"]
-              for name in pair]
+    made = found["arms"]
+    both = [(name.replace("@1f", ""), name) for name in made if "@1f" in name]
+    labels = [made[one]["label"] for pair in both if pair[0] in made for one in pair]
     return table(found).set_index("arm").loc[labels].reset_index()
 
 
@@ -202,13 +209,12 @@ def bars(found: Mapping[str, Any]) -> pd.DataFrame:
 
 
 def sentence(found: Mapping[str, Any]) -> str:
-    """One honest sentence on a data set of :func:`summary`: faster, slower, not to be told apart,
-    or nothing at all where the machine was busy."""
+    """One honest sentence on a data set of :func:`summary`: faster, slower, not told apart, or
+    nothing at all where the machine was busy."""
     best, n = found["arms"][found["best_arm"]], found["n_timed"]
     speed, baseline = best["speedup"], found["arms"][found["baseline"]]["label"]
-    low, high = speed["low"], speed["high"]
+    low, high, others = speed["low"], speed["high"], speed["others"] or 0.0
     if speed["busy"]:
-        others = speed["others"] or 0.0
         apart = max(one["speedup"]["spread"] or 0.0
                     for one in (best, found["arms"][found["baseline"]]))
         why = (f"the machine was busy (other processes took {others:.0%}"
@@ -227,21 +233,18 @@ def sentence(found: Mapping[str, Any]) -> str:
     else:
         verdict = f"not told apart from the baseline by {n} samples"
     adapted = found["arms"].get(found.get("best_adapter_arm"))
-    with_adapter = ""
-    if adapted is not None and adapted is not best:
-        with_adapter = (f"; the fastest with an adapter, {adapted['label']}, at "
-                        f"{_ratio(adapted['speedup'])}")
-    samples = "this one sample" if n == 1 else f"these {n} samples"
-    return (f"the fastest arm that drafts (best of {found['n_drafting']} on {samples}), "
+    with_adapter = "" if adapted is None or adapted is best else (
+        f"; the fastest with an adapter, {adapted['label']}, at {_ratio(adapted['speedup'])}")
+    return (f"the fastest arm that drafts (best of {found['n_drafting']} on "
+            f"{'this one sample' if n == 1 else f'these {n} samples'}), "
             f"{best['label']}, runs at {_ratio(speed)} the speed of the best baseline, {baseline} "
             f"(median of paired ratios; {speed['total']:.2f}× in total time): {verdict}; "
             f"{speed['slower']:.0%} of its samples are slower{with_adapter}")
 
 
 def _ratio(speedup: Mapping[str, Any]) -> str:
-    low, high = speedup["low"], speedup["high"]
-    bounds = "" if low is None or high is None else f" [{low:.2f}, {high:.2f}]"
-    return f"{speedup['value']:.2f}×{bounds}"
+    value, low, high = (speedup[name] for name in ("value", "low", "high"))
+    return f"{value:.2f}×" + ("" if None in (low, high) else f" [{low:.2f}, {high:.2f}]")
 
 
 def widths(given: parameters.LiveParameters) -> list[int]:
@@ -254,39 +257,40 @@ def save_one(opened: Bench, data: str, sample: Sample, generations: Mapping[str,
              arm: str) -> None:
     """Keep the generations of one sample of a data set, by label, in the run's ``live.json``: every
     bar measured, with the texts of their tokens."""
-    seen = {token for g in generations.values()
-            for token in (*g.ids, *(t for r in g.rounds for t in r.drafted))}
-    texts = {token: opened.pair.verifier.token_text(token) for token in sorted(seen)}
+    texts = {token: opened.pair.verifier.token_text(token) for token in sorted({
+        token for g in generations.values() for token in (*g.ids, *(
+            drafted for r in g.rounds for drafted in r.drafted))})}
     folder.save_live(opened.given.run_dir, generations, texts, question=sample.question,
                      sequence=sample.sequence, clip=sample.clip, data=data, arm=arm)
 
 
 def save(given: parameters.LiveParameters, found: Mapping[str, Mapping[str, Any]],
          checked: Mapping[str, Any], parts: pd.DataFrame, predicted: pd.DataFrame, *,
-         hidden_share: float | None = None) -> dict[str, Any]:
+         hidden_share: float | None = None, hiding: Any = None) -> dict[str, Any]:
     """Write ``results/live.json`` and return it. The first data set's arms stand at the top, all
     data sets under ``test``.
 
     found: of :func:`summary`. checked: of lossless.counts. parts, predicted: of costs.table and
-    costs.predictions. ``provenance`` is the timed run's, from when its file was begun;
-    ``checked_with`` is where the check and the parts were run, which may be later.
+    costs.predictions; hiding: Bench.hiding. ``provenance`` is the timed run's, from when its file
+    was begun; ``checked_with`` is where the check and the parts were run, which may be later.
     """
     first, place = next(iter(found.values())), folder.resolve(given.run_dir)
-    labels = [arms.label_of(arm) for arm in checked["arms"]]
-    listed = " and ".join(part for part in (", ".join(labels[:-1]), labels[-1]) if part)
+    *others, last = [arms.label_of(arm) for arm in checked["arms"]]
     shown, here = place / "live.json", provenance()
     results = {
         **{key: first[key] for key in ("arms", "best_arm", "best_adapter_arm", "baseline",
                                        "n_timed", "n_drafting", "busy")},
         "n_answers": checked["n_answers"], "n_identical": checked["n_identical"],
-        "check": {**checked, "in_turns": given.check_in_turns, "labels": listed},
+        "check": {**checked, "in_turns": given.check_in_turns, "n_checked": given.n_checked,
+                  "labels": " and ".join([", ".join(others), last][not others:])},
         "test": {data: {**one, "sentence": sentence(one)} for data, one in found.items()},
         "sentence": sentence(first),
         "costs": parts.set_index("what")[["ms", "low", "high"]].to_dict("index"),
-        "hidden_share": hidden_share,
+        "hidden_share": hidden_share, "hiding": hiding,
         "predicted": {row["arm"]: row for row in predicted.to_dict("records")},
         "mean_residual": float(predicted["residual"].abs().mean()) if len(predicted) else None,
-        "timeline": (read_json(shown, ParameterError, folder.AGAIN) if shown.is_file() else None),
+        "timeline": read_json(shown, ParameterError, folder.AGAIN) if shown.is_file() else None,
+        "loads": given.as_used().loads,
         "provenance": records.read_provenance(place / "records.jsonl"),
         "checked_with": {key: here[key] for key in ("git_revision", "git_dirty", "machine")},
     }

@@ -23,6 +23,8 @@ FIRST = 2
 """How many samples of a set are the first: they meet every arm and every limit."""
 EVERY = 10
 """One sample in so many is also answered by the verifier's one-row loop."""
+Job = tuple[str, int, int]
+"""A data set, the index of a sample in it, and its turn among those that are checked."""
 
 
 class _OnePrompt:
@@ -45,22 +47,25 @@ class _OnePrompt:
 
 
 def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
-    """The ids of ``check_arms`` on every held-out sample against the verifier's own greedy ids, at
-    the full length and at short limits (docs/lossless.md). Drafts behind the prefill are made in
-    turn with it, so that there are ``gamma_prefill`` of them whatever the clock says.
+    """The ids of ``check_arms`` on every held-out sample (or ``n_checked`` of a set) against the
+    verifier's own greedy ids, at the full length and at short limits (docs/lossless.md). Drafts
+    behind the prefill are made in turn with it, so that there are ``gamma_prefill`` of them
+    whatever the clock says.
 
     Returns: one row per sample, arm and limit: data, sample, sequence, arm, limit, n_tokens,
     finish, identical, outcome (of certificate.certify), position, margin, n_hidden (drafts made
     behind the prefill), reference_identical (the extracted ids are the one-row loop's, None where
     it was not run).
     """
-    jobs = [(data, place) for data, some in opened.samples.items() for place in range(len(some))]
-    n = min(opened.given.workers, len(jobs))
+    given = opened.given
+    jobs = [(data, place, turn) for data, some in opened.samples.items()
+            for turn, place in enumerate(some.choose(given.n_checked or len(some), given.seed))]
+    n = min(given.workers, len(jobs))
     parts = [jobs[len(jobs) * i // n:len(jobs) * (i + 1) // n] for i in range(n)]
     progress = progress or (lambda n: None)
     rows = []
     with processes.pool(n - 1) if n > 1 else contextlib.nullcontext() as pool:
-        others = [pool.submit(_check_part, opened.given.model_dump(), part) for part in parts[1:]]
+        others = [pool.submit(_check_part, given.model_dump(), part) for part in parts[1:]]
         for row in _checked(opened, parts[0]):  # this process takes its share
             rows.append(row)
             progress(1)
@@ -70,26 +75,26 @@ def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) 
     return pd.DataFrame(rows)
 
 
-def _check_part(given: Mapping[str, Any], jobs: Sequence[tuple[str, int]]) -> list[dict[str, Any]]:
+def _check_part(given: Mapping[str, Any], jobs: Sequence[Job]) -> list[dict[str, Any]]:
     return list(_checked(live.open_bench(parameters.LiveParameters.checked(given)), jobs))
 
 
-def _checked(opened: live.Bench, jobs: Sequence[tuple[str, int]]) -> Iterator[dict[str, Any]]:
+def _checked(opened: live.Bench, jobs: Sequence[Job]) -> Iterator[dict[str, Any]]:
     given = opened.given
     pair = dataclasses.replace(opened.pair, drafter=_OnePrompt(opened.pair.drafter),
                                verifier=_OnePrompt(opened.pair.verifier))
-    made = opened.arms(given.check_arms, pair=pair, overlap="serial")
-    for data, place in jobs:
+    made = opened.arms(given.check_arms, pair=pair, overlap="serial", hide_prefill=True)
+    for data, place, turn in jobs:
         sample = opened.samples[data].load(place)
         reference, agrees = opened.samples[data].reference(place, given.max_new_tokens), None
-        if place % EVERY == 0:  # the loop's own prefill, nothing reused
+        if turn % EVERY == 0:  # the loop's own prefill, nothing reused
             loop = autoregressive.generate(opened.pair.verifier, sample, given.max_new_tokens).ids
             agrees, reference = None if reference is None else loop == reference, loop
         elif reference is None:
             reference = autoregressive.generate(pair.verifier, sample, given.max_new_tokens).ids
-        in_turn = given.check_in_turns and place >= FIRST
-        for arm in [made[place % len(made)]] if in_turn else made:
-            for limit in (given.max_new_tokens, *(LIMITS if place < FIRST else ())):
+        in_turn = given.check_in_turns and turn >= FIRST
+        for arm in [made[turn % len(made)]] if in_turn else made:
+            for limit in (given.max_new_tokens, *(LIMITS if turn < FIRST else ())):
                 run = arm.run(sample, limit)
                 own = reference[:limit]
                 if run.ids != own:

@@ -15,6 +15,7 @@ from xsd.core import ParameterError, Sample, XsdError, as_used
 from xsd.models import full_size, loading, planning, quantization
 from xsd.models.full_size import ModelSize
 from xsd.models.planning import PEAK, Machine, Sizes
+from xsd.models.quantization import dtype_of
 from xsd.runs.doctor import Finding
 
 GB, HOUR = 1e9, 3600
@@ -49,7 +50,10 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
                                           questions=questions, new_tokens=new_tokens, batch=batch,
                                           modes=modes)
     seconds["in all"] = sum(seconds.values())
-    training = {"samples": samples, "tokens": new_tokens, "epochs": epochs, "batch": train_batch}
+    training = {"samples": samples, "tokens": new_tokens, "epochs": epochs, "batch": train_batch,
+                "dtype": "float32" if dtype_of(dtype).itemsize == 4 else "bfloat16"}
+    adapters = {level: _parameters_of(level, sizes) for level in levels}
+    stages = _stages(sizes, adapters, need[PEAK], machine, training, dtype, quant)
     asked = f"{clips} clips x {questions} questions, {new_tokens} tokens"
     sections = {
         "Models (parameters)": [row for size in sizes for row in _parameters(size)],
@@ -58,11 +62,16 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
         f"Extraction ({asked}) on {machine.name}":
             [("disk: shards and heads", disk / GB, "GB", "predicted"),
              *((f"time: {what}", took / HOUR, "h", "predicted") for what, took in seconds.items())],
-        f"Training (at most {epochs} epochs, batch {train_batch}) on {machine.name}":
-            [row for level in levels for row in _training(level, sizes, machine, training)]}
+        f"Training (at most {epochs} epochs, batch {train_batch}, {training['dtype']}) on "
+        f"{machine.name}":
+            [row for level in levels for row in _training(level, adapters[level], sizes[1],
+                                                          machine, training)],
+        "Memory on the device by stage":
+            [(what, number / GB, "GB", "predicted") for what, number in stages.items()]}
     table = pd.DataFrame([(section, *row) for section, rows in sections.items() for row in rows],
                          columns=["section", "what", "value", "unit", "kind"])
-    advice = [_fit(sizes, machine, need[PEAK] / GB, dtype, batch, new_tokens)]
+    advice = [_fit(sizes, machine, need[PEAK] / GB, dtype, batch, new_tokens),
+              *_fitting(sizes, stages, machine, dtype, quant, new_tokens)]
     if disk_free is not None:
         shards, free = f"{disk / GB:.1f} GB of shards", f"the {disk_free / GB:.1f} GB free here"
         advice.append(f"{shards} fit onto {free}" if disk <= MOST_OF_DISK * disk_free else
@@ -98,12 +107,49 @@ def _parameters(size: ModelSize) -> list[tuple[str, float, str, str]]:
              "counted, text assumed")]
 
 
-def _training(level: str, sizes: Sizes, machine: Machine,
-              options: dict[str, int]) -> list[tuple[str, float, str, str]]:
+def _parameters_of(level: str, sizes: Sizes) -> int:
     drafter, verifier = sizes
     with torch.device("meta"):
         adapter = registry.create_adapter(level, verifier.hidden, drafter_size=drafter.hidden)
-    parameters = registry.count_parameters(adapter)
+    return registry.count_parameters(adapter)
+
+
+def _stages(sizes: Sizes, adapters: dict[str, int], extraction: float, machine: Machine,
+            training: dict[str, Any], dtype: str, quant: str | None) -> dict[str, float]:
+    """Peak bytes of everything that the chain does, by stage. No model is loaded while adapters are
+    trained and evaluated."""
+    shape = {"tokens": training["tokens"], "batch": training["batch"]}
+    return {
+        "01 extraction: both models": extraction,
+        **{f"02 training: {level}": planning.training(count, sizes[1], machine, **training)[1]
+           for level, count in adapters.items()},
+        "03, 04 evaluation: the largest adapter": planning.evaluation_bytes(
+            max(adapters.values(), default=0), sizes[1], **shape),
+        "05 live decoding: both models, all adapters": planning.live_bytes(
+            sizes, sum(adapters.values()), dtype=dtype, quant=quant, new_tokens=shape["tokens"])}
+
+
+def _fitting(sizes: Sizes, stages: dict[str, float], machine: Machine, dtype: str,
+             quant: str | None, new_tokens: int) -> list[str]:
+    """Which stages do not fit, and whether one model at a time would."""
+    if machine.memory_gb is None:
+        return []
+    most = MOST_OF_MEMORY * machine.memory_gb
+    if not (over := [f"{what} ({number / GB:.1f} GB)" for what, number in stages.items()
+                     if number / GB > most]):
+        return [f"every stage of 01 to 05 fits into the {machine.memory_gb:.0f} GB, the largest "
+                f"with {max(stages.values()) / GB:.1f} GB"]
+    both = _peak(sizes, dtype, quant, 1, new_tokens)
+    alone = max(_peak((size,), dtype, quant, 1, new_tokens) for size in sizes)
+    way = (f"one answer at a time extraction needs {both:.1f} GB, and batch_size=auto finds how "
+           "many fit" if both <= most else
+           f"extraction goes on with one model at a time there, {alone:.1f} GB, and with their "
+           "moving to and fro" if alone <= most else f"not even one model does, {alone:.1f} GB")
+    return [f"these stages do not fit: {'; '.join(over)}; {way}"]
+
+
+def _training(level: str, parameters: int, verifier: ModelSize, machine: Machine,
+              options: dict[str, Any]) -> list[tuple[str, float, str, str]]:
     seconds, peak = planning.training(parameters, verifier, machine, **options)
     return [(f"{level}: parameters", parameters, "", "counted"),
             (f"{level}: peak memory", peak / GB, "GB", "predicted"),
@@ -158,8 +204,9 @@ def _assumptions(machine: Machine, new_tokens: int, batch: int, epochs: int) -> 
         "never quantised",
         "4-bit is NF4 with double quantisation, read at full bandwidth: bitsandbytes' kernels are "
         "slower than that in one-row steps",
-        f"adapters train in float32 with AdamW and the verifier's frozen head, all {epochs} epochs "
-        "(early stopping makes it less)",
+        f"adapters train with AdamW ({planning.TRAINED_BYTES} bytes a parameter), their states "
+        f"streamed, and the verifier's frozen head, all {epochs} epochs (early stopping makes it "
+        "less); beside them no model is loaded",
         "GB are 10^9 bytes; activations are an upper bound of one layer, without the allocator's "
         "fragmentation and CUDA's own 0.5 GB",
     ]
