@@ -48,16 +48,15 @@ def test_a_block_after_a_position_is_what_its_prefix_alone_gives(level):
     steps = adapter.rolled(batch, BLOCK)
     assert len(steps) == BLOCK and steps[0].shape == batch.verifier.shape
     place = 2
-    known = []
-    for role in adapter.context_layers:
-        one = batch.context[role]
-        end = int(one.start[0]) + place + (role == "drafter")
-        at = torch.arange(end)[None] - one.start[0]
-        known.append(adapter.keys_values(role, one.states[:1, :end], at))
-    joined = [tuple(torch.cat(side, dim=2) for side in zip(*layer, strict=True))
-              for layer in zip(*known, strict=True)]
-    alone = adapter.draft(joined, batch.ids_by_verifier[:1, place:place + 1],
-                          torch.tensor([[place]]))[0, 0]
+    kept = adapter.keep()
+    with torch.no_grad():
+        for role in adapter.context_layers:
+            one = batch.context[role]
+            start = int(one.start[0])
+            adapter.read(kept, role, one.states[0, :3], -start)
+            adapter.read(kept, role, one.states[0, 3:start + place + (role == "drafter")],
+                         3 - start)
+        alone = adapter.step_block(kept, int(batch.ids_by_verifier[0, place]), place)
     torch.testing.assert_close(torch.stack([step[0, place] for step in steps]), alone)
 
 

@@ -116,12 +116,7 @@ class Kept:
             self._buffers[layer] = buffer = grown
         for kept, new in zip(buffer, (keys, values), strict=True):
             kept[:, :, self.length:end] = new
-        return self.rows(layer, end)
-
-    def rows(self, layer: int, length: int | None = None) -> tuple[Tensor, Tensor]:
-        """Keys and values of the first ``length`` positions, all of them for None."""
-        keys, values = self._buffers[layer][:, :, :, :self.length if length is None else length]
-        return keys, values
+        return buffer[0, :, :, :end], buffer[1, :, :, :end]
 
 
 class LayerAdapter(Adapter):

@@ -26,15 +26,23 @@ _NONE = -1
 """In place of the token verified last where there is none: drafting behind the prefill."""
 
 
-def rotate(x: Tensor, places: Tensor) -> Tensor:
-    """Rotary embedding (Su et al. 2021). x: [B, heads, n, d]; places: [B or 1, n], from the
-    answer's token 0 on; the prompt's are negative."""
-    half = x.shape[-1] // 2
-    speed = 10000.0 ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+Turn = tuple[Tensor, Tensor]
+"""Cosines and sines of some places, [B or 1, 1, n, d]."""
+
+
+def turn_of(places: Tensor, width: int, dtype: torch.dtype) -> Turn:
+    """For rotary embedding (Su et al. 2021) of heads ``width`` wide at places [B or 1, n], counted
+    from the answer's token 0 on; the prompt's are negative."""
+    half = width // 2
+    speed = 10000.0 ** (-torch.arange(half, device=places.device, dtype=torch.float32) / half)
     angle = (places[..., None].float() * speed)[:, None]
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], dim=-1)
+    cos, sin = angle.cos().to(dtype), angle.sin().to(dtype)
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
+def rotate(x: Tensor, turn: Turn) -> Tensor:
+    """x: [B, heads, n, d] at the places of ``turn``."""
+    return torch.addcmul(x * turn[0], x.roll(x.shape[-1] // 2, -1), turn[1])
 
 
 class BlockLayer(nn.Module):
@@ -55,30 +63,35 @@ class BlockLayer(nn.Module):
         """[B, n, D] → [B, heads, n, d]."""
         return x.unflatten(-1, (self.n_heads, -1)).transpose(1, 2)
 
-    def keys_values(self, x: Tensor, places: Tensor) -> tuple[Tensor, Tensor]:
-        """Of context or normed block rows [B, n, D] at places [B or 1, n]: each [B, heads, n,
+    def keys_values(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor]:
+        """Of context or normed block rows [B, n, D] at the places of ``turn``: each [B, heads, n,
         d]."""
         keys, values = self.key_value(x).chunk(2, dim=-1)
-        return rotate(self.heads(keys), places), self.heads(values)
+        return rotate(self.heads(keys), turn), self.heads(values)
 
-    def forward(self, x: Tensor, places: Tensor, block: int,
-                context: tuple[Tensor, Tensor], allowed: Tensor | None) -> Tensor:
-        """x: [B, A · block, D] rows of A blocks at places [B or 1, A · block]. context: keys and
-        values [B, heads, C, d]. allowed: bool [B, A, C], what each block may see of it; None:
-        all."""
+    def look(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of block rows [B, n, D], each [B, heads, n, d]."""
         normed = self.attention_norm(x)
-        queries = rotate(self.heads(self.query(normed)), places)
-        keys, values = self.keys_values(normed, places)
+        return (rotate(self.heads(self.query(normed)), turn), *self.keys_values(normed, turn))
+
+    def forward(self, x: Tensor, turn: Turn, block: int, context: tuple[Tensor, Tensor],
+                allowed: Tensor) -> Tensor:
+        """x: [B, A · block, D] rows of A blocks at the places of ``turn``. context: keys and values
+        [B, heads, C, d]. allowed: bool [B, A, C], what each block may see of it."""
+        queries, keys, values = self.look(x, turn)
         shape = (*queries.shape[:2], -1, block, queries.shape[-1])  # [B, heads, A, block, d]
         scale = queries.shape[-1] ** -0.5
         far = (queries @ context[0].transpose(-1, -2)).unflatten(2, (-1, block)) * scale
-        if allowed is not None:
-            far = far.masked_fill(~allowed[:, None, :, None], float("-inf"))
+        far = far.masked_fill(~allowed[:, None, :, None], float("-inf"))
         near = queries.view(shape) @ keys.view(shape).transpose(-1, -2) * scale
         weights = torch.cat([far, near], dim=-1).softmax(-1)
         n_far = far.shape[-1]
         mixed = (weights[..., :n_far].flatten(2, 3) @ context[1] +
                  (weights[..., n_far:] @ values.view(shape)).flatten(2, 3))
+        return self.finish(x, mixed)
+
+    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
+        """x: [B, n, D]; mixed: [B, heads, n, d] → the layer's output [B, n, D]."""
         x = x + self._drop(self.out(mixed.transpose(1, 2).flatten(2)))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self._drop(self.down(F.silu(gate) * up))
@@ -160,7 +173,11 @@ class BlockAdapter(Adapter):
                 f"{self.fuse[role].in_features} numbers a position, and these contexts have "
                 f"{states.shape[-1]}; extract the layers that it was made for")
         fused = self.context_norm[role](self.fuse[role](states))
-        return [layer.keys_values(fused, places) for layer in self.layers]
+        turn = self._turn(places)
+        return [layer.keys_values(fused, turn) for layer in self.layers]
+
+    def _turn(self, places: Tensor) -> Turn:
+        return turn_of(places, self.hidden_size // self.layers[0].n_heads, self.mask.dtype)
 
     def _rows(self, tokens: Tensor) -> Tensor:
         """What enters the first layer, [B, A, block, D], of tokens int64 [B, A]."""
@@ -170,16 +187,35 @@ class BlockAdapter(Adapter):
         return torch.cat([first[:, :, None], masks], dim=2) + self.offsets
 
     def draft(self, context: list[tuple[Tensor, Tensor]], tokens: Tensor, places: Tensor,
-              allowed: Tensor | None = None) -> Tensor:
+              allowed: Tensor) -> Tensor:
         """States [B, A, block, D_v] after tokens int64 [B, A] at places [B, A]; row k predicts the
         verifier's state k + 1 positions on. context: keys and values of each layer. allowed: bool
         [B, A, C]."""
         x = self._rows(tokens).flatten(1, 2)
         steps = torch.arange(self.block, device=tokens.device)
-        places = (places[..., None] + steps).flatten(1)
+        turn = self._turn((places[..., None] + steps).flatten(1))
         for layer, known in zip(self.layers, context, strict=True):
-            x = layer(x, places, self.block, known, allowed)
+            x = layer(x, turn, self.block, known, allowed)
         return self.final_norm(x).unflatten(1, (-1, self.block))
+
+    def read(self, kept: Kept, role: str, states: Tensor, first: int) -> None:
+        """Add to what is kept of an answer the context of the next positions, states [n, L · D]
+        from place ``first`` on; the models' in any order: keys carry their places."""
+        places = torch.arange(first, first + len(states), device=states.device)[None]
+        for number, new in enumerate(self.keys_values(role, states[None], places)):
+            kept.add(number, *new)
+        kept.length += len(states)
+
+    def step_block(self, kept: Kept, token: int, place: int) -> Tensor:
+        """:meth:`draft` after one token over all that is kept, [block, D_v]; in eval mode. The
+        block's own keys and values stand behind the kept ones until the next ones do."""
+        device = self.mask.device
+        x = self._rows(torch.tensor([[token]], device=device))[:, 0]
+        turn = self._turn(torch.arange(place, place + self.block, device=device)[None])
+        for number, layer in enumerate(self.layers):
+            queries, *own = layer.look(x, turn)
+            x = layer.finish(x, F.scaled_dot_product_attention(queries, *kept.add(number, *own)))
+        return self.final_norm(x)[0]
 
     # --- whole answers
 
@@ -227,5 +263,5 @@ class BlockAdapter(Adapter):
                        batch.ids_by_verifier[:, 1:], known & predicted)
 
     def keep(self) -> Kept:
-        """An empty cache of the context's keys and values, one for each answer and model."""
+        """An empty cache of the context's keys and values, one for each answer."""
         return Kept(len(self.layers))

@@ -6,7 +6,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xsd.core import ParameterError
@@ -44,7 +43,7 @@ class BlockProposer:
         """A new request: the drafter, where it is read, prefills with its layers recorded."""
         self.known: list[int] = []
         self.timeline = timeline or Timeline()
-        self.kept = {role: self.adapter.keep() for role in self.roles}
+        self.kept, self.read = self.adapter.keep(), dict.fromkeys(self.roles, 0)
         if self.track is not None:
             self.track.begin(sample, timeline)
 
@@ -76,32 +75,21 @@ class BlockProposer:
         if self.track is not None:
             self.track.follow(self.known)
         with self.timeline.span("adapter", "adapter"):
-            pieces = []
             if "verifier" in self.roles:
-                pieces.append(self._read("verifier", self.context, self.length, place))
+                self._read("verifier", self.context, self.length, place)
             if self.track is not None:
                 state = self.track.state
-                pieces.append(self._read("drafter", state.context, state.length, place + 1))
-            context = [tuple(torch.cat(side, dim=2) if len(side) > 1 else side[0]
-                             for side in zip(*layer, strict=True))
-                       for layer in zip(*pieces, strict=True)]
-            device = context[0][0].device
-            anchor = torch.tensor([[self.known[-1]]], device=device)
-            states = self.adapter.draft(context, anchor, torch.tensor([[place]], device=device))
-            logits = self.lm_head(states[0, 0, :gamma])
+                self._read("drafter", state.context, state.length, place + 1)
+            states = self.adapter.step_block(self.kept, self.known[-1], place)
+            logits = self.lm_head(states[:gamma])
         if self.adapter.draft_ids is None:
             return logits[:, :self.draft_vocab_size]
         return logits
 
-    def _read(self, role: str, context: Any, length: int, end: int) -> list[tuple[Tensor, Tensor]]:
-        """Each layer's keys and values of a context of ``length`` positions, the last of which is
-        place ``end`` - 1 of the answer; what was read before is not computed again."""
-        kept = self.kept[role]
-        if length > kept.length:
-            rows = context.rows(kept.length, length)[None]
-            places = torch.arange(kept.length, length, device=rows.device)[None] - (length - end)
-            new = self.adapter.keys_values(role, rows, places)
-            found = [kept.add(number, *one) for number, one in enumerate(new)]
-            kept.length = length
-            return found
-        return [kept.rows(number) for number in range(len(self.adapter.layers))]
+    def _read(self, role: str, context: Any, length: int, end: int) -> None:
+        """Add what is new of a context of ``length`` positions, the last of which is place ``end``
+        - 1 of the answer."""
+        before, self.read[role] = self.read[role], length
+        if length > before:
+            first = before - length + end
+            self.adapter.read(self.kept, role, context.rows(before, length), first)
