@@ -17,6 +17,7 @@ from xsd.evaluate import drafting, table
 from xsd.extract import contexts, run
 from xsd.shards import contexts as stored
 from xsd.shards.store import ShardDataset
+from xsd.steps import extract_request
 from xsd.train import fit, recipes
 
 TOKENS = 9
@@ -141,6 +142,18 @@ def test_contexts_are_made_once_and_go_on_after_a_stop(pairs, samples, monkeypat
     assert len(asked) == 2, "found again"
     contexts.extract(tiny_pair(), samples, pairs, **{**options, "layers": {"verifier": [1]}})
     assert len(asked) == 4, "other layers are other contexts"
+
+
+def test_a_finished_extraction_is_given_contexts_by_its_own_request(tmp_path):
+    place = tmp_path / "run"
+    request = extract_request.Request("data/davis_road", "test", "embedded", max_questions=1)
+    pair = request.load_pair()
+    run.extract(pair, request.samples(pair), place, modes=("teacher_forced",), max_new_tokens=4)
+    request.save(place)
+    line = extract_request.add_contexts(place, ["verifier"])
+    assert "contexts of 3 answers, layers [4, 7, 10] of the verifier" in line
+    with pytest.raises(ParameterError, match="of the drafter or the verifier, not of both"):
+        extract_request.add_contexts(place, ["both"])
 
 
 def _stop(n):

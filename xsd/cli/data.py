@@ -160,6 +160,14 @@ def extract(
     return 0 if report.finished else supervision.INTERRUPTED
 
 
+@app.command(epilog=examples("xsd data contexts runs/x --of verifier,drafter"))
+def contexts(run: Path = RUN, of: str = Option("verifier", help="or drafter, or both")) -> None:
+    """Add what block drafters read to a finished extraction."""
+    from xsd.steps import extract_request
+
+    print(extract_request.add_contexts(run, words(of)))
+
+
 @app.command(epilog=examples("xsd data status runs/x"))
 def status(run: Path = RUN) -> int:
     """Progress, rate, time left and errors of a running or dead extraction."""

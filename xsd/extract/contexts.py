@@ -8,18 +8,20 @@ from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from xsd.core import ShardError
 from xsd.extract import plan
 from xsd.files import FolderLock, remove_leftovers
-from xsd.models.handle import ModelHandle
-from xsd.models.loading import Pair
 from xsd.shards import contexts
 from xsd.shards.format import TORCH_DTYPES
 from xsd.shards.store import ShardDataset
+
+if TYPE_CHECKING:
+    from xsd.models.handle import ModelHandle
+    from xsd.models.loading import Pair
 
 CLIPS = 16
 """A file: what is done again after a kill."""

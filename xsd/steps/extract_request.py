@@ -15,11 +15,12 @@ from pydantic import BaseModel, StrictInt
 
 from xsd import digests
 from xsd.core import ParameterError, ShardError
-from xsd.extract import pairs, plan, ranks
+from xsd.extract import contexts, pairs, plan, ranks
 from xsd.files import read_json, sha256_of
 from xsd.runs import folder
 from xsd.sensors import folder as dataset_folder
-from xsd.shards.format import TORCH_DTYPES
+from xsd.shards.format import MANIFEST, ROLES, TORCH_DTYPES
+from xsd.shards.store import ShardDataset
 from xsd.steps import data as datasets
 
 if TYPE_CHECKING:
@@ -185,3 +186,20 @@ def read_pair(path: Path) -> dict[str, Any]:
     with folder.as_written(path):  # pydantic's error is a ValueError
         _Pair.model_validate(found)
     return found
+
+
+def add_contexts(run: str | Path, roles: Sequence[str]) -> str:
+    """Store what block drafters read beside a run's finished teacher-forced pairs
+    (extract.contexts.extract); returns a line that says what is there. Raises: as that, and
+    ParameterError for a role that there is not."""
+    if not roles or not set(roles) <= set(ROLES):
+        raise ParameterError(f"contexts are of the {' or the '.join(ROLES)}, not of "
+                             f"{', '.join(roles) or 'nobody'}")
+    place = Path(run)
+    place = place if (place / MANIFEST).is_file() else place / "teacher_forced"
+    stored, request = ShardDataset(place), load_request(place)
+    pair = request.load_pair()
+    about = contexts.extract(pair, request.samples(pair), stored, roles=roles)
+    gb = sum(one["bytes"] for one in about["files"]) / 1e9
+    layers = ", ".join(f"layers {some} of the {role}" for role, some in about["layers"].items())
+    return f"{place}: contexts of {len(stored)} answers, {layers}, {gb:.2f} GB"
