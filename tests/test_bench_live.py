@@ -46,7 +46,8 @@ def adapters(pair):
 
 
 ALL = ("ar", "hf_generate", "hf_static", "hf_prompt_lookup", "drafter", "ngram", "prompt_lookup",
-       "L1", "L4", "L5", "B1", "L5F", "L4+L5F")
+       "L1", "L4", "L5", "B1", "L5F", "L4+L5F", "B1@2x5", "ngram^L5F",
+       "L4+ngram^prompt_lookup^L5F@4x9~.01")
 
 
 def build(name, pair, adapters, **options):
@@ -83,7 +84,8 @@ def test_partly_right_drafts_are_lossless_on_a_real_model(pair, samples, overlap
         assert {r.n_accepted for r in got.rounds} >= {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("name", ["ar", "hf_generate", "hf_prompt_lookup", "drafter", "L1", "L5F"])
+@pytest.mark.parametrize("name", ["ar", "hf_generate", "hf_prompt_lookup", "drafter", "L1", "L5F",
+                                  "L5F@3x9"])
 def test_every_arm_meets_the_last_position_as_the_plain_loop_does(name, pair, adapters, samples,
                                                                  monkeypatch):
     """The same tokens up to it, though a draft would reach beyond, and the same sentence there."""
@@ -185,6 +187,24 @@ def test_resume_continues_where_it_stopped_after_a_half_written_line(pair, adapt
                           progress=made.append)
     assert made == [1, 2] and len(records) == 6
     assert len({(r["arm"], r["sample"]) for r in records_file.read_records(path)}) == 6
+
+
+def test_a_lossy_arm_says_so_and_what_it_changed(pair, adapters, samples, tmp_path):
+    chosen = [build(name, pair, adapters) for name in ("ar", "L1~cos.01")]
+    found = run.measure(chosen, samples[:2], path=tmp_path / "records.jsonl", max_new_tokens=8,
+                        warmup=0)
+    assert [r["lossless"] for r in found if "changed" in r] == [False, False]
+    row = run.summarise(found, n_resamples=20)["arms"]["L1~cos.01"]
+    assert 0 < row["changed"] <= 1 and row["identical"] < 2
+    assert arms.label_of("L1~cos.01") == "L1, lossy: cos.01"
+
+
+def test_a_tree_arm_is_priced_by_what_was_measured(pair, adapters, samples):
+    pricing = costs.pricing(pair, adapters, {"any": samples[:1]})
+    arm = build("ngram^L5F@3x6", pair, adapters, prices=pricing)
+    assert arm.info["priced"] and arm.info["tree_nodes"] == 6
+    own = autoregressive.generate(pair.verifier, samples[0], LENGTH)
+    assert arm.run(samples[0], LENGTH).ids == own.ids
 
 
 def test_another_core_count_drafter_or_table_is_another_configuration(pair, adapters, samples,

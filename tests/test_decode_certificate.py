@@ -1,39 +1,18 @@
 """The losslessness certificate: identical, a tie proven by its margin, or a divergence; with its
 control and its negative control."""
 
+import certificate_cases as cases
 import pytest
 import torch
-from toy_decoder import EOS, WIDTH, OracleProposer, ToyDecoder
+from models_fixtures import tiny_pair
+from tiny_pair import make_samples
+from toy_decoder import EOS, NOISE, WIDTH, OracleProposer, RoundingDecoder, ToyDecoder
 
 from xsd.core import CheckpointError, LosslessError, ParameterError
 from xsd.decode import autoregressive, certificate, speculative
+from xsd.models import handle, small_steps
 
 BODY = (3, 1, 4, 1, 5, 9, 2, 6)
-NOISE = 2e-4
-
-
-class RoundingDecoder(ToyDecoder):
-    """Logits 5 for its token; passes over many rows are off by NOISE, so that the runner-up wins
-    where the margin is below it."""
-    def __init__(self, tie_at=None, margin=1e-4, defect=NOISE):
-        super().__init__()
-        self.tie_at, self.margin, self.defect = tie_at, margin, defect
-
-    def plain(self):
-        return self  # its rounding is honest
-
-    def extend(self, state, ids, parents=None):
-        start = len(state.ids)
-        hidden, _ = super().extend(state, ids, parents)
-        logits = 5 * hidden
-        for i in range(len(ids)):
-            token = int(hidden[i].argmax())
-            if start + i + 1 == self.tie_at:
-                logits[i, (token + 1) % WIDTH] = 5 - self.margin
-            if len(ids) > 1:
-                logits[i, token] -= self.defect
-        state.hidden = state.logits = logits[-1]
-        return logits, logits
 
 
 def speculate(verifier, length=8):
@@ -186,3 +165,48 @@ def test_logits_that_are_no_numbers_prove_nothing():
                    lambda: certificate.noise_floor(NoNumbers(), [BODY], [[3, 1, 4]])):
         with pytest.raises(CheckpointError, match="the model gives NaN or infinity"):
             decode()
+
+
+def test_every_kind_of_request_is_identical_or_a_proven_tie():
+    """A sample; all of them: python tests/certificate_cases.py."""
+    outcomes, accepted = cases.counted(cases.exact(step=31))
+    assert set(outcomes) == {"identical"} and set(accepted) >= set(range(8))
+    outcomes, _ = cases.counted(cases.rounding(step=29))
+    assert set(outcomes) == {"identical", "near-tie"}
+    for verifier in (tiny_pair().verifier, tiny_pair().verifier.plain()):
+        outcomes, _ = cases.counted(cases.live(verifier, make_samples(2, seed=3), step=43))
+        assert set(outcomes) == {"identical"}
+
+
+def causal(parents, start, room=0, *, device=None):
+    """A tree mask that forgets who is whose child: every row sees all before it."""
+    places, seen = TREE_ROWS(parents, start, room, device=device)
+    return places, seen | torch.ones_like(seen).tril_(start)
+
+
+def in_a_row(parents, start, room=0, *, device=None):
+    """Positions that do not know of branches."""
+    _, seen = TREE_ROWS(parents, start, room, device=device)
+    return start + torch.arange(len(parents), device=device), seen
+
+
+TREE_ROWS = small_steps.tree_rows
+BROKEN = {
+    "mask": (small_steps, "tree_rows", causal),
+    "positions": (small_steps, "tree_rows", in_a_row),
+    "rows stay where they were": (small_steps.GrowingCache, "move", lambda *given: None),
+    "one row too many stays": (handle.ModelHandle, "rollback", lambda self, state, length, path=():
+                               ROLLBACK(self, state, length + (state.length > length + 1), path)),
+}
+ROLLBACK = handle.ModelHandle.rollback
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_a_broken_tree_is_found(broken, monkeypatch):
+    monkeypatch.setattr(*BROKEN[broken])
+    verifier, sample = tiny_pair().verifier, make_samples(1, seed=3)[0]
+    answer = autoregressive.generate(verifier, sample, 16).ids
+    assert any(
+        cases.verdict(verifier, sample, "partial", shape, 4, 12, answer=answer,
+                      seed=seed)[0].outcome == "divergence"
+        for seed in range(4) for shape in cases.SHAPES[1:])

@@ -8,7 +8,7 @@ import torch
 from toy_decoder import EOS, PROMPT, WIDTH, CopyAdapter, OracleProposer, ToyDecoder
 
 from xsd.core import ParameterError
-from xsd.decode import autoregressive, proposers, rules, speculative, tracks
+from xsd.decode import autoregressive, hybrid, proposers, rules, speculative, tracks
 
 BODY = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
 
@@ -120,7 +120,7 @@ def test_adapter_drafting_is_lossless_with_a_drafter_that_slips(reads, first):
         if first:
             opener = proposers.AdapterProposer(track, opening, verifier.lm_head, WIDTH,
                                                verifier.eos_token_ids)
-            drafts = proposers.TwoPhase(opener, drafts)
+            drafts = hybrid.TwoPhase(opener, drafts)
         got = run(drafts, answer(eos_at), verifier=verifier, gamma=gamma, max_new_tokens=length,
                   overlap=mode)
         check(got, expected)

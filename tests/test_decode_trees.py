@@ -10,7 +10,7 @@ from tiny_pair import make_samples
 from toy_decoder import EOS, WIDTH, OracleProposer, ToyDecoder
 
 from xsd.core import ParameterError, depths
-from xsd.decode import autoregressive, speculative, trees
+from xsd.decode import acceptance, autoregressive, speculative, trees
 from xsd.models import small_steps
 
 BODY = (3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5, 8)
@@ -21,9 +21,9 @@ TREE = trees.Tree((7, 8, 9, 5, 6, 4), (-1, -1, 0, 0, 2, 1))
 def test_a_chain_is_a_tree_without_branches():
     chain = trees.Tree(BODY[:4], (-1, 0, 1, 2))
     for predicted in ([3, 1, 9, 9, 9], [3, 1, 4, 1, 5], [7, 0, 0, 0, 0]):
-        path, tokens, bonus = speculative.accepted(chain, predicted)
-        assert (len(path), bonus) == speculative.judge(BODY[:4], predicted)
-        assert tokens == [*BODY[:len(path)], bonus]
+        path, bonus = chain.walk(predicted)
+        assert path == list(range(len(path)))
+        assert (len(path), bonus) == acceptance.judge(BODY[:4], predicted)
 
 
 def test_the_walk_follows_the_verifier_from_child_to_child():

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xsd.core import MetricError
-from xsd.decode import proposers, rules, speculative
+from xsd.decode import acceptance, proposers, rules
 from xsd.evaluate.floors import (
     drafter_tokens,
     duplicate_rate,
@@ -57,7 +57,7 @@ def drafted_live(floor, answers, gamma):
         at = 0
         while at < len(ids):
             drafts = floor.draft(ids[:at], min(gamma, len(ids) - at), sample)
-            accepted, _ = speculative.judge(drafts, ids[at:])
+            accepted, _ = acceptance.judge(drafts, ids[at:])
             bonus = int(at + accepted < len(ids))
             found.append((accepted, bonus))
             at += accepted + bonus

@@ -96,12 +96,14 @@ def test_unlikely_drafts_end_a_round_and_cost_no_loss(records):
     assert drafted["L4~0.9"] < drafted["L4"]
 
 
-@pytest.mark.parametrize(("name", "meaning"), [("L4", ("L4", 0, 0.0)),
-                                               ("L1+ngram@3", ("L1+ngram", 3, 0.0)),
-                                               ("B1~0.6", ("B1", 0, 0.6)),
-                                               ("L4@2~.5", ("L4", 2, 0.5)),
+@pytest.mark.parametrize(("name", "meaning"), [("L4", ("L4", 0, 0.0, 0)),
+                                               ("L1+ngram@3", ("L1+ngram", 3, 0.0, 0)),
+                                               ("B1~0.6", ("B1", 0, 0.6, 0)),
+                                               ("L4@2~.5", ("L4", 2, 0.5, 0)),
+                                               ("L4@5x16", ("L4", 5, 0.0, 16)),
+                                               ("ngram^L5F", ("ngram^L5F", 0, 0.0, 16)),
                                                ("L1 of a+L5F of b@1f@2", ("L1 of a+L5F of b", 2,
-                                                                          0.0))],
+                                                                          0.0, 0))],
                          )
 def test_an_arms_name_says_its_settings(name, meaning):
     assert arms.parts_of(name) == meaning

@@ -7,11 +7,13 @@ from dataclasses import dataclass, field
 
 import torch
 
+from xsd.core import depths
 from xsd.decode import proposers
 
 WIDTH = 16  # ids 0..15; hidden width and vocabulary alike
 EOS = 0
 PROMPT = 3
+NOISE = 2e-4
 _ROWS = torch.eye(WIDTH)
 
 
@@ -49,8 +51,12 @@ class ToyDecoder:
     def prefill(self, sample):
         self.script = tuple(sample)
         state = ToyState()
-        state.hidden = state.logits = _ROWS[self.next(())]
+        state.hidden = state.logits = self.row([])
         return state
+
+    def row(self, text):
+        """Hidden state and logits after this text."""
+        return _ROWS[self.next(text)]
 
     def extend(self, state, ids, parents=None):
         base, texts = list(state.ids), []
@@ -58,9 +64,8 @@ class ToyDecoder:
             before = row - 1 if parents is None else parents[row]
             texts.append([*(texts[before] if before >= 0 else base), token])
             state.ids.append(token)
-        said = [self.next(text) for text in texts]
-        self.rows_fed.append(len(said))
-        rows = _ROWS[said]
+        self.rows_fed.append(len(texts))
+        rows = torch.stack([self.row(text) for text in texts])
         state.hidden = state.logits = rows[-1]
         return rows, rows
 
@@ -73,6 +78,49 @@ class ToyDecoder:
 
     def lm_head(self, hidden):
         return hidden
+
+
+class RoundingDecoder(ToyDecoder):
+    """Logits 5 for its token; passes over many rows are off by ``defect``, so that the runner-up,
+    which stands ``margin`` below at position ``tie_at``, wins there where that is less."""
+
+    def __init__(self, tie_at=None, margin=1e-4, defect=NOISE):
+        super().__init__()
+        self.tie_at, self.margin, self.defect = tie_at, margin, defect
+
+    def plain(self):
+        return self  # its rounding is honest
+
+    def extend(self, state, ids, parents=None):
+        start = len(state.ids)
+        hidden, _ = super().extend(state, ids, parents)
+        logits = 5 * hidden
+        deep = depths(range(-1, len(ids) - 1) if parents is None else parents)
+        for i in range(len(ids)):
+            token = int(hidden[i].argmax())
+            if start + deep[i] == self.tie_at:
+                logits[i, (token + 1) % WIDTH] = 5 - self.margin
+            if len(ids) > 1:
+                logits[i, token] -= self.defect
+        state.hidden = state.logits = logits[-1]
+        return logits, logits
+
+
+class SoftDecoder(ToyDecoder):
+    """Logits over five ids that are drawn once for every text; another ``salt``, another model."""
+
+    hidden_size = vocab_size = draft_vocab_size = 5
+
+    def __init__(self, salt=0):
+        super().__init__()
+        self.salt, self._known = salt, {}
+
+    def row(self, text):
+        text = tuple(text)
+        if text not in self._known:
+            seed = torch.Generator().manual_seed(hash((self.salt, *text)) % 2**31)
+            self._known[text] = 1.5 * torch.randn(5, generator=seed)
+        return self._known[text]
 
 
 class CopyAdapter:

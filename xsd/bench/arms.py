@@ -19,13 +19,25 @@ from xsd import files
 from xsd.adapters import heads
 from xsd.bench import baselines
 from xsd.core import Generation, ParameterError, Sample
-from xsd.decode import autoregressive, blocks, proposers, rules, speculative, tracks
+from xsd.decode import (
+    acceptance,
+    autoregressive,
+    blocks,
+    hybrid,
+    proposers,
+    rules,
+    speculative,
+    tracks,
+)
 from xsd.decode.overlap import Overlap
+from xsd.decode.prices import Prices
 from xsd.models.handle import ModelHandle, tensors_hash
 from xsd.models.loading import Pair
 
 BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_static", "hf_prompt_lookup")
 PLAIN = (*BASELINES, "drafter", "ngram", "prompt_lookup")
+TREE_NODES = 16
+"""Of a tree whose name does not say."""
 LABELS = {
     "ar": "own greedy loop", "ar_all_cores": "own greedy loop, all cores",
     "hf_generate": "transformers generate", "hf_static": "transformers generate, static cache",
@@ -47,26 +59,37 @@ class Arm:
     info: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parts_of(name: str) -> tuple[str, int, float]:
-    """An arm's name as (kind, drafts a round, least probability); 0 where the name does not say.
-    Raises: ParameterError for another form."""
+def parts_of(name: str) -> tuple[str, int, float, int]:
+    """An arm's name as (kind, drafts a round, least probability, nodes of a round's tree); 0 where
+    the name does not say. Raises: ParameterError for another form."""
     kind = r"[^@~\s]+(?: of [^@~\s]+)*"  # "L4 of a" is how an adapter's file is called
-    found = re.fullmatch(rf"({kind})(?:@1f)?(?:@([1-9]\d*))?(?:~(0?\.\d+))?", name)
+    found = re.fullmatch(rf"({kind})(?:@1f)?(?:@([1-9]\d*)(?:x([1-9]\d*))?)?"
+                         r"(?:~(0?\.\d+))?(?:~(?:cos0?\.\d+|typical))?", name)
     if not found:
         raise ParameterError(f"no arm is called {name!r}; the form is L4, L4@3 (3 drafts a round), "
-                             "L4@1f (one event frame) or L4~0.6 (stops at less likely drafts)")
-    return found[1], int(found[2] or 0), float(found[3] or 0)
+                             "L4@5x16 (trees of 16 nodes), L4@1f (one event frame), L4~0.6 "
+                             "(stops at less likely drafts) or, lossy, L4~cos.9 and L4~typical")
+    nodes = int(found[3] or (TREE_NODES if "^" in found[1] else 0))
+    return found[1], int(found[2] or 0), float(found[4] or 0), nodes
+
+
+def acceptance_of(name: str) -> acceptance.Greedy:
+    """What an arm's name says of what may stay of a draft: the verifier's own ids, if nothing."""
+    found = re.search(r"~(?:cos(0?\.\d+)|typical)$", name)
+    if not found:
+        return acceptance.GREEDY
+    return acceptance.Cosine(float(found[1])) if found[1] else acceptance.Typical()
 
 
 def kinds_of(name: str) -> list[str]:
-    """What drafts in an arm, by short names: one part, or one for each phase."""
-    return [files.name_of(part) for part in parts_of(name)[0].split("+")]
+    """What drafts in an arm, by short names: of each phase, and of each tree, its parts."""
+    return [files.name_of(part) for part in re.split(r"[+^]", parts_of(name)[0])]
 
 
 def levels_of(names: Sequence[str]) -> list[str]:
     """The adapter levels that arms need, in order: ``["ar", "L1+L5F"]`` → ``["L1", "L5F"]``; of
     names with a colon those that are an adapter's class."""
-    found = [part for name in names for part in parts_of(name)[0].split("+")]
+    found = [part for name in names for part in re.split(r"[+^]", parts_of(name)[0])]
     return [part for part in dict.fromkeys(found)
             if part not in PLAIN and (":" not in part or _is_adapter(files.import_object(part)))]
 
@@ -77,29 +100,35 @@ def _is_adapter(found: Any) -> bool:
 
 def label_of(name: str) -> str:
     """How an arm is called in tables and pictures."""
-    _, gamma, least = parts_of(name)
-    parts = [LABELS.get(part, part.partition(":")[2] or part) for part in kinds_of(name)]
+    kind, gamma, least, nodes = parts_of(name)
+    parts = [" and ".join(LABELS.get(short, short.partition(":")[2] or short)
+                          for short in map(files.name_of, part.split("^")))
+             for part in kind.split("+")]
     return (" + ".join(parts) + (", 1 event frame" if "@1f" in name else "") +
+            (f", trees of {nodes}" if nodes else "") +
             (f", {gamma} drafts a round" if gamma else "") +
-            (f", only above {least:.0%}" if least else ""))
+            (f", only above {least:.0%}" if least else "") +
+            ("" if acceptance_of(name).lossless else f", lossy: {name.rpartition('~')[2]}"))
 
 
 def build(spec: str | proposers.Proposer, pair: Pair,
           adapters: Mapping[str, proposers.Adapter] | None = None, *, gamma: int = 5,
           gamma_prefill: int | None = None, hide_prefill: bool = True,
           overlap: Overlap = "threads", ngram: rules.Rule | None = None,
-          one_frame: Callable[[Sample], Sample] | None = None, label: str | None = None) -> Arm:
+          one_frame: Callable[[Sample], Sample] | None = None, label: str | None = None,
+          prices: Callable[[str], Prices] | None = None) -> Arm:
     """The arm of a name, or of a proposer of your own as an object; ``label`` is its name in the
     records where one name is measured with two settings.
 
     adapters: level → adapter with ``reads`` and ``step``. gamma_prefill: at most so many drafts
     behind the prefill. ngram: the rule that ``ngram`` drafts by. one_frame: gives a sample with its
-    one event frame, for ``@1f``. Raises: ParameterError naming the arms there are, what a proposer
-    lacks, or that ``one_frame`` is missing.
+    one event frame, for ``@1f``. prices: of an arm by name; no node of a tree is one that does not
+    pay. Raises: ParameterError naming the arms there are, what a proposer lacks, or that
+    ``one_frame`` is missing.
     """
     verifier, adapters = pair.verifier, adapters or {}
     given = spec if isinstance(spec, str) else type(spec).__name__
-    kind, own_gamma, least = parts_of(given)
+    kind, own_gamma, least, nodes = parts_of(given)
     gamma, name = own_gamma or gamma, label or given
     if kind in BASELINES:
         cores = {"cores": available_cores()} if kind == "ar_all_cores" else {}
@@ -109,20 +138,24 @@ def build(spec: str | proposers.Proposer, pair: Pair,
     if frames and one_frame is None:
         raise ParameterError(f"the arm {given} wants the sample's one event frame; pass one_frame=")
     if isinstance(spec, str):
-        proposer = proposer_of(kind, pair, adapters, ngram, least)
+        proposer = proposer_of(kind, pair, adapters, ngram, least, nodes,
+                               prices(given) if prices and nodes else None)
     else:
-        proposer = proposers.Checked(spec, verifier.vocab_size)
+        proposer = hybrid.Checked(spec, verifier.vocab_size)
     options = {"gamma": gamma, "gamma_prefill": gamma_prefill, "hide_prefill": hide_prefill,
                "overlap": overlap}
+    keeps = acceptance_of(given)
 
     def run(sample: Sample, max_new_tokens: int) -> Generation:
         return speculative.generate(verifier, proposer, one_frame(sample) if frames else sample,
-                                    max_new_tokens=max_new_tokens, **options)
+                                    max_new_tokens=max_new_tokens, acceptance=keeps, **options)
 
     info = {"kind": kind, **options, "min_probability": least,
+            **({"tree_nodes": nodes, "priced": prices is not None} if nodes else {}),
             **({"event_frames": 1} if frames else {}),
+            **({} if keeps.lossless else {"lossy": repr(keeps)}),
             **_fingerprints(spec, kinds_of(given), pair, adapters, ngram)}
-    return Arm(name, run, verifier, info=info)
+    return Arm(name, run, verifier, keeps.lossless, info=info)
 
 
 def _baseline(kind: str, verifier: ModelHandle,
@@ -142,17 +175,20 @@ def _baseline(kind: str, verifier: ModelHandle,
 
 
 def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
-                ngram: rules.Rule | None = None, least: float = 0.0) -> proposers.Proposer:
+                ngram: rules.Rule | None = None, least: float = 0.0, nodes: int = 0,
+                prices: Prices | None = None) -> proposers.Proposer:
     """The proposer that an arm's kind names; of two, one behind the prefill and one in the rounds,
-    on one drafter. least: their min_probability. Raises: as :func:`build`."""
+    on one drafter; joined by ^, several in one tree of ``nodes``. least: their min_probability.
+    Raises: as :func:`build`."""
     parts, verifier = kinds_of(kind), pair.verifier
     eos, ids = verifier.eos_token_ids, pair.draft_vocab_size or verifier.draft_vocab_size
-    drafting = [*PLAIN[len(BASELINES):], *adapters, *(["ar"] if len(parts) > 1 else [])]
+    drafting = [*PLAIN[len(BASELINES):], *adapters, *(["ar"] if "+" in kind else [])]
     unknown = [part for part in parts if part not in drafting and ":" not in part]
-    if unknown or len(parts) > 2:
+    if unknown or kind.count("+") > 1:
         raise ParameterError(
             f"no arm {kind!r}: it names {', '.join(unknown) or 'three phases'}; there are "
-            f"{', '.join([*PLAIN, *sorted(adapters)])}, and two of those that draft as 'L4+L5F'")
+            f"{', '.join([*PLAIN, *sorted(adapters)])}, two of those that draft as 'L4+L5F', and "
+            "several in one tree as 'ngram^L5F'")
     if "ngram" in parts and ngram is None:
         raise ParameterError(
             "the arm 'ngram' needs a table: pass ngram=, a function from prefix ids to the next id")
@@ -178,13 +214,21 @@ def proposer_of(kind: str, pair: Pair, adapters: Mapping[str, Any],
             return proposers.RuleProposer(rule_of[part], eos)
         return _own(part, pair)
 
-    found = [made(part) for part in parts]
-    for proposer in found if least else ():
-        proposer.min_probability = least
-    found = [proposers.Checked(proposer, verifier.vocab_size)
-             if part not in (*PLAIN, *adapters) else proposer
-             for part, proposer in zip(parts, found, strict=True)]
-    return found[0] if len(found) == 1 else proposers.TwoPhase(*found)
+    def phase(text: str) -> Any:
+        found = []
+        for part in map(files.name_of, text.split("^")):
+            found.append(made(part))
+            if least and not nodes:
+                found[-1].min_probability = least
+            if part not in (*PLAIN, *adapters):
+                found[-1] = hybrid.Checked(found[-1], verifier.vocab_size)
+        if not nodes:
+            return found[0]
+        return hybrid.TreeProposer(*found, n_nodes=nodes, prices=prices, eos_token_ids=eos,
+                                   **({"least": least} if least else {}))
+
+    found = [phase(text) for text in kind.split("+")]
+    return found[0] if len(found) == 1 else hybrid.TwoPhase(*found)
 
 
 def _own(name: str, pair: Pair) -> Any:

@@ -3,6 +3,7 @@ Whatever measures returns one row per operation: what, ms (median), low, high (q
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import pandas as pd
 import torch
 
 from xsd import files
-from xsd.bench.arms import PLAIN, draft_head, label_of, parts_of
+from xsd.bench.arms import PLAIN, draft_head, kinds_of, label_of, parts_of
 from xsd.core import DecoderHandle, ParameterError
 from xsd.decode import overlap, proposers, replay, speculative, trees
 from xsd.decode.prices import Prices
@@ -182,6 +183,27 @@ def prices(curve: pd.DataFrame, steps: pd.DataFrame, *, drafter: bool = True,
                   float(draft_s), dict(zip(curve["rows"], curve["ms"] / 1e3, strict=True)))
 
 
+def prices_of(name: str, curve: pd.DataFrame, steps: pd.DataFrame,
+              adapters: Mapping[str, proposers.Adapter]) -> Prices:
+    """:func:`prices` of an arm by name; of several models that draft, the first's."""
+    kinds = kinds_of(name)
+    level = next((kind for kind in kinds if kind in adapters), "")
+    drafter = adapters[level].reads != "verifier" if level else "drafter" in kinds
+    return prices(curve, steps, drafter=drafter, level=level)
+
+
+def pricing(pair: Any, adapters: Mapping[str, proposers.Adapter],
+            samples: Mapping[str, Sequence[Any]]) -> Callable[[str], Prices]:
+    """:func:`prices_of` arms of these models, measured on the first sample once it is asked for."""
+    @functools.cache
+    def measured() -> tuple[pd.DataFrame, pd.DataFrame]:
+        sample = next(iter(samples.values()))[0]
+        return (verification_curve(pair.verifier, sample, rows=(1, 2, 4, 8, 16, 32, 65)),
+                step_costs(pair.drafter, pair.verifier, adapters, sample))
+
+    return lambda name: prices_of(name, *measured(), adapters)
+
+
 def stored_prices(known: Mapping[str, Mapping[str, float]], **options: Any) -> Prices:
     """The prices of stored costs, ``results/live.json``'s. options: as :func:`prices`."""
     steps = pd.DataFrame.from_dict(known, orient="index").rename_axis("what").reset_index()
@@ -228,12 +250,10 @@ def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps
     rows = []
     for name in dict.fromkeys(record["arm"] for record in records):
         own = [record for record in records if record["arm"] == name and record["rounds"]]
-        kind = files.name_of(parts_of(name)[0])
-        if not own or "@1f" in name or kind not in (*PLAIN, *adapters):
+        kind, nodes = files.name_of(parts_of(name)[0]), parts_of(name)[3]
+        if not own or nodes or "@1f" in name or kind not in (*PLAIN, *adapters):
             continue
-        level = kind if kind in adapters else ""
-        drafter = adapters[kind].reads != "verifier" if level else kind == "drafter"
-        told = predict(own, prices(curve, steps, drafter=drafter, level=level), eos_token_ids)
+        told = predict(own, prices_of(name, curve, steps, adapters), eos_token_ids)
         rows.append({"arm": label_of(name), **{
             f"{word}_ms": 1e3 * told[f"{word}_s"] / len(own) for word in ("predicted", "measured")},
             "residual": told["residual"],

@@ -125,6 +125,8 @@ def _record(arm: Arm, sample: Sample, repeat: int, generation: Generation,
         "n_drafted": sum(len(r.drafted) for r in rounds),
         "n_accepted": sum(r.n_accepted for r in rounds),
         "identical_to_ar": ids == list(reference),
+        **({} if arm.lossless else {"changed": sum(
+            a != b for a, b in itertools.zip_longest(ids, reference))}),
         "verdict": {key: value for key, value in verdict.items() if value not in (None, "")},
     }
 
@@ -143,9 +145,9 @@ def summarise(records: Sequence[Record], *, allow_near_ties: bool = False,
 
     Returns: baseline, n_samples, n_clusters, alarms, and arms by name: ``speedup`` (of
     :func:`speedups.of`); total_ms, its first_token_ms and decode_ms, decode_ms_per_token; identical
-    (samples) and tokens; accepted drafts per round and drafts per round, apart for the rounds
-    (accepted_per_round) and the prefill phase (hidden_accepted), over rounds that drafted
-    something.
+    (samples) and tokens; changed (share of ids) of a lossy arm; accepted drafts per round and
+    drafts per round, apart for the rounds (accepted_per_round) and the prefill phase
+    (hidden_accepted), over rounds that drafted something.
 
     Raises: LosslessError for a lossless arm whose ids differ from the verifier's own; MetricError
     without a baseline or a common sample.
@@ -192,6 +194,8 @@ def _summary(runs: pd.DataFrame, clusters: pd.Series, options: dict[str, int]) -
         "decode_ms_per_token": float(ms["later_s"].sum()) / steps if steps else None,
         "identical": int(each["identical_to_ar"].all().sum()), "tokens": int(tokens.sum()),
     }
+    if "changed" in runs:  # of a lossy arm: the share of ids that are not the verifier's own
+        row["changed"] = float(each["changed"].first().sum() / tokens.sum())
     for phase, word in PHASES.items():
         rounds = pd.DataFrame([
             (record.sample, r["accepted"], len(r["drafted"])) for record in runs.itertuples()

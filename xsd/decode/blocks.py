@@ -3,16 +3,18 @@ what is verified alone, so a rejection takes nothing back."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from xsd.core import ParameterError
-from xsd.decode.autoregressive import greedy
+from xsd.decode.acceptance import greedy
 from xsd.decode.overlap import Stop, Timeline
 from xsd.decode.proposers import never
 from xsd.decode.tracks import DrafterTrack
+from xsd.decode.trees import Children, by_position
 
 
 class BlockProposer:
@@ -22,6 +24,7 @@ class BlockProposer:
 
     role = "block drafter"
     min_probability = 0.0
+    steps = False  # a block costs the same whatever is asked of it
 
     def __init__(self, track: DrafterTrack | None, adapter: Any,
                  lm_head: Callable[[Tensor], Tensor], draft_vocab_size: int,
@@ -42,6 +45,7 @@ class BlockProposer:
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         """A new request: the drafter, where it is read, prefills with its layers recorded."""
         self.known: list[int] = []
+        self._block: Children | None = None
         self.timeline = timeline or Timeline()
         self.kept, self.read = self.adapter.keep(), dict.fromkeys(self.roles, 0)
         if self.track is not None:
@@ -53,6 +57,7 @@ class BlockProposer:
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         self.known += tokens
+        self._block = None
 
     def propose(self, gamma: int, stop: Stop = never) -> list[int]:
         logits = self.logits(gamma)
@@ -64,6 +69,17 @@ class BlockProposer:
         drafts = drafts if ids is None else ids[drafts].tolist()
         end = (i + 1 for i, token in enumerate(drafts) if token in self.eos_token_ids)
         return drafts[:next(end, len(drafts))]
+
+    def children(self, path: Sequence[int], k: int) -> list[tuple[int, float]]:
+        """The likeliest ids of the path's next place, whatever stands before it."""
+        if self._block is None:
+            logits = self.logits(sys.maxsize)
+            greedy(logits, self)  # refuses what is no number
+            logs, ids = logits.float().log_softmax(-1).topk(min(k, logits.shape[-1]))
+            if self.adapter.draft_ids is not None:
+                ids = self.adapter.draft_ids[ids]
+            self._block = by_position(ids.tolist(), logs.tolist())
+        return list(self._block(tuple(path)))
 
     def logits(self, gamma: int) -> Tensor:
         """Of the block's first ``gamma`` places [n ≤ gamma, V], over what may be drafted: what a

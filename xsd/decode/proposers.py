@@ -3,17 +3,20 @@ offers draft tokens; it never decides. ``hidden[t]`` *predicts* token t."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor
 
-from xsd.core import ParameterError
+from xsd.core import ParameterError, not_finite
 from xsd.decode import rules
-from xsd.decode.autoregressive import greedy
+from xsd.decode.acceptance import Sampling, greedy
 from xsd.decode.overlap import Stop, Timeline
 from xsd.decode.tracks import DrafterTrack, History, n_common
+from xsd.decode.trees import Drafts, Tree
 
 
 def never() -> bool:
@@ -29,11 +32,16 @@ class Proposer(Protocol):
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         """A new request; may run in another thread while the verifier prefills."""
 
-    def propose(self, gamma: int, stop: Stop = never) -> list[int]:
-        """At most ``gamma`` draft tokens; ends early at EOS or when ``stop()`` turns True."""
+    def propose(self, gamma: int, stop: Stop = never) -> Drafts:
+        """Drafts of at most ``gamma`` tokens one after the other; ends early at EOS or when
+        ``stop()`` turns True."""
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         """The verifier's own tokens [n] (accepted drafts, then the bonus), and hidden [n, D_v]."""
+
+    # Who may draft in a tree (hybrid.TreeProposer) has one method more, children(path, k): the at
+    # most k likeliest ids after the verified text and these drafts, best first, each with the log
+    # of its probability; and says with a true ``steps`` that asking costs a model's step.
 
 
 class Adapter(Protocol):
@@ -58,6 +66,8 @@ class TokenByToken:
     needs_verifier = False
     eos_token_ids: frozenset[int] = frozenset()
     min_probability: float = 0.0
+    confidence: float = 0.5  # of a draft that comes without a probability
+    steps = False
     track: DrafterTrack | None = None
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
@@ -83,19 +93,88 @@ class TokenByToken:
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         self.known += tokens
 
-    def choose(self, logits: Tensor) -> int | None:
-        """argmax of logits [V], or None where it is unlikely and drafting costs time."""
-        if self.min_probability > 0 and not self._free:
-            likely, token = logits.softmax(-1).max(-1)
-            return int(token) if float(likely) >= self.min_probability else None
-        return greedy(logits[None], self)[0]
+    def children(self, path: Sequence[int], k: int) -> list[tuple[int, float]]:
+        """As :class:`Proposer` says it; here the one draft there is, at ``confidence``."""
+        self._free = True  # no draft is too unlikely for a tree: it weighs them itself
+        token = self.next_token(path)
+        return [] if token is None else [(token, math.log(self.confidence))]
 
     def next_token(self, drafts: Sequence[int]) -> int | None:
         """The token after ``known`` and the drafts of this round, or None to end the round."""
         raise NotImplementedError(f"{type(self).__name__} does not say what it drafts")
 
 
-class AdapterProposer(TokenByToken):
+class FromLogits(TokenByToken):
+    """A model's head says what is drafted: a subclass gives :meth:`logits`. draft_ids: the id of
+    each of their places, int64 [n]; None: the place itself. sampling: draws drafts in place of the
+    likeliest, for a verifier that samples at these settings."""
+
+    steps = True
+    draft_ids: Tensor | None = None
+    sampling: Sampling | None = None
+
+    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
+        super().begin(sample, timeline)
+        if self.sampling is not None:  # draws of its own: the verifier's must not depend on them
+            self._draws = replace(self.sampling, seed=self.sampling.seed + 1).begin()
+
+    def propose(self, gamma: int, stop: Stop = never) -> Drafts:
+        self._drawn: list[tuple[int, Tensor]] = []
+        drafts = super().propose(gamma, stop)
+        return drafts if self.sampling is None else Tree.chain(drafts, self._drawn[:len(drafts)])
+
+    def logits(self, drafts: Sequence[int]) -> Tensor:
+        """Of what may follow ``known`` and these drafts, [n]."""
+        raise NotImplementedError(f"{type(self).__name__} has no logits")
+
+    def next_token(self, drafts: Sequence[int]) -> int | None:
+        """argmax, or None where it is unlikely and drafting costs time."""
+        logits = self.logits(drafts)
+        if self.min_probability > 0 and not self._free and (
+                float(logits.softmax(-1).max()) < self.min_probability):
+            return None
+        if self.sampling is not None:
+            (token, *drawn), = self.draws(logits, 1)
+            self._drawn.append(tuple(drawn))
+            return token
+        place = greedy(logits[None], self)[0]
+        return int(place if self.draft_ids is None else self.draft_ids[place])
+
+    def draws(self, logits: Tensor, k: int) -> list[tuple[int, int, Tensor]]:
+        """At most k ids drawn without replacement, each with its rank and what it was drawn from
+        (Tree.drawn)."""
+        greedy(logits[None], self)
+        left = self._draws.probabilities(logits)
+        if self.draft_ids is not None:
+            wide = left.new_zeros(int(self.draft_ids.max()) + 1)
+            left = wide.scatter_(0, self.draft_ids.cpu(), left)
+        found: list[tuple[int, int, Tensor]] = []
+        while len(found) < k and float(left.sum()) > 0:
+            left = left / left.sum()
+            token = self._draws.draw(left)
+            found.append((token, len(found), left))
+            left = left.clone()
+            left[token] = 0.0
+        return found
+
+    def logits_in_tree(self, path: Sequence[int]) -> Tensor | None:
+        """:meth:`logits` after any path that was itself offered; None where no position is left."""
+        if self.track and not self.track.has_room(len(self.known) + len(path)):
+            return None
+        return self.logits(path)
+
+    def children(self, path: Sequence[int], k: int) -> list[tuple[int, float]]:
+        logits = self.logits_in_tree(path)
+        if logits is None:
+            return []
+        logs, places = logits.float().log_softmax(-1).topk(min(k, len(logits)))
+        if not math.isfinite(float(logs[0])):
+            raise not_finite(self.role)
+        ids = places if self.draft_ids is None else self.draft_ids[places]
+        return list(zip(ids.tolist(), logs.tolist(), strict=True))
+
+
+class AdapterProposer(FromLogits):
     """States → adapter → the verifier's LM head → argmax over the ids that may be drafted → the
     token is fed back to the drafter. Own predictions stand in for verifier states until these are
     known. track: None only for adapters that read the verifier alone. lm_head: [..., D_v] → [...,
@@ -117,27 +196,48 @@ class AdapterProposer(TokenByToken):
         self.needs_verifier = adapter.reads != "drafter"
         self.fuses_tokens = getattr(adapter, "fuses_tokens", False)
         self.verified_only = getattr(adapter, "verified_only", False)
-        ids = getattr(adapter, "draft_ids", None)
-        self.draft_ids = None if ids is None else ids[ids < draft_vocab_size]
+        if (ids := getattr(adapter, "draft_ids", None)) is not None:
+            self.draft_ids = ids[ids < draft_vocab_size]
 
     def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
         super().begin(sample, timeline)
         numbers = getattr(self.adapter, "parameters", tuple)()  # it may stand on another GPU
         self.verifier_states = History(next((one.device for one in numbers), None))
-        self.said: list[int | None] = []
-        keep = getattr(self.adapter, "keep", None)
-        self.kept = keep() if keep is not None else None
+        self._guesses: dict[tuple[int, ...], Tensor] = {}  # of a tree: what follows each path
+        self._walked, self.drafted_states = None, []
+        self.kept = self.adapter.keep() if hasattr(self.adapter, "keep") else None
 
     def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
         if self.needs_verifier:
             self.verifier_states.replace(len(self.known), hidden)
         if self.kept is not None:
             # own predictions gave way to the verifier's states; else what was rejected goes
-            agreed = 0 if self.needs_verifier else 1 + n_common(self.said, tokens)
+            agreed = 0 if self.needs_verifier else 1 + n_common(self._walked or (), tokens)
             self.kept.forget(len(self.known) + agreed)
+        self._walked = None
+        self._guesses.clear()
         super().observe(tokens, hidden)
 
-    def next_token(self, drafts: Sequence[int]) -> int | None:
+    def logits_in_tree(self, path: Sequence[int]) -> Tensor | None:
+        path = tuple(path)
+        if not path or self._walked is None or path[:-1] != tuple(self._walked):
+            self._turn_to(path)
+        found = super().logits_in_tree(path)
+        if self.needs_verifier and found is not None:
+            self._guesses[path] = self.verifier_states.rows()[-1:].clone()
+        return found
+
+    def _turn_to(self, path: tuple[int, ...]) -> None:
+        """From the path walked last to another one: own predictions as they were along it."""
+        base, same = len(self.known), n_common(self._walked or (), path)
+        if self.needs_verifier:
+            self.verifier_states.length = base
+            for place in range(len(path)):
+                self.verifier_states.replace(base + place, self._guesses[path[:place]])
+        if self.kept is not None:
+            self.kept.forget(base + same + (not self.needs_verifier))
+
+    def logits(self, drafts: Sequence[int]) -> Tensor:
         if self.needs_verifier and self.verifier_states.length == 0:
             raise ParameterError(
                 "this adapter reads verifier states and none exist yet; in the prefill another "
@@ -151,13 +251,12 @@ class AdapterProposer(TokenByToken):
             if self.kept is not None:
                 more["kept"] = self.kept
             predicted = self.adapter.step(drafter_states, self.verifier_states.rows(), **more)
-            token = self.choose(self._draft_logits(self.lm_head(predicted[None])[0]))
-            if self.draft_ids is not None and token is not None:
-                token = int(self.draft_ids[token])
-        if self.needs_verifier and token is not None:
+            logits = self._draft_logits(self.lm_head(predicted[None])[0])
+        if self.needs_verifier:
             self.verifier_states.replace(len(text), predicted[None])
-        self.said = [*drafts, token]
-        return token
+        self.drafted_states = [*self.drafted_states[:len(drafts)], predicted]  # (Cosine)
+        self._walked = list(drafts)
+        return logits
 
     def _draft_logits(self, logits: Tensor) -> Tensor:
         """Of what may be drafted, from all [V] or the draft vocabulary's own [k] logits."""
@@ -169,16 +268,17 @@ class AdapterProposer(TokenByToken):
         return logits if len(own) == len(self.draft_ids) else logits[own < self.draft_vocab_size]
 
 
-class DrafterTokens(TokenByToken):
+class DrafterTokens(FromLogits):
     """The drafter's own head, no adapter: the floor under every adapter."""
+
     def __init__(self, track: DrafterTrack, draft_vocab_size: int,
                  eos_token_ids: frozenset[int] = frozenset()) -> None:
         self.track, self.draft_vocab_size = track, draft_vocab_size
         self.eos_token_ids = eos_token_ids
 
-    def next_token(self, drafts: Sequence[int]) -> int | None:
+    def logits(self, drafts: Sequence[int]) -> Tensor:
         self.track.follow([*self.known, *drafts])
-        return self.choose(self.track.logits[:self.draft_vocab_size])
+        return self.track.logits[:self.draft_vocab_size]
 
 
 class RuleProposer(TokenByToken):
@@ -194,55 +294,7 @@ class RuleProposer(TokenByToken):
     def next_token(self, drafts: Sequence[int]) -> int | None:
         return self.rule([*self.known, *drafts])
 
-
-class TwoPhase:
-    """One proposer for the prefill, another for the rounds; a shared drafter prefills once."""
-    def __init__(self, first: Proposer, second: Proposer) -> None:
-        self.first, self.second = first, second
-        self.needs_verifier = first.needs_verifier
-        self.context_layers = getattr(second, "context_layers", ())
-
-    def begin(self, sample: Any, timeline: Timeline | None = None) -> None:
-        self._active, timeline = self.first, timeline or Timeline()
-        for proposer in (self.first, self.second):
-            proposer.begin(sample, timeline)
-
-    def propose(self, gamma: int, stop: Stop = never) -> list[int]:
-        return self._active.propose(gamma, stop)
-
-    def read_context(self, context: Any, length: int) -> None:
-        """For a block drafter in the rounds."""
-        self.second.read_context(context, length)
-
-    def observe(self, tokens: Sequence[int], hidden: Tensor) -> None:
-        """The first observation ends the first phase: only the second proposer is told."""
-        self._active = self.second
-        self.second.observe(tokens, hidden)
-
-
-class Checked:
-    """A proposer from outside this project. Raises: ParameterError when it is no :class:`Proposer`,
-    drafts too much, or something that is no id below ``vocab_size``."""
-    def __init__(self, proposer: Proposer, vocab_size: int) -> None:
-        self.name = type(proposer).__name__
-        missing = [part for part in ("begin", "propose", "observe", "needs_verifier")
-                   if not hasattr(proposer, part)]
-        if missing:
-            raise ParameterError(f"{self.name} is no proposer: it lacks {', '.join(missing)} "
-                                 "(decode.proposers.Proposer says what each does)")
-        self.proposer, self.vocab_size = proposer, vocab_size
-        self.begin, self.observe = proposer.begin, proposer.observe
-        self.needs_verifier = bool(proposer.needs_verifier)
-
-    def propose(self, gamma: int, stop: Stop = never) -> list[int]:
-        drafts = list(self.proposer.propose(gamma, stop))
-        if len(drafts) > gamma:
-            raise ParameterError(f"{self.name} drafted {len(drafts)} tokens where at most {gamma} "
-                                 "were asked for")
-        for token in drafts:
-            if isinstance(token, bool) or not isinstance(token, int) or not (
-                    0 <= token < self.vocab_size):
-                raise ParameterError(
-                    f"{self.name} drafted {token!r}; a draft is a Python int, an id from 0 to "
-                    f"{self.vocab_size - 1}")
-        return drafts
+    def children(self, path: Sequence[int], k: int) -> list[tuple[int, float]]:
+        if hasattr(self.rule, "children"):
+            return self.rule.children([*self.known, *path], k)
+        return super().children(path, k)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from xsd.core import ParameterError
-from xsd.decode import speculative
+from xsd.decode import acceptance, speculative
 from xsd.decode.prices import Prices
 
 Draft = Callable[[Sequence[int], int], Sequence[int]]
@@ -43,7 +43,7 @@ def replay(answer: Sequence[int], draft: Draft, *, gamma: int, gamma_prefill: in
         offered = draft(answer[:at], room) if room > 0 else []
         drafts = speculative.cut(offered, room, eos_token_ids)
         fed = speculative.worth_feeding(drafts, eos_token_ids)
-        n, bonus = speculative.judge(drafts, answer[at:at + len(fed) + 1])
+        n, bonus = acceptance.judge(drafts, answer[at:at + len(fed) + 1])
         rows, _ = speculative.rows_to_feed(drafts, answer[max(at - 1, 0)], eos_token_ids, hiding)
         rounds.append(ReplayedRound(len(drafts), n, bonus is not None, len(rows), hiding))
         at += n + (bonus is not None)

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
@@ -39,12 +40,33 @@ class NGramTable:
                 for length in range(n):
                     counts[tuple(padded[t - length:t])][padded[t]] += 1
         self.table = {context: _most_frequent(counter) for context, counter in counts.items()}
+        self.counts = counts
 
     def __call__(self, prefix: Sequence[int]) -> int | None:
         """The next token; None only from a table of no answers."""
         context = tuple([_START] * (self.n - 1) + list(prefix))[len(prefix):]
         return next((self.table[context[start:]]
                      for start in range(self.n) if context[start:] in self.table), None)
+
+
+    def children(self, prefix: Sequence[int], k: int) -> list[tuple[int, float]]:
+        """The at most k likeliest next tokens, best first, with the logs of their probabilities:
+        count / (all + 1) after the longest known context, what is missing from shorter ones at 0.4
+        of theirs for each token left out (Brants 2007, "stupid backoff")."""
+        context = tuple([_START] * (self.n - 1) + list(prefix))[len(prefix):]
+        found: dict[int, float] = {}
+        weight = 1.0
+        for start in range(self.n):
+            counter = self.counts.get(context[start:])
+            if counter:
+                total = counter.total() + 1
+                for token, count in counter.most_common(k):
+                    found.setdefault(token, weight * count / total)
+                weight *= 0.4
+            if len(found) >= k:
+                break
+        best = sorted(found.items(), key=lambda one: (-one[1], one[0]))[:k]
+        return [(token, math.log(share)) for token, share in best]
 
 
 def position_modes(answers: Iterable[Iterable[int]]) -> list[int]:

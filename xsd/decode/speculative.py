@@ -14,7 +14,8 @@ from torch import Tensor
 
 from xsd.core import DecoderHandle, Generation, ParameterError, Round
 from xsd.decode import overlap as lanes
-from xsd.decode.autoregressive import check_length, greedy
+from xsd.decode.acceptance import GREEDY, Greedy
+from xsd.decode.autoregressive import check_length
 from xsd.decode.proposers import Proposer
 from xsd.decode.trees import Drafts, Tree
 
@@ -23,8 +24,9 @@ from xsd.decode.trees import Drafts, Tree
 def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma: int,
              max_new_tokens: int, hide_prefill: bool = True, gamma_prefill: int | None = None,
              overlap: lanes.Overlap = "threads",
-             clock: Callable[[], float] = time.perf_counter) -> Generation:
-    """Greedy continuation of ``sample``, token for token the verifier's own.
+             clock: Callable[[], float] = time.perf_counter,
+             acceptance: Greedy = GREEDY) -> Generation:
+    """Greedy continuation of ``sample``, the verifier's own ids, or what ``acceptance`` says.
 
     gamma: drafts a round. hide_prefill: draft while the verifier prefills, as many tokens as fit
     until it is done, at most ``gamma_prefill`` (default: the whole answer; with overlap="serial",
@@ -36,43 +38,42 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
         raise ParameterError(
             f"gamma is {gamma} and gamma_prefill {gamma_prefill}; draft at least 1 token, or use "
             "autoregressive.generate")
-    timeline, eos = lanes.Timeline(clock), verifier.eos_token_ids
+    timeline, eos, acceptance = lanes.Timeline(clock), verifier.eos_token_ids, acceptance.begin()
     positions = getattr(verifier, "max_positions", sys.maxsize)
     room = max_new_tokens - 1  # the bonus fills the last place
-    hidden_drafts = min(room, gamma_prefill or (gamma if overlap == "serial" else room))
-    if not hide_prefill or proposer.needs_verifier:
-        hidden_drafts = 0
-    (state, last, first_token_s), (drafts, started, drafted) = _prefill(
-        verifier, proposer, sample, hidden_drafts, timeline, overlap)
+    hidden_drafts = 0 if not hide_prefill or proposer.needs_verifier else min(
+        room, gamma_prefill or (gamma if overlap == "serial" else room))
+    (state, first, last, first_token_s), (drafts, started, drafted) = _prefill(
+        verifier, proposer, sample, hidden_drafts, timeline, overlap, acceptance)
     ids: list[int] = []
     rounds: list[Round] = []
     while True:
         hiding = not rounds
         kept = state.length + (not hiding)
         # as far as the plain loop may go, and no row further
-        drafts = cut(drafts, max_new_tokens - len(ids) - 1, eos, positions - kept)
-        if hiding and isinstance(drafts, Tree):
-            drafts = drafts.first(drafts.under(last))  # no row is fed of what begins otherwise
+        drafts = cut(drafts, max_new_tokens - len(ids) - 1, eos, positions - kept,
+                     last if hiding else None)
         verify_start = timeline.now()
-        predicted, hidden = _verify(verifier, state, drafts, last, hiding, timeline)
-        path, tokens, bonus = accepted(drafts, predicted)
+        known = [acceptance.only(last, first)] if hiding else []
+        rows, hidden = _verify(verifier, state, drafts, last, known, timeline, acceptance)
+        path, bonus = acceptance.judge(drafts, rows, hidden, proposer)
+        tokens = [tuple(drafts)[node] for node in path] + ([] if bonus is None else [bonus])
         ids += tokens
         last = ids[-1]
         finished = last in eos or len(ids) >= max_new_tokens
         if not finished:
             _keep(verifier, state, kept, path)
-        said, parents = tuple(drafts), None
         if isinstance(drafts, Tree):
-            said, parents = drafts.first(path).tokens, drafts.first(path).parents
+            drafts = drafts.first(path)
         rounds.append(
-            Round(said, len(path), bonus, started, drafted, verify_start, timeline.now(),
-                  "prefill_hiding" if hiding else "decode", parents))
+            Round(tuple(drafts), len(path), bonus, started, drafted, verify_start, timeline.now(),
+                  "prefill_hiding" if hiding else "decode", getattr(drafts, "parents", None)))
         if finished:
             break
-        if parents is not None:
-            hidden = hidden[[0, *(1 + node for node in path)]]
         if getattr(state, "context", None) is not None:
             proposer.read_context(state.context, state.length)
+        if isinstance(drafts, Tree):
+            hidden = hidden[[0, *(1 + node for node in path)]]
         proposer.observe(tokens, hidden[:len(tokens)])  # row i predicted tokens[i]
         started = timeline.now()
         wanted = min(gamma, max_new_tokens - len(ids) - 1)
@@ -83,17 +84,19 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
 
 
 def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts: int,
-             timeline: lanes.Timeline, overlap: lanes.Overlap,
-             ) -> tuple[tuple[Any, int, float], tuple[Sequence[int], float, float]]:
-    """(state, token 0, when known) of the verifier and (drafts, start, end) of the drafter."""
-    def prefill() -> tuple[Any, int, float]:
+             timeline: lanes.Timeline, overlap: lanes.Overlap, acceptance: Greedy,
+             ) -> tuple[tuple[Any, Any, int, float], tuple[Drafts, float, float]]:
+    """(state, token 0's row, token 0, when known) of the verifier and (drafts, start, end) of the
+    drafter."""
+    def prefill() -> tuple[Any, Any, int, float]:
         with timeline.span("verifier", "prefill"):
             layers = getattr(proposer, "context_layers", ())
             state = verifier.prefill(sample, **({"layers": layers} if layers else {}))
-            first = greedy(state.logits[None], verifier)[0]
-        return state, first, timeline.now()
+            first = acceptance.rows(state.logits[None], verifier)[0]
+            token = acceptance.said(first)
+        return state, first, token, timeline.now()
 
-    def draft(stop: lanes.Stop) -> tuple[Sequence[int], float, float]:
+    def draft(stop: lanes.Stop) -> tuple[Drafts, float, float]:
         proposer.begin(sample, timeline)
         start = timeline.now()
         drafts = proposer.propose(n_drafts, stop) if n_drafts else []
@@ -102,19 +105,20 @@ def _prefill(verifier: DecoderHandle, proposer: Proposer, sample: Any, n_drafts:
     return lanes.run_lanes(prefill, draft, overlap)
 
 
-def _verify(verifier: DecoderHandle, state: Any, drafts: Drafts, last: int, hiding: bool,
-            timeline: lanes.Timeline) -> tuple[list[int], Tensor]:
-    """The verifier's tokens from the first draft's place on, and their states [n, D_v]."""
-    predicted, hidden = ([last], [state.hidden[None]]) if hiding else ([], [])
-    rows, parents = rows_to_feed(drafts, last, verifier.eos_token_ids, hiding)
+def _verify(verifier: DecoderHandle, state: Any, drafts: Drafts, last: int, known: list[Any],
+            timeline: lanes.Timeline, acceptance: Greedy) -> tuple[list[Any], Tensor]:
+    """What is decided by from the first draft's place on, and the states [n, D_v] there. known:
+    behind the prefill, of token 0."""
+    found, hidden = known, [state.hidden[None]] if known else []
+    rows, parents = rows_to_feed(drafts, last, verifier.eos_token_ids, bool(known))
     if rows:
         with timeline.span("verifier", "verify" if drafts else "step"):
             fed = torch.tensor(rows, device=state.logits.device)
             more, logits = (verifier.extend(state, fed) if parents is None else
                             verifier.extend(state, fed, parents))
-            predicted += greedy(logits, verifier)
+            found = [*known, *acceptance.rows(logits, verifier)]
         hidden.append(more)
-    return predicted, torch.cat(hidden)
+    return found, torch.cat(hidden)
 
 
 def _keep(verifier: DecoderHandle, state: Any, kept: int, path: Sequence[int]) -> None:
@@ -125,36 +129,13 @@ def _keep(verifier: DecoderHandle, state: Any, kept: int, path: Sequence[int]) -
         verifier.rollback(state, kept + len(path))
 
 
-def accepted(drafts: Drafts, predicted: Sequence[int]) -> tuple[Sequence[int], list[int],
-                                                                int | None]:
-    """Which drafts the verifier agrees with, the tokens that leave, and the last of them where it
-    is the verifier's own (:func:`judge`, and Tree.walk)."""
+def cut(drafts: Drafts, room: int, eos: frozenset[int], rows: int = sys.maxsize,
+        begins: int | None = None) -> Drafts:
+    """Drafts for at most ``room`` tokens and ``rows`` rows, none after the first EOS. begins: of a
+    tree, what begins with this token comes first: no row is fed of what begins otherwise."""
     if isinstance(drafts, Tree):
-        path, bonus = drafts.walk(predicted)
-        tokens = [drafts.tokens[node] for node in path]
-    else:
-        n, bonus = judge(drafts, predicted)
-        path, tokens = range(n), list(drafts[:n])
-    return path, tokens + ([] if bonus is None else [bonus]), bonus
-
-
-def judge(drafts: Sequence[int], predicted: Sequence[int]) -> tuple[int, int | None]:
-    """Length of the correct prefix of ``drafts``, and the verifier's own token after it (None where
-    the last draft was EOS, which is never fed). ``predicted[i]`` stands where ``drafts[i]`` does.
-
-    >>> judge([5, 6, 7], [5, 6, 9, 1]), judge([5, 6], [5, 6, 8]), judge([5, 0], [5, 0])
-    ((2, 9), (2, 8), (2, None))
-    """
-    n = 0
-    while n < len(drafts) and n < len(predicted) and drafts[n] == predicted[n]:
-        n += 1
-    return n, predicted[n] if n < len(predicted) else None
-
-
-def cut(drafts: Drafts, room: int, eos: frozenset[int], rows: int = sys.maxsize) -> Drafts:
-    """Drafts for at most ``room`` tokens and ``rows`` rows, none after the first EOS."""
-    if isinstance(drafts, Tree):
-        return drafts.cut(room, rows, eos)
+        found = drafts.cut(room, rows, eos)
+        return found if begins is None else found.first(found.under(begins))
     kept = list(drafts[:max(min(room, rows), 0)])
     end = next((i + 1 for i, token in enumerate(kept) if token in eos), len(kept))
     return kept[:end]

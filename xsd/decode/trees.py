@@ -7,7 +7,9 @@ import heapq
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from torch import Tensor
 
 from xsd.core import ParameterError, depths
 
@@ -21,11 +23,18 @@ Children = Callable[[Path], Sequence[tuple[int, float]]]
 class Tree:
     """tokens: ids. parents: for each the index of the token before it, smaller than its own, -1
     after the verified text. log_probs: of the whole path to each, by who drafted it; may be
-    empty."""
+    empty. drawn: of drafts drawn at random, for each its rank among its siblings and the
+    distribution [n ≤ V] it was drawn from, without the siblings before it."""
 
     tokens: tuple[int, ...]
     parents: tuple[int, ...]
     log_probs: tuple[float, ...] = ()
+    drawn: tuple[tuple[int, Tensor], ...] = field(default=(), compare=False)
+
+    @classmethod
+    def chain(cls, tokens: Sequence[int], drawn: Sequence[tuple[int, Tensor]] = ()) -> Tree:
+        """Tokens one after the other."""
+        return cls(tuple(tokens), tuple(range(-1, len(tokens) - 1)), drawn=tuple(drawn))
 
     def __post_init__(self) -> None:
         """Raises: ParameterError for what is no tree, or the same token twice in one place."""
@@ -51,7 +60,8 @@ class Tree:
         place = {-1: -1, **{node: i for i, node in enumerate(nodes)}}
         return Tree(tuple(self.tokens[i] for i in nodes),
                     tuple(place[self.parents[i]] for i in nodes),
-                    tuple(self.log_probs[i] for i in nodes) if self.log_probs else ())
+                    tuple(self.log_probs[i] for i in nodes) if self.log_probs else (),
+                    tuple(self.drawn[i] for i in nodes) if self.drawn else ())
 
     def first(self, nodes: Sequence[int]) -> Tree:
         """The same tree with these nodes (closed towards the root) at its beginning."""
@@ -81,6 +91,13 @@ class Tree:
             if parent in kept or (parent < 0 and self.tokens[i] == token):
                 kept.append(i)
         return kept
+
+    def siblings(self, parent: int) -> list[tuple[int, Tensor | None]]:
+        """The nodes after this one and what each was drawn from, in the order drawn."""
+        nodes = [i for i, above in enumerate(self.parents) if above == parent]
+        if not self.drawn:
+            return [(i, None) for i in nodes]
+        return [(i, self.drawn[i][1]) for i in sorted(nodes, key=lambda i: self.drawn[i][0])]
 
     def walk(self, predicted: Sequence[int]) -> tuple[list[int], int | None]:
         """The nodes that the verifier agrees with, and its own token after them (None after EOS).

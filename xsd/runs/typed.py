@@ -122,7 +122,8 @@ def hint(name: str, known: Iterable[str]) -> str:
 LEVELS = ("L1", "L2", "L3", "L4", "L5", "L5F", "X1", "B1", "D1", "D2", "D5F")
 BASELINES = ("ar", "ar_all_cores", "hf_generate", "hf_static", "hf_prompt_lookup")
 ARMS = (*BASELINES, "drafter", "ngram", "prompt_lookup")
-SETTINGS = r"(@1f)?(@([1-9]|[1-5]\d|6[0-4]))?(~0?\.\d+)?"
+SETTINGS = (r"(@1f)?(@([1-9]|[1-5]\d|6[0-4])(x([1-9]|[1-5]\d|6[0-4]))?)?(~0?\.\d+)?"
+            r"(~(cos0?\.\d+|typical))?")
 SPELLINGS = {"vl_baseline": "ar", "VL": "ar"}
 """The reference's names of arms, and ours; the verifier alone is also what may follow a prefill."""
 
@@ -157,20 +158,22 @@ def _arm(value: Any) -> str:
     two of them joined by +, with settings behind @ or ~ where a model or rule drafts. The
     reference's spellings (vl_baseline, L4+VL) become ours."""
     kind, *settings = re.split("(?=[@~])", value if isinstance(value, str) else "", maxsplit=1)
-    parts, said = [SPELLINGS.get(part, part) for part in kind.split("+")], "".join(settings)
-    alone = [part for part in (parts[:-1] if len(parts) == 2 and parts[1] == "ar" else parts)
+    phases, said = [SPELLINGS.get(part, part) for part in kind.split("+")], "".join(settings)
+    parts = [part for phase in phases for part in phase.split("^")]
+    alone = [part for part in (parts[:-1] if len(phases) == 2 and phases[1] == "ar" else parts)
              if part in BASELINES]
-    if len(parts) <= 2 and re.fullmatch(SETTINGS, said) and (not alone or (len(parts) == 1 and (
+    if len(phases) <= 2 and re.fullmatch(SETTINGS, said) and (not alone or (len(parts) == 1 and (
             not said or re.fullmatch(r"hf_prompt_lookup@\d+", value)))) and all(
             part in (*ARMS, *LEVELS) or files.is_path(part) or _own(part) for part in parts):
-        return "+".join(parts) + said
+        return "+".join(phases) + said
     guess = next(filter(None, (hint(part, (*ARMS, *LEVELS)) for part in parts
                                if part not in (*ARMS, *LEVELS))), "")
     raise ValueError(f"{guess}input should be one of {', '.join(ARMS)}, a level "
                      f"({', '.join(LEVELS)}), an adapter's file or folder, a proposer of your own "
                      "as module:Class (docs/extending.md), or two that draft joined by +, such as "
-                     "L1+ngram (vl_baseline and L4+VL are understood); what drafts may have "
-                     "settings: L4@3, L4@1f, L4~0.6")
+                     "L1+ngram (vl_baseline and L4+VL are understood), or several in one tree "
+                     "joined by ^, such as ngram^L5F; what drafts may have settings: L4@3, L4@1f, "
+                     "L4~0.6, L4@5x16 for trees of 16 nodes, and lossy L4~cos.9 or L4~typical")
 
 
 def _column(value: Any) -> Any:

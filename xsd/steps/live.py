@@ -49,7 +49,8 @@ class Bench:
         pair: the models in another handle. Raises: as arms.build."""
         options = {"gamma": self.given.gamma, "gamma_prefill": self.given.gamma_prefill,
                    "hide_prefill": self.hiding["hide_prefill"], "overlap": self.hiding["overlap"],
-                   "ngram": self.table, "one_frame": self.one_frame, **options}
+                   "ngram": self.table, "one_frame": self.one_frame, **options,
+                   "prices": costs.pricing(self.pair, self.adapters, self.timed)}
         return [arms.build(name, pair or self.pair, self.adapters, **options) for name in names]
 
     @functools.cached_property
@@ -157,7 +158,7 @@ def summary(found: Sequence[records.Record], levels: Collection[str], *, resampl
         for row in rows.values():
             row["speedup"]["baseline"] = arms.label_of(one["baseline"])
         speed = {name: row["speedup"]["value"] for name, row in rows.items()}
-        drafting = [name for name in rows if not rows[name]["baseline"]]
+        drafting = [name for name, row in rows.items() if not (row["baseline"] or "changed" in row)]
         used = {name: set(arms.kinds_of(name)) & set(levels) for name in drafting}
         adapted = [name for name in drafting if used[name]]
         # B1 reads the verifier alone and would be shown idle behind the prefill
@@ -187,7 +188,8 @@ def table(found: Mapping[str, Any]) -> pd.DataFrame:
             "accepted per round": row.get("accepted_per_round", {}).get("value"),
             "accepted behind the prefill": row.get("hidden_accepted", {}).get("value"),
             "drafts behind the prefill": row.get("hidden_accepted_drafted"),
-            "identical": f"{row['identical']}/{found['n_timed']}",
+            "identical": f"{row['identical']}/{found['n_timed']}" + (
+                f", {row['changed']:.1%} of ids changed" if "changed" in row else ""),
         })
     numbers = [name for name in rows[0] if name not in ("arm", "identical")]
     return pd.DataFrame(rows).astype(dict.fromkeys(numbers, float))
@@ -217,11 +219,9 @@ def sentence(found: Mapping[str, Any]) -> str:
     if speed["busy"]:
         apart = max(one["speedup"]["spread"] or 0.0
                     for one in (best, found["arms"][found["baseline"]]))
-        why = (f"the machine was busy (other processes took {others:.0%}"
-               if others > speedups.OTHERS else "the machine was unsteady (other processes took "
-               f"{others:.0%}")
-        return (f"{why}, repeats spread by {apart:.0%}); no speed-up over the best baseline, "
-                f"{baseline}, is claimed")
+        word = "busy" if others > speedups.OTHERS else "unsteady"
+        return (f"the machine was {word} (other processes took {others:.0%}, repeats spread by "
+                f"{apart:.0%}); no speed-up over the best baseline, {baseline}, is claimed")
     if low is None or high is None:
         verdict = "one sequence gives no interval"
     elif speed["n_clusters"] < FEW:
@@ -249,7 +249,7 @@ def _ratio(speedup: Mapping[str, Any]) -> str:
 
 def widths(given: parameters.LiveParameters) -> list[int]:
     """The rows K at which v(K) is measured: a few, and the widest pass of any of the arms."""
-    longest = max(arms.parts_of(name)[1] or given.gamma for name in given.arms)
+    longest = max(max(arms.parts_of(name)[1::2]) or given.gamma for name in given.arms)
     return sorted({1, 2, 4, given.gamma + 1, 2 * given.gamma, given.gamma_prefill, longest + 1})
 
 
