@@ -51,6 +51,7 @@ def test_a_dying_kernel_a_slow_cell_and_a_full_disk_are_named(toy, tmp_path, mon
 
     for error, kind, words in (
             (DeadKernelError("Kernel died"), notebooks.NotebookError, "its kernel died"),
+            (RuntimeError("Kernel died before replying"), notebooks.NotebookError, "kernel died"),
             (CellTimeoutError("too slow"), notebooks.NotebookError, "a cell took too long"),
             (OSError(errno.ENOSPC, "No space left on device"), StorageError, "the disk is full")):
 

@@ -39,6 +39,22 @@ def test_a_sweep_survives_failing_runs_says_so_and_resumes(toy, tmp_path):
         sweep.run(toy, {"size": [2]}, place, model=Toy)
 
 
+def test_a_point_that_ended_before_its_sweep_was_killed_is_not_run_again(toy, tmp_path):
+    said, place = [], tmp_path / "sweep"
+    [row] = sweep.run(toy, {"size": [2]}, place, model=Toy, say=said.append)
+    copy = place / row["name"] / "toy.ipynb"
+    at = copy.stat().st_mtime_ns
+    record = json.loads((place / "sweep.json").read_text())
+    (place / "sweep.json").write_text(json.dumps({**record, "runs": []}))
+    [again] = sweep.run(toy, {"size": [2]}, place, model=Toy, say=said.append)
+    assert again | {"seconds": 0} == row | {"seconds": 0} and copy.stat().st_mtime_ns == at
+    assert said[-1].endswith("already finished")
+    (place / "sweep.json").write_text(json.dumps({**record, "runs": []}))
+    copy.write_bytes(copy.read_bytes() + b" ")  # not the one of the record
+    sweep.run(toy, {"size": [2]}, place, model=Toy, say=said.append)
+    assert copy.stat().st_mtime_ns != at
+
+
 def test_several_points_at_a_time_compute_on_their_share_of_the_cores(toy, tmp_path):
     write(toy, "import os, pathlib, time",
           "here = pathlib.Path(run_dir)\nhere.mkdir(parents=True)\n"

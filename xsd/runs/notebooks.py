@@ -118,15 +118,16 @@ def run_notebook(notebook: str | os.PathLike[str], out_dir: str | os.PathLike[st
                                  f"{_first_line(error.evalue)}"), error
             except CellTimeoutError as error:
                 failed, cause = f": a cell took too long: {_first_line(str(error))}", error
-            except DeadKernelError as error:
+            except (DeadKernelError, RuntimeError) as error:  # the latter before it is ready
                 failed, cause = (": its kernel died (often: not enough memory): "
                                  f"{_first_line(str(error))}"), error
-        record = files.provenance(
-            seed=checked.seed, **_identity(source, checked),
-            parameters=checked.as_used().model_dump(),
-            seconds=round(time.perf_counter() - began, 2),
-            status="failed" if failed else "finished")
-        digests.write_sealed(target.with_suffix(".provenance.json"), record)
+            record = files.provenance(
+                seed=checked.seed, **_identity(source, checked),
+                parameters=checked.as_used().model_dump(), copy_sha256=files.sha256_of(written),
+                seconds=round(time.perf_counter() - began, 2),
+                status="failed" if failed else "finished")
+            # before the copy has its name: a kill in between leaves no copy without its record
+            digests.write_sealed(target.with_suffix(".provenance.json"), record)
     if failed:
         raise NotebookError(f"notebook {source.name} stopped{failed}; the executed copy is "
                             f"{target}") from cause
@@ -140,20 +141,29 @@ def _identity(source: Path, checked: typed.NotebookParameters) -> dict[str, str]
             "parameters_sha256": hashlib.sha256(given).hexdigest()}
 
 
+def ended(source: Path, out_dir: Path, checked: typed.NotebookParameters,
+          **same: Any) -> float | None:
+    """The seconds of the finished run with these parameters whose executed copy stands in
+    ``out_dir``; None where there is none. same: what else its record has to say."""
+    copy = out_dir / source.name
+    with contextlib.suppress(XsdError, OSError, TypeError, KeyError):
+        told = files.read_json(copy.with_suffix(".provenance.json"), NotebookError, "run it again")
+        same |= {**_identity(source, checked), "status": "finished",
+                 "copy_sha256": files.sha256_of(copy)}
+        if {name: told[name] for name in same} == same:
+            return float(told["seconds"])
+    return None
+
+
 def finished(notebook: str, out_dir: Path, params: Mapping[str, Any]) -> float | None:
     """The seconds of a run with these parameters that this very revision has finished there, its
     results in place; None where there is none, or the checkout holds changes."""
     source, checked = find(notebook), parameters.model_of(notebook).checked(params)
-    record = out_dir / f"{source.stem}.provenance.json"
     results = folder.resolve(checked.run_dir) / "results" / f"{source.stem.partition('_')[2]}.json"
-    if not (record.is_file() and results.is_file() and (out_dir / source.name).is_file()):
+    now = files.provenance()
+    if now["git_dirty"] or not results.is_file():
         return None
-    found, now = files.read_json(record, ParameterError, "delete it"), files.provenance()
-    same = {**_identity(source, checked), "status": "finished", "git_dirty": False,
-            "git_revision": now["git_revision"]}
-    if now["git_dirty"] or any(found.get(name) != value for name, value in same.items()):
-        return None
-    return found["seconds"]
+    return ended(source, out_dir, checked, git_dirty=False, git_revision=now["git_revision"])
 
 
 def _execute(book: Any, copy: Path, written: Path, given: Mapping[str, Any]) -> None:

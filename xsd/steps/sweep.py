@@ -85,8 +85,14 @@ def _run(source: Path, out_dir: Path, fixed: dict[str, Any], points: Mapping[str
         if rows.get(name, {}).get("status") == "finished" and (
                 out_dir / name / source.name).is_file():
             say(f"{name}: already finished")
-        else:
-            tasks[name] = _task(source, out_dir / name, {**fixed, **points[name]}, P)
+            continue
+        task = _task(source, out_dir / name, {**fixed, **points[name]}, P)
+        if (seconds := notebooks.ended(*task[:2], task[3].checked(task[2]))) is None:
+            tasks[name] = task
+        else:  # and killed before it was on record
+            rows[name] = _row(name, points[name], task, None, seconds)
+            say(f"{name}: already finished")
+    files.write_json(record, {**identity, "runs": list(rows.values())})
     shared: dict[Path, tuple[Any, list[Any]]] = {}
     for name, (*_, base, levels) in tasks.items():
         if base is not None and base.parent == out_dir / "shared":
@@ -101,13 +107,17 @@ def _run(source: Path, out_dir: Path, fixed: dict[str, Any], points: Mapping[str
         say(f"{folder.shown(base)}: made in {seconds:.0f} s" if error is None else
             f"{folder.shown(base)}: {error}; each point makes what it lacks")
     for name, error, seconds in _each(_point, tasks, jobs):
-        rows[name] = {"name": name, "parameters": points[name],
-                      "run_dir": tasks[name][2]["run_dir"], "error": error,
-                      "status": "failed" if error else "finished", "seconds": round(seconds, 2)}
+        rows[name] = _row(name, points[name], tasks[name], error, seconds)
         files.write_json(record, {**identity, "runs": list(rows.values())})
         say(f"[{len(points.keys() & rows)}/{len(points)}] {name}: {rows[name]['status']} in "
             f"{seconds:.0f} s" + (f": {error}" if error else ""))
     return [rows[name] for name in points]
+
+
+def _row(name: str, point: Mapping[str, Any], task: Task, error: str | None,
+         seconds: float) -> dict[str, Any]:
+    return {"name": name, "parameters": point, "run_dir": task[2]["run_dir"], "error": error,
+            "status": "failed" if error else "finished", "seconds": round(seconds, 2)}
 
 
 def _rows_before(record: Path, identity: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
