@@ -66,7 +66,10 @@ def test_a_name_that_notebooks_of_one_run_were_given_differently_stands_for_each
 @pytest.mark.parametrize(("text", "why"), [
     ("", "is not JSON"), ("[" * 100_000, "nested too deep"), ("[]", "holds list and no fields"),
     ('{"provenance": 5}', "is not what our notebooks"),
-    ('{"test": {"simulated": 5}}', "is not what our notebooks")])
+    ('{"test": {"simulated": 5}}', "is not what our notebooks"),
+    ('{"provenance": {"parameters": []}}', "is not what our notebooks"),
+    ('{"test": {"simulated": {"best_adapter": "L4", "rows": {"L4": {"accepted_per_round": '
+     '{"value": "many", "low": null, "high": null}}}}}}', "could not convert string to float")])
 def test_a_run_that_cannot_be_read_is_listed_with_the_reason_beside_the_others(runs, text, why):
     (runs / "a" / "results" / "tokens.json").write_text(text)
     (runs / "a" / "results" / "digests.jsonl").unlink()  # that alone would say that it was changed

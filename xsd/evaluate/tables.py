@@ -32,7 +32,9 @@ def row(metric: str, value: Interval | float, *, n: int | None = None,
 def sides(name: str, value: Interval | Mapping[str, Any]) -> dict[str, Any]:
     """A figure as three columns of a wide table, ``x``, ``x low``, ``x high``, that
     :func:`with_intervals` makes one text of."""
-    found = vars(value) if isinstance(value, Interval) else value
+    found = vars(value) if isinstance(value, Interval) else {
+        side: None if value[side] is None else float(value[side])  # a file may hold anything
+        for side in ("value", "low", "high")}
     return {name: found["value"], f"{name} low": found["low"], f"{name} high": found["high"]}
 
 

@@ -183,7 +183,7 @@ def _execute(book: Any, copy: Path, written: Path, given: Mapping[str, Any]) -> 
             # it takes braces in a path for parameters
             *(str(path).replace("{", "{{").replace("}", "}}") for path in (copy, written)),
             parameters=dict(given), kernel_name="python3", language="python", cwd=str(ROOT),
-            progress_bar=False, log_output=False,
+            progress_bar=False, log_output=False, start_timeout=300,  # s: a machine may be busy
             # what it logs when it is told to end is no error of the notebook's
             extra_arguments=["--log-level=CRITICAL"],
             # each FigureWidget's state holds 5 MB of plotly.js
