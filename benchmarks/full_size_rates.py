@@ -124,7 +124,8 @@ def blocks_of(bench: Bench) -> dict[str, Any]:
                 proposer.read_context(state.context, state.length)
 
         def first(proposer: Any = proposer) -> None:
-            proposer.kept = {role: proposer.adapter.keep() for role in proposer.roles}
+            proposer.kept = proposer.adapter.keep()
+            proposer.read = dict.fromkeys(proposer.roles, 0)
             proposer.propose(BLOCK)
 
         begin()
