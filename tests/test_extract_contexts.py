@@ -10,7 +10,7 @@ from models_fixtures import tiny_pair
 from tiny_pair import make_samples
 
 from xsd.adapters import registry
-from xsd.bench import arms
+from xsd.bench import arms, costs
 from xsd.core import ParameterError, ShardError, TrainingError
 from xsd.decode import autoregressive
 from xsd.evaluate import drafting, table
@@ -111,6 +111,19 @@ def test_blocks_are_lossless_and_the_drafts_of_the_stored_pairs(extracted, sampl
                 there = [int(token) for token in offline[0, at - 1] if token >= 0]
                 assert list(round_.drafted[:len(there)]) == there[:len(round_.drafted)]
             at += round_.n_accepted + (round_.bonus is not None)
+
+
+def test_a_block_is_priced_once_a_round(extracted, samples):
+    pair, adapter = tiny_pair(), make("D5F", extracted.head("verifier"))
+    steps = costs.step_costs(pair.drafter, pair.verifier, {"D5F": adapter}, samples[0], repeats=2)
+    curve = costs.verification_curve(pair.verifier, samples[0], rows=(1, 5), repeats=2)
+    price = costs.prices_of("D5F@4", curve, steps, {"D5F": adapter})
+    assert price.draft_s == 0 and price.round_s > 0 and price.drafter_prefill_s > 0
+    record = {"ids": [1, 2, 3, 4, 5], "total_s": 1.0, "rounds": [
+        {"drafted": [], "accepted": 0, "bonus": 1, "phase": "prefill_hiding"},
+        {"drafted": [2, 3, 9], "accepted": 2, "bonus": 4, "phase": "decode"}]}
+    told = costs.predict([record], price, frozenset())
+    assert told["draft_s"] == pytest.approx(price.round_s)
 
 
 def test_a_token_table_holds_a_block_drafter(extracted):

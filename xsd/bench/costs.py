@@ -76,8 +76,9 @@ def verification_curve(handle: DecoderHandle, sample: Any, *,
 def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
                adapters: Mapping[str, proposers.Adapter], sample: Any, *, context: int = 8,
                repeats: int = 5) -> pd.DataFrame:
-    """drafter_prefill, verifier_prefill, drafter_step, verifier_step, and one step of each adapter
-    with the head it drafts through, ``adapter L4``. context: answer positions that exist then."""
+    """drafter_prefill, verifier_prefill, drafter_step, verifier_step, and one step (of a block
+    drafter: one block) of each adapter with the head it drafts through, ``adapter L4``. context:
+    answer positions that exist then."""
     by_drafter, by_verifier = drafter.prefill(sample), verifier.prefill(sample)
     drafter_states = by_drafter.hidden[None].repeat(context + 1, 1)
     verifier_states = by_verifier.hidden[None].repeat(context, 1)
@@ -93,6 +94,13 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
         return once
 
     def adapt(adapter: Any, head: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[], int]:
+        if getattr(adapter, "context_layers", None):
+            kept = adapter.keep()
+            for role, layers in adapter.context_layers.items():
+                state = {"drafter": drafter, "verifier": verifier}[role].prefill(sample,
+                                                                                 layers=layers)
+                adapter.read(kept, role, state.context.rows(0, state.length), -state.length)
+            return lambda: int(head(adapter.step_block(kept, 0, context)).argmax(-1)[0])
         more: dict[str, Any] = {"tokens": ids} if getattr(adapter, "fuses_tokens", False) else {}
         if hasattr(adapter, "keep"):  # the first, warming step fills it; the others read one row
             more["kept"] = adapter.keep()
@@ -174,13 +182,16 @@ def table(*parts: pd.DataFrame) -> pd.DataFrame:
 
 
 def prices(curve: pd.DataFrame, steps: pd.DataFrame, *, drafter: bool = True,
-           level: str = "") -> Prices:
+           level: str = "", block: bool = False) -> Prices:
     """Medians of :func:`verification_curve` and :func:`step_costs`, for drafts of the drafter's
-    model (or none of its) and of an adapter's level (or none)."""
+    model (or none of its) and of an adapter's level (or none). block: once a round, whatever it
+    drafts."""
     s = _ms(steps) / 1e3
-    draft_s = (s["drafter_step"] if drafter else 0.0) + (s[f"adapter {level}"] if level else 0.0)
+    own_s = (s["drafter_step"] if drafter else 0.0) + (s[f"adapter {level}"] if level else 0.0)
     return Prices(float(s["verifier_prefill"]), float(s["drafter_prefill"]) if drafter else 0.0,
-                  float(draft_s), dict(zip(curve["rows"], curve["ms"] / 1e3, strict=True)))
+                  0.0 if block else float(own_s),
+                  dict(zip(curve["rows"], curve["ms"] / 1e3, strict=True)),
+                  round_s=float(own_s) if block else 0.0)
 
 
 def prices_of(name: str, curve: pd.DataFrame, steps: pd.DataFrame,
@@ -189,7 +200,8 @@ def prices_of(name: str, curve: pd.DataFrame, steps: pd.DataFrame,
     kinds = kinds_of(name)
     level = next((kind for kind in kinds if kind in adapters), "")
     drafter = adapters[level].reads != "verifier" if level else "drafter" in kinds
-    return prices(curve, steps, drafter=drafter, level=level)
+    block = bool(level and getattr(adapters[level], "context_layers", None))
+    return prices(curve, steps, drafter=drafter, level=level, block=block)
 
 
 def pricing(pair: Any, adapters: Mapping[str, proposers.Adapter],
@@ -234,7 +246,8 @@ def predict(records: Sequence[Mapping[str, Any]], price: Prices,
                                                row["bonus"] is not None, rows, hiding))
     predicted = replay.predicted_seconds(rounds, price)
     measured = sum(record["total_s"] for record in records)
-    drafting = sum(each.n_drafted * price.draft_s for each in rounds if not each.hiding)
+    drafting = sum(each.n_drafted * price.draft_s + (price.round_s if each.n_drafted else 0.0)
+                   for each in rounds if not each.hiding)
     verifying = sum(price.verify_s(each.rows) for each in rounds if each.rows)
     return {"predicted_s": predicted, "measured_s": measured,
             "residual": measured / predicted - 1, "prefill_s": predicted - drafting - verifying,

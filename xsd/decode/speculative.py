@@ -70,7 +70,7 @@ def generate(verifier: DecoderHandle, proposer: Proposer, sample: Any, *, gamma:
                   "prefill_hiding" if hiding else "decode", getattr(drafts, "parents", None)))
         if finished:
             break
-        if getattr(state, "context", None) is not None:
+        if getattr(proposer, "context_layers", ()):
             proposer.read_context(state.context, state.length)
         if isinstance(drafts, Tree):
             hidden = hidden[[0, *(1 + node for node in path)]]

@@ -31,15 +31,18 @@ class _OnePrompt:
     """A handle that runs a sample's prompt once and hands the same cache, rolled back, to every
     request on it (never for timing)."""
     def __init__(self, handle: ModelHandle) -> None:
-        self._handle, self._key = handle, ""
+        self._handle, self._key, self._state = handle, ("", 0), None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._handle, name)
 
-    def prefill(self, sample: Sample) -> DecoderState:
-        if (key := (sample.key, len(sample.event_frames))) != self._key:
+    def prefill(self, sample: Sample, *, layers: Sequence[int] = ()) -> DecoderState:
+        key = sample.key, len(sample.event_frames)
+        held = getattr(getattr(self._state, "context", None), "layers", None)
+        other = layers and held != [*layers]
+        if key != self._key or other:
             self._key = key
-            self._state = state = self._handle.prefill(sample, reuse_vision=True)
+            self._state = state = self._handle.prefill(sample, reuse_vision=True, layers=layers)
             self._first = state.length, state.hidden, state.logits
         length, self._state.hidden, self._state.logits = self._first
         self._handle.rollback(self._state, length)
