@@ -29,7 +29,8 @@ pair: env        ## train the embedded pair again (resumes where it stopped)
 	@$(XSD) pair train
 
 bench: env       ## live arms against each other, interleaved, as ratios of one run: reports/bench
-	@$(XSD) run 05 -p run_dir=runs/bench -p n_samples=20 -p repeats=3 -p max_new_tokens=64 -o reports/bench
+	@$(XSD) run 05 -p run_dir=runs/bench -p n_samples=20 -p repeats=3 -p max_new_tokens=64 -p threads=2 -o reports/bench \
+	  -p arms=ar,ar_all_cores,hf_generate,hf_static,hf_prompt_lookup@8,drafter,ngram,L1,L4,B1,L1+L5F,data/adapters/D1@5,data/adapters/D1@8
 
 bench-extract: env  ## extraction and shards against the plain ways: reports/bench_extract
 	@$(XSD) bench extract
