@@ -223,3 +223,11 @@ def test_deep_and_long_html_of_a_notebook_is_bounded(tmp_path):
     cells = [new_code_cell("1", outputs=[long, deep]), new_markdown_cell("<div>" * 5_000)]
     page = report.notebook_page(sent(tmp_path, *cells), tmp_path / "out").read_text()
     assert "not shown: 4.8 MB of HTML" in page and page.count("nested too deep") == 3
+
+
+def test_a_number_is_found_under_a_name_with_slashes():
+    results = {"live": {"arms": {"data/adapters/D1@8": {"speedup": {"value": 1.5}}, "data": 2}}}
+    path = "live/arms/data/adapters/D1@8/speedup/value"
+    assert numbers.lookup(results, path) == 1.5 and path in numbers.number(results, path, ".2f")
+    with pytest.raises(numbers.ReportError, match="no 'other' under live/arms"):
+        numbers.lookup(results, "live/arms/other/D1/label")

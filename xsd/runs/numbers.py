@@ -33,11 +33,15 @@ def plain(values: Any) -> Any:
 
 def _walk(results: Mapping[str, Any], path: str) -> list[Any]:
     """What stands along a path, the results first, the value last."""
-    nodes, steps = [results], path.split("/")
-    for depth, step in enumerate(steps):
-        here = nodes[-1]
+    nodes, steps, depth = [results], path.split("/"), 0
+    while depth < len(steps):
+        here, step = nodes[-1], steps[depth]
+        if isinstance(here, Mapping):  # an adapter's path is a name with slashes
+            longer = ("/".join(steps[depth:end]) for end in range(len(steps), depth, -1))
+            step = next((name for name in longer if name in here), step)
         try:
             nodes.append(here[int(step)] if isinstance(here, list) else here[step])
+            depth += 1 + step.count("/")
         except (KeyError, IndexError, ValueError, TypeError):
             there = ", ".join(map(str, here)) if isinstance(here, Mapping) else type(here).__name__
             raise ReportError(f"the results hold nothing at {path!r}: no {step!r} under "

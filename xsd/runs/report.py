@@ -81,6 +81,7 @@ def render(template: str, results: Mapping[str, Any], **parts: Any) -> Markup:
     environment, drawn = _environment(), count()
     environment.globals |= {"plot": lambda figure: _picture(figure, f"figure-{next(drawn)}"),
                             "num": partial(numbers.number, results),
+                            "stored": partial(numbers.lookup, results),
                             "cell": partial(numbers.cell, results)}
     body = environment.from_string(template).render(results=results, **parts)
     titles = re.findall(r'<section id="([^"]+)"><h2>(.*?)</h2>', body)
