@@ -182,6 +182,12 @@ def test_damage_and_other_pairs_are_named(pairs, samples):
         pairs.contexts.of([0], ["verifier"])
     with pytest.raises(ShardError, match=r"layers \[1\] of the verifier are wanted"):
         pairs.contexts.check({"verifier": [1]})
+    record = pairs.folder / stored.FOLDER / stored.RECORD
+    record.write_text(record.read_text().replace('"sha256"', '"sha"'))
+    with pytest.raises(ShardError, match="is no record of contexts"):
+        stored.Contexts(pairs.folder, pairs.manifest)
+    contexts.extract(tiny_pair(), samples, pairs, roles=("verifier",), layers=LAYERS, dtype="fp32")
+    stored.Contexts(pairs.folder, pairs.manifest)  # the way out that the sentence names
     other = {**pairs.manifest, "shards": []}
     with pytest.raises(ShardError, match="belongs to other pairs"):
         stored.Contexts(pairs.folder, other)

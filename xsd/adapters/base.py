@@ -203,6 +203,16 @@ class Adapter(nn.Module):
                                  f"for this step and got {have}; extend the {whose} first")
         return states
 
+    def set_token_embedding(self, table: Tensor) -> None:
+        """Fill the frozen embedding from ``table`` [V, D_v] (the LM head's rows), scaled to unit
+        mean square so that it meets the LayerNormed state."""
+        want = tuple(self.token_embedding.shape) if self.fuses_tokens else None
+        if tuple(table.shape) != want:
+            raise ParameterError(f"a token table of shape {tuple(table.shape)} does not fit this "
+                                 f"{self.level} (expects {want}); create it with vocab_size")
+        table = table.detach().float()
+        self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
+
     def tokens_said(self, states: Tensor) -> Tensor:
         """Token after each verifier state, for adapters that fuse tokens: [..., D_v] → int64
         [...]."""

@@ -22,9 +22,6 @@ from xsd.core import Batch, Context, ParameterError
 
 LAYERS = (4, 7, 10)
 """What is read of a decoder of 12 layers (extract.contexts.default_layers)."""
-_NONE = -1
-"""In place of the token verified last where there is none: drafting behind the prefill."""
-
 
 Turn = tuple[Tensor, Tensor]
 """Cosines and sines of some places, [B or 1, 1, n, d]."""
@@ -150,15 +147,6 @@ class BlockAdapter(Adapter):
         self.options = {"vocab_size": vocab_size, "block": block, "layers": layers,
                         "n_heads": n_heads, "ffn": ffn, "dropout": dropout,
                         "context_layers": self.context_layers}
-
-    def set_token_embedding(self, table: Tensor) -> None:
-        """Fill the frozen table from [V, D_v] (the LM head's rows), scaled to unit mean square."""
-        if table.shape != self.token_embedding.shape:
-            raise ParameterError(f"a token table of shape {tuple(table.shape)} does not fit this "
-                                 f"{self.level} (expects {tuple(self.token_embedding.shape)}); "
-                                 "create it with vocab_size")
-        table = table.detach().float()
-        self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
 
     # --- the context
 

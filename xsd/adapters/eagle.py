@@ -63,16 +63,6 @@ class EagleAdapter(LayerAdapter):
             self.register_buffer("token_embedding", torch.zeros(vocab_size, hidden_size))
             self.token_map = eye_linear(2 * hidden_size, hidden_size)  # starts as the state alone
 
-    def set_token_embedding(self, table: Tensor) -> None:
-        """Fill the frozen embedding from ``table`` [V, D_v] (the LM head's rows), scaled to unit
-        mean square so that it meets the LayerNormed state."""
-        want = tuple(self.token_embedding.shape) if self.fuses_tokens else None
-        if tuple(table.shape) != want:
-            raise ParameterError(f"a token table of shape {tuple(table.shape)} does not fit this "
-                                 f"{self.level} (expects {want}); create it with vocab_size")
-        table = table.detach().float()
-        self.token_embedding.copy_(table / table.pow(2).mean().sqrt().clamp_min(1e-12))
-
     def tokens_said(self, states: Tensor) -> Tensor:
         """argmax of the LM head, [..., D_v] → int64 [...]; the table is the head's rows up to a
         positive factor, which no argmax sees."""

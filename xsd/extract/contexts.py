@@ -3,6 +3,7 @@ and answer, a clip at a time; an interrupted extraction goes on with the group i
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from hashlib import sha256
@@ -63,7 +64,7 @@ def extract(pair: Pair, items: Sequence[plan.LazySample], pairs: ShardDataset, *
         remove_leftovers(folder)
         asked = {"pairs": contexts.identity(pairs.manifest), "layers": wanted, **about}
         held = {}
-        if (folder / contexts.RECORD).is_file():
+        with contextlib.suppress(ShardError):  # none, damaged, or of other pairs: made anew
             held = contexts.Contexts(pairs.folder, pairs.manifest).about
         if any(held.get(name) != value for name, value in asked.items()):
             made = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()

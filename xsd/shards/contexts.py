@@ -60,7 +60,9 @@ class Contexts:
         self.about = read_json(path, ShardError, _AGAIN)
         kinds = {"format": str, "pairs": str, "layers": dict, "files": list, "n_samples": int}
         if not isinstance(self.about, dict) or self.about.get("format") != FORMAT or not all(
-                isinstance(self.about.get(name), kind) for name, kind in kinds.items()):
+                isinstance(self.about.get(name), kind) for name, kind in kinds.items()) or not all(
+                isinstance(one, dict) and {"first", "bytes", "sha256"} <= one.keys()
+                for one in self.about["files"]):
             raise ShardError(f"{path} is no record of contexts; {_AGAIN}")
         if self.about["pairs"] != identity(manifest):
             raise ShardError(f"{self.folder} belongs to other pairs than the shards beside it; "
@@ -102,7 +104,7 @@ class Contexts:
             return (torch.cat([file.get_tensor(f"{role}.clip.{clip}"),
                                file.get_tensor(f"{role}.{place}")]),
                     about["start"][f"{role}.{place}"])
-        except (KeyError, safetensors.SafetensorError) as error:
+        except (KeyError, TypeError, safetensors.SafetensorError) as error:
             raise ShardError(f"{self.folder / name_of(number)} holds no sample {place} of the "
                              f"{role}; {_AGAIN}") from error
 
