@@ -14,7 +14,7 @@ from xsd.bench import arms, costs
 from xsd.core import ParameterError, ShardError, TrainingError
 from xsd.decode import autoregressive
 from xsd.evaluate import drafting, table
-from xsd.extract import contexts, run
+from xsd.extract import checks, contexts, run
 from xsd.shards import contexts as stored
 from xsd.shards.store import ShardDataset
 from xsd.steps import extract_request
@@ -180,6 +180,8 @@ def test_damage_and_other_pairs_are_named(pairs, samples):
     file.write_bytes(bytes(data))
     with pytest.raises(ShardError, match=r"contexts-000000.safetensors .* checksum"):
         pairs.contexts.of([0], ["verifier"])
+    (problem,) = checks.verify(pairs.folder)[pairs.folder]
+    assert str(problem).endswith("does not match its checksum; make them anew (xsd data contexts)")
     with pytest.raises(ShardError, match=r"layers \[1\] of the verifier are wanted"):
         pairs.contexts.check({"verifier": [1]})
     record = pairs.folder / stored.FOLDER / stored.RECORD

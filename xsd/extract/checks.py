@@ -15,8 +15,8 @@ from safetensors import safe_open
 
 from xsd.core import ShardError
 from xsd.extract import monitor, pairs, ranks
+from xsd.shards import contexts, reader, store
 from xsd.shards import format as layout
-from xsd.shards import reader, store
 
 _OF_A_KIND = ("layer", "part", "verifier_from")
 """Settings in which the kinds of pairs of one run may differ."""
@@ -39,6 +39,9 @@ def verify(folder: str | Path,
             found[place] = store.verify(place)
             damaged = {problem.file.name for problem in found[place]}
             found[place] += _unreadable(place, damaged)
+            found[place] += [store.Problem(path, what, "make them anew (xsd data contexts)")
+                             for path, what in contexts.damaged(
+                                 place, layout.read_manifest(place)).items()]
             if not found[place]:
                 found[place] += _forged(place)
         except ShardError as error:

@@ -121,6 +121,20 @@ class Contexts:
         return self._open[number]
 
 
+def damaged(shards: Path, manifest: Mapping[str, Any]) -> dict[Path, str]:
+    """What is wrong with the contexts beside some shards, by file; {} where there are none."""
+    record = shards / FOLDER / RECORD
+    if not record.exists():
+        return {}
+    try:
+        files = enumerate(Contexts(shards, manifest).about["files"])
+    except ShardError as error:
+        return {record: f"cannot be read ({error})"}
+    places = {record.parent / name_of(number): one["sha256"] for number, one in files}
+    return {path: "is missing or does not match its checksum" for path, digest in places.items()
+            if not path.is_file() or sha256_of(path) != digest}
+
+
 def identity(manifest: Mapping[str, Any]) -> str:
     """What contexts remember of the pairs they are of: the digests of their shards' bytes."""
     return sha256("".join(one["sha256"] for one in manifest["shards"]).encode()).hexdigest()
