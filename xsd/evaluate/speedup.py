@@ -8,10 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -165,17 +164,18 @@ class Prediction:
         return measured_ms - self.total_ms
 
 
-def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: int,
+def predict(prices: Prices, survival: Sequence[float], *, n_tokens: float, gamma: int,
             prefill_survival: Sequence[float] | None = None) -> Prediction:
     """Time of one answer with prefill hiding followed by draft–verify rounds, against plain
     decoding of the same n_tokens (the formulas: docs/metrics.md, section 10).
 
     survival: P(first i + 1 drafts all accepted) for i = 0 … (Acceptance.marginal), going on at its
-    last ratio. prefill_survival: of the hidden drafts, from the answer's first position on. Raises:
-    MetricError for a curve that rises or leaves [0, 1], n_tokens or gamma below 1; ParameterError
-    for a v(K) that was not measured."""
-    if n_tokens < 1 or gamma < 1:
-        raise MetricError(f"n_tokens and gamma must be at least 1 but are {n_tokens} and {gamma}")
+    last ratio. prefill_survival: of the hidden drafts, from the answer's first position on. gamma:
+    0 decodes plainly after the hidden drafts. Raises: MetricError for a curve that rises or leaves
+    [0, 1], n_tokens below 1, gamma below 0; ParameterError for a v(K) that was not measured."""
+    if n_tokens < 1 or gamma < 0:
+        raise MetricError("n_tokens must be at least 1 and gamma at least 0 but they are "
+                          f"{n_tokens} and {gamma}")
     n_free, gained, checked = _hidden_drafts(prices, n_tokens, gamma), 1.0, 0.0
     if n_free:
         checked = prices.round_s + prices.verify_s(n_free)
@@ -186,7 +186,7 @@ def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: 
     parts = {
         "prefill": prices.contended_prefill_s, "exposed_drafter_prefill": prices.exposed_s(),
         "hidden_drafts": checked, "draft": n_rounds * gamma * prices.draft_s,
-        "align": n_rounds * prices.round_s,
+        "align": n_rounds * prices.round_s * (gamma > 0),
         "verify": n_rounds * prices.verify_s(gamma + 1) if n_rounds > 0 else 0.0,
     }
     total = math.fsum(parts.values())
@@ -196,14 +196,15 @@ def predict(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: 
                       per_round)
 
 
-def _hidden_drafts(prices: Prices, n_tokens: int, gamma: int) -> int:
+def _hidden_drafts(prices: Prices, n_tokens: float, gamma: int) -> int:
     """Drafts that fit between the two prefills, at most one pass that was measured."""
     if prices.overlap == 0:
         return 0
     if prices.draft_s == 0:
-        return min(n_tokens, gamma)
+        return int(min(n_tokens, gamma))
     window = prices.overlap * max(0.0, prices.verifier_prefill_s - prices.drafter_prefill_s)
-    return min(n_tokens, max(prices.verify), int(window // prices.draft_s))
+    fitting = window / prices.draft_s + 1e-9  # where they fill it, the last one fits
+    return int(min(n_tokens, max(prices.verify), fitting))
 
 
 def accepted_within(survival: Sequence[float], k: int) -> float:
@@ -219,49 +220,6 @@ def accepted_within(survival: Sequence[float], k: int) -> float:
     while len(values) <= k:
         values.append(values[-1] * ratio)
     return math.fsum(values[1:k + 1])
-
-
-def sensitivity(prices: Prices, survival: Sequence[float], *, n_tokens: int, gamma: int,
-                change: float = 0.1) -> list[dict[str, Any]]:
-    """Speed-up when one input alone is ``change`` smaller or larger: rows input, speedup_less,
-    speedup, speedup_more, largest effect first. v(K) moves for K > 1, the baseline's v(1) stays."""
-    def moved(name: str, factor: float) -> float:
-        curve, given = survival, prices
-        if name == "survival":  # every conditional acceptance scaled, at most 1
-            steps = [after / before if before > 0 else 0.0
-                     for before, after in pairwise([1.0, *survival])]
-            curve = list(accumulate((min(1.0, factor * step) for step in steps), operator.mul))
-        elif name == "verify":
-            widths = {k: s * (factor if k > 1 else 1.0) for k, s in prices.verify.items()}
-            given = dataclasses.replace(prices, verify=widths)
-        else:
-            bound = {"overlap": lambda x: min(x, 1.0), "contention": lambda x: max(x, 1.0)}
-            value = bound.get(name, float)(factor * getattr(prices, name))
-            given = dataclasses.replace(prices, **{name: value})
-        return predict(given, curve, n_tokens=n_tokens, gamma=gamma).speedup
-
-    names = ["survival", *(field.name for field in dataclasses.fields(prices))]
-    base = predict(prices, survival, n_tokens=n_tokens, gamma=gamma).speedup
-    rows = [{"input": name, "speedup_less": moved(name, 1 - change), "speedup": base,
-             "speedup_more": moved(name, 1 + change)} for name in names]
-    return sorted(rows, key=lambda r: -abs(r["speedup_more"] - r["speedup_less"]))
-
-
-def break_even_acceptance(prices: Prices, *, n_tokens: int, gamma: int,
-                          target: float = 1.0) -> float | None:
-    """The per-token acceptance α (survival α, α², …) at which the predicted speed-up reaches
-    ``target``; None when even α = 1 does not."""
-    def reaches(alpha: float) -> bool:
-        curve = [alpha**(i + 1) for i in range(max(gamma, 2))]
-        return predict(prices, curve, n_tokens=n_tokens, gamma=gamma).speedup >= target
-
-    if not reaches(1.0) or reaches(0.0):
-        return 0.0 if reaches(0.0) else None
-    low, high = 0.0, 1.0
-    for _ in range(50):
-        middle = (low + high) / 2
-        low, high = (low, middle) if reaches(middle) else (middle, high)
-    return high
 
 
 def _check_share(value: float, name: str) -> None:

@@ -37,8 +37,8 @@ SHOWN_MIMES = ("text/html", "text/markdown", "image/png", "image/jpeg", "text/pl
 """Of a notebook's outputs, besides figures, what a page shows: what cannot run, once cleaned."""
 LARGEST_HTML, DEEPEST_HTML, LARGEST_MARKDOWN = 4_000_000, 200, 50_000
 """Signs of one output or cell, and tags inside each other: more take minutes to read."""
-PLOT_CONFIG = {"responsive": True, "displaylogo": False,
-               "modeBarButtonsToRemove": ["sendDataToCloud", "lasso2d", "select2d"]}
+PLOT_CONFIG = {"responsive": True, "displaylogo": False, "showSendToCloud": False,
+               "modeBarButtonsToRemove": ["lasso2d", "select2d"]}
 DRAW = """(function(){function draw(){
 document.querySelectorAll('script.figure').forEach(function(e){
 var f=JSON.parse(e.textContent),at=document.getElementById(e.dataset.at);

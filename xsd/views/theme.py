@@ -110,6 +110,7 @@ def template() -> go.layout.Template:
         "xaxis": axis, "yaxis": axis, "legend": legend,
         "margin": {"l": 60, "r": 20, "t": 60, "b": 50},
         "hoverlabel": {"font": {"family": FONT, "size": 13}},
+        "modebar": {"remove": ["sendChartToCloud"]},  # nothing is sent anywhere
     })
 
 
