@@ -99,8 +99,8 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
         if getattr(adapter, "context_layers", None):
             kept = adapter.keep()
             for role, layers in adapter.context_layers.items():
-                state = {"drafter": drafter,
-                         "verifier": verifier}[role].prefill(sample, layers=layers)
+                state = {"drafter": drafter, "verifier": verifier}[role].prefill(sample,
+                                                                                 layers=layers)
                 adapter.read(kept, role, state.context.rows(0, state.length), -state.length)
             return lambda: int(head(adapter.step_block(kept, 0, context)).argmax(-1)[0])
         more: dict[str, Any] = {"tokens": ids} if getattr(adapter, "fuses_tokens", False) else {}
@@ -111,17 +111,13 @@ def step_costs(drafter: DecoderHandle, verifier: DecoderHandle,
             states = drafter_states.to(place), verifier_states.to(place)
         return lambda: int(head(adapter.step(*states, **more)[None])[0].argmax())
 
-    return measure(
-        {
-            "drafter_prefill": lambda: int(drafter.prefill(sample).logits.argmax()),
-            "verifier_prefill": lambda:
-                                int(verifier.prefill(sample).logits.argmax()), "drafter_step": step(
-                                    drafter, by_drafter), "verifier_step": step(
-                                        verifier, by_verifier), **{
-                                            f"adapter {level}": adapt(one, draft_head(
-                                                verifier, one)) for level, one in adapters.items()
-                                        },
-        }, repeats=repeats)
+    return measure({
+        "drafter_prefill": lambda: int(drafter.prefill(sample).logits.argmax()),
+        "verifier_prefill": lambda: int(verifier.prefill(sample).logits.argmax()),
+        "drafter_step": step(drafter, by_drafter), "verifier_step": step(verifier, by_verifier),
+        **{f"adapter {level}": adapt(one, draft_head(verifier, one))
+           for level, one in adapters.items()},
+    }, repeats=repeats)
 
 
 @torch.inference_mode()
@@ -137,12 +133,11 @@ def prefill_overlap(verifier: DecoderHandle, proposer: proposers.Proposer, sampl
         proposer.begin(sample)
         return [] if proposer.needs_verifier else proposer.propose(n_drafts)
 
-    found = measure(
-        {
-            LANES[0]: prefill, LANES[1]: draft,
-            SERIAL: lambda: overlap.run_lanes(prefill, draft, "serial"),
-            AT_ONCE: lambda: overlap.run_lanes(prefill, draft, "threads"),
-        }, repeats=repeats)
+    found = measure({
+        LANES[0]: prefill, LANES[1]: draft,
+        SERIAL: lambda: overlap.run_lanes(prefill, draft, "serial"),
+        AT_ONCE: lambda: overlap.run_lanes(prefill, draft, "threads"),
+    }, repeats=repeats)
     longer = found.loc[found["ms"].head(2).idxmax()]
     return pd.concat([found, longer.to_frame().T.assign(what=IDEAL)], ignore_index=True)
 
@@ -169,8 +164,7 @@ def hiding(asked: str, verifier: DecoderHandle, proposer: proposers.Proposer, sa
         "at_once_ms": at_once, "in_turn_ms": in_turn,
         "why": f"the verifier's prefill and the drafter's with {n_drafts} drafts take "
                f"{at_once:.1f} ms at once and {in_turn:.1f} ms one after the other on this machine"
-               f", so drafting behind the prefill {'pays' if pays else 'does not pay'}"
-    }
+               f", so drafting behind the prefill {'pays' if pays else 'does not pay'}"}
     files.write_json(path, {"about": held, "found": found})
     return found
 
@@ -189,15 +183,15 @@ def table(*parts: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(**{"verifier steps": rows["ms"] / _ms(rows)["verifier_step"]})
 
 
-def prices(curve: pd.DataFrame, steps: pd.DataFrame, *, drafter: bool = True, level: str = "",
-           block: bool = False) -> Prices:
+def prices(curve: pd.DataFrame, steps: pd.DataFrame, *, drafter: bool = True,
+           level: str = "", block: bool = False) -> Prices:
     """Medians of :func:`verification_curve` and :func:`step_costs`, for drafts of the drafter's
     model (or none of its) and of an adapter's level (or none). block: once a round, whatever it
     drafts."""
     s = _ms(steps) / 1e3
     own_s = (s["drafter_step"] if drafter else 0.0) + (s[f"adapter {level}"] if level else 0.0)
-    return Prices(float(s["verifier_prefill"]),
-                  float(s["drafter_prefill"]) if drafter else 0.0, 0.0 if block else float(own_s),
+    return Prices(float(s["verifier_prefill"]), float(s["drafter_prefill"]) if drafter else 0.0,
+                  0.0 if block else float(own_s),
                   dict(zip(curve["rows"], curve["ms"] / 1e3, strict=True)),
                   round_s=float(own_s) if block else 0.0)
 
@@ -250,18 +244,16 @@ def predict(records: Sequence[Mapping[str, Any]], price: Prices,
                 drafted = trees.Tree(tuple(drafted), tuple(row["parents"]))
             fed, _ = speculative.rows_to_feed(drafted, record["ids"][0], eos_token_ids, hiding)
             rows = len(fed)
-            rounds.append(
-                replay.ReplayedRound(len(drafted), row["accepted"], row["bonus"] is not None, rows,
-                                     hiding))
+            rounds.append(replay.ReplayedRound(len(drafted), row["accepted"],
+                                               row["bonus"] is not None, rows, hiding))
     predicted = replay.predicted_seconds(rounds, price)
     measured = sum(record["total_s"] for record in records)
     drafting = sum(each.n_drafted * price.draft_s + (price.round_s if each.n_drafted else 0.0)
                    for each in rounds if not each.hiding)
     verifying = sum(price.verify_s(each.rows) for each in rounds if each.rows)
-    return {
-        "predicted_s": predicted, "measured_s": measured, "residual": measured / predicted - 1,
-        "prefill_s": predicted - drafting - verifying, "draft_s": drafting, "verify_s": verifying
-    }
+    return {"predicted_s": predicted, "measured_s": measured,
+            "residual": measured / predicted - 1, "prefill_s": predicted - drafting - verifying,
+            "draft_s": drafting, "verify_s": verifying}
 
 
 def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps: pd.DataFrame,
@@ -278,20 +270,13 @@ def predictions(records: Sequence[Mapping[str, Any]], curve: pd.DataFrame, steps
             continue
         price = prices_of(name, curve, steps, adapters)
         told = predict(own, price, eos_token_ids)
-        drafts = [
-            len(row["drafted"]) for record in own for row in record["rounds"]
-            if row["phase"] != "prefill_hiding"
-        ]
-        rows.append({
-            "arm": label_of(name), **{
-                f"{word}_ms": 1e3 * told[f"{word}_s"] / len(own) for word in ("predicted", "measured")
-            }, "residual": told["residual"],
+        drafts = [len(row["drafted"]) for record in own for row in record["rounds"]
+                  if row["phase"] != "prefill_hiding"]
+        rows.append({"arm": label_of(name), **{
+            f"{word}_ms": 1e3 * told[f"{word}_s"] / len(own) for word in ("predicted", "measured")},
+            "residual": told["residual"],
             **{part: told[f"{part}_s"] / told["predicted_s"] for part in PARTS},
-            **{f"{one}_ms": 1e3 * getattr(price, f"{one}_s") for one in PRICES}, "gamma": max(
-                drafts, default=0)
-        })
-    return pd.DataFrame(
-        rows, columns=[
-            "arm", "predicted_ms", "measured_ms", "residual", *PARTS,
-            *(f"{one}_ms" for one in PRICES), "gamma"
-        ])
+            **{f"{one}_ms": 1e3 * getattr(price, f"{one}_s") for one in PRICES},
+            "gamma": max(drafts, default=0)})
+    return pd.DataFrame(rows, columns=["arm", "predicted_ms", "measured_ms", "residual", *PARTS,
+                                       *(f"{one}_ms" for one in PRICES), "gamma"])
