@@ -1,9 +1,11 @@
 """The decoder stack for a few rows a call: what transformers' LlamaModel computes, without the
 memory traffic and bookkeeping that dominate small models on a CPU. Projections that read one input
-are one matrix; keys and values stand in a buffer that grows in place."""
+are one matrix; keys and values stand in a buffer that grows in place; query heads that share keys
+are rows of one product with them."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 import torch
@@ -18,21 +20,29 @@ _TURNED = 4096
 """Positions whose rotation is known from the start; more as they come."""
 _WIDEST = 1024
 """Wider, a step is bound by its weights, and copies of them would cost memory for nothing."""
+_WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16)
+"""Rows of a pass whose products are timed against each other, of a decoder with layers as wide as
+``_TIMED``: two rows can cost more than four (a kernel for one row at a time)."""
+_TIMED, _CHEAPER = 512, 0.85
+"""Width; what a wider pass must cost, as a share, to be fed instead: below it noise would choose.
+"""
 
 
 def fits(decoder: nn.Module) -> bool:
-    """True for an unquantised float32 Llama on the CPU, at most 1024 wide, with plain attention."""
+    """True for an unquantised float32 or bfloat16 Llama on the CPU, at most 1024 wide."""
     if not isinstance(decoder, LlamaModel):
         return False
     config, heads = decoder.config, decoder.config.num_attention_heads
     linears = [one for one in decoder.layers.modules() if isinstance(one, nn.Linear)]
-    return (config.num_key_value_heads == heads
+    dtype = decoder.norm.weight.dtype
+    return (heads % config.num_key_value_heads == 0
             and heads * decoder.layers[0].self_attn.head_dim == config.hidden_size <= _WIDEST
             and config.rope_parameters.get("rope_type") == "default"
             and config.hidden_act == "silu"
             and all(type(one) is nn.Linear and one.bias is None for one in linears)
             and all(type(weight.data) is Tensor  # torchao's are not
-                    and weight.dtype == torch.float32 and weight.device.type == "cpu"
+                    and weight.dtype == dtype in (torch.float32, torch.bfloat16)
+                    and weight.device.type == "cpu"
                     for weight in (*decoder.layers.parameters(), decoder.norm.weight)))
 
 
@@ -94,16 +104,38 @@ class Steps:
         self._decoder = decoder
         self._version = self._versions()
         self.heads, self.width = config.num_attention_heads, config.hidden_size
+        self.shared = config.num_key_value_heads
         self.eps, self.norm = config.rms_norm_eps, decoder.norm.weight.detach()
         self.layers: list[tuple[Tensor, ...]] = []
         for layer in decoder.layers:
             mix, mlp = layer.self_attn, layer.mlp
             qkv = torch.cat([mix.q_proj.weight, mix.k_proj.weight, mix.v_proj.weight])
             gate_up = torch.cat([mlp.gate_proj.weight, mlp.up_proj.weight])
-            weights = (layer.input_layernorm.weight, qkv.t(), mix.o_proj.weight.t(),
-                       layer.post_attention_layernorm.weight, gate_up.t(), mlp.down_proj.weight.t())
-            self.layers.append(tuple(weight.detach().contiguous() for weight in weights))
+            weights = (layer.input_layernorm.weight, qkv, mix.o_proj.weight,
+                       layer.post_attention_layernorm.weight, gate_up, mlp.down_proj.weight)
+            self.layers.append(tuple(self._arranged(weight.detach()) for weight in weights))
         self._turn(min(config.max_position_embeddings, _TURNED))
+        self._fed = _cheapest(self._timed()) if self.width >= _TIMED else {}
+
+    def _arranged(self, weight: Tensor) -> Tensor:
+        """As its product reads it fastest: float32 by columns, bfloat16 by rows."""
+        return weight if weight.dtype == torch.bfloat16 else weight.t().contiguous()
+
+    def _times(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x [n, D] through an arranged weight."""
+        return F.linear(x, weight) if weight.dtype == torch.bfloat16 else x @ weight
+
+    @torch.no_grad()
+    def _timed(self) -> dict[int, float]:
+        """Rows → seconds of one product in every third layer, the best of three."""
+        seconds = dict.fromkeys(_WIDTHS, float("inf"))
+        for _ in range(3):
+            for rows in _WIDTHS:
+                x, start = self.norm.new_ones(rows, self.width), time.perf_counter()
+                for weights in self.layers[::3]:
+                    self._times(x, weights[4])
+                seconds[rows] = min(seconds[rows], time.perf_counter() - start)
+        return seconds
 
     def _turn(self, positions: int) -> None:
         cos, sin = self._decoder.rotary_emb(self.norm, torch.arange(positions)[None])
@@ -127,8 +159,12 @@ class Steps:
                  record: dict[int, Tensor] | None = None) -> Tensor:
         """Append embeds [n, D] to the cache; returns post-norm states [n, D]. parents: as
         :func:`tree_rows` takes them. record: filled with what enters the layers that it names."""
-        n, start = embeds.shape[0], cache.length
-        end, heads, width = start + n, self.heads, self.width
+        asked, start = embeds.shape[0], cache.length
+        n = self._fed.get(asked, asked)
+        if n > asked:  # rows too many hang on the last one: nobody sees them
+            embeds = F.pad(embeds, (0, 0, 0, n - asked))
+            parents = parents and [*parents, *range(asked - 1, n - 1)]
+        end, heads, width, shared = start + n, self.heads, self.width, self.shared
         cache.reserve(end)
         if end > len(self._cos):
             self._turn(2 * end)
@@ -138,24 +174,41 @@ class Steps:
                 mask = torch.ones(n, end, dtype=torch.bool).tril_(start)
         else:
             places, mask = tree_rows(parents, start)
+        if mask is not None and shared < heads:
+            mask = mask.repeat(heads // shared, 1)
         cos, sin = self._cos[places], self._sin[places]
         half = cos.shape[-1] // 2
         x = embeds
         for number, (weights, keys, values) in enumerate(zip(
                 self.layers, cache.keys, cache.values, strict=True)):
             if record is not None and number in record:
-                record[number] = x
+                record[number] = x[:asked]
             before, to_qkv, out, after, to_gate_up, down = weights
-            qkv = (F.rms_norm(x, (width,), before, self.eps) @ to_qkv).view(n, 3 * heads, -1)
-            query_key = qkv[:, :2 * heads]
+            qkv = self._times(F.rms_norm(x, (width,), before, self.eps), to_qkv)
+            qkv = qkv.view(n, heads + 2 * shared, -1)
+            query_key = qkv[:, :heads + shared]
             query_key = torch.addcmul(query_key * cos, query_key.roll(half, -1), sin)
             keys[:, start:end] = query_key[:, heads:].transpose(0, 1)
-            values[:, start:end] = qkv[:, 2 * heads:].transpose(0, 1)
-            query = query_key[:, :heads].transpose(0, 1)
+            values[:, start:end] = qkv[:, heads + shared:].transpose(0, 1)
+            # [heads that share keys · n, head_dim] for each of those keys' heads
+            query = query_key[:, :heads].transpose(0, 1).reshape(shared, -1, 2 * half)
             mixed = F.scaled_dot_product_attention(query[None], keys[None, :, :end],
                                                    values[None, :, :end], attn_mask=mask)[0]
-            x = x + mixed.transpose(0, 1).reshape(n, width) @ out
-            gate, up = (F.rms_norm(x, (width,), after, self.eps) @ to_gate_up).chunk(2, -1)
-            x = x + (F.silu(gate) * up) @ down
-        cache.length = end
-        return F.rms_norm(x, (width,), self.norm, self.eps)
+            mixed = mixed.reshape(heads, n, -1).transpose(0, 1).reshape(n, width)
+            x = x + self._times(mixed, out)
+            both = self._times(F.rms_norm(x, (width,), after, self.eps), to_gate_up)
+            gate, up = both.chunk(2, -1)
+            x = x + self._times(F.silu(gate) * up, down)
+        cache.length = start + asked
+        return F.rms_norm(x[:asked], (width,), self.norm, self.eps)
+
+
+def _cheapest(seconds: dict[int, float]) -> dict[int, int]:
+    """Rows → the wider pass to feed instead, where that is cheaper by more than noise."""
+    fed = {}
+    for rows in range(1, max(seconds)):
+        wider = {wide: price for wide, price in seconds.items() if wide >= rows}
+        best = min(wider, key=wider.__getitem__)
+        if wider[best] < _CHEAPER * wider[min(wider)]:
+            fed[rows] = best
+    return fed

@@ -31,7 +31,7 @@ def kind_for(decoder: nn.Module, steps: str) -> str:
     CUDA may capture them, else plain. Raises: ParameterError for what there is not or does not fit.
     """
     why = {"plain": "", "static": why_not(decoder), "small": "" if small_steps.fits(decoder) else
-           "it is no small float32 Llama on the CPU with plain attention"}
+           "it is no small Llama in float32 or bfloat16 on the CPU"}
     if steps == "auto":
         capturable = not why["static"] and not why_not_captured(decoder)
         return "small" if not why["small"] else "static" if capturable else "plain"
