@@ -7,6 +7,7 @@ from test_metrics_speedup import COSTS
 
 from xsd.core import MetricError, ParameterError
 from xsd.evaluate import speedup, what_if
+from xsd.views import sliders
 
 GIVEN = what_if.given(COSTS, acceptance=0.8, gamma=5, n_tokens=30)
 
@@ -91,3 +92,23 @@ def test_ones_own_times_are_prices():
     own = dataclasses.replace(COSTS, draft_s=0.001)
     assert what_if.predict(what_if.given(own, acceptance=0.8, gamma=5,
                                          n_tokens=30)).speedup > what_if.predict(GIVEN).speedup
+
+
+def test_a_slider_moves_the_figure_and_says_what_cannot_be():
+    presets = {"mine": {"given": GIVEN, "measured": 1.3},
+               "the reference": {"given": what_if.reference()}}
+    drawn = sliders.figure(GIVEN, presets)
+    assert drawn.data[1].y[0] == what_if.what_if(GIVEN)["speedup"] and drawn.data[6].y == (1.3, )
+    box = sliders.widget(presets)
+    start, *made, said, live = box.children
+    assert len(made) == len(what_if.INPUTS) and "best γ" in said.value
+    before = list(live.data[0].y)
+    made[list(what_if.INPUTS).index("draft_ms")].value = 1.0
+    assert list(live.data[0].y) != before
+    assert live.data[1].y[0] == what_if.what_if({**GIVEN, "draft_ms": 1.0})["speedup"]
+    start.value = "the reference"
+    assert "730 ms in place of 722" in said.value
+    made[list(what_if.INPUTS).index("gamma")].value = 21
+    assert "v(22) was not measured" in said.value
+    with pytest.raises(MetricError, match="nothing to start from"):
+        sliders.widget({})

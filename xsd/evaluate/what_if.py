@@ -5,7 +5,7 @@ runs/templates/what_if.js, computes the same)."""
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from xsd.core import MetricError, ParameterError
@@ -13,16 +13,21 @@ from xsd.decode.prices import Prices
 from xsd.evaluate import speedup
 
 INPUTS = {
-    "verifier_prefill_ms": ("verifier's prefill", "ms"), "drafter_prefill_ms":
-        ("drafter's prefill", "ms"), "step_ms": ("one step of the verifier, v(1)", "ms"), "width":
-            ("what wider passes cost beyond it, v(K) − v(1)", "× measured"),
-    "draft_ms": ("one draft", "ms"), "round_ms": ("a round beside drafts and pass", "ms"), "gamma":
-        ("drafts a round, γ", ""), "acceptance": ("a draft is accepted after accepted ones, α", ""),
-    "hidden_acceptance": ("the same behind the prefill", ""),
-    "overlap": ("share of the drafter's work that runs beside the prefill", ""), "contention":
-        ("how much longer the prefill then takes", "×"), "n_tokens": ("tokens of an answer", ""),
+    "verifier_prefill_ms": ("verifier's prefill", "", "ms"),
+    "drafter_prefill_ms": ("drafter's prefill", "", "ms"),
+    "step_ms": ("step v(1)", "one plain step of the verifier", "ms"),
+    "width": ("v(K) − v(1)", "what a wider pass costs beyond a step", "× measured"),
+    "draft_ms": ("draft", "drafter, adapter and head, for one token", "ms"),
+    "round_ms": ("round", "what it costs beside its drafts and its pass", "ms"),
+    "gamma": ("γ", "drafts a round", ""),
+    "acceptance": ("α", "share of drafts accepted, once those before them are", ""),
+    "hidden_acceptance": ("α behind the prefill", "the same of the drafts made there", ""),
+    "overlap": ("overlap", "share of the drafter's work that the prefill hides", ""),
+    "contention": ("contention", "how many times longer the prefill then takes", "×"),
+    "n_tokens": ("answer", "its length", "tokens"),
 }
-"""Name → what a slider moves, and its unit. ``verify``, {K: ms} as measured, stands beside them."""
+"""Name → what a slider moves: short, in words, its unit. ``verify``, {K: ms} as measured, stands
+beside them."""
 WIDEST = 64
 """Rounds of at most so many drafts are tried."""
 
@@ -40,6 +45,16 @@ def given(prices: Prices, *, acceptance: float, gamma: int, n_tokens: float,
         "hidden_acceptance": acceptance if hidden_acceptance is None else hidden_acceptance,
         "n_tokens": n_tokens, "verify": {k: 1e3 * s for k, s in prices.verify.items()}
     }
+
+
+def ranges(presets: Iterable[Mapping[str, Any]]) -> dict[str, tuple[float, float]]:
+    """Name → the ends of its slider, for all of these ``given``; γ as wide as was measured."""
+    presets = list(presets)
+    found = {name: (0.0, 1.0) for name in INPUTS} | {
+        "width": (0.0, 3.0), "contention": (1.0, 3.0), "n_tokens": (1.0, 512.0),
+        "gamma": (0, max(min(max(map(int, one["verify"])) - 1, WIDEST) for one in presets))}
+    return found | {name: (0.0, 2 * max(max(one[name] for one in presets), 1.0))
+                    for name, (_, _, unit) in INPUTS.items() if unit == "ms"}
 
 
 def prices_of(given: Mapping[str, Any]) -> Prices:
