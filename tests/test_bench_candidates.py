@@ -8,9 +8,9 @@ from toy_decoder import OracleProposer
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from xsd.adapters import registry
-from xsd.bench import arms, baselines
+from xsd.bench import arms, baselines, candidates
 from xsd.core import ParameterError
-from xsd.decode import candidates, hybrid, proposers, rules, speculative
+from xsd.decode import hybrid, proposers, rules, speculative
 
 LAYERS = {"verifier": [0, 2], "drafter": [1]}
 TOKENS = 12
