@@ -2,9 +2,11 @@
 decoding a block a round, token for token the verifier's own."""
 
 import dataclasses
+import json
 import shutil
 
 import pytest
+import safetensors
 import torch
 from models_fixtures import tiny_pair
 from tiny_pair import make_samples
@@ -148,13 +150,19 @@ def test_contexts_are_made_once_and_go_on_after_a_stop(pairs, samples, monkeypat
     options = {"roles": ("verifier",), "layers": LAYERS, "dtype": "fp32"}
     with pytest.raises(InterruptedError):
         contexts.extract(tiny_pair(), samples, pairs, progress=_stop, **options)
-    assert len(asked) == 1 and not (folder / stored.RECORD).exists()
+    assert len(asked) == 1
+    with pytest.raises(ShardError, match="is unfinished: it has 4 of 8 samples; extract"):
+        stored.Contexts(pairs.folder, pairs.manifest)
     contexts.extract(tiny_pair(), samples, pairs, **options)
     assert len(asked) == 2, "the first group is not made again"
     contexts.extract(tiny_pair(), samples, pairs, **options)
     assert len(asked) == 2, "found again"
     contexts.extract(tiny_pair(), samples, pairs, **{**options, "layers": {"verifier": [1]}})
     assert len(asked) == 4, "other layers are other contexts"
+    (folder / stored.name_of(0)).write_bytes(b"damaged")
+    contexts.extract(tiny_pair(), samples, pairs, **{**options, "layers": {"verifier": [1]}})
+    assert len(asked) == 5, "only a damaged group is made again"
+    assert not stored.damaged(pairs.folder, pairs.manifest)
 
 
 def test_a_finished_extraction_is_given_contexts_by_its_own_request(tmp_path):
@@ -167,6 +175,37 @@ def test_a_finished_extraction_is_given_contexts_by_its_own_request(tmp_path):
     assert "contexts of 3 answers, layers [4, 7, 10] of the verifier" in line
     with pytest.raises(ParameterError, match="of the drafter or the verifier, not of both"):
         extract_request.add_contexts(place, ["both"])
+
+
+FORGED = {
+    "a start": lambda about: about["start"].update({"verifier.0": -1}),
+    "no start": lambda about: about.pop("start"),
+    "a clip": lambda about: about["clip"].update({"0": [1]}),
+}
+
+
+@pytest.mark.parametrize("how", FORGED)
+def test_groups_that_somebody_wrote_anew_are_a_sentence(pairs, how):
+    folder = pairs.folder / stored.FOLDER
+    with safetensors.safe_open(folder / stored.name_of(0), framework="pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = json.loads(file.metadata()["about"])
+    FORGED[how](about)
+    record = json.loads((folder / stored.RECORD).read_text())
+    record["files"][0] = stored.write(folder, 0, 0, tensors, **about)
+    (folder / stored.RECORD).write_text(json.dumps(record))
+    with pytest.raises(ShardError, match="holds no sample 0 of the verifier; extract"):
+        pairs.contexts.of([0], ["verifier"])
+
+
+@pytest.mark.parametrize("change", [
+    {"files": [{"first": "0", "bytes": 1, "sha256": ""}]}, {"layers": {"verifier": 3}},
+    {"layers": {"other": [1]}}, {"n_samples": 1e400}, {"format": None}])
+def test_a_record_of_another_form_is_a_sentence(pairs, change):
+    record = pairs.folder / stored.FOLDER / stored.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    with pytest.raises(ShardError, match="is no record of contexts; extract"):
+        stored.Contexts(pairs.folder, pairs.manifest)
 
 
 def _stop(n):

@@ -4,9 +4,7 @@ and answer, a clip at a time; an interrupted extraction goes on with the group i
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Mapping, Sequence
-from hashlib import sha256
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +13,7 @@ import torch
 
 from xsd.core import ShardError
 from xsd.extract import plan
-from xsd.files import FolderLock, remove_leftovers
+from xsd.files import FolderLock, remove_leftovers, write_json
 from xsd.shards import contexts
 from xsd.shards.format import TORCH_DTYPES
 from xsd.shards.store import ShardDataset
@@ -57,45 +55,48 @@ def extract(pair: Pair, items: Sequence[plan.LazySample], pairs: ShardDataset, *
         raise ShardError(f"{pairs.folder} holds {len(unknown)} answers about other clips or "
                          f"questions than these, such as {unknown[0]}; give the clips it was "
                          "extracted from")
-    about = {"weights": {role: one.weights_hash() for role, one in handles.items()}, "dtype": dtype}
     folder = pairs.folder / contexts.FOLDER
     folder.mkdir(exist_ok=True)
     with FolderLock(folder):
         remove_leftovers(folder)
-        asked = {"pairs": contexts.identity(pairs.manifest), "layers": wanted, **about}
-        held = {}
-        with contextlib.suppress(ShardError):  # none, damaged, or of other pairs: made anew
-            held = contexts.Contexts(pairs.folder, pairs.manifest).about
-        if any(held.get(name) != value for name, value in asked.items()):
-            made = sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()
-            firsts = _write(folder, handles, by_name, names, pairs, wanted, dtype, made, progress)
-            contexts.finish(folder, pairs.manifest, wanted, firsts, **about)
+        _write(folder, handles, by_name, names, pairs, progress, {
+            "format": contexts.FORMAT, "pairs": contexts.identity(pairs.manifest),
+            "layers": wanted, "dtype": dtype,
+            "weights": {role: one.weights_hash() for role, one in handles.items()}})
     return contexts.Contexts(pairs.folder, pairs.manifest, verify=False).about
 
 
 def _write(folder: Path, handles: Mapping[str, ModelHandle], by_name: Mapping[Any, plan.LazySample],
-           names: Sequence[Any], pairs: ShardDataset, wanted: Mapping[str, Sequence[int]],
-           dtype: str, made: str, progress: Callable[[int], None] | None) -> list[int]:
-    """Write the groups that are missing; returns the place of each one's first sample."""
-    ids, stored = [torch.from_numpy(one) for one in pairs.ids("verifier")], TORCH_DTYPES[dtype]
-    clips = [[index for index, _ in some]
-             for _, some in groupby(enumerate(names), key=lambda one: one[1][:2])]
-    numbered = list(enumerate(clips))
-    groups = [numbered[first:first + CLIPS] for first in range(0, len(clips), CLIPS)]
+           names: Sequence[Any], pairs: ShardDataset, progress: Callable[[int], None] | None,
+           about: dict[str, Any]) -> None:
+    """Write the groups that are missing or damaged, and after each the record of those there are;
+    groups of another record are made anew."""
+    held: list[Any] = []
+    with contextlib.suppress(ShardError):
+        record = contexts.read(pairs.folder)
+        held = record["files"] if all(record.get(name) == about[name] for name in about) else []
+    ids, stored = pairs.ids("verifier"), TORCH_DTYPES[about["dtype"]]
+    clips = list(enumerate([index for index, _ in some] for _, some in
+                           groupby(enumerate(names), key=lambda one: one[1][:2])))
+    groups = [clips[first:first + CLIPS] for first in range(0, len(clips), CLIPS)]
+    counts = [sum(len(indices) for _, indices in group) for group in groups]
     for number, group in enumerate(groups):
-        path = folder / contexts.name_of(number)
-        if contexts.made_from(path) != made:
+        entry = held[number] if number < len(held) else None
+        if not contexts.whole(folder / contexts.name_of(number), entry):
             tensors, clip, start = {}, {}, {}
             for place, indices in group:
                 samples = plan.load([by_name[names[index]] for index in indices])
                 for role, handle in handles.items():
                     shared, own, prompts = handle.contexts(
-                        samples, [ids[index] for index in indices], wanted[role])
+                        samples, [torch.from_numpy(ids[index]) for index in indices],
+                        about["layers"][role])
                     tensors[f"{role}.clip.{place}"] = shared.to(stored)
                     for index, states, prompt in zip(indices, own, prompts, strict=True):
                         tensors[f"{role}.{index}"] = states.to(stored)
                         start[f"{role}.{index}"], clip[str(index)] = prompt, place
-            contexts.write(path, tensors, clip=clip, start=start, made=made)
+            held[number:number + 1] = [contexts.write(folder, group[0][1][0], number, tensors,
+                                                      clip=clip, start=start)]
+            write_json(folder / contexts.RECORD, {
+                **about, "files": held, "n_samples": sum(counts[:len(held)])})
         if progress is not None:
-            progress(sum(len(indices) for _, indices in group))
-    return [group[0][1][0] for group in groups]
+            progress(counts[number])

@@ -5,19 +5,22 @@ included, is stored once for a clip (docs/shards.md, "Contexts")."""
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors
 import torch
+from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd.core import Context, ShardError
-from xsd.files import atomic_write, parse_json, read_json, sha256_of, write_json
+from xsd.files import atomic_write, parse_json, read_json, sha256_of
+from xsd.shards.manifest import Count
 
 FOLDER, RECORD = "contexts", "contexts.json"
 FORMAT = "xsd-contexts-1"
@@ -29,21 +32,29 @@ def name_of(number: int) -> str:
     return f"contexts-{number:06d}.safetensors"
 
 
-def write(path: Path, tensors: Mapping[str, Tensor], **about: Any) -> None:
-    """One group of clips, atomically. tensors: "<role>.clip.<number>" [P, L · D] and
-    "<role>.<index>" [n, L · D]. about: clip, index → number of its clip; start, "<role>.<index>" →
-    prompt positions; made, what it was made from."""
+class _File(BaseModel):
+    first: Count
+    bytes: Count
+    sha256: str
+
+
+class _Record(BaseModel):
+    format: Literal["xsd-contexts-1"]
+    pairs: str
+    layers: dict[Literal["drafter", "verifier"], list[Count]]
+    files: list[_File]
+    n_samples: Count
+
+
+def write(folder: Path, first: int, number: int, tensors: Mapping[str, Tensor],
+          **about: Any) -> dict[str, Any]:
+    """One group of clips, atomically; returns its entry in the record. tensors:
+    "<role>.clip.<number>" [P, L · D] and "<role>.<index>" [n, L · D]. about: clip, index → number
+    of its clip; start, "<role>.<index>" → prompt positions."""
     whole = {name: one.contiguous() for name, one in tensors.items()}
-    atomic_write(path, save(whole, {"about": json.dumps(about, sort_keys=True)}))
-
-
-def made_from(path: Path) -> str:
-    """What a group says it was made from; "" where there is none, or it cannot be read."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            return json.loads((file.metadata() or {})["about"])["made"]
-    except (OSError, safetensors.SafetensorError, ValueError, KeyError, TypeError):
-        return ""
+    data = save(whole, {"about": json.dumps(about, sort_keys=True)})
+    atomic_write(folder / name_of(number), data)
+    return {"first": first, "bytes": len(data), "sha256": sha256(data).hexdigest()}
 
 
 class Contexts:
@@ -53,22 +64,14 @@ class Contexts:
 
     def __init__(self, shards: Path, manifest: Mapping[str, Any], *, verify: bool = True) -> None:
         self.folder, self.verify = shards / FOLDER, verify
-        path = self.folder / RECORD
-        if not path.is_file():
-            raise ShardError(f"{shards} holds no contexts, which block drafters (D1, D2, D5F) "
-                             "read; run notebook 01 with contexts=verifier (or verifier,drafter)")
-        self.about = read_json(path, ShardError, _AGAIN)
-        kinds = {"format": str, "pairs": str, "layers": dict, "files": list, "n_samples": int}
-        if not isinstance(self.about, dict) or self.about.get("format") != FORMAT or not all(
-                isinstance(self.about.get(name), kind) for name, kind in kinds.items()) or not all(
-                isinstance(one, dict) and {"first", "bytes", "sha256"} <= one.keys()
-                for one in self.about["files"]):
-            raise ShardError(f"{path} is no record of contexts; {_AGAIN}")
+        self.about = read(shards)
         if self.about["pairs"] != identity(manifest):
             raise ShardError(f"{self.folder} belongs to other pairs than the shards beside it; "
                              f"{_AGAIN}")
-        self._open: dict[int, Any] = {}
-        self._about: dict[int, dict[str, Any]] = {}
+        if self.about["n_samples"] != manifest["n_samples"]:
+            raise ShardError(f"{self.folder} is unfinished: it has {self.about['n_samples']} of "
+                             f"{manifest['n_samples']} samples; {_AGAIN}")
+        self._open: dict[int, tuple[Any, Any]] = {}
         self._firsts = [one["first"] for one in self.about["files"]]
 
     @property
@@ -96,29 +99,54 @@ class Contexts:
         return found
 
     def _one(self, place: int, role: str) -> tuple[Tensor, int]:
-        number = sum(first <= place for first in self._firsts) - 1
-        file = self._file(number)
-        about = self._about[number]
+        number = max(0, bisect_right(self._firsts, place) - 1)
+        file, about = self._file(number)
         try:
-            clip = about["clip"][str(place)]
-            return (torch.cat([file.get_tensor(f"{role}.clip.{clip}"),
-                               file.get_tensor(f"{role}.{place}")]),
-                    about["start"][f"{role}.{place}"])
-        except (KeyError, TypeError, safetensors.SafetensorError) as error:
+            clip, start = about["clip"][str(place)], about["start"][f"{role}.{place}"]
+            states = torch.cat([file.get_tensor(f"{role}.clip.{clip}"),
+                                file.get_tensor(f"{role}.{place}")])
+            if states.dim() != 2 or type(start) is not int or not 0 < start <= len(states):
+                raise ValueError(f"{list(states.shape)} states, a prompt of {start!r}")
+        except (KeyError, TypeError, ValueError, RuntimeError,
+                safetensors.SafetensorError) as error:
             raise ShardError(f"{self.folder / name_of(number)} holds no sample {place} of the "
                              f"{role}; {_AGAIN}") from error
+        return states, start
 
-    def _file(self, number: int) -> Any:
+    def _file(self, number: int) -> tuple[Any, Any]:
         if number not in self._open:
-            entry = self.about["files"][number]
             path = self.folder / name_of(number)
-            if not path.is_file() or path.stat().st_size != entry["bytes"] or (
-                    self.verify and sha256_of(path) != entry["sha256"]):
+            entry = self.about["files"][number] if number < len(self._firsts) else None
+            if not whole(path, entry, hashed=self.verify):
                 raise ShardError(f"{path} is missing or does not match its checksum; {_AGAIN}")
-            self._open[number] = file = safetensors.safe_open(path, framework="pt")
-            self._about[number] = parse_json((file.metadata() or {}).get("about", ""),
-                                             f"the header of {path}", ShardError, _AGAIN)
+            try:
+                file = safetensors.safe_open(path, framework="pt")
+            except (OSError, safetensors.SafetensorError) as error:
+                raise ShardError(f"{path} cannot be read ({error}); {_AGAIN}") from error
+            self._open[number] = file, parse_json((file.metadata() or {}).get("about", ""),
+                                                  f"the header of {path}", ShardError, _AGAIN)
         return self._open[number]
+
+
+def read(shards: Path) -> dict[str, Any]:
+    """The record of the contexts beside some shards, unfinished ones too. Raises: ShardError when
+    there is none, or it cannot be read."""
+    path = shards / FOLDER / RECORD
+    if not path.is_file():
+        raise ShardError(f"{shards} holds no contexts, which block drafters (D1, D2, D5F) "
+                         "read; run notebook 01 with contexts=verifier (or verifier,drafter)")
+    about = read_json(path, ShardError, _AGAIN)
+    try:
+        _Record.model_validate(about)
+    except ValidationError as error:
+        raise ShardError(f"{path} is no record of contexts; {_AGAIN}") from error
+    return about
+
+
+def whole(path: Path, entry: Mapping[str, Any] | None, *, hashed: bool = True) -> bool:
+    """Whether a group stands as its entry in the record says."""
+    return (entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]
+            and (not hashed or sha256_of(path) == entry["sha256"]))
 
 
 def damaged(shards: Path, manifest: Mapping[str, Any]) -> dict[Path, str]:
@@ -127,24 +155,14 @@ def damaged(shards: Path, manifest: Mapping[str, Any]) -> dict[Path, str]:
     if not record.exists():
         return {}
     try:
-        files = enumerate(Contexts(shards, manifest).about["files"])
+        files = Contexts(shards, manifest).about["files"]
     except ShardError as error:
         return {record: f"cannot be read ({error})"}
-    places = {record.parent / name_of(number): one["sha256"] for number, one in files}
-    return {path: "is missing or does not match its checksum" for path, digest in places.items()
-            if not path.is_file() or sha256_of(path) != digest}
+    places = {record.parent / name_of(number): one for number, one in enumerate(files)}
+    return {path: "is missing or does not match its checksum" for path, entry in places.items()
+            if not whole(path, entry)}
 
 
 def identity(manifest: Mapping[str, Any]) -> str:
     """What contexts remember of the pairs they are of: the digests of their shards' bytes."""
     return sha256("".join(one["sha256"] for one in manifest["shards"]).encode()).hexdigest()
-
-
-def finish(folder: Path, manifest: Mapping[str, Any], layers: Mapping[str, Sequence[int]],
-           firsts: Sequence[int], **about: Any) -> None:
-    """Write the record of finished groups; firsts: place of each group's first sample."""
-    files = [{"first": first, "bytes": (path := folder / name_of(number)).stat().st_size,
-              "sha256": sha256_of(path)} for number, first in enumerate(firsts)]
-    write_json(folder / RECORD, {
-        "format": FORMAT, "pairs": identity(manifest), "n_samples": manifest["n_samples"],
-        "layers": {role: list(some) for role, some in layers.items()}, "files": files, **about})
