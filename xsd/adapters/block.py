@@ -66,16 +66,13 @@ class BlockLayer(nn.Module):
         keys, values = self.key_value(x).chunk(2, dim=-1)
         return rotate(self.heads(keys), turn), self.heads(values)
 
-    def look(self, x: Tensor, turn: Turn) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of block rows [B, n, D], each [B, heads, n, d]."""
-        normed = self.attention_norm(x)
-        return (rotate(self.heads(self.query(normed)), turn), *self.keys_values(normed, turn))
-
     def forward(self, x: Tensor, turn: Turn, block: int, context: tuple[Tensor, Tensor],
                 allowed: Tensor) -> Tensor:
         """x: [B, A · block, D] rows of A blocks at the places of ``turn``. context: keys and values
         [B, heads, C, d]. allowed: bool [B, A, C], what each block may see of it."""
-        queries, keys, values = self.look(x, turn)
+        normed = self.attention_norm(x)
+        queries = rotate(self.heads(self.query(normed)), turn)
+        keys, values = self.keys_values(normed, turn)
         shape = (*queries.shape[:2], -1, block, queries.shape[-1])  # [B, heads, A, block, d]
         scale = queries.shape[-1] ** -0.5
         far = (queries @ context[0].transpose(-1, -2)).unflatten(2, (-1, block)) * scale
@@ -85,10 +82,6 @@ class BlockLayer(nn.Module):
         n_far = far.shape[-1]
         mixed = (weights[..., :n_far].flatten(2, 3) @ context[1] +
                  (weights[..., n_far:] @ values.view(shape)).flatten(2, 3))
-        return self.finish(x, mixed)
-
-    def finish(self, x: Tensor, mixed: Tensor) -> Tensor:
-        """x: [B, n, D]; mixed: [B, heads, n, d] → the layer's output [B, n, D]."""
         x = x + self._drop(self.out(mixed.transpose(1, 2).flatten(2)))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self._drop(self.down(F.silu(gate) * up))
@@ -144,6 +137,7 @@ class BlockAdapter(Adapter):
         self.layers = nn.ModuleList(BlockLayer(hidden_size, n_heads, ffn, dropout)
                                     for _ in range(layers))
         self.final_norm = nn.RMSNorm(hidden_size)
+        self._copied: list[tuple[int, int]] | None = None
         self.options = {"vocab_size": vocab_size, "block": block, "layers": layers,
                         "n_heads": n_heads, "ffn": ffn, "dropout": dropout,
                         "context_layers": self.context_layers}
@@ -155,14 +149,16 @@ class BlockAdapter(Adapter):
         """Of each layer, [B, heads, C, d], from states of ``context_layers[role]`` [B, C, L · D] at
         places [B or 1, C] from the answer's token 0 on. Raises: ParameterError for another
         width."""
+        fused, turn = self._fused(role, states), self._turn(places)
+        return [layer.keys_values(fused, turn) for layer in self.layers]
+
+    def _fused(self, role: str, states: Tensor) -> Tensor:
         if states.shape[-1] != self.fuse[role].in_features:
             raise ParameterError(
                 f"{self.level} reads layers {self.context_layers[role]} of the {role}, "
                 f"{self.fuse[role].in_features} numbers a position, and these contexts have "
                 f"{states.shape[-1]}; extract the layers that it was made for")
-        fused = self.context_norm[role](self.fuse[role](states))
-        turn = self._turn(places)
-        return [layer.keys_values(fused, turn) for layer in self.layers]
+        return self.context_norm[role](self.fuse[role](states))
 
     def _turn(self, places: Tensor) -> Turn:
         return turn_of(places, self.hidden_size // self.layers[0].n_heads, self.mask.dtype)
@@ -186,24 +182,59 @@ class BlockAdapter(Adapter):
             x = layer(x, turn, self.block, known, allowed)
         return self.final_norm(x).unflatten(1, (-1, self.block))
 
+    # --- one request: a few rows a call, where the number of products counts, not their size
+
+    def keep(self) -> Kept:
+        """An empty cache of the context's keys and values, one for each answer."""
+        weights = [(one.data_ptr(), one._version) for one in self.parameters()]
+        if weights != self._copied:
+            self._copied, self._products = weights, self._arranged()
+        return Kept(len(self.layers))
+
+    @torch.no_grad()
+    def _arranged(self) -> tuple[Tensor, list[tuple[Tensor, Tensor, Tensor, Tensor]]]:
+        """One matrix for the context's keys, then values, of all layers; of each layer one for
+        queries, keys and values of the block, and its other three."""
+        def product(*weights: Tensor) -> Tensor:
+            whole = (torch.cat(weights) if len(weights) > 1 else weights[0]).t()
+            # a CPU is faster by columns; copies of wide ones would cost memory for nothing
+            return whole.contiguous() if self.hidden_size <= 1024 else whole
+
+        size = self.hidden_size
+        return (product(*(one.key_value.weight[:size] for one in self.layers),
+                        *(one.key_value.weight[size:] for one in self.layers)),
+                [(product(one.query.weight, one.key_value.weight), product(one.out.weight),
+                  product(one.gate_up.weight), product(one.down.weight)) for one in self.layers])
+
     def read(self, kept: Kept, role: str, states: Tensor, first: int) -> None:
         """Add to what is kept of an answer the context of the next positions, states [n, L · D]
         from place ``first`` on; the models' in any order: keys carry their places."""
-        places = torch.arange(first, first + len(states), device=states.device)[None]
-        for number, new in enumerate(self.keys_values(role, states[None], places)):
-            kept.add(number, *new)
-        kept.length += len(states)
+        heads, n = self.layers[0].n_heads, len(states)
+        turn = self._turn(torch.arange(first, first + n, device=states.device)[None])
+        both = self._fused(role, states) @ self._products[0]
+        keys, values = both.view(n, 2, len(self.layers) * heads, -1).permute(1, 2, 0, 3)[:, None]
+        keys = rotate(keys, turn)
+        for number in range(len(self.layers)):
+            mine = slice(number * heads, (number + 1) * heads)
+            kept.add(number, keys[:, mine], values[:, mine])
+        kept.length += n
 
     def step_block(self, kept: Kept, token: int, place: int) -> Tensor:
         """:meth:`draft` after one token over all that is kept, [block, D_v]; in eval mode. The
         block's own keys and values stand behind the kept ones until the next ones do."""
-        device = self.mask.device
-        x = self._rows(torch.tensor([[token]], device=device))[:, 0]
+        device, heads, size = self.mask.device, self.layers[0].n_heads, self.hidden_size
+        x = self._rows(torch.tensor([[token]], device=device))[0, 0]
         turn = self._turn(torch.arange(place, place + self.block, device=device)[None])
-        for number, layer in enumerate(self.layers):
-            queries, *own = layer.look(x, turn)
-            x = layer.finish(x, F.scaled_dot_product_attention(queries, *kept.add(number, *own)))
-        return self.final_norm(x)[0]
+        for number, (layer, (qkv, out, gate_up, down)) in enumerate(
+                zip(self.layers, self._products[1], strict=True)):
+            own = (layer.attention_norm(x) @ qkv).view(1, self.block, 3 * heads, -1).transpose(1, 2)
+            queries, keys = rotate(own[:, :2 * heads], turn).chunk(2, dim=1)
+            seen = kept.add(number, keys, own[:, 2 * heads:])
+            mixed = F.scaled_dot_product_attention(queries, *seen)[0]
+            x = x + mixed.transpose(0, 1).reshape(-1, size) @ out
+            gate, up = (layer.ffn_norm(x) @ gate_up).chunk(2, dim=-1)
+            x = x + (F.silu(gate) * up) @ down
+        return self.final_norm(x)
 
     # --- whole answers
 
@@ -249,7 +280,3 @@ class BlockAdapter(Adapter):
         known, predicted = batch.mask[:, :-1], batch.mask[:, 1:]
         return Aligned(self.rolled(batch, 1)[0][:, :-1], batch.verifier[:, 1:],
                        batch.ids_by_verifier[:, 1:], known & predicted)
-
-    def keep(self) -> Kept:
-        """An empty cache of the context's keys and values, one for each answer."""
-        return Kept(len(self.layers))
