@@ -55,7 +55,8 @@ def through(decoder, ids, *, own, fed=(), parents=None):
         return states[0], entered[0][0], cache.get_seq_length()
     steps = small_steps.Steps(decoder)
     steps._fed = dict(fed)
-    taken = steps.take(cache)
+    prompt = decoder.embed_tokens(torch.arange(9))
+    _, taken = steps.prefill(prompt)
     return steps(embeds, taken, parents, record), record[1], taken.get_seq_length()
 
 
@@ -75,6 +76,26 @@ def test_shared_keys_padded_rows_and_trees_give_transformers_states(parents, fed
     for ours, expected in zip(own[:2], theirs[:2], strict=True):
         torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
     assert own[2] == theirs[2] == 14  # what was fed too many is not remembered
+
+
+@pytest.mark.parametrize("n", [1, 2, 40])
+@torch.no_grad()
+def test_a_prompt_leaves_what_transformers_prefill_leaves(n):
+    for decoder in (grouped(), tiny_pair().verifier.decoder):
+        prompt = decoder.embed_tokens(torch.arange(n) + 5)
+        cache = DynamicCache(config=decoder.config)
+        with batched.recorded(decoder, [0, 2]) as entered:
+            states = decoder(inputs_embeds=prompt[None], past_key_values=cache,
+                             use_cache=True).last_hidden_state[0]
+        near = {"atol": 1e-4, "rtol": 1e-4}
+        record = {0: prompt, 2: prompt}
+        last, own = small_steps.Steps(decoder).prefill(prompt, record)
+        torch.testing.assert_close(last, states[-1], **near)
+        for ours, theirs in zip((record[0], record[2]), entered, strict=True):
+            torch.testing.assert_close(ours, theirs[0], **near)
+        for number, layer in enumerate(cache.layers):
+            torch.testing.assert_close(own.keys[number][:, :n], layer.keys[0], **near)
+            torch.testing.assert_close(own.values[number][:, :n], layer.values[0], **near)
 
 
 @torch.no_grad()

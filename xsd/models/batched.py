@@ -228,6 +228,11 @@ def content(images: Sequence[Any]) -> str:
     return digest.hexdigest()
 
 
+def entering(decoder: Any, layers: Sequence[int], embeds: Tensor) -> dict[int, Tensor]:
+    """For own steps to fill: what enters each of ``layers``, by its place; at first the stack's."""
+    return dict.fromkeys((place(decoder, layer) for layer in layers), embeds)
+
+
 def place(decoder: nn.Module, layer: int) -> int:
     """The decoder layer that ``layer`` enters. Raises: ParameterError for one that enters none."""
     depth = len(decoder.layers)

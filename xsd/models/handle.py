@@ -18,8 +18,7 @@ from xsd.models.pixels import PixelSpec
 
 Role = Literal["drafter", "verifier"]
 _REMEMBERED_CLIPS = 64
-_LONGEST_TOKEN = 64
-"""Characters; more to a position than this is no question."""
+_LONGEST_TOKEN = 64  # characters; more to a position than this is no question
 DRAFTER_SYSTEM = (
     "A chat between a curious human and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the human's questions.")
@@ -140,19 +139,24 @@ class ModelHandle(batched.BatchedAnswers):
     @torch.no_grad()
     def prefill(self, sample: Sample, *, reuse_vision: bool = False,
                 layers: Sequence[int] = ()) -> DecoderState:
-        """Run the prompt; by default nothing is reused: its time is a request's real prefill.
-        layers: recorded from here on (batched.LAST says how they are counted)."""
+        """Run the prompt; by default nothing is reused, so that its time is a request's. layers:
+        recorded from here on (batched.LAST says how they are counted)."""
         embeds = self.prompt_embeddings(sample, reuse_vision=reuse_vision)
-        cache = DynamicCache(config=self.decoder.config)
-        with batched.recorded(self.decoder, layers) as states:
-            output = self.decoder(inputs_embeds=embeds[None], past_key_values=cache, use_cache=True)
-        context = batched.Context(layers, torch.cat(states, dim=-1)[0]) if layers else None
-        hidden = output.last_hidden_state[0, -1]
-        if self.steps != "plain":
-            if self._arranged is None or not self._arranged.current():
-                kind = small_steps if self.steps == "small" else static_steps
-                self._arranged = kind.Steps(self.decoder)
-            cache = self._arranged.take(cache)
+        if self.steps != "plain" and (self._arranged is None or not self._arranged.current()):
+            kind = small_steps if self.steps == "small" else static_steps
+            self._arranged = kind.Steps(self.decoder)
+        if self.steps == "small":
+            entered = batched.entering(self.decoder, layers, embeds)
+            hidden, cache = self._arranged.prefill(embeds, entered)
+            states = list(entered.values())
+        else:
+            cache = DynamicCache(config=self.decoder.config)
+            with batched.recorded(self.decoder, layers) as found:
+                hidden = self.decoder(inputs_embeds=embeds[None], past_key_values=cache,
+                                      use_cache=True).last_hidden_state[0, -1]
+            states = [one[0] for one in found]
+            cache = self._arranged.take(cache) if self._arranged else cache
+        context = batched.Context(layers, torch.cat(states, dim=-1)) if layers else None
         return DecoderState(len(embeds), hidden, self.lm_head(hidden), cache, context)
 
     @torch.no_grad()
@@ -171,9 +175,9 @@ class ModelHandle(batched.BatchedAnswers):
                                       use_cache=True, **tree).last_hidden_state[0]
             states = [one[0] for one in states]
         else:
-            entered = {batched.place(self.decoder, layer): embeds for layer in layers}
+            entered = batched.entering(self.decoder, layers, embeds)
             hidden = self._arranged(embeds, state.cache, parents, entered)
-            states = [entered[batched.place(self.decoder, layer)] for layer in layers]
+            states = list(entered.values())
         if state.context:
             state.context.put(state.length, torch.cat(states, dim=-1))
         logits = self.lm_head(hidden)
@@ -264,8 +268,7 @@ def tensors_hash(state: Mapping[str, Any]) -> str:
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
     """The first end-of-answer ids that a configuration or the tokenizer names."""
     for named in (model.generation_config, model.config.get_text_config(), tokenizer):
-        value = named.eos_token_id
-        if value is not None and value != []:
+        if (value := named.eos_token_id) not in (None, []):
             return frozenset([value] if isinstance(value, int) else value)
     return frozenset()
 
@@ -284,7 +287,6 @@ def prompt_ids(role: str, tokenizer: Any, question: str) -> tuple[list[int], lis
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False).input_ids
-
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     if role == "drafter":
         after = ids(f"<ev_end>\n{question} ASSISTANT:")

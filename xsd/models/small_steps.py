@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import DynamicCache, LlamaModel
+from transformers import LlamaModel
 
 from xsd.core import depths
 
@@ -64,12 +64,12 @@ def tree_rows(parents: Sequence[int], start: int, room: int = 0, *,
 
 class GrowingCache:
     """Keys and values of one sequence, a buffer [heads, room, head_dim] for each layer, free from
-    ``length`` on. prompt: a cache of one row, as a prefill leaves it."""
+    ``length`` on. empty: one layer's, without a position [heads, 0, head_dim]."""
 
-    def __init__(self, prompt: DynamicCache) -> None:
-        self.length = prompt.get_seq_length()
-        self.keys = [self._roomy(layer.keys[0]) for layer in prompt.layers]
-        self.values = [self._roomy(layer.values[0]) for layer in prompt.layers]
+    def __init__(self, empty: Tensor, n_layers: int) -> None:
+        self.length = 0
+        self.keys = [self._roomy(empty) for _ in range(n_layers)]
+        self.values = [self._roomy(empty) for _ in range(n_layers)]
 
     def _roomy(self, rows: Tensor, wanted: int = 0) -> Tensor:
         buffer = rows.new_empty(rows.shape[0], max(self.length + _ROOM, wanted), rows.shape[2])
@@ -151,16 +151,20 @@ class Steps:
         """False once a weight of the model has changed (training, loading)."""
         return self._version == self._versions()
 
-    def take(self, prompt: DynamicCache) -> GrowingCache:
-        """What a prefill of one sequence left, as these steps keep it."""
-        return GrowingCache(prompt)
+    def prefill(self, embeds: Tensor,
+                record: dict[int, Tensor] | None = None) -> tuple[Tensor, GrowingCache]:
+        """Of a prompt [n, D]: its last post-norm state [D] and its cache. record: as in a call."""
+        empty = self.norm.new_empty(self.shared, 0, self.width // self.heads)
+        cache = GrowingCache(empty, len(self.layers))
+        return self(embeds, cache, record=record)[-1], cache
 
     def __call__(self, embeds: Tensor, cache: GrowingCache, parents: Sequence[int] | None = None,
                  record: dict[int, Tensor] | None = None) -> Tensor:
-        """Append embeds [n, D] to the cache; returns post-norm states [n, D]. parents: as
-        :func:`tree_rows` takes them. record: filled with what enters the layers that it names."""
+        """Append embeds [n, D] to the cache; returns post-norm states [n, D], of a prompt (nothing
+        cached yet) the last one, [1, D]. parents: as :func:`tree_rows` takes them. record: filled
+        with what enters the layers that it names."""
         asked, start = embeds.shape[0], cache.length
-        n = self._fed.get(asked, asked)
+        n = self._fed.get(asked, asked) if start else asked
         if n > asked:  # rows too many hang on the last one: nobody sees them
             embeds = F.pad(embeds, (0, 0, 0, n - asked))
             parents = parents and [*parents, *range(asked - 1, n - 1)]
@@ -170,7 +174,7 @@ class Steps:
             self._turn(2 * end)
         if parents is None:
             places, mask = slice(start, end), None
-            if n > 1:
+            if n > 1 and (start or shared < heads):
                 mask = torch.ones(n, end, dtype=torch.bool).tril_(start)
         else:
             places, mask = tree_rows(parents, start)
@@ -190,15 +194,18 @@ class Steps:
             query_key = torch.addcmul(query_key * cos, query_key.roll(half, -1), sin)
             keys[:, start:end] = query_key[:, heads:].transpose(0, 1)
             values[:, start:end] = qkv[:, heads + shared:].transpose(0, 1)
+            if not start and number == len(self.layers) - 1:  # of a prompt one row is read
+                query_key, x, mask, n = query_key[-1:], x[-1:], None, 1
             # [heads that share keys · n, head_dim] for each of those keys' heads
             query = query_key[:, :heads].transpose(0, 1).reshape(shared, -1, 2 * half)
-            mixed = F.scaled_dot_product_attention(query[None], keys[None, :, :end],
-                                                   values[None, :, :end], attn_mask=mask)[0]
+            mixed = F.scaled_dot_product_attention(
+                query[None], keys[None, :, :end], values[None, :, :end], attn_mask=mask,
+                is_causal=mask is None and n > 1)[0]
             mixed = mixed.reshape(heads, n, -1).transpose(0, 1).reshape(n, width)
             x = x + self._times(mixed, out)
             both = self._times(F.rms_norm(x, (width,), after, self.eps), to_gate_up)
             gate, up = both.chunk(2, -1)
-            x = x + self._times(F.silu(gate) * up, down)
+            x = x + self._times(F.silu(gate).mul_(up), down)
         cache.length = start + asked
         return F.rms_norm(x[:asked], (width,), self.norm, self.eps)
 
