@@ -8,9 +8,11 @@ import pandas as pd
 import pytest
 import torch
 
+from studies.gap import comparison
+from studies.gap.comparison import compare_arms
 from xsd.core import MetricError
-from xsd.evaluate import comparison, drafting, metrics, reliability, report_text, tables
-from xsd.evaluate.comparison import compare_arms, compare_with_floors
+from xsd.evaluate import drafting, metrics, reliability, report_text, tables
+from xsd.evaluate.comparison import compare_with_floors
 from xsd.evaluate.speedup import Timing
 from xsd.evaluate.statistics import Interval
 

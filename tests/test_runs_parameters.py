@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import nbformat
 import pytest
 
+from studies.parameters import TruthParameters
 from tools import hygiene
 from xsd.core import ParameterError
 from xsd.runs import command_line, parameters
@@ -44,7 +45,7 @@ def test_ill_typed_and_out_of_range_values_are_named(values, words):
 
 def test_an_adapter_may_be_named_by_its_path_where_levels_are_evaluated():
     path = "runs/a/adapters/L4/best.safetensors"
-    model = parameters.TruthParameters.checked({"levels": ["L1", path], "waterfall": path})
+    model = TruthParameters.checked({"levels": ["L1", path], "waterfall": path})
     assert model.levels == ["L1", path] and model.waterfall == "L4 of a"
     assert model.model_dump()["levels"] == ["L1", path], "a path is kept as it was given"
     with pytest.raises(ParameterError, match="is trained already; name a level to train"):

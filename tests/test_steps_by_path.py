@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from test_steps_truth import run_notebook
+from test_studies_truth import run_notebook
 from tiny_pair import make_tiny_pair
 from torch.nn.utils.rnn import pad_sequence
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 from tiny_pair import make_tiny_pair
 
+from studies.gap import counterfactual
 from xsd.core import ParameterError
 from xsd.models import loading
 from xsd.runs import folder, parameters
-from xsd.steps import counterfactual, extraction, live, training
+from xsd.steps import extraction, live, training
 
 SIZES = {"test_data": ["simulated"], "n_train_sequences": 2, "n_test_sequences": 1,
          "questions_per_sequence": 2, "max_new_tokens": 6, "workers": 1,

@@ -75,11 +75,11 @@ def evaluate(
 ) -> None:
     """Judge adapters by path on stored pairs: the printed report, tables, the token table."""
     from xsd.files import FolderLock
-    from xsd.steps import full_report
+    from xsd.steps import judge
 
     with FolderLock(out.resolve(), "evaluate.lock"):
-        print(full_report.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
-                                timing=timing, device=device))
+        print(judge.judge(adapter, pairs, out.resolve(), head=head, train=train, gamma=gamma,
+                          timing=timing, device=device))
 
 
 @app.command(epilog=examples("xsd self-test --width 4096", "xsd self-test runs/smoke/adapters/L4",

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
 from xsd import files
 from xsd.core import ParameterError, as_used
@@ -239,43 +239,6 @@ class RecordingParameters(ModelParameters):
     resamples: typed.Resamples = 400
 
 
-class TruthParameters(NotebookParameters):
-    """13: where acceptance is lost, what the events are worth, and the full report of a run."""
-
-    notebook = "13_truth"
-    levels: typed.Levels = Field(
-        TRAINED, description="trained levels to evaluate; B1 is the verifier-self arm")
-    waterfall: typed.Level = Field("L4", validate_default=True,
-                                   description="the level whose losses are drawn")
-    data: typed.FloorsData = "simulated"
-    test_data: typed.TestData = Field(["simulated"])
-    head: typed.Head = ""
-    device: typed.Device = "auto"
-    drafter_sees: list[Literal["blank events", "other scene", "text only"]] = Field(
-        ["blank events", "other scene", "text only"],
-        description="what the drafter is shown in place of the clip's own events")
-    gamma: typed.Gamma = 5
-    gamma_prefill: typed.GammaPrefill = 10
-    top_k: typed.TopK = 5
-    threshold: typed.TruthThreshold = 0.9
-    thresholds: typed.Thresholds = Field([0.8, 0.85, 0.9, 0.95])
-    resamples: typed.Resamples = 400
-    batch_size: typed.AtATime = 32
-    timing: typed.Timing = "reference"
-    pictures: bool = Field(False, description="also write every figure as PNG and SVG, where a "
-                           "Chromium is installed")
-    page: str = Field("", description="Markdown page whose measured block is written anew; empty: "
-                      "none")
-
-    @field_validator("waterfall")
-    @classmethod
-    def _is_evaluated(cls, value: Any, info: ValidationInfo) -> Any:
-        levels = [files.name_of(level) for level in info.data.get("levels", ())]
-        if value == "B1" or files.name_of(value) not in levels:
-            raise ValueError(f"it must be one of the levels {', '.join(levels)} but B1")
-        return files.name_of(value) if files.is_path(value) else value
-
-
 NOTEBOOKS: dict[str, type[NotebookParameters] | str] = {
     "00_pair": "studies.parameters:PairParameters",
     **{model.notebook: model for model in (
@@ -284,7 +247,7 @@ NOTEBOOKS: dict[str, type[NotebookParameters] | str] = {
     "10_storage": "studies.parameters:StorageParameters",
     "11_pixels": "studies.parameters:PixelParameters",
     "12_study": "studies.parameters:StudyParameters",
-    "13_truth": TruthParameters,
+    "13_truth": "studies.parameters:TruthParameters",
 }
 """File stem of a notebook → its model; those of the studies stand beside the package and are
 imported when asked for."""

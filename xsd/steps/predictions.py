@@ -13,7 +13,7 @@ from xsd.bench import costs
 from xsd.core import ParameterError
 from xsd.decode import rules
 from xsd.decode.prices import Prices
-from xsd.evaluate import comparison, floors, table
+from xsd.evaluate import floors, table
 from xsd.evaluate.held_out import HeldOut
 from xsd.evaluate.speedup import Timing, break_even_table, expected_table, wall_clock_table
 from xsd.files import read_json
@@ -48,10 +48,9 @@ def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], 
 
 def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd.DataFrame]:
     """Predictions by the reference's formulas: expected_speedup, of every timed level's token
-    acceptance as a greedy loop drafts; wall_clock, end to end at 21, 50, 70 and 100 %; break_even,
-    the acceptance that it takes. Each with level and kind of the timing."""
-    loop = counted[counted["arm"] == comparison.ROLLOUT].groupby("level")
-    loop = loop[["matched", "positions"]].sum()
+    acceptance (counted: table.counts of a greedy loop); wall_clock, end to end at 21, 50, 70 and
+    100 %; break_even, the acceptance that it takes. Each with level and kind of the timing."""
+    loop = counted.groupby("level")[["matched", "positions"]].sum()
     share = (loop["matched"] / loop["positions"]).rename({table.DRAFTER: "drafter tokens"})
     timed = {level: of for level, of in timed.items() if level in share}
     of_any = {"any": next(iter(timed.values()))} if len(set(timed.values())) == 1 else timed
@@ -61,19 +60,6 @@ def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd
     return {name: pd.DataFrame([{"level": level, "timing": of.kind, **row}
                                 for level, of in some.items() for row in rows(level, of)])
             for name, (some, rows) in made.items()}
-
-
-def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_prefill: int,
-           timed: Mapping[str, Timing] | None = None, **draws: int) -> pd.DataFrame:
-    """Tokens per verification and, of the levels that are timed, the predicted speed-up, for each
-    phase 1 (behind the prefill, from the answer's first token) and phase 2, in self-rollout; of the
-    floors those that follow the text."""
-    following = floor_table[floor_table["level"] != "position mode"]
-    levels = pd.concat([real, following], ignore_index=True).astype({"level": str})
-    first, second, lengths, clusters = comparison.phases(
-        levels.replace({"level": {table.DRAFTER: "drafter tokens"}}), gamma_prefill)
-    return comparison.every_pair(first, second, lengths, clusters, n_first=gamma_prefill,
-                                 gamma=gamma, timings=timed, **draws)
 
 
 def stored_arms(pairs: HeldOut, adapters: Mapping[str, Adapter],

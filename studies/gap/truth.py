@@ -16,21 +16,20 @@ from typing import Any
 
 import pandas as pd
 
+from studies.gap import comparison
+from studies.gap.counterfactual import AGAIN, REAL
+from studies.parameters import TruthParameters
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
-from xsd.evaluate import comparison, floors, statistics, table, tables
-from xsd.evaluate.comparison import Counts
+from xsd.evaluate import floors, statistics, table, tables
+from xsd.evaluate.comparison import UNITS, Counts, rates
 from xsd.evaluate.held_out import HeldOut
-from xsd.evaluate.metrics import state_figures, token_figures
-from xsd.runs import parameters
-from xsd.steps import evaluation
-from xsd.steps.counterfactual import AGAIN, REAL
+from xsd.evaluate.speedup import Timing
+from xsd.steps import evaluation, judge
 
 B1, ONE_STEP, LOOP = "B1", comparison.FORCED, comparison.ROLLOUT
 SHOWN = (comparison.FREE, ONE_STEP, LOOP, "drift", "rollout")
 """What docs/teacher_forcing.md sets side by side."""
-FLOORS = {name: name for name in evaluation.FLOORS.values()} | {"drafter tokens": table.DRAFTER}
-"""A floor's name → the level that it is in the counts."""
 KEYS = ["level", "sample", "sequence", "position", "kind"]
 """What says which token a row of the matches is; every other column is an arm."""
 
@@ -112,7 +111,7 @@ def _each(counted: pd.DataFrame,
     the answers, the same for all of them."""
     loop = counted[counted["arm"] == LOOP]
     clusters = loop[loop["level"] == loop["level"].iloc[0]]["sequence"]
-    for unit, columns in comparison.UNITS.items():
+    for unit, columns in UNITS.items():
         found: dict[str, Arms] = {}
         for (level, arm), part in counted.groupby(["level", "arm"], sort=False):
             found.setdefault(level, {})[arm] = tuple(part[list(columns)].to_numpy().T)
@@ -125,7 +124,7 @@ def gap(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     draws: n_resamples, seed."""
     return pd.DataFrame([
         {"level": level, "unit": unit, **row}
-        for unit, level, own, clusters in _each(counted, FLOORS.values())
+        for unit, level, own, clusters in _each(counted, judge.FLOORS.values())
         for row in comparison.gap({arm: own[arm] for arm in comparison.CHAIN if arm in own},
                                   clusters, **draws)
     ])
@@ -150,7 +149,7 @@ def acceptances(gaps: pd.DataFrame) -> pd.DataFrame:
     """Free-running, teacher-forced and self-rollout acceptance side by side, as text."""
     return pd.concat([
         tables.with_intervals(side_by_side(gaps, unit), percent).assign(unit=unit)
-        for unit, percent in zip(comparison.UNITS, (SHOWN, ()), strict=True)
+        for unit, percent in zip(UNITS, (SHOWN, ()), strict=True)
     ])
 
 
@@ -179,33 +178,17 @@ def arms(counted: pd.DataFrame, **draws: int) -> pd.DataFrame:
     return pd.DataFrame(rows).drop(columns="metric")
 
 
-def headline(counted: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """(one row per level and unit: its acceptance, the best floor and the distance above it, with
-    intervals, and what was detectable; the floors themselves: unit, floor, value, low, high, n)."""
-    rows, of_floors, loop = [], [], counted[counted["arm"] == LOOP]
-    below = {name: level for name, level in FLOORS.items() if level in set(loop["level"])}
-    found = comparison.above_floors(loop, below, **draws)
-    for unit, levels in found.items():
-        rows += [{
-            "level": level, "unit": unit, "best floor": one.best, "n": one.arm.n,
-            "clusters": one.arm.n_clusters, **tables.sides("acceptance", one.arm),
-            **tables.sides("floor", one.floors[one.best]),
-            **tables.sides("above floor", one.above_best), "detectable": one.detectable,
-        } for level, one in levels.items() if level not in FLOORS.values()]
-        of_floors += [tables.row("floor", levels[level].arm, unit=unit, floor=name)
-                      for name, level in below.items()]
-    return pd.DataFrame(rows), pd.DataFrame(of_floors).drop(columns="metric")
-
-
-def metrics(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[float], top_k: int,
-            gamma: int, **draws: int) -> pd.DataFrame:
-    """Every figure of every level one step after the verified prefix, as one long table:
-    hidden-state, token and reliability figures. own: the token table of the adapters' levels.
-    reliable: reliability.figures of it."""
-    of_states = state_figures(own, thresholds=thresholds, gamma=gamma, **draws)
-    of_tokens = token_figures(own, top_k=(1, top_k), gamma=gamma, **draws)
-    return tables.frame([row for part in (of_states, of_tokens, reliable)
-                         for row in part.to_dict("records")])
+def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_prefill: int,
+           timed: Mapping[str, Timing] | None = None, **draws: int) -> pd.DataFrame:
+    """Tokens per verification and, of the levels that are timed, the predicted speed-up, for each
+    phase 1 (behind the prefill, from the answer's first token) and phase 2, in self-rollout; of the
+    floors those that follow the text."""
+    following = floor_table[floor_table["level"] != "position mode"]
+    levels = pd.concat([real, following], ignore_index=True).astype({"level": str})
+    first, second, lengths, clusters = comparison.phases(
+        levels.replace({"level": {table.DRAFTER: "drafter tokens"}}), gamma_prefill)
+    return comparison.every_pair(first, second, lengths, clusters, n_first=gamma_prefill,
+                                 gamma=gamma, timings=timed, **draws)
 
 
 def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence[Sequence[int]],
@@ -222,7 +205,7 @@ def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence
     ]
     _, _, own, clusters = next(one for one in _each(counted, []) if one[1] == level)
     if AGAIN in own:
-        twice = (comparison.rates(own[arm]) for arm in (LOOP, AGAIN))
+        twice = (rates(own[arm]) for arm in (LOOP, AGAIN))
         found = statistics.bootstrap_difference(*twice, clusters, **draws)
         rows.append({
             "check": f"A/A: {level} on stored states minus on states made anew",
@@ -249,7 +232,7 @@ def free_running(run_dir: str | Path, data: str, pairs: HeldOut) -> HeldOut | No
     return free
 
 
-def save(P: parameters.TruthParameters, sets: Mapping[str, HeldOut], sequences: Mapping[str, int],
+def save(P: TruthParameters, sets: Mapping[str, HeldOut], sequences: Mapping[str, int],
          found: Mapping[str, Mapping[str, pd.DataFrame]]) -> dict[str, Any]:
     """Write ``results/truth.json``: gamma, waterfall, sequences, provenance and of each held-out
     set its tables as rows, the best floor and every level's distance above it."""

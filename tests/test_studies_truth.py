@@ -13,19 +13,12 @@ import pytest
 import torch
 from tiny_pair import make_samples, make_tiny_pair
 
+from studies.gap import counterfactual, full_report, truth, truth_figures
+from studies.parameters import TruthParameters
 from xsd.core import MetricError, ParameterError
 from xsd.models import loading
 from xsd.runs import doctor, folder, notebooks, parameters
-from xsd.steps import (
-    counterfactual,
-    evaluation,
-    extraction,
-    full_report,
-    predictions,
-    training,
-    truth,
-)
-from xsd.views import truth_figures
+from xsd.steps import evaluation, extraction, predictions, training
 
 NOTEBOOK = notebooks.NOTEBOOK_FOLDER / "13_truth.ipynb"
 LEVELS = ["L1", "L5F", "B1"]
@@ -209,7 +202,7 @@ def test_a_run_that_shows_the_drafter_nothing_else_is_measured_and_reported(run_
 
 def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run, tmp_path):
     def timed(run_dir, **values):
-        given = parameters.TruthParameters.checked(
+        given = TruthParameters.checked(
             {"run_dir": str(run_dir), "levels": LEVELS, "waterfall": "L1", **values})
         return predictions.timings(given.timing, run.adapters, run.pairs, run_dir=run_dir, gamma=5,
                                    gamma_prefill=10)
@@ -226,7 +219,7 @@ def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run,
     assert found["L1"].overhead == pytest.approx((5 * 3 + 15) / 10 - 1)
     assert found["4-gram"].overhead == pytest.approx(15 / 10 - 1)
     own = timed(tmp_path, timing={"verify_ms": 5})
-    tables = predictions.speedups(run.counts["simulated"], own)
+    tables = predictions.speedups(run.loops["simulated"], own)
     assert set(tables["break_even"]["level"]) == {"any"} and len(tables["wall_clock"]) == 4
     assert set(tables["expected_speedup"]["level"]) == {*LEVELS, *own}
 
@@ -234,7 +227,7 @@ def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run,
 def test_the_waterfall_is_drawn_for_a_level_that_is_evaluated():
     for level, levels in (("B1", ["L1", "B1"]), ("L4", ["L1"])):
         with pytest.raises(ParameterError, match=r"one of the levels L1.* but B1"):
-            parameters.TruthParameters.checked({"waterfall": level, "levels": levels})
+            TruthParameters.checked({"waterfall": level, "levels": levels})
 
 
 def test_the_report_holds_sections_tables_and_figures(run, found, run_dir):

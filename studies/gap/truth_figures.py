@@ -1,4 +1,4 @@
-"""Pictures of the tables of xsd/steps/truth.py: where acceptance is lost, what the drafter saw."""
+"""Pictures of the tables of truth.py: where acceptance is lost, what the drafter saw."""
 
 from collections.abc import Sequence
 from itertools import accumulate, pairwise

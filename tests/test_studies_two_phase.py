@@ -4,9 +4,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from studies.gap.comparison import every_pair, phases
 from xsd.core import MetricError
 from xsd.evaluate import rounds
-from xsd.evaluate.comparison import every_pair, phases
 from xsd.evaluate.speedup import Timing
 
 

@@ -1,6 +1,5 @@
 """Step 13, the paper copy: the printed report, ``metrics.json``, every table in three forms and
-every figure, into ``<run_dir>/report/``; and what ``xsd evaluate`` prints of one held-out
-set, without its arms (docs/metrics.md, section 9)."""
+every figure, into ``<run_dir>/report/`` (docs/metrics.md, section 9)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,20 +9,22 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 
-from xsd.core import MetricError, ParameterError
-from xsd.evaluate import curves, reliability, report_text, speedup, table, tables
+from studies.gap import truth_figures
+from studies.gap.counterfactual import REAL
+from studies.parameters import TruthParameters
+from xsd.core import ParameterError
+from xsd.evaluate import curves, reliability, speedup, table, tables
 from xsd.evaluate.speedup import Timing
-from xsd.files import atomic_write, is_path, provenance, write_json
-from xsd.runs import doctor, folder, numbers, parameters, report
-from xsd.steps import evaluation, extraction, predictions, training, truth
-from xsd.steps.counterfactual import REAL
-from xsd.views import figures, truth_figures
+from xsd.files import atomic_write, is_path, write_json
+from xsd.runs import doctor, folder, numbers, report
+from xsd.steps import evaluation, judge, training
+from xsd.views import figures
 
 MARKS = ("<!-- measured -->", "<!-- /measured -->")
 Tables = Mapping[str, pd.DataFrame]
 
 
-def write(P: parameters.TruthParameters, results: Mapping[str, Any],
+def write(P: TruthParameters, results: Mapping[str, Any],
           tokens: Mapping[str, pd.DataFrame], found: Mapping[str, Tables],
           timed: Mapping[str, Mapping[str, Timing]] | None = None) -> dict[str, Any]:
     """Write everything and return what was written: folder, tables, figures (numbers of files),
@@ -35,7 +36,7 @@ def write(P: parameters.TruthParameters, results: Mapping[str, Any],
     for name, each in found.items():
         by_level = dict(list(each["metrics"].groupby("level", sort=False, observed=True)))
         timings, clocks = (timed or {}).get(name, {}), live.get("test", {}).get(name, live)
-        texts += [text_of(name, str(level), each, P.gamma, timings.get(level), clocks)
+        texts += [judge.text_of(name, str(level), each, P.gamma, timings.get(level), clocks)
                   for level in by_level]
         rows = {level: part.to_dict("records") for level, part in by_level.items()}
         numbers_of[name] = results["test"][name] | {"levels": rows}
@@ -60,21 +61,7 @@ def write(P: parameters.TruthParameters, results: Mapping[str, Any],
     return {"folder": target, "tables": written, "figures": len(drawn), "pictures": said}
 
 
-def text_of(name: str, level: str, found: Tables, gamma: int, timing: Timing | None = None,
-            live: Mapping[str, Any] | None = None) -> str:
-    """The eight sections for one level; the comparison with the floors is the drafting loop's, the
-    rest is one step. live: the set's part of the live results, where there is one."""
-    clock = (live or {}).get("arms", {}).get(level, {}).get("speedup", {})
-    title = (f"{level} on {name}: one step after the verified prefix; against the floors as a "
-             "greedy loop drafts")
-    metrics, unit = found["metrics"], "unit == 'token_acceptance'"
-    return report_text.report(
-        title, metrics[metrics["level"] == level], gamma=gamma, floors=found["floors"].query(unit),
-        headline=found["headline"].query(unit).set_index("level").loc[level], timing=timing,
-        measured=None if clock.get("busy") else clock.get("value"))
-
-
-def figures_of(P: parameters.TruthParameters, name: str, own: pd.DataFrame, found: Tables,
+def figures_of(P: TruthParameters, name: str, own: pd.DataFrame, found: Tables,
                live: Mapping[str, Any]) -> dict[str, go.Figure]:
     """Name → figure of one held-out set. own: the token table of the adapters' levels."""
     drafted = table.drafted(own)
@@ -142,7 +129,7 @@ def speedups(own: pd.DataFrame, live: Mapping[str, Any], gamma: int) -> pd.DataF
     return pd.DataFrame(rows).astype({"low": float, "high": float})
 
 
-def measured_block(P: parameters.TruthParameters, results: Mapping[str, Any],
+def measured_block(P: TruthParameters, results: Mapping[str, Any],
                    found: Mapping[str, Tables]) -> str:
     """The acceptances of the first held-out set side by side, as Markdown with what they were
     counted on."""
@@ -196,52 +183,3 @@ def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1
     except (RuntimeError, OSError, ValueError) as error:
         return f"none: the browser did not draw them ({type(error).__name__}: {str(error)[:120]})"
     return f"{len(drawn)} figures as PNG and SVG"
-
-
-def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "", train: str = "",
-          mode: str | None = None, gamma: int = 5, gamma_prefill: int = 10, top_k: int = 5,
-          thresholds: Sequence[float] = (0.8, 0.85, 0.9, 0.95), batch_size: int = 64,
-          device: str = "auto", timing: str | Mapping[str, float] = "reference",
-          n_resamples: int = 400, seed: int = 0) -> str:
-    """Write ``report.txt``, ``tokens.parquet``, ``tables/*.{csv,md,tex}`` and
-    ``results/evaluate.json`` into ``out`` and return the report.
-
-    pairs, train: as notebooks take data by path. Without ``train`` there are no floors of training
-    answers and nothing is compared with its sequences. Raises: as the steps of 04 and 13."""
-    draws = {"n_resamples": n_resamples, "seed": seed}
-    levels, answers = training.load(out, adapters, device), []
-    held_out = evaluation.held_out(out, pairs, mode, head)
-    if train:
-        trained_on = extraction.open_pairs(out, "train", train)
-        extraction.remember(out, "train", [trained_on])
-        evaluation.check_leakage(out, [held_out])
-        answers = evaluation.training_answers(out, train)
-    tokens = table.measure(levels, held_out, gamma=gamma, top_k=top_k, batch_size=batch_size,
-                           kinds=evaluation.token_kinds)
-    floors = evaluation.floor_rows(held_out, answers, gamma)
-    own = tokens[tokens["level"] != table.DRAFTER]
-    counted = pd.concat([table.counts(one, gamma) for one in (floors, tokens) if len(one)])
-    counted = counted.assign(arm=truth.LOOP).astype({"level": str, "sequence": str})
-    reliable = reliability.figures(own, thresholds=thresholds, **draws)
-    found = {"metrics": truth.metrics(own, reliable, thresholds=thresholds, top_k=top_k,
-                                      gamma=gamma, **draws)}
-    if set(counted["level"]) == set(levels):
-        raise MetricError(f"{pairs} holds neither prompts nor tokens of the drafter, so there is "
-                          "no floor to compare with; name the training set too (--train)")
-    found["headline"], found["floors"] = truth.headline(counted, **draws)
-    timed = predictions.timings(timing, levels, held_out, run_dir=out, gamma=gamma,
-                                gamma_prefill=gamma_prefill)
-    found |= predictions.speedups(counted, timed)
-    place = folder.resolve(out)
-    for name, rows in found.items():
-        tables.write(rows, place / "tables" / name)
-    text = "\n".join(text_of(held_out.name, level, found, gamma, timed.get(level))
-                     for level in levels)
-    atomic_write(place / "report.txt", text)
-    folder.save_tokens(out, table.join({held_out.name: table.drafted(tokens)}))
-    given = {"adapters": list(adapters), "pairs": pairs, "head": head, "train": train}
-    data_hash = str(held_out.dataset.manifest["config"].get("data_hash", ""))
-    rows = {name: frame.to_dict("records") for name, frame in found.items()}
-    folder.save_results(out, "evaluate", rows | {"provenance": provenance(
-        seed=seed, data_hash=data_hash, parameters=given)})
-    return text
