@@ -19,7 +19,7 @@ from xsd.evaluate.floors import (
     position_mode,
     prompt_lookup,
 )
-from xsd.evaluate.rounds import Acceptance, from_matches
+from xsd.evaluate.rounds import from_matches
 
 TRAIN = [[1, 2, 3, 4, 9], [1, 2, 3, 5, 9], [1, 2, 3, 4, 9], [7, 2, 8, 9]]
 
@@ -47,7 +47,7 @@ def test_ngram_rounds_roll_on_its_own_drafts():
     assert rounds.accepted.tolist() == [3, 1] and rounds.drafted.tolist() == [
         5, 1
     ] and rounds.bonus.tolist() == [1, 0]
-    assert Acceptance.of(rounds).mean_accepted == 2.0
+    assert rounds.mean_accepted == 2.0
 
 
 def drafted_live(floor, answers, gamma):

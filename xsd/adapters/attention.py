@@ -1,8 +1,6 @@
 """The transformer layer of L4, L5, L5F and B1, and L4 itself (docs/adapters.md; 100 714 497
 parameters at 4096)."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -2,8 +2,6 @@
 applied in one place. With shift 1 the target is one position later than the last input, so that no
 adapter sees the state that it is to predict (docs/adapters.md, section 2)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 

@@ -8,8 +8,6 @@ D5F both. Row k predicts the verifier's state k + 1 positions after the token; i
 draft. Rejections cost nothing: the context holds verified positions alone.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

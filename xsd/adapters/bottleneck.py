@@ -1,8 +1,6 @@
 """Adapters without a view of other positions: L1, L2, L3 (docs/adapters.md; 2 113 537, 6 324 227
 and 16 797 698 parameters at 4096), and P0 for pixels (154 556 416 at 224×224×3)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 """Is it an adapter? What a module of one's own must do before it is trained and judged, and every
 level's size and speed on this machine."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import statistics

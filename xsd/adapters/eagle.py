@@ -7,8 +7,6 @@ the verifier's. B1, L5F and X1 draft several tokens by feeding on their own pred
 :meth:`EagleAdapter.unroll`.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -1,8 +1,6 @@
 """The verifier's LM head as adapters draft through it: some positions at a time, and where wanted
 some of its rows only (a reduced draft vocabulary: docs/adapters.md, section 4)."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass

@@ -2,8 +2,6 @@
 (Hoerl and Kennard 1970) and orthogonal Procrustes (Schönemann 1966: R = U Vᵀ of the centred
 cross-covariance), fitted from streamed batches: only sums are kept, in float64."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 
 import torch

@@ -1,7 +1,5 @@
 """What every adapter can do, around a researcher's plain module (docs/extending.md)."""
 
-from __future__ import annotations
-
 import inspect
 from typing import Any
 

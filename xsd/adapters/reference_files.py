@@ -2,8 +2,6 @@
 (docs/adapters.md, section 1). A pickle that would run code is refused. B1's file says L5: the
 folder ``B1`` it was written to, or ``level="B1"``, tells the two apart."""
 
-from __future__ import annotations
-
 import re
 import reprlib
 from collections.abc import Mapping

@@ -5,8 +5,6 @@ its own header, and the configuration beside it as JSON; the published reference
 too. No code in a file is ever run.
 """
 
-from __future__ import annotations
-
 import copy
 import reprlib
 from collections.abc import Mapping

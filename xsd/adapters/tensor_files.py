@@ -2,8 +2,6 @@
 is compared on loading; what others made is bounded before anything is allocated. Nothing in a file
 is executed, no name in it imported."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import pickletools

@@ -1,8 +1,6 @@
 """The arms of a live comparison, by name (docs/decoding.md, "Arms"): functions ``(sample,
 max_new_tokens) -> Generation`` on the same loaded models."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

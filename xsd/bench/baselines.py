@@ -1,7 +1,5 @@
 """transformers' own greedy generation on the verifier: what a user would pick instead."""
 
-from __future__ import annotations
-
 import time
 import weakref
 from typing import Any

@@ -1,8 +1,6 @@
 """What the parts cost on this machine, and what counted rounds should have taken at these prices.
 Whatever measures returns one row per operation: what, ms (median), low, high (quartiles), n."""
 
-from __future__ import annotations
-
 import functools
 import time
 from collections.abc import Callable, Mapping, Sequence

@@ -1,8 +1,6 @@
 """The file of a live run: JSON lines, a header first, appended sample by sample and synced, so that
 an interrupted run continues where it stopped."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import fcntl

@@ -1,8 +1,6 @@
 """Measure arms side by side, interleaved sample by sample, so that a machine that warms up or slows
 down does so for all alike; then say what was measured."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import hashlib

@@ -1,8 +1,6 @@
 """Spec-Bench's contract (Xia et al. 2024, hemingkx/Spec-Bench): ``forward_func`` for text models,
 any causal language model of transformers with a ``model.model`` decoder as the verifier."""
 
-from __future__ import annotations
-
 import functools
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Records of a live run into speed-ups: paired sample by sample, against the best baseline of the
 same run; nothing is claimed where the machine was busy (docs/decoding.md, "Measuring")."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any

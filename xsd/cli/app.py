@@ -1,7 +1,5 @@
 """The verbs of ``xsd``, and what becomes of a mistake."""
 
-from __future__ import annotations
-
 import shutil
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """``xsd data``: dataset folders, extractions, and what ran elsewhere."""
 
-from __future__ import annotations
-
 import os
 import sys
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """The door that every verb leaves by: what becomes of signals, of an output that nobody reads, and
 of a disk or a memory that refuses."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import os

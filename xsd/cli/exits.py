@@ -1,7 +1,5 @@
 """What every verb says on stderr, the lock on what it writes, what stands beside the package."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 import sys

@@ -1,8 +1,6 @@
 """``xsd train``, ``evaluate``, ``self-test``, ``bench`` and ``pair …``: adapters, rooms and the
 embedded pair, from the command line."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any, Literal
 

@@ -10,8 +10,6 @@ With position s the last one verified, at gamma = 3::
     verifier, both verified[0…s] gives p₁, which stands for verified[s+1] …   shift 1: B1, L5F
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -7,8 +7,6 @@ follow from its one-step matches (:func:`runs_of`); a head that feeds on its own
 by self-rollout (xsd/evaluate/drafting.py).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +18,9 @@ from xsd.core import MetricError, Round
 
 @dataclass(frozen=True)
 class Rounds:
-    """Flat record of rounds, answer by answer. accepted, drafted, bonus (0 or 1), request (0 …
-    n_requests - 1): int64 [R] each."""
+    """Flat record of rounds, answer by answer, and every figure of them. accepted, drafted, bonus
+    (0 or 1), request (0 … n_requests - 1): int64 [R] each. Raises: MetricError where a round
+    accepted more than it drafted, or drafted more than gamma."""
 
     accepted: np.ndarray
     drafted: np.ndarray
@@ -30,6 +29,14 @@ class Rounds:
     n_requests: int
     gamma: int
 
+    def __post_init__(self) -> None:
+        accepted, drafted = self.accepted, self.drafted
+        bad = np.flatnonzero((accepted > drafted) | (accepted < 0) | (drafted > self.gamma))
+        if bad.size:
+            raise MetricError(
+                f"round {bad[0]} accepted {accepted[bad[0]]} of {drafted[bad[0]]} drafted tokens "
+                f"at gamma {self.gamma}; a round accepts between none and all of its draft")
+
     def per_request(self) -> dict[str, np.ndarray]:
         """accepted, drafted, bonus, rounds: int64 [n_requests]; what the paired, clustered
         bootstrap resamples."""
@@ -37,6 +44,63 @@ class Rounds:
                 "rounds": np.ones_like(self.request)}
         return {name: np.bincount(self.request, weights, self.n_requests).astype(np.int64)
                 for name, weights in each.items()}
+
+    @property
+    def histogram(self) -> tuple[int, ...]:
+        """Rounds that accepted exactly k tokens, k = 0 … gamma."""
+        return tuple(np.bincount(self.accepted, minlength=self.gamma + 1).tolist())
+
+    @property
+    def marginal(self) -> tuple[float, ...]:
+        """P(accepted > i) over *all* rounds, i = 0 … gamma - 1."""
+        return tuple(float((self.accepted > i).mean()) for i in range(self.gamma))
+
+    @property
+    def conditional(self) -> tuple[float | None, ...]:
+        """P(token i accepted | tokens before it accepted, drafted); None where no round came that
+        far."""
+        there = [(self.accepted >= i) & (self.drafted > i) for i in range(self.gamma)]
+        return tuple(float((self.accepted[at] > i).mean()) if at.any() else None
+                     for i, at in enumerate(there))
+
+    @property
+    def mean_accepted(self) -> float:
+        """Accepted drafts per round, every round weighing alike."""
+        return float(self.accepted.mean())
+
+    @property
+    def mean_accepted_with_bonus(self) -> float:
+        return float((self.accepted + self.bonus).mean())
+
+    @property
+    def acceptance_rate(self) -> float:
+        """Accepted of all drafted tokens."""
+        return float(self.accepted.sum() / max(1, self.drafted.sum()))
+
+    def by_request(self) -> dict[str, np.ndarray]:
+        """mean_accepted, mean_accepted_with_bonus and acceptance_rate of each request that has a
+        round, float [n]; their means weigh every request alike."""
+        each = self.per_request()
+        accepted, drafted, bonus, n = (each[name][each["rounds"] > 0] for name in (
+            "accepted", "drafted", "bonus", "rounds"))
+        return {"mean_accepted": accepted / n, "mean_accepted_with_bonus": (accepted + bonus) / n,
+                "acceptance_rate": accepted / np.maximum(1, drafted)}
+
+    def convention(self, system: str) -> dict[str, float | tuple[float | None, ...]]:
+        """The same rounds in another system's words: "eagle", "vispec", "vllm", "sglang" (formulas:
+        docs/metrics.md, section 5). Raises: MetricError for an unknown system."""
+        rate, with_bonus = self.acceptance_rate, self.mean_accepted_with_bonus
+        forms: dict[str, dict[str, float | tuple[float | None, ...]]] = {
+            "eagle": {"tau": with_bonus, "n_alpha": self.conditional},
+            "vispec": {"tau": self.mean_accepted},
+            "vllm": {"mean_acceptance_length": 1 + self.mean_accepted,
+                     "draft_acceptance_rate": rate,
+                     "per_position_acceptance_rate": self.marginal},
+            "sglang": {"accept_length": with_bonus, "accept_rate": rate},
+        }
+        if system.lower() not in forms:
+            raise MetricError(f"unknown convention {system!r}; choose among {', '.join(forms)}")
+        return forms[system.lower()]
 
 
 def walk(runs: Any, lengths: Any, gamma: int, *, first: Any = None,
@@ -136,119 +200,3 @@ def from_requests(requests: Iterable[Sequence[Round]], gamma: int | None = None,
             f"a round drafted {drafted.max()} tokens but gamma is {gamma}; pass the longest draft "
             "as gamma, or one phase alone")
     return Rounds(accepted, drafted, bonus, request, len(requests), gamma)
-
-
-@dataclass(frozen=True)
-class Acceptance:
-    """How many draft tokens were accepted, in the one form everything else is converted from: the
-    counts of some rounds; every figure follows from them, so none can contradict another.
-
-    histogram[k]: rounds that accepted exactly k tokens, k = 0 … gamma. drafted_at[i]: rounds that
-    accepted their first i tokens and drafted another. survived[k]: rounds that accepted k or more;
-    marginal[i] = P(accepted > i) over *all* rounds; conditional[i] = P(token i accepted | tokens
-    before it accepted, drafted), None where no round came that far. mean_accepted weighs every
-    round alike, ``…_per_request`` is the mean over requests of the request's own mean;
-    request_histogram: requests by that mean, rounded down.
-    """
-
-    n_drafted: int
-    n_bonus: int
-    histogram: tuple[int, ...]
-    drafted_at: tuple[int, ...]
-    mean_accepted_per_request: float
-    mean_accepted_with_bonus_per_request: float
-    acceptance_rate_per_request: float
-    request_histogram: tuple[int, ...]
-
-    @classmethod
-    def of(cls, rounds: Rounds) -> Acceptance:
-        """From rounds. Raises: MetricError when there is none, or one accepted more than it
-        drafted."""
-        gamma, accepted, drafted = rounds.gamma, rounds.accepted, rounds.drafted
-        if not len(accepted):
-            raise MetricError("acceptance needs at least one round")
-        bad = np.flatnonzero((accepted > drafted) | (accepted < 0) | (drafted > gamma))
-        if bad.size:
-            raise MetricError(
-                f"round {bad[0]} accepted {accepted[bad[0]]} of {drafted[bad[0]]} drafted tokens "
-                f"at gamma {gamma}; a round accepts between none and all of its draft")
-        each = rounds.per_request()
-        active, drafting = each["rounds"] > 0, each["drafted"] > 0
-        mean = each["accepted"][active] / each["rounds"][active]
-        with_bonus = (each["accepted"] + each["bonus"])[active] / each["rounds"][active]
-        rates = each["accepted"][drafting] / each["drafted"][drafting]
-        by_mean = np.bincount(mean.astype(np.int64), minlength=gamma + 1)
-        return cls(
-            int(drafted.sum()), int(rounds.bonus.sum()),
-            histogram=tuple(np.bincount(accepted, minlength=gamma + 1).tolist()),
-            drafted_at=tuple(int(((accepted >= i) & (drafted > i)).sum()) for i in range(gamma)),
-            mean_accepted_per_request=float(mean.mean()),
-            mean_accepted_with_bonus_per_request=float(with_bonus.mean()),
-            acceptance_rate_per_request=float(rates.mean()) if len(rates) else 0.0,
-            request_histogram=tuple(by_mean.tolist()),
-        )
-
-    def __post_init__(self) -> None:
-        between = zip(self.survived, self.drafted_at, self.survived[1:], strict=False)
-        if not (0 <= self.n_bonus <= self.n_rounds and
-                self.n_accepted <= self.n_drafted <= self.gamma * self.n_rounds and
-                all(before >= at >= after for before, at, after in between)):
-            raise MetricError("these acceptance figures contradict each other; recompute them from "
-                              "the rounds")
-
-    @property
-    def gamma(self) -> int:
-        return len(self.histogram) - 1
-
-    @property
-    def n_rounds(self) -> int:
-        return sum(self.histogram)
-
-    @property
-    def n_requests(self) -> int:
-        return sum(self.request_histogram)
-
-    @property
-    def n_accepted(self) -> int:
-        return sum(k * count for k, count in enumerate(self.histogram))
-
-    @property
-    def survived(self) -> list[int]:
-        return np.cumsum(self.histogram[::-1])[::-1].tolist()
-
-    @property
-    def marginal(self) -> tuple[float, ...]:
-        return tuple(count / self.n_rounds for count in self.survived[1:])
-
-    @property
-    def conditional(self) -> tuple[float | None, ...]:
-        return tuple(after / at if at else None
-                     for after, at in zip(self.survived[1:], self.drafted_at, strict=True))
-
-    @property
-    def mean_accepted(self) -> float:
-        return self.n_accepted / self.n_rounds
-
-    @property
-    def mean_accepted_with_bonus(self) -> float:
-        return (self.n_accepted + self.n_bonus) / self.n_rounds
-
-    @property
-    def acceptance_rate(self) -> float:
-        return self.n_accepted / self.n_drafted if self.n_drafted else 0.0
-
-    def convention(self, system: str) -> dict[str, float | tuple[float | None, ...]]:
-        """The same rounds in another system's words: "eagle", "vispec", "vllm", "sglang" (formulas:
-        docs/metrics.md, section 5). Raises: MetricError for an unknown system."""
-        rate, with_bonus = self.acceptance_rate, self.mean_accepted_with_bonus
-        forms: dict[str, dict[str, float | tuple[float | None, ...]]] = {
-            "eagle": {"tau": with_bonus, "n_alpha": self.conditional},
-            "vispec": {"tau": self.mean_accepted},
-            "vllm": {"mean_acceptance_length": 1 + self.mean_accepted,
-                     "draft_acceptance_rate": rate,
-                     "per_position_acceptance_rate": self.marginal},
-            "sglang": {"accept_length": with_bonus, "accept_rate": rate},
-        }
-        if system.lower() not in forms:
-            raise MetricError(f"unknown convention {system!r}; choose among {', '.join(forms)}")
-        return forms[system.lower()]

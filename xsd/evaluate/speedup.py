@@ -215,7 +215,7 @@ def accepted_within(survival: Sequence[float], k: int) -> float:
     values = [1.0, *map(float, survival)]
     if len(values) == 1 or not all(0 <= b <= a <= 1 for a, b in pairwise(values)):
         raise MetricError("a survival curve must start at or below 1 and never rise but is "
-                          f"{values[1:7]}; pass Acceptance.marginal")
+                          f"{values[1:7]}; pass Rounds.marginal")
     ratio = values[-1] / values[-2] if values[-2] > 0 else 0.0
     while len(values) <= k:
         values.append(values[-1] * ratio)

@@ -3,8 +3,6 @@ answers, the floors, and what it keeps of the figures that :mod:`xsd.evaluate` m
 token of each answer is the verifier's own; every later position is drafted, by the floors too.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import os
 import re

@@ -2,8 +2,6 @@
 timed against the best baseline; that every answer is the verifier's own is checked apart
 (xsd/steps/lossless.py), and what the parts cost is measured by xsd/bench/costs.py."""
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 import os

@@ -1,8 +1,6 @@
 """Step 05, the check: the ids of every held-out sample against the verifier's own, not timed and on
 several processes if asked."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,8 +1,6 @@
 """``xsd plan``: what a run will take, with every assumption (the arithmetic: models.planning), and
 ``xsd doctor --pair``: does a pair fit, load, agree and answer here."""
 
-from __future__ import annotations
-
 import warnings
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from xsd.adapters import registry
 from xsd.core import ParameterError, Sample, XsdError, as_used
 from xsd.models import full_size, loading, planning, quantization
-from xsd.models.full_size import ModelSize
 from xsd.models.planning import PEAK, Machine, Sizes
 from xsd.models.quantization import dtype_of
 from xsd.runs.doctor import Finding
@@ -43,42 +40,48 @@ def make(machine: Machine, *, pair: str = full_size.FULL, dtype: str = "bfloat16
         if number < 1:
             raise ParameterError(f"{name} must be at least 1, not {number}")
     sizes, samples = full_size.sizes(pair), clips * questions
-    need = planning.memory(sizes, dtype=dtype, quant=quant, batch=batch, new_tokens=new_tokens)
+    form = {"dtype": dtype, "quant": quant, "new_tokens": new_tokens}
+    need = planning.memory(sizes, batch=batch, **form)
     disk = planning.shard_bytes(sizes, samples=samples, tokens=new_tokens, modes=len(modes),
                                 stored=stored, dtype=dtype)
-    seconds = planning.extraction_seconds(sizes, machine, dtype=dtype, quant=quant, clips=clips,
-                                          questions=questions, new_tokens=new_tokens, batch=batch,
-                                          modes=modes)
+    seconds = planning.extraction_seconds(sizes, machine, clips=clips, questions=questions,
+                                          batch=batch, modes=modes, **form)
     seconds["in all"] = sum(seconds.values())
-    training = {"samples": samples, "tokens": new_tokens, "epochs": epochs, "batch": train_batch,
-                "dtype": "float32" if dtype_of(dtype).itemsize == 4 else "bfloat16"}
     adapters = {level: _parameters_of(level, sizes) for level in levels}
-    stages = _stages(sizes, adapters, need[PEAK], machine, training, dtype, quant)
-    asked = f"{clips} clips x {questions} questions, {new_tokens} tokens"
-    sections = {
-        "Models (parameters)": [row for size in sizes for row in _parameters(size)],
-        f"Memory on the device ({_form(dtype, quant)}, {batch} answers at a time)":
-            [(what, number / GB, "GB", "predicted") for what, number in need.items()],
-        f"Extraction ({asked}) on {machine.name}":
-            [("disk: shards and heads", disk / GB, "GB", "predicted"),
-             *((f"time: {what}", took / HOUR, "h", "predicted") for what, took in seconds.items())],
-        f"Training (at most {epochs} epochs, batch {train_batch}, {training['dtype']}) on "
+    half = "float32" if dtype_of(dtype).itemsize == 4 else "bfloat16"
+    training = {level: planning.training(count, sizes[1], machine, samples=samples, epochs=epochs,
+                                         tokens=new_tokens, batch=train_batch, dtype=half)
+                for level, count in adapters.items()}
+    # no model is loaded while adapters are trained and evaluated
+    stages = {
+        "01 extraction: both models": need[PEAK],
+        **{f"02 training: {level}": peak for level, (_, peak) in training.items()},
+        "03, 04 evaluation: the largest adapter": planning.evaluation_bytes(
+            max(adapters.values(), default=0), sizes[1], tokens=new_tokens, batch=train_batch),
+        "05 live decoding: both models, all adapters": planning.live_bytes(
+            sizes, sum(adapters.values()), **form)}
+    rows = [(title, *row) for title, some in {
+        "Models (parameters)": _counted(sizes),
+        f"Memory on the device ({_form(dtype, quant)}, {batch} answers at a time)": _gb(need),
+        f"Extraction ({clips} clips x {questions} questions, {new_tokens} tokens) on "
         f"{machine.name}":
-            [row for level in levels for row in _training(level, adapters[level], sizes[1],
-                                                          machine, training)],
-        "Memory on the device by stage":
-            [(what, number / GB, "GB", "predicted") for what, number in stages.items()]}
-    table = pd.DataFrame([(section, *row) for section, rows in sections.items() for row in rows],
-                         columns=["section", "what", "value", "unit", "kind"])
+            _gb({"disk: shards and heads": disk}) +
+            [(f"time: {what}", took / HOUR, "h", "predicted") for what, took in seconds.items()],
+        f"Training (at most {epochs} epochs, batch {train_batch}, {half}) on {machine.name}":
+            [row for level, (took, peak) in training.items() for row in (
+                (f"{level}: parameters", adapters[level], "", "counted"),
+                *_gb({f"{level}: peak memory": peak}),
+                (f"{level}: time", took / HOUR, "h", "predicted"))],
+        "Memory on the device by stage": _gb(stages)}.items() for row in some]
     advice = [_fit(sizes, machine, need[PEAK] / GB, dtype, batch, new_tokens),
-              *_fitting(sizes, stages, machine, dtype, quant, new_tokens)]
+              *_fitting(sizes, stages, machine, form)]
     if disk_free is not None:
         shards, free = f"{disk / GB:.1f} GB of shards", f"the {disk_free / GB:.1f} GB free here"
         advice.append(f"{shards} fit onto {free}" if disk <= MOST_OF_DISK * disk_free else
                       f"{shards} do not fit onto {free}; store int8, extract one mode, or choose "
                       "fewer questions (--stored, --modes, --questions)")
-    return {"table": table, "advice": advice,
-            "assumptions": _assumptions(machine, new_tokens, batch, epochs)}
+    return {"table": pd.DataFrame(rows, columns=["section", "what", "value", "unit", "kind"]),
+            "advice": advice, "assumptions": _assumptions(machine, new_tokens, batch, epochs)}
 
 
 def text(plan: dict[str, Any]) -> str:
@@ -99,38 +102,25 @@ def _form(dtype: str, quant: str | None) -> str:
     return dtype + (f", {quant}" if quant else "")
 
 
-def _parameters(size: ModelSize) -> list[tuple[str, float, str, str]]:
-    counts = {f"{size.name} ({size.role})": size.total,
-              **{f"   {part}": count for part, count in size.parameters.items()}}
-    return [*((what, count, "", "counted") for what, count in counts.items()),
-            ("   positions of a prompt", planning.prompt_positions(size), "",
-             "counted, text assumed")]
+def _gb(need: dict[str, float]) -> list[tuple[str, float, str, str]]:
+    return [(what, number / GB, "GB", "predicted") for what, number in need.items()]
+
+
+def _counted(sizes: Sizes) -> list[tuple[str, float, str, str]]:
+    return [row for size in sizes for row in (
+        (f"{size.name} ({size.role})", size.total, "", "counted"),
+        *((f"   {part}", count, "", "counted") for part, count in size.parameters.items()),
+        ("   positions of a prompt", planning.prompt_positions(size), "", "counted, text assumed"))]
 
 
 def _parameters_of(level: str, sizes: Sizes) -> int:
-    drafter, verifier = sizes
-    with torch.device("meta"):
-        adapter = registry.create_adapter(level, verifier.hidden, drafter_size=drafter.hidden)
-    return registry.count_parameters(adapter)
+    with torch.device("meta"):  # counted, not filled
+        return registry.count_parameters(registry.create_adapter(
+            level, sizes[1].hidden, drafter_size=sizes[0].hidden))
 
 
-def _stages(sizes: Sizes, adapters: dict[str, int], extraction: float, machine: Machine,
-            training: dict[str, Any], dtype: str, quant: str | None) -> dict[str, float]:
-    """Peak bytes of everything that the chain does, by stage. No model is loaded while adapters are
-    trained and evaluated."""
-    shape = {"tokens": training["tokens"], "batch": training["batch"]}
-    return {
-        "01 extraction: both models": extraction,
-        **{f"02 training: {level}": planning.training(count, sizes[1], machine, **training)[1]
-           for level, count in adapters.items()},
-        "03, 04 evaluation: the largest adapter": planning.evaluation_bytes(
-            max(adapters.values(), default=0), sizes[1], **shape),
-        "05 live decoding: both models, all adapters": planning.live_bytes(
-            sizes, sum(adapters.values()), dtype=dtype, quant=quant, new_tokens=shape["tokens"])}
-
-
-def _fitting(sizes: Sizes, stages: dict[str, float], machine: Machine, dtype: str,
-             quant: str | None, new_tokens: int) -> list[str]:
+def _fitting(sizes: Sizes, stages: dict[str, float], machine: Machine,
+             form: dict[str, Any]) -> list[str]:
     """Which stages do not fit, and whether one model at a time would."""
     if machine.memory_gb is None:
         return []
@@ -139,8 +129,8 @@ def _fitting(sizes: Sizes, stages: dict[str, float], machine: Machine, dtype: st
                      if number / GB > most]):
         return [f"every stage of 01 to 05 fits into the {machine.memory_gb:.0f} GB, the largest "
                 f"with {max(stages.values()) / GB:.1f} GB"]
-    both = _peak(sizes, dtype, quant, 1, new_tokens)
-    alone = max(_peak((size,), dtype, quant, 1, new_tokens) for size in sizes)
+    both = _peak(sizes, **form)
+    alone = max(_peak((size,), **form) for size in sizes)
     way = (f"one answer at a time extraction needs {both:.1f} GB, and batch_size=auto finds how "
            "many fit" if both <= most else
            f"extraction goes on with one model at a time there, {alone:.1f} GB, and with their "
@@ -148,15 +138,8 @@ def _fitting(sizes: Sizes, stages: dict[str, float], machine: Machine, dtype: st
     return [f"these stages do not fit: {'; '.join(over)}; {way}"]
 
 
-def _training(level: str, parameters: int, verifier: ModelSize, machine: Machine,
-              options: dict[str, Any]) -> list[tuple[str, float, str, str]]:
-    seconds, peak = planning.training(parameters, verifier, machine, **options)
-    return [(f"{level}: parameters", parameters, "", "counted"),
-            (f"{level}: peak memory", peak / GB, "GB", "predicted"),
-            (f"{level}: time", seconds / HOUR, "h", "predicted")]
-
-
-def _peak(sizes: Sizes, dtype: str, quant: str | None, batch: int, new_tokens: int) -> float:
+def _peak(sizes: Sizes, dtype: str, quant: str | None, batch: int = 1,
+          new_tokens: int = 64) -> float:
     """Predicted GB of both models."""
     return planning.memory(sizes, dtype=dtype, quant=quant, batch=batch,
                            new_tokens=new_tokens)[PEAK] / GB
@@ -261,14 +244,14 @@ def examine(pair: str, *, dtype: str = "auto", quant: str | None = None,
 
 def fits(sizes: Sizes, free: int | None, *, dtype: str, quant: str | None, device: str) -> Finding:
     """Predicted peak of one answer at a time against free bytes (None: the system does not say)."""
-    need = _peak(sizes, dtype, quant, 1, 64)
+    need = _peak(sizes, dtype, quant)
     what = f"predicted memory {need:.2f} GB ({_form(dtype, quant)}, one answer at a time)"
     if free is None:
         return Finding("note", what, f"how much {device} has free is not known here")
     there = free / GB
     if need <= there:
         return Finding("ok", f"{what}, {there:.1f} GB free on {device}")
-    tries = {"--dtype bfloat16" + (f" --quant {less}" if less else ""): ("bfloat16", less, 1, 64)
+    tries = {"--dtype bfloat16" + (f" --quant {less}" if less else ""): ("bfloat16", less)
              for less in QUANTS}
     return Finding("bad", f"{what}, but only {there:.1f} GB are free on {device}",
                    _ways(sizes, there, tries) or "use a larger device (xsd plan)")

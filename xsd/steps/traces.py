@@ -238,7 +238,7 @@ def acceptance(matches: Sequence[np.ndarray], clusters: Sequence[str], gamma: in
     return {name: dataclasses.asdict(statistics.bootstrap_ratio(*both, clusters, **options))
             for name, both in ratios.items()} | {
         "by_position": by_position(matches),
-        "marginal": list(rounds.Acceptance.of(walked).marginal)}
+        "marginal": list(walked.marginal)}
 
 
 def duplicates(answers: Sequence[Sequence[int]]) -> dict[str, float]:

@@ -1,7 +1,5 @@
 """Step 02: one adapter for each level from the training pairs of a run, each by its recipe."""
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import os
