@@ -32,11 +32,20 @@ KINDS = {table.DRAFTER: "drafter", "B1": "ceiling"}
 
 
 def per_sample(run: str, metric: str) -> pd.DataFrame:
-    """Numerator and denominator of a metric per data set, level (or live arm) and sample: data,
-    level, sample, cluster, above, below. Raises: ParameterError for what the run lacks."""
+    """Numerator and denominator of a metric per data set, level (or live arm: its ratio to the best
+    baseline) and sample: data, level, sample, cluster, above, below. Raises: ParameterError for
+    what the run lacks."""
     if metric == "speedup":
-        with folder.as_written(folder.resolve(run) / "records.jsonl"):
-            return _speedups(run)
+        from xsd.bench import speedups
+
+        pieces = []
+        for name, part in _live(run).items():
+            with folder.as_written(folder.resolve(run) / "records.jsonl"):
+                times, baseline, clusters = speedups.seconds(part)
+            own = times.rdiv(times[baseline], axis=0).melt(
+                var_name="level", value_name="above", ignore_index=False).reset_index()
+            pieces.append(own.assign(data=name, below=1.0, cluster=own["sample"].map(clusters)))
+        return pd.concat(pieces, ignore_index=True)
     with folder.as_written(folder.resolve(run) / "tokens.parquet"):
         tokens, keys = folder.load_tokens(run), ["data", "level", "sample", "sequence"]
         if metric == "cosine":
@@ -67,19 +76,6 @@ def _live(run: str) -> dict[str, list[dict[str, Any]]]:
     found["data"] = found["sample"].map(origin["data"]).fillna(datasets.SIMULATED)
     found["sequence"] = found["sample"].map(origin["sequence"]).fillna(found["sequence"])
     return {name: part.to_dict("records") for name, part in found.groupby("data", sort=False)}
-
-
-def _speedups(run: str) -> pd.DataFrame:
-    """Each live arm's ratio to the best baseline, by sample."""
-    from xsd.bench import speedups
-
-    pieces = []
-    for name, part in _live(run).items():
-        times, baseline, clusters = speedups.seconds(part)
-        ratios = times.rdiv(times[baseline], axis=0)
-        own = ratios.melt(var_name="level", value_name="above", ignore_index=False).reset_index()
-        pieces.append(own.assign(data=name, below=1.0, cluster=own["sample"].map(clusters)))
-    return pd.concat(pieces, ignore_index=True)
 
 
 def _speedup_rows(run: str, **options: Any) -> list[dict[str, Any]]:
@@ -149,8 +145,8 @@ def differences(runs: Sequence[str], metric: str, *, baseline: str = "", resampl
             about = {"run": name, "data": which, "level": level, "against": against}
             found = _difference(pair, metric == "speedup", n_resamples=resamples, seed=seed)
             rows.append(about | {"n_samples": len(pair)} | found)
-    columns = ["run", "data", "level", "against", "value", "low", "high", "n_samples", "clear"]
-    return pd.DataFrame(rows, columns=columns)
+    return pd.DataFrame(rows, columns=["run", "data", "level", "against", "value", "low", "high",
+                                       "n_samples", "clear"])
 
 
 def _partner(level: str, own: Sequence[str], theirs: Sequence[str], *, alone: bool) -> str:
@@ -178,42 +174,40 @@ def apart(runs: Sequence[str], metric: str, *, baseline: str = "") -> pd.DataFra
     A paired difference needs the same held-out data, pair of models and parameters (``SAME``) on
     both sides. Raises: ParameterError for a baseline that is not among the runs."""
     called = dict(zip(listing.names(runs), runs, strict=True))
-    made = {}
-    for name, run in called.items():
-        with folder.as_written(folder.resolve(run) / "results"):
-            made[name] = _made_with(run, metric)
+    made = {name: _made_with(run, metric) for name, run in called.items()}
     base = _baseline(called, baseline)
     rows = []
     for name, data, mine in ((name, *one) for name, sets in made.items() for one in sets.items()):
         theirs = made[base].get(data, {})
         why = [f"its {what} is {mine[what]}, that of {base} {theirs[what]}" for what in mine
-               if what in theirs and mine[what] != theirs[what]] if theirs else [
-            f"{base} was not evaluated on it"]
-        rows += [{"run": name, "data": data, "why": one} for one in why]
+               if what in theirs and mine[what] != theirs[what]]
+        rows += [(name, data, one) for one in (
+            why if theirs else [f"{base} was not evaluated on it"])]
     return pd.DataFrame(rows, columns=["run", "data", "why"])
 
 
 def _made_with(run: str, metric: str) -> dict[str, dict[str, str]]:
     """Held-out set → what must be equal in runs that are subtracted, as far as it is known."""
-    results = folder.load_results(run)
-    extract, found = (results.get(name, {}) for name in (
-        "extract", "live" if metric == "speedup" else "tokens"))
-    origin = found.get("provenance", {})
-    given = origin.get("parameters", {})
-    known: dict[str, Any] = {name: given.get(name) for name in SAME.get(metric, ("gamma", "mode"))}
-    known |= {f"{role}'s weights": value[:12] for role, value in extract.get("weights", {}).items()}
-    asked = extract.get("provenance", {}).get("parameters", {})
-    known["longest answer"] = asked.get("max_new_tokens")
-    if metric == "speedup":
-        known |= {"baseline": found.get("baseline"), "machine": origin.get("machine")}
-    hashes = {name.removeprefix("test_"): value
-              for name, value in extract.get("data_hashes", {}).items()}
-    if metric != "speedup" and given.get("test_data"):
-        sets = map(datasets.name_of, given["test_data"])
-        hashes |= dict(zip(sets, str(origin.get("data_hash")).split("+"), strict=False))
-    return {data: {name: str(value) for name, value in {
-        **known, "held-out data": hashes.get(data, "")[:16]}.items() if value not in (None, "")}
-        for data in found.get("test", {})}
+    live, results = metric == "speedup", folder.load_results(run)
+    with folder.as_written(folder.resolve(run) / "results"):
+        extract, found = (results.get(name, {}) for name in (
+            "extract", "live" if live else "tokens"))
+        origin = found.get("provenance", {})
+        given = origin.get("parameters", {})
+        known = {name: given.get(name) for name in SAME.get(metric, ("gamma", "mode"))}
+        known |= {f"{role}'s weights": one[:12] for role, one in extract.get("weights", {}).items()}
+        asked = extract.get("provenance", {}).get("parameters", {})
+        known["longest answer"] = asked.get("max_new_tokens")
+        hashes = {name.removeprefix("test_"): value
+                  for name, value in extract.get("data_hashes", {}).items()}
+        if live:
+            known |= {"baseline": found.get("baseline"), "machine": origin.get("machine")}
+        elif given.get("test_data"):
+            sets = map(datasets.name_of, given["test_data"])
+            hashes |= dict(zip(sets, str(origin.get("data_hash")).split("+"), strict=False))
+        return {data: {name: str(value) for name, value in {
+            **known, "held-out data": hashes.get(data, "")[:16]}.items() if value not in (None, "")}
+            for data in found.get("test", {})}
 
 
 def _difference(pair: pd.DataFrame, of_medians: bool, **options: int) -> dict[str, Any]:
