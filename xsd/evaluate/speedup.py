@@ -169,7 +169,7 @@ def predict(prices: Prices, survival: Sequence[float], *, n_tokens: float, gamma
     """Time of one answer with prefill hiding followed by draft–verify rounds, against plain
     decoding of the same n_tokens (the formulas: docs/metrics.md, section 10).
 
-    survival: P(first i + 1 drafts all accepted) for i = 0 … (Acceptance.marginal), going on at its
+    survival: P(first i + 1 drafts all accepted) for i = 0 … (Rounds.marginal), going on at its
     last ratio. prefill_survival: of the hidden drafts, from the answer's first position on. gamma:
     0 decodes plainly after the hidden drafts. Raises: MetricError for a curve that rises or leaves
     [0, 1], n_tokens below 1, gamma below 0; ParameterError for a v(K) that was not measured."""
