@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny_pair import QUESTIONS, make_samples, make_tiny_pair
 
+from studies.embedded_pair import depth
 from xsd.adapters import registry
 from xsd.core import DatasetError, EventError, ParameterError, VideoError
 from xsd.evaluate import table
@@ -86,7 +87,7 @@ def test_a_short_event_file_is_one_clip_whose_video_is_painted(tmp_path):
     clips = recordings.cut(source)
     assert len(clips) == 1 and clips[0].video.shape == (
         8, 480, 640, 3) and source.kind == "pictures from the events"
-    said = " | ".join(recordings.warnings(source, clips, WORLD))
+    said = " | ".join(depth.warnings(source, clips, WORLD))
     for words in ("there is no video", "640x480 pixels, the pair knows up to 128x96",
                   "lasts 49 ms, the pair knows 1000", "their truth"):
         assert words in said
@@ -105,7 +106,7 @@ def _empty(source):
 def test_the_shipped_recording_is_known_to_be_grey_and_long():
     source = recordings.open_source("davis_road")
     clips = recordings.cut(source, max_clips=2)
-    said = " | ".join(recordings.warnings(source, clips, WORLD))
+    said = " | ".join(depth.warnings(source, clips, WORLD))
     assert source.kind == "both recorded" and len(clips) == 2
     assert clips[0].video.shape == (8, 260, 346, 3)
     assert "the pictures are grey" in said and "refuses 100 ms and more" in said
@@ -113,7 +114,7 @@ def test_the_shipped_recording_is_known_to_be_grey_and_long():
 
 
 def test_what_the_pair_knows_is_read_from_its_own_world():
-    world = recordings.known(n_sequences=2)
+    world = depth.known(n_sequences=2)
     assert world["clip_ms"] == 1000 and world["rate"][0] < world["rate"][1]
     assert (128, 96) in world["sizes"] and 0 < world["grey_share"] < 1
 
