@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 from forks import forked
 
+from studies import raw_dsec
 from xsd import cli
 from xsd.core import DatasetError, ParameterError, StorageError
-from xsd.embedded import drive, raw_sequence
+from xsd.embedded import drive
 from xsd.sensors import dsec, folder, frames
 from xsd.steps import data
 
@@ -20,7 +21,7 @@ SMALL = {"duration_s": 0.6, "image_size": (24, 18), "rendered": (40, 30)}
 def raw(tmp_path_factory):
     root = tmp_path_factory.mktemp("raw")
     for index in range(2):
-        raw_sequence.write(root / f"drive_{index}", seed=index, **SMALL)
+        raw_dsec.write(root / f"drive_{index}", seed=index, **SMALL)
     return root
 
 
@@ -38,11 +39,11 @@ def test_the_simulated_sequence_is_one_for_the_reader(raw):
     moved = dsec.read_window(sequence, first, first + 600_000, rectify=True)
     assert np.array_equal(moved.x, events.x)
     with pytest.raises(DatasetError, match="holds a raw sequence already"):
-        raw_sequence.write(raw / "drive_0", seed=0)
+        raw_dsec.write(raw / "drive_0", seed=0)
 
 
 def test_the_same_seed_gives_the_same_sequence(raw, tmp_path):
-    raw_sequence.write(tmp_path / "again", seed=0, **SMALL)
+    raw_dsec.write(tmp_path / "again", seed=0, **SMALL)
     one, other = dsec.open_sequence(raw / "drive_0"), dsec.open_sequence(tmp_path / "again")
     start = int(one.image_times_us[0])
     a, b = dsec.read_window(one, start,

@@ -1,5 +1,6 @@
-"""A simulated drive in DSEC's own raw format (docs/sensors.md, section 6). Luminance is rendered
-small and enlarged, which makes edges softer than a real sensor's."""
+"""Simulated drives in DSEC's own raw format, which notebook 08 prepares where it is given none
+(docs/sensors.md, section 6). Luminance is rendered small and enlarged, which makes edges softer
+than a real sensor's."""
 
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,23 @@ from xsd.core import DatasetError
 from xsd.embedded import dvs, scenes
 from xsd.embedded.drive import LUMINANCE_HZ, VIDEO_HZ
 from xsd.embedded.render import Renderer
-from xsd.files import atomic_write
+from xsd.files import FolderLock, atomic_write
 from xsd.sensors import containers, dsec
 from xsd.sensors import events as event_streams
 from xsd.sensors.timed_video import LUMA
 
 CLOCK_START_US = 51_648_500_000
 """DSEC's clock is absolute; this is an arbitrary moment on it."""
+
+
+def ensure(source: str | Path, *, n_sequences: int = 2, seed: int = 0,
+           duration_s: float = 1.5) -> None:
+    """Make sure that ``source`` holds simulated sequences."""
+    with FolderLock(source):
+        for index in range(n_sequences):
+            place = Path(source) / f"simulated_{seed:02d}_{index:02d}"
+            if not (place / "images" / "timestamps.txt").is_file():  # written last
+                write(place, seed=1000 * seed + index, duration_s=duration_s)
 
 
 def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
