@@ -14,7 +14,7 @@ from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.evaluate import table
 from xsd.runs import demo_page, folder, listing, parameters, report
-from xsd.steps import compare, extraction, live, lossless, predictions, ready, traces, training
+from xsd.steps import compare, extraction, judge, live, lossless, ready, traces, training
 from xsd.views import figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
@@ -318,10 +318,10 @@ def test_stored_pairs_are_replayed_with_adapters_and_measured_prices(place, benc
         told = found["arms"][level]["mean_accepted"]["value"]
         assert told == sums.loc[level, "accepted"] / sums.loc[level, "rounds"]
         assert found["arms"][level]["schedule"]["predicted_speedup"] > 0
-    prices = [predictions.read_prices(measured_at, level=level).draft_s for level in ("", "L4")]
+    prices = [judge.read_prices(measured_at, level=level).draft_s for level in ("", "L4")]
     assert prices[1] > prices[0] and found["mode"] == "teacher_forced"
     with pytest.raises(ParameterError, match=r"holds no prices .* notebook 05 measured L2"):
-        predictions.read_prices(measured_at, level="L2")
+        judge.read_prices(measured_at, level="L2")
     with pytest.raises(ParameterError, match="holds no states for adapters to read"):
         traces.run(measured_at / "results" / "live.json", tmp_path / "out", adapters=adapters)
     path = str(place / "run" / "adapters" / "L4")

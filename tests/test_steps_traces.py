@@ -12,7 +12,7 @@ from xsd.decode import replay
 from xsd.evaluate import curves
 from xsd.evaluate import table as token_table
 from xsd.runs import folder
-from xsd.steps import predictions, traces
+from xsd.steps import judge, traces
 
 A, B = [5, 6, 7, 8, 2], [5, 6, 9, 8, 2]
 ROWS = [{"clip": 0, "sequence": "s0", "drafter_ids": [5, 6, 7], "verifier_ids": A},
@@ -78,12 +78,12 @@ def test_replayed_schedules_count_passes_and_price_them(trace_file, tmp_path):
     # last; B needs a second pass.
     assert (mode["passes"], mode["passes_alone"]) == (5, 16)
     assert mode["predicted_alone_s"] == 20 and mode["predicted_s"] == 4 + 5
-    floor = traces.arms(traces.read(trace_file))["position mode"]
+    floor = traces.arms(traces.read(trace_file)[0])["position mode"]
     walked = replay.replay(A, lambda prefix, n: floor.draft(prefix, n, 0), gamma=5,
                            eos_token_ids=frozenset({2}))
     assert [(r.n_drafted, r.n_accepted, r.bonus) for r in walked] == [(0, 0, True), (3, 3, True)]
     with pytest.raises(ParameterError, match="holds no prices"):
-        predictions.read_prices(trace_file)
+        judge.read_prices(trace_file)
 
 
 def test_rows_without_sequences_are_cut_into_blocks_of_neighbours(tmp_path):
@@ -94,8 +94,8 @@ def test_rows_without_sequences_are_cut_into_blocks_of_neighbours(tmp_path):
             "rows": [{"clip": i, "drafter_ids": [1], "verifier_ids": [1, 2]} for i in range(7)]
         }))
     assert [t.sequence[-2:]
-            for t in traces.read(path, blocks=3)] == ["00", "00", "00", "01", "01", "02", "02"]
-    traces.write(tmp_path / "again.json", traces.read(path, blocks=3))
+            for t in traces.read(path, blocks=3)[0]] == ["00", "00", "00", "01", "01", "02", "02"]
+    traces.write(tmp_path / "again.json", traces.read(path, blocks=3)[0])
     assert traces.read(tmp_path / "again.json") == traces.read(path, blocks=3)
 
 
@@ -145,8 +145,8 @@ def test_the_file_names_what_ends_its_answers(tmp_path):
     cut = traces.run(write_rows(path, ids[:-1], eos=[128009]), tmp_path / "cut", resamples=50)
     assert "no answer ends with 128009" in traces.text(cut)
     again = tmp_path / "again.json"
-    traces.write(again, traces.read(path), [128009])
-    assert traces.read_file(again) == traces.read_file(path)
+    traces.write(again, traces.read(path)[0], [128009])
+    assert traces.read(again) == traces.read(path)
 
 
 @pytest.mark.parametrize("ids", [[-1], [1.0], [True], [2**31], ["1"], [None], 3, {"0": 1}, "12"])

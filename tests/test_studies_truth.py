@@ -18,7 +18,7 @@ from studies.parameters import TruthParameters
 from xsd.core import MetricError, ParameterError
 from xsd.models import loading
 from xsd.runs import doctor, folder, notebooks, parameters
-from xsd.steps import evaluation, extraction, predictions, training
+from xsd.steps import evaluation, extraction, judge, training
 
 NOTEBOOK = notebooks.NOTEBOOK_FOLDER / "13_truth.ipynb"
 LEVELS = ["L1", "L5F", "B1"]
@@ -204,7 +204,7 @@ def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run,
     def timed(run_dir, **values):
         given = TruthParameters.checked(
             {"run_dir": str(run_dir), "levels": LEVELS, "waterfall": "L1", **values})
-        return predictions.timings(given.timing, run.adapters, run.pairs, run_dir=run_dir, gamma=5,
+        return judge.timings(given.timing, run.adapters, run.pairs, run_dir=run_dir, gamma=5,
                                    gamma_prefill=10)
 
     folder.save_results(tmp_path, "train", {})
@@ -219,7 +219,7 @@ def test_speed_ups_are_predicted_from_measured_costs_where_the_run_has_them(run,
     assert found["L1"].overhead == pytest.approx((5 * 3 + 15) / 10 - 1)
     assert found["4-gram"].overhead == pytest.approx(15 / 10 - 1)
     own = timed(tmp_path, timing={"verify_ms": 5})
-    tables = predictions.speedups(run.loops["simulated"], own)
+    tables = judge.speedups(run.loops["simulated"], own)
     assert set(tables["break_even"]["level"]) == {"any"} and len(tables["wall_clock"]) == 4
     assert set(tables["expected_speedup"]["level"]) == {*LEVELS, *own}
 

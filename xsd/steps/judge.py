@@ -1,5 +1,6 @@
 """``xsd evaluate``: adapters by path on one held-out set, as a printed report and tables, without
-arms (docs/metrics.md, section 9)."""
+arms (docs/metrics.md, section 9), and speed-ups predicted from acceptance and from times that are
+quoted, given or measured (section 10). Notebook 05 measures."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -7,12 +8,16 @@ from typing import Any
 
 import pandas as pd
 
-from xsd.core import MetricError
+from xsd.adapters.base import Adapter
+from xsd.bench import costs
+from xsd.core import MetricError, ParameterError
+from xsd.decode.prices import Prices
 from xsd.evaluate import comparison, metrics, reliability, report_text, table, tables
-from xsd.evaluate.speedup import Timing
-from xsd.files import atomic_write, provenance
+from xsd.evaluate.held_out import HeldOut
+from xsd.evaluate.speedup import Timing, break_even_table, expected_table, wall_clock_table
+from xsd.files import atomic_write, provenance, read_json
 from xsd.runs import folder
-from xsd.steps import evaluation, extraction, predictions, training
+from xsd.steps import evaluation, extraction, training
 
 FLOORS = {name: name for name in evaluation.FLOORS.values()} | {"drafter tokens": table.DRAFTER}
 """A floor's name → the level that it is in the counts."""
@@ -62,6 +67,68 @@ def figures(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[f
                          for row in part.to_dict("records")])
 
 
+def timings(timing: str | Mapping[str, float], adapters: Mapping[str, Adapter], pairs: HeldOut, *,
+            run_dir: str | Path, gamma: int, gamma_prefill: int) -> dict[str, Timing]:
+    """Level or floor → what its speed-up is predicted from: the reference's times, one's own, or
+    what notebook 05 measured in the run ("measured"); then levels it did not time are left out.
+
+    Raises: ParameterError where the run holds no measured costs, or not of rounds this wide."""
+    reads = dict.fromkeys(evaluation.FLOORS.values(), "") | {"drafter tokens": "drafter"} | {
+        level: one.reads for level, one in adapters.items()}
+    if timing != "measured":
+        return dict.fromkeys(reads, Timing.read(timing))
+    path = folder.resolve(run_dir) / "results" / "live.json"
+    with folder.as_written(path):
+        known = read_json(path, ParameterError, folder.AGAIN)["costs"] if path.is_file() else None
+    if not known:
+        raise ParameterError(f"the run {run_dir} holds no measured costs; run notebook 05 with "
+                             f"run_dir={run_dir} first, or give timing=reference")
+    n_tokens = sum(map(len, pairs.answers)) / len(pairs)
+    return {
+        name: Timing.of(costs.stored_prices(known, level=name if name in adapters else "",
+                                            drafter=read in ("drafter", "both")),
+                        n_tokens=n_tokens, gamma=gamma, most=gamma_prefill)
+        for name, read in reads.items() if name not in adapters or f"adapter {name}" in known
+    }
+
+
+def read_prices(path: str | Path, *, drafter: bool = True, level: str = "") -> Prices:
+    """One's own ``{verifier_prefill_s, drafter_prefill_s, draft_s, verify: {"1": s, "6": s, …}}``,
+    the same for every arm; or a run folder whose notebook 05 measured the parts, for an arm with
+    the drafter (or without) and an adapter of this level. Raises: ParameterError naming what is
+    wrong."""
+    path = Path(path)
+    try:
+        if path.is_dir():
+            stored = read_json(path / "results" / "live.json", ParameterError, folder.AGAIN)
+            return costs.stored_prices(stored["costs"], drafter=drafter, level=level)
+        stored = read_json(path, ParameterError, "give a JSON of seconds")
+        verify = {int(rows): float(seconds) for rows, seconds in stored["verify"].items()}
+        names = ("verifier_prefill_s", "drafter_prefill_s", "draft_s")
+        return Prices(*(float(stored[name]) for name in names), verify)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, ParameterError) as error:
+        raise ParameterError(
+            f"{path} holds no prices ({type(error).__name__}: {error}); expected "
+            "verifier_prefill_s, drafter_prefill_s, draft_s and verify (rows → seconds), or a run "
+            f"folder whose notebook 05 measured {level or 'the parts'}") from error
+
+
+def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd.DataFrame]:
+    """Predictions by the reference's formulas: expected_speedup, of every timed level's token
+    acceptance (counted: table.counts of a greedy loop); wall_clock, end to end at 21, 50, 70 and
+    100 %; break_even, the acceptance that it takes. Each with level and kind of the timing."""
+    loop = counted.groupby("level")[["matched", "positions"]].sum()
+    share = (loop["matched"] / loop["positions"]).rename({table.DRAFTER: "drafter tokens"})
+    timed = {level: of for level, of in timed.items() if level in share}
+    of_any = {"any": next(iter(timed.values()))} if len(set(timed.values())) == 1 else timed
+    made = {"expected_speedup": (timed, lambda level, of: expected_table(share[level], of)),
+            "wall_clock": (of_any, lambda _, of: wall_clock_table(of)),
+            "break_even": (of_any, lambda _, of: break_even_table(of.gammas, overhead=of.overhead))}
+    return {name: pd.DataFrame([{"level": level, "timing": of.kind, **row}
+                                for level, of in some.items() for row in rows(level, of)])
+            for name, (some, rows) in made.items()}
+
+
 def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "", train: str = "",
           mode: str | None = None, gamma: int = 5, gamma_prefill: int = 10, top_k: int = 5,
           thresholds: Sequence[float] = (0.8, 0.85, 0.9, 0.95), batch_size: int = 64,
@@ -93,9 +160,8 @@ def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "
         raise MetricError(f"{pairs} holds neither prompts nor tokens of the drafter, so there is "
                           "no floor to compare with; name the training set too (--train)")
     found["headline"], found["floors"] = headline(counted, **draws)
-    timed = predictions.timings(timing, levels, held_out, run_dir=out, gamma=gamma,
-                                gamma_prefill=gamma_prefill)
-    found |= predictions.speedups(counted, timed)
+    timed = timings(timing, levels, held_out, run_dir=out, gamma=gamma, gamma_prefill=gamma_prefill)
+    found |= speedups(counted, timed)
     place = folder.resolve(out)
     for name, rows in found.items():
         tables.write(rows, place / "tables" / name)

@@ -20,13 +20,13 @@ import pandas as pd
 
 from xsd.adapters.base import Adapter
 from xsd.core import DatasetError, ParameterError
-from xsd.decode import replay
+from xsd.decode import replay, rules
 from xsd.decode.prices import Prices
-from xsd.evaluate import floors, rounds, statistics
+from xsd.evaluate import floors, rounds, statistics, table
 from xsd.evaluate.held_out import HeldOut
 from xsd.files import FolderLock, provenance, read_json, remove_leftovers, sha256_of, write_json
 from xsd.runs import folder
-from xsd.steps import evaluation, extraction, predictions
+from xsd.steps import evaluation, extraction, judge
 
 EOS = frozenset({2})
 """Of the Llama vocabulary, which both 7B models use: taken where a file names none."""
@@ -44,15 +44,11 @@ class Trace:
     unseen: str = ""  # what the tables never see, where that is a part of the sequence
 
 
-def read(path: str | Path, *, blocks: int = 10) -> list[Trace]:
-    """A trace file's rows, each with a sequence (its own, or ``block NN``); as read_file raises."""
-    return read_file(path, blocks=blocks)[0]
-
-
-def read_file(path: str | Path, *, blocks: int = 10) -> tuple[list[Trace], frozenset[int]]:
-    """The rows as :func:`read` gives them, and the ids that end an answer. Raises: DatasetError
-    naming the row, when the file is missing or none, a row lacks a field, has ids that are no token
-    ids, no verifier token, or goes on behind its end; also when there is no row."""
+def read(path: str | Path, *, blocks: int = 10) -> tuple[list[Trace], frozenset[int]]:
+    """A trace file's rows, each with a sequence (its own, or ``block NN``), and the ids that end an
+    answer. Raises: DatasetError naming the row, when the file is missing or none, a row lacks a
+    field, has ids that are no token ids, no verifier token, or goes on behind its end; also when
+    there is no row."""
     path, form = Path(path), "{question, eos, rows: [{clip, drafter_ids, verifier_ids}]}"
     if not path.is_file():
         held = "is a folder, and holds no stored pairs" if path.is_dir() else "is not there"
@@ -133,6 +129,21 @@ def arms(traces: Sequence[Trace], *, ngram: int = 4) -> dict[str, floors.Floor]:
     return found
 
 
+def stored_arms(pairs: HeldOut, adapters: Mapping[str, Adapter],
+                gamma: int) -> dict[str, floors.Floor]:
+    """What adapters draft from stored states (the greedy loop at gamma), one rule for each answer
+    that is not empty."""
+    tokens = table.measure(adapters, pairs, gamma=gamma, drafter=False)
+    found = {}
+    for level, part in tokens.groupby("level", sort=False, observed=True):
+        drafts = {key: [None] * len(ids) for key, ids in zip(pairs.keys, pairs.answers, strict=True)
+                  if ids}
+        for key, at, token in zip(part["sample"], part["position"], part["draft_id"], strict=True):
+            drafts[key][at + 1] = int(token)
+        found[level] = floors.Floor(level, [rules.stored(ids) for ids in drafts.values()])
+    return found
+
+
 def token_table(traces: Sequence[Trace], tried: Mapping[str, floors.Floor], *,
                 data: str) -> pd.DataFrame:
     """The project's token table (evaluate/table.py), ``level`` being the arm; tokens are shown by
@@ -174,7 +185,7 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
         prices: str | Path | None = None, resamples: int = 2000, seed: int = 0) -> dict[str, Any]:
     """Import a trace file, or a folder of stored pairs, on whose states ``adapters`` draft, too:
     writes ``tokens.parquet`` and ``results/traces.json`` into the run folder and returns the
-    results. prices: as :func:`predictions.read_prices`.
+    results. prices: as :func:`judge.read_prices`.
 
     Raises: DatasetError for a bad file, ShardError for a bad folder, ParameterError for gamma below
     1, adapters without states or unreadable prices."""
@@ -191,7 +202,7 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
         raise ParameterError(f"{path} holds no states for adapters to read; give a folder of "
                              "stored pairs, or no adapters")
     else:
-        traces, eos = read_file(path, blocks=blocks)
+        traces, eos = read(path, blocks=blocks)
         origin = sha256_of(path), "free_running"
     clusters = [trace.sequence for trace in traces]
     answers = [trace.verifier_ids for trace in traces]
@@ -199,7 +210,7 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
     if stored and not pairs.has_ids:
         del tried["drafter tokens"]
     if adapters:
-        tried = {**predictions.stored_arms(pairs, adapters, gamma), **tried}
+        tried = {**stored_arms(pairs, adapters, gamma), **tried}
     found: dict[str, Any] = {
         "n": len(traces), "n_sequences": len(set(clusters)), "mode": origin[1], "gamma": gamma,
         "gamma_prefill": gamma_prefill,
@@ -209,7 +220,7 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
     }
     for name, floor in tried.items():
         one = adapters.get(name)
-        priced = None if prices is None else predictions.read_prices(
+        priced = None if prices is None else judge.read_prices(
             prices, drafter=one.reads != "verifier" if one else name == "drafter tokens",
             level=getattr(one, "level", ""))
         # of our own pairs the first token is the verifier's, from its prefill: nobody drafts it
@@ -230,14 +241,17 @@ def run(path: str | Path, run_dir: str | Path, *, adapters: Mapping[str, Adapter
 
 def acceptance(matches: Sequence[np.ndarray], clusters: Sequence[str], gamma: int,
                **options: int) -> dict[str, Any]:
-    """token_acceptance and mean_accepted (per round), with intervals; marginal; by_position."""
+    """token_acceptance and mean_accepted (per round), with intervals; marginal; by_position, the
+    share of right tokens at each position among the answers that are that long."""
     walked = rounds.from_matches(matches, gamma)
     each = walked.per_request()
     ratios = {"token_acceptance": ([match.sum() for match in matches], list(map(len, matches))),
               "mean_accepted": (each["accepted"], each["rounds"])}
+    shares = pd.DataFrame([pd.Series(match, dtype=float) for match in matches])
     return {name: dataclasses.asdict(statistics.bootstrap_ratio(*both, clusters, **options))
             for name, both in ratios.items()} | {
-        "by_position": by_position(matches),
+        "by_position": [{"position": t, "share": float(column.mean()), "n": int(column.count())}
+                        for t, column in shares.items()],
         "marginal": list(walked.marginal)}
 
 
@@ -249,33 +263,10 @@ def duplicates(answers: Sequence[Sequence[int]]) -> dict[str, float]:
     return {"shared": rate.shared, "repeated": rate.repeated, "n": rate.n}
 
 
-def by_position(matches: Sequence[np.ndarray]) -> list[dict[str, float]]:
-    """Share of answers whose token at each position is the arm's, over those that are that long."""
-    shares = pd.DataFrame([pd.Series(match, dtype=float) for match in matches])
-    return [{"position": t, "share": float(column.mean()), "n": int(column.count())}
-            for t, column in shares.items()]
-
-
-def table(found: Mapping[str, Any]) -> pd.DataFrame:
-    """One row per arm: right tokens and accepted drafts per round with their intervals, tokens per
-    verifier pass, predicted speed-up where there are prices, % right at the first positions."""
-    return pd.DataFrame([{
-        "drafted by": name,
-        "right tokens": statistics.Interval(**arm["token_acceptance"]).text(),
-        f"accepted per round (γ={found['gamma']})":
-            statistics.Interval(**arm["mean_accepted"]).text(percent=False),
-        "tokens per pass": f"{arm['schedule']['tokens_per_pass']:.2f}",
-        **({"predicted ms per answer":
-                f"{1e3 * arm['schedule']['predicted_s'] / found['n']:.0f}",
-            "predicted speed-up": f"{arm['schedule']['predicted_speedup']:.2f}x"}
-           if "predicted_speedup" in arm["schedule"] else {}),
-        "% right at position 0, 1, …": " ".join(f"{100 * each['share']:.0f}"
-                                                for each in arm["by_position"][:9]),
-    } for name, arm in found["arms"].items()])
-
-
 def text(found: Mapping[str, Any]) -> str:
-    """The results for a terminal."""
+    """The results for a terminal: a line about the set, and one row per arm: right tokens and
+    accepted drafts per round with their intervals, tokens per verifier pass, predicted speed-up
+    where there are prices, % right at the first positions."""
     n = found["n_sequences"]
     drawn = f"{n} sequences or blocks" if n > 1 else "one sequence: no interval"
     lines = [f"{found['n']} pairs of answers in {drawn}"]
@@ -289,4 +280,17 @@ def text(found: Mapping[str, Any]) -> str:
                      "cut short; name the models' end of answer in the file's eos")
     if len(found["arms"]) == 1:
         lines.append("one sequence alone: there is nothing to train the tables on")
-    return "\n".join([*lines, table(found).to_string(index=False)])
+    table = pd.DataFrame([{
+        "drafted by": name,
+        "right tokens": statistics.Interval(**arm["token_acceptance"]).text(),
+        f"accepted per round (γ={found['gamma']})":
+            statistics.Interval(**arm["mean_accepted"]).text(percent=False),
+        "tokens per pass": f"{arm['schedule']['tokens_per_pass']:.2f}",
+        **({"predicted ms per answer":
+                f"{1e3 * arm['schedule']['predicted_s'] / found['n']:.0f}",
+            "predicted speed-up": f"{arm['schedule']['predicted_speedup']:.2f}x"}
+           if "predicted_speedup" in arm["schedule"] else {}),
+        "% right at position 0, 1, …": " ".join(f"{100 * each['share']:.0f}"
+                                                for each in arm["by_position"][:9]),
+    } for name, arm in found["arms"].items()])
+    return "\n".join([*lines, table.to_string(index=False)])
