@@ -4,6 +4,7 @@ import plotly.io as pio
 import pytest
 from views_examples import history, lengths_table, live_runs, speedups, token_table
 
+from studies.gap import truth_figures
 from xsd.core import Generation, MetricError
 from xsd.evaluate import curves, reliability
 from xsd.views import figures, theme, timeline
@@ -56,11 +57,9 @@ def test_the_star_stands_at_the_best_validation_epoch():
 
 def test_four_panels_share_one_legend(table):
     adapters = table[table["level"] != "drafter_tokens"]
-    figure = figures.four_panels(cosines=curves.cosine_histogram(adapters),
-                                 positions=curves.by_position(table),
-                                 lengths=curves.unbroken_prefix_histogram(table),
-                                 speedups=speedups(),
-                                 )
+    figure = truth_figures.four_panels(
+        cosines=curves.cosine_histogram(adapters), positions=curves.by_position(table),
+        lengths=curves.unbroken_prefix_histogram(table), speedups=speedups())
     shown = [trace.name for trace in figure.data if trace.showlegend is not False]
     assert shown == list(dict.fromkeys(table["level"]))
 

@@ -81,7 +81,7 @@ def figures_of(P: TruthParameters, name: str, own: pd.DataFrame, found: Tables,
             title=f"Does a high cosine mean the same token? {name}"),
         "waterfall": truth_figures.gap_waterfall(
             gap, title=f"Where {P.waterfall} loses acceptance, {name}"),
-        "metrics_summary": figures.four_panels(
+        "metrics_summary": truth_figures.four_panels(
             cosines=histogram, positions=positions, title=f"Summary, {name}",
             lengths=curves.unbroken_prefix_histogram(drafted),
             speedups=speedups(own, live, P.gamma)),

@@ -6,9 +6,10 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.subplots import make_subplots
 
 from xsd.core import MetricError
-from xsd.views import safe, theme
+from xsd.views import figures, safe, theme
 
 ARMS = {
     "real events": (theme.ADAPTER, "circle"), "blank events": (theme.REJECTED, "square"),
@@ -192,4 +193,38 @@ def two_phase(frame: pd.DataFrame, metric: str = "tokens_per_verification", *,
     x, y = columns.index(best["phase2"]), rows.index(best["phase1"])
     figure.add_shape(type="rect", x0=x - 0.5, x1=x + 0.5, y0=y - 0.5, y1=y + 0.5,
                      line={"color": theme.INK, "width": 2})
+    return figure
+
+
+def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.DataFrame,
+                speedups: pd.DataFrame, title: str = "Summary") -> go.Figure:
+    """What figures.cosine_histogram, acceptance_by_position and speedup_bars draw, and unbroken
+    prefixes (lengths: level, length, share), in one picture."""
+    bars, speedups = figures.speedup_bars(speedups), safe.labels(speedups)
+    busy = any(speedups.get("busy", ()))
+    names = ("cosine of the states", "acceptance by position (token truth)",
+             "unbroken prefix: tokens before the first wrong one",
+             "busy or unsteady machine: no speed-up is claimed" if busy else
+             bars.layout.xaxis.title.text)
+    figure = make_subplots(2, 2, subplot_titles=names, horizontal_spacing=0.1,
+                           vertical_spacing=0.16)
+    figure.update_layout(template=theme.template(), title={"text": safe.label(title)}, height=760,
+                         margin={"t": 90}, legend={"y": -0.08}, barmode="group")
+    for trace in figures.cosine_histogram(cosines, thresholds=()).data:
+        figure.add_trace(trace.update(showlegend=False, legendgroup=trace.name), row=1, col=1)
+    figure.add_traces(figures.curve_traces(positions, "marginal"), rows=1, cols=2)
+    for level, part, mark in theme.by_level(lengths):
+        figure.add_bar(x=part["length"].tolist(), y=part["share"].tolist(), name=level,
+                       legendgroup=level, showlegend=False, marker={"color": mark.colour},
+                       hovertemplate=f"<b>{level}</b> %{{x}} tokens: %{{y:.1%}}<extra></extra>",
+                       row=2, col=1)
+    for trace in bars.data:
+        labels = [f"{name} · {text}".removesuffix(" · ")
+                  for name, text in zip(trace.y, trace.text, strict=True)]
+        figure.add_trace(trace.update(showlegend=False, text=labels), row=2, col=2)
+    figure.update_yaxes(categoryorder="array", categoryarray=speedups["name"].tolist()[::-1],
+                        showticklabels=False, showgrid=False, row=2, col=2)
+    figure.add_vline(x=1, line=theme.DASHED, row=2, col=2)
+    for row, column in ((1, 1), (1, 2), (2, 1)):
+        figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=row, col=column)
     return figure
