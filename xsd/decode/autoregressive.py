@@ -1,7 +1,5 @@
 """The baseline every speed-up is measured against: greedy decoding, one token a step."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from typing import Any

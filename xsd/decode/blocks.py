@@ -1,8 +1,6 @@
 """Drafting a block in one pass (docs/decoding.md, "Blocks"): the context's keys and values grow by
 what is verified alone, so a rejection takes nothing back."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -2,8 +2,6 @@
 divergence (docs/decoding.md, "Losslessness"). A real bug looks like a tie from outside, so ties are
 judged by a *clean* handle of the same checkpoint (``plain()``), never by the passes on trial."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass

@@ -1,8 +1,6 @@
 """Proposers made of proposers: one for each phase, or several in one tree, weighed by how often
 each was right (docs/decoding.md, "Hybrids"); where prices are known, no node that does not pay."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import replace

@@ -1,8 +1,6 @@
 """Two lanes at once: the verifier prefills here while the drafter works in a second thread, on one
 clock (docs/decoding.md, "Prefill hiding"); torch's operators release the interpreter lock."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

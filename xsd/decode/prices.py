@@ -1,8 +1,6 @@
 """What the parts of a request cost, and the one way in which the curve v(K), one verifier pass over
 K rows, is read: a straight line between measured widths, refused outside them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

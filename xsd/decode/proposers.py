@@ -1,8 +1,6 @@
 """What drafts (docs/decoding.md, "Who drafts"). A proposer is told what has been verified and
 offers draft tokens; it never decides. ``hidden[t]`` *predicts* token t."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace

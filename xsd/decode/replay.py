@@ -1,8 +1,6 @@
 """Schedules without models: rounds over stored answers, priced with measured costs. The walk is
 :mod:`xsd.decode.speculative`'s, so a deterministic proposer has the rounds of the live run."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 

@@ -1,8 +1,6 @@
 """Drafting rules over token ids alone: functions ``prefix ids -> next id, or None``. Decoding and
 :mod:`xsd.evaluate.floors` ask the same rule, so a floor is what would really have been drafted."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence

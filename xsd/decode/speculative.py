@@ -2,8 +2,6 @@
 pass, then rounds to the end (docs/decoding.md draws the cache at every step). Every token that
 leaves is the argmax of a verifier row after exactly the tokens before it: that proves it."""
 
-from __future__ import annotations
-
 import sys
 import time
 from collections.abc import Callable, Sequence

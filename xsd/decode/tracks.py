@@ -1,8 +1,6 @@
 """What decoding remembers along an answer: the states of every position, and the drafter's cache
 (docs/decoding.md draws it), which catches up no sooner than at the next ``propose``."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Sequence
 from typing import Any

@@ -1,8 +1,6 @@
 """Greedy answers and teacher-forced states of many samples, a batch at a time. ``hidden`` is after
 the final norm, read at the position *before* its token: argmax(lm_head(hidden[t])) == ids[t]."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib

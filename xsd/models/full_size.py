@@ -1,7 +1,5 @@
 """The two 7B models as configurations, and any pair's size, counted without loading it."""
 
-from __future__ import annotations
-
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path

@@ -2,8 +2,6 @@
 type, sizes and what the engine cannot do are checked before a model is built, the tensors before it
 is filled, names, shapes and NaN after it. No code of a checkpoint is run, nothing is fetched."""
 
-from __future__ import annotations
-
 import inspect
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """Images to CLIP pixels, as transformers' CLIPImageProcessor (PIL path) makes them."""
 
-from __future__ import annotations
-
 import functools
 import os
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Number formats of the weights (docs/models.md, "Number formats")."""
 
-from __future__ import annotations
-
 import resource
 import sys
 from collections import Counter

@@ -3,8 +3,6 @@ memory traffic and bookkeeping that dominate small models on a CPU. Projections 
 are one matrix; keys and values stand in a buffer that grows in place; query heads that share keys
 are rows of one product with them."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 
