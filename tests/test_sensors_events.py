@@ -246,7 +246,9 @@ WHOLE = {"x": np.arange(4), "y": np.arange(4), "t": 100 * np.arange(4), "p": np.
      ({"x": np.ones(4, bool)}, "column 'x' is bool"),
      ({"x": np.array([0, 70_000, 1, 2])}, "x runs from 0 to 70000"),
      ({"x": np.array([0, 2**63, 1, 2], np.uint64)}, "x runs from 0 to 9223372036854775808"),
-     ({"x": np.full(4, 65535), "y": np.full(4, 65535)}, "a sensor of 65536x65536 pixels"),
+     ({"x": np.full(4, -1).astype(np.uint16)}, "x runs from 65535 to 65535"),
+     ({"x": np.full(4, 9999), "y": np.full(4, 9999)}, "a sensor of 10000x10000 pixels"),
+     ({"p": np.array([-1, 0, 1, 1])}, "polarity holds both -1 and 0"),
      ({"t": np.array([0, 1, 2, 2**63], np.uint64)}, "t runs from 0 to 9223372036854775808"),
      ({"t": np.array([0, 1, 2, 10**17])}, "more than a day; expected t in microseconds"),
      ({"t": np.linspace(0, 1, 4)}, "column 't' is float64"),
@@ -264,7 +266,7 @@ def test_numbers_are_checked_before_they_are_narrowed(tmp_path, changes, message
 
 def test_whole_numbers_in_floats_and_v2es_minus_one_are_read(tmp_path):
     kept = {name: values.astype(float) for name, values in WHOLE.items()}
-    np.savez(tmp_path / "a.npz", **kept | {"p": np.uint32([2**32 - 1, 1, 0, 1])})
+    np.savez(tmp_path / "a.npz", **kept | {"p": np.uint32([2**32 - 1, 1, 2**32 - 1, 1])})
     events = read_events(tmp_path / "a.npz")
     assert events.t_us.tolist() == [0, 100, 200, 300] and events.p.tolist() == [0, 1, 0, 1]
 
@@ -299,7 +301,7 @@ def test_an_h5_is_read_where_its_columns_have_their_names(tmp_path):
 
 
 def test_v2es_text_is_read_and_other_texts_are_named(tmp_path):
-    lines = "0.000190 307 8 0\n0.000222 56 32 1\n1.5 1 1 -1\n"
+    lines = "0.000190 307 8 -1\n0.000222 56 32 1\n1.5 1 1 -1\n"
     for before in ("", "# v2e: timestamp x y polarity\n", "\ufeff"):
         (tmp_path / "a.txt").write_text(before + lines)
         events = read_events(tmp_path / "a.txt")

@@ -1,5 +1,7 @@
 """Event frames, and sampled video against slow or foreign references."""
 
+from fractions import Fraction
+
 import av
 import numpy as np
 import pytest
@@ -117,14 +119,19 @@ def test_grey_images_become_rgb(tmp_path):
     assert frames.read_video(tmp_path / "clip", 2).tolist() == np.full((2, 4, 5, 3), 77).tolist()
 
 
-def write_mp4(path, n=20):
+def write_mp4(path, n=20, n_streams=1, codec="mpeg4", pixels="yuv420p", ratio=None):
     with av.open(str(path), "w") as container:
-        stream = container.add_stream("mpeg4", rate=20)
-        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        streams = [container.add_stream(codec, rate=20) for _ in range(n_streams)]
+        for stream in streams:
+            stream.width, stream.height, stream.pix_fmt = 32, 24, pixels
+            if ratio:
+                stream.codec_context.sample_aspect_ratio = ratio
         for i in range(n):
             picture = np.full((24, 32, 3), i * 10, np.uint8)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
+            for stream in streams:
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        for stream in streams:
+            container.mux(stream.encode())
 
 
 def test_an_mp4_is_decoded_and_sampled(tmp_path):
@@ -154,6 +161,17 @@ def test_videos_without_a_frame_or_that_do_not_decode_are_named(tmp_path):
         frames.read_video(tmp_path / "cut.mp4")
 
 
+@pytest.mark.parametrize(("name", "options", "message"), [
+    ("a.mp4", {"n_streams": 2}, "holds 2 video streams; save the one to read alone"),
+    ("a.mp4", {"ratio": Fraction(4, 3)}, "its pixels are shown as 4/3, not as squares"),
+    ("a.mov", {"codec": "qtrle", "pixels": "argb"}, "has transparent pixels"),
+])
+def test_a_video_that_would_be_shown_otherwise_is_refused(tmp_path, name, options, message):
+    write_mp4(tmp_path / name, 3, **options)
+    with pytest.raises(VideoError, match=message):
+        frames.read_video(tmp_path / name)
+
+
 def test_images_of_two_sizes_are_no_video(tmp_path):
     write_images(tmp_path / "clip", 2)
     Image.fromarray(np.zeros((3, 3, 3), np.uint8)).save(tmp_path / "clip" / "9.png")
@@ -176,7 +194,13 @@ def test_frames_come_in_the_order_of_their_numbers(tmp_path):
     for k, names in enumerate((["0.1.png", "0.25.png", "0.3.png"], ["1.png", "01.png", "2.png"],
                                ["1.png", "1.jpg", "2.png"])):
         with pytest.raises(VideoError, match=r"decimal numbers of several lengths|twice the same"):
-            clip_of(tmp_path / f"bad{k}", grey, [*names, *(f"{k}.png" for k in range(3, 20))])
+            clip_of(tmp_path / f"bad{k}", grey[:3], names)
+    for k, names in enumerate((["t-1.png", "t0.png", "t1.png"], ["a1.png", "A2.png", "a3.png"],
+                               ["0f.png", "10.png", "1a.png"], ["1.png", "2.png", "cover.png"])):
+        with pytest.raises(VideoError, match="are numbered in two ways, which leaves their order"):
+            clip_of(tmp_path / f"two{k}", grey[:3], names)
+    other = clip_of(tmp_path / "digits", grey[:10], [f"{k}.png" for k in "١٢٣٤٥٦٧٨٩"] + ["١٠.png"])
+    assert other[-1, 0, 0, 0] == 10
 
 
 def test_sixteen_bits_are_scaled_to_eight(tmp_path):

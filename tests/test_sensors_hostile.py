@@ -117,6 +117,16 @@ def test_columns_of_an_h5_that_are_none_are_named(tmp_path):
             read_events(h5(tmp_path / "a.h5", change))
 
 
+@pytest.mark.parametrize("name", ["units", "Unit", "scale_factor", "add_offset"])
+def test_attributes_that_change_a_columns_numbers_are_refused(tmp_path, name):
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        for column, values in columns().items():
+            file[f"events/{column}"] = values
+        file["events/t"].attrs[name] = 1000
+    with pytest.raises(EventError, match=f"events/t has an attribute '{name.lower()}', and no"):
+        read_events(tmp_path / "a.h5")
+
+
 def test_a_damaged_aedat4_is_one_sentence_though_its_decoder_panics(tmp_path):
     whole = (ROOT / "data/davis_road/davis346_road.aedat4").read_bytes()
     panics = whole[:18] + b"\xff\xff\xff\x7f" + whole[22:]  # where the header's table begins
@@ -206,7 +216,8 @@ def test_what_is_no_file_is_never_waited_for(tmp_path, kind):
     {"event_data": ""}, {"event_data": "/etc/passwd"}, {"event_data": "../a.npy"},
     {"event_data": "a/b\0.npy"}, {"event_data": "a\nb/0.npy"}, {"event_data": "\ud800/0.npy"},
     {"event_data": "a" * 300 + "/0.npy"}, {"event_data": "a/" * 900 + "0.npy"},
-    {"video_data": "a/../../b"}, {"mp4_data": [1]}, {"event_image": "abcde"},
+    {"event_data": "a\\b.npy"}, {"event_data": "https://a/b.npy"}, {"video_data": "a/../../b"},
+    {"mp4_data": [1]}, {"event_image": "abcde"},
     {"event_image": [None] * 5},
 ], ids=lambda change: json.dumps(change)[:40])
 def test_an_entry_that_is_none_is_named_by_its_number(tmp_path, change):
@@ -223,7 +234,8 @@ def test_an_index_with_a_byte_order_mark_is_read_and_one_that_is_none_is_named(t
     content = (root / folder.INDEX).read_bytes()
     (root / folder.INDEX).write_bytes(b"\xef\xbb\xbf" + content)
     assert len(folder.open_folder(root)) == 4
-    for bad in (content.decode().encode("utf-16"), b"[" * 100_000, b"[NaN]", b"{}"):
+    for bad in (content.decode().encode("utf-16"), b"[" * 100_000, b"[NaN]", b"{}",
+                content.replace(b'"id"', b'"id": "x", "id"', 1)):
         (root / folder.INDEX).write_bytes(bad)
         with pytest.raises(DatasetError, match=folder.INDEX):
             folder.open_folder(root)
@@ -255,6 +267,13 @@ def test_links_that_leave_the_folder_are_not_followed(tmp_path):
     assert load(inside).video.shape == (8, 12, 16, 3)
 
 
+def test_a_clip_that_differs_in_capitals_alone_is_not_written(tmp_path):
+    with folder.FolderWriter(tmp_path, "test") as writer:
+        writer.add("a", "0", events=stream(), video=video())
+        with pytest.raises(DatasetError, match="'a/0' is there, which differs in capitals alone"):
+            writer.add("A", "0", events=stream(), video=video())
+
+
 def test_nothing_is_written_outside_of_the_folder(tmp_path):
     (tmp_path / "made").mkdir()
     for sequence, clip in (("..", "0"), ("", "0"), ("/tmp", "0"), ("a\nb", "0"), ("a", "../../b")):
@@ -275,6 +294,9 @@ def test_nothing_is_written_outside_of_the_folder(tmp_path):
     ('[{"question": 5, "count": 1}]', "malformed"), ('[{"question": "a?", "count": "x"}]',
                                                      "malformed"),
     ('[{"question": "a?", "count": NaN}]', "malformed"), ("[" * 100_000, "is not JSON"),
+    ('[{"question": "a?", "count": 1e999}]', "malformed"), ('["\\u200b "]', "has zero length"),
+    ('[{"question": "a?", "question": "b?"}]', "'question' stands twice in one object"),
+    ('["two\\u2028lines"]', "control characters"),
     ('[' + '"aaaaaaaa",' * 2_000_000 + '"a"]', "is larger than 16 MB"),
 ])
 def test_questions_that_are_none_are_refused(tmp_path, content, message):
@@ -286,6 +308,9 @@ def test_questions_that_are_none_are_refused(tmp_path, content, message):
 def test_a_text_of_questions_is_read_over_a_mark_and_refused_in_another_coding(tmp_path):
     (tmp_path / "q.txt").write_bytes(b"\xef\xbb\xbfIs it day?\r\n\r\nWho crosses?\n")
     assert folder.read_questions(tmp_path / "q.txt") == ["Is it day?", "Who crosses?"]
+    (tmp_path / "q.csv").write_text("question,count\nIs it day?,5\n")
+    with pytest.raises(DatasetError, match=r"questions are read from .json, or .txt"):
+        folder.read_questions(tmp_path / "q.csv")
     (tmp_path / "q.txt").write_bytes("Fährt es?".encode("latin-1"))
     with pytest.raises(DatasetError, match="is not UTF-8 text"):
         folder.read_questions(tmp_path / "q.txt")

@@ -16,6 +16,7 @@ import sys
 import uuid
 from collections.abc import Iterator, Mapping
 from importlib import metadata
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
@@ -98,10 +99,10 @@ def read_json(path: str | Path, error: type[XsdError], way_out: str, *,
     try:
         with open(os.open(path, os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
             data = file.read(max_bytes + 1)
-    except FileNotFoundError as problem:
-        raise error(f"{path} is missing; {way_out}") from problem
     except OSError as problem:
-        raise error(f"{path} cannot be read ({problem.strerror}); {way_out}") from problem
+        lost = isinstance(problem, FileNotFoundError)
+        what = "is missing" if lost else f"cannot be read ({problem.strerror})"
+        raise error(f"{path} {what}; {way_out}") from problem
     if len(data) > max_bytes:
         raise error(f"{path} is larger than {max_bytes >> 20} MB; {way_out}")
     return parse_json(data, str(path), error, way_out)
@@ -110,10 +111,19 @@ def read_json(path: str | Path, error: type[XsdError], way_out: str, *,
 def parse_json(text: str | bytes, what: str, error: type[XsdError], way_out: str) -> Any:
     """The value that a JSON text stands for. Raises: ``error`` naming ``what``."""
     try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text,
+                          object_pairs_hook=_once)
     except (ValueError, RecursionError) as problem:
         why = "nested too deep" if isinstance(problem, RecursionError) else problem
         raise error(f"{what} is not JSON ({why}); {way_out}") from problem
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises: ValueError for a name that stands twice; json would keep the last."""
+    if len(found := dict(pairs)) < len(pairs):
+        name = next(a for a, b in pairwise(sorted(one for one, _ in pairs)) if a == b)
+        raise ValueError(f"{name[:80]!r} stands twice in one object")
+    return found
 
 
 def sha256_of(*paths: str | Path) -> str:
@@ -125,8 +135,6 @@ def sha256_of(*paths: str | Path) -> str:
     return digest.hexdigest()
 
 
-# --- one writer to a folder
-
 LOCK = "writer.lock"
 
 
@@ -136,10 +144,9 @@ class FolderLock:
     writers. Raises: StorageError naming the process that has it."""
 
     def __init__(self, folder: str | Path, name: str = LOCK) -> None:
-        folder = Path(folder)
-        self.path = folder / name
+        self.path = Path(folder) / name
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
                 self._file = open(self.path, "a+")  # noqa: SIM115 (held until release)
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -188,8 +195,6 @@ def lock_holder(folder: str | Path, name: str = LOCK) -> int | None:
             return int(text) if text.isdigit() else 0
     return None
 
-
-# --- where a number came from
 
 _PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bitsandbytes",
              "papermill", "safetensors")
@@ -243,9 +248,6 @@ def _git(*arguments: str) -> str:
                               timeout=10, check=False)
         return done.stdout.strip() if done.returncode == 0 else ""
     return ""
-
-
-# --- a researcher's own parts
 
 
 def import_object(text: str) -> Any:

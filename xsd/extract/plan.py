@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -61,6 +62,10 @@ def order(samples: Sequence[Item], *, max_samples: int | None = None,
         if most is not None and (most == 0 or most < -1):
             raise ParameterError(f"{name}={most}; give a positive number, or -1 for all")
     clips: dict[tuple[str, str], list[Item]] = {}
+    names = Counter((item.sequence, item.clip, item.question) for item in samples)
+    if (most := names.most_common(1)[0])[1] > 1:
+        raise ParameterError(f"clip {most[0][1]} of {most[0][0]} with the question {most[0][2]!r} "
+                             f"stands {most[1]} times among the samples; give each once")
     for item in samples:
         clips.setdefault((item.sequence, item.clip), []).append(item)
     scenes = len(clips) if max_scenes in (None, -1) else max_scenes

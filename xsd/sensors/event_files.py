@@ -19,6 +19,8 @@ Columns = Mapping[str, Any]
 DSEC_SENSOR = {"width": 640, "height": 480}
 SPELLINGS = {"x": ("x", "xs"), "y": ("y", "ys"), "t": ("t", "ts", "t_us", "timestamp",
              "timestamps"), "p": ("p", "ps", "on", "polarity")}
+_CHANGES = {"unit", "units", "scale_factor", "add_offset", "_fillvalue"}
+"""Attributes of an HDF5 column after which its numbers mean others."""
 _WANTED = {name for names in SPELLINGS.values() for name in names} | {"width", "height"}
 
 
@@ -99,8 +101,13 @@ def _stream(file: Any, name: str) -> dict[str, Any]:
     if hasattr(node, "dtype"):
         records = containers.h5_part(file, node)
         return {field: records[field] for field in found}
-    return {field: containers.h5_part(file, containers.h5_node(file, f"{name}/{field}"))
-            for field in found}
+    nodes = {field: containers.h5_node(file, f"{name}/{field}") for field in found}
+    for field, node in nodes.items():
+        for key in sorted(_CHANGES & {one.lower() for one in node.attrs}):
+            raise EventError(f"{file.filename}: {name}/{field} has an attribute {key!r}, and no "
+                             "attribute is applied here; store x, y, p and t in microseconds as "
+                             "they are, without it")
+    return {field: containers.h5_part(file, node) for field, node in nodes.items()}
 
 
 _DECODE_AEDAT4 = """

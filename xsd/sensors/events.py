@@ -17,8 +17,9 @@ from xsd.sensors import event_files
 
 OFFICIAL_LIMIT_US = 100_000
 """The official EventGPT code refuses streams this long (it was tuned for 50 ms)."""
-MOST_PIXELS, LONGEST_US = 1 << 23, 24 * 3600 * 1_000_000
-"""Of a sensor and of a recording: what is larger is no event camera's, but takes the memory."""
+MOST_PIXELS, LONGEST_SIDE, LONGEST_US = 1 << 23, 1 << 14, 24 * 3600 * 1_000_000
+"""Of a sensor and of a recording: what is larger is no event camera's (65535 is a -1 that was
+wrapped), but takes the memory."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +90,13 @@ def from_columns(columns: Mapping[str, Any], *, width: int | None = None, height
         p = p.astype(np.int32)  # v2e writes its -1 as 4294967295
     in_sensor, offset = "pixel coordinates must lie in the sensor, from 0 on", 1 << 61
     for what, values, lowest, highest, hint in (
-            ("x", x, 0, 65535, in_sensor), ("y", y, 0, 65535, in_sensor),
+            ("x", x, 0, LONGEST_SIDE - 1, in_sensor), ("y", y, 0, LONGEST_SIDE - 1, in_sensor),
             ("t", t, -offset, offset, "expected microseconds"),
             ("polarity", p, -1, 1, "expected 0 or -1 (OFF) and 1 (ON)")):
         if values.size and (values.min() < lowest or values.max() > highest):
             raise EventError(f"{name}: {what} runs from {values.min()} to {values.max()}; {hint}")
+    if (p < 0).any() and (p == 0).any():
+        raise EventError(f"{name}: polarity holds both -1 and 0; OFF is one of the two")
     offset = columns.get("t_offset", 0)
     if abs(offset) > 1 << 61:
         raise EventError(f"{name}: t_offset is {offset}; expected microseconds")
@@ -172,8 +175,9 @@ def checked(columns: Mapping[str, Any], name: str, *, width: int | None = None,
 
 def _side(value: Any, axis: str, name: str) -> int:
     side = np.asarray(value)
-    if side.size != 1 or side.dtype.kind not in "iu" or not 1 <= side.reshape(-1)[0] <= 65536:
-        raise EventError(f"{name}: its {axis} is not one whole number from 1 to 65536")
+    if side.size != 1 or side.dtype.kind not in "iu" or not (
+            1 <= side.reshape(-1)[0] <= LONGEST_SIDE):
+        raise EventError(f"{name}: its {axis} is not one whole number from 1 to {LONGEST_SIDE}")
     return int(side.reshape(-1)[0])
 
 

@@ -163,7 +163,9 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
     """The n most frequent (or first n) questions of a file or folder. Raises: DatasetError."""
     path = names.within(Path(path), Path(path) / QUESTIONS) if Path(path).is_dir() else Path(path)
     questions: list[Any] = []
-    if path.suffix == ".json" or not path.is_file():
+    if path.suffix.lower() not in ("", ".txt", ".json"):
+        raise DatasetError(f"{path}: questions are read from .json, or .txt with one a line")
+    if path.suffix.lower() == ".json" or not path.is_file():
         entries = read_json(path, DatasetError, "write it again", max_bytes=1 << 24)
     else:
         try:
@@ -171,7 +173,7 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
                 entries = list(filter(None, map(str.strip, file.read(1 << 24).split("\n"))))
         except (OSError, ValueError) as error:
             raise DatasetError(f"{path} is not UTF-8 text ({error}); save it again") from error
-    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, OverflowError):
         if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
             entries = [{"question": entry} for entry in entries]
         ordered = sorted(entries, key=lambda entry: -int(entry.get("count", 0)))
@@ -206,9 +208,6 @@ def data_hash(root: str | Path) -> str:
         with open(path, "rb") as file:
             hashlib.file_digest(file, lambda: digest)
     return digest.hexdigest()
-
-
-# --- writing
 
 
 @contextlib.contextmanager
@@ -253,6 +252,7 @@ class FolderWriter:
         place = f"{sequence}/{clip}"
         try:
             names.inside(place)
+            names.apart(place, self._entries)
         except ValueError as error:
             raise DatasetError(f"clip {place[:80]!r} cannot be written: {error}") from error
         for name in _CONTENT:

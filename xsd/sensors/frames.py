@@ -144,7 +144,13 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
     """Pictures in the order of the numbers in their names (2 before 10). Raises: VideoError where
     the names leave the order open."""
     numbers = {path: tuple(int(part) if k % 2 else part for k, part in
-                           enumerate(re.split("([0-9]+)", path.stem))) for path in sorted(paths)}
+                           enumerate(re.split(r"(\d+)", path.stem))) for path in sorted(paths)}
+    if any(len(parts) > 1 for parts in numbers.values()):
+        one, other = (f([(parts[::2], path.name) for path, parts in numbers.items()])
+                      for f in (min, max))
+        if one[0] != other[0]:
+            raise VideoError(f"{next(iter(numbers)).parent}: {one[1]} and {other[1]} are numbered "
+                             "in two ways, which leaves their order open; name all frames alike")
     ordered = sorted(numbers, key=numbers.__getitem__)
     decimal = next((path for path in ordered if re.search(r"[0-9][.,][0-9]", path.stem)), None)
     if decimal and ordered != list(numbers):

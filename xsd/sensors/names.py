@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import unicodedata
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,8 @@ def check_plain(path: str | os.PathLike[str], error: type[XsdError], what: str) 
 def inside(name: str) -> Path:
     """A path of the layout. Raises: ValueError for one that leaves the folder or is no name."""
     path = Path(plain(name))
+    if "\\" in name or "://" in name:
+        raise ValueError(f"path {name!r} is no relative path with / between its folders")
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError(f"path {name!r} leaves the folder")
     if any(len(os.fsencode(part)) > 250 for part in path.parts) or len(path.parts) > 16:
@@ -36,11 +38,19 @@ def inside(name: str) -> Path:
     return path
 
 
+def apart(name: str, others: Iterable[str]) -> None:
+    """Raises: ValueError where another name differs in capitals alone: some disks take it for the
+    same."""
+    for one in others:
+        if one != name and one.casefold() == name.casefold():
+            raise ValueError(f"{one[:80]!r} is there, which differs in capitals alone")
+
+
 def plain(text: str) -> str:
     """Raises: ValueError for what is no text that can stand in a line."""
     if not isinstance(text, str) or len(text) > MOST_CHARACTERS:
         raise ValueError(f"{str(text)[:60]!r} is no text of at most {MOST_CHARACTERS} characters")
-    if any(unicodedata.category(one) in ("Cc", "Cs") for one in text):
+    if any(unicodedata.category(one) in ("Cc", "Cs", "Zl", "Zp") for one in text):
         raise ValueError(f"{text[:60]!r} holds control characters")
     return text
 
@@ -74,7 +84,7 @@ def within(root: Path, path: Path) -> Path:
 def check_question(question: Any, where: str) -> str:
     """The question. Raises: DatasetError for none, one of zero length, of more than
     MOST_CHARACTERS, or with control characters (a line break, too)."""
-    if isinstance(question, str) and not question.strip():
+    if isinstance(question, str) and not any(map(str.isprintable, "".join(question.split()))):
         raise DatasetError(f"{where}: the question has zero length; ask something")
     try:
         return plain(question)

@@ -50,9 +50,18 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
         # "file:", since FFmpeg takes what stands before a colon for a protocol
         with av.open(f"file:{path.resolve()}", format=kind,
                      options={"protocol_whitelist": "file"}) as container:
-            if not container.streams.video:
-                raise VideoError(f"{path} holds no video frame")
-            stream = container.streams.video[0]
+            shown = [one for one in container.streams.video  # a cover is a stream of one picture
+                     if not one.disposition & av.stream.Disposition.attached_pic]
+            if len(shown) != 1:
+                many = f"{len(shown)} video streams; save the one to read alone"
+                raise VideoError(f"{path} holds {many if shown else 'no video frame'}")
+            stream = shown[0]
+            if stream.sample_aspect_ratio not in (None, 0, 1):
+                raise VideoError(f"{path}: its pixels are shown as {stream.sample_aspect_ratio}, "
+                                 "not as squares; make it again with square pixels")
+            if stream.format and any(one.is_alpha for one in stream.format.components):
+                raise VideoError(f"{path} has transparent pixels, whose colour nobody knows; put "
+                                 "it on a background before")
             if stream.width * stream.height > MOST_PIXELS:
                 raise VideoError(f"{path}: frames of {stream.width}x{stream.height} pixels are not "
                                  f"read (at most {MOST_PIXELS}); scale the video down")
