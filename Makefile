@@ -1,6 +1,6 @@
 # `make` prints this list. Every target that needs the environment makes it first (once; tools/setup_env.py says what it does).
 .DEFAULT_GOAL := help
-.PHONY: help env demo test lab pair bench bench-extract bench-train bench-metrics check unit nb-check nb-test nb-refresh lock hooks
+.PHONY: help env demo test lab pair bench bench-extract bench-train bench-metrics bench-explorer check unit nb-check nb-test nb-refresh lock hooks
 
 PYTHON  ?= python3
 XSD     := .venv/bin/xsd
@@ -40,6 +40,9 @@ bench-train: env    ## the trainer against bare forward and backward: reports/be
 
 bench-metrics: env  ## metric kernels against a bare read and a plain loop: reports/bench_metrics
 	@$(XSD) bench metrics
+
+bench-explorer: env ## what each control of the explorer costs at 11 000 answers: reports/bench_explorer
+	@$(XSD) bench explorer
 
 check: env       ## seconds: lint, layers, house rules, notebook hygiene
 	@.venv/bin/ruff check .

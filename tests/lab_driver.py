@@ -66,14 +66,14 @@ def jupyterlab(root: Path, extra_path: str = ""):
         sys.executable, *("-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
                           f"--IdentityProvider.token={token}"),
         *(f"--ServerApp.root_dir={root}", "--ServerApp.allow_root=True",
-          "--LabApp.extension_manager=readonly"),
+          "--LabApp.extension_manager=readonly", "--LabApp.expose_app_in_browser=True"),
     ]
     with (open(root / "lab.log", "w") as log,
           subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
           as server,
           ):
         try:
-            _until(lambda: _get(port, token, "status") is not None, 90, "JupyterLab did not start",
+            _until(lambda: _get(port, token, "status") is not None, 300, "JupyterLab did not start",
                    server, root / "lab.log")
             yield port, token
         finally:
@@ -117,14 +117,14 @@ class Page:
         """Open a notebook and wait until its kernel is attached and idle."""
         self.page.goto(f"http://127.0.0.1:{self.port}/lab/tree/{name}?token={self.token}&reset")
         self.page.locator(".jp-NotebookPanel:not(.lm-mod-hidden) .jp-Notebook").wait_for(
-            timeout=60_000)
+            timeout=120_000)
 
         def attached():
             sessions = _get(self.port, self.token, "sessions")
             return bool(sessions) and sessions[0]["kernel"][
                 "execution_state"] == "idle" and sessions[0]["kernel"]["connections"]
 
-        _until(attached, 60, "the kernel was never idle")
+        _until(attached, 300, "the kernel was never idle")
         self.page.wait_for_timeout(1000)
 
     def prompts(self):
@@ -157,6 +157,12 @@ class Page:
         """Error outputs of cells."""
         return self.page.locator(
             "[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
+
+    def dark(self):
+        """JupyterLab's dark theme."""
+        self.page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', "
+                           "{theme: 'JupyterLab Dark'})")
+        self.page.locator("body[data-jp-theme-light='false']").wait_for(timeout=120_000)
 
     def plots(self):
         """Title and y values of every live plotly picture, read from the browser, not from the

@@ -30,7 +30,8 @@ def test_marginal_counts_each_position_and_survival_needs_all_before():
 
 def test_the_threshold_is_strict_as_in_the_reference():
     table = _table([[1, 1]], [[0.9, 0.91]])
-    assert curves.right(table, 0.9).tolist() == [False, True]
+    (level, ) = curves.levels(table, 0.9)
+    assert level.right(0.9).tolist() == [[False, True]]
 
 
 def test_unbroken_prefix_stops_at_the_first_rejection():

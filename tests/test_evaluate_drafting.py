@@ -154,3 +154,33 @@ def test_what_cannot_be_measured_is_explained():
 
     with pytest.raises(ParameterError, match="mine predicts the next state but cannot be unrolled"):
         table.of_batches({"mine": Ahead()}, [batch], head, gamma=2)
+
+
+@pytest.mark.parametrize("name", ["L4", "L5F", "B1"])
+def test_alternatives_say_of_each_row_of_the_table_what_else_could_have_been_drafted(name):
+    adapter, head, gamma = make(name), torch.randn(VOCABULARY, WIDTH), 3
+    batch = often_right(adapter, make_batch([7], seed=5), head)
+    tokens = table.of_batches({"": adapter}, [batch], head, gamma=gamma, top_k=VOCABULARY)
+    found = drafting.alternatives(adapter, batch, head, gamma=gamma, top_k=3)
+    assert found["position"].tolist() == tokens["position"].tolist()
+    assert [ids[0] for ids in found["draft_ids"]] == tokens["draft_id"].tolist()
+    np.testing.assert_allclose([p[0] for p in found["draft_probabilities"]],
+                               tokens["draft_probability"], rtol=1e-5)
+    assert ((found["rank"] == 0) == tokens["match"]).all()
+    assert ((found["margin"] == 0) == tokens["match"]).all() and (found["certainty"] >= 0).all()
+    if name == "L4":  # one that reads the drafter drafts the same in a loop and after one step
+        assert found["rank"].tolist() == tokens["one_step_rank"].tolist()
+
+
+def test_alternatives_know_the_drafters_own_head_and_a_draft_vocabulary():
+    adapter, head = make("L1"), torch.randn(VOCABULARY, WIDTH)
+    batch, own = make_batch([5], seed=3), torch.randn(VOCABULARY, make_batch([5]).drafter.shape[-1])
+    found = drafting.alternatives(None, batch, head, gamma=3, top_k=2, drafter_head=own)
+    said = (batch.drafter[0] @ own.T).topk(2).indices
+    assert found["position"].tolist() == [-1, 0, 1, 2, 3]
+    assert found["draft_ids"].tolist() == said.tolist()
+    odd = batch.ids_by_verifier[0] % 2 == 1
+    adapter.set_draft_vocabulary(torch.arange(0, VOCABULARY, 2))
+    found = drafting.alternatives(adapter, batch, head, gamma=3)
+    assert ((found["rank"] == -1).to_numpy() == odd.numpy()).all()
+    assert all(token % 2 == 0 for ids in found["draft_ids"] for token in ids)

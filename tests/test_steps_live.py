@@ -14,7 +14,7 @@ from xsd.bench import arms, costs
 from xsd.core import LosslessError, ParameterError
 from xsd.evaluate import table
 from xsd.runs import demo_page, folder, listing, parameters, report
-from xsd.steps import compare, extraction, judge, live, lossless, ready, traces, training
+from xsd.steps import compare, explore, extraction, judge, live, lossless, ready, traces, training
 from xsd.views import figures, timeline, tokens
 
 LEVELS = ["L1", "L4", "L5F", "B1"]
@@ -445,9 +445,32 @@ def test_a_value_lies_inside_its_interval(place, records):
 
 
 def test_the_explorer_shows_tokens_and_pictures_of_a_run(place):
-    explorer = compare.explorer([str(place / "run")], levels=["L1", "L4"], threshold=0.9)
+    explorer = explore.explorer([str(place / "run")], levels=["L1", "L4"], threshold=0.9)
     assert explorer.data.runs == ["run · simulated", "run · davis_road"]
     assert explorer.selection.levels == ("L1", "L4") and explorer.pictures.value.count("<img") == 13
+    assert explorer.reasons.value.count('class="reason"') == 2
+    assert "the verifier would say" in explorer.reasons.value
+    for level in ("L1", "drafter_tokens"):
+        own = explorer.data.tokens.query("run == 'run · simulated' and level == @level")
+        own = own[own["sample"] == explorer.selection.sample]
+        found = explorer.data.why("run · simulated", level, explorer.selection.sample)
+        found = found[found["position"] >= 0]
+        assert [ids[0] for ids in found["draft_ids"]] == own["draft_id"].tolist()
+        assert [texts[0] for texts in found["draft_texts"]] == own["draft_token"].tolist()
+    assert explorer.data.why("run · simulated", "L5", explorer.selection.sample) is None
     explorer.run.value = "run · davis_road"
     assert explorer.pictures.value.count("<img") == 13
     assert explorer.data.sample("nobody/knows/this") is None
+
+
+def test_live_answers_are_stepped_from_the_records_and_from_an_opened_bench(place, bench, records):
+    kept = explore.of_records(str(place / "run"))
+    assert "L4" in kept.arm.options and kept.pictures.value.count("<img") == 13
+    kept.arm.value = "L4"
+    again = explore.of_bench(bench, ["L4"])
+    again.sample.value = kept.sample.value
+    assert again.round.max == kept.round.max and len(again.sample.options) > len(
+        kept.sample.options)
+    for number in range(kept.round.max + 1):
+        kept.round.value = again.round.value = number
+        assert ("nats behind" in kept.shown.value) == ("nats behind" in again.shown.value)

@@ -200,6 +200,23 @@ def test_a_sensor_has_the_size_that_is_given(tmp_path):
         recordings.open_source(write_video(tmp_path / "v.mp4"), sensor_size=(64, 48))
 
 
+def test_events_and_a_video_beside_them_stand_on_the_events_clock(tmp_path):
+    events, video = write_events(tmp_path / "e.npy"), write_video(tmp_path / "v.mp4", rate=20)
+    alone = recordings.open_source(events)
+    both = recordings.open_source(events, video=video, offset_ms=-200, max_side=32)
+    assert both.kind == "both recorded" and len(both.events) == len(alone.events)
+    assert both.times_us[0] == alone.events.t_us[0] - 200_000
+    assert np.diff(both.times_us).tolist() == [50_000] * 29 and both.pictures.shape[2] == 32
+    clip = recordings.cut(both, clip_ms=300, hop_ms=100)[0]
+    assert clip.video.shape == (8, *both.pictures.shape[1:])
+    with pytest.raises(EventError, match="share no time: the events last"):
+        recordings.open_source(events, video=video, offset_ms=1e6)
+    with pytest.raises(ParameterError, match="give milliseconds below 1e12"):
+        recordings.open_source(events, video=video, offset_ms=1e300)
+    with pytest.raises(ParameterError, match="is a video, and so is"):
+        recordings.open_source(video, video=video)
+
+
 def test_only_questions_are_asked(tmp_path):
     clips = recordings.cut(recordings.open_source(write_events(tmp_path / "short.npy")))
     assert [one.question for one in recordings.asked(clips, ["Is it?"])] == ["Is it?"]

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from views_examples import WORDS, live_runs, sample, token_table
 
-from xsd.core import ROOT, VideoError
+from xsd.core import ROOT, Round, VideoError
 from xsd.evaluate import curves
 from xsd.runs import numbers
 from xsd.views import figures, images, safe, timeline, tokens
@@ -26,11 +26,34 @@ def _rows(states):
     return one
 
 
-def test_tokens_after_a_rejection_are_marked_as_lost():
-    page = tokens.pairs(_rows([True, False, True]))
-    assert re.findall(r'class="token (\w+)"', page) == [
-        "accepted", "verifier", "rejected", "verifier", "unused", "verifier"
+def test_after_a_rejection_a_round_begins_anew_and_a_full_one_ends_with_the_verifiers_token():
+    page = tokens.pairs(_rows([True, False, True, True, True]), gamma=2)
+    first, second = page.split("token-round")[1:]
+    assert re.findall(r'class="token (\w+)"', first) == [
+        "accepted", "verifier", "rejected", "bonus"
     ]
+    assert re.findall(r'class="token (\w+)"', second) == [
+        "accepted", "verifier", "accepted", "verifier", "unused", "bonus"
+    ]
+    assert "round 2: 2 accepted" in second
+
+
+def test_what_a_round_accepts_is_read_from_the_table_where_it_stands_there():
+    rows = _rows([True, True, True, False]).assign(accepted=[0, 1, 1, 0], position=[-1, 0, 1, 2])
+    page = tokens.pairs(rows, gamma=1)
+    given, *rounds = page.split("token-round")[1:]
+    assert "from the prefill" in given
+    assert [re.findall(r'class="token (\w+)"', one)[::2] for one in rounds] == [
+        ["accepted", "unused"], ["rejected"]]
+
+
+def test_a_draft_tree_has_a_row_for_each_branch():
+    tree = Round((1, 2, 3, 4), 2, 5, 0, 0, 0, 0, parents=(-1, 0, 0, -1))
+    page = tokens.one_round(tree, lambda token: WORDS[token], 0)
+    places = re.findall(r"grid-column:(\d);grid-row:(\d)", page)
+    assert places == [("1", "1"), ("2", "1"), ("2", "2"), ("1", "3")]
+    assert re.findall(r'class="token (\w+)"', page) == [
+        "accepted", "accepted", "rejected", "rejected", "bonus"]
 
 
 def test_a_threshold_colours_by_cosine_instead_of_by_token():

@@ -25,11 +25,25 @@ pytestmark = pytest.mark.skipif(CHROMIUM is None,
 def made_notebook(folder: Path) -> Path:
     """The explorer over made-up tokens: what it does must not hang on a trained pair."""
     code = [
-        "import pandas as pd, views_examples\nfrom xsd.views import explorers",
+        "import pandas as pd, views_examples\nfrom xsd.core import Round\n"
+        "from xsd.views import controls, explorers",
         "table = pd.concat([views_examples.token_table(), views_examples.token_table(3, "
         "run='other', levels=('L1', 'L4'))])\n"
-        "explorer = explorers.AcceptanceExplorer(explorers.ExplorerData(table, lambda key: "
-        "views_examples.sample()))\nexplorer.widget",
+        "table['kind'] = ['place' if at % 2 else 'colour' for at in table['position']]\n"
+        "about = {'rank': 1, 'margin': 0.5, 'certainty': 1.0, 'draft_texts': ['red', 'blue'], "
+        "'draft_probabilities': [0.6, 0.3], 'verifier_texts': ['blue', 'red'], "
+        "'verifier_probabilities': [0.7, 0.2]}\n"
+        "why = pd.DataFrame([{'position': at, **about} for at in range(14)])\n"
+        "data = explorers.ExplorerData(table, lambda key: views_examples.sample(), "
+        "lambda *given: why)\n"
+        "explorer = controls.AcceptanceExplorer(data)\nexplorer.widget",
+        "runs = views_examples.live_runs()\nspeculative = runs['speculative']\n"
+        "tree = Round((0, 1, 5, 6, 7), 2, 8, 0, .01, .01, .02, 'decode', (-1, 0, 0, -1, 3))\n"
+        "runs['tree'] = type(speculative)(speculative.ids, 'length', (tree,))\n"
+        "live = controls.LiveExplorer({'a': 'first sample', 'b': 'second'}, list(runs), "
+        "lambda key, arm: runs[arm], lambda token: views_examples.WORDS[token], "
+        "sample=lambda key: views_examples.sample(), "
+        "why=lambda arm, key, at: {'position': at, **about})\nlive.widget",
     ]
     path = folder / "made.ipynb"
     metadata = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
@@ -57,8 +71,8 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
         view.run_all()
         assert view.failures() == []
         page = view.page
-        page.locator(".widget-slider").first.wait_for(timeout=60_000)
-        page.locator(PLOT).first.wait_for(timeout=60_000)
+        page.locator(".widget-slider").first.wait_for(timeout=120_000)
+        page.locator(PLOT).first.wait_for(timeout=120_000)
         page.locator(PLOT).last.scroll_into_view_if_needed()
         page.wait_for_timeout(1500)
         page.screenshot(path=str(shots / f"{which}_1_start.png"))
@@ -84,12 +98,68 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
         page.wait_for_function(
             "() => [...document.querySelectorAll('.widget-readout')].some(e => "
             "e.textContent.trim() === '2')",
-            timeout=20_000)
+            timeout=120_000)
         page.wait_for_timeout(1000)
         assert page.locator(".token-pairs").count() >= 1 and page.locator(
             ".filmstrip img").count() >= 2
         assert page.locator(".token-pairs").first.inner_text() != strips
         page.locator(".token-legend").last.scroll_into_view_if_needed()
         page.screenshot(path=str(shots / f"{which}_3_position.png"))
+        if which == "made":
+            _the_other_controls(view, shots)
         assert view.errors == [] and view.external == []
         browser.close()
+
+
+LISTED = "() => [...document.querySelector('select[size=\"9\"]').options].map(o => o.text)"
+CONTRAST = """() => {
+const light = c => { const [r, g, b] = c.match(/[\\d.]+/g).map(v => {
+    v /= 255; return v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4 });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b };
+const ground = e => { for (; e; e = e.parentElement) {
+    const c = getComputedStyle(e).backgroundColor;
+    if (!/, 0\\)$|transparent/.test(c)) return c } return 'rgb(255, 255, 255)' };
+const texts = '.token, .token-pairs > div, .reason b, .token-legend span, .sensors b, .token-step';
+return Math.min(...[...document.querySelectorAll(texts)].map(e => {
+    const [a, b] = [getComputedStyle(e).color, ground(e)].map(light);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05) }))}"""
+
+
+def _the_other_controls(view, shots):
+    """Search, kind, rejected here, a picture that grows, the live answer; then the same in dark."""
+    page = view.page
+
+    def listed(test):
+        page.wait_for_function(f"() => {{const all = ({LISTED})(); return all.length && "
+                               f"all.every(text => {test})}}", timeout=120_000)
+
+    search = page.get_by_placeholder("question, clip, token …")
+    search.fill("s5/")
+    search.press("Enter")
+    listed("text.includes(' s5/')")
+    page.locator("input[type=checkbox]").first.check()
+    listed("text.startsWith('✗') && text.includes(' s5/')")
+    assert page.locator(".reason").first.inner_text().count("nats") == 2
+    picture = page.locator(".filmstrip summary img").first
+    before = picture.bounding_box()["width"]
+    picture.click()
+    page.wait_for_timeout(300)
+    assert picture.bounding_box()["width"] > 2 * before
+    page.screenshot(path=str(shots / "made_4_searched.png"))
+    picture.click()
+
+    page.locator(".token-step").scroll_into_view_if_needed()
+    handle = page.locator(".widget-slider .noUi-handle").last
+    handle.focus()
+    page.keyboard.press("ArrowRight")
+    page.locator(".token-step", has_text="round 1 of 2").wait_for(timeout=120_000)
+    page.screenshot(path=str(shots / "made_5_live.png"))
+    page.locator(".widget-dropdown select").last.select_option("tree")
+    page.locator(".token-tree").wait_for(timeout=120_000)
+    assert page.evaluate(CONTRAST) > 4.5
+    view.dark()
+    page.wait_for_timeout(1500)
+    page.screenshot(path=str(shots / "made_6_live_dark.png"))
+    page.locator(".token-pairs").first.scroll_into_view_if_needed()
+    page.screenshot(path=str(shots / "made_7_dark.png"))
+    assert page.evaluate(CONTRAST) > 4.5

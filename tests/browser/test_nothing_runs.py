@@ -148,8 +148,8 @@ def test_jupyterlab_runs_nothing_of_hostile_data(made, place):
         "import json\nfrom IPython.display import display\nbundles, printed = json.load("
         "open('shown.json'))\nfor one in bundles:\n    display(one, raw=True)\n"
         "for one in printed:\n    print(one)",
-        "from xsd.steps import compare\n"
-        f"explorer = compare.explorer([{str(run)!r}], levels=['L1'], threshold=0.9)\n"
+        "from xsd.steps import explore\n"
+        f"explorer = explore.explorer([{str(run)!r}], levels=['L1'], threshold=0.9)\n"
         "explorer.click(1)\nexplorer.widget",
     ]
     kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}

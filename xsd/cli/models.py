@@ -104,7 +104,8 @@ def self_test(
 
 @app.command(epilog=examples("xsd bench train -o reports/here", "xsd bench full-size",
                              "xsd bench full-size --size tiny --device cpu"))
-def bench(what: Literal["extract", "train", "metrics", "full-size"], out: Path | None = OUT,
+def bench(what: Literal["extract", "train", "metrics", "explorer", "full-size"],
+          out: Path | None = OUT,
           size: Literal["full", "tiny"] = Option(None, help="of full-size: two 7B models made in "
                                                  "memory (the default), or tiny ones"),
           device: str = Option(None, help=f"of full-size: {DEVICE}")) -> None:

@@ -13,6 +13,7 @@ With position s the last one verified, at gamma = 3::
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
@@ -93,6 +94,23 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
     where a round accepts all gamma drafts, the one it would have made next. accepted: by a round
     that begins there. Raises: ParameterError when the adapter cannot be unrolled.
     """
+    row, at, states, accepted = _looped(adapter, batch, head, gamma)
+    target = batch.verifier[row, at + 1]
+    said, best = _among(states, head, adapter.draft_ids)
+    real = torch.ones(1, len(at), dtype=torch.bool)
+    columns = {
+        "draft_id": best[:, 0],
+        "draft_probability": (said.top_logits[:, 0] - said.logsumexp).exp(),
+        "match": best[:, 0] == batch.ids_by_verifier[row, at + 1],
+        "cosine": cosines(states[None], target[None], real)[0],
+    }
+    return _arrays(columns) | {"accepted": accepted}
+
+
+def _looped(adapter: Any, batch: Batch, head: Tensor,
+            gamma: int) -> tuple[np.ndarray, np.ndarray, Tensor, np.ndarray]:
+    """Of every drafted position: its answer and position [N], the state behind its draft in the
+    greedy loop [N, D], and what a round accepts that begins there [N]."""
     if not hasattr(adapter, "rolled"):
         raise ParameterError(f"{adapter.level} predicts the next state but cannot be unrolled; "
                              "give it an unroll() as in adapters/eagle.py")
@@ -112,16 +130,45 @@ def greedy_loop(adapter: Any, batch: Batch, head: Tensor, gamma: int) -> Columns
     for k, predicted in enumerate(steps):
         chosen = np.flatnonzero(step == k)
         states[chosen] = predicted[row[chosen], start[chosen]].to(states.dtype)
-    target = batch.verifier[row, at + 1]
-    said, best = _among(states, head, adapter.draft_ids)
-    real = torch.ones(1, len(at), dtype=torch.bool)
-    columns = {
-        "draft_id": best[:, 0],
-        "draft_probability": (said.top_logits[:, 0] - said.logsumexp).exp(),
-        "match": best[:, 0] == batch.ids_by_verifier[row, at + 1],
-        "cosine": cosines(states[None], target[None], real)[0],
-    }
-    return _arrays(columns) | {"accepted": run[row, at]}
+    return row, at, states, run[row, at]
+
+
+@torch.no_grad()
+def alternatives(adapter: Any | None, batch: Batch, head: Tensor, *, gamma: int, top_k: int = 5,
+                 drafter_head: Tensor | None = None) -> pd.DataFrame:
+    """Why each draft of one answer (a batch of one) was accepted or not, one row per position of
+    the token table, measured with the same gamma. adapter: None for the drafter's own tokens, which
+    its head [V, D_d] says.
+
+    draft_ids, verifier_ids: the ``top_k`` likeliest [k], with draft_probabilities and
+    verifier_probabilities; rank: place of the verifier's token among all drafts there are, from 0
+    on (-1: not in the draft vocabulary); margin: how far it is behind the best of them; certainty:
+    how far the verifier's second is behind its first, both in nats. Raises: as greedy_loop."""
+    if adapter is None:
+        drafted, target, ids, mask = (batch.drafter, batch.verifier, batch.ids_by_verifier,
+                                      batch.mask)
+    else:
+        drafted, target, ids, mask = adapter.align(batch)
+    shift, own = getattr(adapter, "shift", 0), getattr(adapter, "draft_ids", None)
+    at = mask[0].nonzero().flatten().cpu().numpy() + shift - 1
+    drafted, target, ids = drafted[mask], target[mask], ids[mask].cpu()
+    if shift:
+        _, at, drafted, _ = _looped(adapter, batch, head, gamma)
+    rows = drafter_head if adapter is None else head if own is None else head[own.to(head.device)]
+    scores = torch.log_softmax(drafted.float().cpu() @ rows.float().cpu().T, dim=-1)
+    verified = torch.log_softmax(target.float().cpu() @ head.float().cpu().T, dim=-1)
+    place = torch.full((max(len(head), len(rows)), ), -1)  # of each id in the draft vocabulary
+    place[torch.arange(len(rows)) if own is None else own.cpu()] = torch.arange(len(rows))
+    known, its = place[ids] >= 0, scores.gather(1, place[ids].clamp(min=0)[:, None])
+    (best, chosen), (sure, said) = (one.topk(min(top_k, one.shape[1]))
+                                    for one in (scores, verified))
+    return pd.DataFrame({
+        "position": at, "rank": torch.where(known, (scores > its).sum(dim=1), -1).numpy(),
+        "margin": (best[:, 0] - its[:, 0]).numpy(), "certainty": (sure[:, 0] - sure[:, 1]).numpy(),
+        "draft_ids": (chosen if own is None else own.cpu()[chosen]).tolist(),
+        "draft_probabilities": best.exp().tolist(),
+        "verifier_ids": said.tolist(), "verifier_probabilities": sure.exp().tolist(),
+    })
 
 
 def from_every_start(adapter: Any, batch: Batch, head: Tensor,

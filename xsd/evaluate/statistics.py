@@ -3,8 +3,9 @@ whole *sequences* are drawn with replacement (the cluster bootstrap, Davison & H
 3.8), percentile intervals. The same values in another order give the same interval to the last bit.
 """
 
+import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any
@@ -76,20 +77,31 @@ def resampled_sums(sums: np.ndarray, *, n_resamples: int = N_RESAMPLES,
     """Draw K of the K cluster rows with replacement, n_resamples times, and add them up: [K, C] →
     float64 [R, C]: how often each cluster was drawn, times its sums, a matrix product."""
     n_clusters = len(sums)
-    rng, few = np.random.default_rng(seed), n_clusters <= 256
-    out = np.empty((n_resamples, sums.shape[1]))
-    step = max(1, (4_000_000 if few else 1_000_000) // n_clusters)
+    step = max(1, (4_000_000 if n_clusters <= 256 else 1_000_000) // n_clusters)
+    if n_resamples <= step:
+        return _drawn_once(n_clusters, n_resamples, seed) @ sums
+    drawn = _drawn(n_clusters, n_resamples, seed, step)
+    return np.concatenate([counts @ sums for counts in drawn])
+
+
+@functools.lru_cache(maxsize=2)
+def _drawn_once(n_clusters: int, n_resamples: int, seed: int) -> np.ndarray:
+    return next(_drawn(n_clusters, n_resamples, seed, n_resamples))
+
+
+def _drawn(n_clusters: int, n_resamples: int, seed: int, step: int) -> Iterator[np.ndarray]:
+    """How often each cluster is drawn, float64 [at most step, K] a time."""
+    rng = np.random.default_rng(seed)
     for start in range(0, n_resamples, step):
         rows = min(step, n_resamples - start)
-        if few:
+        if n_clusters <= 256:
             counts = rng.multinomial(n_clusters, np.full(n_clusters, 1 / n_clusters), size=rows)
         else:  # the same, the draws counted: a multinomial costs one binomial draw a cluster
             drawn = rng.integers(0, n_clusters, size=(rows, n_clusters),
                                  dtype=np.uint16 if n_clusters <= 2**16 else np.uint32)
             counts = np.bincount((drawn + n_clusters * np.arange(rows)[:, None]).reshape(-1),
                                  minlength=rows * n_clusters).reshape(rows, n_clusters)
-        out[start:start + rows] = counts.astype(np.float64) @ sums
-    return out
+        yield counts.astype(np.float64)
 
 
 def bootstrap(figure: Callable[[np.ndarray], np.ndarray], columns: Any, clusters: Sequence[Any],

@@ -210,8 +210,16 @@ def answers(tokens: pd.DataFrame, *columns: str) -> Answers:
     bool [N, S]), positions ascending. about: one row per answer and level in the table's order: run
     and data where there are such columns, level, sample, sequence."""
     keys = [name for name in ("run", "data", "level", "sample") if name in tokens]
-    number = tokens.groupby(keys, sort=False, observed=True).ngroup().to_numpy()
-    order = np.lexsort((tokens["position"].to_numpy(), number))
+    at = tokens["position"].to_numpy()
+    codes = [one.cat.codes.to_numpy() if one.dtype == "category" else pd.factorize(one)[0]
+             for one in (tokens[name] for name in keys)]
+    begins = np.ones(len(tokens), dtype=bool)  # where the row before is of another answer
+    begins[1:] = np.any([np.diff(one) != 0 for one in codes], axis=0)
+    order, number = slice(None), begins.cumsum() - 1
+    firsts = tokens[keys].iloc[np.flatnonzero(begins)]
+    if firsts.duplicated().any() or not (begins[1:] | (np.diff(at) > 0)).all():
+        number = tokens.groupby(keys, sort=False, observed=True).ngroup().to_numpy()
+        order = np.lexsort((at, number))
     lengths = np.bincount(number)
     inside = np.arange(lengths.max(initial=0)) < lengths[:, None]
     grids = []
@@ -220,7 +228,8 @@ def answers(tokens: pd.DataFrame, *columns: str) -> Answers:
         grid = np.zeros(inside.shape, dtype=values.dtype)
         grid[inside] = values
         grids.append(grid)
-    about = tokens.iloc[order[lengths.cumsum() - lengths]][[*keys, "sequence"]]
+    starts = np.arange(len(tokens))[order][lengths.cumsum() - lengths]
+    about = tokens[[*keys, "sequence"]].iloc[starts]
     return about.reset_index(drop=True), grids, inside
 
 

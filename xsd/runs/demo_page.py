@@ -96,7 +96,7 @@ def strips(run_dir: str | Path) -> list[Html]:
     table = folder.load_tokens(run_dir)
     if "draft_token" not in table.columns:
         return []
-    made = [tokens.legend(("accepted", "rejected", "unused", "verifier"))]
+    made = [tokens.legend()]
     for data, part in table.groupby("data", sort=False, observed=True):
         levels = list(part["level"].unique())
         level = "L4" if "L4" in levels else levels[0]

@@ -220,6 +220,8 @@ class RecordingParameters(ModelParameters):
                         description="davis_road (shipped), an event file, or a video")
     sensor_size: str = Field("", description="WxH of the sensor, where an event file does not say; "
                              "empty: from its events")
+    video: str = Field("", description="a video of the same scene, beside an event file")
+    offset_ms: float = Field(0.0, description="from the first event to the video's first picture")
     clip_ms: typed.ClipMs = 1000
     hop_ms: typed.HopMs = 500
     max_clips: int = whole(3, 1, 10_000, "clips that are asked")

@@ -1,23 +1,20 @@
 """Step 06: runs side by side, each difference paired sample by sample (one run alone: its levels,
-each against the drafter's own tokens). Step 07: what the explorer shows of them."""
+each against the drafter's own tokens)."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from xsd import files
-from xsd.core import MetricError, ParameterError, Sample
+from xsd.core import MetricError, ParameterError
 from xsd.evaluate import comparison, statistics, table
-from xsd.evaluate.held_out import HeldOut
 from xsd.files import provenance
 from xsd.runs import folder, listing
 from xsd.steps import data as datasets
-from xsd.steps import evaluation, extraction, training
-from xsd.views import explorers, figures
+from xsd.steps import training
+from xsd.views import figures
 
 METRICS = {
     "accepted_per_round": "accepted drafts per round",
@@ -258,34 +255,3 @@ def save(run_dir: str, metric: str, runs: Sequence[str], found: pd.DataFrame,
                "provenance": provenance(data_hash=hashes, **made_with)}
     folder.save_results(run_dir, "compare", results)
     return results
-
-
-def pictures(runs: Sequence[str]) -> Callable[[str], Sample | None]:
-    """Sample key → Sample of any of the runs, read when asked for; None for an unknown key."""
-    @cache
-    def places() -> dict[str, tuple[HeldOut, int]]:
-        sets = [evaluation.held_out(run, data) for run in runs
-                for data in extraction.held_out_names(run)]
-        return {name: (one, i) for one in sets for i, name in enumerate(one.keys)}
-
-    @cache
-    def read(key: str) -> Sample | None:
-        pairs, index = places().get(key, (None, 0))
-        try:
-            return pairs and pairs.load(index)
-        except ParameterError:  # of imported chunks nobody knows the clips
-            return None
-
-    return read
-
-
-def explorer(runs: Sequence[str], *, levels: Sequence[str],
-             threshold: float) -> explorers.AcceptanceExplorer:
-    """The explorer, opened on ``levels`` as far as the first run holds them. In it, a run is a run
-    folder and one of its held-out sets."""
-    tables = [own.assign(run=f"{name} · " + own["data"].astype(str)) for name, own in zip(
-        listing.names(runs), map(folder.load_tokens, runs), strict=True)]
-    found = explorers.ExplorerData(pd.concat(tables, ignore_index=True), pictures(runs))
-    held = found.levels(found.runs[0])
-    chosen = [name for name in map(files.name_of, levels) if name in held] or held[:2]
-    return explorers.AcceptanceExplorer(found, levels=chosen, tau=threshold)

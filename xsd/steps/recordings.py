@@ -45,14 +45,20 @@ class Source:
 
 
 def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 346, seed: int = 0,
-                sensor_size: tuple[int, int] | None = None) -> Source:
+                sensor_size: tuple[int, int] | None = None, video: str | Path = "",
+                offset_ms: float = 0.0) -> Source:
     """``"davis_road"``, an event file or a video (its first max_seconds, at most max_side wide and
-    high). sensor_size: width and height of the sensor, where an event file does not say. Raises:
-    EventError; VideoError, also for a single picture; ParameterError for the
-    sensor_size of a video."""
+    high). sensor_size: width and height of the sensor, where an event file does not say. video: of
+    the same scene beside an event file; its first picture is offset_ms after the first event
+    (before it where negative). Raises: EventError, also where the two share no time; VideoError,
+    also for a single picture; ParameterError for the sensor_size of a video, or one beside a
+    video."""
     shipped = str(path) == SHIPPED
     path = ROOT / "data/davis_road/davis346_road.aedat4" if shipped else folder.resolve(path)
     suffix = path.suffix.lower()
+    if video:
+        return _beside(path, folder.resolve(video), offset_ms, sensor_size,
+                       max_seconds=max_seconds, max_side=max_side)
     if suffix in timed_video.SUFFIXES:
         if sensor_size:
             raise ParameterError(f"sensor_size is of event files; the events of {path} are made on "
@@ -79,6 +85,26 @@ def open_source(path: str | Path, *, max_seconds: float = 10.0, max_side: int = 
     else:
         events = event_streams.read_events(path, **size)
     return Source(path.stem, events, None, np.empty(0, np.int64), "pictures from the events")
+
+
+def _beside(path: Path, video: Path, offset_ms: float, sensor_size: tuple[int, int] | None,
+            **limits: Any) -> Source:
+    """An event file and a video on the events' clock."""
+    if path.suffix.lower() in timed_video.SUFFIXES:
+        raise ParameterError(f"{path} is a video, and so is {video}; give an event file beside it")
+    if not abs(offset_ms) < 1e12:
+        raise ParameterError(f"offset_ms is {offset_ms:g}; give milliseconds below 1e12")
+    found = open_source(path, sensor_size=sensor_size)
+    pictures, times = timed_video.read(video, **limits)
+    start = int(found.events.t_us[0])
+    made = Source(found.name, found.events, pictures,
+                  times - times[0] + start + round(1000 * offset_ms), "both recorded")
+    if len(found.events.between(*made.span_us)) < 5:
+        lasts, (first, last) = int(found.events.t_us[-1]) - start, made.span_us
+        raise EventError(f"{path} and {video} share no time: the events last {lasts / 1e6:.2f} s, "
+                         f"the video goes from {(first - start) / 1e6:.2f} to "
+                         f"{(last - start) / 1e6:.2f} s of them; give another offset_ms")
+    return made
 
 
 def cut(source: Source, *, clip_ms: int = 1000, hop_ms: int = 500, max_clips: int = 6,

@@ -1,26 +1,42 @@
-"""The acceptance explorer of notebook 07: plain functions of what a selection shows, and the
-widgets that choose it (``AcceptanceExplorer``)."""
+"""What the acceptance explorer of notebook 07 shows of a selection: plain functions. The widgets
+that choose it: xsd/views/controls.py."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 
+import numpy as np
 import pandas as pd
 
 from xsd.core import MetricError, Sample, printable
 from xsd.evaluate import curves
 from xsd.evaluate import table as token_table
-from xsd.evaluate.statistics import Interval
-from xsd.views import figures, images, theme, tokens
+from xsd.views import images, tokens
 from xsd.views.safe import Html
 
+PAGE = 50
+"""Samples on a page of the list."""
+SEARCHED = ("question", "sample", "kind", "draft_token", "verifier_token")
+"""Columns that a search reads; a sample's name holds its sequence and clip."""
 
-@dataclass(frozen=True)
+
+SHOWN = ("position", "match", "cosine", "accepted", "draft_token", "verifier_token", "kind",
+         "draft_probability")
+"""Columns of a sample's strips and cards."""
+
+
+@dataclass(frozen=True, eq=False)
 class ExplorerData:
     """What there is to explore: the token table with ``run``, ``draft_token`` and
-    ``verifier_token``, and what loads the clip behind a sample key (None: not at hand)."""
+    ``verifier_token``; what loads the clip behind a sample key (None: not at hand); and what finds
+    of run, level and sample key what both models would have said (drafting.alternatives, with
+    texts). gammas: of each run, drafts a round, 5 where it is not named."""
 
     tokens: pd.DataFrame
     sample: Callable[[str], Sample | None] = lambda key: None
+    why: Callable[[str, str, str], pd.DataFrame | None] = lambda run, level, key: None
+    gammas: Mapping[str, int] = field(default_factory=dict)
+    _grids: dict[tuple[str, str], curves.Level] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         token_table.check(self.tokens, "cosine", "match")
@@ -29,20 +45,46 @@ class ExplorerData:
             raise MetricError(
                 f"the explorer's token table lacks the column(s) {', '.join(sorted(missing))}; "
                 "write them when evaluating (notebook 04 does)")
+        texts = {"run", "level", *SEARCHED} & set(self.tokens.columns)
+        texts = [name for name in texts if self.tokens[name].dtype != "category"]
+        found = self.tokens.astype(dict.fromkeys(texts, "category"))
+        names = found["sample"].cat.categories
+        if not names.is_monotonic_increasing:  # so that codes sort as names do
+            found["sample"] = found["sample"].cat.reorder_categories(sorted(names))
+        object.__setattr__(self, "tokens", found)
+        codes = [found[name].cat.codes.to_numpy() for name in ("run", "level")]
+        begins = np.append(True, np.any([one[1:] != one[:-1] for one in codes], axis=0))
+        places = found[["run", "level"]].iloc[np.flatnonzero(begins)].drop_duplicates().astype(str)
+        held = {run: part.tolist() for run, part in places.groupby("run", sort=False)["level"]}
+        object.__setattr__(self, "_held", held)
 
     @property
     def runs(self) -> list[str]:
         """Names of the runs, as they come."""
-        return list(dict.fromkeys(self.tokens["run"]))
+        return list(self._held)
 
     def levels(self, run: str) -> list[str]:
         """Levels evaluated in a run, as they come."""
-        return list(dict.fromkeys(self.tokens.loc[self.tokens["run"] == run, "level"]))
+        return list(self._held[run])
+
+    def grid(self, run: str, level: str) -> curves.Level:
+        """The answers of one level of a run as arrays, made once."""
+        if (run, level) not in self._grids:
+            own = np.flatnonzero((self.tokens["run"] == run) & (self.tokens["level"] == level))
+            columns = self.tokens[["run", "level", "sample", "sequence", "position", "match",
+                                   "cosine"]]
+            block = slice(own[0], own[-1] + 1)  # a level's rows mostly are one: nothing is copied
+            part = columns.iloc[block if block.stop - block.start == len(own) else own]
+            part = part.assign(_row=own)
+            self._grids[run, level] = curves.Level(level, part, "match", "cosine", "_row")
+        return self._grids[run, level]
 
 
 @dataclass(frozen=True)
 class Selection:
-    """What is being looked at. tau: None for the token truth, else a cosine threshold."""
+    """What is being looked at. tau: None for the token truth, else a cosine threshold. listed: the
+    level whose samples are listed (None: the first), of them only those that hold every word of
+    ``search``, of one ``kind`` of word here, and rejected here (``rejected``)."""
 
     run: str
     levels: tuple[str, ...]
@@ -50,10 +92,15 @@ class Selection:
     curve: str = "marginal"
     position: int = 0
     sample: str | None = None
+    listed: str | None = None
+    search: str = ""
+    kind: str = ""
+    rejected: bool = False
+    page: int = 0
 
 
-def rows(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """The token rows of the chosen run and levels. Raises: MetricError when one is not there."""
+def grids(data: ExplorerData, selection: Selection) -> list[curves.Level]:
+    """The chosen levels of the chosen run. Raises: MetricError when one is not there."""
     if selection.run not in data.runs:
         raise MetricError(
             f"there is no run named {selection.run!r} here; choose from {', '.join(data.runs)}")
@@ -63,49 +110,80 @@ def rows(data: ExplorerData, selection: Selection) -> pd.DataFrame:
         raise MetricError(
             f"run {selection.run!r} has no level {', '.join(unknown) or '(none chosen)'}; choose "
             f"from {', '.join(known)}")
-    own = data.tokens["run"] == selection.run
-    return data.tokens[own & data.tokens["level"].isin(selection.levels)]
+    return [data.grid(selection.run, level) for level in selection.levels]
 
 
 def curve(data: ExplorerData, selection: Selection) -> pd.DataFrame:
     """Acceptance by position (``curves.by_position``), levels in the order chosen."""
-    chosen = rows(data, selection)
-    levels = chosen["level"].astype(str)
-    order = pd.Categorical(levels, categories=list(selection.levels), ordered=True)
-    return curves.by_position(chosen.iloc[order.argsort()], selection.tau)
+    return pd.concat([one.by_position(selection.tau, n_resamples=curves.RESAMPLES)
+                      for one in grids(data, selection)], ignore_index=True)
 
 
 def headline(data: ExplorerData, selection: Selection) -> str:
     """One line: the rule, and the unbroken prefix of each level with its interval."""
-    table = curves.unbroken_prefix(rows(data, selection), selection.tau).set_index("level")
     rule = "same token" if selection.tau is None else f"cosine > {selection.tau:.2f}"
-    found = table.loc[list(selection.levels), ["value", "low", "high"]]
-    parts = ", ".join(f"{level} {Interval(*row, 0, 0).text(percent=False)}"
-                      for level, *row in found.itertuples())
-    return f"{rule} · unbroken prefix: {parts} · n = {int(table['n'].max())}"
+    found = {one.name: one.unbroken_prefix(selection.tau, n_resamples=curves.RESAMPLES)
+             for one in grids(data, selection)}
+    parts = ", ".join(f"{level} {one.text(percent=False)}" for level, one in found.items())
+    n = max(one.n for one in found.values())
+    return f"{rule} · unbroken prefix: {parts} · n = {n}"
 
 
 def samples_at(data: ExplorerData, selection: Selection) -> pd.DataFrame:
-    """Samples of the first chosen level that have the chosen position, with their texts there; the
-    rejected first, then by cosine."""
-    first = rows(data, replace(selection, levels=selection.levels[:1]))
-    here = first[first["position"] == selection.position]
-    here = here.assign(accepted=curves.right(here, selection.tau))
-    columns = ("sample", "question", "draft_token", "verifier_token", "cosine", "accepted")
-    ordered = here.sort_values(["accepted", "cosine", "sample"], kind="stable")
-    return ordered[[name for name in columns if name in here]].reset_index(drop=True)
+    """Samples of the listed level that have the chosen position and are searched for, with their
+    texts there; the rejected first, then by cosine."""
+    level = selection.listed if selection.listed in selection.levels else selection.levels[0]
+    (grid,) = grids(data, replace(selection, levels=(level,)))
+    at = selection.position - grid.first
+    there = np.flatnonzero(grid.inside[:, at]) if 0 <= at < grid.inside.shape[1] else []
+    rows = grid.columns["_row"][there, at]
+    columns = ("sample", "question", "kind", "draft_token", "verifier_token", "cosine")
+    here = data.tokens[[name for name in columns if name in data.tokens]].iloc[rows]
+    here = here.assign(accepted=grid.right(selection.tau)[there, at])
+    keep = ~here["accepted"].to_numpy() | (not selection.rejected)
+    if selection.kind and "kind" in here:
+        keep &= (here["kind"] == selection.kind).to_numpy()
+    for word in selection.search.split():
+        keep &= np.any([_holding(here[name], word) for name in SEARCHED if name in here], axis=0)
+    order = np.lexsort((here["sample"].cat.codes, here["cosine"], here["accepted"]))
+    return here.iloc[order[keep[order]]].reset_index(drop=True)
+
+
+def _holding(texts: pd.Series, word: str) -> np.ndarray:
+    """bool [rows]: which hold a word; every different text is read once."""
+    found = texts.cat.categories.str.contains(word, case=False, regex=False)
+    return np.append(found, False)[texts.cat.codes]  # code -1, of no text, is the last one
+
+
+def line_of(row: dict) -> str:
+    """A row of :func:`samples_at` as the list shows it."""
+    sign = "✓" if row["accepted"] else "✗"
+    question = f" · {row['question']}" if "question" in row else ""
+    said = (f"{tokens.visible(str(row['draft_token']))} → "
+            f"{tokens.visible(str(row['verifier_token']))}")
+    return printable(f"{sign} {row['cosine']:.3f}  {said}  · {row['sample']}{question}")
+
+
+@lru_cache(maxsize=32)
+def _of_sample(data: ExplorerData, run: str, level: str, sample: str) -> pd.DataFrame:
+    """The rows of a sample and level, by position."""
+    grid = data.grid(run, level)
+    at = np.flatnonzero((grid.about["sample"] == sample).to_numpy())
+    rows = grid.columns["_row"][at][grid.inside[at]]
+    return data.tokens[[name for name in SHOWN if name in data.tokens]].iloc[rows]
 
 
 def strips(data: ExplorerData, selection: Selection) -> Html:
-    """Draft over verifier of the chosen sample, one strip per chosen level."""
-    own = rows(data, selection)
-    own = own[own["sample"] == selection.sample]
-    parts = [tokens.pairs(own[own["level"] == level], selection.tau, here=selection.position,
+    """Draft over verifier of the chosen sample, round by round, one strip per chosen level."""
+    rows = {level: _of_sample(data, selection.run, level, selection.sample)
+            for level in selection.levels}
+    gamma = data.gammas.get(selection.run, 5)
+    parts = [tokens.pairs(own, selection.tau, here=selection.position, gamma=gamma,
                           label=f"{level}: draft above, verifier below")
-             for level in selection.levels if (own["level"] == level).any()]
+             for level, own in rows.items() if len(own)]
     if not parts:
         return tokens.caption(f"No sample has position {selection.position} here.")
-    return Html().join(parts) + tokens.legend(("accepted", "rejected", "unused", "verifier"))
+    return Html().join(parts) + tokens.legend()
 
 
 def pictures(data: ExplorerData, selection: Selection) -> Html:
@@ -116,122 +194,17 @@ def pictures(data: ExplorerData, selection: Selection) -> Html:
     return images.sensors(sample, side=112)
 
 
-class AcceptanceExplorer:
-    """Run, levels, rule and threshold left; the curve right; click a position (or move its slider)
-    for its samples; strips and pictures below. ``widget`` is shown in a notebook; ``selection`` is
-    the current :class:`Selection`. Raises: MetricError if there is nothing to show."""
-
-    def __init__(self, data: ExplorerData, *, levels: Sequence[str] | None = None,
-                 tau: float = 0.9):
-        # here so that reading a selection needs no widget packages
-        import ipywidgets as widgets
-        import plotly.graph_objects as go
-
-        self.data = data
-        run = data.runs[0]
-        chosen = tuple(levels or data.levels(run)[:2])
-        self.selection = Selection(run, chosen)
-        self.run = widgets.Dropdown(options=data.runs, value=run, description="run")
-        self.levels = widgets.SelectMultiple(options=data.levels(run), value=chosen,
-                                             description="levels", rows=6)
-        self.rule = widgets.ToggleButtons(
-            options=[("same token", "token"), ("cosine > τ", "cosine")], description="accepted")
-        self.tau = widgets.FloatSlider(value=tau, min=0.5, max=0.99, step=0.01, description="τ",
-                                       disabled=True, continuous_update=False)
-        self.curve = widgets.ToggleButtons(options=list(figures.CURVES), description="curve")
-        self.position = widgets.IntSlider(min=0, max=self._last_position(), description="position",
-                                          continuous_update=False)
-        self.samples = widgets.Select(options=[], rows=9, description="samples",
-                                      layout=widgets.Layout(width="98%"))
-        self.title, self.strips, self.pictures = widgets.HTML(), widgets.HTML(), widgets.HTML()
-        empty = figures.acceptance_by_position(curve(data, self.selection))
-        empty.update_layout(autosize=True, height=400)
-        empty.add_vline(x=0, line={"color": theme.REJECTED, "width": 6}, opacity=0.35,
-                        layer="below")
-        self.figure = go.FigureWidget(empty)
-        self._quiet = False
-        controls = [self.run, self.levels, self.rule, self.tau, self.curve, self.position]
-        for control in (*controls, self.samples):
-            control.observe(self._changed, names="value")
-        self._show()
-        left = widgets.VBox(controls, layout=widgets.Layout(width="36%", min_width="320px"))
-        right = widgets.Box([self.figure], layout=widgets.Layout(width="64%"))
-        self.widget = widgets.VBox([self.title, widgets.HBox([left, right]), self.samples,
-                                    self.strips, self.pictures])
-
-    def _last_position(self) -> int:
-        return int(rows(self.data, self.selection)["position"].max())
-
-    def click(self, position: int) -> None:
-        """What a click on a point of the curve does: go to that position."""
-        self.position.value = min(max(int(position), 0), self.position.max)
-
-    def _changed(self, change: dict) -> None:
-        if self._quiet:
-            return
-        owner = change["owner"]
-        if owner is self.run:
-            self._set(self.levels, options=self.data.levels(self.run.value))
-            kept = tuple(level for level in self.selection.levels if level in self.levels.options)
-            self._set(self.levels, value=kept or self.levels.options[:1])
-        if not self.levels.value:  # nothing chosen: keep what was shown
-            return
-        self.tau.disabled = self.rule.value == "token"
-        self.selection = Selection(
-            run=self.run.value, levels=tuple(self.levels.value),
-            tau=None if self.rule.value == "token" else round(self.tau.value, 4),
-            curve=self.curve.value, position=self.position.value,
-            sample=self.samples.value if owner is self.samples else self.selection.sample)
-        self._set(self.position, max=self._last_position())
-        self.selection = replace(self.selection, position=self.position.value)
-        self._show(owner)
-
-    def _set(self, control: object, **values: object) -> None:
-        """Change a control without hearing it ourselves."""
-        self._quiet = True
-        try:
-            for name, value in values.items():
-                setattr(control, name, value)
-        finally:
-            self._quiet = False
-
-    def _show(self, owner: object = None) -> None:
-        if owner is not self.samples:
-            listed = samples_at(self.data, self.selection)
-            names = listed["sample"].tolist()
-            labels = [_line(row) for row in listed.to_dict("records")]
-            # another position shows its first, worst sample
-            kept = self.selection.sample in names and owner is not self.position
-            sample = self.selection.sample if kept else next(iter(names), None)
-            self._set(self.samples, options=list(zip(labels, names, strict=True)), value=sample)
-            self.selection = replace(self.selection, sample=sample)
-        if owner not in (self.position, self.samples):
-            self._draw()
-        self.figure.update_shapes({"x0": self.selection.position, "x1": self.selection.position})
-        line = headline(self.data, self.selection)
-        self.title.value = Html('<div style="font:15px {}">{}</div>').format(theme.FONT, line)
-        self.strips.value = strips(self.data, self.selection)
-        self.pictures.value = pictures(self.data, self.selection)
-
-    def _draw(self) -> None:
-        traces = figures.curve_traces(curve(self.data, self.selection), self.selection.curve)
-        with self.figure.batch_update():
-            if len(self.figure.data) != len(traces):
-                self.figure.data = ()
-                self.figure.add_traces(traces)
-            else:
-                for old, new in zip(self.figure.data, traces, strict=True):
-                    old.update(new.to_plotly_json(), overwrite=False)
-            self.figure.layout.title.text = f"Acceptance by position · {self.selection.curve}"
-            self.figure.layout.annotations[0].text = figures.CURVES[self.selection.curve]
-        for trace in self.figure.data[1::2]:
-            trace.on_click(lambda trace, points, state: self.click(points.xs[0])
-                           if points.xs else None)
-
-
-def _line(row: dict) -> str:
-    sign = "✓" if row["accepted"] else "✗"
-    question = f" · {row['question']}" if "question" in row else ""
-    said = (f"{tokens.visible(str(row['draft_token']))} → "
-            f"{tokens.visible(str(row['verifier_token']))}")
-    return printable(f"{sign} {row['cosine']:.3f}  {said}  · {row['sample']}{question}")
+def reasons(data: ExplorerData, selection: Selection) -> Html:
+    """Why the drafts at the chosen position were accepted or not: what each level and the verifier
+    held for likeliest there, and how near they were."""
+    cards = []
+    for level in selection.levels:
+        own = _of_sample(data, selection.run, level, selection.sample)
+        here = own[own["position"] == selection.position]
+        if here.empty:
+            continue
+        known = data.why(selection.run, level, selection.sample)
+        at = known[known["position"] == selection.position] if known is not None else None
+        cards.append(tokens.reason(level, here.iloc[0].to_dict(),
+                                   at.iloc[0].to_dict() if at is not None and len(at) else None))
+    return Html('<div class="reasons" data-plain="1">{}</div>').format(Html().join(cards))

@@ -12,9 +12,10 @@ from xsd.views import theme
 from xsd.views.safe import Html
 
 
-def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
+def png_uri(image: np.ndarray, *, max_side: int = 320, enlarge: bool = True) -> str:
     """uint8 [H, W, 3] or [H, W] as ``data:image/png;base64,…``; larger pictures are scaled down,
-    small ones up by whole factors. Raises: VideoError when the array is not a picture."""
+    small ones up by whole factors (``enlarge``). Raises: VideoError when the array is no
+    picture."""
     array = np.asarray(image)
     if array.dtype != np.uint8 or array.ndim not in (2, 3) or 0 in array.shape or (
             array.ndim == 3 and array.shape[2] != 3):
@@ -23,32 +24,42 @@ def png_uri(image: np.ndarray, *, max_side: int = 320) -> str:
     picture = Image.fromarray(array)
     if max(picture.size) > max_side:
         picture.thumbnail((max_side, max_side), Image.Resampling.BILINEAR)
-    elif max(picture.size) * 2 <= max_side:
+    elif enlarge and max(picture.size) * 2 <= max_side:
         factor = max_side // max(picture.size)
         picture = picture.resize((picture.width * factor, picture.height * factor),
                                  Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", optimize=True)
+    picture.save(buffer, "PNG", compress_level=6)
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
 def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = theme.SOFT_INK,
-              side: int = 128) -> Html:
-    """A row of small pictures with a label in the sensor's colour; side: the longer one, pixels."""
-    cell = Html('<img alt="{} {}" src="{}" '
-                'style="margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%">')
-    cells = [cell.format(label, index, png_uri(image, max_side=side))
-             for index, image in enumerate(images)]
+              side: int = 128, large: int = 480) -> Html:
+    """A row of small pictures with a label in the sensor's colour, each larger on a click (or on
+    Enter). side, large: the longer one in pixels; of a page without style sheets all stay small."""
+    cell = Html('<details style="display:inline-block;vertical-align:top"><summary style="list-'
+                'style:none;cursor:zoom-in"><img alt="{0} {1}, larger on a click" src="{2}" style="'
+                "margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%;width:{3}px;"
+                'image-rendering:pixelated"></summary></details>')
+    cells = []
+    for index, image in enumerate(images):
+        uri = png_uri(image, max_side=large, enlarge=False)
+        height, width = image.shape[:2]
+        cells.append(cell.format(label, index, uri, round(side * min(1, width / height))))
+    look = Html("<style>.filmstrip summary::-webkit-details-marker{{display:none}}"
+                ".filmstrip details[open] img{{width:min(92vw,{}px)!important;cursor:zoom-out}}"
+                "</style>").format(large)
     style = f"font:13px {theme.FONT};color:{colour};font-weight:600"
     head = Html('<div style="{}">{}</div>').format(style, label) if label else ""
-    return Html('<div class="filmstrip" data-plain="1">{}{}</div>').format(head, Html().join(cells))
+    return Html('<div class="filmstrip" data-plain="1">{}{}{}</div>').format(
+        look if cells else "", head, Html().join(cells))
 
 
 def sensors(sample: Sample, *, side: int = 128, n_video: int = 8) -> Html:
     """What both models saw: event frames above video frames, with the question."""
     question = Html(
-        '<div style="font:14px {};margin:4px 0"><b>{}</b> <span style="color:{}">{} / {}</span>'
-        "</div>").format(theme.FONT, sample.question, theme.SOFT_INK, sample.sequence, sample.clip)
+        '<div style="font:14px {};margin:4px 0"><b>{}</b> <span style="opacity:.75">{} / {}</span>'
+        "</div>").format(theme.FONT, sample.question, sample.sequence, sample.clip)
     events = filmstrip(sample.event_frames, label="event frames: the drafter's eyes",
                        colour=theme.DRAFTER, side=side)
     video = filmstrip(list(sample.video[:n_video]), label="video frames: the verifier's eyes",
