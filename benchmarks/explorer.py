@@ -116,6 +116,8 @@ def run(out: Path, sizes: Sizes | None = None) -> str:
     """Measure, write ``ratios.json`` into ``out`` and return the Markdown table: opening, each
     control, and the plain way, which works out curve and headline from the table's rows."""
     sizes = sizes or Sizes()
+    small = explorers.ExplorerData(token_table(Sizes(20, 5, 2)))
+    controls.AcceptanceExplorer(small)  # the libraries of widgets and figures are loaded now
     table = token_table(sizes)
     opened: list[controls.AcceptanceExplorer] = []
     opening = cpu_ms(lambda: opened.append(

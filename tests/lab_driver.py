@@ -134,7 +134,7 @@ class Page:
             ".jp-InputPrompt')].map(e => e.textContent || '')"
         )
 
-    def run_all(self, seconds=180):
+    def run_all(self, seconds=600):
         """Run > Run All Cells, again if the click was dropped, and wait for the last cell."""
         for _ in range(4):
             self.page.locator("#jp-MainMenu .lm-MenuBar-item", has_text="Run").first.click()

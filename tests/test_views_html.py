@@ -148,3 +148,12 @@ def test_notebooks_show_data_through_the_one_door(path):
                                     path.name, cell["id"])
             if isinstance(node, ast.Call) and getattr(node.func, "attr", "") == "Html":
                 assert [type(one) for one in node.args] == [ast.Constant]
+
+
+def test_a_picture_that_grows_keeps_its_own_pixels():
+    image = np.zeros((20, 30, 3), np.uint8)
+    page = images.filmstrip([image], side=112, large=480)
+    assert "<details" in page and "width:112px" in page and "480px" in page
+    uri = re.search(r'src="data:image/png;base64,([^"]+)"', page)[1]
+    assert Image.open(io.BytesIO(base64.b64decode(uri))).size == (30, 20)
+    assert "<details" not in images.filmstrip([image])

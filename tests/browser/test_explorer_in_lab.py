@@ -1,6 +1,7 @@
 """The explorer in a real browser: JupyterLab runs it, the slider and a click change what is seen,
 nothing leaves the machine."""
 
+import io
 import os
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import lab_driver as lab
 import nbformat
 import pytest
 from nbformat.v4 import new_code_cell, new_notebook
+from PIL import Image
 from playwright.sync_api import sync_playwright
 
 from xsd.core import ROOT
@@ -52,6 +54,14 @@ def made_notebook(folder: Path) -> Path:
     return path
 
 
+def shot(page, path):
+    """A picture of the page with few colours: those under docs/images are made by this test, with
+    XSD_SCREENSHOTS=docs/images."""
+    picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
+    picture.thumbnail((1200, 1200))
+    picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+
+
 def notebooks():
     return ["made", *([NOTEBOOK.stem] if NOTEBOOK.is_file() else [])]
 
@@ -75,7 +85,7 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
         page.locator(PLOT).first.wait_for(timeout=120_000)
         page.locator(PLOT).last.scroll_into_view_if_needed()
         page.wait_for_timeout(1500)
-        page.screenshot(path=str(shots / f"{which}_1_start.png"))
+        shot(page, shots / f"{which}_1_start.png")
 
         before = view.plots()
         page.get_by_role("button", name="cosine > τ").last.click()
@@ -88,7 +98,7 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
         assert [one["title"] for one in moved] == [one["title"] for one in by_cosine]
         assert sum(map(sum, moved[-1]["y"])) > sum(map(
             sum, by_cosine[-1]["y"]))  # a lower threshold accepts more
-        page.screenshot(path=str(shots / f"{which}_2_threshold.png"))
+        shot(page, shots / f"{which}_2_threshold.png")
 
         strips = page.locator(".token-pairs").first.inner_text()
         point = page.locator(PLOT).last.locator(
@@ -104,7 +114,7 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
             ".filmstrip img").count() >= 2
         assert page.locator(".token-pairs").first.inner_text() != strips
         page.locator(".token-legend").last.scroll_into_view_if_needed()
-        page.screenshot(path=str(shots / f"{which}_3_position.png"))
+        shot(page, shots / f"{which}_3_position.png")
         if which == "made":
             _the_other_controls(view, shots)
         assert view.errors == [] and view.external == []
@@ -145,7 +155,7 @@ def _the_other_controls(view, shots):
     picture.click()
     page.wait_for_timeout(300)
     assert picture.bounding_box()["width"] > 2 * before
-    page.screenshot(path=str(shots / "made_4_searched.png"))
+    shot(page, shots / "made_4_searched.png")
     picture.click()
 
     page.locator(".token-step").scroll_into_view_if_needed()
@@ -153,13 +163,13 @@ def _the_other_controls(view, shots):
     handle.focus()
     page.keyboard.press("ArrowRight")
     page.locator(".token-step", has_text="round 1 of 2").wait_for(timeout=120_000)
-    page.screenshot(path=str(shots / "made_5_live.png"))
+    shot(page, shots / "made_5_live.png")
     page.locator(".widget-dropdown select").last.select_option("tree")
     page.locator(".token-tree").wait_for(timeout=120_000)
     assert page.evaluate(CONTRAST) > 4.5
     view.dark()
     page.wait_for_timeout(1500)
-    page.screenshot(path=str(shots / "made_6_live_dark.png"))
+    shot(page, shots / "made_6_live_dark.png")
     page.locator(".token-pairs").first.scroll_into_view_if_needed()
-    page.screenshot(path=str(shots / "made_7_dark.png"))
+    shot(page, shots / "made_7_dark.png")
     assert page.evaluate(CONTRAST) > 4.5

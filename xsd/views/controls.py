@@ -222,4 +222,4 @@ class LiveExplorer:
         self.shown.value = page
         if change["owner"] is self.sample:
             seen = self._sample(key)
-            self.pictures.value = images.sensors(seen, side=112) if seen else ""
+            self.pictures.value = images.sensors(seen, side=112, large=480) if seen else ""

@@ -191,7 +191,7 @@ def pictures(data: ExplorerData, selection: Selection) -> Html:
     sample = data.sample(selection.sample) if selection.sample else None
     if sample is None:
         return tokens.caption(f"The pictures of {selection.sample} are not at hand.")
-    return images.sensors(sample, side=112)
+    return images.sensors(sample, side=112, large=480)
 
 
 def reasons(data: ExplorerData, selection: Selection) -> Html:

@@ -34,34 +34,36 @@ def png_uri(image: np.ndarray, *, max_side: int = 320, enlarge: bool = True) -> 
 
 
 def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = theme.SOFT_INK,
-              side: int = 128, large: int = 480) -> Html:
-    """A row of small pictures with a label in the sensor's colour, each larger on a click (or on
-    Enter). side, large: the longer one in pixels; of a page without style sheets all stay small."""
-    cell = Html('<details style="display:inline-block;vertical-align:top"><summary style="list-'
-                'style:none;cursor:zoom-in"><img alt="{0} {1}, larger on a click" src="{2}" style="'
-                "margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%;width:{3}px;"
-                'image-rendering:pixelated"></summary></details>')
-    cells = []
+              side: int = 128, large: int = 0) -> Html:
+    """A row of small pictures with a label in the sensor's colour; side: the longer one, pixels.
+    large: the longer one after a click (or Enter), where they shall grow; of a page that takes no
+    style sheet they stay small."""
+    cell = Html('<img alt="{} {}" src="{}" '
+                'style="margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%">')
+    if large:
+        cell = Html('<details style="display:inline-block;vertical-align:top"><summary style="list-'
+                    'style:none;cursor:zoom-in"><img alt="{} {}, larger on a click" src="{}" style='
+                    '"margin:2px;border-radius:3px;max-width:100%;width:{}px;image-rendering:'
+                    'pixelated"></summary></details>')
+    cells = [Html("<style>.filmstrip details[open] img{{width:min(92vw,{}px)!important}}"
+                  "</style>").format(large)] if large else []
     for index, image in enumerate(images):
-        uri = png_uri(image, max_side=large, enlarge=False)
-        height, width = image.shape[:2]
-        cells.append(cell.format(label, index, uri, round(side * min(1, width / height))))
-    look = Html("<style>.filmstrip summary::-webkit-details-marker{{display:none}}"
-                ".filmstrip details[open] img{{width:min(92vw,{}px)!important;cursor:zoom-out}}"
-                "</style>").format(large)
+        uri = png_uri(image, max_side=large or side, enlarge=not large)
+        shown = round(side * min(1, image.shape[1] / image.shape[0]))
+        cells.append(cell.format(label, index, uri, shown))
     style = f"font:13px {theme.FONT};color:{colour};font-weight:600"
     head = Html('<div style="{}">{}</div>').format(style, label) if label else ""
-    return Html('<div class="filmstrip" data-plain="1">{}{}{}</div>').format(
-        look if cells else "", head, Html().join(cells))
+    return Html('<div class="filmstrip" data-plain="1">{}{}</div>').format(head, Html().join(cells))
 
 
-def sensors(sample: Sample, *, side: int = 128, n_video: int = 8) -> Html:
-    """What both models saw: event frames above video frames, with the question."""
+def sensors(sample: Sample, *, side: int = 128, n_video: int = 8, large: int = 0) -> Html:
+    """What both models saw: event frames above video frames, with the question. large: as in
+    :func:`filmstrip`."""
     question = Html(
         '<div style="font:14px {};margin:4px 0"><b>{}</b> <span style="opacity:.75">{} / {}</span>'
         "</div>").format(theme.FONT, sample.question, sample.sequence, sample.clip)
     events = filmstrip(sample.event_frames, label="event frames: the drafter's eyes",
-                       colour=theme.DRAFTER, side=side)
+                       colour=theme.DRAFTER, side=side, large=large)
     video = filmstrip(list(sample.video[:n_video]), label="video frames: the verifier's eyes",
-                      colour=theme.VERIFIER, side=side)
+                      colour=theme.VERIFIER, side=side, large=large)
     return Html('<div class="sensors" data-plain="1">{}{}{}</div>').format(question, events, video)
