@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from studies.gap import truth
 from xsd.core import MetricError
 from xsd.evaluate import reliability, statistics
 
@@ -34,7 +35,7 @@ def test_bands_count_matches_and_open_below_so_that_they_add_up_to_thresholds():
 
 def test_accept_at_a_threshold_stands_beside_the_truth():
     found = reliability.figures(TOKENS, thresholds=[0.9], n_resamples=50)
-    row = reliability.misstatement(TOKENS, found).iloc[0]
+    row = truth.misstatement(TOKENS, found).iloc[0]
     assert row["match above τ"] == 3 / 4 and row["match below τ"] == 0
     assert row["overstates"] == pytest.approx(4 / 7 - 3 / 7)  # the cosine overstates
     assert (row["accept"], row["token acceptance"], row["n"]) == (4 / 7, 3 / 7, 7)
@@ -44,7 +45,7 @@ def test_accept_at_a_threshold_stands_beside_the_truth():
     ]
     nowhere = reliability.figures(TOKENS, thresholds=[0.99], n_resamples=50)
     assert "match_above" not in set(nowhere["metric"])
-    assert reliability.misstatement(TOKENS, nowhere)["match above τ"].isna().all()
+    assert truth.misstatement(TOKENS, nowhere)["match above τ"].isna().all()
 
 
 def test_intervals_are_the_clustered_bootstraps():
@@ -64,14 +65,14 @@ def test_needed_threshold_is_the_lowest_that_keeps_the_promise():
     cosine = rng.random(300).round(2).astype(np.float32).astype(float)
     match = rng.random(300) < cosine
     shares = (0.6, 0.8, 0.95)
-    found = reliability.needed(table_of(cosine, match, "a"), shares)
+    found = truth.needed(table_of(cosine, match, "a"), shares)
     for share, out in zip(shares, found.to_dict("records"), strict=True):
         kept = [tau for tau in sorted({-1.0, *cosine})
                 if (cosine > tau).any() and match[cosine > tau].mean() >= share]
         assert out["threshold"] == (min(kept) if kept else None)
         if kept:
             assert out["tokens above"] == (cosine > out["threshold"]).mean()
-    never = reliability.needed(table_of(cosine, np.zeros(300, dtype=bool), "a"), [0.5])
+    never = truth.needed(table_of(cosine, np.zeros(300, dtype=bool), "a"), [0.5])
     assert never["threshold"].isna().all() and never["tokens above"].eq(0).all()
 
 

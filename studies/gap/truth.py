@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from studies.gap import comparison
@@ -21,7 +22,7 @@ from studies.gap.counterfactual import AGAIN, REAL
 from studies.parameters import TruthParameters
 from xsd.adapters.base import Adapter
 from xsd.core import ParameterError
-from xsd.evaluate import floors, statistics, table, tables
+from xsd.evaluate import floors, reliability, statistics, table, tables
 from xsd.evaluate.comparison import UNITS, Counts, rates
 from xsd.evaluate.held_out import HeldOut
 from xsd.evaluate.speedup import Timing
@@ -189,6 +190,47 @@ def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_p
         levels.replace({"level": {table.DRAFTER: "drafter tokens"}}), gamma_prefill)
     return comparison.every_pair(first, second, lengths, clusters, n_first=gamma_prefill,
                                  gamma=gamma, timings=timed, **draws)
+
+
+def misstatement(tokens: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
+    """Accept@τ beside the truth, one row per level and threshold of
+    reliability.figures: level, threshold,
+    accept, token acceptance, overstates (with its interval), match above τ, match below τ, n."""
+    rows = []
+    overall = found[found["position"].isna() & found["threshold"].notna()]
+    for level, own in reliability.levels(tokens):
+        for tau, part in overall[overall["level"] == level].groupby("threshold"):
+            at = part.set_index("metric")
+            rows.append({
+                "level": level, "threshold": tau,
+                "accept": (own["cosine"] > np.float32(tau)).mean(),
+                "token acceptance": own["match"].mean(),
+                **tables.sides("overstates", at.loc["overstatement"]),
+                "match above τ": at["value"].get("match_above"),
+                "match below τ": at["value"].get("match_below"), "n": len(own),
+            })
+    return pd.DataFrame(rows)
+
+
+def needed(tokens: pd.DataFrame, shares: Sequence[float] = (0.8, 0.9, 0.95, 0.99)) -> pd.DataFrame:
+    """The lowest τ such that, among tokens with cosine > τ, at least a wanted share match: level,
+    match wanted, threshold (None: no τ does), tokens above (the share of tokens that it leaves),
+    n."""
+    rows = []
+    for level, part in reliability.levels(tokens):
+        part = part.sort_values("cosine", ascending=False, kind="stable")
+        values = part["cosine"].to_numpy()
+        rates = part["match"].cumsum().to_numpy() / np.arange(1, len(part) + 1)
+        together = np.append(values[1:] != values[:-1], True)  # equal cosines are accepted at once
+        for share in shares:
+            good = np.flatnonzero((rates >= share) & together)
+            kept = int(good[-1]) + 1 if good.size else 0
+            below = float(values[kept]) if kept < len(values) else -1.0
+            rows.append({
+                "level": level, "match wanted": share, "threshold": below if kept else None,
+                "tokens above": kept / len(values), "n": len(values)
+            })
+    return pd.DataFrame(rows)
 
 
 def checks(counted: pd.DataFrame, level: str, pairs: HeldOut, training: Sequence[Sequence[int]],

@@ -33,7 +33,7 @@ def bands(tokens: pd.DataFrame, edges: Sequence[float] = BANDS, *,
     if len(edges) < 2 or list(edges) != sorted(set(edges)) or edges[0] != -1 or edges[-1] != 1:
         raise MetricError(f"bands must be ascending edges from -1 to 1 but are {list(edges)}")
     rows = []
-    for level, part in _levels(tokens, columns):
+    for level, part in levels(tokens, columns):
         at = np.searchsorted(np.asarray(edges, np.float32), part["cosine"], side="left") - 1
         part = part.assign(band=at.clip(0, len(edges) - 2), n=1)
         sums = part.groupby(["sequence", "band"], observed=True)[["match", "n", "cosine"]].sum()
@@ -104,46 +104,6 @@ def _at_threshold(above: np.ndarray, match: np.ndarray, inside: np.ndarray, clus
                     for place, value in zip(places, values, strict=True))
 
 
-def misstatement(tokens: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """Accept@τ beside the truth, one row per level and threshold of ``figures``: level, threshold,
-    accept, token acceptance, overstates (with its interval), match above τ, match below τ, n."""
-    rows = []
-    overall = found[found["position"].isna() & found["threshold"].notna()]
-    for level, own in _levels(tokens):
-        for tau, part in overall[overall["level"] == level].groupby("threshold"):
-            at = part.set_index("metric")
-            rows.append({
-                "level": level, "threshold": tau,
-                "accept": (own["cosine"] > np.float32(tau)).mean(),
-                "token acceptance": own["match"].mean(),
-                **tables.sides("overstates", at.loc["overstatement"]),
-                "match above τ": at["value"].get("match_above"),
-                "match below τ": at["value"].get("match_below"), "n": len(own),
-            })
-    return pd.DataFrame(rows)
-
-
-def needed(tokens: pd.DataFrame, shares: Sequence[float] = (0.8, 0.9, 0.95, 0.99)) -> pd.DataFrame:
-    """The lowest τ such that, among tokens with cosine > τ, at least a wanted share match: level,
-    match wanted, threshold (None: no τ does), tokens above (the share of tokens that it leaves),
-    n."""
-    rows = []
-    for level, part in _levels(tokens):
-        part = part.sort_values("cosine", ascending=False, kind="stable")
-        values = part["cosine"].to_numpy()
-        rates = part["match"].cumsum().to_numpy() / np.arange(1, len(part) + 1)
-        together = np.append(values[1:] != values[:-1], True)  # equal cosines are accepted at once
-        for share in shares:
-            good = np.flatnonzero((rates >= share) & together)
-            kept = int(good[-1]) + 1 if good.size else 0
-            below = float(values[kept]) if kept < len(values) else -1.0
-            rows.append({
-                "level": level, "match wanted": share, "threshold": below if kept else None,
-                "tokens above": kept / len(values), "n": len(values)
-            })
-    return pd.DataFrame(rows)
-
-
 def _known(tokens: pd.DataFrame, columns: tuple[str, str] = ONE_STEP) -> pd.DataFrame:
     """The rows that have a cosine, the columns of cosine and match under these names."""
     names = ["level", "sample", "sequence", "position", *columns]
@@ -154,6 +114,6 @@ def _known(tokens: pd.DataFrame, columns: tuple[str, str] = ONE_STEP) -> pd.Data
     return known
 
 
-def _levels(tokens: pd.DataFrame, columns: tuple[str, str] = ONE_STEP) -> Any:
+def levels(tokens: pd.DataFrame, columns: tuple[str, str] = ONE_STEP) -> Any:
     """Each level that has cosines, and its rows."""
     return _known(tokens, columns).groupby("level", sort=False, observed=True)
