@@ -193,9 +193,9 @@ def phases(real: pd.DataFrame, floor_table: pd.DataFrame, *, gamma: int, gamma_p
 
 
 def misstatement(tokens: pd.DataFrame, found: pd.DataFrame) -> pd.DataFrame:
-    """Accept@τ beside the truth, one row per level and threshold of
-    reliability.figures: level, threshold,
-    accept, token acceptance, overstates (with its interval), match above τ, match below τ, n."""
+    """Accept@τ beside the truth, one row per level and threshold of reliability.figures: level,
+    threshold, accept, token acceptance, overstates (with its interval), match above τ, match below
+    τ, n."""
     rows = []
     overall = found[found["position"].isna() & found["threshold"].notna()]
     for level, own in reliability.levels(tokens):
