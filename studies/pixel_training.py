@@ -1,4 +1,4 @@
-"""Training of P0, the pixel-level baseline: event pictures towards the camera's (docs/adapters.md,
+"""P0, the pixel-level baseline, and its training: event pictures towards the camera's (docs/adapters.md,
 section 8).
 
 Seconds at small sizes, so an interrupted training begins again; a finished one is found by
@@ -12,6 +12,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +20,63 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
-from xsd.adapters import registry
-from xsd.adapters.bottleneck import PixelAlignment
-from xsd.core import ParameterError, TrainingError
+from xsd.adapters import tensor_files
+from xsd.adapters.base import alignment_loss
+from xsd.core import CheckpointError, ParameterError, TrainingError
 from xsd.train import source
 
 VALIDATION_SHARE = 0.2
+
+
+class PixelAlignment(nn.Module):
+    """P0, the pixel baseline, event images to RGB images: Linear N→h, LayerNorm, ReLU, dropout,
+    Linear h→h, LayerNorm, ReLU, Linear h→N, + residual; N = image_size² · channels."""
+
+    level, reads, shift, causal = "P0", "pixels", 0, True
+
+    def __init__(self, image_size: int = 224, *, channels: int = 3, width: int = 512,
+                 dropout: float = 0.1) -> None:
+        super().__init__()
+        self.options: dict[str, Any] = {"image_size": image_size, "channels": channels,
+                                        "width": width, "dropout": dropout}
+        self.n_pixels = image_size * image_size * channels
+        self.enter = nn.Linear(self.n_pixels, width)
+        self.enter_norm = nn.LayerNorm(width)
+        self.middle = nn.Linear(width, width)
+        self.middle_norm = nn.LayerNorm(width)
+        self.leave = nn.Linear(width, self.n_pixels)
+        self.dropout = nn.Dropout(dropout)
+
+    def config(self) -> dict[str, Any]:
+        """Level and options: what :func:`load` needs to build this module again."""
+        return {"level": self.level, "options": dict(self.options)}
+
+    def forward(self, images: Tensor) -> Tensor:
+        """[B, C, H, W] (or [B, N]) → the same shape."""
+        flat = images.flatten(1)
+        if flat.shape[1] != self.n_pixels:
+            raise ParameterError(f"P0 was made for {self.n_pixels} values an image and got "
+                                 f"{flat.shape[1]}; resize to {self.options['image_size']} pixels")
+        x = self.dropout(F.relu(self.enter_norm(self.enter(flat))))
+        return (flat + self.leave(F.relu(self.middle_norm(self.middle(x))))).view_as(images)
+
+    def compute_loss(self, images: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """MSE + 0.5 (1 - cos) over whole images: total_loss, mse_loss, cos_loss, cos_sim."""
+        return alignment_loss(self(images).flatten(1)[:, None], target.flatten(1)[:, None])
+
+
+def load(path: Path) -> PixelAlignment:
+    """The P0 that registry.save_adapter wrote, in eval mode. Raises: CheckpointError when the file
+    is damaged, or does not hold what its configuration says."""
+    config, tensors = tensor_files.read(path)
+    try:
+        with torch.device("meta"):  # the file's tensors take the places; nothing else is allocated
+            adapter = PixelAlignment(**config["options"])
+        adapter.load_state_dict(tensors, assign=True)
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise CheckpointError(f"{path} holds no whole P0 ({tensor_files.short(error)}); train it "
+                              "again") from error
+    return adapter.eval()
 
 
 @dataclass(frozen=True)
@@ -76,8 +128,7 @@ def fit(pairs: PixelPairs, *, width: int, epochs: int, batch_size: int, learning
     best, best_epoch, kept = math.inf, 0, None
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        adapter = registry.create_adapter("P0", image_size=shape[-1], channels=shape[1],
-                                          width=width)
+        adapter = PixelAlignment(shape[-1], channels=shape[1], width=width)
         optimiser = torch.optim.AdamW(adapter.parameters(), lr=learning_rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, epochs, 1e-6)
         for epoch in range(1, epochs + 1):

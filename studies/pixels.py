@@ -22,9 +22,8 @@ from torch import Tensor
 
 from studies import pixel_training
 from studies.parameters import PixelParameters
-from studies.pixel_training import PixelPairs
+from studies.pixel_training import PixelAlignment, PixelPairs
 from xsd.adapters import registry
-from xsd.adapters.bottleneck import PixelAlignment
 from xsd.core import ParameterError
 from xsd.evaluate import statistics
 from xsd.evaluate.tables import sides
@@ -110,7 +109,8 @@ def train(P: PixelParameters, pairs: PixelPairs, *, name: str = "P0",
         if stored["used"] != used:
             raise ParameterError(f"{place} holds a P0 of other data or parameters; choose another "
                                  "run_dir or delete that folder")
-        return registry.load_any_adapter(place), stored["history"], stored["best_epoch"]
+        adapter = pixel_training.load(place / "best.safetensors")
+        return adapter, stored["history"], stored["best_epoch"]
     adapter, history, best_epoch = pixel_training.fit(
         pairs, width=P.width, epochs=P.epochs, batch_size=P.batch_size,
         learning_rate=P.learning_rate, seed=P.seed, progress=progress)
@@ -171,7 +171,7 @@ def judge(P: PixelParameters, near: Mapping[str, np.ndarray], pairs: Mapping[str
         return vars(statistics.bootstrap_difference(*both, sequence, **options))
 
     with torch.device("meta"):
-        full = registry.create_adapter("P0", image_size=FULL_SIZE, width=FULL_WIDTH)
+        full = PixelAlignment(FULL_SIZE, width=FULL_WIDTH)
     arms = {
         arm: {
             "cosine": vars(statistics.bootstrap_mean(values, sequence, **options)) | shape(values),

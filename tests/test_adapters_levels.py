@@ -16,7 +16,7 @@ from xsd.core import MetricError, ParameterError
 WIDTH = 16
 REFERENCE_COUNTS = {
     "L1": 2_113_537, "L2": 6_324_227, "L3": 16_797_698, "L4": 100_714_497, "L5": 102_819_841,
-    "B1": 102_819_841, "L5F": 169_936_897, "X1": 102_828_033, "P0": 154_556_416,
+    "B1": 102_819_841, "L5F": 169_936_897, "X1": 102_828_033,
 }
 ALL = [
     *registry.LEVELS, "B1 map", "L5F map", "L4 bidirectional", "L5 tokens", "B1 tokens",
@@ -265,15 +265,6 @@ def test_what_a_step_lacks_is_named():
         registry.create_adapter("L4", WIDTH, n_heads=3)
     with pytest.raises(ParameterError, match="drafter_lead must be 0"):
         registry.create_adapter("L5F", WIDTH, drafter_lead=2)
-
-
-def test_pixel_baseline_keeps_the_images_shape_and_counts_its_pixels():
-    adapter = registry.create_adapter("P0", image_size=8, width=16)
-    images = torch.rand(2, 3, 8, 8)
-    assert adapter(images).shape == images.shape
-    assert adapter.compute_loss(images, images)["total_loss"].requires_grad
-    with pytest.raises(ParameterError, match="made for 192 values"):
-        adapter(torch.rand(1, 3, 9, 9))
 
 
 @pytest.mark.parametrize(("level", "drafter_size"), [("B1", None), ("L5F", None), ("L5F", 10)])

@@ -31,13 +31,6 @@ def test_loading_leaves_the_random_stream_alone(tmp_path):
     assert torch.equal(torch.rand(2), want)
 
 
-def test_pixel_baseline_is_saved_and_loaded_too(tmp_path):
-    adapter = registry.create_adapter("P0", image_size=8, width=16).eval()
-    registry.save_adapter(adapter, tmp_path)
-    images = torch.rand(1, 3, 8, 8)
-    assert torch.equal(registry.load_any_adapter(tmp_path)(images), adapter(images))
-
-
 def test_unknown_names_are_explained():
     with pytest.raises(ParameterError, match=r"level 'L9'; choose one of L1, L2, .* module:Class"):
         registry.create_adapter("L9")

@@ -8,7 +8,8 @@ import torch
 
 from studies import pixel_training, pixels
 from studies.parameters import PixelParameters
-from xsd.core import MetricError, ParameterError, TrainingError
+from xsd.adapters import registry, tensor_files
+from xsd.core import CheckpointError, MetricError, ParameterError, TrainingError
 
 
 @pytest.fixture(scope="module")
@@ -151,3 +152,24 @@ def test_event_frames_stand_beside_the_video_of_their_stretch():
     assert pixels.square(wide, 4).shape == (3, 4, 4)
     middle = torch.from_numpy(wide[:, 2:6].copy()).permute(2, 0, 1).float() / 255
     assert torch.equal(pixels.square(wide, 4), middle)
+
+
+def test_p0_keeps_the_images_shape_and_counts_its_pixels():
+    adapter = pixel_training.PixelAlignment(8, width=16)
+    images = torch.rand(2, 3, 8, 8)
+    assert adapter(images).shape == images.shape
+    assert adapter.compute_loss(images, images)["total_loss"].requires_grad
+    with pytest.raises(ParameterError, match="made for 192 values"):
+        adapter(torch.rand(1, 3, 9, 9))
+
+
+def test_p0_is_saved_and_loaded_and_made_no_larger_than_its_file(tmp_path):
+    adapter = pixel_training.PixelAlignment(8, width=16).eval()
+    path = registry.save_adapter(adapter, tmp_path)
+    images = torch.rand(1, 3, 8, 8)
+    assert torch.equal(pixel_training.load(path)(images), adapter(images))
+    config, tensors = tensor_files.read(path)
+    for options in ({"image_size": 10**5, "width": 10**5}, {"image_size": "x"}, {"size": 8}):
+        tensor_files.write(path, tensors, config | {"options": options})
+        with pytest.raises(CheckpointError, match="holds no whole P0"):
+            pixel_training.load(path)

@@ -271,8 +271,8 @@ def test_what_cannot_be_trained_is_explained(tmp_path):
         fit.FitConfig(profile="fast")
     with pytest.raises(ParameterError, match="epochs must be positive"):
         fit.FitConfig(epochs=0)
-    with pytest.raises(ParameterError, match="level 'P0' is not trained here"):
-        fit.fit_adapter("P0", examples.answers(), folder=tmp_path)
+    with pytest.raises(ParameterError, match="level 'ridge' is not trained here"):
+        fit.fit_adapter("ridge", examples.answers(), folder=tmp_path)
     with pytest.raises(TrainingError,
                        match="selects by token acceptance and needs the verifier's LM head"):
         fit.fit_adapter("L1", examples.answers(), folder=tmp_path, profile="tokens")

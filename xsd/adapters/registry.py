@@ -19,7 +19,7 @@ from xsd.adapters import linear, reference_files, tensor_files
 from xsd.adapters.attention import AttentionAdapter
 from xsd.adapters.base import Adapter
 from xsd.adapters.block import BlockAdapter
-from xsd.adapters.bottleneck import BottleneckAdapter, PixelAlignment, WideBottleneckAdapter
+from xsd.adapters.bottleneck import BottleneckAdapter, WideBottleneckAdapter
 from xsd.adapters.eagle import CrossAdapter, EagleAdapter, FusedEagleAdapter
 from xsd.adapters.own import OwnAdapter
 from xsd.core import CheckpointError, ParameterError
@@ -35,7 +35,7 @@ BLOCKS: dict[str, type[Adapter]] = dict.fromkeys(("D1", "D2", "D5F"), BlockAdapt
 TRAINED = (*LEVELS, *BLOCKS)
 """The levels that fit_adapter trains."""
 CLOSED_FORMS: dict[str, type[Adapter]] = dict.fromkeys(linear.KINDS, linear.LinearAdapter)
-NAMES = (*TRAINED, "P0", *CLOSED_FORMS)
+NAMES = (*TRAINED, *CLOSED_FORMS)
 LORA = "adapter_model.safetensors"
 """What peft calls the weights of L6."""
 FORMAT = "xsd-adapter-2"  # the first had no digest
@@ -48,11 +48,10 @@ def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | N
     """The adapter that a researcher means by ``levels=[…]``; a new one has weights from torch's
     current seed.
 
-    Args: level: a key of LEVELS or CLOSED_FORMS, "P0" (options image_size, channels, width,
-    dropout), "module:Class" or your own class, which is called with hidden_size, drafter_size and
-    the options by name; or an object: an Adapter comes back as it is, another module with reads,
-    shift and forward in an OwnAdapter. hidden_size: D_v. drafter_size: D_d where it differs.
-    options: saved with the weights.
+    Args: level: one of NAMES, "module:Class" or your own class, which is called with hidden_size,
+    drafter_size and the options by name; or an object: an Adapter comes back as it is, another
+    module with reads, shift and forward in an OwnAdapter. hidden_size: D_v. drafter_size: D_d where
+    it differs. options: saved with the weights.
     Raises: ParameterError naming the known levels, or the option that the level does not have.
     """
     reduced = options.pop("draft_vocabulary", None)
@@ -62,7 +61,7 @@ def create_adapter(level: Any, hidden_size: int = 4096, *, drafter_size: int | N
     elif options:
         raise ParameterError(f"{files.name_of(level)} is made already; give its class, or make it "
                              f"with {', '.join(options)}")
-    if not isinstance(adapter, (Adapter, PixelAlignment)):
+    if not isinstance(adapter, Adapter):
         adapter = OwnAdapter(adapter, hidden_size, drafter_size)
         adapter.level = files.name_of(adapter.module)
         if adapter.level in NAMES:
@@ -81,8 +80,6 @@ def _build(level: Any, hidden_size: int, drafter_size: int | None,
            options: dict[str, Any]) -> nn.Module:
     sizes = {"hidden_size": hidden_size, "drafter_size": drafter_size}
     try:
-        if level == "P0":
-            return PixelAlignment(**options)
         if level in NAMES:
             return {**LEVELS, **BLOCKS, **CLOSED_FORMS}[level](level=level, **sizes, **options)
         if isinstance(level, str) and ":" not in level:
