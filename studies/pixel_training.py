@@ -1,5 +1,5 @@
-"""P0, the pixel-level baseline, and its training: event pictures towards the camera's (docs/adapters.md,
-section 8).
+"""P0, the pixel-level baseline, and its training: event pictures towards the camera's
+(docs/adapters.md, section 8).
 
 Seconds at small sizes, so an interrupted training begins again; a finished one is found by
 studies.pixels.
