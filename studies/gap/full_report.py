@@ -1,4 +1,4 @@
-"""Step 13, the paper copy: the printed report, ``metrics.json``, every table in three forms and
+"""The paper copy of notebook 13: the printed report, ``metrics.json``, every table in three forms and
 every figure, into ``<run_dir>/report/`` (docs/metrics.md, section 9)."""
 
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ def write(P: TruthParameters, results: Mapping[str, Any],
           timed: Mapping[str, Mapping[str, Timing]] | None = None) -> dict[str, Any]:
     """Write everything and return what was written: folder, tables, figures (numbers of files),
     pictures (a sentence). results: as truth.save returned them. tokens, found: the token table of
-    the real events, and truth's tables, of every held-out set; timed: truth.timings of it."""
+    the real events, and truth's tables, of every held-out set; timed: judge.timings of it."""
     target = folder.resolve(P.run_dir) / "report"
     live = folder.load_results(P.run_dir).get("live", {})
     texts, numbers_of, written, drawn = [], {}, 0, {}
