@@ -1,5 +1,5 @@
-"""The paper copy of notebook 13: the printed report, ``metrics.json``, every table in three forms and
-every figure, into ``<run_dir>/report/`` (docs/metrics.md, section 9)."""
+"""The paper copy of notebook 13: the printed report, ``metrics.json``, every table in three forms
+and every figure, into ``<run_dir>/report/`` (docs/metrics.md, section 9)."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path

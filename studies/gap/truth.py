@@ -1,5 +1,5 @@
-"""Notebook 13: where acceptance is lost, what the events are worth, and what a reader may believe of it
-(docs/metrics.md, sections 6 to 8).
+"""Notebook 13: where acceptance is lost, what the events are worth, and what a reader may believe
+of it (docs/metrics.md, sections 6 to 8).
 
 Every arm is asked about the same tokens, positions 1 … n-1 of each held-out answer::
 

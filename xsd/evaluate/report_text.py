@@ -47,7 +47,7 @@ def report(title: str, metrics: pd.DataFrame, *, gamma: int, headline: pd.Series
 
     Args: metrics: the level's rows of metrics.state_figures and, where they were measured,
         token_figures and reliability.figures. gamma: as they were made with. headline: the level's
-        row of steps.judge.headline (acceptance, best floor, above floor …). floors: floor, value, low,
+        row of judge.headline (acceptance, best floor, above floor …). floors: floor, value, low,
         high. timing: of section 6. measured: the level's speed-up in the live run.
     """
     of = _Figures(metrics)
