@@ -185,8 +185,9 @@ def apart(runs: Sequence[str], metric: str, *, baseline: str = "") -> pd.DataFra
 
 def _made_with(run: str, metric: str) -> dict[str, dict[str, str]]:
     """Held-out set → what must be equal in runs that are subtracted, as far as it is known."""
-    live, results = metric == "speedup", folder.load_results(run)
+    live = metric == "speedup"
     with folder.as_written(folder.resolve(run) / "results"):
+        results = folder.load_results(run)
         extract, found = (results.get(name, {}) for name in (
             "extract", "live" if live else "tokens"))
         origin = found.get("provenance", {})
