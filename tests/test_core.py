@@ -16,8 +16,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xsd import core, files
-from xsd.core import DatasetError, ParameterError, StorageError
+from xsd import core, files, processes
+from xsd.core import DatasetError, ParameterError, StorageError, XsdError
 
 
 def leftovers(folder: Path) -> list[str]:
@@ -231,6 +231,12 @@ def test_json_that_cannot_be_read_is_one_sentence(tmp_path, data, said):
 def test_json_with_a_byte_order_mark_is_read(tmp_path):
     (tmp_path / "x.json").write_bytes(b"\xef\xbb\xbf[1]")
     assert files.read_json(tmp_path / "x.json", DatasetError, "write it again") == [1]
+
+
+def test_a_killed_helper_process_is_one_sentence():
+    with (pytest.raises(XsdError, match="a helper process was killed, by hand or because the m"),
+          processes.pool(1) as pool):
+        pool.submit(os._exit, 9).result()
 
 
 def test_what_killed_processes_left_is_removed_and_the_rest_stays(tmp_path):

@@ -8,7 +8,10 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import InvalidStateError, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
+
+from xsd.core import XsdError
 
 STOPPING = {signal.SIGTERM, signal.SIGHUP}
 
@@ -18,7 +21,7 @@ def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterat
         ProcessPoolExecutor]:
     """``n`` processes that work at the same time, each after ``begin(*given)``. They end with this
     one however it ends, and at once when the block is left by an error. Ctrl-C, which a terminal
-    sends to all of them, is this process's business alone."""
+    sends to all of them, is this process's business alone. Raises: XsdError where one is killed."""
     # a fork of a process with threads may hang
     context = multiprocessing.get_context("spawn")
     # packed, so that a helper watches its parent before it imports what it begins with
@@ -29,7 +32,7 @@ def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterat
                 for _ in range(n):
                     made.submit(os.getpid)
             yield made
-        except BaseException:
+        except BaseException as error:
             helpers, manager = list((made._processes or {}).values()), made._executor_manager_thread
             before, threading.excepthook = threading.excepthook, _unsaid
             made.shutdown(wait=False, cancel_futures=True)
@@ -39,6 +42,9 @@ def pool(n: int, begin: Callable[..., Any] | None = None, *given: Any) -> Iterat
             for one in (*helpers, *filter(None, [manager])):
                 one.join(5)
             threading.excepthook = before
+            if isinstance(error, BrokenProcessPool):
+                raise XsdError("a helper process was killed, by hand or because the memory ran out;"
+                               " run the same again, perhaps with fewer at a time") from error
             raise
 
 
