@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Mapping
@@ -29,7 +30,7 @@ def check_plain(path: str | os.PathLike[str], error: type[XsdError], what: str) 
 def inside(name: str) -> Path:
     """A path of the layout. Raises: ValueError for one that leaves the folder or is no name."""
     path = Path(plain(name))
-    if "\\" in name or "://" in name:
+    if ("\\" in name and "/" not in name) or re.match(r"\w+://", name):
         raise ValueError(f"path {name!r} is no relative path with / between its folders")
     if path.is_absolute() or ".." in path.parts or not path.parts:
         raise ValueError(f"path {name!r} leaves the folder")
