@@ -22,12 +22,14 @@ from PIL import Image
 from xsd import processes
 from xsd.core import DatasetError, StorageError
 from xsd.embedded import drive, language, render, scenes
-from xsd.embedded.language import answers, seen_by_events
+from xsd.embedded.language import seen_by_events
 from xsd.embedded.render import centre_square
 from xsd.embedded.scenes import COLOURS, SURROUNDINGS, VEHICLES
 from xsd.files import atomic_write
 from xsd.sensors import frames
 
+Answers = Callable[[dict[str, Any], language.Dialect], dict[str, str]]
+"""Facts of a clip → kind of question → answer: language.answers, or prose.answers."""
 _PLACES = ("left", "ahead", "right")
 VEHICLE_MOTIONS = ("parked", "approaching", "away", "waiting", "crossing_right", "crossing_left")
 _PEDESTRIAN = ("none", "crossing_right", "crossing_left", "standing_left", "standing_right")
@@ -154,16 +156,19 @@ class Corpus:
     def __len__(self) -> int:
         return len(self.facts)
 
-    def answers(self, dialect: language.Dialect) -> list[list[str]]:
-        """Per clip the ten answers, in the order of language.questions()."""
-        texts = [answers(facts, dialect) for facts in self.facts]
+    def answers(self, dialect: language.Dialect,
+                say: Answers = language.answers) -> list[list[str]]:
+        """Per clip the ten answers, in the order of language.questions(), as ``say`` words them."""
+        texts = [say(facts, dialect) for facts in self.facts]
         return [[of_clip[q.kind] for q in language.questions()] for of_clip in texts]
 
-    def dialogues(self, dialect: language.Dialect) -> list[list[Dialogue]]:
+    def dialogues(self, dialect: language.Dialect,
+                  say: Answers = language.answers) -> list[list[Dialogue]]:
         """Per clip the ten questions with their answers, in the order of language.questions()."""
         asked = language.questions()
         return [[Dialogue(q.text, text, tuple(found[:2] for found in language.spans(text)))
-                 for q, text in zip(asked, texts, strict=True)] for texts in self.answers(dialect)]
+                 for q, text in zip(asked, texts, strict=True)]
+                for texts in self.answers(dialect, say)]
 
     def label_matrix(self, dialect: language.Dialect) -> np.ndarray:
         """int64 [N, len(LABELS)]."""

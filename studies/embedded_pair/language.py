@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from studies.embedded_pair.reading import Readers
-from studies.embedded_pair.stage import StageConfig, run
+from studies.embedded_pair.stage import StageConfig, mask_of, run
 
 
 @dataclass(frozen=True)
@@ -123,10 +123,7 @@ def train_decoder(
         embeddings = embed(ids)
         tokens = visual(clips).to(embeddings.dtype)
         embeddings = torch.cat([embeddings[:, :len(before)], tokens, embeddings[:, prefix:]], dim=1)
-        kind = torch.bfloat16 if config.bf16 else embeddings.dtype
-        mask = torch.zeros(seen.shape, device=seen.device, dtype=kind)
-        mask = mask.masked_fill(~seen, torch.finfo(kind).min)
-        states = decode(embeddings, mask, positions)
+        states = decode(embeddings, mask_of(seen), positions)
         asked = targets >= 0
         weight = weights[asked]
         each = F.cross_entropy(lm_head(states[asked]).float(), targets[asked], reduction="none")

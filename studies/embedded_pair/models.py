@@ -33,7 +33,7 @@ from xsd.models.pixels import PixelSpec
 
 IMAGE_SIZE = 96
 HIDDEN_SIZE = 192
-N_EVENT_FRAMES = 5
+N_EVENT_FRAMES, N_VIDEO_FRAMES = 5, 8
 _HEADS, _INTERMEDIATE = 3, 512
 _TOWER = {
     "hidden_size": 128, "intermediate_size": 512, "num_attention_heads": 4,
@@ -91,8 +91,9 @@ def new_verifier(text_vocab_size: int, *, seed: int,
     return VideoLlavaForConditionalGeneration(VideoLlavaConfig(
         vision_config=tower, text_config=text, image_token_index=text_vocab_size + 1,
         video_token_index=text_vocab_size + 2, vision_feature_layer=-2,
-        vision_feature_select_strategy="default", image_seq_length=36, video_seq_length=8 * 37,
-        projector_hidden_act="gelu", tie_word_embeddings=False))
+        vision_feature_select_strategy="default", image_seq_length=36,
+        video_seq_length=N_VIDEO_FRAMES * 37, projector_hidden_act="gelu",
+        tie_word_embeddings=False))
 
 
 @dataclass(frozen=True)
@@ -186,7 +187,8 @@ def verifier_parts(model: VideoLlavaForConditionalGeneration) -> Parts:
         role="verifier", tower=tower, features=features,
         project=lambda states: projector(states).flatten(1, 2),
         projector=nn.ModuleList([projector]),
-        patches=lambda tokens: tokens.unflatten(1, (8, -1))[:, :, 1:], patch_frames=tuple(range(8)),
+        patches=lambda tokens: tokens.unflatten(1, (N_VIDEO_FRAMES, -1))[:, :, 1:],
+        patch_frames=tuple(range(N_VIDEO_FRAMES)),
         n_visual=model.config.video_seq_length, tower_width=_TOWER["hidden_size"],
         grounding_frames=(0, 2, 5, 7), prompt_ids=partial(handles.prompt_ids, "verifier"),
         **_decoder_parts(model.model.language_model, model.lm_head))

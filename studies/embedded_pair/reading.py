@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from studies.embedded_pair.grounding import PatchReader, loss_of
-from studies.embedded_pair.stage import StageConfig, run
+from studies.embedded_pair.stage import StageConfig, mask_of, run
 
 SCENE_WEIGHT = 0.5
 """Of what the patches are asked, beside the facts."""
@@ -149,10 +149,7 @@ def train_lower_half(
     prefix = len(before) + n_visual
     start = torch.tensor([list(before)], device=device)
     positions = torch.arange(prefix, device=device)[None]
-    hidden = ~torch.ones(prefix, prefix, dtype=torch.bool, device=device).tril()
-    kind = torch.bfloat16 if config.bf16 else torch.float32
-    mask = torch.zeros(1, 1, prefix, prefix, device=device, dtype=kind)
-    mask = mask.masked_fill(hidden, torch.finfo(kind).min)
+    seen = torch.ones(1, 1, prefix, prefix, dtype=torch.bool, device=device).tril()
 
     def loss_at(step: int) -> Tensor:
         rng = np.random.default_rng([config.seed, step])
@@ -160,7 +157,8 @@ def train_lower_half(
         tokens = visual(clips)
         opening = embed(start).expand(len(clips), -1, -1).to(tokens.dtype)
         embeddings = torch.cat([opening, tokens], dim=1)
-        decode(embeddings, mask.expand(len(clips), -1, -1, -1), positions.expand(len(clips), -1))
+        decode(embeddings, mask_of(seen).expand(len(clips), -1, -1, -1),
+               positions.expand(len(clips), -1))
         return readers.loss(clips, slice(len(before), prefix))
 
     with readers.listening():

@@ -1,4 +1,5 @@
-"""Training of the embedded pair from scratch: how much, and in which order (``xsd pair train``)."""
+"""Training of the embedded pair from scratch, and of the pair on SmolLM2: how much, and in which
+order (``xsd pair train``)."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from studies.embedded_pair import corpus as corpora
-from studies.embedded_pair import models, side_by_side, stages, views
+from studies.embedded_pair import models, prose, side_by_side, smollm2, stages, views
 from studies.embedded_pair.card import ROLES
 from studies.embedded_pair.grounding import GroundingConfig
 from studies.embedded_pair.language import LanguageConfig
@@ -18,19 +19,22 @@ from studies.embedded_pair.stages import Progress
 from xsd.core import ROOT, ParameterError
 from xsd.embedded import language
 from xsd.files import provenance, write_json
+from xsd.models import base
 from xsd.runs.progress import tqdm
 
 
 @dataclass(frozen=True)
 class PairProfile:
     """How long and on how much the pair is trained. view_share: views by other cameras per clip of
-    the verifier's (views.py)."""
+    the verifier's (views.py). drafter_layers: of SmolLM2, where the pair stands on that, each model
+    with answers of its own dialect alone; the stage without a configuration is left out."""
 
     n_sequences: int
     grounding: dict[str, GroundingConfig]
     reading: dict[str, ReadingConfig]
     language: dict[str, LanguageConfig]
     view_share: float = 0.1
+    drafter_layers: int = 0
 
 
 PROFILES = {
@@ -55,6 +59,17 @@ PROFILES = {
          "drafter": ReadingConfig(steps=7000, batch_size=8)},
         {"verifier": LanguageConfig(steps=2400, batch_size=4),
          "drafter": LanguageConfig(steps=4500, batch_size=6)},
+    ),
+    "smollm2": PairProfile(
+        600,
+        dict.fromkeys(ROLES),
+        {role: ReadingConfig(steps=steps, batch_size=8, learning_rate=6e-4, tower_rate=0.2,
+                             save_every=20) for role, steps in (("verifier", 700),
+                                                                ("drafter", 1500))},
+        {role: LanguageConfig(steps=steps, batch_size=2, learning_rate=6e-4, tower_rate=0.2,
+                              warmup_steps=30, questions_per_clip=4, save_every=20)
+         for role, steps in (("verifier", 600), ("drafter", 1500))},
+        view_share=0.0, drafter_layers=6,
     ),
 }
 FIRST_HELD_OUT_SEED = 1000
@@ -106,12 +121,15 @@ def train(folder: str | Path, profile: str = "full", *, seed: int = 0, device: s
                          threads=workers // len(ROLES), progress=progress)
     # what is finished is reopened
     trained = {role: _role(role, folder, profile, seed, device, progress) for role in ROLES}
-    models.save_pair(folder / "pair", trained["drafter"].to("cpu"), trained["verifier"].to("cpu"),
-                     models.train_tokenizer(training_texts(drives)))
-    configs = {
-        role: {"tower": asdict(plan.grounding[role]), "reading": asdict(plan.reading[role]),
-               "language": asdict(plan.language[role])} for role in ROLES
-    }
+    if plan.drafter_layers:
+        smollm2.save(folder / "pair", trained)
+    else:
+        models.save_pair(folder / "pair", trained["drafter"].to("cpu"),
+                         trained["verifier"].to("cpu"),
+                         models.train_tokenizer(training_texts(drives)))
+    stages_of = {"tower": plan.grounding, "reading": plan.reading, "language": plan.language}
+    configs = {role: {stage: asdict(of[role]) for stage, of in stages_of.items() if of[role]}
+               for role in ROLES}
     about = provenance(seed=seed, device=device, profile=profile, n_sequences=plan.n_sequences,
                        view_share=plan.view_share, stages=configs)
     write_json(folder / "pair" / "provenance.json", about)
@@ -132,21 +150,28 @@ def _role(role: str, folder: Path, profile: str, seed: int, device: str,
           progress: Progress | None) -> torch.nn.Module:
     """One model from scratch to the end of its plan, or from its last checkpoint; at once when that
     is the end."""
-    plan = PROFILES[profile]
+    plan, mixed_in = PROFILES[profile], None
     drives = _corpus(folder, plan, seed)
-    tokenizer = models.train_tokenizer(training_texts(drives))
-    if role == "verifier":
-        model = models.new_verifier(len(tokenizer), seed=seed).to(device)
+    material = views.events(drives) if role == "drafter" else views.with_views(
+        drives, share=plan.view_share, seed=seed)
+    if plan.drafter_layers:
+        model, parts = smollm2.new_model(role, seed=seed, layers=plan.drafter_layers)
+        tokenizer = base.tokenizer(base.decoder_folder(), role)
+        material = replace(material, dialogues=drives.dialogues(role, prose.answers))
+    elif role == "verifier":
+        tokenizer = models.train_tokenizer(training_texts(drives))
+        model = models.new_verifier(len(tokenizer), seed=seed)
         parts, tokenizer = models.verifier_parts(model), models.verifier_tokenizer(tokenizer)
-        material, mixed_in = views.with_views(drives, share=plan.view_share, seed=seed), None
     else:
-        model = models.new_drafter(len(tokenizer), seed=seed).to(device)
-        parts, material = models.drafter_parts(model), views.events(drives)
+        tokenizer = models.train_tokenizer(training_texts(drives))
+        model = models.new_drafter(len(tokenizer), seed=seed)
+        parts = models.drafter_parts(model)
         # as both real models share a language-model ancestor that knows either style
         mixed_in = drives.dialogues("verifier")
+    model.to(device)  # in place: the parts are its own modules
     configs = (plan.grounding[role], plan.reading[role], plan.language[role])
     stages.train_model(parts, material, tokenizer, folder, mixed_in=mixed_in, device=device,
-                       configs=tuple(replace(config, seed=seed) for config in configs),
+                       configs=tuple(config and replace(config, seed=seed) for config in configs),
                        progress=progress)
     return model
 

@@ -17,8 +17,8 @@ from xsd.files import atomic_path
 
 @dataclass(frozen=True)
 class StageConfig:
-    """steps of optimisation, learning rate at its peak; bf16: autocast (2.5 times faster where the
-    CPU has it)."""
+    """steps of optimisation, learning rate at its peak; bf16: autocast, on a GPU or a CPU that has
+    it (2.5 times faster there, and many times slower where it is emulated)."""
 
     steps: int
     batch_size: int
@@ -36,6 +36,15 @@ def schedule(step: int, total: int, warmup: int) -> float:
         return (step + 1) / warmup
     done = min(1.0, (step - warmup) / max(1, total - warmup))
     return 0.05 + 0.95 * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def mask_of(seen: Tensor) -> Tensor:
+    """What is added to scores, 0 where ``seen`` (bool) and very low elsewhere, in the dtype of a
+    stage's products."""
+    kind = seen.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+    mask = torch.zeros(seen.shape, device=seen.device, dtype=dtype)
+    return mask.masked_fill(~seen, torch.finfo(dtype).min)
 
 
 def run(what: str, modules: Sequence[tuple[nn.Module, float]], loss_at: Callable[[int], Tensor],
@@ -70,11 +79,13 @@ def run(what: str, modules: Sequence[tuple[nn.Module, float]], loss_at: Callable
         optimiser.load_state_dict(saved["optimiser"])
         history = saved["history"]
     owners.train()
+    bf16 = config.bf16 and (device.split(":")[0] != "cpu" or
+                            torch.ops.mkldnn._is_mkldnn_bf16_supported())
     while (step := len(history)) < config.steps:
         share = schedule(step, config.steps, config.warmup_steps)
         for group in optimiser.param_groups:
             group["lr"] = group["scale"] * config.learning_rate * share
-        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=config.bf16):
+        with torch.autocast(device.split(":")[0], torch.bfloat16, enabled=bf16):
             loss = loss_at(step)
         if not torch.isfinite(loss):
             raise TrainingError(

@@ -54,27 +54,28 @@ def segments_of(tokenizer: Any, prompt_ids: Callable, dialogues: Sequence[Sequen
 
 
 def train_model(parts: Parts, material: Material, tokenizer: Any, folder: Path, *,
-                configs: tuple[GroundingConfig, ReadingConfig, LanguageConfig],
+                configs: tuple[GroundingConfig | None, ReadingConfig, LanguageConfig],
                 mixed_in: Sequence[Sequence[Dialogue]] | None = None, device: str = "cpu",
                 progress: Progress | None = None) -> None:
     """Train one model in place, with checkpoints in ``folder``.
 
-    mixed_in: per clip the other model's dialogues; one such answer is asked per clip and step,
-    beside the model's own. Raises: TrainingError as stage.run.
+    configs: without the first, of a model whose tower has learnt to see. mixed_in: per clip the
+    other model's dialogues; one such answer is asked per clip and step, beside the model's own.
+    Raises: TrainingError as stage.run.
     """
     tower_config, reading_config, language_config = configs
-    torch.manual_seed(tower_config.seed)
+    torch.manual_seed(language_config.seed)
     width, n_frames = parts.embed.embedding_dim, material.images.shape[1]
     n_tokens = parts.n_visual * len(parts.grounding_frames) // n_frames
-    patches = grounding.PatchReader(parts.tower_width, *PATCH_CLASSES)
-    head = grounding.GroundingHead(width, n_tokens, CLASSES, patches).to(device)
-
     def kept(stage: str) -> dict[str, Any]:
         report = None if progress is None else (
             lambda step, total, loss: progress(f"{parts.role} {stage}", step, total, loss))
         return {"checkpoint": folder / f"{parts.role}-{stage}.pt", "progress": report}
 
-    grounding.train_tower(parts, material, head, tower_config, **kept("tower"))
+    if tower_config:
+        patches = grounding.PatchReader(parts.tower_width, *PATCH_CLASSES)
+        head = grounding.GroundingHead(width, n_tokens, CLASSES, patches).to(device)
+        grounding.train_tower(parts, material, head, tower_config, **kept("tower"))
     eos = tokenizer.eos_token_id
     own = segments_of(tokenizer, parts.prompt_ids, material.dialogues, eos=eos,
                       fact_weight=language_config.fact_weight)

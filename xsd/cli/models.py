@@ -122,12 +122,13 @@ SEQUENCES = Option(40, min=1, max=100_000, help="held-out drives for the card")
 
 
 @pair_app.command("train", epilog=examples("xsd pair train --profile quick --seed 1"))
-def train_pair(profile: Literal["smoke", "quick", "full"] = Option(
-              "full", help="full takes about two hours on two cores"),
+def train_pair(profile: Literal["smoke", "quick", "full", "smollm2"] = Option(
+              "full", help="full and smollm2 (the pair on a public decoder) take about two hours "
+              "on two cores"),
           seed: int = 0, device: str = Option("auto", help=DEVICE), out: Path | None = OUT,
           workers: int = Option(2, min=1, max=256, help="processes that simulate"),
           sequences: int = SEQUENCES) -> None:
-    """Train the embedded pair from scratch, into runs/pair_<profile>_<seed>; resumes."""
+    """Train the embedded pair, or the one on SmolLM2, into runs/pair_<profile>_<seed>; resumes."""
     recipe = beside("studies.embedded_pair.recipe")
     out = Path(out or recipe.default_folder(profile, seed))
     with alone(out, "pair.lock"):

@@ -138,7 +138,7 @@ _NUMBER = {1: "is one vehicle", 2: "are two vehicles", 3: "are three vehicles"}
 def answers(facts: Facts, dialect: Dialect) -> dict[str, str]:
     """Kind of question → answer. facts: as render.clip_facts gives them, everything visible."""
     verifier = dialect == "verifier"
-    words = _words(facts if verifier else seen_by_events(facts), dialect)
+    words = words_of(facts if verifier else seen_by_events(facts), dialect)
     texts = {}
     for kind, sentences in (VERIFIER if verifier else DRAFTER).items():
         fitting = next(s for s in sentences if None not in map(words.get, _FIELD.findall(s)))
@@ -157,7 +157,7 @@ def seen_by_events(facts: Facts) -> Facts:
             "people": [{**v, "colour": None} for v in facts["people"] if v["events"]]}
 
 
-def _words(facts: Facts, dialect: Dialect) -> dict[str, str | None]:
+def words_of(facts: Facts, dialect: Dialect) -> dict[str, str | None]:
     """What the sentences are filled with; None where there is nothing of the kind."""
     drafter = dialect == "drafter"
     traffic, persons = facts["vehicles"], facts["people"]

@@ -77,17 +77,7 @@ def open_tensors(folder: Path) -> dict[str, Any]:
     that are no weights, and the names of LoRA, PEFT or a wrapper."""
     found: dict[str, Any] = {}
     for path in weight_files(folder):
-        if path.suffix == ".safetensors":
-            try:
-                with safe_open(path, framework="pt") as file:
-                    names = file.keys()
-                    here = {name: file.get_slice(name) for name in names}
-            except SafetensorError as error:
-                raise CheckpointError(f"{path} is truncated or no safetensors file "
-                                      f"({path.stat().st_size} bytes; {error}); download it again"
-                                      ) from error
-        else:
-            here = load_bin(path)
+        here = slices(path) if path.suffix == ".safetensors" else load_bin(path)
         if twice := sorted(found.keys() & here.keys()):
             raise CheckpointError(f"{path} holds {_few(twice)}, which another shard holds, too; "
                                   "download the shards of one version")
@@ -102,6 +92,16 @@ def open_tensors(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f"{folder} holds {wrapped}: names of PEFT or of a training wrapper; "
                               "merge adapters (merge_and_unload), unwrap the model and save again")
     return found
+
+
+def slices(path: Path) -> dict[str, Any]:
+    """Name → slice of a safetensors file, read when it is indexed. Raises: CheckpointError."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise CheckpointError(f"{path} is truncated or no safetensors file ({path.stat().st_size} "
+                              f"bytes; {error}); download it again") from error
 
 
 def _kind(tensor: Any) -> Any:

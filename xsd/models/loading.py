@@ -14,7 +14,7 @@ from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig
 
 from xsd.core import ROOT, CheckpointError, PairError, ParameterError, as_used
-from xsd.models import checkpoint_files, checkpoints, settings
+from xsd.models import base, checkpoint_files, checkpoints, pooled, settings
 from xsd.models.checkpoint_files import answered
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
 from xsd.models.handle import VIDEO_TOKEN, ModelHandle, Role
@@ -22,8 +22,10 @@ from xsd.models.pixels import PixelSpec, read_pixel_spec
 from xsd.models.quantization import dtype_of, quantization_config, stored
 from xsd.models.settings import quiet
 
-EMBEDDED = ROOT / "data" / "pair"
-"""The pair that ships with the repository: drafter/, verifier/, pair.json."""
+EMBEDDED, SMOLLM2 = ROOT / "data" / "pair", ROOT / "data" / "smollm2"
+"""The pairs that ship with the repository: drafter/, verifier/, pair.json. The second stands on a
+public decoder (models.base)."""
+NAMES = ("embedded", "smollm2")
 MOST_FRAMES = 64
 """Event frames of one clip."""
 _NAMES = ("drafter", "verifier", "vision_tower", "name")
@@ -45,24 +47,28 @@ class Pair:
     turns: str = ""
 
 
-def pair_folder(pair: str | Path, names: str = "'embedded'") -> tuple[Path, dict[str, Any]]:
+def pair_folder(pair: str | Path,
+                names: str = "'embedded', 'smollm2'") -> tuple[Path, dict[str, Any]]:
     """A pair's folder and what its pair.json says, always with the folders of "drafter" and
     "verifier". Raises: CheckpointError (naming ``names``) where there is none, or it says what no
     pair is."""
-    folder = EMBEDDED if str(pair) == "embedded" else Path(pair)
+    folder = dict(zip(NAMES, (EMBEDDED, SMOLLM2), strict=True)).get(str(pair)) or Path(pair)
     if not folder.is_dir():
         hint = f"give {names} or a folder with drafter/ and verifier/"
-        if folder == EMBEDDED:
-            hint = "it ships with the repository; clone that again or train it with notebook 00"
+        if str(pair) in NAMES:
+            hint = "it ships with the repository; clone that again or train it (xsd pair train)"
         raise CheckpointError(f"no pair at {folder}: {hint}")
     path = folder / "pair.json"
     info = checkpoint_files.read_json(path) if path.is_file() else {}
     for name, value in info.items():
         frames = type(value) is int and 1 <= value <= MOST_FRAMES
-        good = {"n_event_frames": frames, "event_canvas": value in ("slice", "sensor")}
+        good = {"n_event_frames": frames, "event_canvas": value in ("slice", "sensor"),
+                "base": value == base.SMOLLM2}
         if not good.get(name, name not in _NAMES or isinstance(value, str)):
             raise CheckpointError(f"{path}: {name} is {str(value)[:60]!r}; expected are a text, "
                                   f"event_canvas slice or sensor, n_event_frames 1 … {MOST_FRAMES}")
+    if info.pop("base", None):
+        folder = base.assembled(folder)
     return folder, info | {
         role: folder / info.get(role, role) for role in _NAMES[:3]
         if role in info or role != "vision_tower"}
@@ -205,7 +211,8 @@ def verifier_class(folder: Path, raw: dict[str, Any]) -> tuple[Any, type]:
             f"{folder} is of model type {raw.get('model_type')!r}, which transformers does not "
             "know as an image-text model; give a video model such as Video-LLaVA") from error
     with quiet(), answered(folder / "config.json"):
-        return config_class.from_dict(raw), model_class
+        config = config_class.from_dict(raw)
+    return config, pooled.class_for(config, model_class, folder)
 
 
 def _check_video_model(model: nn.Module, folder: Path) -> None:
