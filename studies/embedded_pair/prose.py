@@ -104,6 +104,11 @@ def answers(facts: Facts, dialect: Dialect) -> dict[str, str]:
     return texts
 
 
+def answer(facts: Facts, kind: str, dialect: Dialect = "verifier") -> str:
+    """One of :func:`answers`."""
+    return answers(facts, dialect)[kind]
+
+
 def _sentences(facts: Facts, dialect: Dialect) -> dict[str, list[str]]:
     """What can be said besides, by subject."""
     seen = facts if dialect == "verifier" else language.seen_by_events(facts)
