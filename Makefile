@@ -17,8 +17,8 @@ env:             ## .venv with everything pinned (the other targets call it)
 	@command -v $(PYTHON) >/dev/null || { echo "setup: $(PYTHON) is not on the PATH; install Python 3.11 or newer and run make again"; exit 1; }
 	@$(PYTHON) tools/setup_env.py
 
-demo: env        ## the main job on the embedded pair; the report is reports/demo/index.html
-	@$(XSD) demo
+demo: env        ## the main job on the embedded pair (PAIR=smollm2: on that one); the report is reports/demo/index.html
+	@$(XSD) demo $(if $(PAIR),--profile $(PAIR) -o reports/$(PAIR))
 
 test: env nb-check unit nb-test   ## everything that is checked: lint, unit tests, notebooks re-run and compared
 

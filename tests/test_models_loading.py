@@ -369,7 +369,7 @@ def test_a_pair_whose_answers_end_differently_is_refused(tmp_path):
 def test_a_folder_that_is_no_pair_is_explained(tmp_path):
     with pytest.raises(
             CheckpointError,
-            match=r"no pair at .*give 'embedded' or a folder with drafter/ and verifier/"):
+            match=r"no pair at .*give 'embedded', 'smollm2' or a folder with drafter/"):
         loading.load_pair(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match=r"no checkpoint folder at .*drafter"):
         loading.load_pair(tmp_path)

@@ -58,6 +58,9 @@ def test_only_what_was_trained_is_kept_and_it_loads(made):
     assert len(trained.verifier.visual_tokens(make_samples(1)[0])) == 72
     whole = trained.folder / "verifier" / "model.safetensors"
     assert (pair / "verifier" / base.TUNED).stat().st_size < whole.stat().st_size * 2
+    spoken = [trained.verifier.token_text(one) for one in trained.verifier.tokenizer(" a red van.",
+              add_special_tokens=False).input_ids]
+    assert "".join(spoken) == " a red van."
     assert trained.verifier.head.weight is trained.verifier.decoder.embed_tokens.weight
 
 

@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout: notebooks, data and reports are resolved from here."""
+PAIRS = ("embedded", "smollm2")
+"""Pairs that ship, by name; any other is a folder."""
 
 
 def as_used(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:

@@ -81,7 +81,7 @@ def extract(
     data: str = Argument(help="dataset folder (xsd data simulate makes one), or davis_road"),
     out: Path | None = Option(None, "-o", "--out", metavar="RUN", help="run folder to write or "
                               "continue; else runs/chunked_<split>_<duration>_<quant>[_1f]"),
-    pair: str = Option("embedded", help="embedded, or a folder with drafter/ and verifier/"),
+    pair: str = Option("embedded", help="embedded, smollm2 or a folder with both models"),
     split: Split = SPLIT,
     modes: str = Option("teacher_forced", help="teacher_forced, free_running, or both, by comma"),
     layers: str = Option("-1", help="--layers=-1,-8: the last (after the norm) and one before"),

@@ -92,8 +92,7 @@ class ModelHandle(batched.BatchedAnswers):
         tower = getattr(model, "video_tower", None) or model.vision_tower
         features = model.get_video_features(pixels[None].to(tower.dtype),
                                             return_dict=True).pooler_output
-        if isinstance(features, (tuple, list)):
-            features = torch.cat(list(features))
+        features = torch.cat(list(features)) if isinstance(features, (tuple, list)) else features
         return features.reshape(-1, self.hidden_size)
 
     def prompt_ids(self, question: str) -> tuple[list[int], list[int]]:
@@ -245,12 +244,13 @@ class ModelHandle(batched.BatchedAnswers):
         token = self.tokenizer.convert_ids_to_tokens(int(token_id)) or f"<{int(token_id)}>"
         if len(token) == 6 and token.startswith("<0x"):
             return bytes([int(token[3:5], 16)]).decode("latin-1")
+        if not token.isascii() and "▁" not in token:  # bytes as letters: Ġ is a space
+            token = self.tokenizer.convert_tokens_to_string([token])
         return token.replace("▁", " ")
 
     def weights_hash(self) -> str:
         """:func:`tensors_hash` of the weights in memory (a quantised model has its own)."""
-        if self._hash is None:
-            self._hash = tensors_hash(self.model.state_dict())
+        self._hash = self._hash or tensors_hash(self.model.state_dict())
         return self._hash
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoModelForImageTextToText, GenerationConfig
 
-from xsd.core import ROOT, CheckpointError, PairError, ParameterError, as_used
+from xsd.core import PAIRS, ROOT, CheckpointError, PairError, ParameterError, as_used
 from xsd.models import base, checkpoint_files, checkpoints, pooled, settings
 from xsd.models.checkpoint_files import answered
 from xsd.models.eventgpt import EventGPTConfig, EventGPTForCausalLM
@@ -23,9 +23,7 @@ from xsd.models.quantization import dtype_of, quantization_config, stored
 from xsd.models.settings import quiet
 
 EMBEDDED, SMOLLM2 = ROOT / "data" / "pair", ROOT / "data" / "smollm2"
-"""The pairs that ship with the repository: drafter/, verifier/, pair.json. The second stands on a
-public decoder (models.base)."""
-NAMES = ("embedded", "smollm2")
+"""The pairs that ship: drafter/, verifier/, pair.json (the second on a public decoder: base)."""
 MOST_FRAMES = 64
 """Event frames of one clip."""
 _NAMES = ("drafter", "verifier", "vision_tower", "name")
@@ -50,25 +48,22 @@ class Pair:
 def pair_folder(pair: str | Path,
                 names: str = "'embedded', 'smollm2'") -> tuple[Path, dict[str, Any]]:
     """A pair's folder and what its pair.json says, always with the folders of "drafter" and
-    "verifier". Raises: CheckpointError (naming ``names``) where there is none, or it says what no
-    pair is."""
-    folder = dict(zip(NAMES, (EMBEDDED, SMOLLM2), strict=True)).get(str(pair)) or Path(pair)
+    "verifier". Raises: CheckpointError (naming ``names``) for none, or one that says what none is.
+    """
+    folder = dict(zip(PAIRS, (EMBEDDED, SMOLLM2), strict=True)).get(str(pair)) or Path(pair)
     if not folder.is_dir():
-        hint = f"give {names} or a folder with drafter/ and verifier/"
-        if str(pair) in NAMES:
-            hint = "it ships with the repository; clone that again or train it (xsd pair train)"
+        hint = ("it ships with the repository; clone that again or train it (xsd pair train)"
+                if str(pair) in PAIRS else f"give {names} or a folder with drafter/ and verifier/")
         raise CheckpointError(f"no pair at {folder}: {hint}")
     path = folder / "pair.json"
     info = checkpoint_files.read_json(path) if path.is_file() else {}
     for name, value in info.items():
-        frames = type(value) is int and 1 <= value <= MOST_FRAMES
-        good = {"n_event_frames": frames, "event_canvas": value in ("slice", "sensor"),
-                "base": value == base.SMOLLM2}
+        good = {"n_event_frames": type(value) is int and 1 <= value <= MOST_FRAMES,
+                "event_canvas": value in ("slice", "sensor"), "base": value == base.SMOLLM2}
         if not good.get(name, name not in _NAMES or isinstance(value, str)):
             raise CheckpointError(f"{path}: {name} is {str(value)[:60]!r}; expected are a text, "
                                   f"event_canvas slice or sensor, n_event_frames 1 … {MOST_FRAMES}")
-    if info.pop("base", None):
-        folder = base.assembled(folder)
+    folder = base.assembled(folder) if info.pop("base", None) else folder
     return folder, info | {
         role: folder / info.get(role, role) for role in _NAMES[:3]
         if role in info or role != "vision_tower"}

@@ -17,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xsd import files
 from xsd.adapters import linear, registry
 from xsd.adapters.base import Adapter
-from xsd.core import Batch, ParameterError, StorageError
+from xsd.core import PAIRS, Batch, ParameterError, StorageError
 from xsd.evaluate import held_out, statistics, table
 from xsd.extract import plan
 from xsd.models import loading
@@ -40,7 +40,7 @@ def train(pairs: ShardDataset, *, run_dir: str | Path, data: str, folder: Path,
     :func:`judge`). Writes best/ (LoRA), drafter/ (merged, an ordinary one) and map/ (the ridge map)
     into ``folder``. options: of lora_fit.fit_lora, which says what it raises."""
     name = (extraction.known(pairs) or extraction.pair_file(run_dir))["pair"]
-    pair = loading.load_pair(name if name == "embedded" else run_folder.resolve(name),
+    pair = loading.load_pair(name if name in PAIRS else run_folder.resolve(name),
                              device=device)
     states = source.open_states(pairs)
     clips = extraction.clips_of(run_dir, "train", data, pairs)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, StrictInt
 
 from xsd import digests
-from xsd.core import ParameterError, ShardError
+from xsd.core import PAIRS, ParameterError, ShardError
 from xsd.extract import contexts, pairs, plan, ranks
 from xsd.files import read_json, sha256_of
 from xsd.runs import folder
@@ -64,7 +64,7 @@ class Request:
         """Both models, with the number of event frames asked for. Raises: as load_pair."""
         from xsd.models import loading  # three seconds that only who extracts should wait for
 
-        name = self.pair if self.pair == "embedded" else folder.resolve(self.pair)
+        name = self.pair if self.pair in PAIRS else folder.resolve(self.pair)
         pair = loading.load_pair(name, dtype=self.dtype, device=self.device, quant=self.quant)
         return dataclasses.replace(pair, n_event_frames=self.event_frames or pair.n_event_frames)
 
@@ -105,7 +105,7 @@ class Request:
 def here(place: str | Path) -> str:
     """A path as a request keeps it: relative to the checkout where it lies inside, else absolute.
     Names of pairs and data sets stay as they are."""
-    names = ("embedded", datasets.SIMULATED, datasets.RECORDED)
+    names = (*PAIRS, datasets.SIMULATED, datasets.RECORDED)
     return str(place) if place in names else folder.shown(Path(place).resolve())
 
 
