@@ -201,6 +201,10 @@ def header_that_lies(folder):
     (config(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}),
      "sets rope_type='dynamic', rope_theta=10000.0, .* whole rotations of default, linear, llama3"),
     (config(rope_parameters={"rope_type": "default", "rope_theta": 0}), "rope_theta=0"),
+    *((config(**old, rope_parameters={"rope_type": "default", "rope_theta": 1e4}), sentence)
+      for old, sentence in (({"rope_theta": 5.0}, "says rope_theta=5.0 beside another rope_param"),
+                            ({"rope_scaling": {"type": "linear", "factor": 2.0}},
+                             "says type='linear' beside another rope_parameters; of the two"))),
     (config(partial_rotary_factor=0.5), "partial_rotary_factor=0.5; whole rotations"),
     *((lambda folder, end=end: change(folder / "generation_config.json", eos_token_id=end),
        f"the end of an answer is {end!r}, but an id from 0 to 399")

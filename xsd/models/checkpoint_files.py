@@ -109,6 +109,14 @@ def _checked(value: Any, path: Path, quant: str | None, key: str = "", depth: in
                                   f"pass --quant 4bit or 8bit, or delete {key}")
         return None
     if isinstance(value, dict):
+        rope, scaling = value.get("rope_parameters"), value.get("rope_scaling")
+        old = {"rope_theta": value.get("rope_theta"),
+               **(scaling if isinstance(scaling, dict) else {})}
+        said = [f"{name}={one!r}" for name, one in old.items() if one is not None and isinstance(
+            rope, dict) and one != rope.get("rope_type" if name == "type" else name)]
+        if said:
+            raise CheckpointError(f"{path} says {said[0][:80]} beside another rope_parameters; of "
+                                  "the two places one is not read: keep one")
         return {name: _checked(one, path, quant, name, depth + 1) for name, one in value.items()
                 if name not in _OURS}
     if isinstance(value, list) and key not in _MOST:
