@@ -1,5 +1,7 @@
 """Pictures are compared by their data."""
 
+import numpy as np
+import pandas as pd
 import plotly.io as pio
 import pytest
 from views_examples import history, lengths_table, live_runs, speedups, token_table
@@ -85,6 +87,17 @@ def test_shares_of_the_work_add_up_for_each_arm():
     assert [sum(ring.values) for ring in figure.data] == pytest.approx(
         stages.groupby("arm", sort=False)["ms"].sum().tolist())
     assert all(len(set(ring.marker.colors)) == len(ring.labels) for ring in figure.data)
+
+
+def test_a_trace_viewer_gets_every_span_in_microseconds():
+    runs = live_runs()
+    events, frame = timeline.trace_events(runs)["traceEvents"], timeline.spans(runs)
+    names = {(e["pid"], e["name"]): e["args"]["name"] for e in events if e["ph"] == "M"}
+    assert [names[pid, "process_name"] for pid in (1, 2)] == list(runs)
+    bars = pd.DataFrame([e for e in events if e["ph"] == "X"])
+    assert sorted(bars["name"]) == sorted(frame["what"]) and set(bars["cat"]) == set(frame["lane"])
+    assert np.allclose(sorted(bars["ts"]), sorted(1e3 * frame["start_ms"]))
+    assert bars["dur"].sum() == pytest.approx(1e3 * frame.eval("end_ms - start_ms").sum())
 
 
 def test_timeline_bars_are_the_spans_in_milliseconds():
