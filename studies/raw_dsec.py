@@ -65,18 +65,17 @@ def write(folder: str | Path, *, seed: int, duration_s: float = 1.5,
 
 def _write_events(folder: Path, stream: event_streams.Events) -> None:
     """t in µs after t_offset, ``ms_to_idx[ms]`` the first event with t >= 1000 ms, as DSEC."""
-    h5py = containers.h5_module(folder / "events.h5")
     import hdf5plugin
 
     folder.mkdir(parents=True, exist_ok=True)
     packed = hdf5plugin.Blosc(cname="zstd")
     t = stream.t_us.astype(np.uint32)
-    with h5py.File(folder / "events.h5", "w") as file:
+    with containers.open_h5(folder / "events.h5", "w") as file:
         for name, values in {"x": stream.x, "y": stream.y, "t": t, "p": stream.p}.items():
             file.create_dataset(f"events/{name}", data=values, **packed)
         last_ms = int(t[-1]) // 1000 if len(t) else 0
         file["ms_to_idx"] = np.searchsorted(t, np.arange(last_ms + 1) * 1000).astype(np.uint64)
         file["t_offset"] = CLOCK_START_US
-    with h5py.File(folder / "rectify_map.h5", "w") as file:  # a simulated lens has no distortion
+    with containers.open_h5(folder / "rectify_map.h5", "w") as file:  # our lens does not distort
         x, y = np.meshgrid(np.arange(dsec.WIDTH), np.arange(dsec.HEIGHT))
         file.create_dataset("rectify_map", data=np.stack([x, y], -1).astype(np.float32), **packed)

@@ -1,15 +1,14 @@
-"""The words every room shares: records, the decoder-handle protocol, the error tree. Only the
-standard library is imported here.
-
-Letters in shapes: B batch, S positions of the answer, D hidden width (D_d drafter, D_v verifier), V
-vocabulary, F event frames, H and W pixels. ``gamma``: draft tokens per round; ``tau``: a cosine
-threshold."""
+"""The words every room shares: records, the decoder-handle protocol, the error tree; only the
+standard library is imported. Letters in shapes: B batch, S positions of the answer, D hidden width
+(D_d drafter, D_v verifier), V vocabulary, F event frames, H and W pixels. ``gamma``: draft tokens
+per round; ``tau``: a cosine threshold."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -22,6 +21,10 @@ ROOT = Path(__file__).resolve().parents[1]
 """The checkout: notebooks, data and reports are resolved from here."""
 PAIRS = ("embedded", "smollm2")
 """Pairs that ship, by name; any other is a folder."""
+Mode = Literal["free_running", "teacher_forced"]
+"""Whose tokens stood before each state: each model's own, or the verifier's for both."""
+Tap = Literal["post_norm", "pre_norm"]
+"""On which side of the decoder's final norm; only ``lm_head`` of post_norm is the logits."""
 
 
 def as_used(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
@@ -34,60 +37,65 @@ def as_used(device: str = "auto", dtype: str = "auto") -> tuple[str, str]:
     return device, ("float32" if device == "cpu" else "bfloat16") if dtype == "auto" else dtype
 
 
-Mode = Literal["free_running", "teacher_forced"]
-"""Whose tokens stood before each state: each model's own, or the verifier's for both."""
-Tap = Literal["post_norm", "pre_norm"]
-"""On which side of the decoder's final norm; only ``lm_head`` of post_norm is the logits."""
-
-# --- errors: each message names the thing, what was expected and the way out
-
-
 class XsdError(Exception):
-    """Anything the user can mend; the command line prints its one sentence without a traceback."""
+    """Anything the user can mend. Its one sentence names the thing, what was expected and the way
+    out; the command line prints it without a traceback."""
 
 
 class EventError(XsdError):
     """An event stream is empty, unsorted, out of range or unreadable."""
 
-
 class VideoError(XsdError):
     """A video or image has no frame or does not decode."""
-
 
 class DatasetError(XsdError):
     """A dataset folder lacks a file or an entry is malformed; also a question of zero length."""
 
-
 class CheckpointError(XsdError):
     """Model or adapter weights are missing, truncated, of the wrong type or shape."""
-
 
 class PairError(XsdError):
     """Two models that cannot work together (tokenizers, vocabulary, heads)."""
 
-
 class ShardError(XsdError):
     """Stored hidden states are missing, damaged or of another mode, tap or configuration."""
-
 
 class MetricError(XsdError):
     """Metric input that has no meaning: other lengths, NaN, nothing unmasked."""
 
-
 class ParameterError(XsdError):
     """An unknown or ill-typed notebook or command parameter."""
-
 
 class StorageError(XsdError):
     """A file could not be written: disk full, no permission, another writer."""
 
-
 class LosslessError(XsdError):
     """Output that claimed to be the verifier's own is not."""
 
-
 class TrainingError(XsdError):
     """Training stopped: NaN, divergence, a refused split, out of memory."""
+
+
+@contextlib.contextmanager
+def reading(what: str, error: type[XsdError], way_out: str) -> Iterator[None]:
+    """Reading what somebody may have harmed can fail in any way: where it does in this block, that
+    is ``error``: "<what> (<reason>); <way_out>". Errors of ours pass as they are."""
+    try:
+        yield
+    except XsdError:
+        raise
+    except Exception as problem:
+        reason = (str(problem).strip().splitlines() or [type(problem).__name__])[0][:200]
+        reason = f"no {reason}" if isinstance(problem, KeyError) else reason
+        reason = "nested too deep" if isinstance(problem, RecursionError) else reason
+        raise error(f"{what} ({reason}); {way_out}") from problem
+
+
+def at_least_one(error: type[XsdError], **counts: int | None) -> None:
+    """Raises: ``error`` naming the first count that is below 1."""
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            raise error(f"{name}={value}; expected at least 1")
 
 
 _UNSEEN = re.compile(
@@ -95,8 +103,7 @@ _UNSEEN = re.compile(
 
 
 def printable(text: str) -> str:
-    """Text of unknown origin for a terminal, a file or a page: control signs, marks of writing
-    direction and halves of surrogate pairs as ``\\u001b``; tabs and ends of lines stay."""
+    """Text with control signs, marks of writing direction and surrogates as ``\\u001b``."""
     return _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
 
 
@@ -106,16 +113,12 @@ def not_finite(who: str) -> CheckpointError:
                            "--dtype float32 or bfloat16")
 
 
-# --- records
-
-
 @dataclass(frozen=True)
 class Sample:
-    """One clip with one question, as both sensors saw it.
-
-    event_frames: F images uint8 [H, W, 3]; sizes differ where the official slice canvas is used.
-    video: uint8 [8, H, W, 3], the frames the verifier sees. t_us: start and end of the clip on the
-    sensor clock, in µs. source: ``simulated`` | ``recorded`` | a folder's name."""
+    """One clip with one question, as both sensors saw it. event_frames: F images uint8 [H, W, 3];
+    sizes differ on the official slice canvas. video: uint8 [8, H, W, 3], what the verifier sees.
+    t_us: start and end of the clip on the sensor clock, in µs. source: ``simulated`` |
+    ``recorded`` | a folder's name."""
 
     sequence: str
     clip: str
@@ -137,7 +140,6 @@ class Sample:
 class PairedStates:
     """Hidden states [S_d, D_d] and [S_v, D_v] of both decoders at the positions of one answer, and
     ids int64 [S_d] and [S_v].
-
     ``hidden[t]`` *predicts* token t (read one position before it): argmax(lm_head(hidden[t])) ==
     ids[t] for a model's own greedy tokens. In teacher_forced mode S_d == S_v, position t of both
     follows the verifier's tokens 0…t-1, and ids_by_drafter[t] is what the drafter's own head would
@@ -167,6 +169,8 @@ class Context:
     states: Tensor
     start: Tensor
 
+_TENSORS = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -188,20 +192,16 @@ class Batch:
         """The same batch, its tensors on ``device``."""
         if self.mask.device == device:
             return self
-        context = {role: Context(one.states.to(device, non_blocking=True), one.start.to(device))
-                   for role, one in self.context.items()}
-        return replace(self, context=context, **{
-            name: getattr(self, name).to(device, non_blocking=True) for name in _TENSORS})
+        return self._changed(lambda one: one.to(device, non_blocking=True), _TENSORS)
 
     def rows(self, cut: slice) -> Batch:
         """Some of its answers."""
-        context = {role: Context(one.states[cut], one.start[cut])
+        return self._changed(lambda one: one[cut], (*_TENSORS, "sequence", "index"))
+
+    def _changed(self, change: Callable[[Any], Any], names: Sequence[str]) -> Batch:
+        context = {role: Context(change(one.states), change(one.start))
                    for role, one in self.context.items()}
-        names = (*_TENSORS, "sequence", "index")
-        return replace(self, context=context, **{name: getattr(self, name)[cut] for name in names})
-
-
-_TENSORS = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier", "mask")
+        return replace(self, context=context, **{one: change(getattr(self, one)) for one in names})
 
 
 def depths(parents: Sequence[int]) -> list[int]:
@@ -259,9 +259,6 @@ class Generation:
     total_s: float = 0.0
 
 
-# --- the decoder handle
-
-
 class State(Protocol):
     """A decoder's KV cache of ``length`` positions; hidden [D], logits [V]: of the last one."""
 
@@ -273,10 +270,8 @@ class State(Protocol):
 @runtime_checkable
 class DecoderHandle(Protocol):
     """What the decoding engine needs of a model, and nothing more (no tokenizer, no file, no plot).
-
     ``[prompt | a b c] -> rollback(state, len(prompt) + 2) -> [prompt | a b] -> extend(state, [x])
-    -> [prompt | a b x]``
-    """
+    -> [prompt | a b x]``"""
 
     hidden_size: int
     vocab_size: int

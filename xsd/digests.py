@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from xsd.core import XsdError
-from xsd.files import atomic_path, sha256_of, storage_error, write_json
+from xsd.files import append_line, atomic_path, fault, sha256_of, write_json
 
 RECORD = "digests.jsonl"
 
@@ -30,18 +30,12 @@ def write_sealed(target: str | Path, value: Any) -> None:
 
 def record(target: Path, written: Path | None = None) -> None:
     """Note what stands under a name, or is about to (``written``). Raises: StorageError."""
-    line = _line(sha256_of(written or target), target.name)
-    try:
-        # One write to a file opened for appending: lines of several processes do not mix.
-        with open(target.parent / RECORD, "ab", buffering=0) as file:
-            file.write(line.encode())
-    except OSError as error:
-        raise storage_error(target.parent / RECORD, error) from error
+    append_line(target.parent / RECORD, _line(sha256_of(written or target), target.name))
 
 
 def _line(digest: str, name: str) -> str:
     text = f"{digest} {name}"
-    return f"{text} {hashlib.sha256(text.encode()).hexdigest()[:8]}\n"
+    return f"{text} {hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
 
 def on_record(folder: str | Path) -> dict[str, set[str]]:
@@ -50,7 +44,7 @@ def on_record(folder: str | Path) -> dict[str, set[str]]:
     path, found = Path(folder) / RECORD, {}
     if not path.is_file() or path.stat().st_size > 1 << 26:
         return {RECORD: set()} if path.exists() else {}
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True):
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         digest, _, name = line.rsplit(" ", 1)[0].partition(" ")
         whole = _line(digest, name) == line and Path(name).name == name
         found.setdefault(name if whole else RECORD, set()).update([digest] if whole else [])
@@ -61,13 +55,8 @@ def problems(folder: Path) -> dict[Path, str]:
     """What is wrong with the files on record in a folder."""
     found = {}
     for name, digests in on_record(folder).items():
-        path = folder / name
-        if name == RECORD:
-            found[path] = "is damaged"
-        elif not path.is_file():
-            found[path] = "is no file" if path.exists() else "is missing"
-        elif sha256_of(path) not in digests:
-            found[path] = f"does not match its checksum in {RECORD}"
+        if wrong := "is damaged" if name == RECORD else fault(folder / name, digests):
+            found[folder / name] = wrong
     return found
 
 

@@ -1,5 +1,4 @@
-"""Safe writing and reading, one writer to a folder, hashes, where a number came from, and objects
-named by a text. Only the standard library and xsd.core are imported here."""
+"""Safe writing and reading, one writer to a folder, hashes, provenance, objects named by a text."""
 
 import contextlib
 import dataclasses
@@ -14,44 +13,32 @@ import re
 import subprocess
 import sys
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Self
 
-from xsd.core import ROOT, ParameterError, StorageError, XsdError
+from xsd.core import ROOT, ParameterError, StorageError, XsdError, reading
 
 
 @contextlib.contextmanager
 def atomic_path(target: str | Path) -> Iterator[Path]:
     """Yield a temporary file beside ``target``; on success sync and rename it (the name is synced,
-    too), on failure leave the target as it was. Raises: StorageError when it cannot be written or
-    the disk is full."""
+    too), on failure leave the target as it was. Raises: StorageError."""
     target = Path(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.part")
-    try:
+    with storing(target), contextlib.ExitStack() as stack:
         target.parent.mkdir(parents=True, exist_ok=True)
         temporary.touch()
+        stack.callback(temporary.unlink, missing_ok=True)
         yield temporary
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.replace(temporary, target)
-        sync_names(target.parent)
-    except OSError as error:
-        raise storage_error(target, error) from error
-    finally:
-        with contextlib.suppress(OSError):  # gone, or the folder never was one
-            temporary.unlink()
-
-
-def sync_names(folder: str | Path) -> None:
-    """Make the names in a folder survive a loss of power, not only the files' content."""
-    names = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(names)
-    finally:
-        os.close(names)
+        names = os.open(target.parent, os.O_RDONLY)
+        stack.callback(os.close, names)
+        os.fsync(names)  # the name is to survive a loss of power, too
 
 
 def remove_leftovers(folder: str | Path, name: str = "") -> None:
@@ -60,13 +47,23 @@ def remove_leftovers(folder: str | Path, name: str = "") -> None:
         path.unlink(missing_ok=True)
 
 
-def storage_error(target: str | Path, error: OSError) -> StorageError:
-    """What to raise where ``target`` could not be written."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return StorageError(f"cannot write {target}: the disk is full; free space or choose "
-                            "another output folder and run again (nothing was lost)")
-    return StorageError(f"cannot write {target}: {error.strerror or error}; check the folder's "
-                        "permissions or choose another one")
+@contextlib.contextmanager
+def storing(target: str | Path) -> Iterator[None]:
+    """An OSError in this block is a StorageError: ``target`` could not be written."""
+    try:
+        yield
+    except OSError as error:
+        why = f"{error.strerror or error}; check the folder's permissions or choose another one"
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            why = ("the disk is full; free space or choose another output folder and run again "
+                   "(nothing was lost)")
+        raise StorageError(f"cannot write {target}: {why}") from error
+
+
+def append_line(path: str | Path, text: str) -> None:
+    """One line more, in one write: those of several processes do not mix. Raises: StorageError."""
+    with storing(path), open(path, "ab", buffering=0) as file:
+        file.write(f"{text}\n".encode())
 
 
 def atomic_write(target: str | Path, data: bytes | str) -> None:
@@ -92,10 +89,10 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def read_json(path: str | Path, error: type[XsdError], way_out: str, *,
+def read_json(path: str | Path, error: type[XsdError], way_out: str, kind: type = object, *,
               max_bytes: int = 1 << 28) -> Any:
     """A JSON file, with or without a byte-order mark. Raises: ``error``, with the way out, when it
-    is missing, damaged, nested too deep or larger than ``max_bytes``."""
+    is missing, damaged, nested too deep, larger than ``max_bytes`` or not of the ``kind``."""
     try:
         with open(os.open(path, os.O_NONBLOCK), "rb") as file:  # a pipe is not waited for
             data = file.read(max_bytes + 1)
@@ -105,17 +102,19 @@ def read_json(path: str | Path, error: type[XsdError], way_out: str, *,
         raise error(f"{path} {what}; {way_out}") from problem
     if len(data) > max_bytes:
         raise error(f"{path} is larger than {max_bytes >> 20} MB; {way_out}")
-    return parse_json(data, str(path), error, way_out)
+    return parse_json(data, str(path), error, way_out, kind)
 
 
-def parse_json(text: str | bytes, what: str, error: type[XsdError], way_out: str) -> Any:
+def parse_json(text: str | bytes, what: str, error: type[XsdError], way_out: str,
+               kind: type = object) -> Any:
     """The value that a JSON text stands for. Raises: ``error`` naming ``what``."""
-    try:
-        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text,
-                          object_pairs_hook=_once)
-    except (ValueError, RecursionError) as problem:
-        why = "nested too deep" if isinstance(problem, RecursionError) else problem
-        raise error(f"{what} is not JSON ({why}); {way_out}") from problem
+    with reading(f"{what} is not JSON", error, way_out):
+        found = json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text,
+                           object_pairs_hook=_once)
+    if not isinstance(found, kind):
+        raise error(f"{what} holds {type(found).__name__} and no "
+                    f"{'fields' if kind is dict else kind.__name__}; {way_out}")
+    return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -135,34 +134,41 @@ def sha256_of(*paths: str | Path) -> str:
     return digest.hexdigest()
 
 
+def fault(path: Path, digests: Collection[str], n_bytes: int | None = None) -> str | None:
+    """What is wrong with a file of this size and one of these digests (if any); None: nothing."""
+    if not path.is_file():
+        return "is no file" if path.exists() else "is missing"
+    if n_bytes is not None and (size := path.stat().st_size) != n_bytes:
+        return f"has {size} bytes instead of {n_bytes}"
+    return "does not match its checksum" if digests and sha256_of(path) not in digests else None
+
+
 LOCK = "writer.lock"
 
 
 class FolderLock:
-    """One writer to a folder: an advisory lock, held from its making until release() or the end of
-    a ``with`` block, that dies with its process. name: the lock's file, for several kinds of
-    writers. Raises: StorageError naming the process that has it."""
+    """One writer to a folder: an advisory lock until release() or the end of a ``with`` block, that
+    dies with its process. name: its file. Raises: StorageError naming the process that has it."""
 
     def __init__(self, folder: str | Path, name: str = LOCK) -> None:
         self.path = Path(folder) / name
-        try:
+        with storing(folder):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             while True:
                 self._file = open(self.path, "a+")  # noqa: SIM115 (held until release)
-                fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                try:
+                    fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError as error:
+                    self._file.seek(0)
+                    holder = self._file.read().strip() or "unknown"
+                    self._file.close()
+                    raise StorageError(f"{folder} is being written by process {holder}; wait for "
+                                       "it to finish, stop it, or choose another folder") from error
                 # The last holder may have removed the name between our open and our lock.
                 own = os.fstat(self._file.fileno()).st_ino
                 if self.path.exists() and own == self.path.stat().st_ino:
                     break
                 self._file.close()
-        except BlockingIOError as error:
-            self._file.seek(0)
-            holder = self._file.read().strip() or "unknown"
-            self._file.close()
-            raise StorageError(f"{folder} is being written by process {holder}; wait for it to "
-                               "finish, stop it, or choose another folder") from error
-        except OSError as error:
-            raise storage_error(folder, error) from error
         self._file.truncate(0)
         self._file.write(str(os.getpid()))
         self._file.flush()
@@ -230,9 +236,8 @@ def portable(value: Any) -> Any:
     if "\n" not in text and path.is_absolute():
         return path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name
     pieces = re.split("([=,])", text)
-    if len(pieces) == 1:
-        return text
-    return "".join(piece if piece in "=," else portable(piece) for piece in pieces)
+    return text if len(pieces) == 1 else "".join(
+        piece if piece in "=," else portable(piece) for piece in pieces)
 
 
 def _command() -> list[str]:
@@ -243,10 +248,9 @@ def _command() -> list[str]:
 
 
 def _git(*arguments: str) -> str:
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
-                              timeout=10, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True,
+                              timeout=10, check=True).stdout.strip()
     return ""
 
 
@@ -262,16 +266,14 @@ def import_object(text: str) -> Any:
     added = [folder for folder in dict.fromkeys(places) if folder and folder not in sys.path]
     sys.path.extend(added)
     try:
-        found: Any = importlib.import_module(module)
+        with reading(f"{text!r} cannot be imported", ParameterError, f"put "
+                     f"{module.partition('.')[0]}.py into the working directory or install it"):
+            found: Any = importlib.import_module(module)
         for part in name.split("."):
+            if not hasattr(found, part):
+                raise ParameterError(f"the module {module} holds no {name}; check the name behind "
+                                     "the colon")
             found = getattr(found, part)
-    except AttributeError as error:
-        raise ParameterError(
-            f"the module {module} holds no {name}; check the name behind the colon") from error
-    except Exception as error:  # it is run: it may raise anything
-        raise ParameterError(
-            f"{text!r} cannot be imported ({error}); put {module.partition('.')[0]}.py into the "
-            "working directory or install it") from error
     finally:
         for folder in added:
             sys.path.remove(folder)

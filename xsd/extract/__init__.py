@@ -1,2 +1,1 @@
-"""From samples and a loaded pair to shards of paired hidden states: free-running and
-teacher-forced, resumable."""
+"""From samples and a loaded pair to shards of paired hidden states, resumable."""

@@ -2,8 +2,6 @@
 not give their ids, kinds of pairs of different runs. Checksums find damage; the rest finds what
 somebody wrote anew, checksums included."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator
 from hashlib import sha256
 from pathlib import Path
@@ -63,9 +61,7 @@ def _forged(folder: Path) -> Iterator[store.Problem]:
         wrong.append(f"says mode={mode!r} where its samples say {sorted(set(table['mode']))}")
     if extracted and dataset.tap != pairs.tap_of(layer):
         wrong.append(f"says tap={dataset.tap!r} of layer {layer}")
-    planned = sha256()
-    for names in table[["sequence", "clip", "question"]].itertuples(index=False, name=None):
-        planned.update(repr(names).encode())
+    planned = sha256("".join(map(repr, dataset.names())).encode())
     # with data_hash: of a dataset folder, whose samples count by name (plan.plan_hash)
     if "data_hash" in config and extracted and "part" not in config and (
             dataset.manifest["finished"] and planned.hexdigest() != config["samples_hash"]):
@@ -89,8 +85,7 @@ def _forged(folder: Path) -> Iterator[store.Problem]:
 
 @torch.inference_mode()
 def _not_their_ids(dataset: store.ShardDataset) -> Iterator[store.Problem]:
-    """Shards with a sample whose states do not give its ids through the saved head; a few samples
-    of each run are looked at."""
+    """Shards with a sample, of a few, whose states do not give its ids through the saved head."""
     chosen = np.unique(np.linspace(0, len(dataset) - 1, min(_JUDGED, len(dataset))).astype(int))
     coarse = max(_ROUNDING[dataset.manifest["dtype"]], *(
         _ROUNDING.get(layout.short_dtype(str(one.get("dtype"))), 4e-2) for role in layout.ROLES
@@ -110,8 +105,7 @@ def _not_their_ids(dataset: store.ShardDataset) -> Iterator[store.Problem]:
 
 
 def _unreadable(folder: Path, damaged: set[str]) -> Iterator[store.Problem]:
-    """Files whose checksum is right and that no writer of ours wrote: of another form, or states
-    that hold NaN or infinity."""
+    """Files of another form, or states with NaN or infinity, whose checksums are right."""
     manifest = layout.read_manifest(folder)
     dataset = store.ShardDataset(folder, unfinished=True) if not damaged else None
     for role in manifest["heads"] if dataset and dataset.tap == "post_norm" else ():
@@ -134,8 +128,11 @@ def _unreadable(folder: Path, damaged: set[str]) -> Iterator[store.Problem]:
             yield _problem(path, error, number)
             continue
         with safe_open(path, "pt") as file:
-            wrong = [name for name in (f"{kind}_by_{role}" for role in layout.ROLES)
-                     if not _finite(file.get_slice(name))]
+            rows = {name: file.get_slice(name) for name in (f"{kind}_by_{role}"
+                                                            for role in layout.ROLES)}
+            wrong = [name for name, some in rows.items() if not all(
+                some[start:start + _BLOCK].isfinite().all()
+                for start in range(0, some.get_shape()[0], _BLOCK))]
         if wrong:
             yield store.Problem(path, f"holds NaN or infinity in {' and '.join(wrong)}", _ANEW,
                                 number)
@@ -147,15 +144,8 @@ def _problem(path: Path, error: ShardError, number: int | None = None) -> store.
     return store.Problem(path, what, way_out, number)
 
 
-def _finite(rows: Any) -> bool:
-    """rows: of a safetensors file, read a block at a time."""
-    starts = range(0, rows.get_shape()[0], _BLOCK)
-    return all(bool(torch.isfinite(rows[start:start + _BLOCK]).all()) for start in starts)
-
-
 def _mixed(found: dict[Path, list[store.Problem]]) -> Iterator[tuple[Path, store.Problem]]:
-    """Kinds of pairs, or parts, that stand in one run folder but come from other models, samples or
-    settings than the first."""
+    """Kinds of pairs, or parts, of other models, samples or settings than the run's first."""
     first: dict[Path, tuple[Path, dict[str, Any]]] = {}
     for place in found:
         try:

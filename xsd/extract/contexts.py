@@ -1,34 +1,29 @@
 """Contexts of stored teacher-forced pairs (shards/contexts.py): one pass of each model over prompt
 and answer, a clip at a time; an interrupted extraction goes on with the group it was in."""
 
-from __future__ import annotations
-
 import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from xsd.core import ShardError
 from xsd.extract import plan
 from xsd.files import FolderLock, remove_leftovers, write_json
+from xsd.models.handle import ModelHandle
+from xsd.models.loading import Pair
 from xsd.shards import contexts
 from xsd.shards.format import TORCH_DTYPES
 from xsd.shards.store import ShardDataset
-
-if TYPE_CHECKING:
-    from xsd.models.handle import ModelHandle
-    from xsd.models.loading import Pair
 
 CLIPS = 16
 """A file: what is done again after a kill."""
 
 
 def default_layers(depth: int) -> list[int]:
-    """Three layers of a decoder, a third of the way up and at its later sixths: 4, 7 and 10 of
-    12."""
+    """Three layers of a decoder: 4, 7 and 10 of 12."""
     return sorted({round(depth * share) for share in (1 / 3, 7 / 12, 5 / 6)})
 
 
@@ -37,11 +32,9 @@ def extract(pair: Pair, items: Sequence[plan.LazySample], pairs: ShardDataset, *
             layers: Mapping[str, Sequence[int]] | None = None, dtype: str = "fp16",
             progress: Callable[[int], None] | None = None) -> Mapping[str, object]:
     """Store the contexts of finished pairs beside them; found again where they stand already.
-
     items: the clips and questions that the pairs were extracted from. layers: by role; None:
     :func:`default_layers`. Returns the record. Raises: ShardError for pairs that are free-running,
-    or of other samples or weights; ParameterError for a layer that is not there.
-    """
+    or of other samples or weights; ParameterError for a layer that is not there."""
     if pairs.mode != "teacher_forced":
         raise ShardError(f"{pairs.folder} holds {pairs.mode} pairs; contexts are of teacher_forced "
                          "ones, where both models have read the verifier's tokens")
@@ -49,8 +42,7 @@ def extract(pair: Pair, items: Sequence[plan.LazySample], pairs: ShardDataset, *
     wanted = {role: list((layers or {}).get(role) or default_layers(len(one.decoder.layers)))
               for role, one in handles.items()}
     by_name = {(one.sequence, one.clip, one.question): one for one in items}
-    table = pairs.table()
-    names = list(table[["sequence", "clip", "question"]].itertuples(index=False, name=None))
+    names = pairs.names()
     if unknown := [name for name in names if name not in by_name]:
         raise ShardError(f"{pairs.folder} holds {len(unknown)} answers about other clips or "
                          f"questions than these, such as {unknown[0]}; give the clips it was "

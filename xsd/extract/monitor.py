@@ -1,8 +1,6 @@
 """What became of an extraction, from its files alone: how far it is, how fast, whether it lives,
 and what went wrong (lines of ``errors.jsonl``). No writer is waited for or disturbed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os
@@ -15,9 +13,9 @@ from typing import Literal
 
 from safetensors import SafetensorError, safe_open
 
-from xsd.core import ShardError
+from xsd.core import ShardError, StorageError
 from xsd.extract import ranks
-from xsd.files import lock_holder
+from xsd.files import append_line, lock_holder
 from xsd.shards import format as layout
 
 ERRORS = "errors.jsonl"
@@ -52,8 +50,7 @@ class Status:
 
 @dataclass(frozen=True)
 class Event:
-    """One line of a run's errors. kind: "error" (what a process said before it ended) or "restart"
-    (what the supervisor did)."""
+    """One line of a run's errors. kind: "error" (a process's last words) or "restart"."""
 
     kind: str
     what: str
@@ -84,8 +81,7 @@ def runs(folder: str | Path) -> list[Path]:
     places = [place for kind in kinds for place in (kind, *sorted(kind.glob(f"{ranks.PARTS}/")))]
     found = [place for place in dict.fromkeys(places) if (place / layout.MANIFEST).is_file()]
     if not found:
-        raise ShardError(
-            f"no run of an extraction in {folder}; give the folder that `extract` wrote")
+        raise ShardError(f"no run of an extraction in {folder}; give the folder that it wrote")
     return found
 
 
@@ -114,8 +110,8 @@ def _status(folder: Path) -> Status:
                 with safe_open(path, "pt") as file:
                     n = file.get_slice("offsets_drafter").get_shape()[0] - 1
                 done = max(done, int(piece[1]) + n)
-    part, total = manifest["config"].get("part"), manifest["config"].get("n_samples")
-    total = part.get("n_samples") if isinstance(part, dict) else total
+    part = manifest["config"].get("part")
+    total = (part if isinstance(part, dict) else manifest["config"]).get("n_samples")
     total = total if isinstance(total, int) else None
     last = layout.read_times(folder)[-20:]
     seconds = sum(line["seconds"] for line in last)
@@ -127,18 +123,13 @@ def _status(folder: Path) -> Status:
                   max(time.time() - written, 0.0), pid)
 
 
-# --- errors
-
-
 def note(folder: str | Path, kind: str, what: str, *, pid: int | None = None,
          part: str = "") -> None:
     """Add one line to the errors of a run; on a full disk, only this line is lost."""
     event = Event(kind, " ".join(what.split()), pid or os.getpid(), part, round(time.time(), 3))
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, StorageError):
         Path(folder).mkdir(parents=True, exist_ok=True)
-        # One write to a file opened for appending: lines of several processes do not mix.
-        with open(Path(folder) / ERRORS, "ab", buffering=0) as file:
-            file.write((json.dumps(asdict(event)) + "\n").encode())
+        append_line(Path(folder) / ERRORS, json.dumps(asdict(event)))
 
 
 @contextlib.contextmanager
@@ -154,11 +145,11 @@ def recording(folder: str | Path, part: str = "") -> Iterator[None]:
 def events(folder: str | Path) -> list[Event]:
     """Errors and restarts of the runs in a folder, or of the run it is part of; oldest first."""
     kinds = [place.parent if place.match(ranks.PARTS) else place for place in runs(folder)]
-    files = dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
     names = [field.name for field in fields(Event)]
-    lines = [line for file in files for line in layout.read_lines(file, *names)
+    found = [Event(*(line[name] for name in names))
+             for file in dict.fromkeys(kind.resolve().parent / ERRORS for kind in kinds)
+             for line in layout.read_lines(file, *names)
              if isinstance(line["time_s"], int | float) and abs(line["time_s"]) < 1e10]
-    found = [Event(*(line[name] for name in names)) for line in lines]
     return sorted(found, key=lambda event: event.time_s)
 
 

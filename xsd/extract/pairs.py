@@ -2,8 +2,6 @@
 lengths may differ) and teacher-forced (both after the verifier's). The verifier's greedy answer is
 generated once for both; its states there equal a forced pass's up to rounding."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -46,11 +44,9 @@ def teacher_forced_pairs(pair: Pair, samples: Sequence[Sample], max_new_tokens: 
                          batch_size: int = 16, *,
                          verifier: Sequence[Continuation] | None = None) -> list[PairedStates]:
     """The verifier answers greedily; the drafter is forced along that answer in one pass a batch.
-
     ids_by_drafter[t] is what the drafter's own head says after the verifier's tokens 0…t-1. A token
     outside the shared vocabulary (such as ``<image>``) cannot be given to the drafter: the pair
-    ends with the position that predicts it.
-    """
+    ends with the position that predicts it."""
     return by_layer("teacher_forced", pair, samples, max_new_tokens, batch_size,
                     verifier=verifier)[LAST]
 
@@ -78,8 +74,7 @@ def fitting(work: Callable[[int], Done], size: list[int]) -> Done:
 
 
 def fastest(work: Callable[[int], Any], most: int) -> int:
-    """How many answers at a time: twice as many as long as memory does and the rate grows by a
-    tenth."""
+    """How many at a time: doubled as long as memory does and the rate grows by a tenth."""
     best, rate, size = 1, 0.0, 1
     while size <= most:
         began = time.perf_counter()
@@ -133,12 +128,9 @@ def _within(answer: Continuation, vocabulary: int) -> Continuation:
 
 class StoredAnswers:
     """The verifier's answers of a finished run, by sample, for another drafter or number of event
-    frames.
-
-    folder: a run, or its folder of one mode. layers: others than the last that are needed too.
-    Raises: ShardError if it is none, was written by another verifier or with another maximum
-    length, or lacks a layer; and when asked for a sample it does not hold.
-    """
+    frames. folder: a run, or its folder of one mode. layers: others than the last that are needed
+    too. Raises: ShardError if it is none, was written by another verifier or with another maximum
+    length, or lacks a layer; and when asked for a sample it does not hold."""
 
     def __init__(self, folder: str | Path, *, verifier: Mapping[str, Any], max_new_tokens: int,
                  layers: Sequence[int] = ()) -> None:
@@ -156,9 +148,7 @@ class StoredAnswers:
             if difference := first_difference({key: config.get(key) for key in wanted}, wanted):
                 raise ShardError(f"the verifier's answers in {dataset.folder} cannot be used: "
                                  f"{difference}; extract without them")
-        table = self.dataset.table()
-        names = zip(table["sequence"], table["clip"], table["question"], strict=True)
-        self._places = {key: i for i, key in enumerate(names)}
+        self._places = {key: i for i, key in enumerate(self.dataset.names())}
 
     def __call__(self, samples: Sequence[Sample]) -> list[Continuation]:
         """One continuation per sample; states in float32, as rounded in the stored run."""

@@ -1,12 +1,10 @@
 """Which samples an extraction takes, in which order, and the hash that tells two plans apart."""
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from hashlib import sha256
 from typing import Any
 
@@ -37,17 +35,16 @@ def folder_samples(records: Sequence[dataset_folder.ClipRecord], questions: Sequ
     """Every clip with every question, clip by clip; images are read when needed, once per clip.
     canvas: on which events of clips without stored images are painted (load_sample)."""
     @lru_cache(maxsize=1)
-    def clip(number: int) -> Sample:
-        record = records[number]
+    def clip(record: dataset_folder.ClipRecord) -> Sample:
         stored = dataset_folder.stored_frames(record, n_event_frames)
         return dataset_folder.load_sample(record, questions[0], n_event_frames=n_event_frames,
                                           canvas=None if stored else canvas)
 
-    def reader(number: int, question: str) -> Callable[[], Sample]:
-        return lambda: replace(clip(number), question=question)
+    def read(record: dataset_folder.ClipRecord, question: str) -> Sample:
+        return replace(clip(record), question=question)
 
-    return [LazySample(record.sequence, record.clip, question, reader(number, question))
-            for number, record in enumerate(records) for question in questions]
+    return [LazySample(record.sequence, record.clip, question, partial(read, record, question))
+            for record in records for question in questions]
 
 
 def order(samples: Sequence[Item], *, max_samples: int | None = None,
@@ -56,8 +53,7 @@ def order(samples: Sequence[Item], *, max_samples: int | None = None,
     order of their first sample. max_samples, max_scenes: that many samples, or clips, of clips
     drawn by ``seed`` (None or -1: all). Raises: ParameterError for no samples, 0 or below -1."""
     if not samples:
-        raise ParameterError(
-            "there are no samples to extract; give at least one clip and one question")
+        raise ParameterError("there are no samples to extract; give a clip and a question")
     for name, most in (("max_samples", max_samples), ("max_scenes", max_scenes)):
         if most is not None and (most == 0 or most < -1):
             raise ParameterError(f"{name}={most}; give a positive number, or -1 for all")

@@ -2,8 +2,6 @@
 parts become the run that one process would have written. Ranks never wait for each other; the one
 that finds all parts finished joins them, by renaming files."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -11,12 +9,12 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch.distributed
 
 from xsd.core import ParameterError, ShardError, StorageError
-from xsd.files import FolderLock, atomic_write, lock_holder
+from xsd.files import FolderLock, atomic_write, lock_holder, storing
 from xsd.shards import format as layout
 
 PARTS = "part-*-of-*"
@@ -38,7 +36,7 @@ class Rank:
                                  f"rank from 0 to {self.world_size - 1}")
 
     @classmethod
-    def of_this_process(cls, environment: Mapping[str, str] | None = None) -> Rank:
+    def of_this_process(cls, environment: Mapping[str, str] | None = None) -> Self:
         """Of torch.distributed where a process group was made, else RANK and WORLD_SIZE as torchrun
         and accelerate set them. Raises: ParameterError if they are no numbers."""
         distributed = torch.distributed
@@ -105,43 +103,45 @@ def join(folder: Path, world_size: int, n_samples: int, samples_per_shard: int) 
             # The parts may have gone between the two looks, into a run that is finished now.
             return finished(folder) is not None
         try:
-            held = FolderLock(folder)
-        except StorageError:
-            if lock_holder(folder) is None or time.monotonic() > end:
+            with FolderLock(folder):
+                if not finished(folder):
+                    _join(folder, parts)
+                for part in parts:
+                    shutil.rmtree(part, ignore_errors=True)
+                return True
+        except StorageError:  # of another's lock, or a disk that is full
+            at_work = finished(folder) or lock_holder(folder) is not None
+            if not at_work or time.monotonic() > end:
                 raise
             time.sleep(0.05)
-            continue
-        try:
-            if not finished(folder):
-                _join(folder, parts)
-            for part in parts:
-                shutil.rmtree(part, ignore_errors=True)
-            return True
-        finally:
-            held.release()
 
 
 def _join(folder: Path, parts: list[Path]) -> None:
-    manifests = [layout.read_manifest(part) for part in parts]
-    first = manifests[0]
-    for part, manifest in zip(parts, manifests, strict=True):
+    manifests = {part: layout.read_manifest(part) for part in parts}
+    first, shards, times, n_samples = manifests[parts[0]], [], [], 0
+    moves = {folder / entry["file"]: (parts[0] / entry["file"], entry["bytes"])
+             for entry in first["heads"].values()}
+    for part, manifest in manifests.items():
         if difference := layout.first_difference(_common(first), _common(manifest)):
             raise ShardError(f"{part} does not belong to {parts[0].name}: {difference}; delete the "
                              "part that is wrong and extract it again")
-    shards, times, n_samples = [], [], 0
-    moves = {folder / entry["file"]: (parts[0] / entry["file"], entry["bytes"])
-             for entry in first["heads"].values()}
-    for part, manifest in zip(parts, manifests, strict=True):
         times += [{**line, "first": n_samples + line["first"]} for line in layout.read_times(part)]
         for entry in manifest["shards"]:
             names = {"file": layout.shard_name(len(shards)),
                      "metadata_file": layout.shard_name(len(shards), "parquet")}
-            for key, new in names.items():
-                size = entry[key.replace("file", "bytes")]
-                moves[folder / new] = (part / entry[key], size)
+            moves |= {folder / new: (part / entry[key], entry[key.replace("file", "bytes")])
+                      for key, new in names.items()}
             shards.append({**entry, **names, "first": n_samples + entry["first"]})
         n_samples += manifest["n_samples"]
-    _move(folder, moves)
+    for target, (source, size) in moves.items():
+        there = source if source.is_file() else target  # renamed before by a killed join
+        if not there.is_file() or there.stat().st_size != size:
+            raise ShardError(f"{source} is missing or truncated; repair {source.parent}, then "
+                             "start any rank again")
+    with storing(folder):
+        for target, (source, _) in moves.items():
+            if source.is_file():
+                os.replace(source, target)
     files = {}
     if times:
         data = "".join(json.dumps(line) + "\n" for line in times).encode()
@@ -150,25 +150,9 @@ def _join(folder: Path, parts: list[Path]) -> None:
     config = {key: value for key, value in first["config"].items() if key != "part"}
     layout.write_manifest(folder, {
         **first, "config": config, "shards": shards, "n_samples": n_samples, "files": files,
-        "max_seq_len": max(manifest.get("max_seq_len", 0) for manifest in manifests),
+        "max_seq_len": max(one.get("max_seq_len", 0) for one in manifests.values()),
         "provenance": {**first["provenance"], "processes": len(parts)}
     })
-
-
-def _move(folder: Path, moves: Mapping[Path, tuple[Path, int]]) -> None:
-    """Rename what a killed join did not rename before. moves: target → (source, bytes)."""
-    for target, (source, size) in moves.items():
-        there = source if source.is_file() else target
-        if not there.is_file() or there.stat().st_size != size:
-            raise ShardError(f"{source} is missing or truncated; repair {source.parent}, then "
-                             "start any rank again")
-    try:
-        for target, (source, _) in moves.items():
-            if source.is_file():
-                os.replace(source, target)
-    except OSError as error:
-        raise StorageError(f"cannot join the parts in {folder}: {error.strerror or error}; check "
-                           "permissions and run again") from error
 
 
 def _common(manifest: Mapping[str, Any]) -> dict[str, Any]:

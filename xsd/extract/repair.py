@@ -1,7 +1,5 @@
 """Extracting again just what is damaged in a run."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +17,9 @@ def repair(pair: Pair, samples: Sequence[plan.Item], folder: str | Path, *,
            verifier_from: str | Path | None = None,
            problems: Sequence[store.Problem] | None = None) -> list[store.Problem]:
     """Extract the damaged shards of a run again, and nothing else. Returns what was mended.
-
     samples, verifier_from: as given to extract(). problems: as store.verify or checks.verify found
     them (default: store.verify now). Raises: ShardError if the models or samples are not those of
-    the run (naming the difference), or for a damaged manifest; StorageError while another writes.
-    """
+    the run (naming the difference), or for a damaged manifest; StorageError for a second writer."""
     folder = Path(folder)
     found = store.verify(folder) if problems is None else problems
     others = (layout.TIMES, *map(layout.head_name, layout.ROLES))

@@ -1,8 +1,6 @@
 """An extraction from beginning to end: Stage 0 (the LM heads) and Stage 1 (paired states),
 resumable, one folder for each kind of pairs (docs/extraction.md)."""
 
-from __future__ import annotations
-
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,7 +11,7 @@ from typing import Any, Literal
 import torch
 
 from xsd import __version__
-from xsd.core import Mode, PairError, ParameterError, Sample, ShardError
+from xsd.core import Mode, PairError, ParameterError, Sample, ShardError, at_least_one
 from xsd.extract import monitor, pairs, plan, ranks, supervise
 from xsd.models import batched
 from xsd.models.batched import LAST, Continuation
@@ -25,8 +23,7 @@ from xsd.shards.writer import ShardWriter
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands. rate: samples a second of this call. eta_s: seconds left, infinite before
-    the first batch. gb: on disk."""
+    """Where a run stands. rate: samples a second. eta_s: seconds left, at first infinite."""
 
     done: int
     total: int
@@ -84,23 +81,20 @@ def extract(
     progress: Any = None,
 ) -> ExtractReport:
     """Write ``folder/<mode>`` for each mode; every finished batch survives a kill, and the same
-    call again continues the run, with another batch_size too.
-
-    samples: core.Sample, or plan.LazySample (read a batch at a time). layers: which hidden states
-    (batched.LAST); others than the last have folders of their own. dtype: how states are stored.
-    batch_size: "auto" doubles it on the first samples until memory or the rate stops; in any case
-    one that memory does not do for is computed in halves.
-    max_samples, max_scenes: so many samples or clips, whole clips drawn by ``seed``. config: what
-    else belongs to the run (split, data_hash, quant …), compared on resuming; about: what only the
-    manifest's provenance says. verifier_from: a finished run of the same verifier, whose answers
-    are taken instead of generated. save_every, save_every_s: write to disk once so many samples or
-    seconds have gathered (0: each batch). rank: one of several processes that share the run.
-    progress: called with Progress after each batch, or anything with tqdm's ``update(n)``.
-
-    Raises: ShardError if the folder was begun with other settings, StorageError (another writer,
-    disk full: what was flushed stays), PairError if a saved LM head does not give the model's
-    logits, ParameterError without samples or for a layer that is not there.
-    """
+    call again continues the run, with another batch_size too. samples: core.Sample, or
+    plan.LazySample (read a batch at a time). layers: which hidden states (batched.LAST); others
+    than the last have folders of their own. dtype: how states are stored. batch_size: "auto"
+    doubles it on the first samples until memory or the rate stops; in any case one that memory does
+    not do for is computed in halves. max_samples, max_scenes: so many samples or clips, whole clips
+    drawn by ``seed``. config: what else belongs to the run (split, data_hash, quant …), compared on
+    resuming; about: what only the manifest's provenance says. verifier_from: a finished run of the
+    same verifier, whose answers are taken instead of generated. save_every, save_every_s: write to
+    disk once so many samples or seconds have gathered (0: each batch). rank: one of several
+    processes that share the run. progress: called with Progress after each batch, or anything with
+    tqdm's ``update(n)``. Raises: ShardError if the folder was begun with other settings,
+    StorageError (another writer, disk full: what was flushed stays), PairError if a saved LM head
+    does not give the model's logits, ParameterError without samples or for a layer that is not
+    there."""
     started, rank, folder = time.perf_counter(), rank or ranks.Rank(), Path(folder)
     layers = list(dict.fromkeys(layers))
     _check(pair, modes, layers, 1 if batch_size == "auto" else batch_size, max_new_tokens)
@@ -160,9 +154,7 @@ def _check(pair: Pair, modes: Sequence[Mode], layers: Sequence[int], batch_size:
     if not modes or not layers or set(modes) - set(pairs.MODES):
         raise ShardError(f"modes={tuple(modes)}, layers={tuple(layers)}; expected one or more of "
                          f"{', '.join(pairs.MODES)}, and a layer")
-    if batch_size < 1 or max_new_tokens < 1:
-        raise ParameterError(f"batch_size={batch_size} and max_new_tokens={max_new_tokens}; "
-                             "expected at least 1 of each")
+    at_least_one(ParameterError, batch_size=batch_size, max_new_tokens=max_new_tokens)
     for layer in layers:
         for handle in (pair.drafter, pair.verifier) if layer != LAST else ():
             batched.place(handle.decoder, layer)
@@ -230,9 +222,8 @@ def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
     end = min(len(loaded), share.stop - first)
     for mode in dict.fromkeys(mode for mode, _ in writers):
         began = time.perf_counter()
-        begins = {layer: share.start + writer.n_written - first
-                  for (own, layer), writer in writers.items() if own == mode}
-        begins = {layer: begin for layer, begin in begins.items() if begin < end}
+        begins = {layer: begin for (own, layer), writer in writers.items() if own == mode
+                  and (begin := share.start + writer.n_written - first) < end}
         if not begins:
             continue
         found = pairs.fitting(lambda size, mode=mode, begins=begins: pairs.by_layer(
@@ -242,9 +233,6 @@ def _extract(pair: Pair, items: Sequence[plan.Item], first: int, share: range,
             for states in found[layer][begin:end]:
                 writer.write(states)
             writer.took(shared + time.perf_counter() - began, *save)
-
-
-# --- Stage 0
 
 
 def _save_heads(pair: Pair, writers: Mapping[Kind, ShardWriter]) -> None:
@@ -271,9 +259,6 @@ def check_head(handle: ModelHandle, answers: Sequence[Continuation]) -> None:
             f"the {handle.role}'s LM head does not give its logits (off by {off:.1e} of the "
             "largest); the model transforms its logits further, so stored states cannot be judged "
             "through the head alone")
-
-
-# --- around a run
 
 
 def identity(handle: ModelHandle) -> dict[str, Any]:

@@ -1,8 +1,6 @@
 """Stopping an extraction after the batch at hand, and starting a crashed one again: a bounded
 number of times, with the reason of each crash on record."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import subprocess
@@ -57,19 +55,15 @@ def supervise(command: Sequence[str], folder: str | Path, restarts: int, *, part
             return status
         then = (f"started again ({attempt + 1} of {restarts})" if attempt < restarts else
                 f"given up after {restarts} restart(s)")
-        note = f"{_reason(status, last)}; {then}"
+        why = f"ended with status {status}" + (f" ({last})" if last else "")
+        if status < 0:
+            why = f"killed by {signal.Signals(-status).name}"
+            if status == -signal.SIGKILL:
+                why += " (by hand, or by the system when memory runs out)"
+        note = f"{why}; {then}"
         monitor.note(folder, "restart", note, pid=pid, part=part)
         print(f"xsd: {note}", file=sys.stderr, flush=True)
     return 1
-
-
-def _reason(status: int, last_line: str) -> str:
-    """Why a process ended. status: negative for a signal."""
-    if status < 0:
-        name = signal.Signals(-status).name
-        hint = " (by hand, or by the system when memory runs out)" if name == "SIGKILL" else ""
-        return f"killed by {name}{hint}"
-    return f"ended with status {status}" + (f" ({last_line})" if last_line else "")
 
 
 def _once(command: Sequence[str]) -> tuple[int, int, str]:

@@ -1,7 +1,5 @@
 """Parameters as a command line writes them: each read as its own type asks."""
 
-from __future__ import annotations
-
 import re
 import types
 from collections.abc import Callable

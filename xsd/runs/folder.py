@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import TypeAdapter
 
 from xsd import digests
-from xsd.core import ROOT, Generation, ParameterError
+from xsd.core import ROOT, Generation, ParameterError, reading
 from xsd.files import read_json
 from xsd.runs import numbers
 
@@ -60,21 +60,15 @@ def read_record(path: Path, way_out: str = AGAIN) -> dict[str, Any]:
     """A JSON file of a run. Raises: ParameterError when it is missing, damaged, changed since it
     was written, or holds something else than fields."""
     digests.check(path, ParameterError, way_out)
-    found = read_json(path, ParameterError, way_out)
-    if not isinstance(found, dict):
-        raise ParameterError(f"{path} holds {type(found).__name__} and no fields; {way_out}")
-    return found
+    return read_json(path, ParameterError, way_out, dict)
 
 
 @contextlib.contextmanager
 def as_written(what: str | Path) -> Iterator[None]:
     """For reading results, tables and records as our notebooks write them: where ``what`` is not so
     (a damaged or edited file), a ParameterError says it in place of the error it led to."""
-    try:
+    with reading(f"{what} is not what our notebooks write", ParameterError, AGAIN):
         yield
-    except (LookupError, TypeError, AttributeError, ValueError, ArithmeticError, OSError) as error:
-        why = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
-        raise ParameterError(f"{what} is not what our notebooks write ({why}); {AGAIN}") from error
 
 
 def data_hash(run_dir: str | Path, split: str = "test") -> str | None:

@@ -62,21 +62,17 @@ def written(value: Any, form: str = "") -> str:
     return printable(f"{value:{form[:-1]}}×" if form.endswith("x") else f"{value:{form}}")
 
 
-def kind_of(results: Mapping[str, Any], path: str) -> str:
-    """measured, predicted or quoted: the ``kind`` nearest above the value, else measured."""
-    kinds = [node.get("kind") for node in _walk(results, path)[:-1] if isinstance(node, Mapping)]
-    known = [kind for kind in kinds if kind in ("measured", "predicted", "quoted")]
-    return known[-1] if known else "measured"
-
-
 def number(results: Mapping[str, Any], path: str, form: str = "") -> Markup:
-    """HTML of one number, marked with its path, format and kind. Raises: ReportError."""
-    value = lookup(results, path)
+    """HTML of one number, marked with its path, format and kind: measured, predicted or quoted, as
+    the ``kind`` nearest above it says, else measured. Raises: ReportError."""
+    *above, value = _walk(results, path)
+    kinds = ["measured", *(node.get("kind") for node in above if isinstance(node, Mapping))]
+    kind = [one for one in kinds if one in ("measured", "predicted", "quoted")][-1]
     if isinstance(value, (Mapping, list)):
         raise ReportError(f"{path!r} of the results is not one number but a "
                           f"{type(value).__name__}; name one inside it")
     return Markup('<span class="number {}" data-key="{}" data-format="{}">{}</span>').format(
-        kind_of(results, path), path, form, written(value, form))
+        kind, path, form, written(value, form))
 
 
 def cell(results: Mapping[str, Any], path: str, form: str = "") -> Markup:

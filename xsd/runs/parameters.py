@@ -2,8 +2,6 @@
 what they may be. Defaults are the smoke profile: each notebook runs alone in at most 90 s on two
 cores. Descriptions are the help of ``xsd run NB --help-parameters``."""
 
-from __future__ import annotations
-
 from typing import Any, Literal
 
 from pydantic import Field

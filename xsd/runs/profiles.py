@@ -1,8 +1,6 @@
 """Profiles: parameters in a YAML file that a user copies and changes. A name at its top goes to
 every notebook that takes it, one under a notebook's number to that notebook alone."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

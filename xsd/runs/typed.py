@@ -1,8 +1,6 @@
 """What a notebook's parameters may be: the base of their models, and kinds of values that several
 notebooks take."""
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Iterable, Mapping

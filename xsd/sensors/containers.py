@@ -2,20 +2,18 @@
 is run, no other file is read through them, and their size is known before memory is taken
 (docs/sensors.md, section 3)."""
 
-from __future__ import annotations
-
 import io
 import math
 import pickle
 import zipfile
 from collections.abc import Collection
 from pathlib import Path
-from types import ModuleType
 from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
-from xsd.core import EventError
+from xsd.core import EventError, reading
+from xsd.sensors import names
 
 MOST_BYTES, MOST_TIMES = 4 << 30, 200
 """What a file may unpack to: so many bytes, and so many times its size (64 MB always)."""
@@ -29,21 +27,28 @@ def check_size(path: Path, n_bytes: int) -> None:
             f"most {MOST_TIMES} times its size and {MOST_BYTES >> 30} GB are read: cut it")
 
 
-# --- numpy's own files
-
-
 def read_npy(path: Path, wanted: Collection[str]) -> Any:
     """The array of a ``.npy``; of a pickled dict the wanted arrays, and the names of its others
     with None. Raises: EventError; ValueError."""
     with open(path, "rb") as file:
-        if _shape_and_dtype(file)[1].hasobject:
-            return _unpickle(file, path, wanted)
-        return _array_of(file, path.stat().st_size)
+        if not _shape_and_dtype(file)[1].hasobject:
+            return _array_of(file, path.stat().st_size)
+        data = file.read()
+    with reading(f"{path} was refused: its pickle is not a plain dict of arrays", EventError,
+                 "nothing in it was run"):
+        content = _Unpickler(io.BytesIO(data)).load()
+        for _ in range(3):  # an array of an array of a dict, at most
+            content = content.built() if isinstance(content, _Array) else content
+        if not isinstance(content, dict):
+            raise EventError(f"{path} holds a pickled {type(content).__name__}; expected a dict "
+                             "with x, y, t, p")
+        return {key: value.built() if isinstance(value, _Array) and key in wanted else
+                value if isinstance(value, (int, float)) else None
+                for key, value in content.items()}
 
 
 def read_npz(path: Path, wanted: Collection[str]) -> dict[str, Any]:
-    """The wanted arrays of a ``.npz``; the names of its others with None. Raises: EventError;
-    ValueError; BadZipFile."""
+    """As :func:`read_npy` of a dict. Raises: EventError; ValueError; BadZipFile."""
     with zipfile.ZipFile(path) as archive:
         members = {one.filename.removesuffix(".npy"): one for one in archive.infolist()}
         found = [name for name in members if name in wanted]
@@ -71,23 +76,10 @@ def _array_of(file: BinaryIO, n_bytes: int) -> np.ndarray:
     return np.lib.format.read_array(file, allow_pickle=False)
 
 
-# --- HDF5
-
-
-def h5_module(path: Path) -> ModuleType:
-    """h5py with DSEC's blosc filter. Raises: EventError naming ``path`` without the packages."""
-    try:
-        import h5py
-        import hdf5plugin  # noqa: F401  registers the filter
-    except ImportError as error:
-        raise EventError(f"{path}: reading DSEC's .h5 needs the packages h5py and hdf5plugin; "
-                         "install them with pip") from error
-    return h5py
-
-
-def open_h5(path: Path) -> Any:
+def open_h5(path: Path, mode: str = "r") -> Any:
     """An HDF5 file, a context manager. Raises: EventError without the packages; as h5py."""
-    return h5_module(path).File(path, "r")
+    names.package("hdf5plugin", path, EventError)  # registers DSEC's blosc filter
+    return names.package("h5py", path, EventError).File(path, mode)
 
 
 def h5_node(file: Any, name: str) -> Any:
@@ -127,9 +119,6 @@ def h5_number(file: Any, name: str) -> int:
     if node is None or not hasattr(node, "dtype") or node.size != 1 or node.dtype.kind not in "iu":
         raise EventError(f"{file.filename}: {name} is not one whole number; write it again")
     return int(np.asarray(node[()]).reshape(-1)[0])
-
-
-# --- a pickle read without running it
 
 
 class _Dtype:
@@ -219,21 +208,3 @@ class _Unpickler(pickle._Unpickler):  # C's one takes memory for any index of it
         pickle.SETITEMS[0]: _with_texts, pickle.BUILD[0]: _of_stand_in,
         pickle.BYTEARRAY8[0]: _within_the_file,
         **dict.fromkeys(b"sd\x90\x91io\x81\x92", _refused)}  # sets, single items, other objects
-
-
-def _unpickle(file: BinaryIO, path: Path, wanted: Collection[str]) -> dict[str, Any]:
-    try:
-        content = _Unpickler(io.BytesIO(file.read())).load()
-        for _ in range(3):  # an array of an array of a dict, at most
-            content = content.built() if isinstance(content, _Array) else content
-        if not isinstance(content, dict):
-            raise EventError(f"{path} holds a pickled {type(content).__name__}; expected a dict "
-                             "with x, y, t, p")
-        return {key: value.built() if isinstance(value, _Array) and key in wanted else
-                value if isinstance(value, (int, float)) else None
-                for key, value in content.items()}
-    except EventError:
-        raise
-    except Exception as error:  # a hostile pickle can fail in any way; the answer is the same
-        raise EventError(f"{path} was refused: its pickle is not a plain dict of arrays "
-                         f"({str(error)[:200]}); nothing in it was run") from error

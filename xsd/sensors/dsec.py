@@ -1,7 +1,5 @@
 """Raw DSEC sequences, cut into clips of the dataset folder (docs/sensors.md, section 6)."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from xsd.core import DatasetError, EventError, XsdError
+from xsd.core import DatasetError, EventError, reading
 from xsd.sensors import containers, event_files, folder, frames
 from xsd.sensors import events as event_streams
 from xsd.sensors.events import Events
@@ -39,13 +37,10 @@ def open_sequence(folder_path: str | Path) -> DsecSequence:
         if not (path.is_dir() if path == images else path.is_file()):
             raise DatasetError(f"{root} is not a raw DSEC sequence: {path.relative_to(root)} is "
                                "missing; unpack the sequence's archives there")
-    try:
-        with open(times_path, encoding="utf-8-sig") as file:
-            lines = file.read(1 << 24).split()  # more than any sequence's
+    with reading(f"{times_path} must hold one whole number (µs) a line", DatasetError,
+                 "copy the file again"), open(times_path, encoding="utf-8-sig") as file:
+        lines = file.read(1 << 24).split()  # more than any sequence's
         times = np.array([int(line) for line in lines], np.int64)
-    except (ValueError, OverflowError, OSError) as error:
-        raise DatasetError(f"{times_path} must hold one whole number (µs) a line: "
-                           f"{str(error)[:200]}") from error
     paths = tuple(frames.in_order(images.glob("*.png")))
     if len(paths) != len(times) or not len(paths):
         raise DatasetError(
@@ -66,29 +61,24 @@ def read_window(sequence: DsecSequence, start_us: int, end_us: int, *,
     move each to its rectified pixel, dropping those that leave the sensor. Raises: EventError when
     the file is unreadable; DatasetError when a wanted rectify map is missing."""
     path = sequence.events_path
-    try:
-        with containers.open_h5(path) as file:
-            offset, index = containers.h5_number(file, "t_offset"), _column(file, "ms_to_idx")
-            columns = {name: _column(file, f"events/{name}") for name in ("x", "y", "t", "p")}
-            t = columns["t"]  # of each ms, ms_to_idx has the first event with t >= 1000 * ms
-            first_ms = min(max((start_us - offset) // 1000, 0), len(index) - 1)
-            last_ms = max(-(-(end_us - offset) // 1000), 0)
-            last = int(index[last_ms]) if last_ms < len(index) else len(t)
-            first = int(index[first_ms])
-            read = {name: containers.h5_part(file, column, slice(first, last))
-                    for name, column in columns.items()}
-            events = event_streams.from_columns(read | {"t_offset": offset}, width=WIDTH,
-                                                height=HEIGHT, name=str(path))
-            if not (0 <= first <= last <= len(t)
-                    and (first == 0 or t[first - 1] < 1000 * first_ms)
-                    and (last == len(t) or t[last] >= 1000 * last_ms)):
-                raise EventError(f"{path}: ms_to_idx does not lead to the events from {first_ms} "
-                                 f"to {last_ms} ms; download it again")
-    except XsdError:
-        raise
-    except Exception as error:  # a damaged file can fail in any way; the answer is the same
-        raise EventError(f"{path} could not be read as DSEC events ({str(error)[:200]}); download "
-                         "it again") from error
+    with reading(f"{path} could not be read as DSEC events", EventError, "download it again"), \
+            containers.open_h5(path) as file:
+        offset, index = containers.h5_number(file, "t_offset"), _column(file, "ms_to_idx")
+        columns = {name: _column(file, f"events/{name}") for name in ("x", "y", "t", "p")}
+        t = columns["t"]  # of each ms, ms_to_idx has the first event with t >= 1000 * ms
+        first_ms = min(max((start_us - offset) // 1000, 0), len(index) - 1)
+        last_ms = max(-(-(end_us - offset) // 1000), 0)
+        last = int(index[last_ms]) if last_ms < len(index) else len(t)
+        first = int(index[first_ms])
+        read = {name: containers.h5_part(file, column, slice(first, last))
+                for name, column in columns.items()}
+        events = event_streams.from_columns(read | {"t_offset": offset}, width=WIDTH,
+                                            height=HEIGHT, name=str(path))
+        if not (0 <= first <= last <= len(t)
+                and (first == 0 or t[first - 1] < 1000 * first_ms)
+                and (last == len(t) or t[last] >= 1000 * last_ms)):
+            raise EventError(f"{path}: ms_to_idx does not lead to the events from {first_ms} "
+                             f"to {last_ms} ms; download it again")
     if len(events):
         event_streams.check_events(events, str(path))
     events = events.between(start_us, end_us)
@@ -107,17 +97,12 @@ def _rectified(sequence: DsecSequence, events: Events) -> Events:
     if (path := sequence.rectify_path) is None:
         raise DatasetError(f"sequence {sequence.name} has no events/left/rectify_map.h5; unpack it "
                            "or leave rectification out")
-    try:
-        with containers.open_h5(path) as file:
-            node = containers.h5_node(file, "rectify_map")
-            if node.shape != (HEIGHT, WIDTH, 2) or node.dtype.kind != "f":
-                raise ValueError(f"rectify_map is {node.dtype} {node.shape}")
-            table = containers.h5_part(file, node)
-    except XsdError:
-        raise
-    except Exception as error:
-        raise EventError(f"{path} could not be read ({str(error)[:200]}); download it again"
-                         ) from error
+    with reading(f"{path} could not be read", EventError, "download it again"), \
+            containers.open_h5(path) as file:
+        node = containers.h5_node(file, "rectify_map")
+        if node.shape != (HEIGHT, WIDTH, 2) or node.dtype.kind != "f":
+            raise ValueError(f"rectify_map is {node.dtype} {node.shape}")
+        table = containers.h5_part(file, node)
     moved = np.rint(table[events.y, events.x])
     kept = ((moved >= 0) & (moved < [WIDTH, HEIGHT])).all(axis=1)  # NaN is neither
     x, y = moved[kept].T.astype(np.uint16)

@@ -1,8 +1,5 @@
 """The columns of an event file of any kind (docs/sensors.md, section 3)."""
 
-from __future__ import annotations
-
-import importlib.util
 import subprocess
 import sys
 import tempfile
@@ -12,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from xsd.core import EventError, XsdError
+from xsd.core import EventError, reading
 from xsd.sensors import containers, names
 
 Columns = Mapping[str, Any]
@@ -32,13 +29,9 @@ def read_columns(path: Path) -> dict[str, Any]:
         raise EventError(f"{path}: event files of type {path.suffix or '(none)'} are not read "
                          f"here; expected one of {', '.join(sorted(_READERS))}")
     names.check_plain(path, EventError, "event file")
-    try:
+    with reading(f"{path} could not be read as events", EventError,
+                 "the file is damaged or of another kind"):
         return dict(reader(path))
-    except XsdError:
-        raise
-    except Exception as error:  # a damaged file can fail in any way; the answer is the same
-        raise EventError(f"{path} could not be read as events ({str(error)[:200]}); the file is "
-                         "damaged or of another kind") from error
 
 
 def _read_npy(path: Path) -> Columns:
@@ -51,18 +44,12 @@ def _read_npy(path: Path) -> Columns:
     return {name: content[name] for name in content.dtype.names}
 
 
-def _read_npz(path: Path) -> Columns:
-    return containers.read_npz(path, _WANTED)
-
-
 def _read_text(path: Path) -> Columns:
     """v2e's text: lines of t x y p, t in seconds, ``#`` before remarks."""
     containers.check_size(path, 8 * path.stat().st_size)
-    try:
+    with reading(f"{path} is no text of events", EventError,
+                 "expected lines of t x y p: seconds, two pixels, polarity"):
         rows = np.loadtxt(path, np.float64, ndmin=2, encoding="utf-8-sig")
-    except ValueError as error:
-        raise EventError(f"{path} is no text of events ({str(error)[:100]}); expected lines of t x "
-                         "y p: seconds, two pixels, polarity") from error
     if rows.shape[1] != 4 or (len(rows) and (rows[:, 0] % 1 == 0).all()):
         raise EventError(f"{path}: expected lines of t x y p with t in seconds, such as 0.000190 "
                          "307 8 0; other texts are not read, save .npz with x, y, t, p")
@@ -132,9 +119,7 @@ np.savez(sys.argv[2], **found)
 
 def _read_aedat4(path: Path) -> Columns:
     """In a process of its own: on damaged files the decoder panics, or takes all the memory."""
-    if importlib.util.find_spec("aedat") is None:
-        raise EventError(f"{path}: reading .aedat4 needs the package aedat; install it with: pip "
-                         "install aedat==2.3.0")
+    names.package("aedat", path, EventError)
     with tempfile.TemporaryDirectory() as place:
         arguments = [str(path.resolve()), f"{place}/a.npz"]
         done = subprocess.run([sys.executable, "-P", "-c", _DECODE_AEDAT4, *arguments], text=True,
@@ -153,6 +138,6 @@ def _read_aedat4(path: Path) -> Columns:
         name: found[name] for name in ("width", "height", "frames", "times", "formats")}
 
 
-_READERS = {".npy": _read_npy, ".npz": _read_npz, ".txt": _read_text, ".aedat4": _read_aedat4,
-            ".h5": _read_h5, ".hdf5": _read_h5}
+_READERS = {".npy": _read_npy, ".npz": lambda path: containers.read_npz(path, _WANTED),
+            ".txt": _read_text, ".aedat4": _read_aedat4, ".h5": _read_h5, ".hdf5": _read_h5}
 SUFFIXES = tuple(_READERS)

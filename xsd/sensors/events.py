@@ -1,13 +1,11 @@
 """Event streams: the record, its checks, and its files (docs/sensors.md, section 3)."""
 
-from __future__ import annotations
-
 import io
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -43,12 +41,12 @@ class Events:
         return (int(self.x.max()) + 1 if self.width is None else self.width,
                 int(self.y.max()) + 1 if self.height is None else self.height)
 
-    def between(self, start_us: int, end_us: int) -> Events:
+    def between(self, start_us: int, end_us: int) -> Self:
         """Events with start_us <= t < end_us; the stream must be in order of time."""
         first, last = np.searchsorted(self.t_us, [start_us, end_us], side="left")
         return self.where(slice(first, last))
 
-    def where(self, chosen: slice | np.ndarray) -> Events:
+    def where(self, chosen: slice | np.ndarray) -> Self:
         """The events that a slice, a mask or indices choose."""
         return Events(self.x[chosen], self.y[chosen], self.t_us[chosen], self.p[chosen], self.width,
                       self.height)
@@ -165,20 +163,18 @@ def read_events(path: str | Path, *, width: int | None = None, height: int | Non
 def checked(columns: Mapping[str, Any], name: str, *, width: int | None = None,
             height: int | None = None) -> Events:
     """Events from the columns of a file, checked. Raises: as from_columns and check_events."""
-    sides = {"width": columns.get("width") if width is None else width,
-             "height": columns.get("height") if height is None else height}
-    known = {axis: _side(value, axis, name) for axis, value in sides.items() if value is not None}
-    events = from_columns(columns, name=name, **known)
+    size: dict[str, int] = {}
+    for axis, given in (("width", width), ("height", height)):
+        if (side := columns.get(axis) if given is None else given) is not None:
+            side = np.asarray(side)
+            if side.size != 1 or side.dtype.kind not in "iu" or not (
+                    1 <= side.item() <= LONGEST_SIDE):
+                raise EventError(f"{name}: its {axis} is not one whole number from 1 to "
+                                 f"{LONGEST_SIDE}")
+            size[axis] = side.item()
+    events = from_columns(columns, name=name, **size)
     check_events(events, name)
     return events
-
-
-def _side(value: Any, axis: str, name: str) -> int:
-    side = np.asarray(value)
-    if side.size != 1 or side.dtype.kind not in "iu" or not (
-            1 <= side.reshape(-1)[0] <= LONGEST_SIDE):
-        raise EventError(f"{name}: its {axis} is not one whole number from 1 to {LONGEST_SIDE}")
-    return int(side.reshape(-1)[0])
 
 
 def write_events(path: str | Path, events: Events) -> None:
@@ -195,8 +191,7 @@ def write_events(path: str | Path, events: Events) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """frames: uint8 [T, H, W] grey or [T, H, W, 3]; T is 0 where the sensor takes none. times_us:
-    int64 [T], rising."""
+    """frames: uint8 [T, H, W] grey or [T, H, W, 3], perhaps none. times_us: int64 [T], rising."""
 
     events: Events
     frames: np.ndarray
@@ -205,8 +200,7 @@ class Recording:
 
 def read_aedat4(path: str | Path, **size: int | None) -> Recording:
     """Events and frames of an ``.aedat4`` file (DAVIS cameras); a frame's time is the middle of its
-    exposure. size and Raises: as in sensors.events.read_events; VideoError when its frames cannot
-    be shown."""
+    exposure. size and Raises: as :func:`read_events`; VideoError for frames of other kinds."""
     found = event_files.read_columns(Path(path))
     frames, times = found["frames"], found["times"].astype(np.int64)
     kinds = set(found["formats"].tolist())

@@ -1,20 +1,18 @@
 """The dataset folder: clips of events and video with an index (docs/sensors.md, section 5). Clips
 of one sequence overlap, so everything statistical goes by sequence."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
-from xsd.core import DatasetError, Sample
-from xsd.files import FolderLock, read_json, remove_leftovers, storage_error, write_json
+from xsd.core import DatasetError, Sample, reading
+from xsd.files import FolderLock, read_json, remove_leftovers, storing, write_json
 from xsd.sensors import events as event_streams
 from xsd.sensors import frames, names
 from xsd.sensors.events import Events
@@ -43,9 +41,6 @@ class ClipRecord:
     source: str | None = None
 
 
-# --- reading
-
-
 def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
     """The clips of a dataset folder, in the order of its index: of ``root/<split>``, else the
     entries of ``root`` with that split; without a split of ``root``, else of all its subfolders.
@@ -54,14 +49,14 @@ def open_folder(root: str | Path, split: str | None = None) -> list[ClipRecord]:
     if not root.is_dir():
         raise DatasetError(f"{root}: there is no such dataset folder")
     if split is None:
-        return [record for place in _indexed(root) for record in _records(place)]
+        return [record for place in _indexed(root) for record, _ in _clips(place)]
     if (root / split / INDEX).is_file():
-        return _records(root / split)
+        return [record for record, _ in _clips(root / split)]
     if (places := _indexed(root)) != [root]:
         there = ", ".join(place.name for place in places)
         raise DatasetError(f"there is no {INDEX} in {root / split} nor in {root} (splits found: "
                            f"{there}); give the folder that holds it")
-    records = _records(root)
+    records = [record for record, _ in _clips(root)]
     if chosen := [record for record in records if record.split == split]:
         return chosen
     splits = ", ".join(sorted({str(record.split) for record in records})) or "no clip at all"
@@ -77,10 +72,6 @@ def _indexed(root: Path) -> list[Path]:
     return found
 
 
-def _records(root: Path) -> list[ClipRecord]:
-    return [record for record, _ in _clips(root)]
-
-
 def _clips(root: Path) -> list[tuple[ClipRecord, dict[str, Any]]]:
     """The index: every clip with its own entry."""
     index, clips = root / INDEX, []
@@ -88,12 +79,9 @@ def _clips(root: Path) -> list[tuple[ClipRecord, dict[str, Any]]]:
     if not isinstance(entries, list):
         raise DatasetError(f"{index} holds a {type(entries).__name__}; expected a list of clips")
     for number, entry in enumerate(entries):
-        try:
+        with reading(f"{index}: entry {number} is malformed", DatasetError,
+                     "a clip needs id, event_data and video_data"):
             clips.append((_record(root, entry), entry))
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            reason = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise DatasetError(f"{index}: entry {number} is malformed ({reason[:200]}); a clip "
-                               "needs id, event_data and video_data") from error
     return clips
 
 
@@ -168,11 +156,9 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
     if path.suffix.lower() == ".json" or not path.is_file():
         entries = read_json(path, DatasetError, "write it again", max_bytes=1 << 24)
     else:
-        try:
-            with open(path, encoding="utf-8-sig") as file:
-                entries = list(filter(None, map(str.strip, file.read(1 << 24).split("\n"))))
-        except (OSError, ValueError) as error:
-            raise DatasetError(f"{path} is not UTF-8 text ({error}); save it again") from error
+        with reading(f"{path} is not UTF-8 text", DatasetError, "save it again"), \
+                open(path, encoding="utf-8-sig") as file:
+            entries = list(filter(None, map(str.strip, file.read(1 << 24).split("\n"))))
     with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError, OverflowError):
         if isinstance(entries, list) and all(isinstance(entry, str) for entry in entries):
             entries = [{"question": entry} for entry in entries]
@@ -187,10 +173,7 @@ def read_questions(path: str | Path, n: int = 10) -> list[str]:
 def read_facts(root: str | Path) -> dict[str, Any]:
     """What is true of each clip, by its id; empty where the folder does not say."""
     path = names.within(Path(root), Path(root) / FACTS)
-    facts = read_json(path, DatasetError, "write it again") if path.is_file() else {}
-    if not isinstance(facts, dict):
-        raise DatasetError(f"{path} holds a {type(facts).__name__}; expected {{id: facts}}")
-    return facts
+    return read_json(path, DatasetError, "write it again", dict) if path.is_file() else {}
 
 
 def data_hash(root: str | Path) -> str:
@@ -280,7 +263,7 @@ class FolderWriter:
             self._facts[place] = facts
         return place
 
-    def __enter__(self) -> FolderWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
@@ -292,8 +275,6 @@ class FolderWriter:
 
 def _write_png(path: Path, picture: np.ndarray) -> None:
     """Without a temporary name: nothing reads the file before the index lists it."""
-    try:
+    with storing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(picture).save(path, format="PNG", compress_level=1)
-    except OSError as error:
-        raise storage_error(path, error) from error

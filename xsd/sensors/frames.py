@@ -1,7 +1,5 @@
 """Pictures: event frames and video frames (docs/sensors.md, section 4)."""
 
-from __future__ import annotations
-
 import itertools
 import re
 import warnings
@@ -12,7 +10,7 @@ from typing import Literal
 import numpy as np
 from PIL import Image, ImageOps
 
-from xsd.core import EventError, ParameterError, VideoError
+from xsd.core import EventError, ParameterError, VideoError, reading
 from xsd.sensors import names, timed_video
 from xsd.sensors.events import Events
 
@@ -41,19 +39,15 @@ def event_frames(events: Events, n_frames: int = 5, *, canvas: Canvas = "slice",
     if right >= width or lowest >= height:
         raise EventError(f"events reach x {right}, y {lowest} but the sensor is {width}x{height} "
                          "(width x height)")
-    cuts = list(itertools.pairwise(bounds))
-    sizes = [(width, height)] * n_frames
-    if canvas == "slice":
-        for k, (first, last) in enumerate(cuts):
-            if first == last:
+    pictures = []
+    for k, (first, last) in enumerate(itertools.pairwise(bounds)):
+        part = events.where(slice(first, last))
+        if canvas == "slice":
+            if not len(part):
                 raise EventError(f"time slice {k} of {n_frames} holds no event, so its canvas has "
                                  "no size; use canvas='sensor' or by='count'")
-            sizes[k] = int(events.x[first:last].max()) + 1, int(events.y[first:last].max()) + 1
-
-    pictures = []
-    for (first, last), (width, height) in zip(cuts, sizes, strict=True):
+            width, height = int(part.x.max()) + 1, int(part.y.max()) + 1
         painted = np.full(3 * width * height, 255, np.uint8)
-        part = events.where(slice(first, last))
         red_byte = (part.y.astype(np.intp) * width + part.x) * 3
         painted[red_byte] = 255 * part.p  # where a pixel is named twice, numpy keeps the last
         painted[red_byte + 1] = 0
@@ -84,8 +78,7 @@ def windows(times_us: np.ndarray, clip_us: int = 1_000_000,
 
 
 def size_of(text: str) -> tuple[int, int] | None:
-    """``"480x360"`` as (width, height), at most 4096 of each; empty is None. Raises: ParameterError
-    otherwise."""
+    """``"480x360"`` as (width, height), at most 4096 each; empty: None. Raises: ParameterError."""
     if not text:
         return None
     width, sign, height = text.lower().partition("x")
@@ -101,27 +94,17 @@ def read_image(path: str | Path, size: tuple[int, int] | None = None) -> np.ndar
     resized to ``size`` (width, height). Raises: VideoError for no image and for kinds whose values
     would change on the way (docs/sensors.md, section 4)."""
     names.check_plain(path, VideoError, "image")
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # asked below
-            with Image.open(path, formats=("PNG", "JPEG")) as image:
-                _check_kind(image, path)
-                picture = _eight_bits(ImageOps.exif_transpose(image), path)
+    with reading(f"{path} does not decode as an image", VideoError, "write it again as .png or "
+                 ".jpg"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # asked here, unopened
+        with Image.open(path, formats=("PNG", "JPEG")) as image:
+            if image.width * image.height > timed_video.MOST_PIXELS:
+                raise VideoError(f"{path}: a picture of {image.width}x{image.height} pixels is not "
+                                 f"read (at most {timed_video.MOST_PIXELS}); scale it down")
+            if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
+                raise VideoError(f"{path} is animated; write its frames as one .png each")
+            picture = _eight_bits(ImageOps.exif_transpose(image), path)
         return np.asarray(picture.resize(size, Image.Resampling.BICUBIC) if size else picture)
-    except VideoError:
-        raise
-    except Exception as error:  # a damaged image can fail in any way; the answer is the same
-        raise VideoError(f"{path} does not decode as an image ({str(error)[:200]}); write it "
-                         "again as .png or .jpg") from error
-
-
-def _check_kind(image: Image.Image, path: str | Path) -> None:
-    """Before anything is unpacked."""
-    if image.width * image.height > timed_video.MOST_PIXELS:
-        raise VideoError(f"{path}: a picture of {image.width}x{image.height} pixels is not read "
-                         f"(at most {timed_video.MOST_PIXELS}); scale it down")
-    if image.format == "PNG" and getattr(image, "n_frames", 1) > 1:
-        raise VideoError(f"{path} is animated; write its frames as one .png each")
 
 
 def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
@@ -141,8 +124,7 @@ def _eight_bits(image: Image.Image, path: str | Path) -> Image.Image:
 
 
 def in_order(paths: Iterable[Path]) -> list[Path]:
-    """Pictures in the order of the numbers in their names (2 before 10). Raises: VideoError where
-    the names leave the order open."""
+    """By the numbers in their names (2 before 10). Raises: VideoError where they leave it open."""
     numbers = {path: tuple(int(part) if k % 2 else part for k, part in
                            enumerate(re.split(r"(\d+)", path.stem))) for path in sorted(paths)}
     if any(len(parts) > 1 for parts in numbers.values()):

@@ -1,16 +1,16 @@
 """Names, paths and questions that somebody else wrote, and what stands at a path."""
 
-from __future__ import annotations
-
+import importlib
 import os
 import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from xsd.core import DatasetError, XsdError
+from xsd.core import DatasetError, XsdError, reading
 
 MOST_CHARACTERS = 2000
 """Of a question or a name."""
@@ -25,6 +25,12 @@ def check_plain(path: str | os.PathLike[str], error: type[XsdError], what: str) 
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise error(f"{path} is {kind}, not the {what} that is expected there")
+
+
+def package(name: str, path: str | os.PathLike[str], error: type[XsdError]) -> ModuleType:
+    """An installed package. Raises: ``error`` where it is missing and ``path`` needs it."""
+    with reading(f"{path}: reading it needs the package {name}", error, f"pip install {name}"):
+        return importlib.import_module(name)
 
 
 def inside(name: str) -> Path:
@@ -68,7 +74,7 @@ def span(t_us: Any) -> tuple[int, int] | None:
     """Start and end of a clip, where the entry says. Raises: ValueError for anything else."""
     if t_us is None:
         return None
-    whole = isinstance(t_us, list) and len(t_us) == 2 and all(type(one) is int for one in t_us)
+    whole = isinstance(t_us, list) and [type(one) for one in t_us] == [int, int]
     if not whole or not 0 <= t_us[0] < t_us[1] < 1 << 61:
         raise ValueError(f"t_us is {str(t_us)[:60]}, not the start and end of a clip in µs")
     return t_us[0], t_us[1]

@@ -1,7 +1,5 @@
 """Video files: their frames one after the other, and with their times."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import re
@@ -12,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from xsd.core import VideoError
+from xsd.core import VideoError, reading
 from xsd.sensors import names
 
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
@@ -32,17 +30,13 @@ SUFFIXES = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".w
 @contextlib.contextmanager
 def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
     """A video file's stream and frames (PyAV's). Raises: VideoError, also while it is read."""
-    try:
-        import av
-    except ImportError as error:
-        raise VideoError(f"{path}: reading video files needs the package av (pip install av); or "
-                         "give a folder of .png images") from error
-    kind = SUFFIXES.get(path.suffix.lower())
+    av, kind = names.package("av", path, VideoError), SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise VideoError(f"{path}: videos of type {path.suffix or '(none)'} are not read; expected "
                          f"one of {', '.join(SUFFIXES)} or a folder of .png or .jpg images")
     names.check_plain(path, VideoError, "video file or folder of images")
-    try:
+    with reading(f"{path} does not decode as a video", VideoError,
+                 "it may be cut off: make it again"):
         with open(path, "rb") as file:
             if not re.match(_KINDS[kind], file.read(16), re.DOTALL):
                 raise VideoError(f"{path} does not decode as a video: it does not begin as "
@@ -67,11 +61,6 @@ def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
                                  f"read (at most {MOST_PIXELS}); scale the video down")
             stream.codec_context.options = {"max_pixels": str(MOST_PIXELS)}
             yield stream, container.decode(stream)
-    except VideoError:
-        raise
-    except Exception as error:  # a damaged file can fail in any way; the answer is the same
-        raise VideoError(f"{path} does not decode as a video ({error}); it may be cut off: make it "
-                         "again") from error
 
 
 def upright(frame: Any, path: Path) -> np.ndarray:
@@ -110,7 +99,12 @@ def read(path: str | Path, *, max_seconds: float = 10.0,
                 time_us = times[-1] + step_us if times else 0
             if times and time_us - times[0] > max_seconds * 1e6:
                 break
-            pictures.append(_small(upright(frame, path), max_side))
+            picture = upright(frame, path)
+            if max_side and max(sides := picture.shape[:2]) > max_side:
+                height, width = (max(1, round(side * max_side / max(sides))) for side in sides)
+                small = Image.fromarray(picture).resize((width, height), Image.Resampling.BOX)
+                picture = np.asarray(small)
+            pictures.append(picture)
             times.append(time_us)
             if (n := len(pictures)) > min(MOST_FRAMES, MOST_BYTES // pictures[-1].nbytes):
                 raise VideoError(f"{path}: {n} frames of its first {max_seconds} s are more than "
@@ -139,14 +133,6 @@ def _stacked(pictures: list[np.ndarray], path: Path) -> np.ndarray:
     if len({picture.shape for picture in pictures}) > 1:
         raise VideoError(f"{path}: the frames change their size; make it again in one size")
     return np.stack(pictures)
-
-
-def _small(picture: np.ndarray, max_side: int | None) -> np.ndarray:
-    sides = picture.shape[:2]
-    if max_side is None or max(sides) <= max_side:
-        return picture
-    height, width = (max(1, round(side * max_side / max(sides))) for side in sides)
-    return np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BOX))
 
 
 def luminance(frames: np.ndarray) -> np.ndarray:

@@ -1,13 +1,12 @@
 """Which answers are read in what order, and which share a batch: a function of (seed, epoch,
 lengths) alone, so that a stream can be taken up again at any batch (docs/shards.md, Streaming)."""
 
-from __future__ import annotations
-
 import bisect
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
-from xsd.core import ShardError
+from xsd.core import ShardError, at_least_one
 
 Item = tuple[int, int]
 """(index in the dataset, positions both models have)."""
@@ -17,13 +16,10 @@ def check_bounds(batch_size: int | None = None, tokens_per_batch: int | None = N
                  max_padding: float | None = None) -> None:
     """What a batch may hold: answers, and positions with padding, at most; max_padding: the share
     of positions that padding stays below (None: any). Raises: ShardError for no possible batch."""
-    bounds = {"batch_size": batch_size, "tokens_per_batch": tokens_per_batch}
     if batch_size is None and tokens_per_batch is None:
         raise ShardError("a batch needs a bound; give batch_size (answers), tokens_per_batch "
                          "(positions with padding), or both")
-    for name, value in bounds.items():
-        if value is not None and value < 1:
-            raise ShardError(f"{name}={value}; expected at least 1")
+    at_least_one(ShardError, batch_size=batch_size, tokens_per_batch=tokens_per_batch)
     if max_padding is not None and not 0 <= max_padding < 1:
         raise ShardError(f"max_padding={max_padding}; expected a share in [0, 1), or None for "
                          "batches of any lengths")
@@ -57,10 +53,13 @@ def batched(items: Iterable[Item], *, batch_size: int | None = None,
             max_padding: float | None = None) -> Iterator[list[int]]:
     """Indices of one batch after another, each when it is full, at the end what is left, shortest
     first. Raises: ShardError for an answer longer than tokens_per_batch."""
-    most = float("inf") if batch_size is None else batch_size
-    room = float("inf") if tokens_per_batch is None else tokens_per_batch
+    most, room = (math.inf if bound is None else bound for bound in (batch_size, tokens_per_batch))
     edges = [1]
     open_batches: dict[int, tuple[list[int], int]] = {}  # by range: indices, the longest of them
+
+    def full(chosen: list[int], longest: int) -> bool:
+        return len(chosen) >= most or (len(chosen) + 1) * longest > room
+
     for index, length in items:
         if length < 1:
             continue
@@ -71,11 +70,11 @@ def batched(items: Iterable[Item], *, batch_size: int | None = None,
         place = 0 if max_padding is None else _range_of(length, edges, max_padding)
         chosen, longest = open_batches.pop(place, ([], 0))
         longest = max(longest, length)
-        if len(chosen) >= most or (len(chosen) + 1) * longest > room:
+        if full(chosen, longest):
             yield chosen
             chosen, longest = [], length
         chosen.append(index)
-        if len(chosen) >= most or (len(chosen) + 1) * longest > room:
+        if full(chosen, longest):
             yield chosen
         else:
             open_batches[place] = chosen, longest

@@ -1,15 +1,12 @@
-"""Hidden states as the first scripts for this task left them, converted to a run folder.
+"""Hidden states as the first scripts for this task left them, converted to a run folder. A folder
+holds index.json ({"config", "chunks": [{"path", "n_samples"}]}) and chunks/*.pt, each a dict
+{"egpt_hidden", "vl_hidden": [n, S, D] float32 (or a list of n [S, D]), "seq_lens": [n], "metadata":
+n dicts}; a single file is one such dict with "config". Both models ran freely, each answer was cut
+to the shorter of the two (free_running, after the final norm), and token ids were not kept: -1,
+marked as absent."""
 
-A folder holds index.json ({"config", "chunks": [{"path", "n_samples"}]}) and chunks/*.pt, each a
-dict {"egpt_hidden", "vl_hidden": [n, S, D] float32 (or a list of n [S, D]), "seq_lens": [n],
-"metadata": n dicts}; a single file is one such dict with "config". Both models ran freely, each
-answer was cut to the shorter of the two (free_running, after the final norm), and token ids were
-not kept: -1, marked as absent.
-"""
-
-from __future__ import annotations
-
-import math
+import itertools
+import json
 import operator
 import pickletools
 import zipfile
@@ -21,16 +18,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xsd.core import PairedStates, ShardError
+from xsd.core import PairedStates, ShardError, reading
 from xsd.files import read_json, sha256_of
 from xsd.shards.writer import ShardWriter
 
 _NEEDED = ("egpt_hidden", "vl_hidden", "seq_lens")
 UNKNOWN = "unknown"
 """The sequence of every sample where no dataset folder names them."""
-_TEXT, _PICKLE = 100_000, 1 << 27
-"""Longest text of a sample, in characters; largest pickle of a file, in bytes."""
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+_TEXT, _PICKLE, _PIECES = 100_000, 1 << 27, 40_000
+"""Longest text of a sample, in characters; largest pickle, in bytes; pieces of a config."""
+_FLOATS = {torch.float32, torch.float16, torch.bfloat16}
 _COPY = "restore it from a copy"
 
 
@@ -61,13 +58,10 @@ class _Array:
         self.values = dtype.of(data).reshape(shape, order="F" if fortran else "C")
 
 
-def _scalar(dtype: _Dtype, data: Any) -> Any:
-    return dtype.of(data)[0].item()
-
-
 _NUMPY = [(_Dtype, "numpy.dtype"), (_Array, "numpy.ndarray"),
           *((stand_in, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
-            for stand_in, name in ((_scalar, "scalar"), (_Array, "_reconstruct")))]
+            for stand_in, name in ((lambda dtype, data: dtype.of(data)[0].item(), "scalar"),
+                                   (_Array, "_reconstruct")))]
 _KNOWN = {name for _, name in _NUMPY} | {
     "collections.OrderedDict", "_codecs.encode", "__builtin__.set", "torch.Size", *(
     f"torch._utils._rebuild_{what}" for what in ("tensor_v2", "tensor_v3", "parameter")), *(
@@ -79,8 +73,11 @@ _KNOWN = {name for _, name in _NUMPY} | {
 def _load(path: Path) -> Any:
     """What a .pt file holds, mapped, so that 1.6 GB are not held at once. Nothing in it is
     executed, and nothing is made that is larger than the file."""
-    try:
-        if path.exists() and not path.is_file():
+    with reading(f"{path} cannot be read", ShardError, "it is truncated or not such a file"):
+        if not path.exists():
+            raise ShardError(f"{path} is missing; copy it beside the others, or extract those "
+                             "samples again")
+        if not path.is_file():
             raise ValueError("it is no file")
         with open(path, "rb") as file:
             begin = file.read(8)
@@ -101,24 +98,14 @@ def _load(path: Path) -> Any:
                              "tensors, numpy's numbers and plain values; save it again without")
         with torch.serialization.safe_globals(_NUMPY):
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except FileNotFoundError as error:
-        raise ShardError(f"{path} is missing; copy it beside the others, or extract those samples "
-                         "again") from error
-    except ShardError:
-        raise
-    except Exception as error:  # a damaged pickle can raise anything
-        why = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ShardError(f"{path} cannot be read ({why}); it is truncated or not such a file"
-                         ) from error
 
 
 def _load_chunk(path: Path, n_samples: int | None = None) -> dict[str, Any]:
     """One file's samples, checked. n_samples: what the index announces, None without one."""
     data = _load(path)
-    absent = [key for key in _NEEDED if not isinstance(data, dict) or key not in data]
-    if absent:
-        raise ShardError(
-            f"{path} holds no {', '.join(absent)}; it is not a file of paired hidden states")
+    if absent := [key for key in _NEEDED if not isinstance(data, dict) or key not in data]:
+        raise ShardError(f"{path} holds no {', '.join(absent)}; it is not a file of paired hidden "
+                         "states")
     lengths = np.asarray(_values(path, "seq_lens", data["seq_lens"]))
     if lengths.ndim != 1 or (len(lengths) and (lengths.dtype.kind not in "iu" or min(lengths) < 0)):
         raise ShardError(f"{path}: seq_lens are {lengths.dtype} of shape {list(lengths.shape)}; "
@@ -136,8 +123,7 @@ def _load_chunk(path: Path, n_samples: int | None = None) -> dict[str, Any]:
     lines = data.get("metadata") or [{}] * n
     if not isinstance(lines, (list, tuple)) or len(lines) != n or not all(
             isinstance(line, Mapping) for line in lines):
-        held = f"{len(lines)} lines" if isinstance(lines, (list, tuple)) else type(lines).__name__
-        raise ShardError(f"{path} holds {held} of metadata for {n} samples; {_COPY}")
+        raise ShardError(f"{path} holds other than {n} lines of metadata for {n} samples; {_COPY}")
     return {**states, "seq_lens": lengths.tolist(), "metadata": lines,
             "config": _config(path, data.get("config"))}
 
@@ -153,7 +139,7 @@ def _values(path: Path, key: str, given: Any) -> Any:
     if not isinstance(found, Tensor):
         raise ShardError(f"{path}: {key} holds {type(given).__name__}; expected tensors: {_COPY}")
     plain = found.layout == torch.strided and found.device.type == "cpu" and not found.is_quantized
-    if not plain or found.untyped_storage().nbytes() < found.numel() * found.element_size():
+    if not plain or found.untyped_storage().nbytes() < found.nbytes:
         raise ShardError(f"{path}: {key} of shape {list(found.shape)} is not whole in the file; "
                          f"{_COPY}")
     return found
@@ -163,8 +149,7 @@ def _shape(path: Path, key: str, rows: Any) -> list[Any]:
     """[n, S, D] of a tensor, or of n tensors [S, D]; [] of lists that are none. Raises: ShardError
     for numbers that no shard holds bit for bit."""
     parts = [rows] if isinstance(rows, Tensor) else rows
-    wrong = {one.dtype for one in parts if isinstance(one, Tensor)} - set(_FLOATS)
-    if wrong:
+    if wrong := {one.dtype for one in parts if isinstance(one, Tensor)} - _FLOATS:
         raise ShardError(f"{path}: {key} is of {wrong.pop()}, which no shard holds bit for bit; "
                          "save it again as torch.float32")
     if isinstance(rows, Tensor):
@@ -175,28 +160,16 @@ def _shape(path: Path, key: str, rows: Any) -> list[Any]:
 
 
 def _config(path: Path, given: Any) -> dict[str, Any]:
-    """The settings, as JSON gives them back. Raises: ShardError for others than a few plain values,
-    which are counted as they would be written."""
-    left = [10_000]
-
-    def plain(value: Any, depth: int) -> Any:
-        left[0] -= 1
-        if left[0] < 0 or depth > 16:
-            raise ShardError(f"{path}: its config is nested too deep or too large; {_COPY}")
-        if isinstance(value, Mapping):
-            return {str(key)[:200]: plain(one, depth + 1) for key, one in value.items()}
-        if isinstance(value, (list, tuple)):
-            return [plain(one, depth + 1) for one in value]
-        short = isinstance(value, str) and len(value) <= _TEXT
-        if short or value is None or isinstance(value, int) or (
-                isinstance(value, float) and math.isfinite(value)):
-            return value
-        raise ShardError(f"{path}: its config holds {type(value).__name__}; expected numbers, "
-                         "texts, lists and dicts of these")
-
+    """The settings, as JSON gives them back; written piece by piece, so that few bytes which stand
+    for many are no harm. Raises: ShardError for others than a few plain values."""
     if not isinstance(given, Mapping | None):
         raise ShardError(f"{path}: its config is {type(given).__name__}, no dict; {_COPY}")
-    return plain(given or {}, 0)
+    with reading(f"{path}: its config cannot be kept", ShardError, _COPY):
+        pieces = json.JSONEncoder(allow_nan=False).iterencode(given or {})
+        found = list(itertools.islice(pieces, _PIECES + 1))
+        if len(found) > _PIECES or sum(map(len, found)) > 10 * _PIECES:
+            raise ValueError("it is nested too deep or too large")
+        return json.loads("".join(found))
 
 
 def _index(path: Path) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
@@ -209,13 +182,10 @@ def _index(path: Path) -> tuple[list[tuple[Path, int]], dict[str, Any]]:
         raise ShardError(f"{path} has no index.json; give the folder that holds it and chunks/, or "
                          "one .pt file")
     index = read_json(place, ShardError, _COPY)
-    try:
+    with reading(f"{place} is not an index of chunks", ShardError, _COPY):
         chunks = [(path / "chunks" / Path(chunk["path"]).name, operator.index(chunk["n_samples"]))
                   for chunk in index["chunks"]]
-        config = index.get("config")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
-        raise ShardError(f"{place} is not an index of chunks ({error!r}); {_COPY}") from error
-    return chunks, _config(place, config)
+        return chunks, _config(place, index.get("config"))
 
 
 def read_chunks(path: str | Path, *, clips: Sequence[tuple[str, str]] | None = None, first: int = 0,

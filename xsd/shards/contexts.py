@@ -2,8 +2,6 @@
 of prompt and answer, in ``contexts/`` beside the shards. The beginning of a prompt, pictures
 included, is stored once for a clip (docs/shards.md, "Contexts")."""
 
-from __future__ import annotations
-
 import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
@@ -18,8 +16,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xsd.core import Context, ShardError
-from xsd.files import atomic_write, parse_json, read_json, sha256_of
+from xsd.core import Context, ShardError, reading
+from xsd.files import atomic_write, fault, read_json
 from xsd.shards.manifest import Count
 
 FOLDER, RECORD = "contexts", "contexts.json"
@@ -100,32 +98,20 @@ class Contexts:
 
     def _one(self, place: int, role: str) -> tuple[Tensor, int]:
         number = max(0, bisect_right(self._firsts, place) - 1)
-        file, about = self._file(number)
-        try:
-            clip, start = about["clip"][str(place)], about["start"][f"{role}.{place}"]
-            states = torch.cat([file.get_tensor(f"{role}.clip.{clip}"),
-                                file.get_tensor(f"{role}.{place}")])
+        path = self.folder / name_of(number)
+        with reading(f"{path} holds no sample {place} of the {role}", ShardError, _AGAIN):
+            if number not in self._open:
+                entry = self.about["files"][number] if number < len(self._firsts) else None
+                if not whole(path, entry, hashed=self.verify):
+                    raise ShardError(f"{path} is missing or does not match its checksum; {_AGAIN}")
+                file = safetensors.safe_open(path, framework="pt")
+                self._open[number] = file, json.loads(file.metadata()["about"])
+            file, about = self._open[number]
+            parts = [f"{role}.clip.{about['clip'][str(place)]}", f"{role}.{place}"]
+            states, start = torch.cat(list(map(file.get_tensor, parts))), about["start"][parts[1]]
             if states.dim() != 2 or type(start) is not int or not 0 < start <= len(states):
                 raise ValueError(f"{list(states.shape)} states, a prompt of {start!r}")
-        except (KeyError, TypeError, ValueError, RuntimeError,
-                safetensors.SafetensorError) as error:
-            raise ShardError(f"{self.folder / name_of(number)} holds no sample {place} of the "
-                             f"{role}; {_AGAIN}") from error
         return states, start
-
-    def _file(self, number: int) -> tuple[Any, Any]:
-        if number not in self._open:
-            path = self.folder / name_of(number)
-            entry = self.about["files"][number] if number < len(self._firsts) else None
-            if not whole(path, entry, hashed=self.verify):
-                raise ShardError(f"{path} is missing or does not match its checksum; {_AGAIN}")
-            try:
-                file = safetensors.safe_open(path, framework="pt")
-            except (OSError, safetensors.SafetensorError) as error:
-                raise ShardError(f"{path} cannot be read ({error}); {_AGAIN}") from error
-            self._open[number] = file, parse_json((file.metadata() or {}).get("about", ""),
-                                                  f"the header of {path}", ShardError, _AGAIN)
-        return self._open[number]
 
 
 def read(shards: Path) -> dict[str, Any]:
@@ -145,8 +131,8 @@ def read(shards: Path) -> dict[str, Any]:
 
 def whole(path: Path, entry: Mapping[str, Any] | None, *, hashed: bool = True) -> bool:
     """Whether a group stands as its entry in the record says."""
-    return (entry is not None and path.is_file() and path.stat().st_size == entry["bytes"]
-            and (not hashed or sha256_of(path) == entry["sha256"]))
+    return entry is not None and not fault(path, [entry["sha256"]] if hashed else [],
+                                           entry["bytes"])
 
 
 def damaged(shards: Path, manifest: Mapping[str, Any]) -> dict[Path, str]:

@@ -1,7 +1,6 @@
 """What a run folder holds, byte by byte: stored samples, shard files, manifest (docs/shards.md)."""
 
-from __future__ import annotations
-
+import contextlib
 import io
 import json
 import math
@@ -15,11 +14,10 @@ from typing import Any, get_args
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from xsd.core import Mode, PairedStates, ShardError, Tap
+from xsd.core import Mode, PairedStates, ShardError, Tap, reading
 from xsd.files import atomic_write, parse_json, read_json
 from xsd.shards import manifest as form
 from xsd.shards.manifest import StoredDtype
@@ -30,7 +28,7 @@ ROLES = ("drafter", "verifier")
 
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16,
                 "int8": torch.int8}
-_SHORT = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+REPAIR = "run verify and repair, or extract again"
 KINDS = {"mode": get_args(Mode), "tap": get_args(Tap), "dtype": get_args(StoredDtype)}
 """What a run may be."""
 
@@ -54,7 +52,7 @@ class Row:
 
 def short_dtype(name: str) -> str:
     """``fp32`` for ``float32``, and so on; other names as they are."""
-    return _SHORT.get(name, name)
+    return {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}.get(name, name)
 
 
 def shard_name(number: int, kind: str = "safetensors") -> str:
@@ -65,9 +63,6 @@ def shard_name(number: int, kind: str = "safetensors") -> str:
 def head_name(role: str) -> str:
     """File of a model's LM head."""
     return f"head-{role}.safetensors"
-
-
-# --- one sample
 
 
 def encode_states(states: Tensor, dtype: StoredDtype) -> tuple[Tensor, Tensor | None]:
@@ -93,16 +88,15 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
     tensors: dict[str, Tensor] = {}
     for role in ROLES:
         hidden, tokens = getattr(pair, f"hidden_by_{role}"), getattr(pair, f"ids_by_{role}")
-        if hidden.dim() != 2 or tokens.dim() != 1 or len(hidden) != len(tokens):
+        if hidden.dim() != 2 or hidden.shape[:1] != tokens.shape:
             raise ShardError(
                 f"{name}: the {role} has states {list(hidden.shape)} and ids {list(tokens.shape)}; "
                 "expected [S, D] and [S] of one length")
-        if not bool(torch.isfinite(hidden).all()):
-            raise ShardError(
-                f"{name}: the {role}'s states hold NaN or infinity; load the model in float32 or "
-                "bfloat16 and extract this sample again")
+        if not hidden.isfinite().all():
+            raise ShardError(f"{name}: the {role}'s states hold NaN or infinity; load the model in "
+                             "float32 or bfloat16 and extract this sample again")
         states, scale = encode_states(hidden, dtype)
-        if not bool(torch.isfinite(states).all()):
+        if not states.isfinite().all():
             raise ShardError(f"{name}: the {role}'s states overflow dtype={dtype!r}; store them as "
                              "'bf16' or 'fp32'")
         tensors[f"hidden_by_{role}"] = states
@@ -113,13 +107,10 @@ def encode(pair: PairedStates, dtype: StoredDtype) -> Row:
     row = Row(tensors, {**text, "extra": json.dumps(dict(pair.extra), sort_keys=True)})
     n_drafter, n_verifier = map(row.length, ROLES)
     if pair.mode == "teacher_forced" and n_drafter != n_verifier:
-        raise ShardError(
-            f"{name}: teacher-forced pairs share their positions, but the drafter has {n_drafter} "
-            f"and the verifier {n_verifier}; force the drafter with the verifier's ids")
+        raise ShardError(f"{name}: teacher-forced pairs share their positions, but the drafter has "
+                         f"{n_drafter} and the verifier {n_verifier}; force the drafter with the "
+                         "verifier's ids")
     return row
-
-
-# --- many samples in one file
 
 
 def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
@@ -135,62 +126,46 @@ def pack(rows: Sequence[Row], *, with_text: bool = False) -> bytes:
 
 def unpack(data: bytes) -> list[Row]:
     """The rows of ``pack(rows, with_text=True)``. Raises: ShardError if it is no such file."""
-    again = "it will be extracted again"
-    try:
+    with reading("not a pending piece of a run", ShardError, "it will be extracted again"):
         tensors = load(data)
         header = json.loads(data[8:8 + int.from_bytes(data[:8], "little")])
-        text = parse_json(header["__metadata__"]["text"], "its text", ShardError, again)
+        text = json.loads(header["__metadata__"]["text"])
         lengths = {role: tensors.pop(f"offsets_{role}").diff().tolist() for role in ROLES}
         cut = {name: one.split(lengths[name.rsplit("_", 1)[1]]) for name, one in tensors.items()}
         return [Row({name: parts[i] for name, parts in cut.items()}, {
             column: line[column] for column in TEXT_COLUMNS}) for i, line in enumerate(text)]
-    except (SafetensorError, KeyError, ValueError, TypeError, IndexError, RuntimeError) as error:
-        raise ShardError(f"not a pending piece of a run ({error}); {again}") from error
 
 
 def pack_metadata(rows: Sequence[Row]) -> bytes:
     """The bytes of a shard's parquet file: one line per sample."""
-    columns: dict[str, list[Any]] = {
-        name: [row.text[name] for row in rows] for name in TEXT_COLUMNS}
-    for role in ROLES:
-        columns[f"n_tokens_{role}"] = [row.length(role) for row in rows]
+    lines = [{**row.text, **{f"n_tokens_{role}": row.length(role) for role in ROLES}}
+             for row in rows]
     out = io.BytesIO()
-    pq.write_table(pa.Table.from_pydict(columns, schema=SCHEMA), out)
+    pq.write_table(pa.Table.from_pylist(lines, schema=SCHEMA), out)
     return out.getvalue()
 
 
 def extra_of(line: str, where: Path) -> dict[str, Any]:
     """The fields of a sample's ``extra``. Raises: ShardError."""
-    way_out = "run verify and repair, or extract again"
-    found = parse_json(line, f"{where} has a sample whose extra", ShardError, way_out)
-    if not isinstance(found, dict):
-        raise ShardError(f"{where} has a sample whose extra is {type(found).__name__}; {way_out}")
-    return found
+    return parse_json(line, f"{where} has a sample whose extra", ShardError, REPAIR, dict)
 
 
 def read_lines(path: Path, *keys: str) -> list[dict[str, Any]]:
-    """The whole lines of a JSON-lines file, if there is one, that hold all the keys; those of a
-    file of more than 64 MB are not read."""
+    """The whole lines of a JSON-lines file (of up to 64 MB) that hold all the keys."""
     if not path.is_file() or path.stat().st_size > 1 << 26:
         return []
     found = []
     for text in path.read_text(errors="replace").splitlines():
-        try:
+        with contextlib.suppress(ValueError, RecursionError):
             found.append(json.loads(text))
-        except (ValueError, RecursionError):
-            continue
     return [line for line in found if isinstance(line, dict) and set(keys) <= set(line)]
 
 
 def read_times(folder: Path) -> list[dict[str, Any]]:
-    """What batches took: lines of ``first`` (sample), ``n`` samples and ``seconds``; other lines
-    are left out."""
+    """What batches took: the lines of ``first`` (sample), ``n`` samples and ``seconds``."""
     return [line for line in read_lines(folder / TIMES, "first", "n", "seconds")
             if all(type(line[key]) is int and 0 <= line[key] < 1 << 48 for key in ("first", "n"))
             and line["n"] and type(line["seconds"]) is float and math.isfinite(line["seconds"])]
-
-
-# --- the manifest
 
 
 def entry_of(name: str, data: bytes) -> dict[str, Any]:
@@ -218,7 +193,7 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
         hint = (f"give one of its sub-folders: {', '.join(inside)}"
                 if inside else "run the extraction, or give the folder it wrote")
         raise ShardError(f"no {MANIFEST} in {folder}; {hint}")
-    way_out = "restore it from a copy or extract again into a new folder"
+    way_out = "restore it or extract again into a new folder"
     manifest = read_json(path, ShardError, way_out)
     kind = tuple(map(manifest.get, ("format", "version"))) if isinstance(manifest, dict) else None
     if kind in (None, (None, None)):
@@ -228,10 +203,8 @@ def read_manifest(folder: str | Path) -> dict[str, Any]:
                          f"{FORMAT!r} version {VERSION}")
     if wrong := form.wrong_field(manifest):
         raise ShardError(f"{path} says {wrong}, which no writer of this format does; {way_out}")
-    same = _manifest_bytes(manifest) == path.read_bytes()
-    if not same:
-        raise ShardError(f"{path} was changed after it was written (its digest differs); restore "
-                         "it or extract again into a new folder")
+    if _manifest_bytes(manifest) != path.read_bytes():
+        raise ShardError(f"{path} was changed after it was written (its digest differs); {way_out}")
     if wrong := _contradiction(manifest):
         raise ShardError(f"{path} contradicts itself: {wrong}; {way_out}")
     return manifest

@@ -2,8 +2,6 @@
 by rank and worker, resumable. One epoch is one numbered sequence of batches (batching.py), whoever
 reads it; rank r of W takes every W-th, its DataLoader workers take those in turn."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections import deque
@@ -14,10 +12,10 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from xsd.core import Batch, ShardError
+from xsd.core import Batch, ShardError, at_least_one
 from xsd.shards import batching
 from xsd.shards import format as layout
-from xsd.shards.reader import SCRATCH, Memory, ShardReader
+from xsd.shards.reader import Memory, ShardReader
 from xsd.shards.store import ShardDataset
 
 
@@ -35,10 +33,8 @@ class Loader(IterableDataset[Batch]):
                  world_size: int = 1, drop_uneven: bool = False,
                  indices: Sequence[int] | None = None, prefetch: int = 4, readers: int = 1,
                  dtype: str = "float32") -> None:
-        for name, value in (("shuffle_buffer", shuffle_buffer), ("world_size", world_size),
-                            ("prefetch", prefetch), ("readers", readers)):
-            if value < 1:
-                raise ShardError(f"{name}={value}; expected at least 1")
+        at_least_one(ShardError, shuffle_buffer=shuffle_buffer, world_size=world_size,
+                     prefetch=prefetch, readers=readers)
         if not 0 <= rank < world_size:
             raise ShardError(
                 f"rank={rank} of world_size={world_size}; expected 0 … {world_size - 1}")
@@ -65,8 +61,6 @@ class Loader(IterableDataset[Batch]):
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_memory": None}  # worker processes have their own
 
-    # --- position
-
     def set_epoch(self, epoch: int) -> None:
         """Begin this epoch; needed before each one where DataLoader workers read."""
         self.epoch, self._base, self._taken = epoch, 0, 0
@@ -90,8 +84,6 @@ class Loader(IterableDataset[Batch]):
         """Everything that decides which batch has which number, as JSON gives it back."""
         return {**self.bounds, "shuffle_seed": self.shuffle_seed, "part": self._part,
                 "shuffle_buffer": self.shuffle_buffer, "data": self.dataset.manifest["digest"]}
-
-    # --- reading
 
     def __iter__(self) -> Iterator[Batch]:
         info = get_worker_info()
@@ -142,8 +134,6 @@ class Loader(IterableDataset[Batch]):
                "verify": self.dataset.verify}
         return ShardReader(self.dataset.folder, self.dataset.manifest, **own)
 
-    # --- size
-
     def n_batches(self) -> int:
         """This rank's batches in the present epoch, from its beginning; reads all offsets."""
         n = sum(1 for _ in self._planned(self._reader()))
@@ -159,7 +149,7 @@ class Loader(IterableDataset[Batch]):
         widths = self.dataset.drafter_size + self.dataset.verifier_size
         batch = positions * (widths * reader.dtype.itemsize + 2 * 8 + 1)
         line = longest * widths * layout.TORCH_DTYPES[self.dataset.manifest["dtype"]].itemsize
-        scratch = 8 * max(line, SCRATCH)  # int8 is widened to float32 twice on the way
+        scratch = 8 * line  # int8 is widened to float32 twice on the way
         kept = max(2 * 8 * (shard["n_tokens_drafter"] + shard["n_tokens_verifier"]) +
                    200 * shard["n_samples"] + 4096 for shard in shards)
         return ((self.prefetch + 2) * batch + self.readers * scratch +

@@ -1,7 +1,5 @@
 """The fields of a manifest and what each may hold: a size that lies would be believed."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any, Literal
 
@@ -55,8 +53,7 @@ class _Manifest(BaseModel):
 
 
 def wrong_field(manifest: Any) -> str | None:
-    """The first field that is missing or holds something else, and what it holds; None for a
-    manifest of this form."""
+    """The first field that is missing or holds something else, and what; None for none."""
     try:
         json.dumps(manifest, indent=1)  # as it is written: not nested too deep for that
         _Manifest.model_validate(manifest)

@@ -1,8 +1,6 @@
 """Reading straight from shard files: one positioned read per answer and model, into the padded
 batch itself; only offsets, ids, scales and names are kept. Any number of threads may read."""
 
-from __future__ import annotations
-
 import functools
 import hashlib
 import json
@@ -22,18 +20,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
-from xsd.core import Batch, ShardError
+from xsd.core import Batch, ShardError, reading
 from xsd.shards import format as layout
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """What states may be delivered in."""
-SCRATCH = 1 << 20
-"""Bytes read before they are converted: few enough to be still in the processor's cache then."""
 HEADER, TEXT = 1 << 20, 1 << 20
 """Largest header of a shard, in bytes (ours have less than 1 kB), and texts of a sample."""
 _SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16,
                 "I8": torch.int8, "I64": torch.int64}
-_WAY_OUT = "run verify and repair, or extract again"
 
 
 def bytes_of(tensor: Tensor) -> np.ndarray:
@@ -45,13 +40,10 @@ def read_checked(folder: Path, entry: Mapping[str, Any], prefix: str = "", *,
                  verify: bool = True) -> bytes:
     """A small file that the manifest has an entry of. Raises: ShardError where it is another."""
     path = folder / entry[f"{prefix}file"]
-    try:
-        with open(path, "rb") as file:
-            data = file.read(entry[f"{prefix}bytes"] + 1)
-    except OSError as error:
-        raise ShardError(f"{path} cannot be read ({error.strerror}); {_WAY_OUT}") from error
+    with reading(f"{path} cannot be read", ShardError, layout.REPAIR), open(path, "rb") as file:
+        data = file.read(entry[f"{prefix}bytes"] + 1)
     if verify and hashlib.sha256(data).hexdigest() != entry[f"{prefix}sha256"]:
-        raise ShardError(f"{path} does not match its checksum; {_WAY_OUT}")
+        raise ShardError(f"{path} does not match its checksum; {layout.REPAIR}")
     return data
 
 
@@ -59,9 +51,8 @@ def read_metadata(folder: Path, entry: Mapping[str, Any], columns: list[str] | N
                   verify: bool = True) -> pa.Table:
     """Of a shard, one line per sample. Raises: ShardError naming a file that cannot be read, is of
     another form, or would need more memory than such lines do."""
-    path = folder / entry["metadata_file"]
     data = read_checked(folder, entry, "metadata_", verify=verify)
-    try:
+    with reading(f"{folder / entry['metadata_file']} cannot be read", ShardError, layout.REPAIR):
         file = pq.ParquetFile(pa.BufferReader(data), read_dictionary=list(layout.TEXT_COLUMNS))
         about, names = file.metadata, file.schema_arrow.names
         packed = {about.row_group(i).column(j).compression for i in range(about.num_row_groups)
@@ -82,22 +73,10 @@ def read_metadata(folder: Path, entry: Mapping[str, Any], columns: list[str] | N
             raise ValueError(f"{size >> 20} MB of text")
         kept = [layout.SCHEMA.field(name) for name in found.column_names]
         return found.replace_schema_metadata().cast(pa.schema(kept))
-    except (pa.ArrowException, OSError, ValueError, TypeError, KeyError) as error:
-        raise ShardError(f"{path} cannot be read ({error}); {_WAY_OUT}") from error
 
 
 _checked: set[tuple[Any, ...]] = set()
-
-
-def _check_once(file: int, path: Path, digest: str) -> None:
-    """Compare an open file with its checksum, the first time that this process sees it so."""
-    about = os.fstat(file)
-    key = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, digest
-    if key not in _checked:
-        with open(file, "rb", buffering=0, closefd=False) as whole:
-            if hashlib.file_digest(whole, "sha256").hexdigest() != digest:
-                raise ShardError(f"{path} does not match its checksum; {_WAY_OUT}")
-        _checked.add(key)
+"""What open files were when this process compared them with their checksums."""
 
 
 class ShardFile:
@@ -112,22 +91,25 @@ class ShardFile:
         self._metadata = functools.partial(read_metadata, folder, entry, verify=verify)
         self._columns: dict[str, np.ndarray] = {}
         self._vocabulary = vocabulary
-        try:
+        with reading(f"{path} cannot be read", ShardError, layout.REPAIR):
             self._file = os.open(path, os.O_RDONLY)
             # closed once no thread reads from it any more
             weakref.finalize(self, os.close, self._file)
-            if verify:
-                _check_once(self._file, path, entry["sha256"])
-            size, end = int.from_bytes(os.pread(self._file, 8, 0), "little"), os.fstat(
-                self._file).st_size
+            about = os.fstat(self._file)
+            seen = about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, entry["sha256"]
+            if verify and seen not in _checked:
+                with open(self._file, "rb", buffering=0, closefd=False) as whole:
+                    if hashlib.file_digest(whole, "sha256").hexdigest() != entry["sha256"]:
+                        raise ShardError(f"{path} does not match its checksum; {layout.REPAIR}")
+                _checked.add(seen)
+            size = int.from_bytes(os.pread(self._file, 8, 0), "little")
+            end = about.st_size
             header = json.loads(os.pread(self._file, size, 8)) if size < min(end, HEADER) else {}
             header.pop("__metadata__", None)
             self._tensors = {name: _tensor(one, 8 + size, end) for name, one in header.items()}
             self.offsets: dict[str, list[int]] = {
                 role: self.column(f"offsets_{role}").tolist() for role in layout.ROLES}
             found = {role: self._tensors[f"hidden_by_{role}"] for role in layout.ROLES}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ShardError(f"{path} cannot be read ({error!r}); {_WAY_OUT}") from error
         steps = {role: np.diff(self.offsets[role]) for role in layout.ROLES}
         for role, (dtype, shape, _) in found.items():
             n, start = entry[f"n_tokens_{role}"], self.offsets[role][:1]
@@ -138,7 +120,7 @@ class ShardFile:
                 stored, [n, widths[role]], [0], [n], entry["n_samples"])
             if not fits or not all(long) or bool((steps[role] < 0).any()):
                 raise ShardError(f"{path} holds states of the {role} that fit neither its offsets "
-                                 f"nor the manifest; {_WAY_OUT}")
+                                 f"nor the manifest; {layout.REPAIR}")
         self.lengths: list[int] = np.minimum(*steps.values()).tolist()
 
     def read(self, target: np.ndarray, name: str, row: int, row_bytes: int) -> None:
@@ -147,7 +129,8 @@ class ShardFile:
         while len(target):
             n = os.preadv(self._file, [target], place)
             if n == 0:
-                raise ShardError(f"{self.path} ends after {place} bytes, inside {name}; {_WAY_OUT}")
+                raise ShardError(f"{self.path} ends after {place} bytes, inside {name}; "
+                                 f"{layout.REPAIR}")
             place, target = place + n, target[n:]
 
     def column(self, name: str) -> np.ndarray:
@@ -155,13 +138,14 @@ class ShardFile:
         if name not in self._columns:
             dtype, shape, _ = self._tensors.get(name, (None, [], 0))
             if len(shape) != 1:
-                raise ShardError(f"{self.path} holds no {name} as a list of numbers; {_WAY_OUT}")
+                raise ShardError(f"{self.path} holds no {name} as a list of numbers; "
+                                 f"{layout.REPAIR}")
             out = torch.empty(shape[0], dtype=dtype)
             self.read(bytes_of(out), name, 0, out.itemsize)
             ids = self._vocabulary.get(name.removeprefix("ids_by_"))
             if ids and len(out) and not 0 <= int(out.min()) <= int(out.max()) < ids:
                 raise ShardError(f"{self.path} holds {name} from {out.min()} to {out.max()}, but "
-                                 f"the vocabulary has {ids} tokens; {_WAY_OUT}")
+                                 f"the vocabulary has {ids} tokens; {layout.REPAIR}")
             self._columns[name] = out.numpy()
         return self._columns[name]
 
@@ -172,8 +156,7 @@ class ShardFile:
 
 
 def _tensor(entry: Mapping[str, Any], start: int, end: int) -> tuple[torch.dtype, list[int], int]:
-    """(dtype, shape, place in the file) of a tensor, from the header. Raises: ValueError for one
-    that does not lie in the file as it says."""
+    """(dtype, shape, place in the file), from the header. Raises: ValueError where it lies."""
     dtype, shape = _SAFETENSORS[entry["dtype"]], [int(n) for n in entry["shape"]]
     first, last = map(int, entry["data_offsets"])
     whole = math.prod(shape) * dtype.itemsize == last - first and min(shape, default=0) >= 0
@@ -221,13 +204,13 @@ class ShardReader:
         if dtype not in DTYPES:
             raise ShardError(f"dtype={dtype!r}; states are delivered as one of {', '.join(DTYPES)}")
         self.dtype, self.memory = DTYPES[dtype], memory
-        self._folder, self._manifest, self._n_open = folder, manifest, n_open
-        self._verify = verify
+        self._manifest, self._n_open = manifest, n_open
         self._stored = layout.TORCH_DTYPES[manifest["dtype"]]
         self._widths = {role: manifest[f"hidden_size_{role}"] for role in layout.ROLES}
-        sizes = {role: entry["vocab_size"] for role, entry in manifest["heads"].items()}
-        self._vocabulary = {role: sizes.get(role, 1 << 31) for role in layout.ROLES
-                            if manifest["token_ids"]}
+        ids = {role: manifest["heads"].get(role, {}).get("vocab_size", 1 << 31)
+               for role in layout.ROLES if manifest["token_ids"]}
+        self._shard = functools.partial(ShardFile, folder, stored=self._stored,
+                                        widths=self._widths, vocabulary=ids, verify=verify)
         self._open: OrderedDict[int, ShardFile] = OrderedDict()
         self._lock = threading.Lock()
 
@@ -235,9 +218,7 @@ class ShardReader:
         """An open shard, by its number in the manifest."""
         with self._lock:
             if number not in self._open:
-                self._open[number] = ShardFile(self._folder, self._manifest["shards"][number],
-                                               self._stored, self._widths, self._vocabulary,
-                                               self._verify)
+                self._open[number] = self._shard(self._manifest["shards"][number])
                 while len(self._open) > self._n_open:
                     self._open.popitem(last=False)
             self._open.move_to_end(number)
@@ -269,29 +250,18 @@ class ShardReader:
 
     def _states(self, role: str, rows: Sequence[tuple[ShardFile, int]],
                 lengths: Sequence[int]) -> Tensor:
-        """[B, S, D] of one model, read in place or converted, a group of answers at a time."""
+        """[B, S, D] of one model, read in place, or converted an answer at a time."""
         shape = len(rows), max(lengths), self._widths[role]
         out = (self.memory[role].take if self.memory else torch.empty)(shape, dtype=self.dtype)
-        row_bytes = shape[2] * self._stored.itemsize
-        line_bytes = shape[1] * row_bytes
-        scratch, group = out, len(rows)
-        if self._stored != self.dtype:
-            group = max(1, min(len(rows), SCRATCH // max(1, line_bytes)))
-            scratch = torch.empty(group, *shape[1:], dtype=self._stored)
-        data = bytes_of(scratch)
-        for first in range(0, len(rows), group):
-            part = rows[first:first + group]
-            scales = torch.zeros(len(part), shape[1]) if self._stored == torch.int8 else None
-            for at, (file, row) in enumerate(part):
-                n, start = lengths[first + at], file.offsets[role][row]
-                line = data[at * line_bytes:(at + 1) * line_bytes]
-                file.read(line[:n * row_bytes], f"hidden_by_{role}", start, row_bytes)
-                line[n * row_bytes:] = 0
-                if scales is not None:
-                    own = file.column(f"scale_by_{role}")[start:start + n]
-                    scales[at, :n] = torch.from_numpy(own)
-            if scales is not None:
-                out[first:first + group] = layout.decode_states(scratch[:len(part)], scales)
-            elif scratch is not out:
-                out[first:first + group] = scratch[:len(part)]
+        same = self._stored == self.dtype
+        scratch = torch.empty(0 if same else shape[1:], dtype=self._stored)
+        for line, (file, row), n in zip(out, rows, lengths, strict=True):
+            states, start = (line if same else scratch)[:n], file.offsets[role][row]
+            file.read(bytes_of(states), f"hidden_by_{role}", start, shape[2] * states.itemsize)
+            if self._stored == torch.int8:
+                scale = file.column(f"scale_by_{role}")[start:start + n]
+                states = layout.decode_states(states, torch.from_numpy(scale))
+            if not same:
+                line[:n] = states
+            line[n:] = 0
         return out

@@ -1,31 +1,27 @@
 """Reading a run folder, and checking it file by file; nothing in it is executed."""
 
-from __future__ import annotations
-
 import bisect
 import copy
 import functools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xsd.core import Batch, Mode, PairedStates, ShardError, Tap
-from xsd.files import sha256_of
+from xsd.core import Batch, Mode, PairedStates, ShardError, Tap, at_least_one, reading
+from xsd.files import fault, sha256_of
 from xsd.shards import format as layout
 from xsd.shards.contexts import Contexts
 from xsd.shards.reader import ShardReader, read_checked, read_metadata
-
-_WAY_OUT = "run verify and repair, or extract again"
 
 
 class ShardDataset:
@@ -46,34 +42,32 @@ class ShardDataset:
         self.verifier_size: int = self.manifest["hidden_size_verifier"]
         self.has_token_ids: bool = self.manifest["token_ids"]
         if expected_mode not in (None, self.mode):
-            raise ShardError(
-                f"{self.folder} holds {self.mode} pairs but {expected_mode} ones are needed here; "
-                f"extract with modes=({expected_mode!r},) or give that folder")
+            raise ShardError(f"{folder} holds {self.mode} pairs but {expected_mode} ones are "
+                             f"needed here; extract with modes=({expected_mode!r},) or give that "
+                             "folder")
         if expected_tap not in (None, self.tap):
-            raise ShardError(
-                f"{self.folder} holds states taken with tap={self.tap!r} but {expected_tap!r} is "
-                f"needed here; extract again with tap={expected_tap!r}")
+            raise ShardError(f"{folder} holds states taken with tap={self.tap!r} but "
+                             f"{expected_tap!r} is needed here; extract again with it")
         if not self.manifest["finished"] and not unfinished:
-            raise ShardError(
-                f"{self.folder} is not finished ({self.manifest['n_samples']} samples in complete "
-                "shards); run the same extraction again to continue it, or open it with "
-                "unfinished=True")
+            raise ShardError(f"{folder} is not finished ({self.manifest['n_samples']} samples in "
+                             "complete shards); run the same extraction again to continue it, or "
+                             "open it with unfinished=True")
         needed = {**self.manifest, "files": {}}  # without the times a run is as readable
-        if broken := list(_wrong_sizes(self.folder, needed)):
+        if broken := list(_damaged(self.folder, needed, checksums=False)):
             raise ShardError("; ".join(map(str, broken[:3])))
         self._firsts = [shard["first"] for shard in self.manifest["shards"]]
         self._indices: Sequence[int] = range(self.manifest["n_samples"])  # places in the whole run
-        self._reader = ShardReader(self.folder, self.manifest, verify=verify)
         self._table: pd.DataFrame | None = None
         self._ids: dict[str, list[np.ndarray]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = {name: value for name, value in self.__dict__.items() if name != "contexts"}
-        return {**kept, "_reader": None}  # open files do not travel to other processes
+        # open files do not travel to other processes
+        return {name: value for name, value in vars(self).items()
+                if name not in ("contexts", "_reader")}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        reader = ShardReader(state["folder"], state["manifest"], verify=state["verify"])
-        self.__dict__ = {**state, "_reader": reader}
+    @functools.cached_property
+    def _reader(self) -> ShardReader:
+        return ShardReader(self.folder, self.manifest, verify=self.verify)
 
     @property
     def is_whole(self) -> bool:
@@ -86,9 +80,8 @@ class ShardDataset:
     def __getitem__(self, index: int) -> PairedStates:
         position = range(len(self))[index]  # IndexError out of range, which ends an iteration
         values = self.table().iloc[position][list(layout.TEXT_COLUMNS)].to_dict()
-        extra = layout.extra_of(values["extra"], self.folder)
-        values |= {"tap": self.tap, "extra": extra}
-        return PairedStates(**values, **self._reader.sample(*self.locate(position)))
+        values["extra"] = layout.extra_of(values["extra"], self.folder)
+        return PairedStates(**values, tap=self.tap, **self._reader.sample(*self.locate(position)))
 
     def locate(self, index: int) -> tuple[int, int]:
         """(number of the shard, row in it) of the sample at ``index``, 0 … len - 1."""
@@ -102,10 +95,9 @@ class ShardDataset:
         if indices is None and self.is_whole:
             return {number: range(shard["first"], shard["first"] + shard["n_samples"])
                     for number, shard in enumerate(self.manifest["shards"])}
-        found: dict[int, list[int]] = {}
-        for (number, _), index in sorted((self.locate(i), i) for i in self._chosen(indices)):
-            found.setdefault(number, []).append(index)
-        return found
+        placed = sorted((self.locate(i), i) for i in self._chosen(indices))
+        return {number: [index for _, index in some]
+                for number, some in groupby(placed, lambda one: one[0][0])}
 
     def ids(self, role: str) -> list[np.ndarray]:
         """The token ids [S] of every sample, int64, kept once asked for; no state is read."""
@@ -118,8 +110,7 @@ class ShardDataset:
 
     def batches(self, batch_size: int) -> Iterator[Batch]:
         """Every sample once and in order, padded as by :func:`collate`; loader.Loader shuffles."""
-        if batch_size < 1:
-            raise ShardError(f"batch_size={batch_size}; expected at least 1")
+        at_least_one(ShardError, batch_size=batch_size)
         for start in range(0, len(self), batch_size):
             index = range(len(self))[start:start + batch_size]
             yield self._reader.batch([self.locate(i) for i in index], index)
@@ -150,25 +141,26 @@ class ShardDataset:
             self._table = table.assign(seconds=seconds)
         return self._table.copy(deep=False)
 
+    def names(self) -> list[tuple[str, str, str]]:
+        """Sequence, clip and question of every sample."""
+        columns = self.table()[["sequence", "clip", "question"]]
+        return list(columns.itertuples(index=False, name=None))
+
     def head(self, role: str) -> Tensor:
         """The LM head's weight, float32 [V, D]. Raises: ShardError for none, or another tap."""
-        path = self.folder / self._head(role)["file"]
-        if self.tap != "post_norm":
-            raise ShardError(
-                f"{self.folder} holds states taken before the final norm (tap={self.tap!r}) but "
-                "this head expects 'post_norm'; re-extract with tap='post_norm' or load the head "
-                "together with its norm")
         entry, width = self._head(role), self.manifest[f"hidden_size_{role}"]
+        if self.tap != "post_norm":
+            raise ShardError(f"{self.folder} holds states taken before the final norm (tap="
+                             f"{self.tap!r}) but this head expects 'post_norm'; re-extract with "
+                             "tap='post_norm' or load the head together with its norm")
         data = read_checked(self.folder, entry, verify=self.verify)
-        try:
+        with reading(f"{self.folder / entry['file']} cannot be read", ShardError, layout.REPAIR):
             weight = load(data)["weight"]
-            fits = weight.is_floating_point() and list(weight.shape) == [
-                entry["vocab_size"], width or weight.shape[-1]] and weight.isfinite().all()
-        except (SafetensorError, KeyError, IndexError) as error:
-            raise ShardError(f"{path} cannot be read ({error}); {_WAY_OUT}") from error
-        if not fits:
-            raise ShardError(f"{path} holds {weight.dtype} of shape {list(weight.shape)}, or NaN; "
-                             f"the states need [{entry['vocab_size']}, {width}]; {_WAY_OUT}")
+            wanted = [entry["vocab_size"], width or weight.shape[-1]]
+            if not (weight.is_floating_point() and list(weight.shape) == wanted
+                    and weight.isfinite().all()):
+                raise ValueError(f"it holds {weight.dtype} of shape {list(weight.shape)}, or NaN; "
+                                 f"the states need {wanted}")
         return weight.float()
 
     def draft_vocab_size(self, role: str = "verifier") -> int:
@@ -183,7 +175,7 @@ class ShardDataset:
         return self.manifest["heads"][role]
 
     def subset(self, *, sequences: Sequence[str] | None = None,
-               indices: Sequence[int] | None = None) -> ShardDataset:
+               indices: Sequence[int] | None = None) -> Self:
         """These samples alone, of the same files. Raises: ShardError for an unknown sequence."""
         chosen = self._chosen(indices)
         if sequences is not None:
@@ -209,8 +201,8 @@ class MemoryPairs(list[PairedStates]):
 
     def table(self) -> pd.DataFrame:
         """One row per sample: sequence, clip, question, text_by_drafter, text_by_verifier."""
-        columns = ["sequence", "clip", "question", "text_by_drafter", "text_by_verifier"]
-        return pd.DataFrame(map(vars, self), columns=columns)
+        return pd.DataFrame(map(vars, self), columns=["sequence", "clip", "question",
+                                                      "text_by_drafter", "text_by_verifier"])
 
     def ids(self, role: str) -> list[np.ndarray]:
         """The token ids [S] of every sample by "drafter" or "verifier"."""
@@ -257,31 +249,22 @@ class Problem:
 
 def verify(folder: str | Path) -> list[Problem]:
     """Every missing, truncated or changed file of a run; a damaged manifest is a ShardError."""
-    folder, changed = Path(folder), "does not match its checksum"
-    manifest = layout.read_manifest(folder)
-    found = list(_wrong_sizes(folder, manifest))
-    bad = {problem.file.name for problem in found}
-    for name, _, digest in layout.listed_files(manifest):
-        if name not in bad and sha256_of(folder / name) != digest:
-            found.append(_damaged(folder / name, changed))
+    folder = Path(folder)
     again = "run the same extraction again; these samples are extracted anew"
-    return found + [Problem(path, changed, again)
-                    for path in sorted(folder.glob("pending-*.safetensors"))
-                    if not sha256_of(path).startswith(path.stem.split("-")[-1])]
+    return [*_damaged(folder, layout.read_manifest(folder)), *(
+        Problem(path, "does not match its checksum", again)
+        for path in sorted(folder.glob("pending-*.safetensors"))
+        if not sha256_of(path).startswith(path.stem.split("-")[-1]))]
 
 
-def _wrong_sizes(folder: Path, manifest: Mapping[str, Any]) -> Iterator[Problem]:
-    for name, size, _ in layout.listed_files(manifest):
+def _damaged(folder: Path, manifest: Mapping[str, Any], checksums: bool = True
+             ) -> Iterator[Problem]:
+    """Files that are not as the manifest says."""
+    for name, size, digest in layout.listed_files(manifest):
         path = folder / name
-        if not path.is_file():
-            yield _damaged(path, "is no file" if path.exists() else "is missing")
-        elif layout.outside(path):
-            yield _damaged(path, "is a link that leaves the folder")
-        elif path.stat().st_size != size:
-            yield _damaged(path, f"has {path.stat().st_size} bytes instead of {size}")
-
-
-def _damaged(path: Path, what: str) -> Problem:
-    number = int(path.stem[6:]) if path.name.startswith("shard-") else None
-    return Problem(path, what, "repair the run (only this shard is extracted again) or restore the "
-                   "file from a copy", number)
+        outside = path.is_file() and layout.outside(path)
+        if what := "is a link that leaves the folder" if outside else fault(
+                path, [digest] if checksums else [], size):
+            number = int(path.stem[6:]) if name.startswith("shard-") else None
+            yield Problem(path, what, "repair the run (only this shard is extracted again) or "
+                          "restore the file from a copy", number)

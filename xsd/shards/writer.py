@@ -2,28 +2,19 @@
 one go. What is not yet a whole shard is flushed into pieces (``pending-<first>-<check>``); a whole
 one is its two files, then the manifest (the point of commitment), then pieces are removed."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from safetensors.torch import save
 from torch import Tensor
 
-from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap
-from xsd.files import (
-    FolderLock,
-    atomic_write,
-    provenance,
-    remove_leftovers,
-    sha256_of,
-    storage_error,
-)
+from xsd.core import Mode, PairedStates, ShardError, StorageError, Tap, at_least_one
+from xsd.files import FolderLock, append_line, atomic_write, provenance, remove_leftovers, sha256_of
 from xsd.shards import format as layout
 
 
@@ -44,8 +35,7 @@ class ShardWriter:
             if settings[name] not in known:
                 raise ShardError(
                     f"{name}={settings[name]!r} is unknown; expected one of {', '.join(known)}")
-        if samples_per_shard < 1:
-            raise ShardError(f"samples_per_shard={samples_per_shard}; expected at least 1")
+        at_least_one(ShardError, samples_per_shard=samples_per_shard)
         self.folder, self.dtype = Path(folder), dtype
         self.samples_per_shard = samples_per_shard
         self._rows: list[layout.Row] = []
@@ -125,11 +115,10 @@ class ShardWriter:
             raise ShardError(
                 f"{self.folder} is finished with {self.committed} samples; write to another folder")
         for field in ("mode", "tap"):
-            own, wanted = getattr(pair, field), self.manifest[field]
-            if own != wanted:
-                raise ShardError(
-                    f"{name} is of {field}={own!r} but {self.folder} holds {wanted!r}; one folder "
-                    "holds one kind of pair, so write the other to its own")
+            if (own := getattr(pair, field)) != (wanted := self.manifest[field]):
+                raise ShardError(f"{name} is of {field}={own!r} but {self.folder} holds "
+                                 f"{wanted!r}; one folder holds one kind of pair, so write the "
+                                 "other to its own")
         row = layout.encode(pair, self.dtype)
         before = _widths(self._rows[0]) if self._rows else self.manifest
         for key, width in _widths(row).items():
@@ -162,12 +151,7 @@ class ShardWriter:
         if seconds is not None and self.n_written > self._untimed:
             line = {"first": self._untimed, "n": self.n_written - self._untimed,
                     "seconds": round(seconds, 4)}
-            times = self.folder / layout.TIMES
-            try:
-                with open(times, "a") as file:
-                    file.write(json.dumps(line) + "\n")
-            except OSError as error:
-                raise storage_error(times, error) from error
+            append_line(self.folder / layout.TIMES, json.dumps(line))
             self._untimed, self._spent = self.n_written, 0.0
 
     def _write_shard(self, number: int, first: int, rows: Sequence[layout.Row]) -> dict[str, Any]:
@@ -237,14 +221,13 @@ class ShardWriter:
                 self._commit(len(self._rows))
             if not self.committed:
                 raise ShardError(f"nothing was written to {self.folder}; give at least one sample")
-            times, files = self.folder / layout.TIMES, {}
-            if times.exists():
-                files["times"] = layout.entry_of(layout.TIMES, times.read_bytes())
-            self._update(files=files, finished=True)
+            times = self.folder / layout.TIMES
+            self._update(finished=True, files={} if not times.exists() else {
+                "times": layout.entry_of(layout.TIMES, times.read_bytes())})
         finally:
             self._lock.release()
 
-    def __enter__(self) -> ShardWriter:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:

@@ -1,2 +1,1 @@
-"""Training: objectives, the adapter trainer, self-rollout, and the training of the embedded
-pair."""
+"""Training: objectives, the adapter trainer with self-rollout, LoRA of the drafter."""

@@ -1,13 +1,11 @@
 """What every training here shares: epochs, what validation counts, the best weights, and a folder
 that continues an interrupted run to the same weights, bit for bit."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +16,8 @@ from torch import Tensor
 
 from xsd import files
 from xsd.adapters import heads, tensor_files
-from xsd.core import CheckpointError, StorageError, TrainingError
-from xsd.train import folders, objectives
+from xsd.core import CheckpointError, StorageError, TrainingError, reading
+from xsd.train import folders, guards, objectives, source
 from xsd.train.processes import Processes
 
 THRESHOLDS = (0.80, 0.85, 0.90, 0.95)
@@ -41,8 +39,7 @@ class FitResult:
 
 
 class OtherTraining(TrainingError):
-    """The folder holds another training; the message says what differs. asked: what the one asked
-    for is called in its files."""
+    """The folder holds another training. asked: what the one asked for is called in its files."""
 
     def __init__(self, message: str, asked: str) -> None:
         super().__init__(message)
@@ -51,9 +48,12 @@ class OtherTraining(TrainingError):
 
 class EpochLoop:
     """One training, an epoch at a time. fit.Training and lora_fit.LoraTraining say what differs:
-    prepare(), train_pass(epoch), predictions(), weights(), restore(weights) and save("best" |
-    "final", row). They set identity (what makes a run another one), about (what config.json says
-    besides), head, parameters and optimiser."""
+    prepare() what trains, and its optimiser (may draw from torch's global generator);
+    train_pass(epoch) over the training answers, giving the means of the loss and its terms
+    (``train_total``, ``train_<term>``); predictions(): aligned, target, ids and mask of one batch
+    of validation answers after another; weights(), restore(weights) and save("best" | "final",
+    row). They set identity (what makes a run another one), about (what config.json says besides),
+    head, parameters and optimiser."""
 
     best_name = "best.safetensors"
     next_weight = 0.0  # of the loss against the next state (L5; train/parts.py)
@@ -74,6 +74,23 @@ class EpochLoop:
         self.best: list[float] = []
         self._lock: files.FolderLock | None = None  # of the process that writes, while it does
         self.best_epoch, self.finished = 0, False
+
+    def take(self, dataset: Any, validation: Any, held_out: Sequence[Any] | guards.Marks,
+             **options: Any) -> None:
+        """Open the training answers and those that choose the best epoch: of another dataset, or
+        whole sequences held back. Raises: TrainingError as :mod:`source` and :mod:`guards`."""
+        self.states = self.validation_states = source.open_states(dataset, **options)
+        guards.refuse_held_out(self.states, held_out)
+        self.identity["data"] = self.states.fingerprint()
+        if validation is None:
+            self.train_indices, self.validation_indices = source.split_by_sequence(
+                self.states.sequence, self.config.validation_share, self.seed)
+            return
+        self.validation_states = source.open_states(validation, **options)
+        guards.refuse_validation(self.states, self.validation_states, held_out)
+        self.identity["validation"] = self.validation_states.fingerprint()
+        self.train_indices = torch.arange(len(self.states))
+        self.validation_indices = torch.arange(len(self.validation_states))
 
     def run(self, progress: Progress = None) -> FitResult:
         """Train on from where the folder stands until the last epoch, or until patience is over.
@@ -140,16 +157,14 @@ class EpochLoop:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Validation: the objective's terms, cosine, acceptance at each threshold and of tokens,
-        means over positions, teacher-forced."""
+        """Validation, teacher-forced, means over positions: terms, cosine, both acceptances."""
         names = [f"validation_{name}" for name in ("total", *self.objective.weights)]
         names += ["cosine_similarity", *(f"accept_{threshold:.2f}" for threshold in THRESHOLDS)]
         names += ["token_acceptance"] if self.head is not None else []
         sums: dict[str, Any] = dict.fromkeys(["count", "next", "next_count", *names], 0.0)
         for aligned, target, ids, mask in self.predictions():
             n = int(mask.sum())
-            values = self._judge(aligned, target, ids, mask) if n else {}
-            for name, value in values.items():
+            for name, value in (self._judge(aligned, target, ids, mask) if n else {}).items():
                 sums[name] = sums[name] + value.double() * n
             sums["count"] += n
             later = mask[:, 1:]
@@ -180,21 +195,6 @@ class EpochLoop:
             values["token_acceptance"] = (said == ids[mask]).float().mean()
         return values
 
-    def prepare(self) -> None:
-        """What trains, and its optimiser; may draw from torch's global generator."""
-        raise NotImplementedError
-
-    def predictions(self) -> Iterable[tuple[Tensor, Tensor, Tensor, Tensor]]:
-        """aligned, target, ids and mask of one batch of validation answers after another."""
-        raise NotImplementedError
-
-    def train_pass(self, epoch: int) -> dict[str, float]:
-        """One pass over the training answers: the means of the loss and its terms, ``train_total``,
-        ``train_<term>``."""
-        raise NotImplementedError
-
-    # --- the folder
-
     def _keep(self, row: dict[str, Any]) -> None:
         self.history.append(row)
         score = [-row["validation_total"]]
@@ -206,7 +206,9 @@ class EpochLoop:
         late = row["epoch"] - self.best_epoch >= self.config.patience
         self.finished = row["epoch"] >= self.config.epochs or late
         if self._lock is not None:
-            folders.still_there(self._lock, self.level)
+            if not self._lock.path.exists():
+                raise StorageError(f"{self.folder} was deleted or moved while {self.level} was "
+                                   "training in it; start the training again")
             if better:
                 self.save("best", row)
             if self.finished:
@@ -241,25 +243,22 @@ class EpochLoop:
     def _only_writer(self) -> Iterator[None]:
         """One writer to the folder, which takes what killed ones left. A finished training is
         found also where another process writes, or nobody may."""
-        refused = None
-        try:
-            self._lock = files.FolderLock(self.folder) if self.processes.writes else None
-        except StorageError as error:
-            refused = error
-        try:
-            for place in (self.folder, self.folder / "best", self.folder / "final"):
-                if self._lock is not None:
-                    files.remove_leftovers(place)
+        refused = self._lock = None
+        with contextlib.ExitStack() as stack:
+            try:
+                if self.processes.writes:
+                    self._lock = stack.enter_context(files.FolderLock(self.folder))
+                    for place in (self.folder, self.folder / "best", self.folder / "final"):
+                        files.remove_leftovers(place)
+            except StorageError as error:
+                refused = error
             self._resume()
             if refused and not self.finished:
                 raise refused
             if self._lock and self.finished and not (self.folder / folders.CHECKSUMS).exists():
                 folders.write_checksums(self.folder)
             yield
-        finally:
-            if self._lock is not None:
-                self._lock.release()
-                self._lock = None
+        self._lock = None
 
     def _resume(self) -> None:
         stored = folders.read_checkpoint(self.folder, self.device)
@@ -270,11 +269,9 @@ class EpochLoop:
             raise OtherTraining(f"{self.folder} holds another training: {different}; choose "
                                 "another folder or delete it", self.named)
         folders.check_best(self.folder / self.best_name, stored["best_epoch"])
-        try:
+        with reading(f"{self.folder / folders.CHECKPOINT} does not fit its training",
+                     CheckpointError, folders.AGAIN):
             self.restore(stored["adapter"])
             self.optimiser.load_state_dict(stored["optimiser"])
-        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(f"{self.folder / folders.CHECKPOINT} does not fit its training "
-                                  f"({tensor_files.short(error)}); {folders.AGAIN}") from error
         for name in folders.KEPT:
             setattr(self, name, stored[name])

@@ -1,13 +1,8 @@
 """One trainer for L1–L5, L5F, B1 and levels of one's own: the reference's recipe, and the one that
-optimises tokens (docs/adapters.md, section 5).
-
-A run folder holds best.safetensors and final.safetensors (with their .json), config.json,
-history.json, provenance.json, checkpoint.pt and, once finished, checksums.json. The same call on
-the same folder continues an interrupted run to the same weights, bit for bit, and returns a
-finished one at once.
-"""
-
-from __future__ import annotations
+optimises tokens (docs/adapters.md, section 5). A run folder holds best.safetensors,
+final.safetensors, config.json, history.json, provenance.json, checkpoint.pt and, once finished,
+checksums.json. The same call on it continues an interrupted run to the same weights, bit for bit,
+and returns a finished one at once."""
 
 import copy
 import itertools
@@ -36,29 +31,23 @@ def fit_adapter(
     validation: Any = None, held_out: Sequence[Any] | guards.Marks = (),
     device: str | torch.device = "cpu", progress: Progress = None,
 ) -> FitResult:
-    """Train one adapter of a level on paired states.
-
-    Args:
-        level: of ours by name, or your own: "module:Class", a class, or an object, of which a copy
-        is trained from its present weights (registry.create_adapter; it is checked first).
-        dataset: a ShardDataset, a sequence of PairedStates, a list of Batch, or what
-        source.open_states made of one (pack once, train many).
-        folder: the run folder, created; an unfinished run of the same configuration, seed and data
-        in it is continued.
-        config: how; ``profile`` is short for FitConfig(profile). head: the verifier's LM head,
-        weight [V, D_v] or callable; needed by token terms, and for token acceptance in the history.
-        validation: another dataset of *train* sequences; by default whole sequences of ``dataset``
-        are held back. held_out: the sets that adapters are judged on later (ShardDatasets, or
-        guards.marks_of them): nothing of them may be in the others, under whatever name.
-        progress: called with each epoch's row (in the process that writes).
-    Raises: TrainingError for a test split, NaN, out of memory, a folder of another run;
-    ParameterError for an unknown level or option.
-    """
+    """Train one adapter of a level on paired states. level: of ours by name, or your own:
+    "module:Class", a class, or an object, of which a copy is trained from its present weights
+    (registry.create_adapter; it is checked first). dataset: a ShardDataset, a sequence of
+    PairedStates, a list of Batch, or what source.open_states made of one (pack once, train many).
+    folder: created; an unfinished run of the same configuration, seed and data in it is continued.
+    config: how; ``profile`` is short for FitConfig(profile). head: the verifier's LM head, weight
+    [V, D_v] or callable; needed by token terms, and for token acceptance in the history.
+    validation: another dataset of *train* sequences; by default whole sequences of ``dataset`` are
+    held back. held_out: the sets that adapters are judged on later (ShardDatasets, or
+    guards.marks_of them): nothing of them may be in the others, under whatever name. progress:
+    called with each epoch's row (in the process that writes). Raises: TrainingError for a test
+    split, NaN, out of memory, a folder of another run; ParameterError for an unknown level or
+    option."""
     config = config or FitConfig(profile=profile)
     if isinstance(level, str) and level not in registry.TRAINED and ":" not in level:
-        raise ParameterError(
-            f"level {level!r} is not trained here; choose one of {', '.join(registry.TRAINED)}, or "
-            "name a class of your own as module:Class")
+        raise ParameterError(f"level {level!r} is not trained here; choose one of "
+                             f"{', '.join(registry.TRAINED)}, or a class of your own, module:Class")
     if config.select_by == "token_acceptance" and head is None:
         raise TrainingError(f"profile {config.profile!r} selects by token acceptance and needs the "
                             "verifier's LM head; pass head= (a weight [V, D])")
@@ -67,8 +56,7 @@ def fit_adapter(
 
 
 class Training(EpochLoop):
-    """One training: its data, adapter, optimiser and folder. :func:`fit_adapter` is the way to run
-    one; the parts are for measuring."""
+    """One training: its data, adapter, optimiser and folder; :func:`fit_adapter` runs it."""
 
     def __init__(self, level: Any, dataset: Any, folder: str | Path, config: FitConfig, *,
                  head: heads.Head | None = None, seed: int = 0, validation: Any = None,
@@ -76,32 +64,19 @@ class Training(EpochLoop):
                  device: str | torch.device = "cpu") -> None:
         super().__init__(files.name_of(level), folder, config, seed, torch.device(device))
         self.spec = level
-        self.states = self.validation_states = source.open_states(dataset)
-        guards.refuse_held_out(self.states, held_out)
-        if validation is None:
-            train, held = source.split_by_sequence(self.states.sequence, config.validation_share,
-                                                   seed)
-        else:
-            self.validation_states = source.open_states(validation)
-            guards.refuse_validation(self.states, self.validation_states, held_out)
-            self.identity["validation"] = self.validation_states.fingerprint()
-            train, held = torch.arange(len(self.states)), torch.arange(len(self.validation_states))
-        self.train_indices, self.validation_indices = train, held
+        self.take(dataset, validation, held_out)
         self._choose_heads(head)
-        self.identity["data"] = self.states.fingerprint()
         if isinstance(level, torch.nn.Module):  # another beginning is another training
             self.identity["start"] = source.digest(level.state_dict().values())
 
     def _choose_heads(self, head: heads.Head | None) -> None:
-        """``head``: what token terms go through; ``full_head``: the whole weight [V, D] where one
-        was given. Raises: TrainingError when something needs token ids or rows that are not
-        there."""
+        """``head``: what token terms go through; ``full_head``: the whole weight [V, D] if given.
+        Raises: TrainingError when something needs token ids or rows that are not there."""
         config, self.head, self.full_head = self.config, None, None
         by_tokens = self.objective.needs_head or config.select_by == "token_acceptance"
-        by_rows = "a draft vocabulary" if config.draft_vocabulary else None
-        if (config.token_fusion or "vocab_size" in config.adapter_options
-                or self.level in registry.BLOCKS):
-            by_rows = "fused tokens"
+        fused = (config.token_fusion or "vocab_size" in config.adapter_options
+                 or self.level in registry.BLOCKS)
+        by_rows = "fused tokens" if fused else config.draft_vocabulary and "a draft vocabulary"
         if not self.states.has_token_ids:
             if by_tokens or by_rows:
                 raise TrainingError(f"objective {config.objective!r} needs token ids and this "
@@ -134,24 +109,24 @@ class Training(EpochLoop):
         """As its recipe starts it. A level of one's own is checked first; an nn.Linear of it that
         is called input_map (D_d → D_v) starts as the closed form, too."""
         level, config, states = self.level, self.config, self.states
-        options = dict(config.adapter_options)
-        block = level in registry.BLOCKS
-        if config.alpha is not None and level in ("L4", "X1", *FUSING) and not block:
-            options.setdefault("alpha", config.alpha)
-        if config.prediction_weight is not None and level in FUSING and not block:
-            options.setdefault("prediction_weight", config.prediction_weight)
+        block, ours = level in registry.BLOCKS, level in registry.TRAINED
+        ridge, options = config.warm_start == "ridge" and not block, {}
+        if config.token_fusion and level not in FUSING:
+            raise ParameterError(
+                f"{level} fuses no tokens; token_fusion is for {', '.join(FUSING)}")
         if block:
-            options.setdefault("context_layers", states.context_layers)
+            options["context_layers"] = states.context_layers
+        elif config.alpha is not None and level in ("L4", "X1", *FUSING):
+            options["alpha"] = config.alpha
+        if config.prediction_weight is not None and level in FUSING and not block:
+            options["prediction_weight"] = config.prediction_weight
         if config.token_fusion or block:
-            if level not in FUSING:
-                raise ParameterError(
-                    f"{level} fuses no tokens; token_fusion is for {', '.join(FUSING)}")
-            options.setdefault("vocab_size", len(self.full_head))
-        ridge, ours = config.warm_start == "ridge" and not block, level in registry.TRAINED
+            options["vocab_size"] = len(self.full_head)
         if ridge and ours and level != "B1":
-            options.setdefault("input_map", True)
+            options["input_map"] = True
         if ridge and level in ("B1", "L5F"):
-            options.setdefault("residual_map", True)
+            options["residual_map"] = True
+        options |= config.adapter_options
         adapter = registry.create_adapter(copy.deepcopy(self.spec), states.hidden_size,
                                           drafter_size=states.drafter_size, **options)
         if not ours:
@@ -172,8 +147,7 @@ class Training(EpochLoop):
 
     def _batches(self, states: source.States, indices: Tensor,
                  shuffle_seed: int | None = None) -> Iterator[Batch]:
-        """This process's share of every batch, on its device; the next one is fetched meanwhile
-        where fetching takes long."""
+        """This process's share of every batch, on its device."""
         found = states.batches(indices, self.config.batch_size, shuffle_seed=shuffle_seed)
         if self.device.type != "cpu" and isinstance(states, source.PackedStates):
             found = source.ahead(found)  # streamed ones are read ahead already
@@ -182,8 +156,7 @@ class Training(EpochLoop):
                 for batch in found)
 
     def train_pass(self, epoch: int) -> dict[str, float]:
-        """As EpochLoop.train_pass; each step is the mean over all its positions, however
-        accumulation and processes cut it."""
+        """Each step is the mean over all its positions, however accumulation and processes cut."""
         self.adapter.train()
         pieces = parts.plan(self.adapter, self.config)
         sums: dict[str, Any] = dict.fromkeys(("total", *self.objective.weights), 0.0)
@@ -221,7 +194,7 @@ class Training(EpochLoop):
         return {f"train_{name}": value / count for name, value in self.processes.sums(sums).items()}
 
     def predictions(self) -> Iterator[Aligned]:
-        """As EpochLoop.predictions."""
+        """Of one batch of validation answers after another."""
         self.adapter.eval()
         for batch in self._batches(self.validation_states, self.validation_indices):
             if len(batch.mask):  # else another process has all of it

@@ -1,8 +1,6 @@
 """A training's folder: its checkpoint, what is compared before it goes on, and what is checked of
 it afterwards (docs/adapters.md, section 5)."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import shutil
@@ -15,7 +13,7 @@ import torch
 
 from xsd import files
 from xsd.adapters import registry, tensor_files
-from xsd.core import CheckpointError, StorageError, XsdError
+from xsd.core import CheckpointError, XsdError
 from xsd.shards import format as layout
 
 CHECKPOINT, CONFIG, HISTORY, CHECKSUMS = ("checkpoint.pt", "config.json", "history.json",
@@ -28,8 +26,7 @@ _NOT_OURS = (EARLIER, files.LOCK, CHECKSUMS)
 
 
 def differences(stored: str, asked: Mapping[str, Any]) -> str:
-    """What makes a stored identity (JSON) another training than the one asked for, "" where they
-    are the same."""
+    """What makes a stored identity (JSON) another training than the one asked for, or ""."""
     held, now = (files.parse_json(text, "the checkpoint's identity", CheckpointError, AGAIN)
                  for text in (stored, json.dumps(asked, default=str)))
     if not isinstance(held, dict) or not isinstance(held.get("config"), dict):
@@ -45,7 +42,7 @@ def digest_of(identity: str) -> str:
     return tensor_files.digest_of(identity, {})[:16]
 
 
-def read_checkpoint(folder: Path, device: torch.device) -> dict[str, Any] | None:
+def read_checkpoint(folder: Path, device: str | torch.device = "cpu") -> dict[str, Any] | None:
     """The state to go on from, None where there is none. Raises: CheckpointError when it is
     damaged, no checkpoint, or would run code."""
     path = folder / CHECKPOINT
@@ -72,8 +69,7 @@ def _is_row(row: Any) -> bool:
 
 
 def read_history(folder: Path) -> list[dict[str, Any]]:
-    """The rows of history.json, one per epoch. Raises: CheckpointError when they cannot be read or
-    are not those that checksums.json knows."""
+    """The rows of history.json, one per epoch. Raises: CheckpointError, also for changed ones."""
     path = folder / HISTORY
     rows = files.read_json(path, CheckpointError, AGAIN)
     needed = {"epoch", "validation_total", "cosine_similarity"}
@@ -94,14 +90,11 @@ def read_config(folder: Path) -> dict[str, Any]:
     return about
 
 
-# --- a training before, kept beside the present one
-
-
 def set_aside(place: Path, asked: str) -> None:
     """What stands in a level's folder, into its subfolder earlier/<level>_<when it ended>; the
     training called ``asked`` comes back from there. The checkpoint goes last: a kill before it
     leaves the training where it was, to be set aside again."""
-    with files.FolderLock(place), _as_storage_error(place):
+    with files.FolderLock(place), files.storing(place):
         ended = datetime.fromtimestamp((place / CHECKPOINT).stat().st_mtime)
         target = place / EARLIER / f"{place.name}_{ended:%Y%m%d_%H%M%S}"
         while (target / CHECKPOINT).exists():  # two within a second
@@ -123,17 +116,6 @@ def set_aside(place: Path, asked: str) -> None:
 def _checkpoint_last(place: Path) -> list[Path]:
     held = [path for path in place.iterdir() if path.name not in (EARLIER, files.LOCK)]
     return sorted(held, key=lambda path: path.name == CHECKPOINT)
-
-
-@contextlib.contextmanager
-def _as_storage_error(place: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise files.storage_error(place, error) from error
-
-
-# --- checksums of what is finished
 
 
 def write_checksums(folder: Path) -> None:
@@ -174,10 +156,9 @@ def problems(folder: Path) -> list[str]:
         listed, named[CHECKSUMS] = {}, str(error)
     for name, digest in listed.items():
         path = folder / name
-        if ".." in Path(name).parts or not path.is_file():
-            named.setdefault(name, f"{path} is missing; {AGAIN}")
-        elif files.sha256_of(path) != digest:
-            named.setdefault(name, f"{path} does not match its checksum; {AGAIN}")
+        inside = ".." not in Path(name).parts
+        if what := files.fault(path, [digest]) if inside else "is missing":
+            named.setdefault(name, f"{path} {what}; {AGAIN}")
     if not (folder / CHECKSUMS).exists() and any(folder.glob("final*")):
         named[CHECKSUMS] = (f"{folder / CHECKSUMS} is missing, so nothing here can be compared; "
                             "the same training again writes it")
@@ -196,21 +177,15 @@ def _adapters(folder: Path) -> Iterator[tuple[str, XsdError]]:
 
 
 def _records(folder: Path) -> Iterator[tuple[str, XsdError]]:
-    """config.json, history.json and the checkpoint, and whether the last two agree: a kill may
-    leave one epoch more in the history."""
-    state, rows = None, None
-    try:
-        read_config(folder)
-    except XsdError as error:
-        yield CONFIG, error
-    try:
-        rows = read_history(folder)
-    except XsdError as error:
-        yield HISTORY, error
-    try:
-        state = read_checkpoint(folder, torch.device("cpu"))
-    except XsdError as error:
-        yield CHECKPOINT, error
+    """Whether the last two agree, too: a kill may leave one epoch more in the history."""
+    found: dict[str, Any] = {}
+    for name, read in ((CONFIG, read_config), (HISTORY, read_history),
+                       (CHECKPOINT, read_checkpoint)):
+        try:
+            found[name] = read(folder)
+        except XsdError as error:
+            yield name, error
+    state, rows = found.get(CHECKPOINT), found.get(HISTORY)
     if state is not None and rows is not None and rows[:len(state["history"])] != state["history"]:
         yield HISTORY, CheckpointError(f"{folder / HISTORY} is not what the checkpoint says; the "
                                        "same training again mends it")
@@ -224,10 +199,3 @@ def check_best(path: Path, best_epoch: int) -> None:
                               f"nowhere else; {AGAIN}")
     if best_epoch and path.is_file():
         registry.check(path)
-
-
-def still_there(lock: files.FolderLock, level: str) -> None:
-    """Raises: StorageError when the folder was deleted or moved under its training."""
-    if not lock.path.exists():
-        raise StorageError(f"{lock.path.parent} was deleted or moved while {level} was training "
-                           "in it; start the training again")

@@ -3,8 +3,6 @@ training, by name and by hash (docs/adapters.md, section 5). An answer's digest 
 verifier's ids and its states rounded to half precision, so that copies stored as fp16 and as fp32
 are one; int8 and bf16 copies differ and are caught by their names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -31,16 +29,15 @@ class Marks:
 
 
 def answer_digest(ids: Tensor, states: Tensor) -> str:
-    """Hex digest of one answer's beginning, of the verifier's ids int64 [S] and states [S, D]; ""
-    for an empty one."""
+    """Hex digest of the beginning of the verifier's ids int64 [S] and states [S, D]; "" for none.
+    """
     if not len(ids):
         return ""
     return source.digest((ids[:POSITIONS].to(torch.int64), states[:POSITIONS].to(torch.float16)))
 
 
 def marks_of(datasets: Iterable[Any]) -> Marks:
-    """Names and hashes of some held-out ShardDatasets (or sequences of PairedStates); read once,
-    handed to many trainings."""
+    """Of held-out ShardDatasets (or sequences of PairedStates), for many trainings."""
     sequences, shards, answers = set(), set(), set()
     for dataset in datasets:
         shards |= _shard_hashes(getattr(dataset, "manifest", None))
@@ -58,15 +55,13 @@ def _shard_hashes(manifest: dict[str, Any] | None) -> set[str]:
 
 def refuse_held_out(states: source.States, sets: Sequence[Any] | Marks) -> None:
     """Raises: TrainingError when anything of the held-out ``sets`` (or their marks) is among
-    ``states``, by name or by hash; of streamed states the shard files are compared, not each
-    answer."""
+    ``states``, by name or by hash; of streamed states not each answer, but the shard files."""
     manifest = states.manifest
     if manifest and str(manifest["config"].get("split", "")).lower() == "test":
         raise TrainingError("the shards were extracted from the test split (their manifest says "
                             "so); train on the train split's shards")
     known = sets if isinstance(sets, Marks) else marks_of(sets)
-    shared = sorted(set(states.sequence) & known.sequences - {chunks.UNKNOWN})
-    if shared:
+    if shared := sorted(set(states.sequence) & known.sequences - {chunks.UNKNOWN}):
         raise TrainingError(f"sequence {shared[0]} is in the training data and in a held-out set "
                             f"({len(shared)} such); keep whole sequences apart")
     if _shard_hashes(manifest) & known.shards:
@@ -76,9 +71,8 @@ def refuse_held_out(states: source.States, sets: Sequence[Any] | Marks) -> None:
         ends = states.lengths.cumsum(0)[:-1]
         answers = zip(states.ids_by_verifier[:-1].tensor_split(ends),
                       states.verifier[:-1].tensor_split(ends), strict=True)
-        copies = [row for row, answer in enumerate(answers)
-                  if answer_digest(*answer) in known.answers]
-        if copies:
+        if copies := [row for row, answer in enumerate(answers)
+                      if answer_digest(*answer) in known.answers]:
             raise TrainingError(
                 f"{len(copies)} of {len(states)} training answers are held-out ones under other "
                 f"names (first: sequence {states.sequence[copies[0]]}, by its hash); remove them "

@@ -2,8 +2,7 @@
 (docs/adapters.md, section 7). It changes the drafter itself, so it needs the model and its prompts,
 not stored states alone; a merged drafter is an ordinary one."""
 
-from __future__ import annotations
-
+import contextlib
 import json
 import math
 import re
@@ -11,20 +10,23 @@ import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import peft
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd import files
 from xsd.adapters import registry, tensor_files
-from xsd.core import CheckpointError, ParameterError, TrainingError
+from xsd.core import CheckpointError, TrainingError, reading
 from xsd.train import objectives, recipes
+from xsd.train.recipes import Above0, Count, From0, Share
 
-LEVEL, TARGETS = "L6", ("q_proj", "k_proj", "v_proj", "o_proj")
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj"]
+LEVEL, TARGETS = "L6", get_args(Target)
 SETTINGS = "adapter_config.json"
 _ABOUT = ("base_model_name_or_path", "inference_mode", "lora_dropout", "peft_version", "revision")
 """Settings that change nothing in a merged weight."""
@@ -37,48 +39,33 @@ class LoraFitConfig:
     gradient_checkpointing: recompute layers in the backward pass, for less memory and a third more
     time. patience: epochs without a better validation loss."""
 
-    rank: int = 16
-    alpha: float = 32
-    dropout: float = 0.05
-    targets: tuple[str, ...] = TARGETS
+    rank: Count = 16
+    alpha: Above0 = 32
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
+    targets: Annotated[tuple[Target, ...] | list[Target], Field(min_length=1)] = TARGETS
     objective: str = "tokens"
-    epochs: int = 20
-    batch_size: int = 1
-    accumulation: int = 16
-    learning_rate: float = 1e-4
-    minimum_learning_rate: float = 1e-6
-    weight_decay: float = 0.01
-    clip: float = 1.0
-    patience: int = 5
-    validation_share: float = 0.1
+    epochs: Count = 20
+    batch_size: Count = 1
+    accumulation: Count = 16
+    learning_rate: Above0 = 1e-4
+    minimum_learning_rate: From0 = 1e-6
+    weight_decay: From0 = 0.01
+    clip: Above0 = 1.0
+    patience: Count = 5
+    validation_share: Share = 0.1
     gradient_checkpointing: bool = False
 
     def __post_init__(self) -> None:
-        recipes.check_fields(self, positive=("rank", "alpha", "epochs", "batch_size",
-                                             "accumulation", "learning_rate", "patience", "clip"),
-                             not_negative=("minimum_learning_rate", "weight_decay", "dropout"))
-        if not 0 < self.validation_share < 1 or self.dropout >= 1:
-            raise ParameterError("validation_share must lie between 0 and 1, and dropout below 1, "
-                                 f"not {self.validation_share} and {self.dropout}")
-        if not isinstance(self.targets, (tuple, list)) or not (
-                set(self.targets) and set(self.targets) <= set(TARGETS)):
-            raise ParameterError(f"targets are some of {', '.join(TARGETS)}, not {self.targets}")
+        recipes.check_fields(self)
         objectives.parse(self.objective)
 
 
-# --- putting it in, taking it out
-
-
 def decoder_of(model: nn.Module) -> tuple[str, nn.Module]:
-    """(name inside the model, module) of the language decoder. Raises: TrainingError when the model
-    has none under the known names."""
+    """(name inside the model, module) of the language decoder. Raises: TrainingError for none."""
     for name in ("model.language_model", "model"):
-        try:
-            decoder = model.get_submodule(name)
-        except AttributeError:
-            continue
-        if hasattr(decoder, "layers"):
-            return name, decoder
+        with contextlib.suppress(AttributeError):
+            if hasattr(decoder := model.get_submodule(name), "layers"):
+                return name, decoder
     raise TrainingError(f"{type(model).__name__} has no decoder at model.layers or "
                         "model.language_model.layers; pass the drafter's model")
 
@@ -94,25 +81,20 @@ def attach(model: nn.Module, *, rank: int = 16, alpha: float = 32, dropout: floa
     if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise TrainingError(f"{type(model).__name__} already carries LoRA weights; merge or unload "
                             "them first, or load the drafter again")
-    _undo_inference_packing(model)
+    # bitsandbytes reorders 4-bit weights in a CPU's first inference pass: gradients then stop
+    # there, without an error; to save them, it puts them back
+    for layer in model.modules():
+        if getattr(layer, "support_avx512bf16_for_cpu", False):
+            layer.state_dict()
+            layer.support_avx512bf16_for_cpu = False
     tuned = peft.get_peft_model(model, settings)
     settings.base_model_name_or_path = None  # a path of this machine says nothing on another
     return tuned
 
 
-def _undo_inference_packing(model: nn.Module) -> None:
-    """bitsandbytes reorders 4-bit weights in a CPU's first inference pass: gradients then stop
-    there, without an error."""
-    for layer in model.modules():
-        if getattr(layer, "support_avx512bf16_for_cpu", False):
-            layer.state_dict()  # puts reordered weights back in place, to save them
-            layer.support_avx512bf16_for_cpu = False
-
-
 def size_of(hidden_size: int, layers: int, *, rank: int = 16,
             targets: Sequence[str] = TARGETS) -> int:
-    """Weights of LoRA beside square projections, none loaded: 16 777 216 for a hidden size of 4096
-    and 32 layers."""
+    """Weights of LoRA beside square projections, none loaded: 16 777 216 for 4096 and 32 layers."""
     return layers * len(targets) * rank * 2 * hidden_size
 
 
@@ -138,11 +120,8 @@ def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
             isinstance(alpha, (int, float)) and math.isfinite(alpha)):
         raise CheckpointError(f"{foreign}, or asks for more than L6 has; load the drafter they "
                               "were trained on")
-    try:
+    with reading(foreign, CheckpointError, "load the drafter they were trained on"):  # by peft
         tuned = attach(model, rank=rank, alpha=alpha, dropout=0.0, targets=targets[1].split("|"))
-    except ValueError as error:  # peft found no such layer
-        raise CheckpointError(f"{foreign} ({tensor_files.short(error)}); load the drafter they "
-                              "were trained on") from error
     try:
         _check_same(tuned, settings, weights, foreign)
     except CheckpointError:
@@ -154,8 +133,7 @@ def merge_saved(model: nn.Module, folder: str | Path) -> nn.Module:
 
 def _check_same(tuned: peft.PeftModel, settings: dict[str, Any], weights: dict[str, Tensor],
                 foreign: str) -> None:
-    """Raises: CheckpointError for weights of other names or shapes, and for settings that L6 has
-    not."""
+    """Raises: CheckpointError for other names or shapes, and for settings that L6 has not."""
     expected, found = ({name: weight.shape for name, weight in some.items()}
                        for some in (_weights(tuned), weights))
     if found != expected:
@@ -181,16 +159,15 @@ def save(tuned: peft.PeftModel, folder: str | Path, **info: Any) -> None:
 def read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """peft's settings and the weights in a folder. Raises: CheckpointError when there are none, or
     they were changed after they were written, or exchanged."""
-    if not (folder / registry.LORA).is_file():
-        raise CheckpointError(f"{folder} holds no readable LoRA weights ({registry.LORA} is "
-                              "missing); give the run's best folder")
+    path = folder / registry.LORA
+    if not path.is_file():
+        raise CheckpointError(f"{folder} holds no readable LoRA weights ({path.name} is missing); "
+                              "give the run's best folder")
     registry.check(folder)
-    weights = tensor_files.read(folder / registry.LORA)[1]
+    weights = tensor_files.read(path)[1]
     way_out = "give the run's best folder, or train again"
-    settings = files.read_json(folder / SETTINGS, CheckpointError, way_out)
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{folder / SETTINGS} holds no settings of LoRA; {way_out}")
-    return settings, tensor_files.plain(weights, (folder / registry.LORA).stat().st_size, folder)
+    settings = files.read_json(folder / SETTINGS, CheckpointError, way_out, dict)
+    return settings, tensor_files.plain(weights, path.stat().st_size, folder)
 
 
 def _weights(tuned: peft.PeftModel) -> dict[str, Tensor]:
@@ -203,9 +180,8 @@ def forced_states(model: nn.Module, prompts: Sequence[Tensor], answers: Sequence
         input    [ prompt 0 … L-1 | a   b  ]     the last token c is never read
         states   [            L-1   L   L+1 ]     predict a, b, c
 
-    Args: prompts: B embeddings [L_i, D_d], vision included. answers: B int64 [S_i].
-    Returns: post-norm [B, S, D_d], zero as padding.
-    """
+    prompts: B embeddings [L_i, D_d], vision included. answers: B int64 [S_i]. Returns: post-norm
+    [B, S, D_d], zero as padding."""
     embed = model.get_input_embeddings()
     pairs = list(zip(prompts, answers, strict=True))
     lines = [torch.cat([prompt.to(embed.weight), embed(ids[:-1])]) for prompt, ids in pairs]

@@ -2,8 +2,6 @@
 adapter's (:mod:`xsd.train.fit`), its best weights in best/ in peft's own format; the same call on a
 freshly loaded drafter continues an interrupted run."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -31,19 +29,14 @@ def fit_lora(
     progress: Progress = None,
 ) -> FitResult:
     """Train L6 on teacher-forced pairs. Afterwards the best weights are merged into ``model``; a
-    quantised one is left as it came.
-
-    Args:
-        model: the drafter (EventGPTForCausalLM, in 4 bits for QLoRA). dataset: a ShardDataset or
-        PairedStates of the train split. prompt: sample → embeddings [L, D_d] of its whole prompt.
-        head: the verifier's, weight [V, D_v]. validation, held_out: as in fit_adapter.
-        adapter: stands, frozen, between the drafter's states and the verifier's; needed where their
-        widths differ (ridge, or L1–L5).
-        merge: None means unless quantised. False leaves the model as it came, as an interruption
-        does; lora.merge_saved does it later.
-    Raises: TrainingError as fit_adapter, and for other than teacher-forced post-norm pairs or
-    prompts that are not the dataset's.
-    """
+    quantised one is left as it came. model: the drafter (EventGPTForCausalLM, in 4 bits for QLoRA).
+    dataset: a ShardDataset or PairedStates of the train split. prompt: sample → embeddings [L, D_d]
+    of its whole prompt. head: the verifier's, weight [V, D_v]. validation, held_out: as in
+    fit_adapter. adapter: stands, frozen, between the drafter's states and the verifier's; needed
+    where their widths differ (ridge, or L1–L5). merge: None means unless quantised. False leaves
+    the model as it came, as an interruption does; lora.merge_saved does it later. Raises:
+    TrainingError as fit_adapter, and for other than teacher-forced post-norm pairs or prompts that
+    are not the dataset's."""
     config = config or lora.LoraFitConfig()
     quantised = lora.is_quantised(model)
     if merge and quantised:
@@ -81,23 +74,14 @@ class LoraTraining(EpochLoop):
         self.adapter = copy.deepcopy(adapter)
         if adapter is not None:
             self.adapter.to(where).eval().requires_grad_(False)
-        states, self.validation = source.open_states(dataset, memory_limit_gb=0), dataset
-        guards.refuse_held_out(states, held_out)
-        self._check(states)
-        if validation is None:
-            self.train_indices, self.validation_indices = source.split_by_sequence(
-                states.sequence, config.validation_share, seed)
-        else:
-            judges = source.open_states(validation, memory_limit_gb=0)
-            guards.refuse_validation(states, judges, held_out)
-            self.validation, self.identity["validation"] = validation, judges.fingerprint()
-            self.train_indices = torch.arange(len(dataset))
-            self.validation_indices = torch.arange(len(validation))
+        self.validation = dataset if validation is None else validation
+        self.take(dataset, validation, held_out, memory_limit_gb=0)
+        self._check(self.states)
         first = lora.decoder_of(model)[1].layers[0].self_attn.q_proj.weight
         # 4-bit weights are reordered by a CPU's first pass, so their bytes name nothing
         base = "quantised" if lora.is_quantised(model) else source.digest([first])
         through = "" if adapter is None else source.digest(adapter.state_dict().values())
-        self.identity |= {"data": states.fingerprint(), "base": base, "adapter": through}
+        self.identity |= {"base": base, "adapter": through}
 
     def _check(self, states: source.States) -> None:
         tap = self.dataset[0].tap
@@ -115,8 +99,7 @@ class LoraTraining(EpochLoop):
             raise TrainingError("L6 trains in one process; start it without torchrun")
 
     def prepare(self) -> None:
-        """LoRA in the drafter, and its optimiser, once it is sure that prompts, drafter and dataset
-        belong together."""
+        """LoRA in the drafter, and its optimiser; prompts, drafter and dataset must fit."""
         config = self.config
         torch.manual_seed(self.seed)
         self.tuned = lora.attach(self.model, rank=config.rank, alpha=config.alpha,
@@ -130,8 +113,7 @@ class LoraTraining(EpochLoop):
 
     @torch.no_grad()
     def _check_prompt(self) -> None:
-        """LoRA is zero now: the states must be the stored ones, or prompt, model and dataset do not
-        belong together."""
+        """LoRA is zero now: the states must be the stored ones, or something is of another pair."""
         self.model.eval()
         sample = self.dataset[int(self.train_indices[0])]
         answer = sample.ids_by_verifier.to(self.device)
@@ -157,8 +139,7 @@ class LoraTraining(EpochLoop):
         return Aligned(aligned, target, pad_sequence(answers, batch_first=True), mask)
 
     def train_pass(self, epoch: int) -> dict[str, float]:
-        """As EpochLoop.train_pass; every token of a step weighs the same, however passes cut
-        them."""
+        """Every token of a step weighs the same, however passes cut them."""
         config = self.config
         # LoRA's dropout only: the tower stays in eval
         lora.decoder_of(self.model)[1].layers.train()
@@ -181,7 +162,7 @@ class LoraTraining(EpochLoop):
         return {f"train_{name}": value / count for name, value in sums.items()}
 
     def predictions(self) -> Iterator[Aligned]:
-        """As EpochLoop.predictions."""
+        """Of one batch of validation answers after another."""
         self.model.eval()
         for indices in self.validation_indices.split(self.config.batch_size):
             yield self._aligned(self.validation, indices)

@@ -1,13 +1,9 @@
 """Objectives, named and composable: ``parse("mse + 0.5*cosine + cross_entropy")``
-(docs/adapters.md, section 4).
-
-Every term is a mean over the real positions, handed in flat: aligned, target [N, D], ids int64 [N],
-optional weights [N]. Terms that need logits run through the frozen verifier head in chunks, after
-Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989). Through a DraftHead distributions are
-over its k ids, renormalised; cross-entropy is 0 where the token is not among them.
-"""
-
-from __future__ import annotations
+(docs/adapters.md, section 4). Every term is a mean over the real positions, handed in flat:
+aligned, target [N, D], ids int64 [N], optional weights [N]. Terms that need logits run through the
+frozen verifier head in chunks, after Liger-Kernel's fused linear cross-entropy (arXiv:2410.10989).
+Through a DraftHead distributions are over its k ids, renormalised; cross-entropy is 0 where the
+token is not among them."""
 
 import math
 import re
@@ -26,49 +22,33 @@ from xsd.core import ParameterError, TrainingError
 _NUMBER = r"[0-9]+(?:\.[0-9]*)?(?:[eE][+-]?[0-9]+)?|\.[0-9]+(?:[eE][+-]?[0-9]+)?"
 Term = Callable[[Tensor, Tensor, Tensor, "Head | None", "Tensor | None"], Tensor]
 
-# --- states against states: one value per row
+STATES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "mse": lambda aligned, target: (aligned - target).pow(2).mean(-1),
+    "cosine": lambda aligned, target: 1 - F.cosine_similarity(aligned, target, dim=-1),
+    # Huber with beta 1, EAGLE's regression loss
+    "smooth_l1": lambda aligned, target: F.smooth_l1_loss(aligned, target,
+                                                          reduction="none").mean(-1),
+}
+"""States against states: one value per row, over the width."""
 
 
-def _mse_rows(aligned: Tensor, target: Tensor) -> Tensor:
-    """Mean squared difference over the width."""
-    return (aligned - target).pow(2).mean(-1)
-
-
-def _cosine_rows(aligned: Tensor, target: Tensor) -> Tensor:
-    """1 - cosine similarity."""
-    return 1 - F.cosine_similarity(aligned, target, dim=-1)
-
-
-def _smooth_l1_rows(aligned: Tensor, target: Tensor) -> Tensor:
-    """Huber with beta 1 (EAGLE's regression loss), mean over the width."""
-    return F.smooth_l1_loss(aligned, target, reduction="none").mean(-1)
-
-
-def _of_states(rows: Callable[[Tensor, Tensor], Tensor]) -> Term:
+def _of_states(name: str) -> Term:
     def term(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
              weights: Tensor | None = None) -> Tensor:
-        if weights is not None:
-            return (rows(aligned, target) * weights).sum() / weights.sum()
-        if rows is _mse_rows:  # the same mean in one pass
-            return F.mse_loss(aligned, target)
-        return rows(aligned, target).mean()
+        if name == "mse" and weights is None:
+            return F.mse_loss(aligned, target)  # the same mean in one pass
+        rows = STATES[name](aligned, target)
+        return rows.mean() if weights is None else (rows * weights).sum() / weights.sum()
 
     return term
 
 
-# --- tokens, through the frozen head: one value per row, of rows that fit into memory together
-
-Rows = Callable[[Head, Tensor, Tensor, Tensor], Tensor]
-
-
-def _cross_entropy_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    """-log p(verifier's token) under head(aligned)."""
+def _cross_entropy(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
     ids = head.rows[ids] if isinstance(head, DraftHead) else ids
     return F.cross_entropy(logits_of(head, aligned).float(), ids, reduction="none", ignore_index=-1)
 
 
-def _kl_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    """KL(p_verifier ‖ p_aligned), nats: zero where both heads say the same."""
+def _kl(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
     drafted = logits_of(head, aligned).float().log_softmax(-1)
     true = logits_of(head, target).float().log_softmax(-1)
     return (true.exp() * (true - drafted)).sum(-1)
@@ -80,15 +60,19 @@ def _overlap(head: Head, aligned: Tensor, target: Tensor) -> Tensor:
     return torch.minimum(drafted, true).sum(-1)
 
 
-def _total_variation_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    """1 - Σ min(p, q): one minus the chance that speculative sampling accepts (Leviathan et al.
-    2023)."""
-    return 1 - _overlap(head, aligned, target)
-
-
-def _acceptance_rows(head: Head, aligned: Tensor, target: Tensor, ids: Tensor) -> Tensor:
-    """-log Σ min(p, q): the acceptance itself as a likelihood (LK loss)."""
-    return -_overlap(head, aligned, target).clamp_min(1e-12).log()
+Rows = Callable[[Head, Tensor, Tensor, Tensor], Tensor]
+ROWS: dict[str, Rows] = {
+    # -log p(verifier's token) under head(aligned)
+    "cross_entropy": _cross_entropy,
+    # KL(p_verifier ‖ p_aligned), nats: zero where both heads say the same
+    "kl": _kl,
+    # 1 - Σ min(p, q), the chance that speculative sampling rejects (Leviathan et al. 2023)
+    "total_variation": lambda head, aligned, target, ids: 1 - _overlap(head, aligned, target),
+    # -log Σ min(p, q): the acceptance itself as a likelihood (LK loss)
+    "likelihood_of_acceptance":
+        lambda head, aligned, target, ids: -_overlap(head, aligned, target).clamp_min(1e-12).log(),
+}
+"""Tokens, through the frozen head: one value per row, of rows that fit into memory together."""
 
 
 class _Chunked(torch.autograd.Function):
@@ -116,35 +100,27 @@ class _Chunked(torch.autograd.Function):
         return context.gradient * upstream, None, None, None, None, None, None
 
 
-def _through_head(name: str, rows: Rows) -> Term:
+def _through_head(name: str) -> Term:
     def term(aligned: Tensor, target: Tensor, ids: Tensor, head: Head | None = None,
              weights: Tensor | None = None, chunk: int = CHUNK) -> Tensor:
         if head is None:
             raise TrainingError(f"objective {name!r} needs the verifier's LM head; pass head= (a "
                                 "weight [V, D]), for shards dataset.head('verifier')")
         weights = torch.ones(len(aligned), device=aligned.device) if weights is None else weights
-        return _Chunked.apply(aligned, target.detach(), ids, weights, head, rows, chunk)
+        return _Chunked.apply(aligned, target.detach(), ids, weights, head, ROWS[name], chunk)
 
     return term
 
 
-ROWS: dict[str, Rows] = {
-    "cross_entropy": _cross_entropy_rows, "kl": _kl_rows, "total_variation": _total_variation_rows,
-    "likelihood_of_acceptance": _acceptance_rows,
-}
-TERMS: dict[str, Term] = {
-    "mse": _of_states(_mse_rows), "cosine": _of_states(_cosine_rows),
-    "smooth_l1": _of_states(_smooth_l1_rows),
-    **{name: _through_head(name, rows) for name, rows in ROWS.items()},
-}
+TERMS: dict[str, Term] = {**{name: _of_states(name) for name in STATES},
+                          **{name: _through_head(name) for name in ROWS}}
 PRESETS = {"mse_cosine": "mse + 0.5*cosine", "tokens": "mse + 0.5*cosine + cross_entropy"}
 """``mse_cosine`` is the reference's; ``tokens`` adds what decides: the verifier's token."""
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A weighted sum of terms. weights: of each term by its name. own: a user's functions by
-    theirs, "module:function"."""
+    """A weighted sum of terms. weights: by term. own: a user's by their "module:function"."""
 
     weights: dict[str, float]
     own: dict[str, Term] = field(default_factory=dict)
@@ -193,12 +169,10 @@ def _own(name: str, term: Term, *states: Any) -> Tensor:
 
 
 def parse(text: str) -> Objective:
-    """``"mse + 0.5*cosine + 0.1*my_terms:contrast"`` or a name of PRESETS → Objective.
-
-    A term "module:function" is your own, called like ours: (aligned [N, D], target [N, D], ids
-    int64 [N], head or None, weights [N] or None) → scalar, over real positions alone.
-    Raises: ParameterError naming the unknown term and the known ones.
-    """
+    """``"mse + 0.5*cosine + 0.1*my_terms:contrast"`` or a name of PRESETS → Objective. A term
+    "module:function" is your own, called like ours: (aligned [N, D], target [N, D], ids int64 [N],
+    head or None, weights [N] or None) → scalar, over real positions alone. Raises: ParameterError
+    naming the unknown term and the known ones."""
     weights: dict[str, float] = {}
     own: dict[str, Term] = {}
     said = repr(text) if len(str(text)) < 200 else repr(str(text)[:200]) + " …"

@@ -1,12 +1,8 @@
 """What one batch is asked for: the parts of its loss, each against the verifier's states some
 positions on: 0 for L1–L5, also 1 for L5 with a prediction weight; 1 for B1 and L5F, with rollout
 steps 1, 2, … K from own predictions (EAGLE-3's training-time test), or the K drafts of a block.
-
 Every part is a mean over its positions. A step may be spread over several batches (accumulation)
-and processes: :func:`norms` says how much of the mean each holds.
-"""
-
-from __future__ import annotations
+and processes: :func:`norms` says how much of the mean each holds."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -32,8 +28,7 @@ def plan(adapter: Adapter, config: FitConfig) -> list[tuple[int, float]]:
 
 
 def weights_of(mask: Tensor, offset: int, config: FitConfig) -> Tensor | None:
-    """Weight of each position of a part, float [B, S - offset]: ``position_decay`` to the power of
-    its place in the answer; None: all 1."""
+    """``position_decay`` to the power of each place, float [B, S - offset]; None: all 1."""
     if config.position_decay == 1:
         return None
     places = torch.arange(mask.shape[1], device=mask.device)[offset:]
@@ -71,11 +66,9 @@ def losses(adapter: Adapter, batch: Batch, objective: objectives.Objective, head
            config: FitConfig, share: Sequence[float], own: Sequence[float],
            starts: Tensor | None = None) -> dict[str, Tensor]:
     """The terms of the first part (means over this batch), and ``total``: this batch's share of the
-    whole step's loss; its gradients, added up over the batches of a step, are the step's.
-
-    share: this batch's part of each part's norm over the step, own / norm of the step (1 where it
-    is the whole step); own: this batch's norms.
-    """
+    whole step's loss; its gradients, added up over the batches of a step, are the step's. share:
+    this batch's part of each part's norm over the step, own / norm of the step (1 where it is the
+    whole step); own: this batch's norms."""
     noisy = _with_noise(batch, config.noise) if config.noise else batch
     pieces = plan(adapter, config)
     cast = torch.autocast(batch.mask.device.type, dtype=torch.bfloat16,
@@ -118,8 +111,8 @@ def _predictions(adapter: Adapter, batch: Batch, n_parts: int,
 
 
 def factor_sum(pieces: Sequence[tuple[int, float]], whole: Tensor, adapter: Adapter) -> float:
-    """What a step's loss is divided by: rollout steps are averaged (those that any answer is long
-    enough for), the rest is a sum."""
+    """What a step's loss is divided by: rollout steps are averaged, where any answer is long
+    enough."""
     if len(pieces) == 1 or not adapter.shift:
         return 1.0
     return sum(factor for (_, factor), norm in zip(pieces, whole.tolist(), strict=True) if norm > 0)

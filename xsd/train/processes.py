@@ -42,8 +42,7 @@ class Processes:
         return reduce(values, "sum")
 
     def sums(self, values: Mapping[str, Any]) -> dict[str, float]:
-        """Sums of this process → sums over all, as plain numbers; every process holds the same
-        names."""
+        """Sums of this process → sums over all, as plain numbers; of the same names in each."""
         own = [torch.as_tensor(value, dtype=torch.float64).cpu() for value in values.values()]
         together = self.sum(torch.stack(own).to(self.device))
         return dict(zip(values, together.tolist(), strict=True))

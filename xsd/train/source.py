@@ -1,14 +1,12 @@
 """Where training takes its batches from: paired states packed in memory when they fit, streamed
 from shards when they do not. Validation is whole sequences; a test split is refused."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,6 +16,7 @@ from xsd.shards import chunks, loader
 
 MEMORY_LIMIT_GB = 4.0
 """Above this, states are streamed from disk every epoch instead of being kept."""
+_NOTHING = "the dataset holds no position to train on; extract some answers first"
 COLUMNS = ("drafter", "verifier", "ids_by_drafter", "ids_by_verifier")
 
 
@@ -36,8 +35,7 @@ class _States:
         return self.dataset.contexts.layers
 
     def with_context(self, batch: Batch, wanted: Mapping[str, Sequence[int]]) -> Batch:
-        """A batch of these answers with what a block drafter reads besides (base.Adapter.
-        context_layers)."""
+        """A batch with what a block drafter reads besides (base.Adapter.context_layers)."""
         return self.dataset.with_context(batch, wanted) if wanted else batch
 
 
@@ -46,30 +44,23 @@ class PackedStates(_States):
     with one zero row behind the end for padding); a batch is one gather, right-padded with zeros.
     manifest: of the shards they were read from, else None."""
 
-    def __init__(self, samples: Iterable[PairedStates],
-                 manifest: dict[str, Any] | None = None) -> None:
-        self.manifest = manifest
-        self.sequence: list[str] = []
-        self.split: list[str] = []
-        answers: list[tuple[Tensor, ...]] = []
-        modes: set[str] = set()
-        for one in samples:
-            pieces = (one.hidden_by_drafter, one.hidden_by_verifier, one.ids_by_drafter,
-                      one.ids_by_verifier)
-            length = min(map(len, pieces))
-            answers.append(tuple(piece[:length] for piece in pieces))
-            modes.add(one.mode)
-            self.sequence.append(one.sequence)
-            self.split.append(one.split)
-        lengths = [len(answer[0]) for answer in answers]
+    manifest: dict[str, Any] | None = None
+
+    def __init__(self, samples: Iterable[PairedStates]) -> None:
+        held = list(samples)
+        self.sequence, self.split = [one.sequence for one in held], [one.split for one in held]
+        answers = [(one.hidden_by_drafter, one.hidden_by_verifier, one.ids_by_drafter,
+                    one.ids_by_verifier) for one in held]
+        lengths = [min(map(len, answer)) for answer in answers]
+        modes = {one.mode for one in held}
         if not any(lengths):
-            raise TrainingError(
-                "the dataset holds no position to train on; extract some answers first")
+            raise TrainingError(_NOTHING)
         if len(modes) > 1:
             raise TrainingError(
                 f"the dataset mixes {' and '.join(sorted(modes))} pairs; train on one mode")
         self.mode = modes.pop()
-        columns = (torch.cat([*column, column[0].new_zeros(1, *column[0].shape[1:])])
+        columns = (torch.cat([*(one[:n] for one, n in zip(column, lengths, strict=True)),
+                              column[0].new_zeros(1, *column[0].shape[1:])])
                    for column in zip(*answers, strict=True))
         self._keep(columns, torch.tensor(lengths))
 
@@ -79,9 +70,8 @@ class PackedStates(_States):
         self.lengths, self.starts = lengths, lengths.cumsum(0) - lengths
 
     @classmethod
-    def of_shards(cls, dataset: Any) -> PackedStates:
-        """The same of a shard dataset, its tensors filled batch by batch: half the memory, and no
-        look at single samples."""
+    def of_shards(cls, dataset: Any) -> Self:
+        """The same of a shard dataset, filled batch by batch: half the memory."""
         self, table = cls.__new__(cls), dataset.table()
         self.dataset = dataset
         self.manifest, self.mode = dataset.manifest, dataset.mode
@@ -89,8 +79,7 @@ class PackedStates(_States):
         counts = table[["n_tokens_drafter", "n_tokens_verifier"]].min(axis=1)
         end, at = int(counts.sum()), 0
         if not end:
-            raise TrainingError(
-                "the dataset holds no position to train on; extract some answers first")
+            raise TrainingError(_NOTHING)
         columns = (torch.zeros(end + 1, dataset.drafter_size),
                    torch.zeros(end + 1, dataset.verifier_size),
                    *torch.zeros(2, end + 1, dtype=torch.int64))
@@ -117,8 +106,7 @@ class PackedStates(_States):
 
     def batches(self, indices: Tensor, batch_size: int, *,
                 shuffle_seed: int | None = None) -> Iterator[Batch]:
-        """The samples ``indices`` in batches; shuffled by the seed, else in the given order. Empty
-        answers are left out."""
+        """The samples ``indices``, shuffled by the seed or as given; empty ones are left out."""
         indices = indices[self.lengths[indices] > 0]
         if shuffle_seed is not None:
             draw = torch.Generator().manual_seed(shuffle_seed)
@@ -136,8 +124,7 @@ class PackedStates(_States):
 
 
 class StreamedStates(_States):
-    """A shard dataset too large for memory, through shards.loader, which reads ahead; the same face
-    as PackedStates."""
+    """A shard dataset too large for memory, through shards.loader; used like PackedStates."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset, self.mode, self.manifest = dataset, dataset.mode, dataset.manifest
@@ -168,25 +155,20 @@ States = PackedStates | StreamedStates
 
 def open_states(dataset: Any, *, memory_limit_gb: float = MEMORY_LIMIT_GB) -> States:
     """PackedStates of a shard dataset, a sequence of PairedStates or a list of Batch;
-    StreamedStates of a shard dataset that is too large (by its first sample's bytes).
-
-    Raises: TrainingError when there is nothing in it or part of it is of the test split.
-    """
+    StreamedStates of a shard dataset that is too large (by its first sample's bytes). Raises:
+    TrainingError when there is nothing in it or part of it is of the test split."""
     if isinstance(dataset, States):
         states: States = dataset
     elif len(dataset) == 0:
         raise TrainingError("the dataset is empty; extract some answers first")
     elif isinstance(first := dataset[0], Batch):
         states = PackedStates(_unpad(dataset))
+    elif not hasattr(dataset, "manifest"):
+        states = PackedStates(dataset)
     else:
-        manifest = getattr(dataset, "manifest", None)
         size = first.hidden_by_drafter.nbytes + first.hidden_by_verifier.nbytes
-        if manifest is not None and len(dataset) * size / 1e9 > memory_limit_gb:
-            states = StreamedStates(dataset)
-        elif manifest is not None:
-            states = PackedStates.of_shards(dataset)
-        else:
-            states = PackedStates(dataset)
+        large = len(dataset) * size / 1e9 > memory_limit_gb
+        states = StreamedStates(dataset) if large else PackedStates.of_shards(dataset)
     refuse_test_split(states.split)
     return states
 
@@ -211,8 +193,7 @@ def ahead(batches: Iterable[Batch]) -> Iterator[Batch]:
 
 def refuse_test_split(split: Sequence[str]) -> None:
     """Raises: TrainingError when any sample is labelled "test"."""
-    n = sum(label.strip().lower() == "test" for label in split)
-    if n:
+    if n := sum(label.strip().lower() == "test" for label in split):
         raise TrainingError(f"{n} of {len(split)} samples are of the test split, which may not "
                             "train or stop anything; pass the train split's shards")
 
@@ -236,7 +217,7 @@ def split_by_sequence(sequence: Sequence[str], share: float, seed: int) -> tuple
     held: set[str] = set()
     for index in order[:-1]:
         held.add(names[index])
-        if sum(name in held for name in sequence) >= share * len(sequence):
+        if sum(name in held for name in sequence) >= share * size:
             break
     chosen = torch.tensor([name in held for name in sequence])
     return (~chosen).nonzero().flatten(), chosen.nonzero().flatten()
