@@ -208,9 +208,8 @@ _PACKAGES = ("torch", "transformers", "numpy", "pandas", "plotly", "peft", "bits
 
 def provenance(*, seed: int | None = None, data_hash: str | None = None, device: str = "cpu",
                **extra: Any) -> dict[str, Any]:
-    """Git revision (and whether the tree was dirty), versions, machine, seed, data hash, device,
-    command (``["notebook", <its file>]`` inside a kernel); paths :func:`portable`, since reports
-    with these records are published."""
+    """Git revision and whether the tree was dirty, versions, machine, seed, data hash, device,
+    command (``["notebook", <its file>]`` in a kernel); paths :func:`portable`, to be published."""
     versions = {"python": platform.python_version()}
     for package in _PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -281,7 +280,7 @@ def import_object(text: str) -> Any:
 
 
 def is_path(spec: Any) -> bool:
-    """Whether a part is named by its file or folder: a text with a separator or such a suffix."""
+    """Whether a part is named by its file or folder."""
     return isinstance(spec, str) and (
         "/" in spec or "\\" in spec or spec.endswith((".safetensors", ".pt", ".pth")))
 

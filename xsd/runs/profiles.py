@@ -4,7 +4,7 @@ every notebook that takes it, one under a notebook's number to that notebook alo
 from pathlib import Path
 from typing import Any
 
-from xsd.core import ROOT, ParameterError
+from xsd.core import ROOT, ParameterError, reading
 from xsd.runs import command_line, parameters, typed
 
 SHIPPED = Path(__file__).parents[1] / "profiles"
@@ -30,25 +30,21 @@ def read(profile: str) -> dict[str, Any]:
     def refused(why: str) -> ParameterError:
         return ParameterError(f"the profile {path} cannot be used: {why}")
 
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            text = file.read(command_line.MOST_YAML + 1)
-    except (OSError, UnicodeDecodeError) as error:
-        raise refused(f"{error}; give a YAML file") from error
+    with reading(f"the profile {path} cannot be used", ParameterError, "give a YAML file"), open(
+            path, encoding="utf-8-sig") as file:
+        text = file.read(command_line.MOST_YAML + 1)
     found = command_line.read_yaml(text, refused)
-    models = {name: parameters.model_of(name) for name in parameters.NOTEBOOKS}
-    numbers = {name.partition("_")[0] for name in models}
+    models = {name.partition("_")[0]: parameters.model_of(name) for name in parameters.NOTEBOOKS}
     known = {one for model in models.values() for one in model.model_fields} - {"run_dir"}
-    sections = [key for key in found if key in numbers]
-    if unknown := [key for key in found if key not in numbers | known]:
+    if unknown := [key for key in found if key not in {*models, *known}]:
         raise refused(f"no notebook takes {', '.join(map(repr, unknown))}; "
                       f"{typed.hint(unknown[0], known)}xsd run NB --help-parameters lists what "
                       "one takes")
-    for key in sections:
+    for key in sorted(models.keys() & found):
         if not isinstance(found[key], dict):
             raise refused(f"what stands under {key} must be names and values")
         for name in found[key]:
-            parameters.model_of(key).field(name)
+            models[key].field(name)
     return found
 
 

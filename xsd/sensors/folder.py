@@ -233,11 +233,9 @@ class FolderWriter:
             raise DatasetError(f"sequence {sequence} is already in split {other!r}; clips of a "
                                f"sequence overlap, so it cannot also be in {self.split!r}")
         place = f"{sequence}/{clip}"
-        try:
+        with reading(f"clip {place[:80]!r} cannot be written", DatasetError, "name it otherwise"):
             names.inside(place)
             names.apart(place, self._entries)
-        except ValueError as error:
-            raise DatasetError(f"clip {place[:80]!r} cannot be written: {error}") from error
         for name in _CONTENT:
             names.within(self.root, self.root / name / place)
         if event_frames is None:

@@ -147,11 +147,9 @@ def in_order(paths: Iterable[Path]) -> list[Path]:
 
 def images_in(folder: Path) -> list[Path]:
     """The .png and .jpg files of a folder that are not hidden, in order. Raises: VideoError."""
-    try:
+    with reading(f"{folder} cannot be read", VideoError, "give a folder of .png or .jpg images"):
         found = [path for path in folder.iterdir()
                  if path.suffix.lower() in _IMAGE_SUFFIXES and not path.name.startswith(".")]
-    except OSError as error:
-        raise VideoError(f"{folder} cannot be read ({error.strerror})") from error
     if not found:
         raise VideoError(f"{folder} holds no frame; expected .png or .jpg images")
     return in_order(found)
