@@ -13,7 +13,6 @@ from typing import Any, BinaryIO, ClassVar
 import numpy as np
 
 from xsd.core import EventError, reading
-from xsd.sensors import names
 
 MOST_BYTES, MOST_TIMES = 4 << 30, 200
 """What a file may unpack to: so many bytes, and so many times its size (64 MB always)."""
@@ -78,8 +77,11 @@ def _array_of(file: BinaryIO, n_bytes: int) -> np.ndarray:
 
 def open_h5(path: Path, mode: str = "r") -> Any:
     """An HDF5 file, a context manager. Raises: EventError without the packages; as h5py."""
-    names.package("hdf5plugin", path, EventError)  # registers DSEC's blosc filter
-    return names.package("h5py", path, EventError).File(path, mode)
+    with reading(f"{path}: reading it needs the packages h5py and hdf5plugin", EventError,
+                 "pip install h5py hdf5plugin"):
+        import h5py
+        import hdf5plugin  # noqa: F401  registers DSEC's blosc filter
+    return h5py.File(path, mode)
 
 
 def h5_node(file: Any, name: str) -> Any:

@@ -119,7 +119,8 @@ np.savez(sys.argv[2], **found)
 
 def _read_aedat4(path: Path) -> Columns:
     """In a process of its own: on damaged files the decoder panics, or takes all the memory."""
-    names.package("aedat", path, EventError)
+    with reading(f"{path}: reading it needs the package aedat", EventError, "pip install aedat"):
+        import aedat  # noqa: F401
     with tempfile.TemporaryDirectory() as place:
         arguments = [str(path.resolve()), f"{place}/a.npz"]
         done = subprocess.run([sys.executable, "-P", "-c", _DECODE_AEDAT4, *arguments], text=True,

@@ -1,16 +1,14 @@
 """Names, paths and questions that somebody else wrote, and what stands at a path."""
 
-import importlib
 import os
 import re
 import stat
 import unicodedata
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
-from xsd.core import DatasetError, XsdError, reading
+from xsd.core import DatasetError, XsdError
 
 MOST_CHARACTERS = 2000
 """Of a question or a name."""
@@ -25,12 +23,6 @@ def check_plain(path: str | os.PathLike[str], error: type[XsdError], what: str) 
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a device, pipe or socket"
         raise error(f"{path} is {kind}, not the {what} that is expected there")
-
-
-def package(name: str, path: str | os.PathLike[str], error: type[XsdError]) -> ModuleType:
-    """An installed package. Raises: ``error`` where it is missing and ``path`` needs it."""
-    with reading(f"{path}: reading it needs the package {name}", error, f"pip install {name}"):
-        return importlib.import_module(name)
 
 
 def inside(name: str) -> Path:

@@ -30,7 +30,9 @@ SUFFIXES = {".mp4": "mov", ".m4v": "mov", ".mov": "mov", ".mkv": "matroska", ".w
 @contextlib.contextmanager
 def decoded(path: Path) -> Iterator[tuple[Any, Iterator[Any]]]:
     """A video file's stream and frames (PyAV's). Raises: VideoError, also while it is read."""
-    av, kind = names.package("av", path, VideoError), SUFFIXES.get(path.suffix.lower())
+    with reading(f"{path}: reading it needs the package av", VideoError, "pip install av"):
+        import av
+    kind = SUFFIXES.get(path.suffix.lower())
     if kind is None:
         raise VideoError(f"{path}: videos of type {path.suffix or '(none)'} are not read; expected "
                          f"one of {', '.join(SUFFIXES)} or a folder of .png or .jpg images")
