@@ -170,8 +170,7 @@ class FolderLock:
                     break
                 self._file.close()
         self._file.truncate(0)
-        self._file.write(str(os.getpid()))
-        self._file.flush()
+        print(os.getpid(), end="", file=self._file, flush=True)
 
     @property
     def held(self) -> bool:
