@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xsd import files
 from xsd.adapters import registry, tensor_files
-from xsd.core import CheckpointError, TrainingError, reading
+from xsd.core import CheckpointError, ParameterError, TrainingError, reading
 from xsd.train import objectives, recipes
 from xsd.train.recipes import Above0, Count, From0, Share
 
@@ -42,7 +42,7 @@ class LoraFitConfig:
     rank: Count = 16
     alpha: Above0 = 32
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.05
-    targets: Annotated[tuple[Target, ...] | list[Target], Field(min_length=1)] = TARGETS
+    targets: tuple[Target, ...] | list[Target] = TARGETS
     objective: str = "tokens"
     epochs: Count = 20
     batch_size: Count = 1
@@ -57,6 +57,8 @@ class LoraFitConfig:
 
     def __post_init__(self) -> None:
         recipes.check_fields(self)
+        if not self.targets:
+            raise ParameterError(f"targets are some of {', '.join(TARGETS)}, not none")
         objectives.parse(self.objective)
 
 
