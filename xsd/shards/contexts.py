@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from xsd.core import Context, ShardError, reading
+from xsd.core import Context, ShardError
 from xsd.files import atomic_write, fault, read_json
 from xsd.shards.manifest import Count
 
@@ -99,7 +99,7 @@ class Contexts:
     def _one(self, place: int, role: str) -> tuple[Tensor, int]:
         number = max(0, bisect_right(self._firsts, place) - 1)
         path = self.folder / name_of(number)
-        with reading(f"{path} holds no sample {place} of the {role}", ShardError, _AGAIN):
+        try:
             if number not in self._open:
                 entry = self.about["files"][number] if number < len(self._firsts) else None
                 if not whole(path, entry, hashed=self.verify):
@@ -111,7 +111,10 @@ class Contexts:
             states, start = torch.cat(list(map(file.get_tensor, parts))), about["start"][parts[1]]
             if states.dim() != 2 or type(start) is not int or not 0 < start <= len(states):
                 raise ValueError(f"{list(states.shape)} states, a prompt of {start!r}")
-        return states, start
+            return states, start
+        except (LookupError, TypeError, ValueError, OSError, RuntimeError,
+                safetensors.SafetensorError) as error:
+            raise ShardError(f"{path} holds no sample {place} of the {role}; {_AGAIN}") from error
 
 
 def read(shards: Path) -> dict[str, Any]:
