@@ -12,7 +12,7 @@ from xsd.adapters.base import Adapter
 from xsd.bench import costs
 from xsd.core import MetricError, ParameterError
 from xsd.decode.prices import Prices
-from xsd.evaluate import comparison, metrics, reliability, report_text, table, tables
+from xsd.evaluate import comparison, curves, metrics, reliability, report_text, table, tables
 from xsd.evaluate.held_out import HeldOut
 from xsd.evaluate.speedup import Timing, break_even_table, expected_table, wall_clock_table
 from xsd.files import atomic_write, provenance, read_json
@@ -56,8 +56,8 @@ def headline(loop: pd.DataFrame, **draws: int) -> tuple[pd.DataFrame, pd.DataFra
     return pd.DataFrame(rows), pd.DataFrame(of_floors).drop(columns="metric")
 
 
-def figures(own: pd.DataFrame, reliable: pd.DataFrame, *, thresholds: Sequence[float], top_k: int,
-            gamma: int, **draws: int) -> pd.DataFrame:
+def figures(own: pd.DataFrame, reliable: pd.DataFrame, *, gamma: int, top_k: int = 5,
+            thresholds: Sequence[float] = metrics.THRESHOLDS, **draws: int) -> pd.DataFrame:
     """Every figure of every level one step after the verified prefix, as one long table:
     hidden-state, token and reliability figures. own: the token table of the adapters' levels.
     reliable: reliability.figures of it."""
@@ -130,37 +130,32 @@ def speedups(counted: pd.DataFrame, timed: Mapping[str, Timing]) -> dict[str, pd
 
 
 def judge(adapters: Sequence[str], pairs: str, out: str | Path, *, head: str = "", train: str = "",
-          mode: str | None = None, gamma: int = 5, gamma_prefill: int = 10, top_k: int = 5,
-          thresholds: Sequence[float] = (0.8, 0.85, 0.9, 0.95), batch_size: int = 64,
-          device: str = "auto", timing: str | Mapping[str, float] = "reference",
-          n_resamples: int = 400, seed: int = 0) -> str:
+          gamma: int = 5, timing: str | Mapping[str, float] = "reference", device: str = "auto",
+          seed: int = 0) -> str:
     """Write ``report.txt``, ``tokens.parquet``, ``tables/*.{csv,md,tex}`` and
     ``results/evaluate.json`` into ``out`` and return the report.
 
     pairs, train: as notebooks take data by path. Without ``train`` there are no floors of training
     answers and nothing is compared with its sequences. Raises: as the steps of 04 and 13."""
-    draws = {"n_resamples": n_resamples, "seed": seed}
+    draws = {"n_resamples": curves.RESAMPLES, "seed": seed}
     levels, answers = training.load(out, adapters, device), []
-    held_out = evaluation.held_out(out, pairs, mode, head)
+    held_out = evaluation.held_out(out, pairs, head=head)
     if train:
         trained_on = extraction.open_pairs(out, "train", train)
         extraction.remember(out, "train", [trained_on])
         evaluation.check_leakage(out, [held_out])
         answers = evaluation.training_answers(out, train)
-    tokens = table.measure(levels, held_out, gamma=gamma, top_k=top_k, batch_size=batch_size,
-                           kinds=evaluation.token_kinds)
+    tokens = table.measure(levels, held_out, gamma=gamma, kinds=evaluation.token_kinds)
     floors = evaluation.floor_rows(held_out, answers, gamma)
     own = tokens[tokens["level"] != table.DRAFTER]
     counted = pd.concat([table.counts(one, gamma) for one in (floors, tokens) if len(one)])
     counted = counted.astype({"level": str, "sequence": str})
-    reliable = reliability.figures(own, thresholds=thresholds, **draws)
-    found = {"metrics": figures(own, reliable, thresholds=thresholds, top_k=top_k, gamma=gamma,
-                                **draws)}
+    found = {"metrics": figures(own, reliability.figures(own, **draws), gamma=gamma, **draws)}
     if set(counted["level"]) == set(levels):
         raise MetricError(f"{pairs} holds neither prompts nor tokens of the drafter, so there is "
                           "no floor to compare with; name the training set too (--train)")
     found["headline"], found["floors"] = headline(counted, **draws)
-    timed = timings(timing, levels, held_out, run_dir=out, gamma=gamma, gamma_prefill=gamma_prefill)
+    timed = timings(timing, levels, held_out, run_dir=out, gamma=gamma, gamma_prefill=10)
     found |= speedups(counted, timed)
     place = folder.resolve(out)
     for name, rows in found.items():

@@ -3,7 +3,7 @@ several processes if asked."""
 
 import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pandas as pd
@@ -47,7 +47,7 @@ class _OnePrompt:
         return self._state
 
 
-def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) -> pd.DataFrame:
+def check(opened: live.Bench) -> pd.DataFrame:
     """The ids of ``check_arms`` on every held-out sample (or ``n_checked`` of a set) against the
     verifier's own greedy ids, at the full length and at short limits (docs/lossless.md). Drafts
     behind the prefill are made in turn with it, so that there are ``gamma_prefill`` of them
@@ -63,16 +63,11 @@ def check(opened: live.Bench, *, progress: Callable[[int], None] | None = None) 
             for turn, place in enumerate(some.choose(given.n_checked or len(some), given.seed))]
     n = min(given.workers, len(jobs))
     parts = [jobs[len(jobs) * i // n:len(jobs) * (i + 1) // n] for i in range(n)]
-    progress = progress or (lambda n: None)
-    rows = []
     with processes.pool(n - 1) if n > 1 else contextlib.nullcontext() as pool:
         others = [pool.submit(_check_part, given.model_dump(), part) for part in parts[1:]]
-        for row in _checked(opened, parts[0]):  # this process takes its share
-            rows.append(row)
-            progress(1)
+        rows = list(_checked(opened, parts[0]))  # this process takes its share
         for other in others:
             rows += other.result()
-            progress(len(other.result()))
     return pd.DataFrame(rows)
 
 
