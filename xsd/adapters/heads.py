@@ -2,7 +2,7 @@
 some of its rows only (a reduced draft vocabulary: docs/adapters.md, section 4)."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -125,17 +125,9 @@ def logits_of(head: Head, hidden: Tensor) -> Tensor:
     return F.linear(hidden, head.to(hidden.dtype)) if isinstance(head, Tensor) else head(hidden)
 
 
-def token_chunks(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Iterator[tuple[slice, Tensor]]:
-    """(rows, logits [n, V]) for chunks of hidden [N, D], so that no [N, V] tensor exists."""
-    for start in range(0, len(hidden), chunk):
-        part = slice(start, start + chunk)
-        yield part, logits_of(head, hidden[part])
-
-
 def top_tokens(head: Head, hidden: Tensor, chunk: int = CHUNK) -> Tensor:
-    """argmax tokens, as full ids whatever the head: [..., D] → int64 [...]."""
-    flat = hidden.reshape(-1, hidden.shape[-1])
-    result = torch.empty(len(flat), dtype=torch.long, device=flat.device)
-    for part, logits in token_chunks(head, flat, chunk):
-        result[part] = logits.argmax(-1)
+    """argmax tokens, as full ids whatever the head: [..., D] → int64 [...]; the logits of ``chunk``
+    positions exist at one time."""
+    parts = hidden.reshape(-1, hidden.shape[-1]).split(chunk)
+    result = torch.cat([logits_of(head, part).argmax(-1) for part in parts])
     return (head.ids[result] if isinstance(head, DraftHead) else result).view(hidden.shape[:-1])
