@@ -96,14 +96,14 @@ def strips(run_dir: str | Path) -> list[Html]:
     table = folder.load_tokens(run_dir)
     if "draft_token" not in table.columns:
         return []
-    made = [tokens.legend()]
+    made, gamma = [tokens.legend()], folder.load_results(run_dir).get("tokens", {}).get("gamma", 5)
     for data, part in table.groupby("data", sort=False, observed=True):
         levels = list(part["level"].unique())
         level = "L4" if "L4" in levels else levels[0]
         part = part[part["level"] == level]
         for _, rows in islice(part.groupby("sample", sort=False, observed=True), 3):
             about = f"{rows['question'].iloc[0]} · {level}, draft above, verifier below"
-            made.append(tokens.pairs(rows, label=f"{name(data)} · {about}"))
+            made.append(tokens.pairs(rows, label=f"{name(data)} · {about}", gamma=gamma))
     return made
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pandas as pd
 
 from xsd import files
+from xsd.adapters.base import Adapter
 from xsd.bench import records
 from xsd.core import Generation, ParameterError, Round, Sample, XsdError
 from xsd.evaluate import drafting, table
@@ -47,17 +48,23 @@ def alternatives(runs: Sequence[str]) -> Callable[[str, str, str], pd.DataFrame 
               for data in extraction.held_out_names(run)}
 
     @cache
-    def held(run: str, data: str) -> HeldOut:
-        given = folder.load_results(run)["tokens"]["provenance"]["parameters"]
-        return evaluation.held_out(run, data, given["mode"], given["head"])
+    def held(place: str) -> tuple[dict[str, Any], HeldOut]:
+        run, data = places[place]
+        made = folder.load_results(run)["tokens"]
+        given = made["provenance"]["parameters"]
+        return made, evaluation.held_out(run, data, given["mode"], given["head"])
+
+    @cache
+    def adapter(place: str, level: str) -> Adapter | None:
+        named = {files.name_of(one): one
+                 for one in held(place)[0]["provenance"]["parameters"]["levels"]}
+        return None if level == table.DRAFTER else training.load(places[place][0], [named[level]])[
+            level]
 
     @lru_cache(maxsize=64)
     def found(place: str, level: str, key: str) -> pd.DataFrame | None:
         try:
-            run, data = places[place]
-            made, pairs = folder.load_results(run)["tokens"], held(run, data)
-            levels = {files.name_of(one): one for one in made["provenance"]["parameters"]["levels"]}
-            own = training.load(run, [levels[level]])[level] if level != table.DRAFTER else None
+            (made, pairs), own = held(place), adapter(place, level)
             one = pairs.dataset.subset(indices=[pairs.keys.index(key)])
             one = dataclasses.replace(pairs, dataset=one, keys=[key])
             batch = next(one.batches(1, getattr(own, "context_layers", None)))
@@ -66,9 +73,9 @@ def alternatives(runs: Sequence[str]) -> Callable[[str, str, str], pd.DataFrame 
                                         drafter_head=head)
         except (XsdError, LookupError, ValueError):
             return None
-        texts = {f"{side}_texts": [[pairs.texts[token] for token in ids]
-                                   for ids in why[f"{side}_ids"]] for side in ("draft", "verifier")}
-        return why.assign(**texts)
+        return why.assign(**{
+            f"{side}_texts": [[pairs.texts[token] for token in ids] for ids in why[f"{side}_ids"]]
+            for side in ("draft", "verifier")})
 
     return found
 

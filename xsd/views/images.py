@@ -29,7 +29,7 @@ def png_uri(image: np.ndarray, *, max_side: int = 320, enlarge: bool = True) -> 
         picture = picture.resize((picture.width * factor, picture.height * factor),
                                  Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    picture.save(buffer, "PNG", compress_level=6)
+    picture.save(buffer, "PNG", compress_level=6 if enlarge else 1)  # quick: one of many
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
