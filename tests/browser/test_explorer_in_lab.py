@@ -59,7 +59,7 @@ def shot(page, path):
     XSD_SCREENSHOTS=docs/images."""
     picture = Image.open(io.BytesIO(page.screenshot())).convert("RGB")
     picture.thumbnail((1200, 1200))
-    picture.quantize(96, dither=Image.Dither.NONE).save(path, optimize=True)
+    picture.quantize(192, dither=Image.Dither.NONE).save(path, optimize=True)
 
 
 def notebooks():
@@ -109,10 +109,10 @@ def test_the_slider_and_a_click_change_what_is_seen(which, tmp_path):
             "() => [...document.querySelectorAll('.widget-readout')].some(e => "
             "e.textContent.trim() === '2')",
             timeout=120_000)
-        page.wait_for_timeout(1000)
+        page.wait_for_function("before => document.querySelector('.token-pairs').innerText !== "
+                               "before", arg=strips, timeout=120_000)
         assert page.locator(".token-pairs").count() >= 1 and page.locator(
             ".filmstrip img").count() >= 2
-        assert page.locator(".token-pairs").first.inner_text() != strips
         page.locator(".token-legend").last.scroll_into_view_if_needed()
         shot(page, shots / f"{which}_3_position.png")
         if which == "made":

@@ -43,8 +43,8 @@ def filmstrip(images: Sequence[np.ndarray], *, label: str = "", colour: str = th
     if large:
         cell = Html('<details style="display:inline-block;vertical-align:top"><summary style="list-'
                     'style:none;cursor:zoom-in"><img alt="{} {}, larger on a click" src="{}" style='
-                    '"margin:2px;border-radius:3px;max-width:100%;width:{}px;image-rendering:'
-                    'pixelated"></summary></details>')
+                    '"margin:2px;border-radius:3px;border:1px solid #ddd;max-width:100%;width:{}px;'
+                    'image-rendering:pixelated"></summary></details>')
     cells = [Html("<style>.filmstrip details[open] img{{width:min(92vw,{}px)!important}}"
                   "</style>").format(large)] if large else []
     for index, image in enumerate(images):

@@ -86,7 +86,7 @@ def pairs(tokens: pd.DataFrame, tau: float | None = None, *, label: str = "",
         strips.append(Html(
             '<span class="token-round" title="{0}" style="display:inline-block;margin:2px 6px 4px '
             '0;padding-left:4px;border-left:2px solid {1}">{2}{3}</span>').format(
-                about, theme.GRID, caption(about), Html("".join(columns))))
+                about, theme.REJECTED, caption(about), Html("".join(columns))))
     return Html('<div class="token-pairs" data-plain="1">{}<div>{}</div></div>').format(
         caption(label), Html().join(strips))
 
