@@ -109,6 +109,19 @@ def test_bfloat16_is_as_near_to_float32_as_transformers_own():
     assert (ours - exact).norm() < 1.5 * (theirs - exact).norm()
 
 
+@torch.no_grad()
+def test_packed_weights_give_the_same_states():
+    steps = small_steps.Steps(grouped())
+    prompt, embeds = torch.randn(9, 64), torch.randn(6, 64)
+    expected = steps(embeds, steps.prefill(prompt)[1])
+    steps._packed = steps._pack()
+    if not steps._packed:
+        pytest.skip("this build of torch packs no weights")
+    steps._wide = set(small_steps._WIDTHS)
+    torch.testing.assert_close(steps(embeds, steps.prefill(prompt)[1]), expected, atol=1e-5, rtol=0)
+    assert steps._timed().keys() == set(small_steps._WIDTHS)
+
+
 def test_a_wider_pass_is_fed_only_where_it_is_cheaper_by_more_than_noise():
     assert small_steps._cheapest({1: 1.0, 2: 2.1, 4: 1.7, 8: 1.8}) == {2: 4}
     assert small_steps._cheapest({1: 1.0, 2: 1.8, 4: 1.7}) == {}

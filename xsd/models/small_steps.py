@@ -3,6 +3,7 @@ memory traffic and bookkeeping that dominate small models on a CPU. Projections 
 are one matrix; keys and values stand in a buffer that grows in place; query heads that share keys
 are rows of one product with them."""
 
+import itertools
 import time
 from collections.abc import Sequence
 
@@ -21,9 +22,9 @@ _WIDEST = 1024
 _WIDTHS = (1, 2, 3, 4, 5, 6, 8, 16)
 """Rows of a pass whose products are timed against each other, of a decoder with layers as wide as
 ``_TIMED``: two rows can cost more than four (a kernel for one row at a time)."""
-_TIMED, _CHEAPER = 512, 0.85
-"""Width; what a wider pass must cost, as a share, to be fed instead: below it noise would choose.
-"""
+_TIMED, _CHEAPER, _BLOCKED = 512, 0.85, 8
+"""Width; what a wider pass, or packed weights, must cost, as a share, to be taken instead: below it
+noise would choose; rows that weights are packed for."""
 
 
 def fits(decoder: nn.Module) -> bool:
@@ -113,6 +114,8 @@ class Steps:
                        layer.post_attention_layernorm.weight, gate_up, mlp.down_proj.weight)
             self.layers.append(tuple(self._arranged(weight.detach()) for weight in weights))
         self._turn(min(config.max_position_embeddings, _TURNED))
+        self._packed = self._pack() if self.width >= _TIMED else []
+        self._wide: set[int] = set()
         self._fed = _cheapest(self._timed()) if self.width >= _TIMED else {}
 
     def _arranged(self, weight: Tensor) -> Tensor:
@@ -120,20 +123,35 @@ class Steps:
         return weight if weight.dtype == torch.bfloat16 else weight.t().contiguous()
 
     def _times(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x [n, D] through an arranged weight."""
+        """x [n, D] through an arranged or packed weight."""
+        if weight.layout == torch._mkldnn:
+            return torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
         return F.linear(x, weight) if weight.dtype == torch.bfloat16 else x @ weight
 
     @torch.no_grad()
+    def _pack(self) -> list[tuple[Tensor, ...]]:
+        """Once more, in oneDNN's blocks for passes of several rows; [] where it has none."""
+        by_rows = self.norm.dtype == torch.bfloat16
+        try:
+            return [tuple(one if one.dim() == 1 else torch.ops.mkldnn._reorder_linear_weight(
+                one if by_rows else one.t().contiguous(), _BLOCKED) for one in weights)
+                    for weights in self.layers]
+        except (RuntimeError, AttributeError):  # this build, or bfloat16 on this processor
+            return []
+
+    @torch.no_grad()
     def _timed(self) -> dict[int, float]:
-        """Rows → seconds of one product in every third layer, the best of three."""
-        seconds = dict.fromkeys(_WIDTHS, float("inf"))
-        for _ in range(3):
-            for rows in _WIDTHS:
-                x, start = self.norm.new_ones(rows, self.width), time.perf_counter()
-                for weights in self.layers[::3]:
-                    self._times(x, weights[4])
-                seconds[rows] = min(seconds[rows], time.perf_counter() - start)
-        return seconds
+        """Rows → seconds of one product in every third layer, the best of three; for ``_wide`` rows
+        with the packed weights. Of this thread alone: other processes may hold the cores."""
+        kinds = [layers for layers in (self.layers, self._packed) if layers]
+        seconds = {rows: [float("inf")] * len(kinds) for rows in _WIDTHS}
+        for _, rows, kind in itertools.product(range(3), _WIDTHS, range(len(kinds))):
+            x, start = self.norm.new_ones(rows, self.width), time.thread_time()
+            for weights in kinds[kind][::3]:
+                self._times(x, weights[4])
+            seconds[rows][kind] = min(seconds[rows][kind], time.thread_time() - start)
+        self._wide = {rows for rows, one in seconds.items() if one[-1] < _CHEAPER * one[0]}
+        return {rows: one[-1] if rows in self._wide else one[0] for rows, one in seconds.items()}
 
     def _turn(self, positions: int) -> None:
         cos, sin = self._decoder.rotary_emb(self.norm, torch.arange(positions)[None])
@@ -180,9 +198,10 @@ class Steps:
             mask = mask.repeat(heads // shared, 1)
         cos, sin = self._cos[places], self._sin[places]
         half = cos.shape[-1] // 2
-        x = embeds
-        for number, (weights, keys, values) in enumerate(zip(
-                self.layers, cache.keys, cache.values, strict=True)):
+        x, measured = embeds, next((rows for rows in _WIDTHS if rows >= n), _WIDTHS[-1])
+        layers = self._packed if measured in self._wide else self.layers
+        for number, (weights, keys, values) in enumerate(zip(layers, cache.keys, cache.values,
+                                                             strict=True)):
             if record is not None and number in record:
                 record[number] = x[:asked]
             before, to_qkv, out, after, to_gate_up, down = weights
