@@ -66,7 +66,7 @@ def jupyterlab(root: Path, extra_path: str = ""):
         sys.executable, *("-m", "jupyterlab", "--no-browser", "--ip=127.0.0.1", f"--port={port}",
                           f"--IdentityProvider.token={token}"),
         *(f"--ServerApp.root_dir={root}", "--ServerApp.allow_root=True",
-          "--LabApp.extension_manager=readonly", "--LabApp.expose_app_in_browser=True"),
+          "--LabApp.extension_manager=readonly"),
     ]
     with (open(root / "lab.log", "w") as log,
           subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -157,12 +157,6 @@ class Page:
         """Error outputs of cells."""
         return self.page.locator(
             "[data-mime-type='application/vnd.jupyter.error']").all_inner_texts()
-
-    def dark(self):
-        """JupyterLab's dark theme."""
-        self.page.evaluate("() => window.jupyterapp.commands.execute('apputils:change-theme', "
-                           "{theme: 'JupyterLab Dark'})")
-        self.page.locator("body[data-jp-theme-light='false']").wait_for(timeout=120_000)
 
     def plots(self):
         """Title and y values of every live plotly picture, read from the browser, not from the
