@@ -14,6 +14,7 @@ from numpy.random import default_rng
 
 from xsd.core import ROOT
 from xsd.runs.report import PLOTLY_MIME
+from xsd.sensors import events as event_files
 from xsd.sensors import folder
 from xsd.sensors.events import Events
 
@@ -48,6 +49,14 @@ def write_dataset(root, split, n_sequences, seed):
     folder.write_questions(root / folder.QUESTIONS,
                            [(f"What is {text}\u202edcba?", 1) for text in PAYLOADS.values()])
     return root
+
+
+def write_recording(path):
+    """An event file of 0.6 s, called whatever the path says."""
+    draw, n = default_rng(0), 600
+    event_files.write_events(path, Events(
+        x=draw.integers(0, 48, n).astype(np.uint16), y=draw.integers(0, 36, n).astype(np.uint16),
+        t_us=np.arange(n) * 1000, p=draw.integers(0, 2, n).astype(np.uint8), width=48, height=36))
 
 
 def notebook():

@@ -239,6 +239,13 @@ def test_damage_and_other_pairs_are_named(pairs, samples):
         contexts.extract(tiny_pair(), samples[:2], pairs)
 
 
+def test_contexts_are_not_written_through_a_link(pairs, samples, tmp_path):
+    shutil.move(pairs.folder / stored.FOLDER, tmp_path / "elsewhere")
+    (pairs.folder / stored.FOLDER).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(ShardError, match="contexts is a link, and nothing is written through one"):
+        contexts.extract(tiny_pair(), samples, pairs)
+
+
 def test_a_layer_that_is_not_there_is_refused(pairs, samples):
     shutil.rmtree(pairs.folder / stored.FOLDER)
     with pytest.raises(ParameterError, match="there is no hidden layer 9"):

@@ -48,7 +48,8 @@ def extract(pair: Pair, items: Sequence[plan.LazySample], pairs: ShardDataset, *
                          f"questions than these, such as {unknown[0]}; give the clips it was "
                          "extracted from")
     folder = pairs.folder / contexts.FOLDER
-    folder.mkdir(exist_ok=True)
+    if folder.is_symlink():
+        raise ShardError(f"{folder} is a link, and nothing is written through one; remove it")
     with FolderLock(folder):
         remove_leftovers(folder)
         _write(folder, handles, by_name, names, pairs, progress, {
