@@ -147,7 +147,12 @@ def test_the_page_is_true_offline_and_complete(finished):
     assert all(title in page
                for title in ("What was done", "How many draft tokens", "Position by position",
                              "token by token", "Live", "does not show"))
-    assert stored["live"]["n_identical"] == 30 and page.count("token-pairs") == 6
+    assert stored["live"]["n_identical"] == 30 and page.count("token-pairs") == 20
+    assert "Yardstick" in page and "eiling" not in page
+    for href in set(re.findall('href="#([^"]+)"', page)):  # a table's row leads to its tokens
+        assert f'id="{href}"' in page, href
+    assert 'href="#tokens-simulated-L5F"' in page
+    assert '<details id="tokens-simulated-L5F" open>' in page
 
 
 def test_every_number_in_a_picture_is_in_the_results(finished):

@@ -17,7 +17,7 @@ from studies.gap import counterfactual, full_report, truth, truth_figures
 from studies.parameters import TruthParameters
 from xsd.core import MetricError, ParameterError
 from xsd.models import loading
-from xsd.runs import doctor, folder, notebooks, parameters
+from xsd.runs import doctor, exports, folder, notebooks, parameters
 from xsd.steps import evaluation, extraction, judge, training
 
 NOTEBOOK = notebooks.NOTEBOOK_FOLDER / "13_truth.ipynb"
@@ -275,14 +275,14 @@ def test_the_measured_block_of_a_page_is_written_between_its_marks(run, tmp_path
 def test_pictures_are_drawn_where_there_is_a_browser_and_named_where_there_is_none(
         tmp_path, monkeypatch):
     monkeypatch.setattr(doctor, "browser_path", lambda: None)
-    assert full_report.save_pictures({"a": go.Figure()}, tmp_path).startswith("none: no Chromium")
+    assert exports.save_pictures({"a": go.Figure()}, tmp_path).startswith("none: no Chromium")
     monkeypatch.setattr(doctor, "browser_path", lambda: "chromium")
 
     def broken(*arguments, **options):
         raise RuntimeError("no display")
 
-    monkeypatch.setattr(full_report.pio, "write_images", broken)
-    assert "RuntimeError: no display" in full_report.save_pictures({"a": go.Figure()}, tmp_path)
+    monkeypatch.setattr(exports.pio, "write_images", broken)
+    assert "RuntimeError: no display" in exports.save_pictures({"a": go.Figure()}, tmp_path)
 
 
 def gap_rows(*values):

@@ -52,6 +52,30 @@ def test_measured_predicted_and_quoted_bars_look_different():
         figures.speedup_bars(speedups().assign(kind="guess"))
 
 
+def test_lines_that_lie_on_each_other_become_small_multiples():
+    table = token_table(levels=("L1", "L4"))
+    few = figures.acceptance_by_position(curves.by_position(table, resamples=20))
+    assert figures.panels(few) is few
+    table = token_table(levels=("L1", "L4", "L5F", "B1", "drafter_tokens"))
+    many = figures.acceptance_by_position(curves.by_position(table, resamples=20))
+    made = figures.panels(many)
+    assert len(made.data) == 5 * (2 + 4)  # its band and line, and four in grey
+    shown = [trace for trace in made.data if trace.line.color == theme.LEVELS["L4"].colour]
+    assert [list(trace.y) for trace in shown] == [
+        list(trace.y) for trace in many.data if trace.name == "L4"]
+    assert made.layout.yaxis.range == many.layout.yaxis.range
+
+
+def test_the_star_stands_at_the_epoch_that_was_kept():
+    kept = history().assign(kept=lambda table: table["epoch"] == 7)
+    stars = [trace for trace in figures.training_curves(kept).data if trace.mode == "markers"]
+    assert [star.x[0] for star in stars] == [7, 7]
+
+
+def test_no_figure_offers_to_share_itself():
+    assert theme.figure("a").layout.template.layout.modebar.remove[0] == "sendChartToCloud"
+
+
 def test_the_star_stands_at_the_best_validation_epoch():
     stars = [trace for trace in figures.training_curves(history()).data if trace.mode == "markers"]
     assert [(star.name, star.x[0]) for star in stars] == [("L1 best", 20), ("L4 best", 12)]

@@ -7,7 +7,6 @@ from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
-import plotly.io as pio
 
 from studies.gap import truth_figures
 from studies.gap.counterfactual import REAL
@@ -16,7 +15,7 @@ from xsd.core import ParameterError
 from xsd.evaluate import curves, reliability, speedup, table, tables
 from xsd.evaluate.speedup import Timing
 from xsd.files import atomic_write, is_path, write_json
-from xsd.runs import doctor, folder, numbers, report
+from xsd.runs import exports, folder, numbers, report
 from xsd.steps import evaluation, judge, training
 from xsd.views import figures
 
@@ -56,7 +55,7 @@ def write(P: TruthParameters, results: Mapping[str, Any],
         save_html(figure, target / "figures" / f"{key}.html")
     if P.page:
         update_page(folder.resolve(P.page), measured_block(P, results, found))
-    said = save_pictures(drawn, target / "figures") if P.pictures else (
+    said = exports.save_pictures(drawn, target / "figures") if P.pictures else (
         "not asked for (pictures=true)")
     return {"folder": target, "tables": written, "figures": len(drawn), "pictures": said}
 
@@ -110,9 +109,7 @@ def by_threshold(drafted: pd.DataFrame, taus: Sequence[float]) -> pd.DataFrame:
 def arms_figure(found: Tables, name: str) -> go.Figure:
     """The counterfactual arms of a set, with the best floor that looks at nothing (the drafter's
     own tokens are a row)."""
-    floors = found["floors"].query("unit == 'token_acceptance' and floor != 'drafter tokens'")
-    return truth_figures.arms(found["arms"].query("unit == 'token_acceptance'"),
-                              floor=floors["value"].max(), title=f"Is it the sensor? {name}")
+    return truth_figures.sensor_of(found, "", name)
 
 
 def speedups(own: pd.DataFrame, live: Mapping[str, Any], gamma: int) -> pd.DataFrame:
@@ -165,21 +162,3 @@ def save_html(figure: go.Figure, path: Path) -> None:
 
         atomic_write(script, get_plotlyjs())
     atomic_write(path, report.figure_page(figure))
-
-
-def save_pictures(drawn: Mapping[str, go.Figure], place: Path, *, width: int = 1000) -> str:
-    """PNG and SVG of every figure beside its page; returns a sentence that says what became of it,
-    such as that there is no Chromium to draw them."""
-    if doctor.browser_path() is None:
-        return ("none: no Chromium is installed (BROWSER_PATH names one); the HTML pages hold the "
-                "same figures")
-    place.mkdir(parents=True, exist_ok=True)
-    heights = [figure.layout.height or 450 for figure in drawn.values()]
-    try:
-        for kind in ("png", "svg"):
-            files = [place / f"{name}.{kind}" for name in drawn]
-            pio.write_images(list(drawn.values()), files, format=kind, width=width, height=heights,
-                             scale=2 if kind == "png" else 1)
-    except (RuntimeError, OSError, ValueError) as error:
-        return f"none: the browser did not draw them ({type(error).__name__}: {str(error)[:120]})"
-    return f"{len(drawn)} figures as PNG and SVG"

@@ -1,6 +1,6 @@
 """Pictures of the tables of truth.py: where acceptance is lost, what the drafter saw."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -228,3 +228,18 @@ def four_panels(*, cosines: pd.DataFrame, positions: pd.DataFrame, lengths: pd.D
     for row, column in ((1, 1), (1, 2), (2, 1)):
         figure.update_yaxes(tickformat=".0%", rangemode="tozero", row=row, col=column)
     return figure
+
+
+def waterfall_of(found: Mapping[str, Any], level: str, data: str) -> go.Figure:
+    """:func:`gap_waterfall` of one set of ``results/truth.json``, for the report's page."""
+    rows = pd.DataFrame(found["gap"]).query("level == @level and unit == 'token_acceptance'")
+    return gap_waterfall(rows, title=f"Where {level} loses acceptance, {data}")
+
+
+def sensor_of(found: Mapping[str, Any], level: str, data: str) -> go.Figure:
+    """:func:`arms` of the same, with the best floor that looks at nothing (the drafter's own tokens
+    are a row)."""
+    unit = "unit == 'token_acceptance'"
+    floors = pd.DataFrame(found["floors"]).query(unit + " and floor != 'drafter tokens'")
+    return arms(pd.DataFrame(found["arms"]).query(unit), floor=floors["value"].max(),
+                title=f"Is it the sensor? {data}")

@@ -162,18 +162,35 @@ def runs(folder: list[Path] = Argument(None, help="default: runs and reports"),
               listing.shown(found).to_string(index=False))
 
 
-@app.command(epilog=examples("xsd report reports/05_live"))
-def report(folder: Path = Argument(help="with executed notebooks")) -> None:
-    """Turn the executed notebooks of a folder into offline pages."""
+@app.command(epilog=examples("xsd report", "xsd report reports/05_live"))
+def report(folder: Path | None = Argument(None, help="with executed notebooks"),
+           out: Path | None = OUT) -> None:
+    """Build the site of all runs into reports/site, or make a folder's notebooks offline pages."""
+    from xsd.runs import demo as chain
     from xsd.runs import report as pages
 
+    if folder is None:
+        site = out or ROOT / "reports" / "site"
+        with alone(site):
+            print(f"the site: {chain.site([ROOT / 'runs', ROOT / 'reports'], site)}")
+        return
     executed = sorted(path for path in folder.glob("*.ipynb") if path.is_file())
     if not executed:
         raise ParameterError(f"there is no executed notebook in {folder}; run one with xsd run NB "
                              f"-o {folder}")
     with alone(folder):
         for path in executed:
-            print(pages.notebook_page(path, folder / "notebooks"))
+            print(pages.notebook_page(path, (out or folder) / "notebooks"))
+
+
+@app.command(epilog=examples("xsd export reports/demo/run", "xsd export runs/mine --as pdf -o fig"))
+def export(run: Path = Argument(help="run folder"), out: Path | None = OUT,
+           kinds: str = Option("png,svg,pdf", "--as", help="kinds of pictures")) -> None:
+    """Write every figure and table of a run's page as PNG, SVG, PDF; CSV, Markdown, LaTeX."""
+    from xsd.runs import exports
+
+    place = out or run / "figures"
+    print(f"{exports.export(run, place, kinds=words(kinds))}: {place}")
 
 
 @app.command("notebooks", epilog=examples("xsd notebooks check", "xsd notebooks refresh 04 05"))

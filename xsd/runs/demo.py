@@ -5,13 +5,13 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from xsd.core import ParameterError
-from xsd.files import FolderLock, provenance
-from xsd.runs import demo_page, folder, notebooks, profiles, report
+from xsd.files import FolderLock, atomic_write, provenance
+from xsd.runs import demo_page, folder, listing, notebooks, profiles, report
 
 STEPS = ("01_extract", "02_train", "03_hidden", "04_tokens", "05_live", "06_compare")
 
@@ -81,3 +81,35 @@ def build(out_dir: str | Path, *, profile: str, seed: int, seconds: Mapping[str,
     return report.build_report(
         demo_page.template(), results, out_dir, title=demo_page.title(results), notebooks=executed,
         **demo_page.parts(out_dir / "run", results))
+
+
+def site(roots: Iterable[Path], out: Path) -> Path:
+    """A page of every run in ``roots`` that holds results, and ``index.html`` of all runs; returns
+    its path. The same runs give the same bytes. Raises: ParameterError where there is no run."""
+    found = listing.listing(roots)
+    found = found[[folder.resolve(run) != out.resolve() for run in found.get("run", ())]]
+    if found.empty:
+        raise ParameterError("there is no run yet; xsd run NB makes one")
+    shown, rows = listing.shown(found), []
+    for one, cells in zip(found.to_dict("records"), shown.itertuples(index=False), strict=True):
+        row = {"cells": list(map(str, cells)), "page": "", "tokens": []}
+        run, place = one["run"], folder.resolve(one["run"])
+        whole = not isinstance(one.get("problem"), str)
+        if whole and "results" in one["holds"].split(", "):
+            results = folder.load_results(place)
+            results["provenance"] = next((one["provenance"] for one in results.values()
+                                          if "provenance" in one), {})
+            parts = demo_page.parts(place, results)
+            row["page"] = re.sub(r"[^\w-]+", "-", run).strip("-") + ".html"
+            row["tokens"] = [(f"{level} ({data})", demo_page.anchor(data, level))
+                             for data, levels in parts["strips"].items() for level in levels]
+            executed = sorted(place.parent.glob("*.ipynb")) if place.name == "run" else []
+            atomic_write(out / row["page"], report.page(
+                demo_page.template(), results, title=demo_page.title(results) + f": {run}",
+                notebooks=executed, **parts))
+        rows.append(row)
+    index = report.page((report.TEMPLATES / "site.html.j2").read_text(encoding="utf-8"),
+                        {"runs": found.to_dict("records")}, title="Runs", rows=rows,
+                        columns=list(shown))
+    atomic_write(out / "index.html", index)
+    return out / "index.html"

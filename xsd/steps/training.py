@@ -236,8 +236,8 @@ def trainings(run_dir: str | os.PathLike[str]) -> pd.DataFrame:
 
 
 def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFrame:
-    """The epochs as ``views.figures.training_curves`` reads them: level, epoch, split, loss, each
-    term as ``<term> loss``, and for validation token_acceptance, cosine and accept_0.90 …"""
+    """The epochs as ``views.figures.training_curves`` reads them: level, epoch, kept, split, loss,
+    each term as ``<term> loss``, and for validation token_acceptance, cosine and accept_0.90 …"""
     rows = []
     for level in levels:
         place = adapter_folder(run_dir, level)
@@ -246,8 +246,11 @@ def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFr
             place = place if place.is_dir() else place.parent
             if not (place / folders.HISTORY).is_file():
                 continue  # an adapter alone, without its training
+        best = place / "best.json"
+        about = files.read_json(best, ParameterError, folder.AGAIN) if best.is_file() else {}
         for row in folders.read_history(place):
-            line = {"level": files.name_of(level), "epoch": row["epoch"]}
+            line = {"level": files.name_of(level), "epoch": row["epoch"],
+                    "kept": row["epoch"] == about.get("info", {}).get("epoch")}
             judged = {"token_acceptance": row.get("token_acceptance"),
                       "cosine": row["cosine_similarity"]}
             judged |= {name: value for name, value in row.items() if name.startswith("accept_")}

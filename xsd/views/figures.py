@@ -21,6 +21,10 @@ SOURCES = {
     "quoted": {"opacity": 0.5, "pattern": {"shape": "x", **_HATCHED}},
 }
 """How a bar shows where its number comes from: here, a model, another work."""
+PALE = "#C9CDD2"
+YARDSTICK = "reads the verifier (no event camera)"
+"""What rows of the kind ceiling are called: where drafts of the event camera beat them, they are
+none."""
 
 
 def curve_traces(frame: pd.DataFrame, curve: str = "marginal") -> list[go.Scatter]:
@@ -78,8 +82,8 @@ def accepted_per_round_dots(
     for kind, part in ordered.groupby("kind", sort=False, observed=True):
         mark = theme.Mark(theme.KINDS[kind], symbol="diamond" if kind == "floor" else "circle")
         figure.add_scatter(
-            x=part["value"].tolist(), y=part["name"].tolist(), mode="markers", name=kind,
-            marker=mark.marker(12),
+            x=part["value"].tolist(), y=part["name"].tolist(), mode="markers",
+            name=YARDSTICK if kind == "ceiling" else kind, marker=mark.marker(12),
             error_x=theme.interval(part, thickness=2, width=5, color=mark.colour),
             customdata=part[["low", "high", "n"]].to_numpy().tolist(),
             hovertemplate=f"<b>%{{y}}</b><br>%{{x:.2f}}{bounds}<br>n = %{{customdata[2]}}"
@@ -192,10 +196,45 @@ def speedup_bars(
     return figure
 
 
+def panels(drawn: go.Figure, *, least: int = 5, columns: int = 4) -> go.Figure:
+    """A figure of lines that lie on each other as small multiples with the same axes: each level in
+    front of all others in grey. Figures of fewer than ``least`` levels stay as they are."""
+    levels = list(dict.fromkeys(trace.legendgroup or trace.name for trace in drawn.data))
+    if len(levels) < least:
+        return drawn
+    rows = -(-len(levels) // columns)
+    x, y = (drawn.layout[axis].title.text for axis in ("xaxis", "yaxis"))
+    made = make_subplots(rows, columns, subplot_titles=levels, shared_xaxes="all",
+                         shared_yaxes="all", horizontal_spacing=0.03, vertical_spacing=0.24 / rows,
+                         x_title=x,
+                         y_title=y or next((one.text for one in drawn.layout.annotations), ""))
+    made.update_annotations(font_size=13)
+    made.update_layout(template=drawn.layout.template, title=drawn.layout.title, showlegend=False,
+                       height=130 + 210 * rows, margin={"l": 70, "b": 60})
+    for place, level in enumerate(levels):
+        at = {"row": place // columns + 1, "col": place % columns + 1}
+        for trace in drawn.data:
+            if (trace.legendgroup or trace.name) != level and trace.fill is None:
+                made.add_trace(go.Scatter(x=trace.x, y=trace.y, mode="lines", hoverinfo="skip",
+                                          line={"color": PALE, "width": 1.5},
+                                          name=trace.name), **at)
+        for trace in drawn.data:
+            if (trace.legendgroup or trace.name) == level:
+                made.add_trace(trace, **at)
+        for line in drawn.layout.shapes:
+            made.add_vline(x=line.x0, line=line.line.to_plotly_json(), **at)
+    for axis in ("xaxis", "yaxis"):
+        given = drawn.layout[axis]
+        getattr(made, f"update_{axis[0]}axes")(tickformat=given.tickformat, range=given.range,
+                                               rangemode=given.rangemode)
+    return made
+
+
 def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = "") -> go.Figure:
     """One line per level and split over epochs; validation solid, training pale; a star at the
-    best validation epoch. history: level, epoch, split ("train" | "validation") and the column
-    named by ``value``; lower is better if the name holds "loss"."""
+    epoch that was kept (``kept``; where that is not known, at the best one). history: level, epoch,
+    split ("train" | "validation") and the column named by ``value``; lower is better if the name
+    holds "loss"."""
     called, history = value.replace("_", " "), safe.labels(history)
     figure = theme.figure(title or f"Training · {called}", x="epoch", y=called)
     groups = history.groupby(["level", "split"], sort=False, observed=True)
@@ -207,7 +246,9 @@ def training_curves(history: pd.DataFrame, *, value: str = "loss", title: str = 
             legendgroup=str(level), line={"color": colour, "dash": mark.dash, "width": 2},
             hovertemplate=f"<b>{level}</b> {split} · epoch %{{x}}<br>%{{y:.4g}}<extra></extra>")
         if split == "validation" and known:
-            best = part.loc[part[value].idxmin() if "loss" in value else part[value].idxmax()]
+            kept = part[part["kept"].eq(True)] if "kept" in part else part[:0]
+            best = kept.iloc[0] if len(kept) else part.loc[
+                part[value].idxmin() if "loss" in value else part[value].idxmax()]
             figure.add_scatter(x=[best["epoch"]], y=[best[value]], mode="markers",
                                legendgroup=str(level), showlegend=False, name=f"{level} best",
                                marker={"symbol": "star", "size": 13, "color": mark.colour},
