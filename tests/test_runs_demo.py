@@ -11,7 +11,7 @@ from views_examples import lengths_table, live_runs, speedups, token_table
 
 from xsd import files
 from xsd.core import ParameterError
-from xsd.runs import demo, demo_page, folder, notebooks, numbers, profiles, report
+from xsd.runs import demo, demo_page, exports, folder, notebooks, numbers, profiles, report
 from xsd.steps import evaluation
 
 
@@ -195,6 +195,33 @@ def test_a_busy_machine_claims_nothing_on_the_page():
     busy = body(found)
     assert "The machine was busy" in busy and "no speed-up is claimed" in busy
     assert "<th>speed-up</th>" not in busy and "of the speed of the best baseline" not in busy
+
+
+def test_the_site_of_all_runs_leads_to_pages_and_tokens_and_is_the_same_twice(finished, tmp_path):
+    index = demo.site([tmp_path], tmp_path / "site")
+    first = {path.name: path.read_bytes() for path in index.parent.glob("*.html")}
+    links = re.findall('<a href="([^"#]+)#(tokens-[^"]+)">', index.read_text())
+    assert len(links) == 10 and len(first) == 2
+    for page, to in links:
+        assert f'id="{to}"'.encode() in first[page]
+    demo.site([tmp_path], tmp_path / "site")
+    assert {path.name: path.read_bytes() for path in index.parent.glob("*.html")} == first
+    with pytest.raises(ParameterError, match="there is no run yet"):
+        demo.site([tmp_path / "nothing"], tmp_path / "site")
+
+
+def test_figures_and_tables_of_a_run_are_exported(finished, monkeypatch):
+    written = []
+    monkeypatch.setattr(exports.doctor, "browser_path", lambda: "chromium")
+    monkeypatch.setattr(exports.pio, "write_images", lambda drawn, files, **how:
+                        written.extend(path.name for path in files))
+    said = exports.export(finished / "run", finished / "out", kinds=("pdf", ))
+    assert {"accepted_simulated.pdf", "survival_simulated.pdf", "speedup_simulated.pdf",
+            "timeline_one.pdf"} <= set(written)
+    assert said.startswith(f"{len(written)} figures as PDF")
+    assert "tabular" in (finished / "out" / "tokens_simulated.tex").read_text()
+    with pytest.raises(ParameterError, match="written as gif; choose among png, svg, pdf"):
+        exports.export(finished / "run", finished / "out", kinds=("gif", ))
 
 
 def test_missing_parts_of_a_run_are_named(tmp_path):

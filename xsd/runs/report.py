@@ -82,7 +82,7 @@ def page(template: str, results: Mapping[str, Any], *, title: str,
     return _environment().get_template("page.html.j2").render(
         title=title, body=body, css=Markup((TEMPLATES / "page.css").read_text(encoding="utf-8")),
         packed=packed, scripts=map(Markup, scripts), policy=_policy(library, *scripts),
-        notebooks=shown, results=json.dumps(results, indent=1, ensure_ascii=False),
+        notebooks=shown, results=json.dumps(results, indent=1),
         provenance=json.dumps(results.get("provenance", {}), indent=1, sort_keys=True))
 
 
