@@ -148,7 +148,7 @@ def test_the_page_is_true_offline_and_complete(finished):
                for title in ("What was done", "How many draft tokens", "Position by position",
                              "token by token", "Live", "does not show"))
     assert stored["live"]["n_identical"] == 30 and page.count("token-pairs") == 20
-    assert "Yardstick" in page and "eiling" not in page
+    assert "Yardstick" in page and "Ceiling" not in page
     for href in set(re.findall('href="#([^"]+)"', page)):  # a table's row leads to its tokens
         assert f'id="{href}"' in page, href
     assert 'href="#tokens-simulated-L5F"' in page

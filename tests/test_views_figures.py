@@ -36,7 +36,7 @@ def test_dots_are_coloured_by_kind_and_the_line_stands_at_the_best_floor():
     figure = figures.accepted_per_round_dots(lengths_table())
     colours = {trace.name: trace.marker.color for trace in figure.data}
     assert colours == {
-        "ceiling": theme.VERIFIER, "adapter": theme.ADAPTER, "drafter": theme.DRAFTER,
+        figures.YARDSTICK: theme.VERIFIER, "adapter": theme.ADAPTER, "drafter": theme.DRAFTER,
         "floor": theme.KINDS["floor"]
     }
     assert figure.layout.shapes[0].x0 == 1.5  # the 4-gram table

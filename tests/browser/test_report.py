@@ -37,7 +37,8 @@ def alone(tmp_path_factory):
     place = tmp_path_factory.mktemp("report")
     run, found = place / "run", results()
     folder.save_tokens(run, token_table().assign(data="simulated"))
-    kept = folder.save_live(run, live_runs(), {token: f" word{token}" for token in range(12)})
+    kept = folder.save_live(run, live_runs(), {token: f" word{token}" for token in range(12)},
+                            question="What is moving?")
     found["tokens"]["test"]["simulated"] |= evaluation.drawn(token_table())
     found["live"] |= {"timeline": json.loads(kept.read_text()), "hidden_share": 0.9, "costs": {
         name: {"ms": ms} for name, ms in {"verifier_prefill": 120.0, "verify 1": 6.0,

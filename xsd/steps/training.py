@@ -21,8 +21,7 @@ from xsd.shards.store import ShardDataset
 from xsd.steps import extraction
 from xsd.train import epochs, fit, folders, guards, recipes, source
 
-FULL_SIZE, FULL_LAYERS = 4096, 32
-"""Hidden size of the 7B pair, and its drafter's layers."""
+FULL_SIZE, FULL_LAYERS = 4096, 32  # hidden size of the 7B pair, and its drafter's layers
 L6 = "L6"  # the drafter's own LoRA (xsd.steps.drafter_tuning)
 
 
@@ -244,16 +243,16 @@ def history(run_dir: str | os.PathLike[str], levels: Sequence[Any]) -> pd.DataFr
         if files.is_path(level):
             place = folder.resolve(level)
             place = place if place.is_dir() else place.parent
-            if not (place / folders.HISTORY).is_file():
-                continue  # an adapter alone, without its training
+            if not (place / folders.HISTORY).is_file():  # an adapter alone, without its training
+                continue
         best = place / "best.json"
         about = files.read_json(best, ParameterError, folder.AGAIN) if best.is_file() else {}
         for row in folders.read_history(place):
             line = {"level": files.name_of(level), "epoch": row["epoch"],
                     "kept": row["epoch"] == about.get("info", {}).get("epoch")}
-            judged = {"token_acceptance": row.get("token_acceptance"),
-                      "cosine": row["cosine_similarity"]}
-            judged |= {name: value for name, value in row.items() if name.startswith("accept_")}
+            judged = {name: value for name, value in row.items() if name.startswith("accept_")}
+            judged |= {"token_acceptance": row.get("token_acceptance"),
+                       "cosine": row["cosine_similarity"]}
             rows.append({**line, "split": "train", **_losses(row, "train")})
             rows.append({**line, "split": "validation", **_losses(row, "validation"), **judged})
     return pd.DataFrame(rows or {"level": [], "epoch": [], "split": [], "loss": []})
