@@ -205,7 +205,8 @@ def test_the_demo_page_reads_these_results(found, run_dir):
     page = report.render(demo_page.template(), results, **demo_page.parts(run_dir, results))
     assert "best floor" in page[:page.index("<nav>")]
     titles = re.findall("<h2>(.*?)</h2>", page)
-    assert titles[:2] == ["What was done", "How many draft tokens are accepted"]
+    assert titles[:3] == ["Words on this page", "What was done",
+                          "How many draft tokens are accepted"]
 
 
 def test_what_a_run_does_not_hold_is_named_with_what_it_holds(run_dir, tmp_path):

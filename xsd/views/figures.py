@@ -209,8 +209,9 @@ def panels(drawn: go.Figure, *, least: int = 5, columns: int = 4) -> go.Figure:
                          x_title=x,
                          y_title=y or next((one.text for one in drawn.layout.annotations), ""))
     made.update_annotations(font_size=13)
+    made.update_annotations(xshift=-60, selector={"textangle": -90})  # clear of "100%"
     made.update_layout(template=drawn.layout.template, title=drawn.layout.title, showlegend=False,
-                       height=130 + 210 * rows, margin={"l": 70, "b": 60})
+                       height=130 + 210 * rows, margin={"l": 90, "b": 60})
     for place, level in enumerate(levels):
         at = {"row": place // columns + 1, "col": place % columns + 1}
         for trace in drawn.data:
