@@ -184,7 +184,8 @@ class BlockAdapter(Adapter):
 
     def keep(self) -> Kept:
         """An empty cache of the context's keys and values, one for each answer."""
-        weights = [(one.data_ptr(), one._version) for one in self.parameters()]
+        weights = [(one.data_ptr(), 0 if one.is_inference() else one._version)
+                   for one in self.parameters()]
         if weights != self._copied:
             self._copied, self._products = weights, self._arranged()
         return Kept(len(self.layers))
