@@ -193,7 +193,7 @@ def test_groups_that_somebody_wrote_anew_are_a_sentence(pairs, how):
     FORGED[how](about)
     record = json.loads((folder / stored.RECORD).read_text())
     record["files"][0] = stored.write(folder, 0, 0, tensors, **about)
-    (folder / stored.RECORD).write_text(json.dumps(record))
+    stored.write_record(folder, record)
     with pytest.raises(ShardError, match="holds no sample 0 of the verifier; extract"):
         pairs.contexts.of([0], ["verifier"])
 
@@ -205,6 +205,14 @@ def test_a_record_of_another_form_is_a_sentence(pairs, change):
     record = pairs.folder / stored.FOLDER / stored.RECORD
     record.write_text(json.dumps(json.loads(record.read_text()) | change))
     with pytest.raises(ShardError, match="is no record of contexts; extract"):
+        stored.Contexts(pairs.folder, pairs.manifest)
+
+
+@pytest.mark.parametrize("change", [{"dtype": "fp32 "}, {"weights": {}}, {"layers": {}}])
+def test_a_record_that_was_changed_is_named(pairs, change):
+    record = pairs.folder / stored.FOLDER / stored.RECORD
+    record.write_text(json.dumps(json.loads(record.read_text()) | change))
+    with pytest.raises(ShardError, match="was changed after it was written; extract"):
         stored.Contexts(pairs.folder, pairs.manifest)
 
 

@@ -11,7 +11,7 @@ import torch
 
 from xsd.core import ShardError
 from xsd.extract import plan
-from xsd.files import FolderLock, remove_leftovers, write_json
+from xsd.files import FolderLock, remove_leftovers
 from xsd.models.handle import ModelHandle
 from xsd.models.loading import Pair
 from xsd.shards import contexts
@@ -89,7 +89,7 @@ def _write(folder: Path, handles: Mapping[str, ModelHandle], by_name: Mapping[An
                         start[f"{role}.{index}"], clip[str(index)] = prompt, place
             held[number:number + 1] = [contexts.write(folder, group[0][1][0], number, tensors,
                                                       clip=clip, start=start)]
-            write_json(folder / contexts.RECORD, {
+            contexts.write_record(folder, {
                 **about, "files": held, "n_samples": sum(counts[:len(held)])})
         if progress is not None:
             progress(counts[number])

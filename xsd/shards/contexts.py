@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from xsd.core import Context, ShardError
-from xsd.files import atomic_write, fault, read_json
+from xsd.files import atomic_write, fault, read_json, write_json
 from xsd.shards.manifest import Count
 
 FOLDER, RECORD = "contexts", "contexts.json"
@@ -42,6 +42,18 @@ class _Record(BaseModel):
     layers: dict[Literal["drafter", "verifier"], list[Count]]
     files: list[_File]
     n_samples: Count
+    check: str = ""  # of the first records, none
+
+
+def _check(about: Mapping[str, Any]) -> str:
+    """Of the record itself."""
+    rest = {name: one for name, one in about.items() if name != "check"}
+    return sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(folder: Path, about: Mapping[str, Any]) -> None:
+    """What the files in ``folder`` hold, and its own checksum."""
+    write_json(folder / RECORD, {**about, "check": _check(about)})
 
 
 def write(folder: Path, first: int, number: int, tensors: Mapping[str, Tensor],
@@ -129,6 +141,8 @@ def read(shards: Path) -> dict[str, Any]:
         _Record.model_validate(about)
     except ValidationError as error:
         raise ShardError(f"{path} is no record of contexts; {_AGAIN}") from error
+    if about.get("check", "") not in ("", _check(about)):
+        raise ShardError(f"{path} was changed after it was written; {_AGAIN}")
     return about
 
 
