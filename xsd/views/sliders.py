@@ -15,7 +15,9 @@ from xsd.views import safe, theme
 if TYPE_CHECKING:
     import ipywidgets
 
-TITLES = ("by acceptance", "by drafts a round", "each input 10 % less (grey), more (green)")
+TITLES = ("by acceptance", "by drafts a round", "inputs ± 10 %")
+DOMAINS = ((0, 0.32), (0.4, 0.6), (0.82, 1))
+"""Of the three panels; room between the last two for the inputs' names."""
 Points = Mapping[str, Mapping[str, Any]]
 
 
@@ -37,8 +39,10 @@ def sentence(given: Mapping[str, Any]) -> str:
 def figure(given: Mapping[str, Any], points: Points | None = None) -> go.Figure:
     """Speed-up over α, with the measured arms of ``points`` as dots; over γ; and its sensitivity.
     given, points: as in evaluate.what_if."""
-    drawn = make_subplots(1, 3, subplot_titles=TITLES, horizontal_spacing=0.13,
-                          column_widths=[0.36, 0.28, 0.36])
+    drawn = make_subplots(1, 3, subplot_titles=TITLES)
+    for axis, title, domain in zip(("xaxis", "xaxis2", "xaxis3"), drawn.layout.annotations, DOMAINS,
+                                   strict=True):
+        drawn.layout[axis].domain, title.x = domain, sum(domain) / 2
     drawn.update_layout(template=theme.template(), height=380, showlegend=False)
     for column in (1, 2):
         drawn.add_scatter(mode="lines", line={"color": theme.VERIFIER, "width": 2.5},
@@ -55,7 +59,8 @@ def figure(given: Mapping[str, Any], points: Points | None = None) -> go.Figure:
         x=[one["given"]["acceptance"] for one in known.values()],
         y=[one["measured"] for one in known.values()], mode="markers+text", row=1, col=1,
         text=[safe.label(name.partition(",")[0]) for name in known], textposition="top center",
-        textfont={"size": 11}, marker={"color": theme.INK, "size": 8, "symbol": "circle-open"},
+        cliponaxis=False, textfont={"size": 11},
+        marker={"color": theme.INK, "size": 8, "symbol": "circle-open"},
         hovertemplate="%{text}<br>α %{x:.2f}, %{y:.2f}×<extra>measured</extra>")
     drawn.update_xaxes(title_text="α", range=[0, 1.04], tickformat=".0%", row=1, col=1)
     drawn.update_xaxes(title_text="drafts", rangemode="tozero", row=1, col=2)
